@@ -1,0 +1,1 @@
+"""Polar factors and the other heavy steps, one plain reference each."""

@@ -1,0 +1,1 @@
+"""Drop-in ``torch.optim`` classes for matrix-aware and memory-lean methods."""
