@@ -1,1 +1,20 @@
 """Polar factors and the other heavy steps, one plain reference each."""
+
+from .coefficients import polar_express_schedule, zolotarev
+from .polar import METHODS as POLAR_METHODS
+from .polar import auto_method, composite_map, polar_factor
+from .reference import gram, symmetric_poly
+from .report import PolarReport, polar_report
+
+__all__ = [
+    "POLAR_METHODS",
+    "PolarReport",
+    "auto_method",
+    "composite_map",
+    "gram",
+    "polar_express_schedule",
+    "polar_factor",
+    "polar_report",
+    "symmetric_poly",
+    "zolotarev",
+]

@@ -1,0 +1,573 @@
+"""The driver: groups, plan, state, flags, clocks and the write, once for all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from operator import is_
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import adamw, checkpoint
+from .groups import (
+    COMMON,
+    FOREIGN,
+    OWN,
+    check_group,
+    check_matrix,
+    check_values,
+    parameters_of,
+    read,
+    refuse_unknown,
+    rows_of,
+    rule_class,
+    rule_of,
+    settings_of,
+)
+from .plan import Bucket, Plan, Unit, chunk_bytes, units_of
+from .roles import Assignment
+from .rule import RULES, Direction, Rule
+from .write import LOW, write_
+
+
+class LateFlags:
+    """Flags on their way to the host: by the next step they have arrived, and nothing waits."""
+
+    def __init__(self, ok: Tensor) -> None:
+        self._event = None
+        if ok.is_cuda:
+            host = torch.empty(ok.shape, dtype=ok.dtype, pin_memory=True)
+            ok = host.copy_(ok, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        self._ok = ok
+
+    def read(self) -> list[bool]:
+        """The flags, one per unit."""
+        if self._event is not None:
+            self._event.synchronize()
+        flags: list[bool] = self._ok.tolist()
+        return flags
+
+
+class StackedOptimizer(Optimizer):
+    """Runs a rule over parameter groups; every public optimizer is a thin class on top of it.
+
+    Matrices go to the rule, everything else to torch's own AdamW, as :meth:`assignment` lists.
+
+    Args:
+        params: A module (roles are found by :func:`classify`; frozen parameters are left out),
+            named parameters (names route embeddings and heads to AdamW), parameters (shape alone
+            decides), or groups: dicts with ``params``, any field of the rule, any keyword below,
+            and ``rule``: ``"adamw"``, or the name of a method.
+        rule: The method and its hyper-parameters.
+        lr: Learning rate, a float or a 1-element tensor.
+        weight_decay: Decoupled weight decay.
+        adamw_lr: Learning rate of the AdamW parameters; None: ``lr``. If given they get groups of
+            their own, so that schedulers scale both.
+        adamw_betas: Betas of the AdamW parameters; None: the method's ``betas``, else (0.9, 0.95).
+        adamw_eps: Their eps (default: 1e-8).
+        adamw_weight_decay: Their weight decay; None: ``weight_decay``.
+        maximize: Ascend instead of descend (default: False).
+        foreach, fused, capturable: As in ``torch.optim.AdamW``, for the AdamW parameters.
+        nonfinite: ``"skip"`` leaves a matrix with a NaN or infinite gradient and its state alone
+            and counts it in :attr:`skipped`; ``"raise"`` raises before anything changes.
+        view: How a parameter becomes matrices, see ``views.py`` (default: ``"auto"``).
+        state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None: float32
+            (float64 for float64 weights).
+
+    Raises:
+        ValueError: For a value out of range, an unknown group key, or a parameter that the method
+            cannot train; the message names the way around.
+        TypeError: For an unknown keyword.
+
+    State: the rule's slots per parameter, and the host ints ``step`` and ``refreshed``.
+    """
+
+    _reference_key: ClassVar[str | None] = None
+    """Group key by which the method's reference package marks its matrix groups."""
+    _plan: Plan | None = None
+    _skipped = 0
+    _pending: Sequence[tuple[LateFlags, Bucket, int]] = ()
+    _wait: bool | None = None
+    """Whether the host waits for the finite flags; None: on CPU."""
+
+    def __init__(
+        self,
+        params: Any,
+        rule: Rule,
+        lr: float | Tensor,
+        weight_decay: float = 0.0,
+        **common: Any,
+    ) -> None:
+        message = refuse_unknown(common, COMMON, f"{type(self).__name__} keyword")
+        if message:
+            raise TypeError(message)
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, **settings_of(rule), **COMMON, **common,
+            "rule": None, "method": rule.method(),
+        }  # fmt: skip
+        check_values(defaults)
+        super().__init__(read(params, type(rule), self._reference_key), defaults)
+
+    # groups ---------------------------------------------------------------------------------------
+
+    @property
+    def _own(self) -> type[Rule]:
+        return RULES[self.defaults["method"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking it whole; a refused group changes nothing.
+
+        Args:
+            param_group: ``params`` and any overrides; see the class docstring.
+
+        Raises:
+            ValueError: If a key is unknown, a value out of range or a parameter cannot be trained.
+        """
+        count = len(self.param_groups)
+        try:
+            for group in self._prepared(param_group):
+                super().add_param_group(group)
+        except BaseException:
+            del self.param_groups[count:]
+            raise
+        self._plan = None
+
+    def _prepared(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+        """A user's group as the groups that torch shall add."""
+        if not isinstance(param_group, dict):
+            return [param_group]
+        group = dict(param_group)
+        if "params" not in group:
+            raise ValueError("a parameter group needs the key 'params'")
+        if isinstance(group["params"], set):
+            return [group]
+        if not isinstance(group["params"], Tensor):
+            group["params"] = list(group["params"])
+        key = self._reference_key
+        reference = key is not None and bool(group.get(key)) and "rule" not in group
+        if reference:
+            group["rule"] = self._own.method()
+        rules = [self._own]
+        if group.get("rule") not in (None, "adamw"):
+            rules.append(rule_class(group["rule"]))
+        known = {f.name: f.default for rule in rules for f in fields(rule)}
+        message = refuse_unknown(
+            group,
+            OWN | FOREIGN | COMMON.keys() | known.keys() | ({key} if key else set()),
+            "parameter group key",
+        )
+        if message:
+            raise ValueError(message)
+        full = {**known, **self.defaults, **group}
+        check_group(full, self._own, reference=reference)
+        for name in known:
+            group.setdefault(name, full[name])
+        return self._split(group, full)
+
+    def _split(self, group: dict[str, Any], full: dict[str, Any]) -> list[dict[str, Any]]:
+        """Give AdamW parameters with a learning rate of their own a group of their own."""
+        if full["adamw_lr"] is None:
+            return [group]
+        rule = rule_of(full, self._own)
+        if rule is None:
+            return [{"lr": full["adamw_lr"], **group}]
+        params, names = parameters_of(group)
+        rows = rows_of({**full, "params": params, "param_names": names}, rule)
+        parts = []
+        for kind in ("matrix", "adamw"):
+            chosen = [i for i, row in enumerate(rows) if row.rule == kind]
+            part = {
+                **group,
+                "params": [
+                    params[i] if names[i] is None else (names[i], params[i]) for i in chosen
+                ],
+            }
+            for key in ("roles", "reasons"):
+                if key in group:
+                    part[key] = [group[key][i] for i in chosen]
+            if kind == "adamw":
+                part.update(rule="adamw", lr=full["adamw_lr"])
+            if chosen:
+                parts.append(part)
+        return parts
+
+    def assignment(self) -> Assignment:
+        """Which parameter gets which rule and why: a table that prints."""
+        table = []
+        for group in self.param_groups:
+            rule = rule_of(group, self._own)
+            name = "adamw" if rule is None else rule.method()
+            table += [
+                replace(row, rule=name if row.rule == "matrix" else "adamw")
+                for row in rows_of(group, rule)
+            ]
+        return Assignment(tuple(table))
+
+    # plan -----------------------------------------------------------------------------------------
+
+    def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        cls = self._own if group["rule"] in (None, "adamw") else rule_class(group["rule"])
+        return (
+            group["rule"],
+            group["view"],
+            group["state_dtype"],
+            *[group[f.name] for f in fields(cls)],
+        )
+
+    def _current(self) -> Plan:
+        """The plan's lasting part: rules and units, made anew only when groups changed."""
+        flat = [p for group in self.param_groups for p in group["params"]]
+        values = [self._values(group) for group in self.param_groups]
+        plan = self._plan
+        if plan is not None and len(plan.flat) == len(flat) and all(map(is_, plan.flat, flat)):
+            if plan.values == values or self._adopt(plan, values):
+                return plan
+        rules = [rule_of(group, self._own) for group in self.param_groups]
+        orders = [self._order(group) for group in self.param_groups]
+        self._plan = plan = Plan(flat, values, rules, orders, [], [])
+        position, seen = 0, set[int]()
+        for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
+            routed: list[tuple[int, Tensor]] = []
+            vectors: list[tuple[int, Tensor]] = []
+            for row, p in zip(rows_of(group, rule), group["params"], strict=True):
+                if id(p) not in seen:  # torch only warns about a parameter given twice
+                    (routed if row.rule == "matrix" else vectors).append((position, p))
+                seen.add(id(p))
+                position += 1
+            plan.vectors.append([j for j, _ in vectors])
+            if rule is not None:
+                for j, p in routed:
+                    check_matrix(p, f"parameter {j} of shape {tuple(p.shape)}", rule.method())
+                plan.units += units_of(i, group, rule, routed)
+        return plan
+
+    def _order(self, group: dict[str, Any]) -> tuple[bool, float] | None:
+        """How AdamW parameters of a group are stepped: as the optimizer's method has it."""
+        rule = rule_of({**group, "rule": None}, self._own)
+        return None if rule is None else rule.adamw_order()
+
+    def _adopt(self, plan: Plan, values: list[tuple[Any, ...]]) -> bool:
+        """Follow hyper-parameters that a scheduler rewrote without making units anew."""
+        for i, (old, new) in enumerate(zip(plan.values, values, strict=False)):
+            if old != new:
+                rule = rule_of(self.param_groups[i], self._own)
+                if old[:3] != new[:3] or (rule is not None and not plan.adopt(i, rule)):
+                    return False
+                plan.values[i], plan.orders[i] = new, self._order(self.param_groups[i])
+        return len(plan.values) == len(values)
+
+    def init_state(self) -> None:
+        """Allocate all state of trainable parameters now; shapes and keys as after a step."""
+        plan = self._current()
+        for unit in plan.units:
+            rule = plan.rules[unit.group]
+            if rule is not None and any(p.requires_grad for p in unit.params):
+                entry = self.state[unit.params[0]]
+                unit.allocate(self.state, rule.holds(unit.index, entry.get(unit.step_key, 0) + 1))
+                if rule.every:
+                    entry.setdefault(unit.refreshed_key, 0)
+        for group, positions in zip(self.param_groups, plan.vectors, strict=True):
+            for i in positions:
+                if plan.flat[i].requires_grad:
+                    adamw.allocate(plan.flat[i], group, self.state[plan.flat[i]])
+
+    # the step -------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; called once, under enable_grad.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: For a sparse gradient, or a non-finite one under ``nonfinite="raise"``;
+                weights and state are unchanged then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._settle()
+        plan = self._current()
+        grads = [p.grad for p in plan.flat]
+        for grad in grads:
+            if grad is not None and grad.layout is not torch.strided:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        if self._dry(grads):
+            self.init_state()
+        else:
+            mask = [grad is not None for grad in grads]
+            if plan.stale(mask, self.state):
+                plan.fill(mask, self.state)
+            self._step_matrices(plan, grads)
+        self._step_vectors(plan, grads)
+        return loss
+
+    def _dry(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether this is a checkpoint probe: every lr 0 and every gradient 0."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
+                return False
+        return not any(grad is not None and bool(grad.any()) for grad in grads)
+
+    def _step_vectors(self, plan: Plan, grads: Sequence[Tensor | None]) -> None:
+        """AdamW groups, and what is no matrix in other groups."""
+        for group, order, positions in zip(
+            self.param_groups, plan.orders, plan.vectors, strict=True
+        ):
+            present = [i for i in positions if grads[i] is not None]
+            if not present:
+                continue
+            params = [plan.flat[i] for i in present]
+            entries = [self.state[p] for p in params]
+            for p, entry in zip(params, entries, strict=True):
+                adamw.allocate(p, group, entry)
+            adamw.step(
+                group,
+                params,
+                [grad for i in present if (grad := grads[i]) is not None],
+                entries,
+                order=order,
+            )
+
+    def _step_matrices(self, plan: Plan, grads: Sequence[Tensor | None]) -> None:
+        """Look at every gradient before any state changes, then run bucket after bucket."""
+        stacks, flags = self._flags(plan, grads)
+        good = self._read(plan, flags, grads)
+        for bucket, stack, flag, fine in zip(plan.buckets, stacks, flags, good, strict=True):
+            Gs = stack or [
+                bucket.gradient(i, grads) if there else None
+                for i, there in enumerate(bucket.present)
+            ]
+            self._run(plan, bucket, Gs, fine, flag)
+
+    def _flags(
+        self, plan: Plan, grads: Sequence[Tensor | None]
+    ) -> tuple[list[list[Tensor | None] | None], list[Tensor]]:
+        """Per bucket, one number per unit that is finite only if its gradients are.
+
+        Small stacks are kept for the update, up to one stack's budget in all.
+        """
+        stacks: list[list[Tensor | None] | None] = []
+        flags, used = [], 0
+        for bucket in plan.buckets:
+            total, kept = None, []
+            for i, there in enumerate(bucket.present):
+                G = None
+                if there and bucket.stacked:
+                    G = bucket.gradient(i, grads)
+                kept.append(G)
+                if there:
+                    # a block of a parameter looks at the whole of it: one clock, one flag
+                    whole = G if G is not None else grads[bucket.unit.positions[i]]
+                    part = self._flag(whole, bucket.stacked)  # type: ignore[arg-type]
+                    total = part if total is None else total + part
+            assert total is not None
+            flags.append(total)
+            used += sum(G.nbytes for G in kept if G is not None)
+            keep = bucket.stacked and used <= chunk_bytes(total.device)
+            stacks.append(kept if keep else None)
+        return stacks, flags
+
+    def _flag(self, G: Tensor, stacked: bool) -> Tensor:
+        """(K,) sums on the host's path; elsewhere the largest entries, which cannot overflow."""
+        dims = tuple(range(1, G.dim())) if stacked else tuple(range(G.dim()))
+        if self._waits(G.device):
+            # float16 and float64 sums may overflow: the host looks again
+            flag = G.sum(dims, dtype=torch.float32 if G.dtype in LOW else None)
+        else:
+            flag = torch.linalg.vector_norm(G, float("inf"), dims)
+        return flag if stacked else flag.reshape(1)
+
+    def _waits(self, device: torch.device) -> bool:
+        return device.type == "cpu" if self._wait is None else self._wait
+
+    def _read(
+        self, plan: Plan, flags: list[Tensor], grads: Sequence[Tensor | None]
+    ) -> list[list[bool] | None]:
+        """Per bucket, which units are fine; None where the host does not wait for the device."""
+        good: list[list[bool] | None] = [None] * len(flags)
+        by_device: dict[torch.device, list[int]] = {}
+        for j, (bucket, flag) in enumerate(zip(plan.buckets, flags, strict=True)):
+            rule = plan.rules[bucket.group]
+            assert rule is not None
+            t, refreshed = bucket.clocks()
+            skip = self.param_groups[bucket.group]["nonfinite"] == "skip"
+            if self._waits(flag.device) or rule.writes or rule.due(t, refreshed) or not skip:
+                by_device.setdefault(flag.device, []).append(j)
+        for chosen in by_device.values():
+            finite = torch.cat([flags[j] for j in chosen]).isfinite()
+            if bool(finite.all()):
+                for j in chosen:
+                    good[j] = [True] * len(plan.buckets[j].units)
+                continue
+            host = iter(finite.tolist())
+            for j in chosen:
+                good[j] = [
+                    next(host) or self._finite(unit, grads) for unit in plan.buckets[j].units
+                ]
+        for bucket, fine in zip(plan.buckets, good, strict=True):
+            if fine is not None and not all(fine):
+                self._refuse(bucket, fine)
+        return good
+
+    @staticmethod
+    def _finite(unit: Unit, grads: Sequence[Tensor | None]) -> bool:
+        """Look again elementwise: a finite gradient may overflow its sum."""
+        present = [grads[i] for i in unit.positions]
+        return all(grad is None or bool(grad.isfinite().all()) for grad in present)
+
+    def _refuse(self, bucket: Bucket, fine: list[bool]) -> None:
+        group = self.param_groups[bucket.group]
+        if group["nonfinite"] == "raise":
+            bad = [u.positions[0] for u, ok in zip(bucket.units, fine, strict=True) if not ok]
+            names = [
+                name
+                for g in self.param_groups
+                for name in g.get("param_names", [None] * len(g["params"]))
+            ]
+            text = ", ".join(repr(names[i]) if names[i] else str(i) for i in bad)
+            raise RuntimeError(
+                f"non-finite gradient of parameter {text}; nonfinite='skip' leaves such parameters "
+                "alone instead"
+            )
+
+    def _run(
+        self,
+        plan: Plan,
+        bucket: Bucket,
+        Gs: Sequence[Tensor | None],
+        fine: list[bool] | None,
+        flag: Tensor,
+    ) -> None:
+        """One bucket: gradients made ready, refresh if due, update, write, clocks."""
+        rule = plan.rules[bucket.group]
+        assert rule is not None
+        group = self.param_groups[bucket.group]
+        t, refreshed = bucket.clocks()
+        due = fine is not None and rule.due(t, refreshed)
+        live = [not due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
+        if bucket.stacked and fine is not None and not (all(fine) and all(live)):
+            # a stack that is not whole runs as views: same bits, no second code path
+            for j in range(len(bucket.units)):
+                parts = [None if G is None else G[j : j + 1] for G in Gs]
+                self._run(plan, bucket.alone(j), parts, fine[j : j + 1], flag)
+            plan.mask = None  # clocks differ now: sort again at the next step
+            return
+        if fine is not None and not fine[0]:
+            self._skipped += 1
+            return
+        ok = None if fine is not None else flag.isfinite()
+        Gs = [
+            None if G is None else bucket.ready(i, G, group["maximize"], ok)
+            for i, G in enumerate(Gs)
+        ]
+        saved = [] if ok is None else bucket.copies()
+        members = bucket.members(Gs, t, refreshed)
+        if due and live[0]:
+            for member in members:
+                member.refreshed, member.fresh = t, refreshed == 0
+            rule.refresh(*members)
+            bucket.set_refreshed(t)
+        lr = self._lr(group["lr"])
+        steps = rule.update(*members)
+        for step in (steps,) if isinstance(steps, Direction) else steps:
+            W = bucket.load(step.member.number)
+            on = None if ok is None else ok.to(bucket.dtype).view(-1, 1, 1)
+            write_(W, step, lr, group["weight_decay"], on)
+            bucket.store(step.member.number, W)
+        bucket.set_step(t)
+        if ok is not None:
+            bucket.put_back(saved, ok)
+            self._pending = [*self._pending, (LateFlags(ok), bucket, t)]
+
+    @staticmethod
+    def _lr(lr: float | Tensor) -> float | Tensor:
+        """A float wherever the host can read it without waiting; never cached."""
+        if isinstance(lr, Tensor):
+            return float(lr) if lr.device.type == "cpu" else lr.reshape(())
+        return lr
+
+    # flags that arrive late -----------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Read the flags of the last step; units that were skipped get their clocks back."""
+        pending, self._pending = self._pending, ()
+        for ok, bucket, t in pending:
+            for unit, entry, fine in zip(bucket.units, bucket.firsts, ok.read(), strict=True):
+                if not fine:
+                    entry[unit.step_key] = t - 1
+                    self._skipped += 1
+                    if self._plan is not None:
+                        self._plan.mask = None
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out so far because a gradient was not finite; on a device this waits."""
+        self._settle()
+        return self._skipped
+
+    # checkpoints ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and groups as torch gives them: tensors, numbers and plain values only."""
+        self._settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer, of ``torch.optim.Muon`` or ``AdamW`` where it fits.
+
+        Every tensor keeps its dtype (torch alone casts state to the parameter's); group keys that
+        the checkpoint lacks keep their values, clocks that it lacks are 0.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If it does not fit; weights and state are unchanged then.
+        """
+        seen: dict[str, Any] = {}
+
+        def check(_: Optimizer, given: Any) -> dict[str, Any]:
+            seen.update(checkpoint.prepare(self._own, self.param_groups, given))
+            return seen
+
+        def put_back(_: Optimizer) -> None:
+            checkpoint.restore(self._own, self.param_groups, self.state, seen)
+
+        if not isinstance(state_dict, dict):
+            checkpoint.prepare(self._own, self.param_groups, state_dict)
+        # last before torch reads, first after it wrote: a user's own hooks see what was meant
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(put_back, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan, self._pending = None, ()
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)

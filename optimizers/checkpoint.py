@@ -1,0 +1,157 @@
+"""Loading: refuse what does not fit before anything changes, and keep every dtype.
+
+``torch.optim.Optimizer.load_state_dict`` casts all state to the parameter's dtype, integers
+included. The driver lets it work and then puts back what it cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .groups import called, rows_of, rule_of
+from .plan import units_of
+from .rule import Rule
+
+Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _pairs(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """(parameter, id in the checkpoint) in order; empty where torch will refuse the lengths."""
+    same = len(groups) == len(saved) and all(
+        len(g["params"]) == len(s["params"]) for g, s in zip(groups, saved, strict=True)
+    )
+    if not same:
+        return []
+    return [
+        pair
+        for g, s in zip(groups, saved, strict=True)
+        for pair in zip(g["params"], s["params"], strict=True)
+    ]
+
+
+def prepare(
+    own: type[Rule], groups: Sequence[Mapping[str, Any]], state_dict: Any
+) -> dict[str, Any]:
+    """Check a checkpoint against the optimizer and fill in group keys that it lacks.
+
+    Args:
+        own: The optimizer's rule class.
+        groups: The optimizer's groups.
+        state_dict: What is to be loaded; it is not changed.
+
+    Returns:
+        The checkpoint with complete groups.
+
+    Raises:
+        ValueError: With the first thing that does not fit.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            "state_dict needs the keys 'state' and 'param_groups'; pass what state_dict() returned"
+        )
+    saved = [dict(group) for group in state_dict["param_groups"]]
+    pairs = _pairs(groups, saved)
+    if not pairs:
+        return dict(state_dict)  # torch says which length differs
+    for group, new in zip(groups, saved, strict=True):
+        for key, value in group.items():
+            if key not in ("params", "param_names"):
+                new.setdefault(key, value)
+    state, position = state_dict["state"], 0
+    for i, (group, new) in enumerate(zip(groups, saved, strict=True)):
+        described = {**new, "params": group["params"]}
+        tables = expected(own, i, described, position)
+        names = group.get("param_names") or [None] * len(group["params"])
+        for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
+            entry = state.get(new["params"][j], {})
+            _check_entry(entry, tables[p], called(name, p, j), own.method())
+        position += len(group["params"])
+    return {**state_dict, "param_groups": saved}
+
+
+def expected(
+    own: type[Rule], index: int, group: Mapping[str, Any], position: int
+) -> dict[Tensor, Expected | None]:
+    """Per parameter of a group, its state keys with shape and dtype; None for AdamW's."""
+    rule = rule_of(group, own)
+    rows = rows_of(group, rule)
+    tables: dict[Tensor, Expected | None] = {p: None for p in group["params"]}
+    if rule is None:
+        return tables
+    routed = [
+        (position + j, p)
+        for j, (p, row) in enumerate(zip(group["params"], rows, strict=True))
+        if row.rule == "matrix"
+    ]
+    for unit in units_of(index, group, rule, routed):
+        for i, p in enumerate(unit.params):
+            table = tables[p] = tables[p] or {}
+            for key, (_, shape, dtype) in unit.expected(i).items():
+                table[key] = (shape, dtype)
+    return tables
+
+
+def _is_clock(key: str) -> bool:
+    return key.partition(".")[0] in ("step", "refreshed")
+
+
+def _check_entry(entry: Any, table: Expected | None, text: str, method: str) -> None:
+    """One parameter's saved state must be empty, or all of it and nothing else."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"checkpoint state of {text} must be a dict, got {type(entry).__name__}")
+    found = {key: value for key, value in entry.items() if not _is_clock(key)}
+    if not found:
+        return
+    if table is None:
+        method, names = "AdamW", {"exp_avg", "exp_avg_sq"}
+    else:
+        names = set(table)
+    for key in sorted(set(found) - names):
+        raise ValueError(
+            f"checkpoint holds {key!r} for {text}, which {method} does not know; load a checkpoint "
+            "of the same optimizer with the same groups"
+        )
+    for key in sorted(names - set(found)):
+        raise ValueError(
+            f"checkpoint lacks {key!r} for {text}, which {method} needs; load a checkpoint of the "
+            "same optimizer with the same groups"
+        )
+    for key, value in found.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"checkpoint {key!r} of {text} must be a tensor, got {type(value)}")
+        if table is not None and tuple(value.shape) != table[key][0]:
+            raise ValueError(
+                f"checkpoint {key!r} of {text} has shape {tuple(value.shape)} but its settings "
+                f"need {table[key][0]}; build the optimizer for the model that was saved"
+            )
+
+
+def restore(
+    own: type[Rule], groups: Sequence[Mapping[str, Any]], state: Any, saved: Mapping[str, Any]
+) -> None:
+    """Put back the saved tensors that torch has cast, in the dtype their slot declares.
+
+    Integers come back exactly as saved, floats in their slot's dtype (for a checkpoint of the same
+    settings: as saved). AdamW's state stays as torch loads it.
+    """
+    ids = dict(_pairs(groups, saved["param_groups"]))
+    position = 0
+    for i, group in enumerate(groups):
+        tables = expected(own, i, group, position)
+        position += len(group["params"])
+        for p, table in tables.items():
+            for key, value in saved["state"].get(ids[p], {}).items():
+                if table is None:
+                    if key == "step" and not isinstance(value, Tensor):
+                        state[p][key] = torch.tensor(float(value))
+                elif _is_clock(key):
+                    state[p][key] = int(value)
+                else:
+                    dtype = table[key][1]
+                    keep = not (value.is_floating_point() and dtype.is_floating_point)
+                    device = state[p][key].device
+                    state[p][key] = value.to(device=device, dtype=value.dtype if keep else dtype)

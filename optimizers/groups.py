@@ -1,0 +1,293 @@
+"""Parameter groups: every form they come in, their checks, and where each parameter goes."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from .roles import Row, classify, route
+from .rule import RULES, Rule
+from .views import blocks
+
+
+class Common(TypedDict, total=False):
+    """Keywords of every optimizer; :class:`StackedOptimizer` says what they do."""
+
+    adamw_lr: float | Tensor | None
+    adamw_betas: tuple[float, float] | None
+    adamw_eps: float
+    adamw_weight_decay: float | None
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+    nonfinite: str
+    view: str | Sequence[str]
+    state_dtype: str | None
+
+
+COMMON: dict[str, Any] = {
+    "adamw_lr": None,
+    "adamw_betas": None,
+    "adamw_eps": 1e-8,
+    "adamw_weight_decay": None,
+    "maximize": False,
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+    "nonfinite": "skip",
+    "view": "auto",
+    "state_dtype": None,
+}
+"""Keywords of every optimizer, with their defaults; each is a group key too."""
+FOREIGN = frozenset(
+    ("param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+)
+"""Keys that schedulers and trainers add to groups."""
+OWN = frozenset(("params", "lr", "weight_decay", "rule", "method", "roles", "reasons"))
+WIDE = 16384
+"""A side above which a matrix without a name is more likely an embedding."""
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> str | None:
+    """One sentence about the first unknown name, with the nearest known one; None if all known."""
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            return f"{what} {name!r} is unknown{hint}"
+    return None
+
+
+def rule_class(name: str) -> type[Rule]:
+    """The rule class that a group's ``rule`` names."""
+    if name not in RULES:
+        raise ValueError(
+            f"group key 'rule' must be 'adamw' or one of {', '.join(sorted(RULES))}, got {name!r}"
+        )
+    return RULES[name]
+
+
+def rule_of(group: Mapping[str, Any], own: type[Rule]) -> Rule | None:
+    """The rule that a group's values describe, or None for an AdamW group."""
+    name = group.get("rule")
+    if name == "adamw":
+        return None
+    cls = own if name is None else rule_class(name)
+    return cls(**{f.name: group[f.name] for f in fields(cls) if f.name in group})
+
+
+def settings_of(rule: Rule) -> dict[str, Any]:
+    """A rule's fields as group values."""
+    return {f.name: getattr(rule, f.name) for f in fields(rule)}
+
+
+def read(params: Any, own: type[Rule], reference_key: str | None) -> Any:
+    """Turn what a user passes as ``params`` into what ``torch.optim.Optimizer`` takes.
+
+    Args:
+        params: A module, named parameters, parameters, or groups.
+        own: The optimizer's rule class.
+        reference_key: Group key by which the reference package marks its matrix groups.
+
+    Returns:
+        Groups, or the input itself where torch has an error text of its own for it.
+    """
+    if isinstance(params, nn.Module):
+        return _from_module(params, own)
+    if isinstance(params, Tensor):
+        return params
+    items = list(params)
+    if not items or not isinstance(items[0], Mapping):
+        return [{"params": items}] if items else items
+    marked = reference_key is not None and any(reference_key in group for group in items)
+    groups = []
+    for group in items:
+        group = dict(group)
+        if marked and "rule" not in group and not group.get(reference_key):
+            group["rule"] = "adamw"
+        groups.append(group)
+    return groups
+
+
+def _from_module(model: nn.Module, own: type[Rule]) -> list[dict[str, Any]]:
+    """Groups of a classified model: one per rule and view, frozen parameters left out."""
+    named = dict(model.named_parameters())
+    made: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in classify(model):
+        assert row.name is not None
+        if not named[row.name].requires_grad:
+            continue
+        rule = own.method() if row.rule == "matrix" else "adamw"
+        view = row.view if row.rule == "matrix" else "auto"
+        group = made.setdefault(
+            (rule, view), {"params": [], "rule": rule, "view": view, "roles": [], "reasons": []}
+        )
+        group["params"].append((row.name, named[row.name]))
+        group["roles"].append(row.role)
+        group["reasons"].append(row.why)
+    return sorted(made.values(), key=lambda group: group["rule"] == "adamw")
+
+
+def rows_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
+    """Where each parameter of a group goes and why; ``rule`` is ``matrix`` or ``adamw``.
+
+    A pure function of the group's values, so that it can be taken again after a load or a copy.
+    """
+    names = group.get("param_names") or [None] * len(group["params"])
+    roles, reasons = group.get("roles"), group.get("reasons")
+    rows = []
+    for i, (name, p) in enumerate(zip(names, group["params"], strict=False)):
+        row = route(name, tuple(p.shape))
+        if roles and reasons and i < len(roles):
+            row = replace(row, role=roles[i], why=reasons[i])
+        if rule is None:
+            row = replace(row, rule="adamw", why=row.why if roles else "group rule 'adamw'")
+        elif len(rule.members) > 1:
+            row = replace(row, rule="matrix", why=f"member {rule.members[i % len(rule.members)]}")
+        elif group.get("rule") is not None and p.ndim >= 2 and p.numel():
+            why = row.why if roles else f"group rule {group['rule']!r}"
+            row = replace(row, rule="matrix", why=why)
+        rows.append(row)
+    return rows
+
+
+def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]]:
+    """Parameters and names of a group that torch has not read yet."""
+    params = group["params"]
+    items = [params] if isinstance(params, Tensor) else list(params)
+    pairs = [item if isinstance(item, tuple) else (None, item) for item in items]
+    return [p for _, p in pairs], [name for name, _ in pairs]
+
+
+def called(name: str | None, p: Tensor, position: int) -> str:
+    """How a message names a parameter."""
+    return f"parameter {name!r}" if name else f"parameter {position} of shape {tuple(p.shape)}"
+
+
+def check_values(group: Mapping[str, Any]) -> None:
+    """Range checks of what is not a field of the rule, with torch's texts where it has them."""
+    for key in ("lr", "adamw_lr"):
+        lr = group[key]
+        if isinstance(lr, Tensor):
+            if group["foreach"] and not group["capturable"]:
+                raise ValueError(
+                    "lr as a Tensor is not supported for capturable=False and foreach=True"
+                )
+            if lr.numel() != 1:
+                raise ValueError("Tensor lr must be 1-element")
+        if lr is not None and not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+    for key in ("weight_decay", "adamw_weight_decay"):
+        if group[key] is not None and not group[key] >= 0.0:
+            raise ValueError(f"Invalid {key} value: {group[key]}")
+    if not group["adamw_eps"] >= 0.0:
+        raise ValueError(f"Invalid adamw_eps value: {group['adamw_eps']}")
+    for i, beta in enumerate(group["adamw_betas"] or ()):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid adamw_betas parameter at index {i}: {beta}")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if group["differentiable"]:
+        raise ValueError("differentiable=True is not supported; differentiate the loss instead")
+    if group["nonfinite"] not in ("skip", "raise"):
+        raise ValueError(f"nonfinite must be 'skip' or 'raise', got {group['nonfinite']!r}")
+    name = group["state_dtype"]
+    if name is not None and not (
+        isinstance(name, str) and getattr(getattr(torch, name, None), "is_floating_point", False)
+    ):
+        raise ValueError(
+            f"state_dtype must be None or the name of a floating dtype such as 'bfloat16', "
+            f"got {name!r}"
+        )
+
+
+def _check_whole(p: Tensor, text: str, method: str) -> None:
+    """Refuse weights whose matrix a wrapper has hidden."""
+    if hasattr(p, "ds_id") or hasattr(p, "ds_shape") or getattr(p, "_is_flat_param", False):
+        raise ValueError(
+            f"{text} is flattened or partitioned (DeepSpeed ZeRO or FSDP1), which hides its matrix "
+            f"from {method}; use DDP with ZeroRedundancyOptimizer, or a group with rule='adamw'"
+        )
+
+
+def check_matrix(p: Tensor, text: str, method: str) -> None:
+    """Refuse what no matrix rule can train, naming the way around."""
+    if hasattr(p, "device_mesh"):
+        raise ValueError(
+            f"{text} is a DTensor, which {method} does not shard yet; use DDP with "
+            "ZeroRedundancyOptimizer, or put it in a group with rule='adamw'"
+        )
+    _check_whole(p, text, method)
+    if p.is_complex():
+        raise RuntimeError(f"{method} does not support complex parameters; {text} is complex")
+
+
+def check_group(group: Mapping[str, Any], own: type[Rule], *, reference: bool = False) -> None:
+    """Every check of a group before torch adds it; changes nothing.
+
+    Args:
+        group: A group with all defaults filled in.
+        own: The optimizer's rule class.
+        reference: Whether the group is written in the reference package's format, in which other
+            parameters than matrices are trained by AdamW, with one warning.
+    """
+    check_values(group)
+    rule = rule_of(group, own)
+    params, names = parameters_of(group)
+    if rule is None or any(not isinstance(p, Tensor) for p in params):
+        return  # torch refuses what is no tensor, with its own text
+    method = rule.method()
+    rows = rows_of({**group, "params": params, "param_names": names}, rule)
+    moved = []
+    for i, (p, name, row) in enumerate(zip(params, names, rows, strict=True)):
+        text = called(name, p, i)
+        _check_whole(p, text, method)
+        if row.rule == "matrix":
+            check_matrix(p, text, method)
+            _check_shape(p, name, text, group, rule, method)
+        elif reference:
+            moved.append(text)
+        elif group.get("rule") is not None:
+            _refuse_vector(p, text, method)
+    if group["capturable"] and any(row.rule == "matrix" for row in rows):
+        raise ValueError(
+            f"capturable=True is not supported by {method}; set it on AdamW groups only"
+        )
+    if moved:
+        _warn(f"{', '.join(moved)}: no matrix, so AdamW trains it instead of {method}")
+
+
+def _refuse_vector(p: Tensor, text: str, method: str) -> None:
+    raise ValueError(
+        f"{text} has shape {tuple(p.shape)} but rule {method!r} needs matrices; move it to a group "
+        "with rule='adamw' (flattened weights, as DeepSpeed ZeRO and FSDP1 make, are no matrices)"
+    )
+
+
+def _check_shape(
+    p: Tensor, name: str | None, text: str, group: Mapping[str, Any], rule: Rule, method: str
+) -> None:
+    """The view must fit, and a very wide matrix without a name is pointed out."""
+    if p.ndim < 2 or p.numel() == 0:
+        _refuse_vector(p, text, method)
+    if isinstance(group["view"], str):
+        blocks(group["view"], tuple(p.shape))
+    if p.ndim == 2 and max(p.shape) > WIDE and name is None and group.get("rule") is None:
+        _warn(
+            f"{text} has a side above {WIDE} and goes to {method}; if it is an embedding or a "
+            "head, pass the model or its named_parameters(), or give it rule='adamw'"
+        )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=7)

@@ -1,0 +1,445 @@
+"""Units, their state, and the plan that runs equal units together.
+
+A unit is what is updated together: a weight, a block of one, or several weights of a rule with
+several members. A bucket holds units of equal shape and equal clocks: small plain matrices run as
+one stack, everything else one unit at a time on views of the live tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rule import Member, Rule, Slot, Slots
+from .views import Block, blocks
+
+STACK = {"cpu": 2**13}
+"""Largest matrix, in elements, that is stacked: below it launches saved outweigh the copies."""
+STACK_ACCELERATOR = 2**22
+CHUNK = {"cpu": 64 * 2**20}
+"""Largest stack in bytes, so that stacking never costs what low rank saved."""
+CHUNK_ACCELERATOR = 512 * 2**20
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Byte budget of one stack on this device."""
+    return CHUNK.get(device.type, CHUNK_ACCELERATOR)
+
+
+@dataclass(eq=False)
+class Unit:
+    """Parameters that are updated together.
+
+    Attributes:
+        group: Index of its parameter group.
+        positions: Places of its parameters in the optimizer's flat list.
+        params: One parameter per member.
+        blocks: How each becomes matrices.
+        turned: Whether each is handed to the rule transposed.
+        number: Which block of the parameter this is.
+        slots: State of each member.
+    """
+
+    group: int
+    positions: tuple[int, ...]
+    params: tuple[Tensor, ...]
+    blocks: tuple[Block, ...]
+    turned: tuple[bool, ...]
+    number: int
+    slots: tuple[Slots, ...]
+    state_dtype: torch.dtype | None
+    key: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        p, block = self.params[0], self.blocks[0]
+        self.tag = block.tag
+        self.step_key, self.refreshed_key = "step" + block.tag, "refreshed" + block.tag
+        self.index = self.positions[0] + (self.number << 20)
+        self.stackable = (
+            len(self.params) == 1
+            and block.plain
+            and p.numel() <= STACK.get(p.device.type, STACK_ACCELERATOR)
+        )
+        self.key = (
+            self.group,
+            self.turned,
+            *(
+                (p.shape, p.dtype, p.device, b.k, b.m, b.n)
+                for p, b in zip(self.params, self.blocks, strict=True)
+            ),
+        )
+
+    def sides(self, i: int) -> tuple[int, int]:
+        """Sides of member i after turning."""
+        block = self.blocks[i]
+        return (block.n, block.m) if self.turned[i] else (block.m, block.n)
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """One key of random draws per matrix."""
+        return tuple(self.index + (j << 40) for j in range(self.blocks[0].k))
+
+    def expected(self, i: int) -> dict[str, tuple[Slot, tuple[int, ...], torch.dtype]]:
+        """State keys of member i with slot, shape and dtype."""
+        p, block = self.params[i], self.blocks[i]
+        table = {}
+        for name, slot in self.slots[i].items():
+            like = slot.axes == "mn"
+            shape = tuple(p.shape) if like else slot.shape(*self.sides(i))
+            if not like and block.k > 1:
+                shape = (block.k, *shape)
+            table[name if like else name + self.tag] = (slot, shape, self._dtype(slot, p))
+        return table
+
+    def _dtype(self, slot: Slot, p: Tensor) -> torch.dtype:
+        if slot.dtype == "weight":
+            return p.dtype
+        if isinstance(slot.dtype, torch.dtype):
+            return slot.dtype
+        return self.state_dtype or (torch.float64 if p.dtype == torch.float64 else torch.float32)
+
+    def allocate(self, state: State, held: bool = True) -> None:
+        """Make what is missing of clocks and state, by shapes alone; drop state not held."""
+        first = state[self.params[0]]
+        first.setdefault(self.step_key, 0)
+        for i, p in enumerate(self.params):
+            table = self.expected(i)
+            entry = state[p] if table else {}
+            for key, (slot, shape, dtype) in table.items():
+                if not held:
+                    entry.pop(key, None)
+                elif key not in entry:
+                    entry[key] = _filled(slot, shape, dtype, slot.device or p.device)
+                elif entry[key].shape != shape:
+                    raise ValueError(
+                        f"state {key!r} has shape {tuple(entry[key].shape)} but the settings of "
+                        f"parameter group {self.group} need {shape}; load with the settings it was "
+                        "saved with"
+                    )
+
+    def seen(self, i: int, name: str, tensor: Tensor) -> Tensor:
+        """A stored state tensor as the rule sees it: (k, *axes)."""
+        block = self.blocks[i]
+        if self.slots[i][name].axes == "mn":
+            X = block.take(tensor)
+            return X.mT if self.turned[i] else X
+        return tensor if block.k > 1 else tensor.unsqueeze(0)
+
+
+def _filled(
+    slot: Slot, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    if slot.fill == "eye":
+        return torch.eye(shape[-2], shape[-1], dtype=dtype, device=device).expand(shape).clone()
+    assert not isinstance(slot.fill, str)
+    return torch.full(shape, slot.fill, dtype=dtype, device=device)
+
+
+def units_of(
+    group: int, settings: Mapping[str, Any], rule: Rule, routed: Sequence[tuple[int, Tensor]]
+) -> list[Unit]:
+    """Units of one group: runs of ``len(rule.members)`` parameters, each cut by its view.
+
+    Args:
+        group: Index of the group.
+        settings: The group.
+        rule: Its rule.
+        routed: (flat position, parameter) of every parameter that goes to the rule.
+
+    Raises:
+        ValueError: If the parameters cannot be cut into runs, or a view does not fit.
+    """
+    size = len(rule.members)
+    if len(routed) % size:
+        raise ValueError(
+            f"{type(rule).__name__} takes parameters in runs of {size} "
+            f"({', '.join(rule.members)}), got {len(routed)}"
+        )
+    view, name = settings["view"], settings["state_dtype"]
+    views = [view] * size if isinstance(view, str) else list(view)
+    dtype = None if name is None else getattr(torch, name)
+    units = []
+    for start in range(0, len(routed), size):
+        run = routed[start : start + size]
+        cuts = [blocks(v, tuple(p.shape)) for v, (_, p) in zip(views, run, strict=True)]
+        if size > 1 and any(len(cut) > 1 for cut in cuts):
+            raise ValueError(f"view {view!r} cuts a parameter, which {size} members cannot follow")
+        for number, members in enumerate(zip(*cuts, strict=True)):
+            turned = tuple(rule.transpose(b.m, b.n) for b in members)
+            sides = tuple(
+                (b.n, b.m) if turn else (b.m, b.n) for b, turn in zip(members, turned, strict=True)
+            )
+            units.append(
+                Unit(
+                    group,
+                    tuple(i for i, _ in run),
+                    tuple(p for _, p in run),
+                    members,
+                    turned,
+                    number,
+                    rule.slots(sides),
+                    dtype,
+                )
+            )
+    return units
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Units of equal shape and clocks, run together or as one view.
+
+    Attributes:
+        units: K > 1 stacked units, or one unit run on views.
+        present: Whether each member has a gradient.
+        states: Per member, slot name -> (K, *axes).
+        rows: (state dict, key, tensor) of every live state tensor, to notice foreign changes.
+        firsts: State dict that holds each unit's clocks.
+    """
+
+    units: list[Unit]
+    present: tuple[bool, ...]
+    held: bool = True
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+    rows: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
+    firsts: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        unit = self.units[0]
+        self.unit, self.group, self.stacked = unit, unit.group, len(self.units) > 1
+        self.indices = tuple(index for unit in self.units for index in unit.indices)
+        double = unit.params[0].dtype == torch.float64
+        self.dtype = torch.float64 if double else torch.float32
+        self.columns = [[u.params[i] for u in self.units] for i in range(len(unit.params))]
+
+    def bind(self, state: State) -> None:
+        """Point at the live state: slabs for a stack, views otherwise."""
+        self.firsts = [state[u.params[0]] for u in self.units]
+        for i, slots in enumerate(self.unit.slots):
+            seen: dict[str, Tensor] = {}
+            for name, slot in slots.items() if self.held else ():
+                key = name if slot.axes == "mn" else name + self.unit.tag
+                entries = [state[u.params[i]] for u in self.units]
+                seen[name] = self._bind_slot(i, name, key, entries)
+            self.states.append(seen)
+
+    def _bind_slot(self, i: int, name: str, key: str, entries: list[dict[str, Any]]) -> Tensor:
+        if not self.stacked:
+            tensor = entries[0][key]
+            if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+                # a row of a former slab must not keep the whole of it alive
+                entries[0][key] = tensor = tensor.clone()
+            self.rows.append((entries[0], key, tensor))
+            return self.unit.seen(i, name, tensor)
+        slab = torch.stack([entry[key] for entry in entries])
+        for entry, row in zip(entries, slab.unbind(0), strict=True):
+            entry[key] = row
+            self.rows.append((entry, key, row))
+        like = self.unit.slots[i][name].axes == "mn"
+        return slab.mT if like and self.unit.turned[i] else slab
+
+    def clocks(self) -> tuple[int, int]:
+        """Number of the update that comes next, and of the last refresh."""
+        entry = self.firsts[0]
+        return entry[self.unit.step_key] + 1, entry.get(self.unit.refreshed_key, 0)
+
+    def set_step(self, t: int) -> None:
+        """All units have made update t."""
+        for unit, entry in zip(self.units, self.firsts, strict=True):
+            entry[unit.step_key] = t
+
+    def set_refreshed(self, t: int) -> None:
+        """All units were refreshed at update t."""
+        for unit, entry in zip(self.units, self.firsts, strict=True):
+            entry[unit.refreshed_key] = t
+
+    def nonzero(self, Gs: Sequence[Tensor | None], j: int) -> bool:
+        """Whether some gradient of unit j is not all zero; no temporary of its size."""
+        parts = [G[j : j + 1] if self.stacked else G for G in Gs if G is not None]
+        return any(bool(torch.linalg.vector_norm(G, float("inf")) != 0) for G in parts)
+
+    def ready(self, i: int, G: Tensor, maximize: bool, ok: Tensor | None) -> Tensor:
+        """A gradient as the rule takes it: precise enough, turned; zeros where it is not ok."""
+        G = G.to(self.dtype)
+        if maximize:
+            G = -G
+        if ok is not None:
+            G = torch.where(ok.view(-1, 1, 1), G, torch.zeros((), dtype=G.dtype, device=G.device))
+        return G.mT if self.unit.turned[i] else G
+
+    def copies(self) -> list[Tensor]:
+        """Copies of all state, for units whose flags arrive after the update."""
+        return [X.clone() for seen in self.states for X in seen.values()]
+
+    def put_back(self, saved: list[Tensor], ok: Tensor) -> None:
+        """Undo the change of state of units that are not ok."""
+        live = [X for seen in self.states for X in seen.values()]
+        for X, old in zip(live, saved, strict=True):
+            X.copy_(torch.where(ok.to(X.device).view(-1, *[1] * (X.dim() - 1)), X, old))
+
+    def live(self) -> bool:
+        """Whether the optimizer's state still holds the tensors this bucket points at."""
+        for entry, key, tensor in self.rows:
+            if entry.get(key) is not tensor:
+                return False
+        return True
+
+    def gradient(self, i: int, grads: Sequence[Tensor | None]) -> Tensor:
+        """Gradients of member i as (K, m, n) before turning, in their own dtype."""
+        if self.stacked:
+            G = torch.stack([grads[u.positions[i]] for u in self.units])  # type: ignore[misc]
+            if G.shape[1:] != self.unit.key[2 + i][0]:
+                raise RuntimeError(
+                    f"parameter of shape {tuple(self.unit.key[2 + i][0])} changed its shape to "
+                    f"{tuple(G.shape[1:])}; build the optimizer after the model is wrapped"
+                )
+            return G
+        grad = grads[self.unit.positions[i]]
+        assert grad is not None
+        return self.unit.blocks[i].take(grad)
+
+    def load(self, i: int) -> Tensor:
+        """Weights of member i (K, m, n) after turning: a stack is a copy, a view is live."""
+        W = (
+            torch.stack(self.columns[i])
+            if self.stacked
+            else self.unit.blocks[i].take(self.unit.params[i].detach())
+        )
+        return W.mT if self.unit.turned[i] else W
+
+    def store(self, i: int, W: Tensor) -> None:
+        """Put the weights of member i back where `load` made a copy."""
+        W = W.mT if self.unit.turned[i] else W
+        if self.stacked:
+            torch._foreach_copy_(self.columns[i], list(W.unbind(0)))
+            return
+        p = self.unit.params[i]
+        if W.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
+            p.copy_(self.unit.blocks[i].back(W, p.shape))
+
+    def alone(self, j: int) -> Bucket:
+        """Unit j of a stack as a bucket of its own, on rows of the live slabs."""
+        bucket = Bucket([self.units[j]], self.present, self.held)
+        bucket.firsts = [self.firsts[j]]
+        bucket.states = [{name: X[j : j + 1] for name, X in seen.items()} for seen in self.states]
+        return bucket
+
+    def members(self, grads: Sequence[Tensor | None], t: int, refreshed: int) -> list[Member]:
+        """What the rule sees."""
+        made = []
+        for i, G in enumerate(grads):
+            m, n = self.unit.sides(i)
+            load = partial(self.load, i)
+            made.append(
+                Member(
+                    G,
+                    load,
+                    self.states[i],
+                    t=t,
+                    refreshed=refreshed,
+                    m=m,
+                    n=n,
+                    indices=self.indices,
+                    number=i,
+                )
+            )
+        return made
+
+
+def buckets_of(
+    units: Iterable[Unit], mask: Sequence[bool], state: State, rules: Sequence[Rule | None]
+) -> list[Bucket]:
+    """Allocate the state of every present unit and sort the units into buckets."""
+    sorted_units: dict[tuple[Any, ...], list[Unit]] = {}
+    for unit in units:
+        present = tuple(mask[i] for i in unit.positions)
+        if not any(present):
+            continue
+        rule = rules[unit.group]
+        assert rule is not None
+        held = rule.holds(unit.index, state[unit.params[0]].get(unit.step_key, 0) + 1)
+        unit.allocate(state, held)
+        first = state[unit.params[0]]
+        if rule.every:
+            first.setdefault(unit.refreshed_key, 0)
+        clocks = (first[unit.step_key], first.get(unit.refreshed_key, 0))
+        alone = () if unit.stackable and not rule.writes else (id(unit),)
+        sorted_units.setdefault((present, held, *clocks, *unit.key, *alone), []).append(unit)
+    made = []
+    for key, members in sorted_units.items():
+        p = members[0].params[0]
+        size = max(1, chunk_bytes(p.device) // max(1, p.numel() * p.element_size()))
+        made += [
+            Bucket(members[i : i + size], key[0], key[1]) for i in range(0, len(members), size)
+        ]
+    for bucket in made:
+        bucket.bind(state)
+    return made
+
+
+@dataclass(eq=False)
+class Plan:
+    """What one step runs, for one set of present gradients and one set of clocks.
+
+    Attributes:
+        flat: All parameters, group after group.
+        values: Per group, the values its rule and units were made from.
+        rules: Per group, its rule; None for an AdamW group.
+        orders: Per group, the order of AdamW's steps beside the method, see ``Rule.adamw_order``.
+        units: All units.
+        vectors: Per group, flat positions of its AdamW parameters.
+        mask: Which parameters had a gradient when `buckets` was made.
+        buckets: Present units, sorted.
+        entries: Number of parameters with state when `buckets` was made.
+    """
+
+    flat: list[Tensor]
+    values: list[tuple[Any, ...]]
+    rules: list[Rule | None]
+    orders: list[tuple[bool, float] | None]
+    units: list[Unit]
+    vectors: list[list[int]]
+    mask: list[bool] | None = None
+    buckets: list[Bucket] = field(default_factory=list)
+    entries: int = 0
+
+    def stale(self, mask: list[bool], state: State) -> bool:
+        """Whether the buckets no longer fit what is present or what the state holds."""
+        return (
+            self.mask != mask
+            or len(state) != self.entries
+            or not all(bucket.live() for bucket in self.buckets)
+            or any(self._moved(bucket) for bucket in self.buckets)
+        )
+
+    def _moved(self, bucket: Bucket) -> bool:
+        """Whether a window began in which some unit gains or loses its state."""
+        rule = self.rules[bucket.group]
+        if rule is None or type(rule).holds is Rule.holds:
+            return False
+        t = bucket.firsts[0][bucket.unit.step_key] + 1
+        return any(rule.holds(unit.index, t) != bucket.held for unit in bucket.units)
+
+    def fill(self, mask: list[bool], state: State) -> None:
+        """Sort the present units into buckets, allocating what they need."""
+        self.buckets = []  # rows of old slabs go before new ones are made
+        self.buckets = buckets_of(self.units, mask, state, self.rules)
+        self.mask, self.entries = mask, len(state)
+
+    def adopt(self, group: int, rule: Rule) -> bool:
+        """Take a rule with other values for a group; False if its units would change."""
+        for unit in self.units:
+            if unit.group != group:
+                continue
+            sides = tuple(unit.sides(i) for i in range(len(unit.params)))
+            turned = tuple(rule.transpose(b.m, b.n) for b in unit.blocks)
+            if turned != unit.turned or rule.slots(sides) != unit.slots:
+                return False
+        self.rules[group] = rule
+        return True

@@ -1,0 +1,430 @@
+"""What a method is written in: rules, members, slots, directions and their terms.
+
+A rule is the algorithm box of a paper on stacks of matrices. Everything else (groups, views, sides,
+state, missing and bad gradients, learning rate, decay, the write) belongs to the driver in ``base``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+"""A Python number, or a tensor that broadcasts against (K, m, n)."""
+
+
+class Slot:
+    """One state tensor of a member: its axes, dtype, start value and place.
+
+    Args:
+        axes: One letter per dimension. ``m`` and ``n`` are the member's own sides after turning,
+            ``1`` is a broadcast axis, any other letter is sized by keyword. Exactly ``"mn"`` is
+            stored like the parameter itself; anything else as (k, ...) for a view of k > 1
+            matrices and without a leading dimension for one.
+        dtype: A dtype, ``"weight"`` for the parameter's own, or None: float32 (float64 for float64
+            weights), or the group's ``state_dtype`` if it names one.
+        fill: Start value, a number or ``"eye"``.
+        device: None for the parameter's device, ``"cpu"`` for pools that stay on the host.
+        **sizes: Sizes of the other letters.
+    """
+
+    __slots__ = ("axes", "device", "dtype", "fill", "sizes")
+
+    def __init__(
+        self,
+        axes: str,
+        dtype: torch.dtype | str | None = None,
+        fill: float | str = 0.0,
+        device: str | None = None,
+        **sizes: int,
+    ) -> None:
+        self.axes, self.dtype, self.fill, self.device = axes, dtype, fill, device
+        self.sizes = sizes
+
+    def shape(self, m: int, n: int) -> tuple[int, ...]:
+        """Sizes of one matrix's tensor for sides m and n."""
+        known = {"m": m, "n": n, "1": 1, **self.sizes}
+        return tuple(known[axis] for axis in self.axes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Slot) and all(
+            getattr(self, key) == getattr(other, key) for key in self.__slots__
+        )
+
+    def __repr__(self) -> str:
+        return f"Slot({self.axes!r}, {self.sizes})"
+
+
+class Sums:
+    """Sums over the weight's own indices; all of them the identity on one process.
+
+    A rule sends every sum over rows or columns of the weight through here, so that sharded weights
+    need no change in a method file.
+    """
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Complete a partial sum over the rows of the weight."""
+        return x
+
+    def cols(self, x: Tensor) -> Tensor:
+        """Complete a partial sum over the columns of the weight."""
+        return x
+
+    def both(self, x: Tensor) -> Tensor:
+        """Complete a partial sum over all entries of the weight."""
+        return x
+
+    def once(self, fn: Callable[..., Any], *xs: Tensor) -> Any:
+        """Apply fn to whole small matrices on one rank; every rank gets the result."""
+        return fn(*xs)
+
+    def whole(self, fn: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+        """Apply fn to the whole weight-shaped matrix and return the local part."""
+        return fn(X)
+
+
+LOCAL = Sums()
+
+
+def _rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
+    """Slice matrices and rows of x (K or 1, m or 1, n); broadcast axes stay."""
+    x = x if x.shape[0] == 1 else x[ks]
+    return x if x.shape[-2] == 1 else x[:, rows]
+
+
+class Term:
+    """A part of a direction in its cheapest form; ``add_`` puts alpha times it into a panel."""
+
+    whole_rows: ClassVar[bool] = True
+    """Whether the term can be written a panel of rows at a time."""
+
+    @property
+    def mT(self) -> Term:
+        """The same term for the transposed weight."""
+        raise NotImplementedError
+
+    def scaled(self, c: Tensor) -> Term:
+        """The term times c (K, 1, 1) or (), multiplied into its smallest tensor."""
+        raise NotImplementedError
+
+    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
+        """Add alpha times rows `rows` of matrices `ks` to panel, in place."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dense(Term):
+    """A new tensor U (K, m, n)."""
+
+    U: Tensor
+
+    @property
+    def mT(self) -> Dense:
+        """See :class:`Term`."""
+        return Dense(self.U.mT)
+
+    def scaled(self, c: Tensor) -> Dense:
+        """See :class:`Term`."""
+        return Dense(self.U * c)
+
+    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
+        """See :class:`Term`."""
+        panel.add_(self.U[ks, rows], alpha=alpha)
+
+
+@dataclass(frozen=True)
+class Factored(Term):
+    """P @ N with P (K, m, r) and N (K, r, n): never formed at full precision weights."""
+
+    P: Tensor
+    N: Tensor
+
+    @property
+    def mT(self) -> Factored:
+        """See :class:`Term`."""
+        return Factored(self.N.mT, self.P.mT)
+
+    def scaled(self, c: Tensor) -> Factored:
+        """See :class:`Term`."""
+        if self.P.numel() <= self.N.numel():
+            return Factored(self.P * c, self.N)
+        return Factored(self.P, self.N * c)
+
+    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
+        """See :class:`Term`."""
+        self.write_(panel, ks, rows, 1.0, alpha)
+
+    def write_(self, panel: Tensor, ks: slice, rows: slice, keep: float, alpha: float) -> None:
+        """Panel <- keep * panel + alpha * P @ N in one fused product: decay costs nothing."""
+        P, N = self.P[ks, rows], self.N[ks]
+        if panel.dtype != P.dtype:
+            P, N = P.to(panel.dtype), N.to(panel.dtype)
+        panel.baddbmm_(P, N, beta=keep, alpha=alpha)
+
+
+@dataclass(frozen=True)
+class Scaled(Term):
+    """X (K, m, n) that already exists, times by (K, m, 1), (K, 1, n) or (K, 1, 1)."""
+
+    X: Tensor
+    by: Tensor
+
+    @property
+    def mT(self) -> Scaled:
+        """See :class:`Term`."""
+        return Scaled(self.X.mT, self.by.mT)
+
+    def scaled(self, c: Tensor) -> Scaled:
+        """See :class:`Term`."""
+        return Scaled(self.X, self.by * c)
+
+    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
+        """See :class:`Term`."""
+        panel.addcmul_(self.X[ks, rows], _rows(self.by, ks, rows), value=alpha)
+
+
+@dataclass(frozen=True)
+class Selected(Term):
+    """`block` on the rows (dim -2) or columns (dim -1) listed in index (K, c)."""
+
+    dim: int
+    index: Tensor
+    block: Tensor
+
+    @property
+    def mT(self) -> Selected:
+        """See :class:`Term`."""
+        return Selected(-3 - self.dim, self.index, self.block.mT)
+
+    @property
+    def whole_rows(self) -> bool:  # type: ignore[override]
+        """Chosen rows lie anywhere, so they need the whole matrix; chosen columns do not."""
+        return self.dim == -1
+
+    def scaled(self, c: Tensor) -> Selected:
+        """See :class:`Term`."""
+        return Selected(self.dim, self.index, self.block * c)
+
+    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
+        """See :class:`Term`."""
+        block = self.block[ks, rows] if self.dim == -1 else self.block[ks]
+        # gather and scatter take int64 only; the stored index is int32
+        index = self.index[ks].long().unsqueeze(-2 if self.dim == -1 else -1).expand_as(block)
+        part = panel.gather(self.dim, index).add_(block, alpha=alpha)
+        panel.scatter_(self.dim, index, part)
+
+
+@dataclass(frozen=True)
+class Blocks(Term):
+    """Never whole: fn(k, i, j) makes rows i and columns j (slices) of the matrices k."""
+
+    fn: Callable[[slice, slice, slice], Tensor]
+
+    @property
+    def mT(self) -> Blocks:
+        """See :class:`Term`."""
+        return Blocks(lambda k, i, j: self.fn(k, j, i).mT)
+
+    def scaled(self, c: Tensor) -> Blocks:
+        """See :class:`Term`."""
+        c = c.reshape(1, 1, 1) if c.dim() == 0 else c
+        return Blocks(lambda k, i, j: self.fn(k, i, j) * _rows(c, k, i))
+
+    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
+        """See :class:`Term`."""
+        panel.add_(self.fn(ks, rows, slice(None)), alpha=alpha)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """W <- keep * W - lr * scale * sum(terms), keep = 1 - lr * weight_decay [* decay].
+
+    Attributes:
+        member: Which member's weight is written.
+        terms: Their sum is the step's direction; their order is free.
+        scale: A Python number that joins lr in the multiplier.
+        decay: None, or a 0/1 tensor that broadcasts against (K, m, n): where decay applies.
+        decay_last: Decay after the step, as some published codes do.
+        cap: Limit of the step's Frobenius norm relative to the weight's; Dense terms only.
+    """
+
+    member: Member
+    terms: tuple[Term, ...]
+    scale: float = 1.0
+    decay: Tensor | None = None
+    decay_last: bool = False
+    cap: float | None = None
+
+    @property
+    def mT(self) -> Direction:
+        """The same step for the transposed weight."""
+        return replace(
+            self,
+            terms=tuple(term.mT for term in self.terms),
+            decay=None if self.decay is None else self.decay.mT,
+        )
+
+
+class Member:
+    """What a rule sees of one role of a unit, stacked over K equal units.
+
+    Attributes:
+        grad: (K, m, n), at least float32, sign turned for ``maximize``, read-only; None if this
+            member has no gradient (only where a unit has several members).
+        state: Slot name -> (K, *axes), changed in place only.
+        t: 1-based number of this update of these units.
+        refreshed: t of their last refresh, 0 if none.
+        fresh: True inside the first refresh.
+        m: Rows of the whole matrix after turning.
+        n: Columns of the whole matrix after turning.
+        indices: One int per matrix, the key of its random draws.
+        number: Which member of the unit this is.
+        sums: Sums over the weight's indices.
+    """
+
+    __slots__ = (
+        "_load",
+        "fresh",
+        "grad",
+        "indices",
+        "m",
+        "n",
+        "number",
+        "refreshed",
+        "state",
+        "sums",
+        "t",
+    )
+
+    def __init__(
+        self,
+        grad: Tensor | None,
+        load: Callable[[], Tensor],
+        state: Mapping[str, Tensor],
+        *,
+        t: int,
+        refreshed: int,
+        m: int,
+        n: int,
+        indices: tuple[int, ...],
+        number: int = 0,
+        sums: Sums = LOCAL,
+    ) -> None:
+        self.grad, self._load, self.state = grad, load, state
+        self.t, self.refreshed, self.fresh = t, refreshed, False
+        self.m, self.n, self.indices, self.sums, self.number = m, n, indices, sums, number
+
+    @property
+    def value(self) -> Tensor:
+        """The weights (K, m, n) in their own dtype, as they are now.
+
+        A copy for a stack of several units, the weight itself for a single one.
+        """
+        return self._load()
+
+    @property
+    def age(self) -> int:
+        """Updates since the last refresh, 0 in the refreshing step."""
+        return self.t - self.refreshed
+
+    def step(
+        self,
+        *terms: Term,
+        scale: float = 1.0,
+        decay: Tensor | None = None,
+        decay_last: bool = False,
+        cap: float | None = None,
+    ) -> Direction:
+        """Make a Direction for this member."""
+        return Direction(self, terms, scale, decay, decay_last, cap)
+
+
+Slots = Mapping[str, Slot]
+
+RULES: dict[str, type[Rule]] = {}
+"""Every rule by its method's name: what the group key ``rule`` may say."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A method: frozen fields are its hyper-parameters, ``update`` is the paper's box.
+
+    A rule stores nothing on itself, never modifies a gradient, changes state in place only, and
+    draws no global random number. Fields are plain values; ``__post_init__`` checks them.
+    """
+
+    members: ClassVar[tuple[str, ...]] = ("W",)
+    """Roles of a unit's parameters; a group's flat list is cut into runs of this length."""
+    phase: ClassVar[int] = 0
+    """0 refreshes at updates 1, T+1, 2T+1, ...; 1 at updates 1, T, 2T, ..."""
+    writes: ClassVar[bool] = False
+    """Whether ``refresh`` changes weights in place; such units are never stacked."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        RULES[cls.method()] = cls
+
+    @classmethod
+    def method(cls) -> str:
+        """The method's name: the class name without a closing "Rule"."""
+        return cls.__name__.removesuffix("Rule")
+
+    @property
+    def every(self) -> int:
+        """Updates between refreshes; 0 for a rule that has none."""
+        return 0
+
+    def due(self, t: int, refreshed: int) -> bool:
+        """Whether update t begins with a refresh."""
+        every = self.every
+        return bool(every) and (refreshed == 0 or (t - 1 + self.phase) % every == 0)
+
+    def transpose(self, m: int, n: int) -> bool:
+        """Whether the driver turns an m x n member over before this rule sees it."""
+        return False
+
+    def state(self, *sides: Any) -> Any:
+        """Slots of each member: ``state(m, n)`` for one, ``state((m, n), ...)`` for several."""
+        return {} if len(self.members) == 1 else tuple({} for _ in self.members)
+
+    def slots(self, sides: tuple[tuple[int, int], ...]) -> tuple[Slots, ...]:
+        """``state`` in one form for any number of members."""
+        if len(sides) == 1:
+            return (self.state(*sides[0]),)
+        return tuple(self.state(*sides))
+
+    def refresh(self, *members: Any, **unused: Any) -> None:
+        """Rare and eager: may factorise and wait for the device. Never sees a bad or zero G."""
+
+    def update(self, *members: Any, **unused: Any) -> Direction | Iterable[Direction]:
+        """Return or yield Directions; each is written before the next is asked for."""
+        raise NotImplementedError
+
+    def holds(self, index: int, t: int) -> bool:
+        """Whether the unit keeps its state tensors at update t."""
+        return True
+
+    def adamw_order(self) -> tuple[bool, float] | None:
+        """None for torch's AdamW beside this rule; else (correct_bias, eps) of GaLore's order."""
+        return None
+
+    def splits(self, m: int, n: int) -> frozenset[str]:
+        """Dimensions along which shards are exact because every sum goes through ``sums``."""
+        return frozenset()
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with message unless condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_adam(betas: tuple[float, float], eps: float | None) -> None:
+    """Adam's range checks, with torch's texts."""
+    check(eps is None or eps >= 0.0, f"Invalid epsilon value: {eps}")
+    for i, beta in enumerate(betas):
+        check(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")

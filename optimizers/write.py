@@ -1,0 +1,123 @@
+"""How a weight is written: the one place that touches parameters.
+
+Rounding is to nearest. Terms of the weight's own dtype are added in that dtype, as torch does;
+terms of a higher precision are summed in it with the decayed weight and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .rule import Dense, Direction, Factored, Term, check
+
+PANEL = 2**17
+"""Elements of a row panel on CPU: the passes of one write then meet in the cache."""
+PANEL_ACCELERATOR = 2**26
+"""The same on accelerators, where it only bounds the float32 copy of a low-precision weight."""
+LOW = (torch.bfloat16, torch.float16)
+
+
+def write_(
+    W: Tensor, step: Direction, lr: float | Tensor, weight_decay: float, ok: Tensor | None = None
+) -> None:
+    """W <- keep * W - lr * scale * sum(terms), in place.
+
+    Args:
+        W: Weights (K, m, n), any strides.
+        step: What to write.
+        lr: A float, or a 1-element tensor on W's device.
+        weight_decay: Decoupled decay; keep = 1 - lr * weight_decay where it applies.
+        ok: None, or flags (K, 1, 1): a matrix whose flag is 0 stays as it is, decay included.
+    """
+    terms = list(step.terms)
+    if step.cap is not None:
+        terms = _capped(W, terms, step.cap, lr, step.scale)
+    alpha, keep = -step.scale, 1.0 - lr * weight_decay
+    if isinstance(lr, Tensor):
+        terms = [term.scaled(lr.to(W.device)) for term in terms]
+    else:
+        alpha *= lr
+    for mask in (step.decay, ok):
+        if mask is not None and weight_decay != 0.0:
+            # 1 + (keep - 1) * mask in the accumulator's precision; a bool mask promotes to float32
+            keep = 1.0 + (keep - 1.0) * mask.to(_precision(W))
+    if ok is not None:
+        terms = [term.scaled(ok) for term in terms]
+    if W.stride(-1) != 1 and W.stride(-2) == 1:
+        # panels must run along the memory: write the turned weight turned back
+        W, terms = W.mT, [term.mT for term in terms]
+        keep = keep.mT if isinstance(keep, Tensor) and keep.dim() > 1 else keep
+    terms.sort(key=lambda term: not isinstance(term, Factored))
+    _write_panels(W, terms, alpha, keep, step.decay_last)
+
+
+def _precision(W: Tensor) -> torch.dtype:
+    return torch.float32 if W.dtype in LOW else W.dtype
+
+
+def _capped(
+    W: Tensor, terms: list[Term], cap: float, lr: float | Tensor, scale: float
+) -> list[Term]:
+    """Shrink the step to cap * ||W||_F per matrix; a zero weight does not cap."""
+    check(all(isinstance(term, Dense) for term in terms), "cap works with Dense terms only")
+    U = sum((term.U for term in terms if isinstance(term, Dense)), torch.zeros((), device=W.device))
+    size = torch.linalg.vector_norm(U, dim=(-2, -1), keepdim=True) * (lr * abs(scale))
+    limit = cap * torch.linalg.vector_norm(W.to(U.dtype), dim=(-2, -1), keepdim=True)
+    shrink = torch.where((limit > 0) & (size > limit), limit / size, torch.ones_like(size))
+    return [term.scaled(shrink) for term in terms]
+
+
+def _panels(W: Tensor, whole: bool) -> Iterator[tuple[slice, slice]]:
+    """Matrices and rows of each panel: several small matrices at once, or rows of a large one."""
+    K, m, n = W.shape
+    size = PANEL if W.device.type == "cpu" else PANEL_ACCELERATOR
+    matrices, rows = max(1, size // max(1, m * n)), max(1, size // max(1, n))
+    if whole or m * n <= size:
+        rows = max(1, m)
+    for k in range(0, K, matrices):
+        for i in range(0, m, rows):
+            yield slice(k, k + matrices), slice(i, i + rows)
+
+
+def _write_panels(
+    W: Tensor, terms: list[Term], alpha: float, keep: float | Tensor, decay_last: bool
+) -> None:
+    same = all(isinstance(term, Dense) and term.U.dtype == W.dtype for term in terms)
+    low = W.dtype in LOW and not same
+    keep_first, keep_last = (1.0, keep) if decay_last else (keep, 1.0)
+    if not low and terms and isinstance(terms[0], Factored) and not isinstance(keep_first, Tensor):
+        # one product over the whole matrix, with the decay inside
+        for k in range(W.shape[0]) if W.shape[0] * W[0].numel() > PANEL else [slice(None)]:
+            ks = slice(k, k + 1) if isinstance(k, int) else k
+            terms[0].write_(W[ks], ks, slice(None), keep_first, alpha)
+        keep_first, terms = 1.0, terms[1:]
+        if not terms and _is_one(keep_last):
+            return
+    whole = not all(term.whole_rows for term in terms)
+    for ks, rows in _panels(W, whole):
+        target = W[ks, rows]
+        panel = target.float() if low else target
+        _decay_(panel, keep_first, ks, rows)
+        for term in terms:
+            term.add_(panel, ks, rows, alpha)
+        _decay_(panel, keep_last, ks, rows)
+        if low:
+            target.copy_(panel)
+
+
+def _is_one(keep: float | Tensor) -> bool:
+    return not isinstance(keep, Tensor) and math.isclose(keep, 1.0, rel_tol=0.0, abs_tol=0.0)
+
+
+def _decay_(panel: Tensor, keep: float | Tensor, ks: slice, rows: slice) -> None:
+    if isinstance(keep, Tensor):
+        if keep.dim() > 1:
+            keep = keep if keep.shape[0] == 1 else keep[ks]
+            keep = keep if keep.shape[-2] == 1 else keep[:, rows]
+        panel.mul_(keep)
+    elif not _is_one(keep):
+        panel.mul_(keep)

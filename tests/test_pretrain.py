@@ -1,0 +1,561 @@
+"""The language-model example: data, model, protocol, report, and runs that are killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import stiefel.optimizers
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import common  # noqa: E402
+import methods  # noqa: E402
+import pretrain  # noqa: E402
+import report  # noqa: E402
+
+NAMES = [
+    "adamw",
+    *(
+        pytest.param(
+            name.lower(),
+            marks=pytest.mark.skipif(
+                not hasattr(stiefel.optimizers, name), reason=f"{name} is not exported yet"
+            ),
+        )
+        for name in ("Muon", "GaLore")
+    ),
+]
+SHAPE = {"d": 32, "layers": 1, "heads": 2, "seq": 32, "batch": 4}
+VALIDATION_KEYS = ["dataclasses.py", "ftplib.py", "glob.py"]
+TINY = [f"--{key}={value}" for key, value in SHAPE.items()]
+WIDTH, HEIGHT = 1350, 825  # 9 x 5.5 inches at 150 dots; with a panel of differences 7.5 inches
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus, so that a started process does not spend its time on reading."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    words = random.Random(0).choices(
+        "the step of a matrix is not the sum of its parts\n".split(), k=9000
+    )
+    path.write_text(" ".join(words))
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(EXAMPLES / "pretrain.py"), *map(str, arguments)]
+
+
+def launch(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+def settings(name: str, **changes: Any) -> common.Settings:
+    values: dict[str, Any] = {**SHAPE, "seed": 0, "steps": 12, "val_every": 5, "threads": 1}
+    values |= {"lr": methods.default_lr(name), "options": methods.method_options(name, 32, {})}
+    return common.Settings(method=name, corpus="text", corpus_hash="0", **(values | changes))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal bit for bit, through every level of a checkpoint."""
+    if isinstance(a, Tensor):
+        equal = isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape
+        bits = (t.contiguous().flatten().view(torch.uint8) for t in (a, b))
+        return equal and torch.equal(*bits)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def content(path: Path) -> dict[str, Any]:
+    """A checkpoint without the two clocks that measure this machine."""
+    saved: dict[str, Any] = torch.load(path, weights_only=True)
+    for key in ("optimizer_seconds", "step_seconds"):
+        del saved["record"][key]
+    return saved
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def test_the_split_depends_on_the_file_name_alone() -> None:
+    # Fixed for ever: a change of the split would make all published numbers incomparable.
+    keys = ["abc.py", "json/decoder.py", "asyncio/events.py", "typing.py", "re/_parser.py"]
+    found = [common.in_validation(key) for key in [*keys, *VALIDATION_KEYS]]
+    assert found == [False] * len(keys) + [True] * len(VALIDATION_KEYS)
+
+
+def test_code_corpus_is_stable_and_whole(tmp_path: Path) -> None:
+    for name in ("a.py", "json/b.py", "json/test/c.py", "other/d.py", "_sysconfigdata_x.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n")
+    corpus = common.code_corpus(tmp_path)
+    texts = {key: f"# {key}\n".encode() for key in ("a.py", "json/b.py")}
+    assert corpus.digest == common.split_texts("code", texts).digest
+    assert corpus.name == "code" and not corpus.note
+
+
+def test_split_joins_sorted_files_by_newlines() -> None:
+    keys = sorted([*VALIDATION_KEYS, "b", "a"])
+    corpus = common.split_texts("x", {key: key.encode() for key in reversed(keys)})
+    assert bytes(corpus.val.tolist()) == "\n".join(sorted(VALIDATION_KEYS)).encode()
+    assert bytes(corpus.train.tolist()) == b"a\nb"
+
+
+def test_standard_library_and_prose() -> None:
+    code, again, prose = (common.load_corpus(name, 64) for name in ("code", "code", "prose"))
+    assert code.digest == again.digest and torch.equal(code.val, again.val)
+    assert len(code.train) > len(code.val) > 100_000
+    assert len(prose.train) > 10 * len(prose.val)
+    if sys.version_info[:3] == (3, 11, 7):
+        assert (code.digest, prose.digest) == ("8b5e4b14549c", "dded5f7d5ed8")
+
+
+def test_without_library_sources_torch_steps_in(tmp_path: Path) -> None:
+    corpus = common.code_corpus(tmp_path)
+    assert "torch" in corpus.note
+    assert 7e6 <= len(corpus.train) + len(corpus.val) < 9e6
+
+
+def test_own_file_keeps_its_last_tenth_for_validation(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_bytes(bytes(range(250)) * 4)
+    corpus = common.load_corpus(str(tmp_path / "own.txt"), 32)
+    assert (len(corpus.train), len(corpus.val), corpus.name) == (900, 100, "own.txt")
+    with pytest.raises(methods.UserError, match="too few"):
+        common.load_corpus(str(tmp_path / "own.txt"), 99)
+    with pytest.raises(methods.UserError, match=r"--corpus .*cannot be read"):
+        common.load_corpus(str(tmp_path / "none.txt"), 32)
+
+
+def test_batches_reach_both_ends_of_the_data() -> None:
+    data = torch.arange(8, dtype=torch.uint8)
+    batch = common.draw_batch(data, 200, 5, torch.Generator().manual_seed(0))
+    assert batch.shape == (200, 6) and batch.dtype == torch.int64
+    assert (batch.diff(dim=1) == 1).all()
+    assert (int(batch.min()), int(batch.max())) == (0, 7)
+
+
+# --------------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize(
+    ("size", "total", "hidden"), [("micro", 492_384, 442_368), ("small", 844_928, 778_240)]
+)
+def test_parameter_counts(size: str, total: int, hidden: int) -> None:
+    shape = dict(common.SIZES[size])
+    del shape["batch"]
+    model = common.build_model(**shape, seed=0)
+    matrices, aux = methods.split_parameters(model)
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert sum(p.numel() for _, p in matrices) == hidden
+    assert len(matrices) == 28 and all(p.ndim == 2 for _, p in matrices)
+    assert {name for name, p in aux if p.ndim == 2} == {"embed.weight", "head.weight"}
+
+
+def test_initial_scales() -> None:
+    model = common.build_model(96, 4, 4, 64, seed=3)
+    p = dict(model.named_parameters())
+    expected = {
+        "embed.weight": 0.02,
+        "head.weight": 0.02,
+        "blocks.1.q.weight": 96**-0.5,
+        "blocks.0.up.weight": 96**-0.5,
+        "blocks.2.o.weight": 96**-0.5 / 8**0.5,
+        "blocks.3.down.weight": 256**-0.5 / 8**0.5,
+    }
+    for name, std in expected.items():
+        assert float(p[name].detach().std()) == pytest.approx(std, rel=0.05)
+    assert p["blocks.3.gate.weight"].shape == (256, 96)
+    batch = torch.randint(256, (8, 65), generator=torch.Generator().manual_seed(0))
+    assert float(model.loss(batch)) == pytest.approx(math.log(256), abs=0.1)
+
+
+def test_model_is_causal_and_knows_positions() -> None:
+    model = common.build_model(**{key: SHAPE[key] for key in list(SHAPE)[:4]}, seed=0)
+    ids = torch.randint(256, (1, 32), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[0, 20] = (changed[0, 20] + 1) % 256
+    with torch.no_grad():
+        a, b = model(ids), model(changed)
+    torch.testing.assert_close(a[:, :20], b[:, :20], rtol=0, atol=1e-6)
+    assert (a[:, 20:] - b[:, 20:]).abs().amax(-1).min() > 1e-6
+
+
+def test_rotary_embedding_sees_distances_only() -> None:
+    angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.1])
+    q, k = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0))
+    q, k = (common.rotate(x.expand(40, 4), angles.cos(), angles.sin()) for x in (q, k))
+    scores = q @ k.T
+    torch.testing.assert_close(scores[3, 1], scores[33, 31], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(q.norm(dim=1), q[0].norm().expand(40))
+
+
+# ------------------------------------------------------------------------------------ protocol
+
+
+def test_schedule_warms_up_and_ends_near_a_tenth() -> None:
+    factors = [common.schedule(step, 300) for step in range(300)]
+    assert factors[0] == pytest.approx(1 / 30) and factors[29] == 1.0 == max(factors)
+    assert factors[165] == pytest.approx(0.55) and factors[-1] == pytest.approx(0.1, abs=1e-3)
+    assert all(0 < common.schedule(step, 1) <= 1 for step in range(3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_aux_parameters_are_trained_alike(name: str, text: Path) -> None:
+    """With matrices at rest (lr 0), every method must move the rest exactly as AdamW does."""
+    corpus = common.load_corpus(str(text), 32)
+    runs = [common.Run(settings(n, lr=0.0), corpus) for n in ("adamw", name)]
+    for run in runs:
+        for _ in range(4):
+            run.train_step()
+        matrices, _ = methods.split_parameters(run.model)
+        start, _ = methods.split_parameters(common.build_model(32, 1, 2, 32, seed=0))
+        assert all(torch.equal(p, q) for (_, p), (_, q) in zip(matrices, start, strict=True))
+    first, second = (methods.split_parameters(run.model)[1] for run in runs)
+    assert all(torch.equal(p, q) for (_, p), (_, q) in zip(first, second, strict=True))
+    assert runs[0].record.train == runs[1].record.train
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_start_and_same_batches(name: str, text: Path) -> None:
+    corpus = common.load_corpus(str(text), 32)
+    a, b = (common.Run(settings(n), corpus) for n in ("adamw", name))
+    assert same(dict(a.model.state_dict()), dict(b.model.state_dict()))
+    assert same(a.validation, b.validation) and len(a.validation) == 16
+    for run in (a, b):
+        run.train_step()
+    assert a.record.train == b.record.train
+    assert torch.equal(a.generator.get_state(), b.generator.get_state())
+    lrs = [group["lr"] for group in b.optimizer.param_groups]
+    assert sorted({round(lr / common.schedule(1, 12), 9) for lr in lrs}) == sorted(
+        {methods.AUX_LR, methods.default_lr(name)}
+    )
+
+
+def test_seeds_differ_in_start_and_batches(text: Path) -> None:
+    corpus = common.load_corpus(str(text), 32)
+    a, b = (common.Run(settings("adamw", seed=seed), corpus) for seed in (0, 1))
+    assert not torch.equal(a.model.head.weight, b.model.head.weight)
+    assert not torch.equal(a.generator.get_state(), b.generator.get_state())
+    assert same(a.validation, b.validation)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_repeat_bit_for_bit(name: str, text: Path, tmp_path: Path) -> None:
+    corpus = common.load_corpus(str(text), 32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for path in ("a", "b"):
+            common.Run(settings(name), corpus).train(tmp_path / path, 50, lambda record: None)
+    finally:
+        torch.set_num_threads(threads)
+    a, b = content(tmp_path / "a"), content(tmp_path / "b")
+    assert same(a, b)
+    assert a["record"]["step"] == 12 and [step for step, _ in a["record"]["val"]] == [5, 10, 12]
+
+
+# -------------------------------------------------------------------------------------- options
+
+
+def test_lrs_and_options_go_where_they_belong() -> None:
+    names = ["adamw"]
+    assert pretrain.parse_lrs(["0.5"], names) == {"adamw": 0.5}
+    assert pretrain.parse_lrs(["AdamW=0.5"], names) == {"adamw": 0.5}
+    assert pretrain.parse_lrs([], names) == {"adamw": 1e-3}
+    assert pretrain.parse_options(["betas=(0.5, 0.9)"], names) == {"adamw": {"betas": (0.5, 0.9)}}
+    assert pretrain.parse_options(["adamw.eps=1e-6"], names) == {"adamw": {"eps": 1e-6}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "adam"], "Unknown optimizer 'adam': choose from adamw"),
+        (["--compare", "adamw,adamw"], "each method can be named once"),
+        (["--optimizer", "adamw", "--lr", "muon=0.1"], "muon is not in this run"),
+        (["--optimizer", "adamw", "--lr", "-1"], "not a number above 0"),
+        (["--optimizer", "adamw", "--lr", "x"], "'x' is not a number"),
+        (["--optimizer", "adamw", "--set", "rnak=8"], "none of adamw takes 'rnak'"),
+        (["--optimizer", "adamw", "--set", "rank"], "write --set key=value"),
+        (["--optimizer", "adamw", "--set", "betas=(3, 3)"], "refuses its options"),
+        (["--optimizer", "adamw", "--d", "33"], "--d 33 must be a multiple"),
+        (["--optimizer", "adamw", "--corpus", "no.txt"], "--corpus no.txt: cannot be read"),
+    ],
+)
+def test_mistakes_are_said_in_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        pretrain.main(
+            [
+                *arguments,
+                "--threads",
+                str(torch.get_num_threads()),
+                "--quick",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 2
+    )
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+
+
+# --------------------------------------------------------------------------------------- report
+
+
+def record_of(losses: list[float], diverged_at: int | None = None) -> common.Record:
+    record = common.Record(diverged_at=diverged_at, optimizer_seconds=1.0, step_seconds=4.0)
+    record.val = [[100.0 * (i + 1), loss] for i, loss in enumerate(losses)]
+    record.step = 100 * len(losses)
+    record.train = record.ema = record.lr = [3.0] * record.step
+    return record
+
+
+@pytest.mark.parametrize(
+    ("gaps", "steps", "word"),
+    [
+        ([-0.16], 300, "better"),
+        ([0.16], 300, "worse"),
+        ([-0.05], 300, "1 seed"),
+        ([-0.05, -0.04], 300, "2 seeds"),
+        ([-0.05, -0.04, -0.03], 300, "better"),
+        ([-0.05, -0.04, 0.01], 300, "tie"),
+        ([0.014], 300, "tie"),
+        ([-0.3], 40, "short"),
+    ],
+)
+def test_verdict_claims_no_more_than_the_runs_show(
+    gaps: list[float], steps: int, word: str
+) -> None:
+    assert report.verdict(gaps, steps) == word
+
+
+def test_summary_is_paired_sorted_and_keeps_diverged_runs() -> None:
+    common_values = {"steps": 200, "options": {}, "lr": 0.1}
+    results = []
+    for seed in (0, 1, 2):
+        for name, losses, bad in (
+            ("adamw", [2.5 + seed / 100, 2.2 + seed / 100], None),
+            ("x", [2.1 + seed / 100, 2.0 + seed / 50], None),
+            ("y", [1.0], 150 if seed == 1 else None),
+        ):
+            made = common.Settings(
+                method=name,
+                corpus="t",
+                corpus_hash="0",
+                seed=seed,
+                val_every=100,
+                threads=1,
+                **SHAPE,
+                **common_values,
+            )
+            results.append((made, record_of(losses, bad)))
+    rows = report.summarize(results)
+    assert [row.method for row in rows] == ["x", "adamw", "y"]
+    x, adamw, y = rows
+    assert x.gaps == pytest.approx([-0.2, -0.19, -0.18]) and x.verdict == "better"
+    assert x.loss == pytest.approx(2.02) and x.baseline_steps == "> 200"
+    assert adamw.gap == 0 and adamw.verdict == "baseline" and adamw.optimizer_share == 0.25
+    assert y.loss is None and y.gap is None and y.verdict == "diverged"
+    assert y.losses == [1.0, None, 1.0]
+    shown = report.table(rows) + report.seed_table(rows, [0, 1, 2])
+    assert shown.count("diverged") >= 3 and f"{2.02 / math.log(2):.3f}" in shown
+
+
+def test_steps_to_reach() -> None:
+    curve = [(100, 3.0), (200, 2.0)]
+    found = [report.steps_to_reach(curve, target) for target in (3.5, 2.5, 2.0, 1.0)]
+    assert found == ["<= 100", "~150", "~200", "> 200"]
+
+
+def test_json_has_no_nan() -> None:
+    values = {"a": [math.nan, math.inf, 1.0], "b": (True, None, "x"), 3: torch.float32}
+    assert report.clean(values) == {
+        "a": [None, None, 1.0],
+        "b": [True, None, "x"],
+        "3": "torch.float32",
+    }
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    common.write_atomically(path, b"old")
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(methods.UserError, match="No space left"):
+        common.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+# ------------------------------------------------------------------------------------ whole runs
+
+
+def check_png(path: Path, height: int) -> None:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    assert size == (WIDTH, height)
+    image = pytest.importorskip("matplotlib.image").imread(path)
+    assert 0.02 < (image[..., :3].min(axis=-1) < 0.95).mean() < 0.5  # drawn on, not filled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_run(name: str, tmp_path: Path) -> None:
+    """The command of the documentation, from another folder, on the default corpus."""
+    done = launch("--optimizer", name, "--quick", "--out", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("torch ", "492,384 parameters", "Estimate", "40/40", "bits", name):
+        assert word in done.stdout
+    assert "Traceback" not in done.stderr
+    results = json.loads((tmp_path / "here/results.json").read_text())
+    assert results.keys() == {"environment", "protocol", "corpus", "model", "runs", "summary"}
+    assert results["environment"].keys() == {"python", "torch", "system", "threads"}
+    assert results["protocol"]["aux_lr"] == 0.01
+    (run,) = results["runs"]
+    assert run["settings"]["method"] == name and run["settings"]["steps"] == 40
+    assert {key: len(run["record"][key]) for key in ("train", "ema", "lr", "val")} == {
+        "train": 40,
+        "ema": 40,
+        "lr": 40,
+        "val": 1,
+    }
+    assert not run["diverged"] and 2 < run["val_loss"] < 3.5
+    assert run["bits_per_byte"] == pytest.approx(run["val_loss"] / math.log(2))
+    assert 0 < results["summary"][0]["optimizer_share"] < 1
+    check_png(tmp_path / "here/loss.png", HEIGHT)
+
+
+@pytest.mark.slow
+def test_comparison_resumes_and_refuses(text: Path, tmp_path: Path) -> None:
+    """Seeds in one comparison; a second call runs nothing; other settings are refused."""
+    pytest.importorskip("matplotlib")
+    if not hasattr(stiefel.optimizers, "Muon"):
+        pytest.skip("Muon is not exported yet")
+    base = [*TINY, "--corpus", text, "--steps", 8, "--out", tmp_path, "--no-progress"]
+    whole = [*base, "--compare", "adamw,muon", "--seeds", 2]
+    first = launch(*whole)
+    assert first.returncode == 0, first.stderr
+    assert "by seed" in first.stdout and "Estimate" in first.stdout
+    names = [f"{name}-seed{seed}.pt" for name in ("adamw", "muon") for seed in (0, 1)]
+    assert sorted(path.name for path in tmp_path.glob("*.pt*")) == names
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+    again = launch(*whole, "--resume", "--json", "-")
+    assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in names}
+    assert json.loads(again.stdout) == json.loads((tmp_path / "results.json").read_text())
+    assert again.stderr.count("finished earlier") == 4 and "Estimate" not in again.stderr
+    check_png(tmp_path / "loss.png", 1125)
+    other = launch(*base, "--optimizer", "muon", "--lr", 0.5, "--resume")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1
+    assert "--resume" in other.stderr and "lr = 0.01, not 0.5" in other.stderr
+
+
+def test_resume_without_checkpoint_and_with_a_broken_one(text: Path, tmp_path: Path) -> None:
+    base = [*TINY, "--corpus", str(text), "--steps", "4", "--out", str(tmp_path), "--no-progress"]
+    base += ["--optimizer", "adamw", "--resume", "--threads", str(torch.get_num_threads())]
+    assert pretrain.main(base) == 0
+    path = tmp_path / "adamw-seed0.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert pretrain.main(base) == 2
+    torch.save({"weights": torch.ones(2)}, path)
+    assert pretrain.main(base) == 2
+
+
+def test_diverged_run_is_kept_and_told_by_the_exit_code(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [*TINY, "--corpus", str(text), "--steps", "25", "--out", str(tmp_path), "--no-progress"]
+    base += ["--threads", str(torch.get_num_threads()), "--optimizer", "adamw", "--lr", "1e30"]
+    assert pretrain.main(base) == 1
+    assert "diverged" in capsys.readouterr().out
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert run["diverged"] and run["val_loss"] is None and run["record"]["diverged_at"] <= 25
+    assert (tmp_path / "loss.png").exists() or "matplotlib" not in sys.modules
+
+
+# ---------------------------------------------------------------------------------- killed runs
+
+EXTRA = {"galore": ["--set", "update_proj_gap=7"]}  # a refresh lies between two checkpoints
+needs_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint that a running process keeps replacing."""
+    return int(torch.load(path, weights_only=True)["record"]["step"]) if path.exists() else 0
+
+
+def kill_when(process: subprocess.Popen[bytes], path: Path, step: int, delay: float) -> None:
+    """SIGKILL ``delay`` seconds after the checkpoint of ``step``, unless the run ended before."""
+    limit = time.monotonic() + 120
+    while process.poll() is None and step_of(path) < step:
+        assert time.monotonic() < limit, "no checkpoint in two minutes"
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()  # SIGKILL: no handler, no clean-up
+    process.wait()
+
+
+@pytest.mark.slow
+@needs_sigkill
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_run_ends_bit_identical(name: str, text: Path, tmp_path: Path) -> None:
+    base = [*TINY, "--corpus", text, "--steps", 30, "--checkpoint-every", 3, "--val-every", 10]
+    base += ["--optimizer", name, "--no-progress", *EXTRA.get(name, [])]
+    assert launch(*base, "--out", tmp_path / "whole").returncode == 0
+    path = tmp_path / "killed" / f"{name}-seed0.pt"
+    process = subprocess.Popen(command(*base, "--out", path.parent), stdout=subprocess.DEVNULL)
+    kill_when(process, path, 9, 0.0)
+    assert process.returncode == -signal.SIGKILL and 9 <= step_of(path) < 30
+    done = launch(*base, "--out", path.parent, "--resume")
+    assert done.returncode == 0 and "continues, step" in done.stdout
+    assert same(content(tmp_path / "whole" / path.name), content(path))
+
+
+@pytest.mark.slow
+@needs_sigkill
+def test_kills_at_random_moments(text: Path, tmp_path: Path) -> None:
+    """A checkpoint after every step: many of these moments lie inside a write."""
+    name = "galore" if hasattr(stiefel.optimizers, "GaLore") else "adamw"
+    base = [*TINY, "--corpus", text, "--steps", 150, "--checkpoint-every", 1, "--val-every", 60]
+    base += ["--optimizer", name, "--no-progress", *EXTRA.get(name, [])]
+    corpus = common.load_corpus(str(text), 32)
+    path = tmp_path / f"{name}-seed0.pt"
+    draw, step = random.Random(5), 0
+    for _ in range(4):
+        process = subprocess.Popen(
+            command(*base, "--out", tmp_path, "--resume"), stdout=subprocess.DEVNULL
+        )
+        kill_when(process, path, step + 1, draw.uniform(0.0, 0.15))
+        step = step_of(path)  # readable at every moment
+        assert process.returncode in (-signal.SIGKILL, 0)
+    assert launch(*base, "--out", tmp_path, "--resume").returncode == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        saved = torch.load(path, weights_only=True)["settings"]
+        common.Run(common.Settings(**saved), corpus).train(tmp_path / "whole", 500, lambda r: None)
+    finally:
+        torch.set_num_threads(threads)
+    assert same(content(tmp_path / "whole"), content(path))
+    assert not list(tmp_path.glob("*.tmp"))
