@@ -54,8 +54,10 @@ def available_methods() -> dict[str, type[torch.optim.Optimizer]]:
     """Every optimizer by its lower-case name: torch's AdamW and whatever the package exports."""
     found: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW}
     for name, value in vars(stiefel.optimizers).items():
-        public = isinstance(value, type) and not name.startswith("_")
-        if public and issubclass(value, torch.optim.Optimizer):
+        if not isinstance(value, type) or not issubclass(value, torch.optim.Optimizer):
+            continue
+        # A class that asks for its rule is the driver below the methods, not a method.
+        if not name.startswith("_") and "rule" not in inspect.signature(value).parameters:
             found.setdefault(name.lower(), value)
     return found
 
@@ -84,21 +86,30 @@ def method_options(name: str, d: int, extra: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in shared.items() if key in accepted} | own | extra
 
 
-def accepts(name: str, key: str) -> bool:
-    """Whether ``key`` is a free option: the auxiliary AdamW is fixed, the lr has its own way."""
-    parameters = constructor(name)[1]
-    return key in list(parameters)[1:] and key != "lr" and not key.startswith("adamw_")
+def free_options(name: str) -> list[str]:
+    """Keywords a run may set: the auxiliary AdamW is fixed, the learning rate has its own way."""
+    cls, accepted = constructor(name)
+    kinds = {key: parameter.kind for key, parameter in list(accepted.items())[1:]}
+    keys = {key for key, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD}
+    if len(keys) < len(kinds):
+        # Keywords that all optimizers of the package share stand in no signature, but each is
+        # a default of the groups (where "rule" and "method" say who trains the group).
+        trial = cls([nn.Parameter(torch.zeros(2, 2))], lr=0.0)  # type: ignore[call-arg]
+        keys |= trial.defaults.keys() - {"rule", "method"}
+    return sorted(key for key in keys if key != "lr" and not key.startswith("adamw_"))
 
 
 def build_optimizer(
     name: str, model: nn.Module, lr: float, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """``options`` train the hidden matrices; the auxiliary AdamW is the same for every method."""
-    cls, accepted = constructor(name)
+    cls, _ = constructor(name)
+    free = free_options(name)
     for key in options:
-        if not accepts(name, key):
-            free = ", ".join(known for known in accepted if accepts(name, known))
-            raise UserError(f"--set {key}: {cls.__name__} takes no such option here, but {free}.")
+        if key not in free:
+            raise UserError(
+                f"--set {key}: {cls.__name__} takes no such option here, but {', '.join(free)}."
+            )
     matrices, aux = split_parameters(model)
     group: dict[str, Any] = {"params": aux, "lr": AUX_LR, "weight_decay": 0.0}
     if cls is torch.optim.AdamW:

@@ -33,8 +33,8 @@ from common import (
 )
 from methods import (
     UserError,
-    accepts,
     default_lr,
+    free_options,
     method_options,
     split_parameters,
 )
@@ -124,7 +124,7 @@ def parse_options(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dic
         target = target.lower()
         if dot and target not in methods:
             raise UserError(f"--set {text}: {target} is not in this run ({', '.join(methods)}).")
-        takers = [target] if dot else [name for name in methods if accepts(name, key)]
+        takers = [target] if dot else [name for name in methods if key in free_options(name)]
         if not takers:
             raise UserError(f"--set {text}: none of {', '.join(methods)} takes {key!r}.")
         for name in takers:

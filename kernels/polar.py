@@ -294,9 +294,9 @@ def _run_batches(stack: Tensor, plan: _Plan, eps: float) -> Tensor:
     source, target = (stack.mT, out.mT) if turned else (stack, out)  # (K, m, n), m <= n
     m, n = source.shape[-2:]
     size = max(1, _BATCH // (_ceil(m) * _ceil(n)))
-    for X, O in zip(source.split(size), target.split(size), strict=True):
-        Y = torch.nn.functional.pad(X, (0, _ceil(n) - n, 0, _ceil(m) - m))
-        O.copy_(plan.run(_normalised(Y, plan, eps))[..., :m, :n])
+    for i in range(0, len(stack), size):
+        Y = torch.nn.functional.pad(source[i : i + size], (0, _ceil(n) - n, 0, _ceil(m) - m))
+        target[i : i + size].copy_(plan.run(_normalised(Y, plan, eps))[..., :m, :n])
     return out
 
 

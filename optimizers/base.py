@@ -27,7 +27,7 @@ from .groups import (
     rule_of,
     settings_of,
 )
-from .plan import Bucket, Plan, Unit, chunk_bytes, units_of
+from .plan import Bucket, Plan, Unit, chunk_bytes, largest, units_of
 from .roles import Assignment
 from .rule import RULES, Direction, Rule
 from .write import LOW, write_
@@ -385,14 +385,13 @@ class StackedOptimizer(Optimizer):
         return stacks, flags
 
     def _flag(self, G: Tensor, stacked: bool) -> Tensor:
-        """(K,) sums on the host's path; elsewhere the largest entries, which cannot overflow."""
-        dims = tuple(range(1, G.dim())) if stacked else tuple(range(G.dim()))
+        """(K,) sums where the host waits; elsewhere the largest entries, which cannot overflow."""
         if self._waits(G.device):
             # float16 and float64 sums may overflow: the host looks again
+            dims = tuple(range(1 if stacked else 0, G.dim()))
             flag = G.sum(dims, dtype=torch.float32 if G.dtype in LOW else None)
-        else:
-            flag = torch.linalg.vector_norm(G, float("inf"), dims)
-        return flag if stacked else flag.reshape(1)
+            return flag if stacked else flag.reshape(1)
+        return torch.stack([largest(part) for part in G]) if stacked else largest(G).reshape(1)
 
     def _waits(self, device: torch.device) -> bool:
         return device.type == "cpu" if self._wait is None else self._wait

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..kernels import product
 from .base import StackedOptimizer
 from .moments import CARRY_POLICIES, adam, adam_reference, carry
 from .projectors import KINDS, rank_of, top_bases, top_basis
@@ -78,37 +80,41 @@ class GaLoreRule(Rule):
         assert w.grad is not None
         names = [name for name in ("basis", "basis_right") if name in w.state]
         old = tuple(w.state[name] for name in names)
-        new = w.sums.once(self.bases, w.grad, *old)
+        new = w.sums.once(partial(self.bases, w.turned), w.grad, *old)
         if not w.fresh:
             pairs = [P for pair in zip(old, new, strict=True) for P in pair]
             carry(self.moments, w.state["exp_avg"], w.state["exp_avg_sq"], *pairs)
         for P, P_new in zip(old, new, strict=True):
             P.copy_(P_new)
 
-    def bases(self, G: Tensor, P: Tensor, Q: Tensor | None = None) -> tuple[Tensor, ...]:
+    def bases(
+        self, turned: bool, G: Tensor, P: Tensor, Q: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """New bases (K, m, r) and, for two sides, (K, n, r); the old ones where none is found."""
-        exact = self.compat == "reference"
-        kind, r = "svd_full" if exact else self.projection, P.shape[-1]
-        if Q is None:
-            return (top_basis(G, r, kind, lapack_signs=exact, old=P),)
-        return top_bases(G, r, kind, lapack_signs=exact, old=(P, Q))
+        exact, r = self.compat == "reference", P.shape[-1]
+        kind = "svd_full" if exact else self.projection
+        if Q is not None:
+            return top_bases(G, r, kind, lapack_signs=exact, old=(P, Q))
+        if exact and turned:  # LAPACK's signs belong to the matrix as it was stored
+            return top_bases(G.mT, r, kind, lapack_signs=True)[1:]
+        return (top_basis(G, r, kind, lapack_signs=exact, old=P),)
 
     def update(self, w: Member) -> Direction:
         """One step for a stack; after turning, rows are projected."""
-        s, (beta1, beta2) = w.state, self.betas
-        P, Q = s["basis"], s.get("basis_right")  # (K, m, r), (K, n, r)
         assert w.grad is not None
-        R = w.sums.rows(P.mT @ w.grad)  # (K, r, n)
+        P, Q = w.state["basis"], w.state.get("basis_right")  # (K, m, r), (K, n, r)
+        R = w.sums.rows(product(P.mT, w.grad))  # (K, r, n)
         if Q is not None:
-            R = w.sums.cols(R @ Q)  # (K, r, r)
+            R = w.sums.cols(product(R, Q))  # (K, r, r)
         t = w.age + 1 if self.moments == "reset" else w.t
-        eps, moments = self.epsilon(), (s["exp_avg"], s["exp_avg_sq"])
+        settings = {"beta1": self.betas[0], "beta2": self.betas[1], "eps": self.epsilon()}
+        moments, scale = (w.state["exp_avg"], w.state["exp_avg_sq"]), self.scale
         if self.compat == "reference":
-            N, factor = adam_reference(R, *moments, t, beta1=beta1, beta2=beta2, eps=eps)
-            scale = self.scale * factor if self.correct_bias else self.scale
+            N, factor = adam_reference(R, *moments, t, **settings)
+            scale *= factor if self.correct_bias else 1.0
         else:
-            N, scale = adam(R, *moments, t, beta1=beta1, beta2=beta2, eps=eps), self.scale
-        lift = Factored(P, N if Q is None else N @ Q.mT)
+            N = adam(R, *moments, t, **settings)
+        lift = Factored(P, N if Q is None else product(N, Q.mT))
         return w.step(lift, scale=scale, decay_last=self.compat == "reference")
 
     def epsilon(self) -> float:

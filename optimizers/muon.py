@@ -25,7 +25,7 @@ ADJUST_LR_FNS = ("auto", "original", "match_rms_adamw", "spectral", "none", None
 
 @dataclass(frozen=True)
 class MuonRule(Rule):
-    """B <- B + (1 - mu)(G - B); U = G + mu (B - G); step along polar(U) times a function of m, n."""
+    """B <- B + (1 - mu)(G - B); U = G + mu (B - G); step along polar(U), scaled by its shape."""
 
     momentum: float = 0.95
     nesterov: bool = True

@@ -33,6 +33,12 @@ def chunk_bytes(device: torch.device) -> int:
     return CHUNK.get(device.type, CHUNK_ACCELERATOR)
 
 
+def largest(X: Tensor) -> Tensor:
+    """The largest magnitude, a NaN if there is one: one pass, no temporary of X's size."""
+    low, high = torch.aminmax(X)
+    return torch.maximum(-low, high)
+
+
 @dataclass(eq=False)
 class Unit:
     """Parameters that are updated together.
@@ -260,9 +266,9 @@ class Bucket:
             entry[unit.refreshed_key] = t
 
     def nonzero(self, Gs: Sequence[Tensor | None], j: int) -> bool:
-        """Whether some gradient of unit j is not all zero; no temporary of its size."""
-        parts = [G[j : j + 1] if self.stacked else G for G in Gs if G is not None]
-        return any(bool(torch.linalg.vector_norm(G, float("inf")) != 0) for G in parts)
+        """Whether some gradient of unit j is not all zero."""
+        parts = [G[j] if self.stacked else G for G in Gs if G is not None]
+        return any(bool(largest(G) != 0) for G in parts)
 
     def ready(self, i: int, G: Tensor, maximize: bool, ok: Tensor | None) -> Tensor:
         """A gradient as the rule takes it: precise enough, turned; zeros where it is not ok."""
@@ -347,6 +353,7 @@ class Bucket:
                     n=n,
                     indices=self.indices,
                     number=i,
+                    turned=self.unit.turned[i],
                 )
             )
         return made

@@ -347,7 +347,7 @@ def _heads(model: nn.Module, sites: dict[int, list[_Site]]) -> dict[int, str]:
     found = []
     for key, s in places:
         # A layer of a numbered block is no head, even if its width happens to equal a vocabulary.
-        inside = re.search(r"(^|\.)[^\d.][^.]*\.\d+\.", ".".join(s.parts))
+        inside = s.says(_LORA) or re.search(r"(^|\.)[^\d.][^.]*\.\d+\.", ".".join(s.parts))
         if _linear(s) and s.ndim == 2 and s.shape[0] in vocabularies and not inside:
             found.append((key, s))
     tied_or_named = any(_names_head(s) or any(map(_embedding, sites[key])) for key, s in found)

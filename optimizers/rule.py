@@ -1,7 +1,7 @@
 """What a method is written in: rules, members, slots, directions and their terms.
 
-A rule is the algorithm box of a paper on stacks of matrices. Everything else (groups, views, sides,
-state, missing and bad gradients, learning rate, decay, the write) belongs to the driver in ``base``.
+A rule is the algorithm box of a paper on stacks of matrices. All else (groups, views, sides,
+state, missing and bad gradients, learning rate, decay, the write) belongs to the driver.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from ..kernels import add_product_
 
 Scalar = float | Tensor
 """A Python number, or a tensor that broadcasts against (K, m, n)."""
@@ -161,9 +163,8 @@ class Factored(Term):
     def write_(self, panel: Tensor, ks: slice, rows: slice, keep: float, alpha: float) -> None:
         """Panel <- keep * panel + alpha * P @ N in one fused product: decay costs nothing."""
         P, N = self.P[ks, rows], self.N[ks]
-        if panel.dtype != P.dtype:
-            P, N = P.to(panel.dtype), N.to(panel.dtype)
-        panel.baddbmm_(P, N, beta=keep, alpha=alpha)
+        P, N = P.to(panel.dtype), N.to(panel.dtype)
+        add_product_(panel, P, N, beta=keep, alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,8 @@ class Member:
         n: Columns of the whole matrix after turning.
         indices: One int per matrix, the key of its random draws.
         number: Which member of the unit this is.
+        turned: Whether the weight was turned. Formulas never ask; only code that must repeat the
+            roundings and signs of a published factorisation does.
         sums: Sums over the weight's indices.
     """
 
@@ -298,6 +301,7 @@ class Member:
         "state",
         "sums",
         "t",
+        "turned",
     )
 
     def __init__(
@@ -312,11 +316,13 @@ class Member:
         n: int,
         indices: tuple[int, ...],
         number: int = 0,
+        turned: bool = False,
         sums: Sums = LOCAL,
     ) -> None:
         self.grad, self._load, self.state = grad, load, state
         self.t, self.refreshed, self.fresh = t, refreshed, False
-        self.m, self.n, self.indices, self.sums, self.number = m, n, indices, sums, number
+        self.m, self.n, self.indices, self.sums = m, n, indices, sums
+        self.number, self.turned = number, turned
 
     @property
     def value(self) -> Tensor:

@@ -347,6 +347,19 @@ def test_fallback_to_the_fp64_gram(monkeypatch, real_eigh, how):
         assert largest(P - want) <= 1e-5
 
 
+@dtypes
+@pytest.mark.parametrize("m, n", [(12, 31), (31, 12)])
+def test_near_deficiency_needs_no_fallback(monkeypatch, real_eigh, m, n, dtype):
+    """G^T P / sigma is not orthonormal here; its QR is, at the first attempt."""
+    calls = []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda K: calls.append(1) or real_eigh(K))
+    for sigma in ([1.0, 1e-2, 1e-3, 1e-4, 1e-5], [1.0, 0.5]):
+        calls.clear()
+        for P in top_bases(planted(m, n, sigma, dtype), 5):
+            assert largest(P.mT @ P - torch.eye(5, dtype=dtype)) <= 1e-5
+        assert len(calls) == 1
+
+
 def test_fallback_to_the_full_svd(monkeypatch, real_eigh):
     G = planted(6, 17, [1.5**-i for i in range(6)])
     expected = top_bases(G, 3, "svd_full")
@@ -490,6 +503,9 @@ def test_adam_takes_any_strides_and_leaves_the_gradient():
     turned_M, turned_V = torch.zeros(2, 9, 5).mT, torch.zeros(2, 9, 5).mT
     turned = adam(R, turned_M, turned_V, 1, **BETAS, eps=1e-8)
     assert largest(N - turned) <= 1e-6 and largest(M - turned_M) <= 1e-7
+    upright_M, upright_V = torch.zeros(2, 9, 5), torch.zeros(2, 9, 5)
+    upright = adam(R.mT, upright_M, upright_V, 1, **BETAS, eps=1e-8)
+    assert torch.equal(turned, upright.mT) and torch.equal(turned_V, upright_V.mT)
     wide = torch.zeros(2, 5, 18)
     strided = adam(R, wide[..., ::2], torch.zeros(2, 5, 9), 1, **BETAS, eps=1e-8)
     assert largest(N - strided) <= 1e-6

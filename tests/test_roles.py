@@ -186,6 +186,16 @@ def test_embedding_named_as_a_bias():
     assert table["relative_attention_bias.weight"].role == "embedding"
 
 
+def test_lora_factors_of_a_head_are_no_head():
+    adapted = parts(
+        base_layer=nn.Linear(8, 20, bias=False),
+        lora_A=parts(default=nn.Linear(8, 2, bias=False)),
+        lora_B=parts(default=nn.Linear(2, 20, bias=False)),
+    )
+    table = by_name(parts(tok=nn.Embedding(20, 8), final=adapted))
+    assert [row.role for row in table.values()] == ["embedding", "head", "hidden", "hidden"]
+
+
 @pytest.mark.parametrize("name", ["lm_head", "head", "output", "classifier", "unembed", "score"])
 def test_head_by_name(name):
     row = by_name(parts(**{name: nn.Linear(4, 3)}))[f"{name}.weight"]
@@ -480,6 +490,7 @@ def test_strict():
         ("m.q_proj.lora_B.default.weight", (4, 2), "hidden", "matrix"),
         ("m.lm_head.lora_B.default.weight", (9, 2), "hidden", "matrix"),
         ("m.embed_tokens.lora_embedding_A.default", (2, 9), "hidden", "matrix"),
+        ("m.q_proj.lora_A.embed.weight", (2, 4), "hidden", "matrix"),
         ("m.q_proj.lora_magnitude_vector.default.weight", (4,), "vector", "adamw"),
         ("mlp.experts.gate_up_proj", (3, 4, 5), "expert", "matrix"),
     ],
