@@ -59,6 +59,14 @@ POLAR_EXPRESS_SAFE: Schedule = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
+# Turbo-Muon (arXiv 2512.04632), for use after its row scaling.
+TURBO: Schedule = (
+    (4.6051, -9.6552, 5.6769),
+    (4.7505, -6.0861, 2.1790),
+    (2.7763, -2.3190, 0.5523),
+    (2.4231, -2.2861, 0.8193),
+)
+
 
 class Rational(NamedTuple):
     """One odd rational step x -> scale * x * (1 + sum_j weights[j] / (x^2 + shifts[j]))."""
@@ -170,6 +178,36 @@ def _minimax_quintic(l: float, u: float) -> Triple:
         last = error
         root = math.sqrt(9 * b * b - 20 * a * c)
         q, r = math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))
+
+
+def cheb_cubic_schedule(l: float = 1e-3, steps: int = 10) -> Schedule:
+    """Greedy minimax odd cubics for singular values in [l, 1], in closed form.
+
+    On [l, u] let e^2 = (u^2 + u l + l^2) / 3, where the cubic has its maximum, and
+    D = 2 e^3 + l u (l + u). Then a = 6 e^2 / D, b = -2 / D and the error is
+    E = (2 e^3 - l u (l + u)) / D, so that [1 - E, 1 + E] is the next interval.
+
+    Args:
+        l: lower end of the singular values, relative to the norm used.
+        steps: length of the schedule.
+
+    Returns:
+        A tuple of ``steps`` triples (a, b, 0).
+
+    Source: the family of CANS, arXiv 2506.10935.
+    """
+    u = 1.0
+    schedule: list[Triple] = []
+    for _ in range(steps):
+        e2 = (u * u + u * l + l * l) / 3
+        cube, rest = 2 * e2**1.5, l * u * (l + u)
+        schedule.append((6 * e2 / (cube + rest), -2 / (cube + rest), 0.0))
+        error = (cube - rest) / (cube + rest)
+        l, u = 1 - error, 1 + error
+    return tuple(schedule)
+
+
+CHEB_CUBIC: Schedule = cheb_cubic_schedule()
 
 
 # --- Zolotarev's rational function (Nakatsukasa and Freund, SIAM Review 58(3), 2016) ---

@@ -51,6 +51,11 @@ def polar_factor(
     ``ns5_tuned``           five tuned quintics; 0.47..1.15, 0.98..1.03                   5
     ``polar_express``       minimax quintics; 0.85..1.12, 0.87..1.12                      5
     ``polar_express_safe``  the same with more margin; 0.85..1.14, 0.86..1.14             5
+    ``cheb_cubic``          minimax cubics; 1.00 from l = 1e-3                            10
+    ``cubic``               1.5 x - 0.5 x^3; 0.13..1, 0.89..1                             12
+    ``taylor5``             Taylor's quintic; 0.15..1, 0.94..1                            8
+    ``turbo``               rows scaled first, so the factor of another matrix and not    4
+                            left equivariant; then 0.15..1.05, 0.94..1.05
     ``auto``                ``auto_method`` chooses by shape, device and dtype
     ======================  ===========================================================  =======
 
@@ -80,7 +85,8 @@ def polar_factor(
         ValueError: for an unknown method or option, or a value out of range.
 
     Source: ``ns5`` Jordan et al., Muon, 2024; ``polar_express`` Amsel et al., arXiv 2505.16932;
-    ``zolo`` after Nakatsukasa and Freund, SIAM Review 58(3), 2016.
+    ``cheb_cubic`` after CANS, arXiv 2506.10935; ``turbo`` Turbo-Muon, arXiv 2512.04632; ``zolo``
+    after Nakatsukasa and Freund, SIAM Review 58(3), 2016.
     """
     _check_input(X)
     if method == "auto":
@@ -148,9 +154,32 @@ def _polynomial(X: Tensor, schedule: Schedule) -> Tensor:
     """X <- a X + (b A + c A^2) X with A = X X^T, once for each (a, b, c)."""
     ops = pick(X)
     for a, b, c in schedule:
+        if c == 0:
+            X = ops.scale_and_apply(X, ops.gram(X), a, b)
+            continue
         P: Tensor = ops.symmetric_poly(ops.gram(X), b, c)  # (m, m)
         X = ops.scale_and_apply(X, P, a)
+        del P  # before the next product needs room
     return X
+
+
+def _turbo(X: Tensor, schedule: Schedule) -> Tensor:
+    """The same after X <- diag(s) X, s_i = (sum_j |A_ij|)^(-1/2) with A = X X^T.
+
+    The scaling alone brings ||X||_2 below one, and further up than the Frobenius norm does. But the
+    limit is the polar factor of diag(s) X: left orthogonal equivariance is lost.
+    """
+    ops = pick(X)
+    A: Tensor = ops.gram(X)
+    sums = torch.linalg.vector_norm(A, ord=1, dim=-1, keepdim=True)  # (m, 1)
+    s = sums.clamp(min=torch.finfo(X.dtype).tiny).rsqrt()
+    (a, b, c), rest = schedule[0], schedule[1:]
+    A.mul_(s).mul_(s.mT)
+    P: Tensor = ops.symmetric_poly(A, b, c)
+    del A
+    X.copy_(ops.scale_and_apply(X.mul_(s), P, a))  # in X's own room, which the caller holds anyway
+    del P
+    return _polynomial(X, rest)
 
 
 def _svd(X: Tensor) -> Tensor:
@@ -158,7 +187,7 @@ def _svd(X: Tensor) -> Tensor:
     X, bad = _masked(X)
     U, s, Vh = torch.linalg.svd(X, full_matrices=False)
     keep = s > max(X.shape[-2:]) * torch.finfo(X.dtype).eps * s[..., :1]
-    O: Tensor = (U * keep.unsqueeze(-2)) @ Vh
+    O: Tensor = U.mul_(keep.unsqueeze(-2)) @ Vh
     return O.masked_fill_(bad, torch.nan)
 
 
@@ -170,6 +199,7 @@ def _eigh(X: Tensor) -> Tensor:
     """
     S, bad = _masked(pick(X).gram(X))
     values, V = torch.linalg.eigh(S)
+    del S
     damping = 16 * torch.finfo(X.dtype).eps * values[..., -1:]
     # The floor is for the zero matrix, whose factor must come out as a finite number times zero.
     root = (values.clamp(min=0) + damping.clamp(min=torch.finfo(X.dtype).tiny)).rsqrt()
@@ -224,12 +254,12 @@ def _product(T: Tensor, X: Tensor) -> Tensor:
 
 
 def _masked(X: Tensor) -> tuple[Tensor, Tensor]:
-    """X with its non-finite matrices set to zero, and the mask (..., 1, 1) that names them.
+    """X with its non-finite matrices set to zero in place, and the mask (..., 1, 1) of those.
 
     LAPACK refuses non-finite input with an exception; here such a matrix becomes NaN instead.
     """
     bad = ~X.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return X.masked_fill(bad, 0.0), bad
+    return X.masked_fill_(bad, 0.0), bad
 
 
 class _Method(NamedTuple):
@@ -250,6 +280,10 @@ METHODS: dict[str, _Method] = {
     "ns5_tuned": _Method(_polynomial, lists.NS5_TUNED, 5),
     "polar_express": _Method(_polynomial, lists.POLAR_EXPRESS, 5, 1.01),
     "polar_express_safe": _Method(_polynomial, lists.POLAR_EXPRESS_SAFE, 5, 1.02),
+    "cheb_cubic": _Method(_polynomial, lists.CHEB_CUBIC, 10),
+    "cubic": _Method(_polynomial, lists.CUBIC, 12),
+    "taylor5": _Method(_polynomial, lists.TAYLOR5, 8),
+    "turbo": _Method(_turbo, lists.TURBO, 4),
 }
 
 

@@ -19,6 +19,7 @@ from .groups import (
     check_group,
     check_matrix,
     check_values,
+    defaults_of,
     parameters_of,
     read,
     refuse_unknown,
@@ -152,21 +153,18 @@ class StackedOptimizer(Optimizer):
         reference = key is not None and bool(group.get(key)) and "rule" not in group
         if reference:
             group["rule"] = self._own.method()
-        rules = [self._own]
-        if group.get("rule") not in (None, "adamw"):
-            rules.append(rule_class(group["rule"]))
-        known = {f.name: f.default for rule in rules for f in fields(rule)}
-        message = refuse_unknown(
-            group,
-            OWN | FOREIGN | COMMON.keys() | known.keys() | ({key} if key else set()),
-            "parameter group key",
-        )
+        named = group.get("rule")
+        rule = self._own if named in (None, "adamw") else rule_class(named)
+        foreign = {} if rule is self._own else defaults_of(rule)
+        known = OWN | FOREIGN | COMMON.keys() | defaults_of(self._own).keys() | foreign.keys()
+        message = refuse_unknown(group, known | ({key} if key else set()), "parameter group key")
         if message:
             raise ValueError(message)
-        full = {**known, **self.defaults, **group}
+        # a group of another method starts from that method's defaults, not from this one's
+        full = {**self.defaults, **foreign, **group}
         check_group(full, self._own, reference=reference)
-        for name in known:
-            group.setdefault(name, full[name])
+        for name in foreign:
+            group.setdefault(name, foreign[name])
         return self._split(group, full)
 
     def _split(self, group: dict[str, Any], full: dict[str, Any]) -> list[dict[str, Any]]:
@@ -248,7 +246,8 @@ class StackedOptimizer(Optimizer):
 
     def _order(self, group: dict[str, Any]) -> tuple[bool, float] | None:
         """How AdamW parameters of a group are stepped: as the optimizer's method has it."""
-        rule = rule_of({**group, "rule": None}, self._own)
+        named = group["rule"]
+        rule = rule_of({**group, "rule": None if named == "adamw" else named}, self._own)
         return None if rule is None else rule.adamw_order()
 
     def _adopt(self, plan: Plan, values: list[tuple[Any, ...]]) -> bool:

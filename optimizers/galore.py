@@ -107,13 +107,13 @@ class GaLoreRule(Rule):
         if Q is not None:
             R = w.sums.cols(product(R, Q))  # (K, r, r)
         t = w.age + 1 if self.moments == "reset" else w.t
-        settings = {"beta1": self.betas[0], "beta2": self.betas[1], "eps": self.epsilon()}
-        moments, scale = (w.state["exp_avg"], w.state["exp_avg_sq"]), self.scale
+        (beta1, beta2), eps, scale = self.betas, self.epsilon(), self.scale
+        M, V = w.state["exp_avg"], w.state["exp_avg_sq"]  # like R
         if self.compat == "reference":
-            N, factor = adam_reference(R, *moments, t, **settings)
+            N, factor = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
             scale *= factor if self.correct_bias else 1.0
         else:
-            N = adam(R, *moments, t, **settings)
+            N = adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
         lift = Factored(P, N if Q is None else product(N, Q.mT))
         return w.step(lift, scale=scale, decay_last=self.compat == "reference")
 

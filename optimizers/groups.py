@@ -86,6 +86,11 @@ def rule_of(group: Mapping[str, Any], own: type[Rule]) -> Rule | None:
     return cls(**{f.name: group[f.name] for f in fields(cls) if f.name in group})
 
 
+def defaults_of(cls: type[Rule]) -> dict[str, Any]:
+    """Group keys of a rule with their defaults."""
+    return {f.name: f.default for f in fields(cls)}
+
+
 def settings_of(rule: Rule) -> dict[str, Any]:
     """A rule's fields as group values."""
     return {f.name: getattr(rule, f.name) for f in fields(rule)}

@@ -5,6 +5,7 @@ import pathlib
 from dataclasses import dataclass
 
 import torch
+
 from stiefel.kernels import product
 from stiefel.optimizers import (
     Blocks,
@@ -255,7 +256,9 @@ METHODS = {
         params,
         **{"lr": 0.02, "rank": 3, "update_proj_gap": 3, "compat": "reference", **kw},
     ),
-    "rows": lambda params, **kw: StackedOptimizer(params, RowsRule(), **{"lr": 0.02, "weight_decay": 0.1, **kw}),
+    "rows": lambda params, **kw: StackedOptimizer(
+        params, RowsRule(), **{"lr": 0.02, "weight_decay": 0.1, **kw}
+    ),
     "pick": lambda params, **kw: StackedOptimizer(params, PickRule(), **{"lr": 0.02, **kw}),
     "pick-rows": lambda params, **kw: StackedOptimizer(
         params, PickRule(dim=-2, order=1, gap=3), **{"lr": 0.02, "weight_decay": 0.1, **kw}

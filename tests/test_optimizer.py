@@ -94,6 +94,8 @@ def test_joint_equals_separate_optimizers_bitwise(method):
 def test_turned_weight_equals_transposed_problem(method):
     if method.startswith(("galore-full", "pick", "rows")):
         pytest.skip("the rule itself treats rows and columns differently")
+    if method == "galore-reference":
+        pytest.skip("LAPACK's signs belong to the matrix as it is stored; the fixtures check them")
     p, q = weight(TALL), None
     q = nn.Parameter(p.detach().mT.contiguous())
     grads = gradients(TALL, 7)

@@ -41,6 +41,7 @@ def one_thread():
 
 ALL = [*METHODS, "auto"]
 EXACT = ["svd", "eigh"]
+EQUIVARIANT = [name for name in METHODS if name != "turbo"]
 SHAPES = [(48, 80), (80, 48), (33, 17), (17, 33), (24, 24), (1, 7), (7, 1), (130, 140)]
 NS5 = (3.4445, -4.7750, 2.0315)
 
@@ -67,7 +68,7 @@ def relative(A: torch.Tensor, B: torch.Tensor) -> float:
 # --- 3 to 9: the properties of the sheet ---
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EQUIVARIANT)
 @pytest.mark.parametrize("shape", [(40, 72), (72, 40), (32, 32)])
 def test_muon_12_03_left_right_equivariance(method, shape):
     m, n = shape
@@ -76,6 +77,15 @@ def test_muon_12_03_left_right_equivariance(method, shape):
         M = with_spectrum(torch.linspace(0.01, 1, m), m, n)
     Q, R = orthogonal(m, 3), orthogonal(n, 4)
     assert relative(polar_factor(Q @ M @ R, method), Q @ polar_factor(M, method) @ R) < 1e-10
+
+
+def test_muon_12_03_turbo_is_right_but_not_left_equivariant():
+    M = gaussian(64, 256)
+    M[32:] = 1e-2 * (M[:32] + 0.3 * M[32:])  # correlated rows of unequal scale
+    Q, R = orthogonal(64, 3), orthogonal(256, 4)
+    O = polar_factor(M, "turbo")
+    assert relative(polar_factor(M @ R, "turbo"), O @ R) < 1e-10
+    assert relative(polar_factor(Q @ M, "turbo"), Q @ O) > 1e-2
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -89,6 +99,8 @@ def test_muon_12_04_scale_invariance(method, scale):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_muon_12_05_transpose(method, shape):
     M = gaussian(*shape)
+    if method == "turbo" and shape[0] == shape[1]:
+        pytest.skip("turbo scales the rows of a square matrix, so its transpose is another problem")
     # float64 rounding times the slope at zero, for eigh the condition number of a Gaussian square
     bound = 1e-9 if method == "eigh" else 1e-11
     assert relative(polar_factor(M.mT, method), polar_factor(M, method).mT) < bound
@@ -110,6 +122,11 @@ GOLDEN = [
     ("polar_express", 5, 1.0, (0.8462, 1.1236), (0.8703, 1.1236), "976"),
     ("polar_express", 8, 1.0, (1.0000, 1.0000), (1.0000, 1.0000), "6363"),
     ("polar_express_safe", 5, 1.02, (0.8466, 1.1411), (0.8589, 1.1411), "970"),
+    ("turbo", 4, 1.0, (0.1466, 1.0500), (0.9409, 1.0500), "147"),
+    ("cubic", 5, 1.0, (0.0076, 1.0), (0.0758, 1.0), "8"),
+    ("cubic", 12, 1.0, (0.1292, 1.0), (0.893, 1.0), "130"),
+    ("taylor5", 5, 1.0, (0.0232, 1.0), (0.2285, 1.0), "23"),
+    ("taylor5", 8, 1.0, (0.1518, 1.0), (0.943, 1.0), "153"),
 ]
 
 
@@ -118,7 +135,8 @@ def test_muon_12_07_composite_map_table(method, steps, factor, wide, narrow, slo
     for l, band in ((1e-3, wide), (1e-2, narrow)):
         x = torch.logspace(math.log10(l), 0, 200_001, dtype=torch.float64)
         phi = composite_map(method, x / factor, steps)
-        assert (round(float(phi.min()), 4), round(float(phi.max()), 4)) == band
+        digits = 3 if band in ((0.893, 1.0), (0.943, 1.0)) else 4  # as the table prints them
+        assert (round(float(phi.min()), digits), round(float(phi.max()), digits)) == band
     assert f"{composite_map(method, 1e-9 / factor, steps) / 1e-9:.0f}" == slope
 
 
@@ -169,6 +187,16 @@ def test_muon_12_08_zolotarev_equioscillates(l, r):
     assert extremes.abs().max() / extremes.abs().min() < 1 + 1e-4
 
 
+def test_muon_12_08_cheb_cubic_errors():
+    x = torch.logspace(-3, 0, 200_001, dtype=torch.float64)
+    errors = []
+    for step in lists.cheb_cubic_schedule(1e-3, 10):
+        x = lists.odd_quintic(step, x)
+        errors.append(float((x - 1).abs().max()))
+    stated = [0.995, 0.987, 0.966, 0.914, 0.796, 0.568, 0.265, 0.054, 2.2e-3, 3.5e-6]
+    assert errors == pytest.approx(stated, rel=2e-2)
+
+
 def test_muon_12_08_zolotarev_literals():
     made = zolotarev(3e-3, 2)
     assert made.shifts == pytest.approx(lists.ZOLO.shifts, rel=1e-10)
@@ -215,7 +243,7 @@ def test_muon_12_11_single_row_is_divided_by_its_norm(method, shape):
     assert relative(polar_factor(M, method), M / M.norm()) < 1e-6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EQUIVARIANT)
 def test_muon_12_11_rank_one_keeps_its_direction(method):
     u, v = gaussian(30), gaussian(50, seed=1)
     M = torch.outer(u, v)
@@ -289,7 +317,7 @@ def test_ns5_clamps_the_norm_as_torch_does(scale):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", [k for k, v in METHODS.items() if v.schedule])
+@pytest.mark.parametrize("method", [k for k in EQUIVARIANT if METHODS[k].schedule])
 def test_polynomial_methods_match_the_naive_loop(method, shape):
     entry = METHODS[method]
     schedule = lists.at_step(entry.schedule, entry.steps)
@@ -297,7 +325,19 @@ def test_polynomial_methods_match_the_naive_loop(method, shape):
     assert relative(polar_factor(M, method), newton_schulz(M, schedule, entry.margin)) < 1e-11
     # Five steps of slopes up to 8 amplify the rounding of float32 by a few hundred.
     low = polar_factor(M.float(), method)
-    assert relative(low, newton_schulz(M.float(), schedule, entry.margin)) < 1e-5
+    # The first minimax cubic sends x = 1 to 0.005 at slope -6: only a single row sits there.
+    bound = 1e-3 if method == "cheb_cubic" and 1 in shape else 1e-5
+    assert relative(low, newton_schulz(M.float(), schedule, entry.margin)) < bound
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_turbo_matches_the_naive_loop(shape):
+    M = gaussian(*shape)
+    X = M if shape[0] <= shape[1] else M.mT
+    X = X / (X @ X.mT).abs().sum(dim=1, keepdim=True).sqrt()
+    O = newton_schulz(X, lists.TURBO, 1 / float(X.norm()))  # no division by the norm
+    O = O if shape[0] <= shape[1] else O.mT
+    assert relative(polar_factor(M, "turbo"), O) < 1e-11
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -416,7 +456,8 @@ def test_invariants(m, n, seed, method):
     assert torch.equal(polar_factor(M * 0.25, method), O)
     assert torch.equal(polar_factor(-M, method), -O) or method in EXACT
     # eigh and zolo feel the condition number of X X^T, which a drawn square can make large.
-    assert relative(polar_factor(M.mT, method).mT, O) < 1e-4
+    if method != "turbo" or m != n:
+        assert relative(polar_factor(M.mT, method).mT, O) < 1e-4
     assert not polar_factor(0 * M, method).any()
 
 
@@ -570,8 +611,8 @@ def test_peak_of_temporaries(method, shape):
     X = gaussian(*shape, dtype=torch.float32)
     with AllocationCounter() as counter:
         polar_factor(X, method)
-    # The result and at most three matrices more; eigh and svd also hold their vectors.
-    assert counter.peak <= (4 if method not in EXACT else 5) * X.nbytes + 1024
+    # The result and at most three matrices more, besides a few vectors.
+    assert counter.peak <= 4.1 * X.nbytes
 
 
 @pytest.mark.parametrize("method", ["zolo", "ns5"])
@@ -579,4 +620,4 @@ def test_peak_of_temporaries_of_a_stack_of_large_matrices(method):
     X = gaussian(6, 200, 300, dtype=torch.float32)
     with AllocationCounter() as counter:
         polar_factor(X, method)
-    assert counter.peak <= X.nbytes + 4 * X[0].nbytes + 1024
+    assert counter.peak <= X.nbytes + 4.1 * X[0].nbytes

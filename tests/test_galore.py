@@ -1,0 +1,494 @@
+"""GaLore: the fifteen properties of its sheet, the recorded trajectories, the published package."""
+
+import copy
+import io
+import math
+
+import oracles
+import pytest
+import torch
+from problems import (
+    COLUMN,
+    FIXTURES,
+    ODD,
+    ROW,
+    SQUARE,
+    TALL,
+    WIDE,
+    fixture,
+    gradients,
+    run,
+    same,
+    tensors,
+    tolerance,
+    trajectory,
+    weight,
+)
+
+from stiefel.optimizers import GaLore
+from stiefel.optimizers import galore as module
+
+RECORDED = sorted(path.stem for path in FIXTURES.glob("galore-*.json"))
+KINDS = ["std", "reverse_std", "right", "left", "full"]
+
+
+def optimizer_of(data, params):
+    settings = dict(data["settings"]["optimizer"])
+    return GaLore([{"params": params, **data["settings"]["group"]}], compat="reference", **settings)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_trajectory(name, monkeypatch):
+    """The published code's weights, its bases fed where the signs of an SVD would decide."""
+    data = fixture(name)
+    p = torch.nn.Parameter(data["W0"].clone())
+    optimizer = optimizer_of(data, [p])
+    stored = iter(data["bases"])
+    m, n = data["settings"]["shape"]
+    kind = data["settings"]["group"]["proj_type"]
+
+    def feed(self, turned, G, P, Q=None):
+        basis = next(stored)["basis"]
+        if kind == "full":
+            left, right = (torch.tensor(x, dtype=torch.float32) for x in basis)
+            return left[None], right.mT[None]
+        B = torch.tensor(basis, dtype=torch.float32)
+        return (B.mT[None] if turned else B[None],)
+
+    monkeypatch.setattr(module.GaLoreRule, "bases", feed)
+    out = run(optimizer, [p], [list(data["grads"])])
+    bound = tolerance(data, "max_abs_diff_to_float64_run")
+    worst = max(float((W[0] - R).abs().max()) for W, R in zip(out, data["W"], strict=True))
+    assert worst <= bound, (worst, bound)
+    assert next(stored, None) is None
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_bases_are_ours_up_to_signs(name):
+    data = fixture(name)
+    p = torch.nn.Parameter(data["W0"].clone())
+    optimizer = optimizer_of(data, [p])
+    recorded = {entry["step"]: entry["basis"] for entry in data["bases"]}
+    for step, G in enumerate(data["grads"]):
+        p.grad = G
+        optimizer.step()
+        if step not in recorded:
+            continue
+        found = [optimizer.state[p][k] for k in ("basis", "basis_right") if k in optimizer.state[p]]
+        wanted = recorded[step] if len(found) == 2 else [recorded[step]]
+        for P, B in zip(found, wanted, strict=True):
+            B = torch.tensor(B, dtype=torch.float32)
+            B = B if B.shape == P.shape else B.mT
+            torch.testing.assert_close(P @ P.mT, B @ B.mT, rtol=0, atol=2e-4)
+
+
+def reference_package():
+    return pytest.importorskip("galore_torch", reason="galore-torch is not installed")
+
+
+@pytest.mark.parametrize("kind", ["std", "reverse_std", "right", "left", "full"])
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+def test_galore_01_reference_equals_the_published_package(shape, kind):
+    """Property 1, live: matrices and vectors over 2T + 3 steps."""
+    package = reference_package()
+    p, v = weight(shape, 0), weight((5,), 1)
+    q, u = weight(shape, 0), weight((5,), 1)
+    group = {"rank": 4, "update_proj_gap": 5, "scale": 0.25, "proj_type": kind}
+    ours = GaLore(
+        [{"params": [p], **group}, {"params": [v]}], lr=0.01, weight_decay=0.1, compat="reference"
+    )
+    theirs = package.GaLoreAdamW(
+        [{"params": [q], **group}, {"params": [u]}],
+        lr=0.01,
+        weight_decay=0.1,
+        no_deprecation_warning=True,
+    )
+    grads = gradients(shape, 13)
+    for step, G in enumerate(grads):
+        p.grad, q.grad = G.clone(), G.clone()
+        v.grad = torch.sin(torch.arange(5.0) + step)
+        u.grad = v.grad.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+        torch.testing.assert_close(v, u, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD])
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_galore_01_equals_the_oracle(shape, kind, moments, reference):
+    """Property 1 against the naive float64 loop, which takes our bases at later refreshes."""
+    p, grads = weight(shape, dtype=torch.float64), gradients(shape, 9, dtype=torch.float64)
+    settings = {
+        "lr": 0.02,
+        "rank": 3,
+        "update_proj_gap": 4,
+        "scale": 0.7,
+        "weight_decay": 0.1,
+        "proj_type": kind,
+        "moments": moments,
+    }
+    optimizer = GaLore([p], compat="reference" if reference else None, eps=1e-6, **settings)
+    bases, ours = [], []
+    for step, G in enumerate(grads):
+        p.grad = G
+        optimizer.step()
+        ours.append(p.detach().clone())
+        if step % 4 == 0:
+            state = optimizer.state[p]
+            bases.append((state["basis"].clone(), state.get("basis_right", state["basis"]).clone()))
+    theirs = oracles.galore(
+        p.detach() * 0 + weight(shape, dtype=torch.float64).detach(),
+        grads,
+        eps=1e-6,
+        reference=reference,
+        bases=bases,
+        **settings,
+    )
+    for W, R in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(W, R, rtol=0, atol=1e-9)
+    if not reference:
+        free = oracles.galore(
+            weight(shape, dtype=torch.float64).detach(), grads, eps=1e-6, **settings
+        )
+        worst = max(float((W - R).abs().max()) for W, R in zip(ours, free, strict=True))
+        assert worst < (1e-6 if kind == "full" else 1e-7), worst
+
+
+# bfloat16: seven roundings of weights below 4, half a unit of 2^-6 each
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-5), (torch.bfloat16, 7 * 2**-7)])
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD, ROW, COLUMN])
+def test_galore_01_narrow_dtypes_follow_the_oracle(shape, dtype, atol):
+    settings = {"lr": 0.02, "rank": 3, "update_proj_gap": 4, "scale": 0.5}
+    ours = trajectory(lambda ps: GaLore(ps, **settings), shape, 7, dtype=dtype)
+    grads = [G.to(dtype) for G in gradients(shape, 7)]
+    theirs = oracles.galore(weight(shape, dtype=dtype).detach(), grads, **settings)
+    torch.testing.assert_close(ours[-1].double(), theirs[-1], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_galore_02_full_rank_is_adam_in_rotated_coordinates(shape):
+    grads = gradients(shape, 12)
+    side = min(shape)
+    p = weight(shape)
+    out = run(GaLore([p], lr=0.02, rank=side, update_proj_gap=10**6, scale=1.0), [p], [grads])
+    left, _, right = torch.linalg.svd(grads[0].double(), full_matrices=False)
+    wide = shape[0] < shape[1]
+    W0 = weight(shape).detach().double()
+    Z0 = left.T @ W0 if wide else W0 @ right.T
+    projected = [(left.T @ G.double()) if wide else (G.double() @ right.T) for G in grads]
+    Z = oracles.adamw(Z0, projected, 0.02)[-1]
+    torch.testing.assert_close(
+        out[-1][0].double(), left @ Z if wide else Z @ right, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}])
+def test_galore_03_without_rank_it_is_torch_adamw_exactly(flags):
+    p, q, r = weight(TALL), weight(TALL), weight(WIDE)
+    ours = GaLore(
+        [{"params": [p]}, {"params": [r], "rank": 2}],
+        lr=0.01,
+        betas=(0.9, 0.99),
+        weight_decay=0.1,
+        **flags,
+    )
+    theirs = torch.optim.AdamW([q], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, **flags)
+    for G in gradients(TALL, 6):
+        p.grad, q.grad = G, G.clone()
+        ours.step()
+        theirs.step()
+    assert torch.equal(p, q)
+    assert [row.rule for row in ours.assignment()] == ["adamw", "GaLore"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+def test_galore_04_basis_is_orthonormal_and_the_update_lies_in_it(shape, kind):
+    p, grads = weight(shape), gradients(shape, 6)
+    optimizer = GaLore([p], lr=0.1, rank=3, update_proj_gap=4, proj_type=kind)
+    m, n = shape
+    right = {"std": m >= n, "reverse_std": m < n, "right": True}.get(kind, False)
+    for G in grads:
+        before, p.grad = p.detach().clone(), G
+        optimizer.step()
+        step, state = before - p.detach(), optimizer.state[p]
+        for key in ("basis", "basis_right"):
+            if key in state:
+                P = state[key]
+                torch.testing.assert_close(P.mT @ P, torch.eye(3), rtol=0, atol=1e-5)
+        assert int((torch.linalg.svdvals(step.double()) > 1e-5).sum()) <= 3
+        P = state["basis"]
+        inside = step @ P @ P.mT if right else P @ (P.mT @ step)
+        torch.testing.assert_close(inside, step, rtol=0, atol=2e-6)
+        if kind == "full":
+            Q = state["basis_right"]
+            torch.testing.assert_close(step @ Q @ Q.mT, step, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE])
+def test_galore_05_first_step_is_a_lifted_sign(shape):
+    p, G = weight(shape, dtype=torch.float64), gradients(shape, 1, dtype=torch.float64)[0]
+    optimizer = GaLore([p], lr=0.3, rank=4, scale=0.5, eps=1e-300)
+    before, p.grad = p.detach().clone(), G
+    optimizer.step()
+    P = optimizer.state[p]["basis"]
+    lift = P @ torch.sign(P.mT @ G) if shape[0] < shape[1] else torch.sign(G @ P) @ P.mT
+    torch.testing.assert_close(before - p.detach(), 0.3 * 0.5 * lift, rtol=0, atol=1e-12)
+    size = 0.3 * 0.5 * math.sqrt(4 * max(shape))
+    assert math.isclose(float((before - p.detach()).norm()), size, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("projection", ["svd", "svd_full"])
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD])
+def test_galore_06_a_refresh_keeps_the_top_energy(shape, projection):
+    p, grads = weight(shape), gradients(shape, 5)
+    optimizer = GaLore([p], rank=3, update_proj_gap=2, projection=projection)
+    for step, G in enumerate(grads):
+        p.grad = G
+        optimizer.step()
+        if step % 2 == 0:
+            P, s = optimizer.state[p]["basis"], torch.linalg.svdvals(G)
+            R = P.mT @ (G.mT if shape[0] >= shape[1] else G)
+            top = s[:3].square().sum()
+            torch.testing.assert_close(R.square().sum(), top, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+def test_galore_07_transpose_symmetry(moments):
+    p = weight(TALL)
+    q = torch.nn.Parameter(p.detach().mT.contiguous())
+    grads = gradients(TALL, 9)
+    settings = {"lr": 0.02, "rank": 3, "update_proj_gap": 4, "moments": moments}
+    a = run(GaLore([p], **settings), [p], [grads])
+    b = run(GaLore([q], **settings), [q], [[G.mT.contiguous() for G in grads]])
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x[0], y[0].mT, rtol=0, atol=2e-6)
+
+
+def test_galore_08_update_is_linear_in_scale_and_free_of_the_gradients_size():
+    def moved(scale=0.25, c=1.0):
+        p = weight(WIDE, dtype=torch.float64)
+        start = p.detach().clone()
+        grads = [c * G for G in gradients(WIDE, 7, dtype=torch.float64)]
+        optimizer = GaLore([p], lr=0.02, rank=3, update_proj_gap=3, scale=scale, eps=1e-300)
+        return run(optimizer, [p], [grads])[-1][0] - start
+
+    torch.testing.assert_close(moved(0.75), 3 * moved(0.25), rtol=0, atol=1e-12)
+    torch.testing.assert_close(moved(c=1e3), moved(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(moved(c=1e-3), moved(), rtol=0, atol=1e-9)
+
+
+def test_galore_09_refreshes_come_at_multiples_and_keep_touches_no_moment(monkeypatch):
+    p, grads, gap = weight(WIDE), gradients(WIDE, 11), 4
+    optimizer = GaLore([p], rank=3, update_proj_gap=gap)
+    carried, original = [], module.carry
+
+    def spy(policy, M, V, *bases):
+        before = M.clone(), V.clone()
+        original(policy, M, V, *bases)
+        carried.append(torch.equal(M, before[0]) and torch.equal(V, before[1]))
+
+    monkeypatch.setattr(module, "carry", spy)
+    last, changes = None, []
+    for step, G in enumerate(grads):
+        p.grad = G
+        optimizer.step()
+        basis = optimizer.state[p]["basis"].clone()
+        if last is None or not torch.equal(last, basis):
+            changes.append(step)
+        last = basis
+    assert changes == [0, gap, 2 * gap] and carried == [True, True]
+
+
+def test_galore_10_signs_before_the_first_refresh_do_not_matter(monkeypatch):
+    original = module.top_basis
+    a = trajectory(lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=6), WIDE, 6)
+    flips = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    monkeypatch.setattr(module, "top_basis", lambda *x, **k: original(*x, **k) * flips)
+    b = trajectory(lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=6), WIDE, 6)
+    torch.testing.assert_close(a[-1], b[-1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["same", "signs", "order"])
+def test_galore_10_rotate_follows_the_basis(monkeypatch, change):
+    """With the same span written in other coordinates, rotate gives the same weights."""
+    first, original, calls = [], module.top_basis, []
+    flips = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    order = torch.tensor([2, 0, 3, 1])
+
+    def fixed(*args, **kwargs):
+        if not first:
+            first.append(original(*args, **kwargs))
+        calls.append(1)
+        P = first[0]
+        if change == "same" or len(calls) % 2:
+            return P.clone()
+        return P * flips if change == "signs" else P[..., order].contiguous()
+
+    monkeypatch.setattr(module, "top_basis", fixed)
+    make = lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=2, moments="rotate")  # noqa: E731
+    a = trajectory(make, WIDE, 8)
+    monkeypatch.setattr(module, "top_basis", lambda *x, **k: first[0].clone())
+    b = trajectory(lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=10**6), WIDE, 8)
+    assert len(calls) == 4
+    torch.testing.assert_close(a[-1], b[-1], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+def test_galore_11_state_elements_equal_the_table(shape, kind):
+    r, small, large = 3, min(shape), max(shape)
+    p, v = weight(shape), weight((5,))
+    optimizer = GaLore([p, v], rank=r, proj_type=kind)
+    run(optimizer, [p, v], [gradients(shape, 2), [torch.ones(5)] * 2])
+    held = [x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)]
+    want = {
+        "std": r * (small + 2 * large),
+        "reverse_std": r * (large + 2 * small),
+        "full": r * sum(shape) + 2 * r * r,
+        "right": r * (shape[1] + 2 * shape[0]),
+        "left": r * (shape[0] + 2 * shape[1]),
+    }[kind]
+    assert sum(x.numel() for x in held) == want
+    assert sum(x.untyped_storage().nbytes() for x in held) == 4 * want
+    assert {k for k, x in optimizer.state[p].items() if isinstance(x, int)} == {"step", "refreshed"}
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_galore_12_resume_is_bit_identical_mid_window_too(stop, dtype):
+    def make():
+        params = [weight(TALL, 0, dtype), weight(WIDE, 1, dtype), weight((4,), 2, dtype)]
+        return params, GaLore(params, lr=0.02, rank=3, update_proj_gap=4)
+
+    grads = [gradients(TALL, 9, 0), gradients(WIDE, 9, 1), [torch.ones(4)] * 9]
+    params, straight = make()
+    run(straight, params, grads)
+    others, first = make()
+    run(first, others, [series[:stop] for series in grads])
+    file = io.BytesIO()
+    torch.save({"weights": [p.detach() for p in others], "optimizer": first.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    fresh, second = make()
+    for p, W in zip(fresh, saved["weights"], strict=True):
+        p.data.copy_(W)
+    second.load_state_dict(saved["optimizer"])
+    run(second, fresh, [series[stop:] for series in grads])
+    assert same([p.detach() for p in params], [p.detach() for p in fresh])
+    assert same(tensors(straight), tensors(second))
+
+
+def test_galore_13_runs_repeat_bit_for_bit_and_leave_gradients_alone():
+    make = lambda ps: GaLore(ps, lr=0.02, rank=3, update_proj_gap=3)  # noqa: E731
+    assert same(trajectory(make, WIDE, 8), trajectory(make, WIDE, 8))
+    p, G = weight(WIDE), gradients(WIDE, 1)[0]
+    p.grad = G.clone()
+    optimizer = make([p])
+    optimizer.step()
+    assert torch.equal(p.grad, G)
+    before, weights = tensors(optimizer), p.detach().clone()
+    p.grad = None
+    optimizer.step()
+    assert same(before, tensors(optimizer)) and torch.equal(p, weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "shape", [TALL, WIDE, SQUARE, ODD, ROW, COLUMN, (1, 1), (3, 6, 5), (4, 3, 2, 2)]
+)
+@pytest.mark.parametrize("projection", ["svd", "svd_full"])
+def test_galore_14_no_shape_rank_or_zero_gradient_crashes(shape, kind, projection):
+    p, v = weight(shape), weight((4,))
+    optimizer = GaLore(
+        [p, v], lr=0.02, rank=50, update_proj_gap=2, proj_type=kind, projection=projection
+    )
+    grads = [torch.zeros(shape), *gradients(shape, 3), torch.zeros(shape)]
+    run(optimizer, [p, v], [grads, [torch.ones(4)] * 5])
+    assert p.isfinite().all() and v.isfinite().all()
+
+
+def test_galore_15_rank_and_refreshes_decide_how_far_a_quadratic_is_solved():
+    """A rank-4 target: r >= 4 reaches Adam's loss, r < 4 in a fixed subspace stalls above it."""
+    draw = torch.Generator().manual_seed(3)
+    target = torch.randn(16, 4, generator=draw) @ torch.randn(4, 24, generator=draw)
+
+    def once(make):
+        p = torch.nn.Parameter(torch.zeros(16, 24))
+        optimizer = make([p])
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
+        for _ in range(400):
+            p.grad = p.detach() - target
+            optimizer.step()
+            schedule.step()
+        return float((p.detach() - target).square().sum() / target.square().sum())
+
+    def loss(make):
+        return min(once(lambda ps: make(ps, lr)) for lr in (0.1, 0.3))
+
+    def galore(rank, gap):
+        return loss(lambda ps, lr: GaLore(ps, lr=lr, scale=1.0, rank=rank, update_proj_gap=gap))
+
+    adam = loss(lambda ps, lr: torch.optim.AdamW(ps, lr=lr, weight_decay=0))
+    enough, fixed, moving = galore(4, 10**6), galore(2, 10**6), galore(2, 20)
+    assert enough <= max(2 * adam, 1e-6)
+    assert fixed > 0.05
+    assert moving < 0.02 * fixed
+
+
+def test_reset_restarts_the_bias_correction():
+    a = trajectory(
+        lambda ps: GaLore(ps, lr=0.02, rank=3, update_proj_gap=3, moments="reset"), WIDE, 6
+    )
+    p = torch.nn.Parameter(a[2].clone())
+    fresh = GaLore([p], lr=0.02, rank=3, update_proj_gap=3)
+    b = run(fresh, [p], [gradients(WIDE, 6)[3:]])
+    assert same(a[3:], [W[0] for W in b])
+
+
+@pytest.mark.parametrize(
+    "bad, text",
+    [
+        ({"rank": 0}, "rank"),
+        ({"rank": 1.5}, "rank"),
+        ({"rank": True}, "rank"),
+        ({"update_proj_gap": 0}, "update_proj_gap"),
+        ({"proj_type": "middle"}, "proj_type"),
+        ({"projection": "qr"}, "projection"),
+        ({"moments": "drop"}, "moments"),
+        ({"compat": "torch"}, "compat"),
+        ({"correct_bias": False}, "correct_bias"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0"),
+        ({"eps": -1.0}, "Invalid epsilon value"),
+    ],
+)
+def test_bad_settings_are_one_sentence_for_constructor_and_group(bad, text):
+    with pytest.raises(ValueError, match=text):
+        GaLore([weight(WIDE)], **bad)
+    optimizer = GaLore([weight(WIDE)])
+    with pytest.raises(ValueError, match=text):
+        optimizer.add_param_group({"params": [weight(TALL)], **bad})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_fractional_rank_is_of_the_projected_side():
+    p, q = weight((8, 20)), weight((8, 20))
+    GaLore([p], rank=0.5).init_state()
+    a = GaLore([p], rank=0.25)
+    b = GaLore([q], rank=0.25, proj_type="reverse_std")
+    a.init_state()
+    b.init_state()
+    assert a.state[p]["basis"].shape == (8, 2) and b.state[q]["basis"].shape == (20, 5)
+
+
+def test_deepcopy_goes_on_alone():
+    p = weight(WIDE)
+    optimizer = GaLore([p], lr=0.02, rank=3, update_proj_gap=3)
+    run(optimizer, [p], [gradients(WIDE, 4)])
+    twin = copy.deepcopy(optimizer)
+    q = twin.param_groups[0]["params"][0]
+    rest = gradients(WIDE, 8)[4:]
+    assert same(run(optimizer, [p], [rest]), run(twin, [q], [rest]))
