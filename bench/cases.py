@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from allocations import AllocationCounter
 
 Shape = tuple[int, ...]
+Maker = Callable[[list[Any]], Optimizer]
+"""From parameters to an optimizer on them."""
+Swap = Callable[[], contextlib.AbstractContextManager[None]]
+"""A context that holds during a step, such as a replaced function of a peer."""
 NEVER = 10**9
 """Steps between refreshes, for cases that time the steps between them."""
 POOL = 3
@@ -78,12 +82,12 @@ class Contest:
     """One set of competitors on the same shapes.
 
     Attributes:
-        competitors: By name.
+        competitors: Their makers by name; the runner calls them, in an order of its own.
         ratios: What is reported.
         skipped: Why a competitor is missing.
     """
 
-    competitors: dict[str, Competitor]
+    competitors: dict[str, Callable[[], Competitor]]
     ratios: list[Ratio]
     skipped: list[str] = field(default_factory=list)
 
@@ -103,6 +107,9 @@ class Case:
         figures: Makes numbers that are no times.
         floor: Least number of rounds.
         seconds: Time after which no further round begins once the floor is reached.
+        builds: How often the competitors are made anew; rounds of all builds are pooled. A pass
+            over memory is faster or slower by 15 % depending on where its tensors happened to
+            land, for as long as they live, so one build says little about such a step.
     """
 
     title: str
@@ -110,6 +117,7 @@ class Case:
     figures: Callable[[bool], Iterator[Figure]] = lambda quick: iter(())
     floor: int = 15
     seconds: float = 20.0
+    builds: int = 1
 
 
 # --- Shapes, gradients, competitors ---
@@ -125,8 +133,9 @@ def decaying(shape: Shape, generator: torch.Generator) -> Tensor:
     return (A * w) @ B / shape[1] ** 0.5
 
 
-def pool_of(shapes: Sequence[Shape]) -> list[list[Tensor]]:
-    """A few sets of gradients, the same for every competitor."""
+@lru_cache(maxsize=2)
+def pool_of(shapes: tuple[Shape, ...]) -> list[list[Tensor]]:
+    """A few sets of gradients, the same for every competitor; nobody writes into them."""
     generator = torch.Generator().manual_seed(0)
     return [[decaying(shape, generator) for shape in shapes] for _ in range(POOL)]
 
@@ -136,11 +145,11 @@ class Step:
 
     def __init__(
         self,
-        make: Callable[[list[torch.nn.Parameter]], Optimizer],
+        make: Maker,
         shapes: Sequence[Shape],
         pool: list[list[Tensor]],
         warm: int = 2,
-        swap: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        swap: Swap = contextlib.nullcontext,
     ) -> None:
         generator = torch.Generator().manual_seed(1)
         self.params = [
@@ -237,7 +246,7 @@ def peer(module: str, name: str) -> Any:
         raise Missing(f"{module}.{name} is not there: {error}") from error
 
 
-def published_galore(rank: int, gap: int) -> Callable[[list[torch.nn.Parameter]], Optimizer]:
+def published_galore(rank: int, gap: int) -> Maker:
     """Constructor of galore_torch's AdamW at its README's settings."""
     cls = galore_torch_adamw()
     keys = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
@@ -246,16 +255,14 @@ def published_galore(rank: int, gap: int) -> Callable[[list[torch.nn.Parameter]]
     )
 
 
-def pytorch_optimizer_galore(
-    rank: int, gap: int
-) -> Callable[[list[torch.nn.Parameter]], Optimizer]:
+def pytorch_optimizer_galore(rank: int, gap: int) -> Maker:
     """Constructor of pytorch_optimizer's GaLore."""
     cls = peer("pytorch_optimizer", "GaLore")
     keys = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "projection_type": "std"}
     return lambda params: cls([{"params": params, **keys}], weight_decay=0.1)
 
 
-def ours_galore(rank: int, gap: int) -> Callable[[list[torch.nn.Parameter]], Optimizer]:
+def ours_galore(rank: int, gap: int) -> Maker:
     """Constructor of this package's GaLore."""
     return lambda params: GaLore(params, rank=rank, update_proj_gap=gap, weight_decay=0.1)
 
@@ -291,19 +298,19 @@ def galore_step(quick: bool) -> Iterator[Contest]:
     """Steps between refreshes, on a wide and on a tall weight."""
     rank = 4 if quick else 256
     for shape in ((32, 64), (64, 32)) if quick else ((1024, 4096), (4096, 1024)):
-        pool = pool_of([shape])
+        pool = pool_of((shape,))
         name = f"{shape[0]}x{shape[1]}"
         contest = Contest(
             {
-                "ours": Step(ours_galore(rank, NEVER), [shape], pool),
-                "two products": Call(two_products(shape, rank), pool),
+                "ours": partial(Step, ours_galore(rank, NEVER), [shape], pool),
+                "two products": partial(Call, two_products(shape, rank), pool),
             },
             [],
         )
         contest.ratio(f"{name} ours / two products", "ours", "two products", 1.10)
         for other, make in GALORES.items():
             try:
-                contest.competitors[other] = Step(make(rank, NEVER), [shape], pool)
+                contest.competitors[other] = partial(Step, make(rank, NEVER), [shape], pool)
             except Missing as why:
                 contest.skipped.append(f"{other}: {why}")
             contest.ratio(f"{name} ours / {other}", "ours", other, 1.0)
@@ -313,13 +320,15 @@ def galore_step(quick: bool) -> Iterator[Contest]:
 def galore_refresh(quick: bool) -> Iterator[Contest]:
     """A new basis against the thin SVD, and what it makes of the mean step."""
     shape, rank = ((32, 64), 4) if quick else ((1024, 4096), 256)
-    pool = pool_of([shape])
+    pool = pool_of((shape,))
     contest = Contest(
         {
-            "top_basis": Call(lambda grads: top_basis(grads[0][None], rank, "svd"), pool),
-            "thin SVD": Call(lambda grads: torch.linalg.svd(grads[0], full_matrices=False), pool),
-            "ours, step": Step(ours_galore(rank, NEVER), [shape], pool),
-            "two products": Call(two_products(shape, rank), pool),
+            "top_basis": partial(Call, lambda grads: top_basis(grads[0][None], rank, "svd"), pool),
+            "thin SVD": partial(
+                Call, lambda grads: torch.linalg.svd(grads[0], full_matrices=False), pool
+            ),
+            "ours, step": partial(Step, ours_galore(rank, NEVER), [shape], pool),
+            "two products": partial(Call, two_products(shape, rank), pool),
         },
         [],
     )
@@ -330,7 +339,7 @@ def galore_refresh(quick: bool) -> Iterator[Contest]:
     )
     try:
         make = published_galore(rank, NEVER)
-        contest.competitors["galore_torch, step"] = Step(make, [shape], pool)
+        contest.competitors["galore_torch, step"] = partial(Step, make, [shape], pool)
         theirs = {"galore_torch, step": 1.0, "thin SVD": 1 / 200}
         contest.ratios.append(
             Ratio("mean step, refresh every 200 / galore_torch's", mean, theirs, 1.0)
@@ -374,33 +383,25 @@ def torch_float32() -> contextlib.AbstractContextManager[None]:
     return replaced(torch_muon, "_zeropower_via_newtonschulz", float32_newton_schulz)
 
 
-def muon_peers(shapes: list[Shape], pool: list[list[Tensor]], contest: Contest) -> None:
-    """Add what is installed, all with a float32 iteration."""
-    with_swap: dict[str, Callable[[], Step]] = {}
+def pytorch_optimizer_muon() -> tuple[Maker, Swap]:
+    """pytorch_optimizer's Muon; the dtype of its iteration is no option, so it is swapped in."""
+    cls = peer("pytorch_optimizer", "Muon")
+    base = importlib.import_module("pytorch_optimizer.optimizer.muon.base")
+    name = "zero_power_via_newton_schulz_5"
+    fn = partial(peer(base.__name__, name), dtype=torch.float32)
+    return (
+        lambda params: cls([{"params": params, "use_muon": True}], weight_decay=0.1),
+        lambda: replaced(base, name, fn),
+    )
 
-    def pytorch_optimizer() -> Step:
-        cls = peer("pytorch_optimizer", "Muon")
-        base = importlib.import_module("pytorch_optimizer.optimizer.muon.base")
-        name = "zero_power_via_newton_schulz_5"
-        fn = partial(getattr(base, name), dtype=torch.float32)
-        return Step(
-            lambda params: cls([{"params": params, "use_muon": True}], weight_decay=0.1),
-            shapes,
-            pool,
-            swap=lambda: replaced(base, name, fn),
-        )
 
-    def optimuon() -> Step:
-        cls = peer("optimuon", "Muon")
-        return Step(lambda params: cls(params, weight_decay=0.1, ns_dtype=None), shapes, pool)
+def optimuon_muon() -> tuple[Maker, Swap]:
+    """optimuon's Muon; ns_dtype=None iterates in the weights' dtype."""
+    cls = peer("optimuon", "Muon")
+    return lambda params: cls(params, weight_decay=0.1, ns_dtype=None), contextlib.nullcontext
 
-    with_swap.update(pytorch_optimizer=pytorch_optimizer, optimuon=optimuon)
-    for name, make in with_swap.items():
-        try:
-            contest.competitors[name] = make()
-        except Missing as why:
-            contest.skipped.append(f"{name}: {why}")
-        contest.ratio(f"ours / {name} (float32)", "ours", name, 1.0)
+
+MUONS = {"pytorch_optimizer": pytorch_optimizer_muon, "optimuon": optimuon_muon}
 
 
 def muon_step(quick: bool) -> Iterator[Contest]:
@@ -411,12 +412,15 @@ def muon_step(quick: bool) -> Iterator[Contest]:
         *[(d, 4 * d)] * count,
         *[(4 * d, d)] * count,
     ]
-    pool = pool_of(shapes)
+    pool = pool_of(tuple(shapes))
     contest = Contest(
         {
-            "ours": Step(lambda params: Muon(params, weight_decay=0.1), shapes, pool),
-            "ours, ns5": Step(lambda p: Muon(p, weight_decay=0.1, polar="ns5"), shapes, pool),
-            "torch": Step(
+            "ours": partial(Step, lambda params: Muon(params, weight_decay=0.1), shapes, pool),
+            "ours, ns5": partial(
+                Step, lambda p: Muon(p, weight_decay=0.1, polar="ns5"), shapes, pool
+            ),
+            "torch": partial(
+                Step,
                 lambda params: torch.optim.Muon(params, weight_decay=0.1),
                 shapes,
                 pool,
@@ -427,7 +431,13 @@ def muon_step(quick: bool) -> Iterator[Contest]:
     )
     contest.ratio("ours / torch (float32)", "ours", "torch", 0.42)
     contest.ratio("ours with ns5 / torch (float32)", "ours, ns5", "torch")
-    muon_peers(shapes, pool, contest)
+    for name, find in MUONS.items():
+        try:
+            maker, swap = find()
+            contest.competitors[name] = partial(Step, maker, shapes, pool, swap=swap)
+        except Missing as why:
+            contest.skipped.append(f"{name}: {why}")
+        contest.ratio(f"ours / {name} (float32)", "ours", name, 1.0)
     yield contest
 
 
@@ -472,7 +482,7 @@ def adamw_parity(quick: bool) -> Iterator[Contest]:
         "vectors": [(512,)] * (4 if quick else 200),
     }
     for model, shapes in models.items():
-        pool = pool_of(shapes)
+        pool = pool_of(tuple(shapes))
         for flag, options in FLAGS.items():
 
             def ours(params: list[Any], options: dict[str, Any] = options) -> Optimizer:
@@ -483,7 +493,11 @@ def adamw_parity(quick: bool) -> Iterator[Contest]:
                 return torch.optim.AdamW(params, weight_decay=0.1, **options)
 
             contest = Contest(
-                {"ours": Step(ours, shapes, pool), "torch": Step(theirs, shapes, pool)}, []
+                {
+                    "ours": partial(Step, ours, shapes, pool),
+                    "torch": partial(Step, theirs, shapes, pool),
+                },
+                [],
             )
             contest.ratio(f"{model}, {flag}: ours / torch", "ours", "torch", 1.05)
             yield contest
@@ -502,14 +516,16 @@ class ZeroRule(Rule):
 def overhead(quick: bool) -> Iterator[Contest]:
     """Many small matrices, where arithmetic is nothing and Python is all."""
     shapes: list[Shape] = [(8, 8)] * (6 if quick else 200)
-    pool = pool_of(shapes)
+    pool = pool_of(tuple(shapes))
     contest = Contest(
         {
-            "driver": Step(lambda p: StackedOptimizer(p, ZeroRule(), 1e-3, 0.1), shapes, pool),
-            "Muon": Step(lambda p: Muon(p, weight_decay=0.1), shapes, pool),
-            "GaLore": Step(ours_galore(4, NEVER), shapes, pool),
-            "AdamW fused": Step(
-                lambda p: torch.optim.AdamW(p, weight_decay=0.1, fused=True), shapes, pool
+            "driver": partial(
+                Step, lambda p: StackedOptimizer(p, ZeroRule(), 1e-3, 0.1), shapes, pool
+            ),
+            "Muon": partial(Step, lambda p: Muon(p, weight_decay=0.1), shapes, pool),
+            "GaLore": partial(Step, ours_galore(4, NEVER), shapes, pool),
+            "AdamW fused": partial(
+                Step, lambda p: torch.optim.AdamW(p, weight_decay=0.1, fused=True), shapes, pool
             ),
         },
         [],
@@ -584,7 +600,7 @@ def temporaries(quick: bool) -> Iterator[Figure]:
 
 def memory_steps(shape: Shape, r: int) -> Iterator[tuple[str, Step]]:
     """Optimizers on one matrix, after two updates."""
-    makers: dict[str, Callable[[list[Any]], Optimizer]] = {
+    makers: dict[str, Maker] = {
         "GaLore": ours_galore(r, 2),
         "Muon": lambda p: Muon(p, weight_decay=0.1),
         "AdamW": lambda p: GaLore([{"params": p, "rule": "adamw"}], weight_decay=0.1),
@@ -594,7 +610,7 @@ def memory_steps(shape: Shape, r: int) -> Iterator[tuple[str, Step]]:
     for name, make in GALORES.items():
         with contextlib.suppress(Missing):
             makers[f"GaLore of {name}"] = make(r, 2)
-    pool = pool_of([shape])
+    pool = pool_of((shape,))
     for name, maker in makers.items():
         yield name, Step(maker, [shape], pool, swap=torch_float32)
 
@@ -606,7 +622,7 @@ def memory(quick: bool) -> Iterator[Figure]:
 
 
 CASES: dict[str, Case] = {
-    "galore-step": Case("GaLore between refreshes, rank 256", galore_step),
+    "galore-step": Case("GaLore between refreshes, rank 256", galore_step, seconds=8.0, builds=3),
     "galore-refresh": Case("a new basis, rank 256", galore_refresh, floor=5, seconds=60.0),
     "muon-step": Case(
         "Muon on 12 of 512x512, 6 of 512x2048, 6 of 2048x512",
@@ -615,7 +631,9 @@ CASES: dict[str, Case] = {
         floor=7,
         seconds=60.0,
     ),
-    "adamw-parity": Case("AdamW parameters against torch.optim.AdamW", adamw_parity, floor=31),
-    "overhead": Case("200 matrices of 8x8", overhead, floor=61),
-    "memory": Case("1024x4096, rank 256", figures=memory),
+    "adamw-parity": Case(
+        "AdamW parameters against torch.optim.AdamW", adamw_parity, seconds=2.0, builds=9
+    ),
+    "overhead": Case("200 matrices of 8x8", overhead, floor=61, seconds=4.0, builds=3),
+    "memory": Case("one matrix of 1024x4096, rank 256", figures=memory),
 }

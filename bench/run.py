@@ -50,9 +50,14 @@ class Limits:
     seconds: float
 
 
-def timed(contest: Contest, limits: Limits) -> Rounds:
-    """Step all competitors in turn; who begins changes from round to round."""
+def timed(contest: Contest, limits: Limits, build: int) -> Rounds:
+    """Step all competitors in turn; who begins changes from round to round.
+
+    Who is made first changes from build to build, for it decides where tensors lie.
+    """
     names = list(contest.competitors)
+    first = build % len(names)
+    made = {name: contest.competitors[name]() for name in names[first:] + names[:first]}
     rounds: Rounds = {name: [] for name in names}
     start = time.perf_counter()
     for i in range(limits.ceiling):
@@ -62,7 +67,7 @@ def timed(contest: Contest, limits: Limits) -> Rounds:
                 break
         for j in range(len(names)):
             name = names[(i + j) % len(names)]
-            competitor = contest.competitors[name]
+            competitor = made[name]
             competitor.prepare(i)
             wall, cpu = time.perf_counter(), time.process_time()
             competitor.run()
@@ -96,48 +101,59 @@ def verdict(value: float, target: float | None, quick: bool) -> bool | None:
     return None if target is None or quick else value <= target
 
 
-def report(contest: Contest, rounds: Rounds, quick: bool) -> list[dict[str, Any]]:
-    """One record per ratio."""
-    records = []
-    for ratio in contest.ratios:
-        walls, cpus = paired(ratio, rounds, WALL), paired(ratio, rounds, CPU)
-        figure = statistics.median(walls)
-        records.append(
-            {
-                "name": ratio.name,
-                "figure": figure,
-                "min": min(walls),
-                "max": max(walls),
-                "cpu": statistics.median(cpus),
-                "pairs": len(walls),
-                "target": ratio.target,
-                "met": verdict(figure, ratio.target, quick),
-            }
-        )
-    return records
+def report(ratio: Ratio, rounds: Rounds, quick: bool) -> dict[str, Any]:
+    """The record of one ratio."""
+    walls, cpus = paired(ratio, rounds, WALL), paired(ratio, rounds, CPU)
+    figure = statistics.median(walls)
+    return {
+        "name": ratio.name,
+        "figure": figure,
+        "min": min(walls),
+        "max": max(walls),
+        "cpu": statistics.median(cpus),
+        "pairs": len(walls),
+        "target": ratio.target,
+        "met": verdict(figure, ratio.target, quick),
+    }
+
+
+def limits_of(case: Case, args: argparse.Namespace) -> tuple[Limits, int]:
+    """Rounds per build, and the number of builds."""
+    if args.repeats or args.quick:
+        repeats = args.repeats or 3
+        return Limits(repeats, repeats, 0.0), 1
+    return Limits(case.floor, 1000, case.seconds), case.builds
 
 
 def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Times and figures of one case, as they go into results.json."""
-    repeats = args.repeats or (3 if args.quick else None)
-    limits = Limits(case.floor, 1000, case.seconds)
-    if repeats:
-        limits = Limits(repeats, repeats, 0.0)
-    contests = []
-    for contest in case.contests(args.quick):
-        rounds = timed(contest, limits)
-        contests.append(
-            {
-                "medians_ms": {
-                    name: 1e3 * statistics.median(wall for wall, _ in times)
-                    for name, times in rounds.items()
-                },
-                "ratios": report(contest, rounds, args.quick),
-                "skipped": contest.skipped,
-            }
-        )
+    limits, builds = limits_of(case, args)
+    pooled: list[Rounds] = []
+    for build in range(builds):
+        records = []
+        for i, contest in enumerate(case.contests(args.quick)):
+            rounds = timed(contest, limits, build)
+            if build == 0:
+                pooled.append(rounds)
+            else:
+                for name, times in rounds.items():
+                    pooled[i][name] += times
+            records.append(contest_record(contest, pooled[i], args.quick))
     figures = [figure_record(figure, args.quick) for figure in case.figures(args.quick)]
-    return {"title": case.title, "contests": contests, "figures": figures}
+    title = case.title + (" (quick: tiny shapes instead)" if args.quick else "")
+    return {"title": title, "builds": builds, "contests": records, "figures": figures}
+
+
+def contest_record(contest: Contest, rounds: Rounds, quick: bool) -> dict[str, Any]:
+    """Medians and ratios of one set of competitors."""
+    return {
+        "medians_ms": {
+            name: 1e3 * statistics.median(wall for wall, _ in times)
+            for name, times in rounds.items()
+        },
+        "ratios": [report(ratio, rounds, quick) for ratio in contest.ratios],
+        "skipped": contest.skipped,
+    }
 
 
 def figure_record(figure: Figure, quick: bool) -> dict[str, Any]:

@@ -144,6 +144,8 @@ def restore(
         tables = expected(own, i, group, position)
         position += len(group["params"])
         for p, table in tables.items():
+            if table and p in state:
+                state[p].setdefault("step", 0)  # torch.optim.Muon keeps no clock
             for key, value in saved["state"].get(ids[p], {}).items():
                 if table is None:
                     if key == "step" and not isinstance(value, Tensor):

@@ -74,14 +74,17 @@ class MuonRule(Rule):
 
     def orthogonalize(self, U: Tensor) -> Tensor:
         """The polar factor of every matrix of U (K, m, n)."""
-        options: dict[str, Any] = {"dtype": torch.bfloat16} if self.compat else {}
+        if self.compat is None:
+            return self._factor(U, self.polar)
+        O = self._factor(U, "ns5", dtype=torch.bfloat16)
+        # torch adds the factor of a tall matrix as a transposed view; bfloat16 weights round
+        # such a sum otherwise
+        return O if U.shape[-2] <= U.shape[-1] else O.mT.contiguous().mT
+
+    def _factor(self, U: Tensor, method: str, **options: Any) -> Tensor:
+        steps, coefficients = self.ns_steps, self.ns_coefficients
         return polar_factor(
-            U,
-            "ns5" if self.compat else self.polar,
-            steps=self.ns_steps,
-            coefficients=self.ns_coefficients,
-            eps=self.eps,
-            **options,
+            U, method, steps=steps, coefficients=coefficients, eps=self.eps, **options
         )
 
     def ratio(self, m: int, n: int) -> float:

@@ -325,7 +325,7 @@ def test_polynomial_methods_match_the_naive_loop(method, shape):
     assert relative(polar_factor(M, method), newton_schulz(M, schedule, entry.margin)) < 1e-11
     # Five steps of slopes up to 8 amplify the rounding of float32 by a few hundred.
     low = polar_factor(M.float(), method)
-    # The first minimax cubic sends x = 1 to 0.005 at slope -6: only a single row sits there.
+    # The first minimax cubic sends x = 1 to 0.005 at slope -10: only a single row sits there.
     bound = 1e-3 if method == "cheb_cubic" and 1 in shape else 1e-5
     assert relative(low, newton_schulz(M.float(), schedule, entry.margin)) < bound
 

@@ -1,0 +1,70 @@
+"""Which file may import which: read from the sources, so that nothing has to be imported."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TOOLKIT = {"rule", "base", "moments", "projectors", "groups"}
+FLOORS = {
+    "views": set(), "roles": set(), "moments": set(), "projectors": set(), "rule": {"kernels"},
+    "adamw": set(), "write": {"rule"}, "plan": {"rule", "views"},
+    "groups": {"roles", "rule", "views"}, "checkpoint": {"groups", "plan", "rule"},
+    "base": {"adamw", "checkpoint", "flags", "groups", "plan", "roles", "rule", "write"},
+    "flags": {"plan", "rule", "write"},
+}  # fmt: skip
+METHODS = {"galore", "muon"}
+KERNELS = {
+    "reference": set(), "coefficients": set(), "products": set(), "dispatch": {"reference"},
+    "polar": {"coefficients", "dispatch", "reference", "products"}, "report": {"polar", "reference"},
+}  # fmt: skip
+
+
+def imports(path):
+    """Names of the house's modules that a file imports, and outside packages, at module level."""
+    inside, outside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = (node.module or "").split(".")[0]
+            inside |= {module} if module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            outside.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            outside |= {alias.name.split(".")[0] for alias in node.names}
+    return inside, outside
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("optimizers/*.py")), ids=lambda p: p.stem)
+def test_optimizers_import_only_lower_floors(path):
+    if path.stem == "__init__":
+        return
+    inside, _ = imports(path)
+    allowed = TOOLKIT | {"kernels"} if path.stem in METHODS else FLOORS[path.stem]
+    assert inside <= allowed, f"{path.name} imports {sorted(inside - allowed)}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/*.py")), ids=lambda p: p.stem)
+def test_kernels_import_only_lower_floors(path):
+    if path.stem == "__init__":
+        return
+    inside, _ = imports(path)
+    assert inside <= KERNELS[path.stem], (
+        f"{path.name} imports {sorted(inside - KERNELS[path.stem])}"
+    )
+
+
+def test_only_triton_files_import_triton_and_nothing_heavy_is_imported():
+    for path in [*ROOT.glob("optimizers/*.py"), *ROOT.glob("kernels/*.py")]:
+        _, outside = imports(path)
+        assert "triton" not in outside or path.stem.startswith("triton_")
+        assert not outside & {"scipy", "matplotlib", "transformers", "stiefel"}, path.name
+
+
+def test_no_package_file_above_both_packages():
+    assert not (ROOT / "__init__.py").exists() and not (ROOT / "stiefel").exists()
+
+
+def test_method_files_stay_short():
+    for name in METHODS:
+        assert len((ROOT / "optimizers" / f"{name}.py").read_text().splitlines()) <= 210
