@@ -130,7 +130,8 @@ def decaying(shape: Shape, generator: torch.Generator) -> Tensor:
     k = min(shape)
     w = 1.0 / torch.arange(1, k + 1)
     A, B = (torch.randn(side, generator=generator) for side in ((shape[0], k), (k, shape[1])))
-    return (A * w) @ B / shape[1] ** 0.5
+    G: Tensor = (A * w) @ B / shape[1] ** 0.5
+    return G
 
 
 @lru_cache(maxsize=2)
@@ -221,7 +222,7 @@ def galore_torch_adamw() -> Any:
     """
     if importlib.util.find_spec("galore_torch") is None:
         raise Missing("galore-torch is not installed")
-    needs = {
+    needs: dict[str, dict[str, Any]] = {
         "transformers.utils.versions": {"require_version": lambda requirement: None},
         "bitsandbytes.optim.optimizer": {"Optimizer2State": object},
     }
@@ -415,13 +416,11 @@ def muon_step(quick: bool) -> Iterator[Contest]:
     pool = pool_of(tuple(shapes))
     contest = Contest(
         {
-            "ours": partial(Step, lambda params: Muon(params, weight_decay=0.1), shapes, pool),
-            "ours, ns5": partial(
-                Step, lambda p: Muon(p, weight_decay=0.1, polar="ns5"), shapes, pool
-            ),
+            "ours": partial(Step, partial(Muon, weight_decay=0.1), shapes, pool),
+            "ours, ns5": partial(Step, partial(Muon, weight_decay=0.1, polar="ns5"), shapes, pool),
             "torch": partial(
                 Step,
-                lambda params: torch.optim.Muon(params, weight_decay=0.1),
+                partial(torch.optim.Muon, weight_decay=0.1),
                 shapes,
                 pool,
                 swap=torch_float32,
@@ -522,10 +521,10 @@ def overhead(quick: bool) -> Iterator[Contest]:
             "driver": partial(
                 Step, lambda p: StackedOptimizer(p, ZeroRule(), 1e-3, 0.1), shapes, pool
             ),
-            "Muon": partial(Step, lambda p: Muon(p, weight_decay=0.1), shapes, pool),
+            "Muon": partial(Step, partial(Muon, weight_decay=0.1), shapes, pool),
             "GaLore": partial(Step, ours_galore(4, NEVER), shapes, pool),
             "AdamW fused": partial(
-                Step, lambda p: torch.optim.AdamW(p, weight_decay=0.1, fused=True), shapes, pool
+                Step, partial(torch.optim.AdamW, weight_decay=0.1, fused=True), shapes, pool
             ),
         },
         [],
@@ -569,7 +568,7 @@ def peak_of(step: Step, i: int) -> int:
     step.prepare(i)
     with AllocationCounter() as counter:
         step.run()
-    return counter.peak
+    return int(counter.peak)
 
 
 def held(quick: bool) -> Iterator[Figure]:
@@ -602,10 +601,11 @@ def memory_steps(shape: Shape, r: int) -> Iterator[tuple[str, Step]]:
     """Optimizers on one matrix, after two updates."""
     makers: dict[str, Maker] = {
         "GaLore": ours_galore(r, 2),
-        "Muon": lambda p: Muon(p, weight_decay=0.1),
+        "Muon": partial(Muon, weight_decay=0.1),
         "AdamW": lambda p: GaLore([{"params": p, "rule": "adamw"}], weight_decay=0.1),
-        "torch AdamW fused": lambda p: torch.optim.AdamW(p, weight_decay=0.1, fused=True),
-        "torch Muon": lambda p: torch.optim.Muon(p, weight_decay=0.1),
+        "torch AdamW": partial(torch.optim.AdamW, weight_decay=0.1),
+        "torch AdamW fused": partial(torch.optim.AdamW, weight_decay=0.1, fused=True),
+        "torch Muon": partial(torch.optim.Muon, weight_decay=0.1),
     }
     for name, make in GALORES.items():
         with contextlib.suppress(Missing):

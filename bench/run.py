@@ -93,7 +93,7 @@ def settled(ratio: Ratio, rounds: Rounds) -> bool:
         return False
     low, middle, high = statistics.quantiles(values, n=4)
     # 0.93 (q3 - q1) / sqrt(N): for normal noise, the standard error of a median.
-    return 0.93 * (high - low) / len(values) ** 0.5 <= SETTLED * middle
+    return bool(0.93 * (high - low) / len(values) ** 0.5 <= SETTLED * middle)
 
 
 def verdict(value: float, target: float | None, quick: bool) -> bool | None:
@@ -169,7 +169,7 @@ def figure_record(figure: Figure, quick: bool) -> dict[str, Any]:
 
 def environment(threads: int) -> dict[str, Any]:
     """What the figures depend on."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PEERS:
         try:
             versions[name] = importlib.metadata.version(name)

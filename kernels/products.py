@@ -12,7 +12,7 @@ from torch import Tensor
 _TINY = 400
 """Multiplications below which torch loops itself, in a fixed order."""
 _LARGE = 2**16
-"""Elements from which a matrix is never part of a stack on CPU, so that its alignment is its own."""
+"""Elements from which a matrix is never stacked on CPU, so that its alignment is its own."""
 
 
 def _aligned(A: Tensor, B: Tensor) -> bool:

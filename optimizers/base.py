@@ -104,7 +104,9 @@ class StackedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         **common: Any,
     ) -> None:
-        message = refuse_unknown(common, COMMON, f"{type(self).__name__} keyword")
+        own = {"lr", "weight_decay", *settings_of(rule)}
+        what = f"{type(self).__name__} keyword"
+        message = refuse_unknown(common, COMMON.keys() | own, what)
         if message:
             raise TypeError(message)
         defaults = {

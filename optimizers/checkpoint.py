@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .groups import called, rows_of, rule_of
-from .plan import units_of
+from .plan import Unit, units_of
 from .rule import Rule
 
 Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -63,33 +63,40 @@ def prepare(
                 new.setdefault(key, value)
     state, position = state_dict["state"], 0
     for i, (group, new) in enumerate(zip(groups, saved, strict=True)):
-        described = {**new, "params": group["params"]}
-        tables = expected(own, i, described, position)
+        if new["method"] != own.method():
+            raise ValueError(
+                f"checkpoint was saved by {new['method']}; load it into {new['method']}, not into "
+                f"{own.method()}"
+            )
+        tables = _tables(_units(own, i, {**new, "params": group["params"]}, position))
         names = group.get("param_names") or [None] * len(group["params"])
         for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
             entry = state.get(new["params"][j], {})
-            _check_entry(entry, tables[p], called(name, p, j), own.method())
+            _check_entry(entry, tables.get(p), called(name, p, j), own.method())
         position += len(group["params"])
     return {**state_dict, "param_groups": saved}
 
 
-def expected(
-    own: type[Rule], index: int, group: Mapping[str, Any], position: int
-) -> dict[Tensor, Expected | None]:
-    """Per parameter of a group, its state keys with shape and dtype; None for AdamW's."""
+def _units(own: type[Rule], index: int, group: Mapping[str, Any], position: int) -> list[Unit]:
+    """Units of a group whose first parameter has this flat position."""
     rule = rule_of(group, own)
-    rows = rows_of(group, rule)
-    tables: dict[Tensor, Expected | None] = {p: None for p in group["params"]}
     if rule is None:
-        return tables
+        return []
+    rows = rows_of(group, rule)
     routed = [
         (position + j, p)
         for j, (p, row) in enumerate(zip(group["params"], rows, strict=True))
         if row.rule == "matrix"
     ]
-    for unit in units_of(index, group, rule, routed):
+    return units_of(index, group, rule, routed)
+
+
+def _tables(units: Sequence[Unit]) -> dict[Tensor, Expected]:
+    """Per parameter of the units, its state keys with shape and dtype."""
+    tables: dict[Tensor, Expected] = {}
+    for unit in units:
         for i, p in enumerate(unit.params):
-            table = tables[p] = tables[p] or {}
+            table = tables.setdefault(p, {})
             for key, (_, shape, dtype) in unit.expected(i).items():
                 table[key] = (shape, dtype)
     return tables
@@ -138,14 +145,13 @@ def restore(
     Integers come back exactly as saved, floats in their slot's dtype (for a checkpoint of the same
     settings: as saved). AdamW's state stays as torch loads it.
     """
-    ids = dict(_pairs(groups, saved["param_groups"]))
-    position = 0
+    ids, position = dict(_pairs(groups, saved["param_groups"])), 0
     for i, group in enumerate(groups):
-        tables = expected(own, i, group, position)
+        units = _units(own, i, group, position)
+        tables = _tables(units)
         position += len(group["params"])
-        for p, table in tables.items():
-            if table and p in state:
-                state[p].setdefault("step", 0)  # torch.optim.Muon keeps no clock
+        for p in group["params"]:
+            table = tables.get(p)
             for key, value in saved["state"].get(ids[p], {}).items():
                 if table is None:
                     if key == "step" and not isinstance(value, Tensor):
@@ -157,3 +163,6 @@ def restore(
                     keep = not (value.is_floating_point() and dtype.is_floating_point)
                     device = state[p][key].device
                     state[p][key] = value.to(device=device, dtype=value.dtype if keep else dtype)
+        for unit in units:
+            if unit.params[0] in state:  # torch.optim.Muon keeps no clock
+                state[unit.params[0]].setdefault(unit.step_key, 0)

@@ -160,8 +160,8 @@ def carry(
         exp_avg_sq.zero_()
     elif policy == "rotate":
         for k in range(len(P_old)):  # one by one: a batched product has other bits
-            C = P_new[k].mT @ P_old[k]
-            D = None if Q_old is None or Q_new is None else Q_new[k].mT @ Q_old[k]
+            C = P_new[k].mT @ P_old[k].to(P_new.dtype)
+            D = None if Q_old is None or Q_new is None else Q_new[k].mT @ Q_old[k].to(Q_new.dtype)
             exp_avg[k].copy_(_turn(C, exp_avg[k], D))
             exp_avg_sq[k].copy_(_turn(C * C, exp_avg_sq[k], None if D is None else D * D))
 

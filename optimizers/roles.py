@@ -78,9 +78,10 @@ class Assignment:
         return [(k, old.get(k), new.get(k)) for k in names if old.get(k) != new.get(k)]
 
     def _counts(self) -> str:
+        methods = sorted({row.rule for row in self.rows} - {"matrix", "adamw"}) or ["matrix"]
         sizes = {
             rule: [prod(row.shape) for row in self.rows if row.rule == rule]
-            for rule in ("matrix", "adamw")
+            for rule in [*methods, "adamw"]
         }
         return "; ".join(f"{k}: {len(v)} parameters, {sum(v):,} elements" for k, v in sizes.items())
 

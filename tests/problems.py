@@ -19,6 +19,7 @@ from stiefel.optimizers import (
     Slot,
     StackedOptimizer,
 )
+from stiefel.optimizers.moments import ema
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 TALL, WIDE, SQUARE, ODD, ROW, COLUMN = (24, 10), (10, 24), (16, 16), (17, 5), (1, 7), (9, 1)
@@ -123,8 +124,8 @@ class RowsRule(Rule):
         return m > n
 
     def update(self, w):
-        B, G = w.state["momentum_buffer"].lerp_(w.grad, 0.1), w.grad
-        w.state["norm"].lerp_(w.sums.both(G.square().sum((-2, -1), keepdim=True)), 0.5)
+        B, G = ema(w.state["momentum_buffer"], w.grad, 0.9), w.grad
+        ema(w.state["norm"], w.sums.both(G.square().sum((-2, -1), keepdim=True)), 0.5)
         by = 1 / (w.sums.cols(B.square().sum(-1, keepdim=True)).sqrt() + 1e-8)
         u = product(w.state["rotation"], G[..., :1])
         return w.step(

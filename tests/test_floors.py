@@ -17,7 +17,8 @@ FLOORS = {
 METHODS = {"galore", "muon"}
 KERNELS = {
     "reference": set(), "coefficients": set(), "products": set(), "dispatch": {"reference"},
-    "polar": {"coefficients", "dispatch", "reference", "products"}, "report": {"polar", "reference"},
+    "polar": {"coefficients", "dispatch", "reference", "products"},
+    "report": {"polar", "reference"},
 }  # fmt: skip
 
 

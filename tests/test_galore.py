@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from functools import partial
 
 import oracles
 import pytest
@@ -44,7 +45,6 @@ def test_recorded_trajectory(name, monkeypatch):
     p = torch.nn.Parameter(data["W0"].clone())
     optimizer = optimizer_of(data, [p])
     stored = iter(data["bases"])
-    m, n = data["settings"]["shape"]
     kind = data["settings"]["group"]["proj_type"]
 
     def feed(self, turned, G, P, Q=None):
@@ -427,12 +427,12 @@ def test_galore_15_rank_and_refreshes_decide_how_far_a_quadratic_is_solved():
         return float((p.detach() - target).square().sum() / target.square().sum())
 
     def loss(make):
-        return min(once(lambda ps: make(ps, lr)) for lr in (0.1, 0.3))
+        return min(once(partial(make, lr)) for lr in (0.1, 0.3))
 
     def galore(rank, gap):
-        return loss(lambda ps, lr: GaLore(ps, lr=lr, scale=1.0, rank=rank, update_proj_gap=gap))
+        return loss(lambda lr, ps: GaLore(ps, lr=lr, scale=1.0, rank=rank, update_proj_gap=gap))
 
-    adam = loss(lambda ps, lr: torch.optim.AdamW(ps, lr=lr, weight_decay=0))
+    adam = loss(lambda lr, ps: torch.optim.AdamW(ps, lr=lr, weight_decay=0))
     enough, fixed, moving = galore(4, 10**6), galore(2, 10**6), galore(2, 20)
     assert enough <= max(2 * adam, 1e-6)
     assert fixed > 0.05

@@ -36,7 +36,7 @@ def refusals():
         ("half named", [("a", p), weight(TALL)], ValueError, "with/without names"),
         ("names later", [{"params": [("a", p)]}, {"params": [weight(TALL)]}], ValueError,
          "with/without names"),
-        ("two lrs", [{"params": [p], "lr": torch.ones(2)}], ValueError, "Tensor lr must be 1-element"),
+        ("two lrs", [{"params": [p], "lr": torch.ones(2)}], ValueError, "must be 1-element"),
         ("negative lr", [{"params": [p], "lr": -1.0}], ValueError, "Invalid learning rate: -1.0"),
         ("nan lr", [{"params": [p], "lr": float("nan")}], ValueError, "Invalid learning rate"),
         ("typo", [{"params": [p], "weigth_decay": 1}], ValueError, "did you mean 'weight_decay'"),
@@ -49,8 +49,8 @@ def refusals():
         ("nonfinite", [{"params": [p], "nonfinite": "ignore"}], ValueError, "nonfinite must be"),
         ("dtype", [{"params": [p], "state_dtype": "int32"}], ValueError, "state_dtype must be"),
         ("capturable", [{"params": [p], "capturable": True}], ValueError, "capturable=True"),
-        ("differentiable", [{"params": [p], "differentiable": True}], ValueError, "differentiable"),
-        ("both", [{"params": [p], "fused": True, "foreach": True}], RuntimeError, "cannot be `True`"),
+        ("through", [{"params": [p], "differentiable": True}], ValueError, "differentiable"),
+        ("both", [{"params": [p], "fused": True, "foreach": True}], RuntimeError, "cannot be"),
         ("tensor foreach", [{"params": [p], "lr": torch.tensor(0.1), "foreach": True}], ValueError,
          "lr as a Tensor is not supported"),
         ("adamw_betas", [{"params": [p], "adamw_betas": (0.9, 1.0)}], ValueError, "adamw_betas"),
@@ -93,9 +93,7 @@ def test_refusal_in_add_param_group_changes_nothing(cls, case):
 
 @BOTH
 def test_constructor_refuses_unknown_keywords_and_bad_values_before_the_parameters(cls):
-    with pytest.raises(
-        TypeError, match="'weight_deacy' is unknown; did you mean 'weight_decay'|adamw"
-    ):
+    with pytest.raises(TypeError, match="'weight_deacy' is unknown; did you mean 'weight_decay'"):
         cls([weight(SQUARE)], weight_deacy=0.1)
     for bad in ({"lr": torch.ones(2)}, {"lr": -1.0}, {"weight_decay": -1.0}):
         with pytest.raises(ValueError):
@@ -148,7 +146,7 @@ def test_dtensor_is_refused_naming_the_way_around(cls):
     try:
         mesh = init_device_mesh("cpu", (1,))
         p = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Replicate()]))
-        with pytest.raises(ValueError, match="DTensor.*ZeroRedundancyOptimizer"):
+        with pytest.raises(ValueError, match=r"DTensor.*ZeroRedundancyOptimizer"):
             cls([p])
         assert rules(cls([{"params": [p], "rule": "adamw"}])) == ["adamw"]
         q = weight((4, 4))
