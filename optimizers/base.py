@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import adamw, checkpoint
+from .flags import LateFlags, look, read_flags
 from .groups import (
     COMMON,
     FOREIGN,
@@ -28,30 +29,10 @@ from .groups import (
     rule_of,
     settings_of,
 )
-from .plan import Bucket, Plan, Unit, chunk_bytes, largest, units_of
+from .plan import Bucket, Plan, units_of
 from .roles import Assignment
 from .rule import RULES, Direction, Rule
-from .write import LOW, write_
-
-
-class LateFlags:
-    """Flags on their way to the host: by the next step they have arrived, and nothing waits."""
-
-    def __init__(self, ok: Tensor) -> None:
-        self._event = None
-        if ok.is_cuda:
-            host = torch.empty(ok.shape, dtype=ok.dtype, pin_memory=True)
-            ok = host.copy_(ok, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-        self._ok = ok
-
-    def read(self) -> list[bool]:
-        """The flags, one per unit."""
-        if self._event is not None:
-            self._event.synchronize()
-        flags: list[bool] = self._ok.tolist()
-        return flags
+from .write import write_
 
 
 class StackedOptimizer(Optimizer):
@@ -348,8 +329,8 @@ class StackedOptimizer(Optimizer):
 
     def _step_matrices(self, plan: Plan, grads: Sequence[Tensor | None]) -> None:
         """Look at every gradient before any state changes, then run bucket after bucket."""
-        stacks, flags = self._flags(plan, grads)
-        good = self._read(plan, flags, grads)
+        stacks, flags = look(plan.buckets, grads, self._waits)
+        good = read_flags(plan, self.param_groups, flags, grads, self._waits)
         for bucket, stack, flag, fine in zip(plan.buckets, stacks, flags, good, strict=True):
             Gs = stack or [
                 bucket.gradient(i, grads) if there else None
@@ -357,95 +338,8 @@ class StackedOptimizer(Optimizer):
             ]
             self._run(plan, bucket, Gs, fine, flag)
 
-    def _flags(
-        self, plan: Plan, grads: Sequence[Tensor | None]
-    ) -> tuple[list[list[Tensor | None] | None], list[Tensor]]:
-        """Per bucket, one number per unit that is finite only if its gradients are.
-
-        Small stacks are kept for the update, up to one stack's budget in all.
-        """
-        stacks: list[list[Tensor | None] | None] = []
-        flags, used = [], 0
-        for bucket in plan.buckets:
-            total, kept = None, []
-            for i, there in enumerate(bucket.present):
-                G = None
-                if there and bucket.stacked:
-                    G = bucket.gradient(i, grads)
-                kept.append(G)
-                if there:
-                    # a block of a parameter looks at the whole of it: one clock, one flag
-                    whole = G if G is not None else grads[bucket.unit.positions[i]]
-                    part = self._flag(whole, bucket.stacked)  # type: ignore[arg-type]
-                    total = part if total is None else total + part
-            assert total is not None
-            flags.append(total)
-            used += sum(G.nbytes for G in kept if G is not None)
-            keep = bucket.stacked and used <= chunk_bytes(total.device)
-            stacks.append(kept if keep else None)
-        return stacks, flags
-
-    def _flag(self, G: Tensor, stacked: bool) -> Tensor:
-        """(K,) sums where the host waits; elsewhere the largest entries, which cannot overflow."""
-        if self._waits(G.device):
-            # float16 and float64 sums may overflow: the host looks again
-            dims = tuple(range(1 if stacked else 0, G.dim()))
-            flag = G.sum(dims, dtype=torch.float32 if G.dtype in LOW else None)
-            return flag if stacked else flag.reshape(1)
-        return torch.stack([largest(part) for part in G]) if stacked else largest(G).reshape(1)
-
     def _waits(self, device: torch.device) -> bool:
         return device.type == "cpu" if self._wait is None else self._wait
-
-    def _read(
-        self, plan: Plan, flags: list[Tensor], grads: Sequence[Tensor | None]
-    ) -> list[list[bool] | None]:
-        """Per bucket, which units are fine; None where the host does not wait for the device."""
-        good: list[list[bool] | None] = [None] * len(flags)
-        by_device: dict[torch.device, list[int]] = {}
-        for j, (bucket, flag) in enumerate(zip(plan.buckets, flags, strict=True)):
-            rule = plan.rules[bucket.group]
-            assert rule is not None
-            t, refreshed = bucket.clocks()
-            skip = self.param_groups[bucket.group]["nonfinite"] == "skip"
-            if self._waits(flag.device) or rule.writes or rule.due(t, refreshed) or not skip:
-                by_device.setdefault(flag.device, []).append(j)
-        for chosen in by_device.values():
-            finite = torch.cat([flags[j] for j in chosen]).isfinite()
-            if bool(finite.all()):
-                for j in chosen:
-                    good[j] = [True] * len(plan.buckets[j].units)
-                continue
-            host = iter(finite.tolist())
-            for j in chosen:
-                good[j] = [
-                    next(host) or self._finite(unit, grads) for unit in plan.buckets[j].units
-                ]
-        for bucket, fine in zip(plan.buckets, good, strict=True):
-            if fine is not None and not all(fine):
-                self._refuse(bucket, fine)
-        return good
-
-    @staticmethod
-    def _finite(unit: Unit, grads: Sequence[Tensor | None]) -> bool:
-        """Look again elementwise: a finite gradient may overflow its sum."""
-        present = [grads[i] for i in unit.positions]
-        return all(grad is None or bool(grad.isfinite().all()) for grad in present)
-
-    def _refuse(self, bucket: Bucket, fine: list[bool]) -> None:
-        group = self.param_groups[bucket.group]
-        if group["nonfinite"] == "raise":
-            bad = [u.positions[0] for u, ok in zip(bucket.units, fine, strict=True) if not ok]
-            names = [
-                name
-                for g in self.param_groups
-                for name in g.get("param_names", [None] * len(g["params"]))
-            ]
-            text = ", ".join(repr(names[i]) if names[i] else str(i) for i in bad)
-            raise RuntimeError(
-                f"non-finite gradient of parameter {text}; nonfinite='skip' leaves such parameters "
-                "alone instead"
-            )
 
     def _run(
         self,
