@@ -17,13 +17,12 @@ _LARGE = 2**16
 
 def _aligned(A: Tensor, B: Tensor) -> bool:
     """Whether every result of a stack rounds as it would alone."""
-    size = A.shape[-2] * B.shape[-1]
-    return (
-        A.device.type != "cpu"
-        or size * A.element_size() % 16 == 0
-        or size * A.shape[-1] < _TINY
-        or size >= _LARGE
-    )
+    m, inner, n = *A.shape[-2:], B.shape[-1]
+    size = m * n
+    if A.device.type != "cpu" or size >= _LARGE or size * inner < _TINY:
+        return True
+    # with a side of 1 it is ambiguous which operand is turned, and a batch may take another way
+    return size * A.element_size() % 16 == 0 and min(m, inner, n) > 1
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:

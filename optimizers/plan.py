@@ -18,8 +18,12 @@ from torch import Tensor
 from .rule import Member, Rule, Slot, Slots
 from .views import Block, blocks
 
-STACK = {"cpu": 2**13}
-"""Largest matrix, in elements, that is stacked: below it launches saved outweigh the copies."""
+STACK = {"cpu": 2**15}
+"""Largest matrix, in elements, that is stacked: below it calls saved outweigh the copies.
+
+Measured on CPU, one thread: 16 of 128x128 take 0.46 (GaLore) and 0.66 (Muon) of their time as
+views; from 2**16 the copies cost what the calls saved (bench/NOTES.md).
+"""
 STACK_ACCELERATOR = 2**22
 CHUNK = {"cpu": 64 * 2**20}
 """Largest stack in bytes, so that stacking never costs what low rank saved."""

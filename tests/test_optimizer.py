@@ -79,6 +79,19 @@ def test_stack_equals_views_bitwise(method, dtype, shape, views):
 
 
 @every_method
+@pytest.mark.parametrize("shape", [(33, 41), (129, 37), (96, 96), (200, 150)])
+def test_larger_stacks_equal_views_bitwise(method, shape, views):
+    """Sizes at which the matrix library rounds by the alignment of a result, and none at all."""
+    results = []
+    for force in (lambda: None, views):
+        force()
+        params, grads = several(shape, 3, steps=4)
+        optimizer = METHODS[method](params)
+        results.append((run(optimizer, params, grads), tensors(optimizer)))
+    assert same(*results)
+
+
+@every_method
 def test_joint_equals_separate_optimizers_bitwise(method):
     params, grads = several(ODD)
     a = run(METHODS[method](params), params, grads)

@@ -1,0 +1,44 @@
+"""Products of stacks have the bits of their matrices, whatever their sizes, sides and dtypes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stiefel.kernels import add_product_, product
+
+SIDES = st.sampled_from([1, 2, 3, 5, 7, 8, 10, 17, 24, 33, 50, 96, 129])
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+
+
+def draw(*shape, dtype, seed, turned):
+    shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+    X = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return X.mT if turned else X
+
+
+@settings(max_examples=150, deadline=None)
+@given(SIDES, SIDES, SIDES, DTYPES, st.integers(0, 2**16), st.booleans(), st.booleans(), st.booleans())
+def test_stack_equals_its_matrices_bitwise(m, k, n, dtype, seed, a, b, w):
+    A = draw(3, m, k, dtype=dtype, seed=seed, turned=a)
+    B = draw(3, k, n, dtype=dtype, seed=seed + 1, turned=b)
+    W = draw(3, m, n, dtype=dtype, seed=seed + 2, turned=w)
+    parts = [product(A[i : i + 1], B[i : i + 1]) for i in range(3)]
+    assert torch.equal(product(A, B), torch.cat(parts))
+    torch.testing.assert_close(product(A, B), torch.einsum("kmi,kin->kmn", A, B))
+    if w:
+        return  # the driver writes a turned weight turned back
+    whole = W.clone()
+    add_product_(whole, A, B, beta=0.9, alpha=-0.3)
+    for i in range(3):
+        one = W[i : i + 1].clone()
+        add_product_(one, A[i : i + 1], B[i : i + 1], beta=0.9, alpha=-0.3)
+        assert torch.equal(whole[i : i + 1], one)
+    torch.testing.assert_close(whole, 0.9 * W - 0.3 * torch.einsum("kmi,kin->kmn", A, B))
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_the_narrower_operand_is_widened(narrow):
+    A, B = torch.randn(2, 3, 4).to(narrow), torch.randn(2, 4, 5)
+    assert product(A, B).dtype == torch.float32
+    torch.testing.assert_close(product(A, B), A.float() @ B)
