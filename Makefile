@@ -1,0 +1,54 @@
+# Everything a fresh machine needs: Python 3.10 or newer, and make.
+#   make demo    compare AdamW, Muon and GaLore on a small language model, draw the losses
+#   make test    run the whole test suite
+#   make lint    ruff and mypy
+#   make bench   time every optimizer against its limit and its peers
+# TORCH chooses the torch to install, for example TORCH=torch==2.13.0.
+
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+OUT ?= runs/demo
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint bench clean torch typing
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/pretrain.py --compare adamw,muon,galore --out $(OUT)
+
+test: $(VENV)/.test
+	$(BIN)/pytest -q
+
+lint: $(VENV)/.test typing
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.examples
+	$(BIN)/python bench/run.py --out runs/bench
+
+clean:
+	rm -rf build dist *.egg-info runs
+
+# torch goes in before the package, so that the package takes the one that was asked for
+torch: $(BIN)/python
+	@echo '$(TORCH)' | cmp -s - $(VENV)/.torch || \
+	  { $(PIP) '$(TORCH)' && rm -f $(VENV)/.examples $(VENV)/.test && echo '$(TORCH)' > $(VENV)/.torch; }
+
+$(VENV)/.examples: pyproject.toml | torch
+	$(PIP) -e '.[examples]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml | torch
+	$(PIP) -e '.[examples,test]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+
+# mypy cannot follow the editable install, so it reads the sources through two links
+typing:
+	mkdir -p build/typing/stiefel
+	ln -sfn ../../../optimizers ../../../kernels build/typing/stiefel/
