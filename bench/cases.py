@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from stiefel.optimizers.projectors import top_basis
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from allocations import AllocationCounter
+from peers import Missing, galore_torch_adamw
 
 Shape = tuple[int, ...]
 Maker = Callable[[list[Any]], Optimizer]
@@ -193,50 +193,6 @@ class Call:
 
 
 # --- Peers ---
-
-
-class Missing(Exception):
-    """Why a peer cannot compete here."""
-
-
-def _stub(name: str, **attributes: Any) -> list[str]:
-    """Put empty modules for a dotted name into sys.modules; the names that were added."""
-    added = []
-    parts = name.split(".")
-    for i in range(1, len(parts) + 1):
-        prefix = ".".join(parts[:i])
-        if prefix not in sys.modules:
-            sys.modules[prefix] = types.ModuleType(prefix)
-            added.append(prefix)
-    for key, value in attributes.items():
-        setattr(sys.modules[name], key, value)
-    return added
-
-
-def galore_torch_adamw() -> Any:
-    """The published GaLoreAdamW.
-
-    The package imports transformers for a version check and bitsandbytes for its 8-bit variant.
-    Neither takes part in this optimizer's step, so where they are not installed empty modules
-    stand in while it is imported.
-    """
-    if importlib.util.find_spec("galore_torch") is None:
-        raise Missing("galore-torch is not installed")
-    needs: dict[str, dict[str, Any]] = {
-        "transformers.utils.versions": {"require_version": lambda requirement: None},
-        "bitsandbytes.optim.optimizer": {"Optimizer2State": object},
-    }
-    added: list[str] = []
-    for name, attributes in needs.items():
-        if importlib.util.find_spec(name.split(".")[0]) is None:
-            added += _stub(name, **attributes)
-    try:
-        return importlib.import_module("galore_torch").GaLoreAdamW
-    except ImportError as error:
-        raise Missing(f"galore-torch does not import: {error}") from error
-    finally:
-        for name in added:
-            sys.modules.pop(name, None)
 
 
 def peer(module: str, name: str) -> Any:

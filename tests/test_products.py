@@ -18,8 +18,9 @@ def draw(*shape, dtype, seed, turned):
 
 
 @settings(max_examples=150, deadline=None)
-@given(SIDES, SIDES, SIDES, DTYPES, st.integers(0, 2**16), st.booleans(), st.booleans(), st.booleans())
-def test_stack_equals_its_matrices_bitwise(m, k, n, dtype, seed, a, b, w):
+@given(SIDES, SIDES, SIDES, DTYPES, st.integers(0, 2**16), st.tuples(*[st.booleans()] * 3))
+def test_stack_equals_its_matrices_bitwise(m, k, n, dtype, seed, turned):
+    a, b, w = turned
     A = draw(3, m, k, dtype=dtype, seed=seed, turned=a)
     B = draw(3, k, n, dtype=dtype, seed=seed + 1, turned=b)
     W = draw(3, m, n, dtype=dtype, seed=seed + 2, turned=w)
