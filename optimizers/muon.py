@@ -141,6 +141,8 @@ class Muon(StackedOptimizer):
     a module or parameter names route them.
 
     Example:
+        >>> import torch
+        >>> from stiefel.optimizers import Muon
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
         >>> optimizer = Muon(model, lr=1e-3)
         >>> loss = model(torch.ones(2, 8)).square().mean()

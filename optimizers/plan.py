@@ -37,6 +37,11 @@ def chunk_bytes(device: torch.device) -> int:
     return CHUNK.get(device.type, CHUNK_ACCELERATOR)
 
 
+def _is_part(X: Tensor) -> bool:
+    """Whether X is part of a larger storage, such as a row of a slab."""
+    return X.untyped_storage().nbytes() > X.numel() * X.element_size()
+
+
 def largest(X: Tensor) -> Tensor:
     """The largest magnitude, a NaN if there is one: one pass, no temporary of X's size."""
     low, high = torch.aminmax(X)
@@ -133,6 +138,14 @@ class Unit:
                         f"parameter group {self.group} need {shape}; load with the settings it was "
                         "saved with"
                     )
+
+    def own(self, state: State) -> None:
+        """Give a unit that sits out tensors of its own: a row keeps the whole slab alive."""
+        for p in self.params:
+            entry = state.get(p, {})
+            for key, value in entry.items():
+                if isinstance(value, Tensor) and _is_part(value):
+                    entry[key] = value.clone()
 
     def seen(self, i: int, name: str, tensor: Tensor) -> Tensor:
         """A stored state tensor as the rule sees it: (k, *axes)."""
@@ -242,8 +255,7 @@ class Bucket:
     def _bind_slot(self, i: int, name: str, key: str, entries: list[dict[str, Any]]) -> Tensor:
         if not self.stacked:
             tensor = entries[0][key]
-            if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
-                # a row of a former slab must not keep the whole of it alive
+            if _is_part(tensor):
                 entries[0][key] = tensor = tensor.clone()
             self.rows.append((entries[0], key, tensor))
             return self.unit.seen(i, name, tensor)
@@ -364,13 +376,26 @@ class Bucket:
 
 
 def buckets_of(
-    units: Iterable[Unit], mask: Sequence[bool], state: State, rules: Sequence[Rule | None]
+    units: Iterable[Unit],
+    mask: Sequence[bool],
+    state: State,
+    rules: Sequence[Rule | None],
+    old: Sequence[Bucket] = (),
 ) -> list[Bucket]:
-    """Allocate the state of every present unit and sort the units into buckets."""
+    """Allocate the state of every present unit and sort the units into buckets.
+
+    Args:
+        units: All units.
+        mask: Which parameters have a gradient.
+        state: The optimizer's state.
+        rules: Per group, its rule.
+        old: Buckets of the plan so far; one that stays as it is keeps its slabs.
+    """
     sorted_units: dict[tuple[Any, ...], list[Unit]] = {}
     for unit in units:
         present = tuple(mask[i] for i in unit.positions)
         if not any(present):
+            unit.own(state)
             continue
         rule = rules[unit.group]
         assert rule is not None
@@ -389,8 +414,14 @@ def buckets_of(
         made += [
             Bucket(members[i : i + size], key[0], key[1]) for i in range(0, len(members), size)
         ]
-    for bucket in made:
-        bucket.bind(state)
+    stacks = {tuple(map(id, bucket.units)): bucket for bucket in old if bucket.stacked}
+    for j, bucket in enumerate(made):
+        before = stacks.get(tuple(map(id, bucket.units)))
+        alike = before and (before.present, before.held) == (bucket.present, bucket.held)
+        if before is not None and alike and before.live():
+            made[j] = before
+        else:
+            bucket.bind(state)
     return made
 
 
@@ -439,8 +470,7 @@ class Plan:
 
     def fill(self, mask: list[bool], state: State) -> None:
         """Sort the present units into buckets, allocating what they need."""
-        self.buckets = []  # rows of old slabs go before new ones are made
-        self.buckets = buckets_of(self.units, mask, state, self.rules)
+        self.buckets = buckets_of(self.units, mask, state, self.rules, self.buckets)
         self.mask, self.entries = mask, len(state)
 
     def adopt(self, group: int, rule: Rule) -> bool:

@@ -181,12 +181,19 @@ def test_rows_of_a_slab_become_tensors_of_their_own():
     slab = optimizer.state[params[0]]["momentum_buffer"].untyped_storage().nbytes()
     assert slab == 4 * 16 * 16 * 4
     params[0].grad = None
-    optimizer.step()
-    params[0].grad = torch.ones_like(params[0])
-    for p in params[1:]:
-        p.grad = None
-    optimizer.step()
+    optimizer.step()  # the unit that sits out must not keep the old slab alive
     assert optimizer.state[params[0]]["momentum_buffer"].untyped_storage().nbytes() == 16 * 16 * 4
+
+
+def test_a_bucket_that_stays_as_it_is_keeps_its_slabs():
+    squares, grads = several(SQUARE, steps=3)
+    p, late = weight(TALL, 7), gradients(TALL, 3)
+    optimizer = METHODS["muon"]([*squares, p])
+    late[1] = None
+    run(optimizer, [*squares, p], [[s[0]] for s in [*grads, late]])
+    row = optimizer.state[squares[0]]["momentum_buffer"]
+    run(optimizer, [*squares, p], [s[1:] for s in [*grads, late]])
+    assert optimizer.state[squares[0]]["momentum_buffer"] is row
 
 
 def test_state_replaced_from_outside_is_noticed():
