@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import _device_dtype_check_for_fused
 
 
 def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
@@ -17,16 +18,23 @@ def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
     return beta1, beta2
 
 
+def clock(p: Tensor, group: Mapping[str, Any], value: float) -> Tensor:
+    """The step count as ``torch.optim.AdamW`` keeps it: on the device where its kernel reads it."""
+    on_device = group["fused"] or group["capturable"]
+    double = torch.get_default_dtype() == torch.float64 and not group["fused"]
+    return torch.tensor(
+        float(value),
+        dtype=torch.float64 if double else torch.float32,
+        device=p.device if on_device else "cpu",
+    )
+
+
 def allocate(p: Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None:
     """Make the state of one parameter as ``torch.optim.AdamW`` does, unless it is there."""
     if "exp_avg" not in entry:
-        on_device = group["fused"] or group["capturable"]
-        double = torch.get_default_dtype() == torch.float64 and not group["fused"]
-        entry["step"] = torch.zeros(
-            (),
-            dtype=torch.float64 if double else torch.float32,
-            device=p.device if on_device else "cpu",
-        )
+        if group["fused"]:
+            _device_dtype_check_for_fused(p)
+        entry["step"] = clock(p, group, 0)
         for name in ("exp_avg", "exp_avg_sq"):
             entry[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
 

@@ -158,6 +158,8 @@ class StackedOptimizer(Optimizer):
         if rule is None:
             return [{"lr": full["adamw_lr"], **group}]
         params, names = parameters_of(group)
+        if None in names and any(names):
+            return [group]  # torch refuses names of some parameters only, with its own text
         rows = rows_of({**full, "params": params, "param_names": names}, rule)
         parts = []
         for kind in ("matrix", "adamw"):
@@ -289,6 +291,7 @@ class StackedOptimizer(Optimizer):
         for grad in grads:
             if grad is not None and grad.layout is not torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        vectors = self._vectors(plan, grads)  # may refuse, so before anything moves
         if self._dry(grads):
             self.init_state()
         else:
@@ -296,7 +299,8 @@ class StackedOptimizer(Optimizer):
             if plan.stale(mask, self.state):
                 plan.fill(mask, self.state)
             self._step_matrices(plan, grads)
-        self._step_vectors(plan, grads)
+        for group, params, given, entries, order in vectors:
+            adamw.step(group, params, given, entries, order=order)
         return loss
 
     def _dry(self, grads: Sequence[Tensor | None]) -> bool:
@@ -307,25 +311,19 @@ class StackedOptimizer(Optimizer):
                 return False
         return not any(grad is not None and bool(grad.any()) for grad in grads)
 
-    def _step_vectors(self, plan: Plan, grads: Sequence[Tensor | None]) -> None:
-        """AdamW groups, and what is no matrix in other groups."""
+    def _vectors(self, plan: Plan, grads: Sequence[Tensor | None]) -> list[tuple[Any, ...]]:
+        """What AdamW steps: whole AdamW groups, and what is no matrix in other groups."""
+        made = []
         for group, order, positions in zip(
             self.param_groups, plan.orders, plan.vectors, strict=True
         ):
-            present = [i for i in positions if grads[i] is not None]
-            if not present:
-                continue
-            params = [plan.flat[i] for i in present]
-            entries = [self.state[p] for p in params]
-            for p, entry in zip(params, entries, strict=True):
+            present = [(plan.flat[i], grad) for i in positions if (grad := grads[i]) is not None]
+            entries = [self.state[p] for p, _ in present]
+            for (p, _), entry in zip(present, entries, strict=True):
                 adamw.allocate(p, group, entry)
-            adamw.step(
-                group,
-                params,
-                [grad for i in present if (grad := grads[i]) is not None],
-                entries,
-                order=order,
-            )
+            if present:
+                made.append((group, *map(list, zip(*present, strict=True)), entries, order))
+        return made
 
     def _step_matrices(self, plan: Plan, grads: Sequence[Tensor | None]) -> None:
         """Look at every gradient before any state changes, then run bucket after bucket."""

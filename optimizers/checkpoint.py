@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import adamw
 from .groups import called, rows_of, rule_of
 from .plan import Unit, units_of
 from .rule import Rule
@@ -59,7 +60,7 @@ def prepare(
         return dict(state_dict)  # torch says which length differs
     for group, new in zip(groups, saved, strict=True):
         for key, value in group.items():
-            if key not in ("params", "param_names"):
+            if key != "params":  # names too: torch keeps the optimizer's where none were saved
                 new.setdefault(key, value)
     state, position = state_dict["state"], 0
     for i, (group, new) in enumerate(zip(groups, saved, strict=True)):
@@ -155,7 +156,7 @@ def restore(
             for key, value in saved["state"].get(ids[p], {}).items():
                 if table is None:
                     if key == "step" and not isinstance(value, Tensor):
-                        state[p][key] = torch.tensor(float(value))
+                        state[p][key] = adamw.clock(p, group, value)
                 elif _is_clock(key):
                     state[p][key] = int(value)
                 else:

@@ -289,7 +289,7 @@ def test_hooks_of_the_user_see_the_true_state_around_a_load():
     seen = []
     fresh.register_load_state_dict_pre_hook(lambda o, saved: seen.append("pre"))
     fresh.register_load_state_dict_post_hook(
-        lambda o: seen.append(next(iter(o.state.values()))["exp_avg"].dtype)
+        lambda o: seen.append(o.state[o.param_groups[0]["params"][0]]["exp_avg"].dtype)
     )
     fresh.register_load_state_dict_pre_hook(lambda o, saved: {**saved, "extra": 1})
     fresh.load_state_dict(optimizer.state_dict())

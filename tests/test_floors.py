@@ -8,16 +8,25 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 TOOLKIT = {"rule", "base", "moments", "projectors", "groups"}
 FLOORS = {
-    "views": set(), "roles": set(), "moments": set(), "projectors": set(), "rule": {"kernels"},
+    "views": set(), "roles": set(), "moments": {"kernels"}, "rule": {"kernels"},
+    "bases": set(), "sketches": {"bases"},
+    "subspaces": {"bases", "kernels", "moments", "rule", "sketches"},
+    "coordinates": {"bases", "kernels", "moments", "rule", "sketches", "subspaces"},
+    "projectors": {"bases", "coordinates", "rule", "sketches", "subspaces"},
     "adamw": set(), "write": {"rule"}, "plan": {"rule", "views"},
-    "groups": {"roles", "rule", "views"}, "checkpoint": {"groups", "plan", "rule"},
+    "groups": {"roles", "rule", "views"}, "checkpoint": {"adamw", "groups", "plan", "rule"},
     "base": {"adamw", "checkpoint", "flags", "groups", "plan", "roles", "rule", "write"},
     "flags": {"plan", "rule", "write"},
 }  # fmt: skip
 METHODS = {"galore", "muon"}
 KERNELS = {
-    "reference": set(), "coefficients": set(), "products": set(), "dispatch": {"reference"},
-    "polar": {"coefficients", "dispatch", "reference", "products"},
+    "reference": set(), "coefficients": set(), "products": set(), "dct": {"products"},
+    "dispatch": {"reference"},
+    "stacking": set(), "direct": {"coefficients", "dispatch"},
+    "polynomial": {"coefficients", "dispatch"},
+    "gram_space": {"coefficients", "direct", "dispatch", "polynomial"},
+    "qdwh": {"coefficients", "direct", "dispatch"},
+    "polar": {"coefficients", "direct", "gram_space", "polynomial", "qdwh", "stacking"},
     "report": {"polar", "reference"},
 }  # fmt: skip
 

@@ -1,0 +1,254 @@
+"""Our optimizers as entries of torch's own test harness, and what of torch's list is covered.
+
+A new optimizer is one more ``entry`` in ``INFOS``; every test of ``test_torch_harness.py`` then
+runs on it.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    CyclicLR,
+    ExponentialLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+from torch.testing._internal.common_optimizers import (
+    ErrorOptimizerInput,
+    OptimizerErrorEnum,
+    OptimizerInfo,
+    OptimizerInput,
+    get_error_inputs_for_all_optims,
+)
+
+from stiefel.kernels import POLAR_METHODS
+from stiefel.optimizers import GaLore, Muon
+
+SHARED = {
+    "default": {},
+    "non-default lr": {"lr": 0.01},
+    "Tensor lr": {"lr": torch.tensor(0.001)},
+    "no weight_decay": {"weight_decay": 0.0},
+    "weight_decay": {"weight_decay": 0.25},
+    "maximize": {"maximize": True},
+    "maximize, weight_decay": {"maximize": True, "weight_decay": 0.25},
+    "lr of AdamW": {"adamw_lr": 0.003},
+    "AdamW's own settings": {
+        "adamw_betas": (0.8, 0.9),
+        "adamw_eps": 1e-6,
+        "adamw_weight_decay": 0.05,
+    },
+    "bfloat16 state": {"state_dtype": "bfloat16"},
+    "raise": {"nonfinite": "raise"},
+    "view": {"view": "transposed"},
+}
+"""Inputs that every optimizer has; flags of which only one can be on are left to the tests."""
+
+FLAGS = ("foreach", "fused", "capturable", "maximize", "differentiable")
+"""Group keys that a checkpoint of an older release may lack."""
+
+
+def matrix(*shape, dtype=torch.float32, device="cpu", grad=None):
+    """A parameter of ones with a gradient, for what is to be refused."""
+    p = torch.nn.Parameter(torch.ones(shape or (2, 3), dtype=dtype, device=device))
+    p.grad = torch.ones_like(p) if grad is None else grad
+    return p
+
+
+def refused(desc, regex, error=ValueError, *, params=None, on_step=False, **kwargs):
+    """One input that raises: at construction, or in a step."""
+    when = OptimizerErrorEnum
+    return ErrorOptimizerInput(
+        OptimizerInput(params=[matrix()] if params is None else params, kwargs=kwargs, desc=desc),
+        error_on=when.STEP_ERROR if on_step else when.CONSTRUCTION_ERROR,
+        error_type=error,
+        error_regex=regex,
+    )
+
+
+def shared_errors(name):
+    """What every optimizer of ours refuses, beside what torch's harness demands of all."""
+    unsure, sparse = matrix(), matrix(2, 2)
+    unsure.grad[0, 0] = float("nan")
+    sparse.grad = torch.eye(2).to_sparse()
+    vector = matrix(3)
+    return [
+        refused("lr below 0", "Invalid learning rate: -1.0", lr=-1.0),
+        refused("lr is no number", "Invalid learning rate: nan", lr=float("nan")),
+        refused("AdamW's lr of two elements", "must be 1-element", adamw_lr=torch.ones(2)),
+        refused("decay below 0", "Invalid weight_decay value: -0.1", weight_decay=-0.1),
+        refused("AdamW's decay", "Invalid adamw_weight_decay", adamw_weight_decay=-0.1),
+        refused("AdamW's eps", "Invalid adamw_eps value: -1", adamw_eps=-1),
+        refused("AdamW's betas", "Invalid adamw_betas", adamw_betas=(1.0, 0.9)),
+        refused("a keyword nobody knows", "did you mean 'maximize'", TypeError, maximise=True),
+        refused("two flags at once", "cannot be", RuntimeError, foreach=True, fused=True),
+        refused("Tensor lr and foreach", "Tensor is not supported", lr=torch.tensor(0.1),
+                foreach=True),
+        refused("differentiable", "differentiable=True is not supported", differentiable=True),
+        refused("capturable matrices", "capturable=True is not supported", capturable=True),
+        refused("nonfinite", "nonfinite must be 'skip' or 'raise'", nonfinite="ignore"),
+        refused("state of integers", "state_dtype must be None or", state_dtype="int8"),
+        refused("a view nobody knows", "unknown", view="sideways"),
+        refused("a view that does not fit", "must divide", view="heads:3"),
+        refused("a complex matrix", f"{name} does not support complex", RuntimeError,
+                params=[matrix(dtype=torch.complex64)]),
+        refused("a vector in a matrix group", "needs matrices",
+                params=[{"params": [vector], "rule": name}]),
+        refused("a key nobody knows", "parameter group key 'momentun' is unknown",
+                params=[{"params": [matrix()], "momentun": 0.9}]),
+        refused("a sparse gradient", f"{name} does not support sparse", RuntimeError,
+                params=[sparse], on_step=True),
+        refused("a NaN", "non-finite gradient of parameter 0", RuntimeError, params=[unsure],
+                on_step=True, nonfinite="raise"),
+    ]  # fmt: skip
+
+
+def entry(cls, inputs, errors, gap=None):
+    """An optimizer of ours for torch's harness.
+
+    Args:
+        cls: The class.
+        inputs: Description -> constructor arguments, without foreach, fused and differentiable.
+        errors: Inputs of its own that raise.
+        gap: Name of the setting that says how many updates lie between two refreshes.
+    """
+
+    def inputs_func(device, dtype=None):
+        # copies, as a scheduler writes into a tensor lr
+        every = {**SHARED, **inputs}
+        return [OptimizerInput(None, deepcopy(kwargs), desc) for desc, kwargs in every.items()]
+
+    def errors_func(device, dtype):
+        of_all = get_error_inputs_for_all_optims(device, dtype)
+        return [*of_all, *shared_errors(cls.__name__), *errors]
+
+    info = OptimizerInfo(
+        cls,
+        optim_inputs_func=inputs_func,
+        optim_error_inputs_func=errors_func,
+        scheduler_inputs=([lambda o: StepLR(o, step_size=3, gamma=0.9), ReduceLROnPlateau],),
+        supported_impls=("foreach", "fused"),
+        supports_fused_on=("cpu", "cuda"),
+        not_og_supported_flags=FLAGS,
+        has_capturable_arg=True,
+        supports_complex=False,
+        supports_sparse=False,
+    )
+    info.gap = gap
+    return info
+
+
+INFOS = [
+    entry(
+        Muon,
+        {
+            "momentum": {"momentum": 0.8},
+            "no momentum": {"momentum": 0.0, "nesterov": False},
+            "no nesterov": {"nesterov": False},
+            **{f"polar {method}": {"polar": method} for method in POLAR_METHODS},
+            "ns_steps": {"polar": "ns5", "ns_steps": 6},
+            "ns_coefficients": {"polar": "ns5", "ns_coefficients": (3.4, -4.7, 2.0)},
+            "original": {"adjust_lr_fn": "original"},
+            "spectral": {"adjust_lr_fn": "spectral"},
+            "as torch's": {"compat": "torch"},
+        },
+        [
+            refused("momentum", "momentum should be >= 0", momentum=-0.1),
+            refused("eps", "Invalid epsilon value: -1", eps=-1),
+            refused("adjust_lr_fn", "Adjust learning rate function arbitrary is not supported",
+                    adjust_lr_fn="arbitrary"),
+            refused("polar", "polar must be 'auto' or one of", polar="qr"),
+            refused("ns_steps", "Number of steps must be less than 100", ns_steps=100),
+            refused("compat", "compat must be None or 'torch'", compat="reference"),
+        ],
+    ),
+    entry(
+        GaLore,
+        {
+            "rank, refreshes": {"rank": 2, "update_proj_gap": 2},
+            "a fraction": {"rank": 0.5, "update_proj_gap": 3, "scale": 1.0},
+            "betas, eps": {"betas": (0.8, 0.95), "eps": 1e-6, "rank": 3},
+            "reverse_std": {"rank": 2, "proj_type": "reverse_std"},
+            "right": {"rank": 2, "proj_type": "right"},
+            "left": {"rank": 2, "proj_type": "left"},
+            "full": {"rank": 2, "proj_type": "full", "update_proj_gap": 3},
+            "svd_full": {"rank": 2, "projection": "svd_full"},
+            "reset moments": {"rank": 2, "moments": "reset", "update_proj_gap": 2},
+            "rotated moments": {"rank": 2, "moments": "rotate", "update_proj_gap": 2},
+            "as published": {"rank": 2, "compat": "reference", "update_proj_gap": 3},
+            "no correction": {"rank": 2, "compat": "reference", "correct_bias": False},
+        },
+        [
+            refused("beta 1", "Invalid beta parameter at index 0: 1.0", betas=(1.0, 0.9)),
+            refused("beta 2", "Invalid beta parameter at index 1: -0.1", betas=(0.9, -0.1)),
+            refused("eps", "Invalid epsilon value: -1", eps=-1),
+            refused("rank", "rank", rank=0),
+            refused("gap", "update_proj_gap must be", update_proj_gap=0),
+            refused("proj_type", "proj_type must be one of", proj_type="middle"),
+            refused("projection", "projection must be one of", projection="guess"),
+            refused("moments", "moments must be one of", moments="forget"),
+            refused("bias", "exists only under compat='reference'", correct_bias=False),
+        ],
+        gap="update_proj_gap",
+    ),
+]  # fmt: skip
+"""Every optimizer under torch's harness."""
+
+
+def _lrs(optimizer, factor):
+    return [factor * float(group["lr"]) for group in optimizer.param_groups]
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: StepLR(o, step_size=3, gamma=0.5),
+    "OneCycleLR": lambda o: OneCycleLR(o, _lrs(o, 2), total_steps=20),
+    "CyclicLR": lambda o: CyclicLR(o, _lrs(o, 1), _lrs(o, 2), step_size_up=4),
+    "CosineAnnealingLR": lambda o: CosineAnnealingLR(o, T_max=20),
+    # a loss that falls by less than nine tenths counts as a plateau, so that it reduces
+    "ReduceLROnPlateau": lambda o: ReduceLROnPlateau(o, patience=1, factor=0.5, threshold=0.9),
+    "SequentialLR": lambda o: SequentialLR(
+        o, [ConstantLR(o, 0.5, total_iters=3), ExponentialLR(o, 0.9)], milestones=[3]
+    ),
+}
+"""One scheduler of every kind; each scales every group from that group's own lr."""
+
+TORCH_TESTS = frozenset(
+    f"test_{name}"
+    for name in """
+    adamw_serialization can_load_from_to_named_state_dict can_load_older_state_dict complex
+    complex_2d cpu_load_state_dict deepcopy_copies_all_public_attrs defaults_changed_to_foreach
+    errors foreach_large_tensor foreach_matches_forloop forloop_goes_right_direction
+    forloop_goes_right_direction_multigpu fused_cpu_matches_cuda fused_does_not_step_if_foundinf
+    fused_error_on_params_on_meta fused_large_tensor fused_matches_forloop
+    grads_are_never_inplaced_into load_nontensor_step load_state_dict_post_hook
+    load_state_dict_pre_hook_and_prepend load_state_dict_pre_post_hook mixed_device_dtype
+    non_empty_state optim_infos_do_not_specify_global_cliquey_kwargs optimizer_can_be_printed
+    param_group_with_lrscheduler_goes_right_direction param_groups_lr param_groups_weight_decay
+    peak_memory_foreach rosenbrock_sparse save_load_equality_with_weights_only
+    second_order_optims_return_consistent_types set_default_dtype_works_with_foreach
+    state_dict_deterministic state_dict_post_hook state_dict_pre_hook state_dict_pre_post_hook
+    state_dict_with_cuda_params step_all_hooks step_is_noop_for_zero_grads
+    step_is_noop_when_params_have_no_grad step_iteration step_post_hook step_pre_hook tensor_lr
+    capturable_matches_not_capturable grad_scaling_autocast_fused_optimizers
+    named_parameters_in_state_dict no_reference_cycles second_step_state_growth sparse_gradients
+    step_is_noop_for_empty_grads tensor_lr_must_be_one_element three_dimensional_and_empty_params
+    """.split()
+)
+"""Tests of torch's ``TestOptimRenewed``, then ideas of its other suites about optimizers."""
+
+NOT_APPLICABLE = {
+    "test_adamw_serialization": "about Adam and AdamW of torch loading each other's checkpoints; "
+    "test_checkpoint.py has what ours load and refuse",
+    "test_foreach_large_tensor": "needs 72 GB, and foreach runs torch's kernels and none of ours",
+    "test_fused_large_tensor": "needs 72 GB, and fused runs torch's kernels and none of ours",
+    "test_fused_does_not_step_if_foundinf": "_step_supports_amp_scaling is not set, so GradScaler "
+    "leaves out the whole step; test_grad_scaling_autocast_fused_optimizers checks it",
+    "test_rosenbrock_sparse": "no optimizer supports sparse gradients; test_sparse_gradients has "
+    "the refusal",
+    "test_second_order_optims_return_consistent_types": "about LBFGS; none of ours is second order",
+}
+"""Tests of torch that ours have no use for, and why."""
