@@ -1,9 +1,12 @@
 """Polar factors and the other heavy steps, one plain reference each."""
 
 from .coefficients import polar_express_schedule, zolotarev
+from .dct import dct, dct_basis, dct_path, idct
+from .gram_space import gram_restarts
 from .polar import METHODS as POLAR_METHODS
 from .polar import auto_method, composite_map, polar_factor
 from .products import add_product_, product
+from .qdwh import qdwh_schedule
 from .reference import gram, symmetric_poly
 from .report import PolarReport, polar_report
 
@@ -13,11 +16,17 @@ __all__ = [
     "add_product_",
     "auto_method",
     "composite_map",
+    "dct",
+    "dct_basis",
+    "dct_path",
     "gram",
+    "gram_restarts",
+    "idct",
     "polar_express_schedule",
     "polar_factor",
     "polar_report",
     "product",
+    "qdwh_schedule",
     "symmetric_poly",
     "zolotarev",
 ]

@@ -102,6 +102,9 @@ def _shrink(step: Triple, factor: float) -> Triple:
 
 POLAR_EXPRESS: Schedule = with_safety(POLAR_EXPRESS_RAW, POLAR_EXPRESS_SAFETY)
 
+# The Gram form wants more room below one: with 1.05 one restart is enough, with 1.01 it is not.
+GRAM: Schedule = with_safety(POLAR_EXPRESS_RAW, 1.05)
+
 
 def odd_quintic(step: Triple, x: Scalar) -> Scalar:
     """The value a x + b x^3 + c x^5."""

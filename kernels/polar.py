@@ -1,7 +1,29 @@
 """Polar factors: U V^T for a matrix U diag(s) V^T, exactly or nearly, by one option ``method``.
 
 Every method is a short function of a stack X that is wide (m <= n) and has norm at most one; one
-table maps names to them. ``polar_factor`` turns, scales and stacks around them.
+table maps names to them. ``stacking`` turns, scales and stacks around them.
+
+What they make of spectra that fall as gradients' do, 512x512 in float32: ||O||_2 and the alignment
+deficit d_A of ``polar_report``; time as a ratio to ns5 there and at 512x2048, on one thread of a
+shared CPU. ``python bench/polar.py`` makes this table.
+
+======================  ============  ==============  =============  ==========
+method                  1 / i         geometric 1e-7  rank 64+noise  time
+======================  ============  ==============  =============  ==========
+``svd``                 1.000 0.0000  1.000 0.0001    1.000 0.0000   1.35  1.90
+``eigh``                1.016 0.0314  1.000 0.0014    1.000 0.0011   0.73  0.36
+``qdwh``                1.000 0.0000  1.000 0.0000    1.000 0.0000   1.94  1.51
+``zolo``                1.129 0.1183  1.129 0.1579    1.129 0.2109   0.40  0.27
+``ns5``                 1.202 0.2214  1.202 0.2955    0.958 0.2857   1.00  1.00
+``ns5_tuned``           1.145 0.1228  1.145 0.1297    0.984 0.0200   1.00  0.99
+``polar_express``       1.124 0.0999  1.124 0.1122    1.124 0.1555   1.02  1.00
+``polar_express_safe``  1.141 0.1125  1.141 0.1155    1.141 0.2033   1.00  1.00
+``gram``                1.124 0.1275  1.124 0.1218    1.123 0.1930   1.01  0.62
+``cheb_cubic``          1.000 0.0000  1.000 0.0009    1.000 0.0011   1.43  1.80
+``cubic``               1.000 0.1410  1.000 0.0197    1.000 0.0433   1.66  2.13
+``taylor5``             1.000 0.1219  1.000 0.0167    1.000 0.0417   1.66  1.59
+``turbo``               1.050 0.1357  1.050 0.0504    1.014 0.0411   0.84  0.81
+======================  ============  ==============  =============  ==========
 """
 
 from collections.abc import Callable, Sequence
@@ -12,17 +34,15 @@ import torch
 from torch import Tensor
 
 from . import coefficients as lists
+from . import direct
 from .coefficients import Rational, Scalar, Schedule, as_schedule, at_step
-from .dispatch import pick
+from .gram_space import gram_iteration, gram_restarts
+from .polynomial import check_norm, polynomial
+from .qdwh import qdwh
+from .stacking import Plan, run_stack
 
 _LOW = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_LOW)
-
-# On the CPU: entries of a small matrix, entries of a batch of them (4 MiB in float32, so that its
-# temporaries stay near the cache), and the multiple that sides are padded to.
-_SMALL = 2**14
-_BATCH = 2**20
-_LINE = 16
 
 
 def polar_factor(
@@ -45,12 +65,16 @@ def polar_factor(
     ======================  ===========================================================  =======
     ``svd``                 singular vectors; 1, and 0 below max(m, n) eps s_1            direct
     ``eigh``                (X X^T + 16 eps s_1^2 I)^(-1/2) X; 1 down to about 1e-3       direct
+    ``qdwh``                up to six Halley steps by QR and Cholesky; 1, and below      direct
+                            eps s_1, where only rounding is, anything from 0 to 1
     ``zolo``                one rational step, two Cholesky inverses; 0.87..1.13 from     direct
                             l = 3e-3, slope 359 at zero
     ``ns5``                 the quintic of torch.optim.Muon; 0.47..1.20, 0.68..1.13       5
     ``ns5_tuned``           five tuned quintics; 0.47..1.15, 0.98..1.03                   5
     ``polar_express``       minimax quintics; 0.85..1.12, 0.87..1.12                      5
     ``polar_express_safe``  the same with more margin; 0.85..1.14, 0.86..1.14             5
+    ``gram``                minimax quintics with more margin, on X X^T where n is       5
+                            1.5 m or more, with restarts; 0.73..1.12, 0.85..1.12
     ``cheb_cubic``          minimax cubics; 1.00 from l = 1e-3                            10
     ``cubic``               1.5 x - 0.5 x^3; 0.13..1, 0.89..1                             12
     ``taylor5``             Taylor's quintic; 0.15..1, 0.94..1                            8
@@ -59,9 +83,12 @@ def polar_factor(
     ``auto``                ``auto_method`` chooses by shape, device and dtype
     ======================  ===========================================================  =======
 
-    A zero matrix gives exactly zero, and a zero singular value stays zero in every method. A matrix
-    with a NaN or an infinity gives NaN. On the CPU a stack equals its matrices one by one, bit for
-    bit. ``zolo``, ``svd`` and ``eigh`` wait for an accelerator; the polynomial methods never do.
+    A zero matrix gives exactly zero, and a zero singular value stays zero. Only ``qdwh`` may raise
+    to one what rounding has left of it: there the factor of a matrix of low rank is right on its
+    range, an isometry of no meaning beside it. A matrix with a NaN or an infinity gives NaN. On the
+    CPU a stack equals its matrices one by one, bit for bit. ``zolo``, ``svd``, ``eigh`` and
+    ``qdwh`` wait for an accelerator; the polynomial methods never do. Temporaries are at most
+    three matrices beside the result, workspaces of LAPACK not counted.
 
     Args:
         X: (..., m, n), float32, float64, bfloat16 or float16. It is not modified, and no gradient
@@ -73,10 +100,17 @@ def polar_factor(
             method's own. A list also sets the default of ``steps`` to its length.
         eps: least norm to divide by.
         **options: ``dtype``, the dtype of the iteration; None means float64 for float64, else
-            float32 on the CPU, and on an accelerator bfloat16 for polynomial methods and float32
-            for the others. ``method="ns5", dtype=torch.bfloat16`` has the bits of
-            torch.optim.Muon on the CPU. For ``zolo`` also ``l`` (3e-3) and ``r`` (2), see
-            ``stiefel.kernels.zolotarev``.
+            float32 on the CPU, and on an accelerator bfloat16 for polynomial methods (float16 for
+            ``gram``, which refuses bfloat16) and float32 for the others. ``method="ns5",
+            dtype=torch.bfloat16`` has the bits of torch.optim.Muon on the CPU. For polynomial
+            methods ``norm``, what X is divided by before the first step: "frobenius" (default);
+            "schatten4", the smaller ||X X^T||_F^(1/2); "power:k", a bound of ||X||_2 from above by
+            k power steps, see ``stiefel.kernels.polynomial.power_bound``; "aol", the row scaling
+            of ``turbo`` and its default. For ``zolo`` ``l`` (3e-3) and ``r`` (2), see
+            ``stiefel.kernels.zolotarev``. For ``qdwh`` ``l``, a lower bound of the singular values
+            over the Frobenius norm; None estimates it from a Cholesky factor of X X^T, and assumes
+            the rounding of X where that says nothing: too small a bound costs a step or two, too
+            large a one leaves what is below it short of one.
 
     Returns:
         A new contiguous tensor of X's shape and dtype.
@@ -85,19 +119,21 @@ def polar_factor(
         ValueError: for an unknown method or option, or a value out of range.
 
     Source: ``ns5`` Jordan et al., Muon, 2024; ``polar_express`` Amsel et al., arXiv 2505.16932;
-    ``cheb_cubic`` after CANS, arXiv 2506.10935; ``turbo`` Turbo-Muon, arXiv 2512.04632; ``zolo``
-    after Nakatsukasa and Freund, SIAM Review 58(3), 2016.
+    ``gram`` Gram Newton-Schulz, Dao-AILab/gram-newton-schulz; ``cheb_cubic`` after CANS, arXiv
+    2506.10935; ``turbo`` Turbo-Muon, arXiv 2512.04632; ``zolo`` after Nakatsukasa and Freund, SIAM
+    Review 58(3), 2016; ``qdwh`` Nakatsukasa, Bai and Gygi, SIAM J. Matrix Anal. Appl. 31(5), 2010.
     """
     _check_input(X)
     if method == "auto":
-        fixed = steps is not None or coefficients is not None or options.get("dtype") in _LOW
+        fixed = steps is not None or coefficients is not None or "norm" in options
+        fixed = fixed or options.get("dtype") in _LOW
         method = "ns5" if fixed else auto_method(X.shape, X.device.type, X.dtype)
     plan = _plan(method, steps, coefficients, X, dict(options))
     X = X.detach()
     if X.numel() == 0:
         return X.clone()
     stack = X.reshape(-1, *X.shape[-2:])
-    return _run_stack(stack, plan, eps).reshape(X.shape)
+    return run_stack(stack, plan, eps).reshape(X.shape)
 
 
 def auto_method(shape: Sequence[int], device_type: str, dtype: torch.dtype) -> str:
@@ -106,8 +142,8 @@ def auto_method(shape: Sequence[int], device_type: str, dtype: torch.dtype) -> s
     On the CPU ``zolo``: it is faster than five quintics and nearer to the polar factor. A single
     row or column is divided by its norm there (``svd``). On an accelerator ``ns5``, in bfloat16
     unless the input is float64: triangular work is slow there against matrix products. Giving
-    ``steps``, ``coefficients`` or a low-precision ``dtype`` to ``polar_factor`` makes it ``ns5``
-    everywhere, since only a polynomial has those.
+    ``steps``, ``coefficients``, ``norm`` or a low-precision ``dtype`` to ``polar_factor`` makes it
+    ``ns5`` everywhere, since only a polynomial has those.
 
     Args:
         shape: (..., m, n).
@@ -147,119 +183,7 @@ def composite_map(method: str, x: Scalar, steps: int | None = None) -> Scalar:
     return x
 
 
-# --- The methods: X is (m, n) or (K, m, n), m <= n, of Frobenius norm at most one ---
-
-
-def _polynomial(X: Tensor, schedule: Schedule) -> Tensor:
-    """X <- a X + (b A + c A^2) X with A = X X^T, once for each (a, b, c)."""
-    ops = pick(X)
-    for a, b, c in schedule:
-        if c == 0:
-            X = ops.scale_and_apply(X, ops.gram(X), a, b)
-            continue
-        P: Tensor = ops.symmetric_poly(ops.gram(X), b, c)  # (m, m)
-        X = ops.scale_and_apply(X, P, a)
-        del P  # before the next product needs room
-    return X
-
-
-def _turbo(X: Tensor, schedule: Schedule) -> Tensor:
-    """The same after X <- diag(s) X, s_i = (sum_j |A_ij|)^(-1/2) with A = X X^T.
-
-    The scaling alone brings ||X||_2 below one, and further up than the Frobenius norm does. But the
-    limit is the polar factor of diag(s) X: left orthogonal equivariance is lost.
-    """
-    ops = pick(X)
-    A: Tensor = ops.gram(X)
-    sums = torch.linalg.vector_norm(A, ord=1, dim=-1, keepdim=True)  # (m, 1)
-    s = sums.clamp(min=torch.finfo(X.dtype).tiny).rsqrt()
-    (a, b, c), rest = schedule[0], schedule[1:]
-    A.mul_(s).mul_(s.mT)
-    P: Tensor = ops.symmetric_poly(A, b, c)
-    del A
-    X.copy_(ops.scale_and_apply(X.mul_(s), P, a))  # in X's own room, which the caller holds anyway
-    del P
-    return _polynomial(X, rest)
-
-
-def _svd(X: Tensor) -> Tensor:
-    """U V^T over the singular values above max(m, n) eps s_1: the partial isometry."""
-    X, bad = _masked(X)
-    U, s, Vh = torch.linalg.svd(X, full_matrices=False)
-    keep = s > max(X.shape[-2:]) * torch.finfo(X.dtype).eps * s[..., :1]
-    O: Tensor = U.mul_(keep.unsqueeze(-2)) @ Vh
-    return O.masked_fill_(bad, torch.nan)
-
-
-def _eigh(X: Tensor) -> Tensor:
-    """(S + 16 eps lambda_1 I)^(-1/2) X with S = X X^T.
-
-    The damping is a few times the rounding of S. A cut in its place would lose the directions whose
-    square lies below that rounding, or blow up what is left of them.
-    """
-    S, bad = _masked(pick(X).gram(X))
-    values, V = torch.linalg.eigh(S)
-    del S
-    damping = 16 * torch.finfo(X.dtype).eps * values[..., -1:]
-    # The floor is for the zero matrix, whose factor must come out as a finite number times zero.
-    root = (values.clamp(min=0) + damping.clamp(min=torch.finfo(X.dtype).tiny)).rsqrt()
-    T = ((V * root.unsqueeze(-2)) @ V.mT).masked_fill_(bad, torch.nan)  # (m, m)
-    return _product(T, X)
-
-
-def _zolo(X: Tensor, step: Rational) -> Tensor:
-    """C (I + sum_j a_j (S + c_j I)^(-1)) X / sqrt(norm), S = X X^T / norm, norm = ||X X^T||_F.
-
-    The inverses are summed first, so that the long side is touched by two products only.
-    """
-    T: Tensor = pick(X).gram(X)
-    norm = torch.linalg.matrix_norm(T, keepdim=True)
-    # X of norm one has norm >= m^(-1/2), so this acts only where eps did.
-    norm = norm.clamp(min=0.5 * X.shape[-2] ** -0.5)
-    T, fine = _sum_of_inverses(T.div_(norm), step)
-    T.mul_(step.scale * norm.rsqrt())
-    O = _product(T, X)
-    if bool(fine.all()):
-        return O
-    # A shift is far above the rounding of S, so only a non-finite matrix is seen here.
-    return torch.where(fine[..., None, None], O, _eigh(X))
-
-
-def _sum_of_inverses(S: Tensor, step: Rational) -> tuple[Tensor, Tensor]:
-    """I + sum_j a_j (S + c_j I)^(-1) and whether each factorisation worked; S is overwritten."""
-    diagonal = S.diagonal(dim1=-2, dim2=-1)
-    entries = diagonal.clone()
-    fine = torch.ones(S.shape[:-2], dtype=torch.bool, device=S.device)
-    total: Tensor | None = None
-    for j, (shift, weight) in enumerate(zip(step.shifts, step.weights, strict=True)):
-        torch.add(entries, shift, out=diagonal)
-        L = S if j == len(step.shifts) - 1 else S.clone()
-        info = torch.empty(S.shape[:-2], dtype=torch.int32, device=S.device)
-        # In place: LAPACK wants columns, and a symmetric matrix is its own transpose.
-        torch.linalg.cholesky_ex(L.mT, out=(L.mT, info))
-        fine &= info == 0
-        inverse = L.mT
-        torch.cholesky_inverse(inverse, out=inverse)
-        total = inverse.mul_(weight) if total is None else total.add_(inverse, alpha=weight)
-    assert total is not None
-    total.diagonal(dim1=-2, dim2=-1).add_(1)
-    return total, fine
-
-
-def _product(T: Tensor, X: Tensor) -> Tensor:
-    """T X in the memory layout of X, so that a turned matrix is not copied when turned back."""
-    O = torch.empty_like(X)
-    torch.matmul(T, X, out=O)
-    return O
-
-
-def _masked(X: Tensor) -> tuple[Tensor, Tensor]:
-    """X with its non-finite matrices set to zero in place, and the mask (..., 1, 1) of those.
-
-    LAPACK refuses non-finite input with an exception; here such a matrix becomes NaN instead.
-    """
-    bad = ~X.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    return X.masked_fill_(bad, 0.0), bad
+# --- The methods ---
 
 
 class _Method(NamedTuple):
@@ -269,104 +193,29 @@ class _Method(NamedTuple):
     schedule: Schedule = ()  # empty: a direct method
     steps: int = 1
     margin: float = 1.0  # the norm is multiplied by it, so that rounding keeps X below one
-    options: tuple[str, ...] = ()
+    norm: str = "frobenius"
+    options: tuple[str, ...] = ("norm",)
+    fast: torch.dtype = torch.bfloat16  # dtype of the iteration on an accelerator
 
 
 METHODS: dict[str, _Method] = {
-    "svd": _Method(_svd),
-    "eigh": _Method(_eigh),
-    "zolo": _Method(_zolo, options=("l", "r")),
-    "ns5": _Method(_polynomial, lists.NS5, 5),
-    "ns5_tuned": _Method(_polynomial, lists.NS5_TUNED, 5),
-    "polar_express": _Method(_polynomial, lists.POLAR_EXPRESS, 5, 1.01),
-    "polar_express_safe": _Method(_polynomial, lists.POLAR_EXPRESS_SAFE, 5, 1.02),
-    "cheb_cubic": _Method(_polynomial, lists.CHEB_CUBIC, 10),
-    "cubic": _Method(_polynomial, lists.CUBIC, 12),
-    "taylor5": _Method(_polynomial, lists.TAYLOR5, 8),
-    "turbo": _Method(_turbo, lists.TURBO, 4),
+    "svd": _Method(direct.svd, options=(), fast=torch.float32),
+    "eigh": _Method(direct.eigh, options=(), fast=torch.float32),
+    "qdwh": _Method(qdwh, options=("l",), fast=torch.float32),
+    "zolo": _Method(direct.zolo, options=("l", "r"), fast=torch.float32),
+    "ns5": _Method(polynomial, lists.NS5, 5),
+    "ns5_tuned": _Method(polynomial, lists.NS5_TUNED, 5),
+    "polar_express": _Method(polynomial, lists.POLAR_EXPRESS, 5, 1.01),
+    "polar_express_safe": _Method(polynomial, lists.POLAR_EXPRESS_SAFE, 5, 1.02),
+    "gram": _Method(gram_iteration, lists.GRAM, 5, fast=torch.float16),
+    "cheb_cubic": _Method(polynomial, lists.CHEB_CUBIC, 10),
+    "cubic": _Method(polynomial, lists.CUBIC, 12),
+    "taylor5": _Method(polynomial, lists.TAYLOR5, 8),
+    "turbo": _Method(polynomial, lists.TURBO, 4, norm="aol"),
 }
 
 
-# --- Around the methods ---
-
-
-class _Plan(NamedTuple):
-    """What one call does to each matrix."""
-
-    run: Callable[[Tensor], Tensor]
-    dtype: torch.dtype
-    margin: float
-    batches: bool  # whether zero padding is invisible and a batch pays
-
-
-def _run_stack(stack: Tensor, plan: _Plan, eps: float) -> Tensor:
-    """Choose how a stack (K, m, n) is run: whole, in batches of small matrices, or one by one.
-
-    On the CPU a matrix must come out the same in whatever stack it sits. Small ones are therefore
-    batched even when alone, large ones run alone even in a stack.
-    """
-    if stack.device.type != "cpu":
-        return _factor(stack, plan, eps)
-    if plan.batches and _ceil(stack.shape[-2]) * _ceil(stack.shape[-1]) <= _SMALL:
-        return _run_batches(stack, plan, eps)
-    if len(stack) == 1:
-        return _factor(stack[0], plan, eps).unsqueeze(0)
-    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
-    for X, O in zip(stack, out, strict=True):
-        O.copy_(_factor(X, plan, eps))
-    return out
-
-
-def _run_batches(stack: Tensor, plan: _Plan, eps: float) -> Tensor:
-    """Run small matrices many at a time; the stack is on the CPU.
-
-    They are padded with zeros to whole cache lines, which no method sees, because the bits of a
-    matrix product may depend on the alignment of its operands.
-    """
-    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
-    turned = stack.shape[-2] > stack.shape[-1]
-    source, target = (stack.mT, out.mT) if turned else (stack, out)  # (K, m, n), m <= n
-    m, n = source.shape[-2:]
-    size = max(1, _BATCH // (_ceil(m) * _ceil(n)))
-    for i in range(0, len(stack), size):
-        Y = torch.nn.functional.pad(source[i : i + size], (0, _ceil(n) - n, 0, _ceil(m) - m))
-        target[i : i + size].copy_(plan.run(_normalised(Y, plan, eps))[..., :m, :n])
-    return out
-
-
-def _ceil(side: int) -> int:
-    return -(-side // _LINE) * _LINE
-
-
-def _factor(X: Tensor, plan: _Plan, eps: float) -> Tensor:
-    """Turn, scale, run, turn back: X is (m, n) or (K, m, n)."""
-    tall = X.shape[-2] > X.shape[-1]
-    O = plan.run(_normalised(X.mT if tall else X, plan, eps))
-    return (O.mT if tall else O).to(X.dtype).contiguous()
-
-
-def _normalised(X: Tensor, plan: _Plan, eps: float) -> Tensor:
-    """A copy X / max(margin ||X||_F, eps) in the dtype of the iteration.
-
-    In bfloat16 the norm is taken after the cast and rounded, as torch.optim.Muon does. In float16
-    the cast comes last, since it would overflow.
-    """
-    work = torch.float32 if plan.dtype == torch.float16 else plan.dtype
-    Y = X.to(work)
-    scale = (plan.margin * _frobenius(Y)).clamp(min=eps)
-    Y = Y / scale if Y is X else Y.div_(scale)
-    return Y.to(plan.dtype)
-
-
-def _frobenius(X: Tensor) -> Tensor:
-    """||X||_F, a scalar for one matrix, (K, 1, 1) for a stack."""
-    dim = (-2, -1) if X.ndim == 3 else None
-    norm: Tensor = torch.linalg.vector_norm(X, dim=dim, keepdim=X.ndim == 3)
-    if X.device.type == "cpu" and bool(norm.isinf().any()):
-        # The squares of finite entries may overflow. On an accelerator we do not wait to look.
-        wide = torch.linalg.vector_norm(X, dim=dim, keepdim=X.ndim == 3, dtype=torch.float64)
-        norm = torch.where(norm.isinf(), wide.to(X.dtype), norm)
-    return norm
+# --- Arguments ---
 
 
 def _check_input(X: Tensor) -> None:
@@ -402,7 +251,7 @@ def _plan(
     coefficients: Sequence[float] | Sequence[Sequence[float]] | None,
     X: Tensor,
     options: dict[str, object],
-) -> _Plan:
+) -> Plan:
     """Check the arguments and bind them to the method's function."""
     entry = _entry(method)
     dtype = _iteration_dtype(options.pop("dtype", None), method, entry, X)
@@ -413,16 +262,21 @@ def _plan(
     if entry.schedule:
         schedule = entry.schedule if coefficients is None else as_schedule(coefficients)
         length = len(schedule) if coefficients is not None and len(schedule) > 1 else entry.steps
-        run = partial(entry.run, schedule=at_step(schedule, _steps(steps, length)))
-        return _Plan(run, dtype, entry.margin, dtype not in _LOW)
+        schedule = at_step(schedule, _steps(steps, length))
+        norm = check_norm(options.get("norm", entry.norm))
+        run = partial(entry.run, schedule=schedule, norm=norm, margin=entry.margin)
+        if method == "gram":
+            run = partial(run, restarts=gram_restarts(schedule))
+        return Plan(run, dtype, entry.margin, dtype not in _LOW)
     if coefficients is not None or _steps(steps, 1) != 1:
         raise ValueError(
             f"steps and coefficients mean nothing to method={method!r}: leave both None"
         )
     if method == "zolo":
-        step = _rational(options)
-        return _Plan(partial(_zolo, step=step), dtype, entry.margin, True)
-    return _Plan(entry.run, dtype, entry.margin, False)
+        return Plan(partial(direct.zolo, step=_rational(options)), dtype, entry.margin, True)
+    if method == "qdwh":
+        return Plan(partial(qdwh, l=_bound(options.get("l"))), dtype, entry.margin, False)
+    return Plan(entry.run, dtype, entry.margin, False)
 
 
 def _rational(options: dict[str, object]) -> Rational:
@@ -435,15 +289,26 @@ def _rational(options: dict[str, object]) -> Rational:
     return lists.zolotarev(l, r)
 
 
+def _bound(l: object) -> float | None:
+    """The lower bound that the option of ``qdwh`` states."""
+    if l is None or (isinstance(l, float) and 1e-40 <= l <= 1):
+        return l
+    raise ValueError(f"l={l!r} must be a float in [1e-40, 1]: pass None for an estimate")
+
+
 def _iteration_dtype(wish: object, method: str, entry: _Method, X: Tensor) -> torch.dtype:
     """The dtype option, or its default for this method, input and device."""
     if wish is None:
         if X.dtype == torch.float64:
             return X.dtype
-        fast = X.device.type != "cpu" and bool(entry.schedule)
-        return torch.bfloat16 if fast else torch.float32
+        return torch.float32 if X.device.type == "cpu" else entry.fast
     if not isinstance(wish, torch.dtype) or wish not in _DTYPES:
         raise ValueError(f"dtype={wish}: pass float32, float64, bfloat16, float16 or None")
     if wish in _LOW and not entry.schedule:
         raise ValueError(f"dtype={wish} cannot be factorised by method={method!r}: pass float32")
+    if wish == torch.bfloat16 and method == "gram":
+        raise ValueError(
+            "dtype=torch.bfloat16 is too coarse for the Gram matrices of method='gram': pass "
+            "float16, or take polar_express"
+        )
     return wish

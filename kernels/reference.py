@@ -41,15 +41,34 @@ def symmetric_poly(S: Tensor, b: float, c: float) -> Tensor:
     Returns:
         A new tensor of S's shape and dtype.
     """
+    return _symmetric(S, S, S, b, c)
+
+
+def symmetric_apply(A: Tensor, B: Tensor, a: float) -> Tensor:
+    """The sum a A + A B for symmetric A and B that commute, so that it is symmetric too.
+
+    Args:
+        A: symmetric, (m, m) or (K, m, m).
+        B: symmetric, of A's shape, and A B = B A but for rounding.
+        a: factor of A.
+
+    Returns:
+        A new tensor of A's shape and dtype.
+    """
+    return _symmetric(A, A, B, a, 1.0)
+
+
+def _symmetric(S: Tensor, A: Tensor, B: Tensor, beta: float, alpha: float) -> Tensor:
+    """The sum beta S + alpha A B, known to be symmetric: half of it is computed and mirrored."""
     if S.ndim == 3:
-        return torch.baddbmm(S, S, S, beta=b, alpha=c)
+        return torch.baddbmm(S, A, B, beta=beta, alpha=alpha)
     if not _in_panels(S):
-        return torch.addmm(S, S, S, beta=b, alpha=c)
+        return torch.addmm(S, A, B, beta=beta, alpha=alpha)
     m = S.shape[0]
     P = torch.empty_like(S)
     for i in range(0, m, PANEL):
         j = min(i + PANEL, m)
-        torch.addmm(S[i:j, :j], S[i:j], S[:, :j], beta=b, alpha=c, out=P[i:j, :j])
+        torch.addmm(S[i:j, :j], A[i:j], B[:, :j], beta=beta, alpha=alpha, out=P[i:j, :j])
         P[:i, i:j] = P[i:j, :i].mT
     return P
 

@@ -22,6 +22,18 @@ def newton_schulz(M: Tensor, schedule, norm_factor: float = 1.0) -> Tensor:
     return X
 
 
+def row_scaled(M: Tensor) -> Tensor:
+    """M with each row (column, if M is tall) over the root of its sum of |M M^T|."""
+    X = M if M.shape[0] <= M.shape[1] else M.T
+    X = X / (X @ X.T).abs().sum(dim=1, keepdim=True).sqrt()
+    return X if M.shape[0] <= M.shape[1] else X.T
+
+
+def schatten4(M: Tensor) -> float:
+    """The fourth root of the sum of the fourth powers of the singular values."""
+    return float((torch.linalg.svdvals(M.double()) ** 4).sum() ** 0.25)
+
+
 def zolotarev_step(l: float, r: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Shifts c_1, c_3, ..., weights and scale, with scipy's elliptic functions and a grid."""
     i = np.arange(1, 2 * r + 1)

@@ -1,0 +1,123 @@
+"""Polar factors by matrix polynomials, and the norms that such an iteration may start from.
+
+X is (m, n) or (K, m, n) with m <= n, of Frobenius norm at most one, and may be overwritten.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .coefficients import Schedule
+from .dispatch import pick
+
+# Columns of the power iteration's start, and the squared length below which the part of such a
+# Gaussian block along a given direction falls once in four million draws (chi^2 of 8 degrees).
+_COLUMNS = 8
+_LEAST = 0.1
+
+# Factors of splitmix64, as signed integers.
+_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+
+
+def polynomial(
+    X: Tensor, schedule: Schedule, norm: str = "frobenius", margin: float = 1.0
+) -> Tensor:
+    """X <- a X + (b A + c A^2) X with A = X X^T, once for each (a, b, c)."""
+    ops = pick(X)
+    A: Tensor | None = rescale_(X, norm, margin)
+    for a, b, c in schedule:
+        A = ops.gram(X) if A is None else A
+        P = A if c == 0 else ops.symmetric_poly(A, b, c)  # (m, m)
+        A = None  # before the next product needs room
+        X = ops.scale_and_apply(X, P, a, b if c == 0 else 1.0)
+        del P
+    return X
+
+
+def check_norm(norm: object) -> str:
+    """``norm`` if it is the name of a norm.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if norm in ("frobenius", "schatten4", "aol"):
+        return str(norm)
+    name, _, count = str(norm).partition(":")
+    if name == "power" and count.isdecimal() and 1 <= int(count) < 100:
+        return str(norm)
+    raise ValueError(
+        f"norm={norm!r} is unknown: pass frobenius, schatten4, aol or power:k with k from 1 to 99"
+    )
+
+
+def rescale_(X: Tensor, norm: str, margin: float) -> Tensor | None:
+    """Divide X of Frobenius norm 1 / margin by margin and another norm, and give its X X^T.
+
+    All of them are bounds from above of ||X||_2 that are sharper than the Frobenius norm, so that
+    small singular values start higher up. Their Gram matrix is the first one that the iteration
+    needs, so they cost passes over m x m entries only.
+
+    * ``schatten4``: ||X X^T||_F^(1/2), between ||X||_2 and ||X||_F.
+    * ``power:k``: see ``power_bound``.
+    * ``aol``: not a norm, but X <- diag(s) X with s_i = (sum_j |A_ij|)^(-1/2). The limit is the
+      polar factor of diag(s) X, so left orthogonal equivariance is lost.
+    """
+    if norm == "frobenius":
+        return None
+    A: Tensor = pick(X).gram(X)
+    if norm == "aol":
+        sums = torch.linalg.vector_norm(A, ord=1, dim=-1, keepdim=True)  # (m, 1)
+        s = sums.clamp(min=torch.finfo(X.dtype).tiny).rsqrt() / margin
+        X.mul_(s)
+        return A.mul_(s).mul_(s.mT)
+    m = X.shape[-2]
+    # An X of norm 1 / margin lies above either floor, so these act only where eps did.
+    if norm == "schatten4":
+        size = _norm(A).sqrt().clamp(min=0.5 * m**-0.25)
+    else:
+        size = power_bound(A, int(norm.partition(":")[2])).clamp(min=0.5 * m**-0.5)
+    s = (margin * size).reciprocal().to(X.dtype)
+    X.mul_(s)
+    return A.mul_(s * s)
+
+
+def power_bound(A: Tensor, k: int) -> Tensor:
+    """A bound of ||A||_2^(1/2) from above, for A = X X^T of trace at most one: (..., 1, 1).
+
+    For a block V of p Gaussian columns ||A^k V||_F >= ||A||_2^k ||u^T V||, u the first eigenvector,
+    and ||u^T V||^2 is chi^2 of p degrees of freedom. The bound is (||A^k V||_F / t)^(1 / 2k) with
+    p = 8 and t^2 = 0.1: a fixed V fails for one u in four million. This factor of safety is about
+    (8 m / 0.1)^(1 / 4k) for equal singular values and (8 / 0.1)^(1 / 4k) for a single large one.
+    Plain power iteration bounds from below, and a polynomial with slope 8 diverges beyond one.
+    V does not turn with X: equivariance holds up to the scale only.
+    """
+    V = _gaussian(A.shape[-1], A.device).to(A.dtype)
+    V = V.expand(*A.shape[:-1], _COLUMNS)  # else a stack is multiplied as one tall matrix
+    log: Tensor | float = -0.5 * math.log(_LEAST)
+    for _ in range(k):
+        V = A @ V
+        length = _norm(V).clamp(min=torch.finfo(torch.float32).tiny)
+        log = log + length.log()
+        V = V / length.to(V.dtype)
+    return torch.as_tensor(log / (2 * k)).exp().clamp(max=1.0)
+
+
+def _gaussian(m: int, device: torch.device) -> Tensor:
+    """A fixed block of Gaussian numbers (m, 8), made where it is used: nothing waits for a copy.
+
+    The entry number goes through the mixer of splitmix64, 20 bits of that through the inverse of
+    the normal distribution.
+    """
+    bits = torch.arange(1, m * _COLUMNS + 1, device=device) * _MIX[0]
+    for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
+        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor
+    uniform = ((bits >> 44 & (1 << 20) - 1).float() + 0.5) / 2**20
+    return (math.sqrt(2) * torch.erfinv(2 * uniform - 1)).view(m, _COLUMNS)
+
+
+def _norm(A: Tensor) -> Tensor:
+    """||A||_F, (..., 1, 1), summed in float32 at least."""
+    wide = torch.promote_types(A.dtype, torch.float32)
+    norm: Tensor = torch.linalg.matrix_norm(A, keepdim=True, dtype=wide)
+    return norm

@@ -1,0 +1,95 @@
+"""How a stack of matrices of any shape is brought before a method that takes wide ones of norm one.
+
+On the CPU a matrix comes out the same, bit for bit, in whatever stack it sits.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# On the CPU: entries of a small matrix, entries of a batch of them (4 MiB in float32, so that its
+# temporaries stay near the cache), and the multiple that sides are padded to.
+_SMALL = 2**14
+_BATCH = 2**20
+_LINE = 16
+
+
+class Plan(NamedTuple):
+    """What one call does to each matrix."""
+
+    run: Callable[[Tensor], Tensor]
+    dtype: torch.dtype
+    margin: float
+    batches: bool  # whether zero padding is invisible and a batch pays
+
+
+def run_stack(stack: Tensor, plan: Plan, eps: float) -> Tensor:
+    """Choose how a stack (K, m, n) is run: whole, in batches of small matrices, or one by one.
+
+    On the CPU a matrix must come out the same in whatever stack it sits. Small ones are therefore
+    batched even when alone, large ones run alone even in a stack.
+    """
+    if stack.device.type != "cpu":
+        return _factor(stack, plan, eps)
+    if plan.batches and _ceil(stack.shape[-2]) * _ceil(stack.shape[-1]) <= _SMALL:
+        return _run_batches(stack, plan, eps)
+    if len(stack) == 1:
+        return _factor(stack[0], plan, eps).unsqueeze(0)
+    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
+    for X, O in zip(stack, out, strict=True):
+        O.copy_(_factor(X, plan, eps))
+    return out
+
+
+def _run_batches(stack: Tensor, plan: Plan, eps: float) -> Tensor:
+    """Run small matrices many at a time; the stack is on the CPU.
+
+    They are padded with zeros to whole cache lines, which no method sees, because the bits of a
+    matrix product may depend on the alignment of its operands.
+    """
+    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
+    turned = stack.shape[-2] > stack.shape[-1]
+    source, target = (stack.mT, out.mT) if turned else (stack, out)  # (K, m, n), m <= n
+    m, n = source.shape[-2:]
+    size = max(1, _BATCH // (_ceil(m) * _ceil(n)))
+    for i in range(0, len(stack), size):
+        Y = torch.nn.functional.pad(source[i : i + size], (0, _ceil(n) - n, 0, _ceil(m) - m))
+        target[i : i + size].copy_(plan.run(_normalised(Y, plan, eps))[..., :m, :n])
+    return out
+
+
+def _ceil(side: int) -> int:
+    return -(-side // _LINE) * _LINE
+
+
+def _factor(X: Tensor, plan: Plan, eps: float) -> Tensor:
+    """Turn, scale, run, turn back: X is (m, n) or (K, m, n)."""
+    tall = X.shape[-2] > X.shape[-1]
+    O = plan.run(_normalised(X.mT if tall else X, plan, eps))
+    return (O.mT if tall else O).to(X.dtype).contiguous()
+
+
+def _normalised(X: Tensor, plan: Plan, eps: float) -> Tensor:
+    """A copy X / max(margin ||X||_F, eps) in the dtype of the iteration.
+
+    In bfloat16 the norm is taken after the cast and rounded, as torch.optim.Muon does. In float16
+    the cast comes last, since it would overflow.
+    """
+    work = torch.float32 if plan.dtype == torch.float16 else plan.dtype
+    Y = X.to(work)
+    scale = (plan.margin * _frobenius(Y)).clamp(min=eps)
+    Y = Y / scale if Y is X else Y.div_(scale)
+    return Y.to(plan.dtype)
+
+
+def _frobenius(X: Tensor) -> Tensor:
+    """||X||_F, a scalar for one matrix, (K, 1, 1) for a stack."""
+    dim = (-2, -1) if X.ndim == 3 else None
+    norm: Tensor = torch.linalg.vector_norm(X, dim=dim, keepdim=X.ndim == 3)
+    if X.device.type == "cpu" and bool(norm.isinf().any()):
+        # The squares of finite entries may overflow. On an accelerator we do not wait to look.
+        wide = torch.linalg.vector_norm(X, dim=dim, keepdim=X.ndim == 3, dtype=torch.float64)
+        norm = torch.where(norm.isinf(), wide.to(X.dtype), norm)
+    return norm
