@@ -287,3 +287,7 @@ def as_schedule(coefficients: Sequence[float] | Sequence[Sequence[float]]) -> Sc
     if not schedule:
         raise ValueError("coefficients is empty: pass at least one triple (a, b, c)")
     return tuple(schedule)
+
+
+ZOLO_LARGE = zolotarev(1e-3, 3)
+"""The step of ``zolo`` for large matrices: three poles, 0.94..1.06 on [1e-3, 1], slope 1322."""

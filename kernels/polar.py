@@ -13,7 +13,7 @@ method                  1 / i         geometric 1e-7  rank 64+noise  time
 ``svd``                 1.000 0.0000  1.000 0.0001    1.000 0.0000   1.35  1.90
 ``eigh``                1.016 0.0314  1.000 0.0014    1.000 0.0011   0.73  0.36
 ``qdwh``                1.000 0.0000  1.000 0.0000    1.000 0.0000   1.94  1.51
-``zolo``                1.129 0.1183  1.129 0.1579    1.129 0.2109   0.40  0.27
+``zolo``                1.062 0.0537  1.062 0.0683    1.062 0.0733   0.50  0.30
 ``ns5``                 1.202 0.2214  1.202 0.2955    0.958 0.2857   1.00  1.00
 ``ns5_tuned``           1.145 0.1228  1.145 0.1297    0.984 0.0200   1.00  0.99
 ``polar_express``       1.124 0.0999  1.124 0.1122    1.124 0.1555   1.02  1.00
@@ -67,8 +67,9 @@ def polar_factor(
     ``eigh``                (X X^T + 16 eps s_1^2 I)^(-1/2) X; 1 down to about 1e-3       direct
     ``qdwh``                up to six Halley steps by QR and Cholesky; 1, and below      direct
                             eps s_1, where only rounding is, anything from 0 to 1
-    ``zolo``                one rational step, two Cholesky inverses; 0.87..1.13 from     direct
-                            l = 3e-3, slope 359 at zero
+    ``zolo``                one rational step: two Cholesky inverses, 0.87..1.13 from     direct
+                            l = 3e-3, slope 359 at zero; above a shorter side of 256
+                            three, 0.94..1.06 from l = 1e-3, slope 1322
     ``ns5``                 the quintic of torch.optim.Muon; 0.47..1.20, 0.68..1.13       5
     ``ns5_tuned``           five tuned quintics; 0.47..1.15, 0.98..1.03                   5
     ``polar_express``       minimax quintics; 0.85..1.12, 0.87..1.12                      5
@@ -106,7 +107,7 @@ def polar_factor(
             methods ``norm``, what X is divided by before the first step: "frobenius" (default);
             "schatten4", the smaller ||X X^T||_F^(1/2); "power:k", a bound of ||X||_2 from above by
             k power steps, see ``stiefel.kernels.polynomial.power_bound``; "aol", the row scaling
-            of ``turbo`` and its default. For ``zolo`` ``l`` (3e-3) and ``r`` (2), see
+            of ``turbo`` and its default. For ``zolo`` ``l`` and ``r`` (by the shorter side), see
             ``stiefel.kernels.zolotarev``. For ``qdwh`` ``l``, a lower bound of the singular values
             over the Frobenius norm; None estimates it from a Cholesky factor of X X^T, and assumes
             the rounding of X where that says nothing: too small a bound costs a step or two, too
@@ -273,16 +274,21 @@ def _plan(
             f"steps and coefficients mean nothing to method={method!r}: leave both None"
         )
     if method == "zolo":
-        return Plan(partial(direct.zolo, step=_rational(options)), dtype, entry.margin, True)
+        run = partial(direct.zolo, step=_rational(options, min(X.shape[-2:])))
+        return Plan(run, dtype, entry.margin, True)
     if method == "qdwh":
         return Plan(partial(qdwh, l=_bound(options.get("l"))), dtype, entry.margin, False)
     return Plan(entry.run, dtype, entry.margin, False)
 
 
-def _rational(options: dict[str, object]) -> Rational:
-    """The step that the options of ``zolo`` ask for."""
+def _rational(options: dict[str, object], side: int) -> Rational:
+    """The step that the options of ``zolo`` ask for; without any, the shorter side decides.
+
+    A gradient of side m has singular values down to about 1/m of its norm (spectrum 1/i), so
+    larger ones need a band that reaches lower. The third pole costs 0.06 to 0.12 of ns5 there.
+    """
     if not options:
-        return lists.ZOLO
+        return lists.ZOLO if side <= 256 else lists.ZOLO_LARGE
     l, r = options.get("l", 3e-3), options.get("r", 2)
     if not isinstance(l, float) or not isinstance(r, int):
         raise ValueError(f"l={l!r} must be a float and r={r!r} an int: pass l=3e-3, r=2")

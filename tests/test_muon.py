@@ -287,6 +287,10 @@ def test_kellerjordans_groups_work_as_they_are():
         ({"compat": "reference"}, "compat"),
         ({"compat": "torch", "polar": "svd"}, "compat='torch'"),
         ({"eps": -1.0}, "Invalid epsilon value"),
+        ({"polar_norm": "aol", "compat": "torch"}, "leave polar_norm unset"),
+        ({"polar_norm": "nuclear"}, "norm"),
+        ({"polar": "svd", "ns_steps": 3}, "steps"),
+        ({"ns_coefficients": (1.0, 2.0)}, "coefficients"),
     ],
 )
 def test_bad_settings_are_one_sentence(bad, text):
@@ -296,6 +300,16 @@ def test_bad_settings_are_one_sentence(bad, text):
     with pytest.raises(ValueError, match=text):
         optimizer.add_param_group({"params": [weight(TALL)], **bad})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "schatten4", "aol", "power:2"])
+def test_polar_norms_train(norm):
+    p = weight(TALL)
+    run(Muon([p], polar="ns5", polar_norm=norm), [p], [gradients(TALL, 3)])
+    plain = trajectory(lambda ps: Muon(ps, polar="ns5"), TALL, 3)[-1]
+    assert p.isfinite().all()
+    if not norm.startswith("power"):  # whose bound may be the Frobenius norm itself
+        assert torch.equal(p.detach(), plain) == (norm == "frobenius")
 
 
 def test_polar_auto_is_zolo_on_a_cpu():

@@ -459,13 +459,20 @@ def test_large_matrices_match_the_oracle(method, shape):
     M = with_spectrum(torch.logspace(0, -2, min(shape)), *shape)
     P = with_spectrum(torch.ones(min(shape)), *shape)
     oracles = {
-        "zolo": zolotarev_polar,
+        "zolo": lambda M: zolotarev_polar(M, 1e-3, 3),  # three poles above a side of 256
         "eigh": lambda M: P,
         "qdwh": lambda M: P,
         "gram": lambda M: newton_schulz(M, lists.GRAM[:5]),
         "ns5": lambda M: newton_schulz(M, [NS5] * 5),
     }
     assert relative(polar_factor(M, method), oracles[method](M)) < 1e-8
+
+
+@pytest.mark.parametrize("side, l, r", [(256, 3e-3, 2), (257, 1e-3, 3)])
+def test_zolo_takes_its_poles_by_the_shorter_side(side, l, r):
+    for shape in ((side, 300), (300, side)):
+        M = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(polar_factor(M, "zolo"), polar_factor(M, "zolo", l=l, r=r))
 
 
 # --- Decaying spectra: a Gaussian hides failures ---
