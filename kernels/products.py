@@ -1,7 +1,8 @@
 """Products of stacks that give each matrix the bits it has alone.
 
-On a CPU the matrix library rounds differently when a result does not start on 16 bytes, as most
-matrices of a stack of odd ones do. Such stacks are multiplied one by one into buffers of their own.
+On a CPU the matrix library rounds differently when an operand or the result does not start on 16
+bytes, as most matrices of a stack of odd ones do. Such stacks are multiplied one by one, from and
+into buffers of their own.
 """
 
 from __future__ import annotations
@@ -13,16 +14,35 @@ _TINY = 400
 """Multiplications below which torch loops itself, in a fixed order."""
 _LARGE = 2**16
 """Elements from which a matrix is never stacked on CPU, so that its alignment is its own."""
+_LINE = 16
+"""Bytes on which a matrix must start."""
 
 
-def _aligned(A: Tensor, B: Tensor) -> bool:
-    """Whether every result of a stack rounds as it would alone."""
+def _free(A: Tensor, B: Tensor) -> bool:
+    """Whether nothing here depends on where matrices start."""
     m, inner, n = *A.shape[-2:], B.shape[-1]
-    size = m * n
-    if A.device.type != "cpu" or size >= _LARGE or size * inner < _TINY:
-        return True
-    # with a side of 1 it is ambiguous which operand is turned, and a batch may take another way
-    return size * A.element_size() % 16 == 0 and min(m, inner, n) > 1
+    return A.device.type != "cpu" or m * n >= _LARGE or m * n * inner < _TINY
+
+
+def _even(*sides: int) -> bool:
+    """Whether matrices of m x inner, inner x n and m x n all start on a line in a stack.
+
+    With a side of 1 it is ambiguous which operand is turned, and a batch may take another way.
+    """
+    m, inner, n, size = sides
+    parts = (m * inner * size, inner * n * size, m * n * size)
+    return all(part % _LINE == 0 for part in parts) and min(m, inner, n) > 1
+
+
+def _placed(X: Tensor) -> Tensor:
+    """X, or a copy that starts on a line."""
+    return X if X.data_ptr() % _LINE == 0 else X.clone()
+
+
+def _whole(A: Tensor, B: Tensor) -> bool:
+    """Whether one batched call rounds every matrix as a call of its own would."""
+    even = _even(*A.shape[-2:], B.shape[-1], A.element_size())
+    return even and A.data_ptr() % _LINE == 0 and B.data_ptr() % _LINE == 0
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
@@ -38,15 +58,16 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     if A.dtype != B.dtype:
         dtype = torch.promote_types(A.dtype, B.dtype)
         A, B = A.to(dtype), B.to(dtype)
-    if len(A) == 1 or _aligned(A, B):
+    if _free(A, B) or _whole(A, B):
         return A @ B
-    return torch.cat([A[k : k + 1] @ B[k : k + 1] for k in range(len(A))])
+    parts = [_placed(A[k : k + 1]) @ _placed(B[k : k + 1]) for k in range(len(A))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def add_product_(W: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: float = 1.0) -> None:
     """W <- beta W + alpha A B for every matrix of a stack, in place.
 
-    Without a temporary, except for small matrices of an odd number of elements.
+    Without a temporary, except for small matrices whose elements do not fill lines.
 
     Args:
         W: (K, m, n), any strides.
@@ -55,7 +76,7 @@ def add_product_(W: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: f
         beta: Multiplies W.
         alpha: Multiplies the product.
     """
-    if _aligned(A, B):
+    if _free(A, B) or _whole(A, B):
         W.baddbmm_(A, B, beta=beta, alpha=alpha)
     else:
         W.mul_(beta).add_(product(A, B), alpha=alpha)

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..kernels import product
 from .base import StackedOptimizer
-from .moments import CARRY_POLICIES, adam, adam_reference, carry
-from .projectors import KINDS, rank_of, top_bases, top_basis
-from .rule import Direction, Factored, Member, Rule, Slot, check, check_adam
+from .moments import adam, adam_reference, carry, check_policy
+from .projectors import Draws, Projector, projector, rank_of
+from .rule import Direction, Member, Rule, Slot, check, check_adam
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,25 +35,37 @@ class GaLoreRule(Rule):
     moments: str = "keep"
     correct_bias: bool = True
     compat: str | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_adam(self.betas, self.eps)
         rank_of(self.rank, 2**62)  # raises for what is neither a count nor a fraction
         for name, value, known in (
             ("proj_type", self.proj_type, PROJ_TYPES),
-            ("projection", self.projection, KINDS),
-            ("moments", self.moments, CARRY_POLICIES),
             ("compat", self.compat, (None, "reference")),
         ):
             check(value in known, f"{name} must be one of {known}, got {value!r}")
+        for name, least in (("update_proj_gap", 1), ("seed", 0)):
+            value = getattr(self, name)
+            check(
+                isinstance(value, int) and value >= least,
+                f"{name} must be an int of at least {least}, got {value!r}",
+            )
+        check_policy(self.moments, self.projector.moves)
         check(
-            isinstance(self.update_proj_gap, int) and self.update_proj_gap >= 1,
-            f"update_proj_gap must be a positive int, got {self.update_proj_gap!r}",
+            self.compat is None or self.projection in ("svd", "svd_full"),
+            f"compat='reference' has an exact SVD, not projection={self.projection!r}",
         )
         check(
             self.correct_bias or self.compat == "reference",
             "correct_bias=False exists only under compat='reference'",
         )
+
+    @property
+    def projector(self) -> Projector:
+        """How P is found, stored and used."""
+        both, exact = self.proj_type == "full", self.compat == "reference"
+        return projector("svd_full" if exact else self.projection, both=both, lapack_signs=exact)
 
     @property
     def every(self) -> int:
@@ -67,54 +78,38 @@ class GaLoreRule(Rule):
         return right[self.proj_type]
 
     def state(self, m: int, n: int) -> dict[str, Slot]:
-        """Bases and the moments inside them."""
+        """What the projector keeps, and the moments inside."""
         full = self.proj_type == "full"
         r = min(rank_of(self.rank, min(m, n) if full else m), m, n)
-        moment, bases = Slot("rr" if full else "rn", r=r), {"basis": Slot("mr", r=r)}
-        if full:
-            bases["basis_right"] = Slot("nr", r=r)
-        return {**bases, "exp_avg": moment, "exp_avg_sq": moment}
+        moment = Slot("rr" if full else "rn", r=r)
+        return {**self.projector.slots(m, r), "exp_avg": moment, "exp_avg_sq": moment}
 
     def refresh(self, w: Member) -> None:
         """A new basis from this gradient, and what becomes of the moments."""
         assert w.grad is not None
-        names = [name for name in ("basis", "basis_right") if name in w.state]
-        old = tuple(w.state[name] for name in names)
-        new = w.sums.once(partial(self.bases, w.turned), w.grad, *old)
+        old = self.projector.held(w.state)
+        draws = Draws(self.seed, w.indices, w.t)
+        find = partial(self.projector.find, draws=draws, turned=w.turned)
+        new = w.sums.once(find, w.grad, *old)
         if not w.fresh:
-            pairs = [P for pair in zip(old, new, strict=True) for P in pair]
-            carry(self.moments, w.state["exp_avg"], w.state["exp_avg_sq"], *pairs)
-        for P, P_new in zip(old, new, strict=True):
-            P.copy_(P_new)
-
-    def bases(
-        self, turned: bool, G: Tensor, P: Tensor, Q: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """New bases (K, m, r) and, for two sides, (K, n, r); the old ones where none is found."""
-        exact, r = self.compat == "reference", P.shape[-1]
-        kind = "svd_full" if exact else self.projection
-        if Q is not None:
-            return top_bases(G, r, kind, lapack_signs=exact, old=(P, Q))
-        if exact and turned:  # LAPACK's signs belong to the matrix as it was stored
-            return top_bases(G.mT, r, kind, lapack_signs=True)[1:]
-        return (top_basis(G, r, kind, lapack_signs=exact, old=P),)
+            M, V = w.state["exp_avg"], w.state["exp_avg_sq"]
+            change = self.projector.overlap(old, new)
+            carry(self.moments, M, V, change, t=w.t - 1, betas=self.betas)
+        self.projector.install(w.state, new)
 
     def update(self, w: Member) -> Direction:
         """One step for a stack; after turning, rows are projected."""
         assert w.grad is not None
-        P, Q = w.state["basis"], w.state.get("basis_right")  # (K, m, r), (K, n, r)
-        R = w.sums.rows(product(P.mT, w.grad))  # (K, r, n)
-        if Q is not None:
-            R = w.sums.cols(product(R, Q))  # (K, r, r)
+        P, M, V = self.projector, w.state["exp_avg"], w.state["exp_avg_sq"]
+        R = P.down(w.state, w.grad, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
         t = w.age + 1 if self.moments == "reset" else w.t
         (beta1, beta2), eps, scale = self.betas, self.epsilon(), self.scale
-        M, V = w.state["exp_avg"], w.state["exp_avg_sq"]  # like R
         if self.compat == "reference":
             N, factor = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
             scale *= factor if self.correct_bias else 1.0
         else:
             N = adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
-        lift = Factored(P, N if Q is None else product(N, Q.mT))
+        lift = P.lift(w.state, N, w.m)  # P N; P N Q^T
         return w.step(lift, scale=scale, decay_last=self.compat == "reference")
 
     def epsilon(self) -> float:
@@ -154,22 +149,29 @@ class GaLore(StackedOptimizer):
         proj_type: Which side is projected: ``"std"`` the shorter one (the right one of a square),
             ``"reverse_std"`` the longer one (less state), ``"right"``, ``"left"``, or ``"full"``
             both.
-        projection: ``"svd"`` (Gram matrix and eigh, signs fixed) or ``"svd_full"`` (thin SVD).
-        moments: At a new basis: ``"keep"`` them as published, ``"reset"`` them and their clock, or
-            ``"rotate"`` them into it.
+        projection: How P is found: ``"svd"`` (Gram matrix and eigh, signs fixed), ``"svd_full"``
+            (thin SVD), ``"range"``, ``"power"``, ``"random"``, or rows ``"randk"``, ``"topk"`` and
+            cosines ``"dct"``, which store r numbers and no basis; see ``projectors``.
+        moments: At a new basis: ``"keep"`` them as published, ``"reset"`` them and their clock,
+            ``"rotate"`` them into it, the same by ``"ldadam"``'s second moment, or ``"match"``
+            rows of equal index (randk, topk and dct only; there all three agree).
         correct_bias: False only under ``compat="reference"``.
         compat: ``"reference"`` has the order of the published code: eps on the uncorrected root,
             decay after the step, LAPACK's signs.
+        seed: Decides the draws of range, power, random and randk (default: 0).
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     State of an m x n weight, m <= n, in elements: ``basis`` m r, ``exp_avg`` and ``exp_avg_sq``
-    r n each (float32), ``step`` and ``refreshed``; ``"full"``: r (m + n) + 2 r^2. AdamW keeps
-    2 m n. Peak temporary memory: buffers r x n and panels.
+    r n each (float32), ``step`` and ``refreshed``; ``"full"``: r (m + n) + 2 r^2. randk, topk and
+    dct keep ``index``, r int32, for the basis. AdamW keeps 2 m n.
+    Peak temporary memory: buffers r x n and panels.
 
     What it is not: a change of the gradient's or the weight's memory. Kept moments are read in new
     coordinates after a refresh, as published; ``"rotate"`` mends that.
 
     Example:
+        >>> import torch
+        >>> from stiefel.optimizers import GaLore
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
         >>> optimizer = GaLore(model, lr=1e-2, rank=2, update_proj_gap=50)
         >>> loss = model(torch.ones(2, 8)).square().mean()
@@ -194,10 +196,11 @@ class GaLore(StackedOptimizer):
         moments: str = "keep",
         correct_bias: bool = True,
         compat: str | None = None,
+        seed: int = 0,
         **options: Unpack[Common],
     ) -> None:
         rule = GaLoreRule(
             betas, eps, rank, update_proj_gap, scale, proj_type, projection, moments,
-            correct_bias, compat,
+            correct_bias, compat, seed,
         )  # fmt: skip
         super().__init__(params, rule, lr, weight_decay, **options)

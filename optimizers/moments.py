@@ -5,13 +5,29 @@ gives the bits of its matrices taken one at a time.
 """
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["CARRY_POLICIES", "adam", "adam_reference", "carry", "ema", "nesterov"]
+from ..kernels import product
 
-CARRY_POLICIES = ("keep", "reset", "rotate")
+__all__ = [
+    "CARRY_POLICIES",
+    "Change",
+    "Match",
+    "Turn",
+    "adam",
+    "adam_reference",
+    "carry",
+    "check_policy",
+    "ema",
+    "nesterov",
+]
+
+CARRY_POLICIES = ("keep", "reset", "rotate", "match", "ldadam")
 
 # Kernels of these devices do one matrix of Adam in a single pass over memory.
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -123,53 +139,161 @@ def _average(
     return M, V
 
 
+class Change:
+    """A change of basis as the moments see it: coordinates X (K, r, n) turned into new ones.
+
+    With C = P_new^T P_old, ``turn`` is C X and ``turn_squares`` (C*C) X; computed when asked for.
+    """
+
+    moves: ClassVar[bool] = False
+    """Whether coordinates are moved or dropped, never mixed: then C*C = C and all rules agree."""
+
+    def turn(self, X: Tensor) -> Tensor:
+        """The coordinates X in the new basis, a new tensor."""
+        raise NotImplementedError
+
+    def turn_squares(self, X: Tensor) -> Tensor:
+        """Variances X of uncorrelated coordinates in the new basis, a new tensor."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Turn(Change):
+    """Between two dense bases P (K, m, r), on both sides if there are Q (K, n, q) too.
+
+    Then D = Q_new^T Q_old, and X (K, r, q) turns to C X D^T and (C*C) X (D*D)^T.
+    """
+
+    P_old: Tensor
+    P_new: Tensor
+    Q_old: Tensor | None = None
+    Q_new: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.Q_old is None) != (self.Q_new is None):
+            raise ValueError("a change of basis needs both Q_old and Q_new, or neither")
+
+    @cached_property
+    def C(self) -> Tensor:
+        """P_new^T P_old, (K, r, r), in the dtype of P_new."""
+        return product(self.P_new.mT, self.P_old.to(self.P_new.dtype))
+
+    @cached_property
+    def D(self) -> Tensor | None:
+        """Q_new^T Q_old, (K, q, q), if there are two sides."""
+        if self.Q_old is None or self.Q_new is None:
+            return None
+        return product(self.Q_new.mT, self.Q_old.to(self.Q_new.dtype))
+
+    def turn(self, X: Tensor) -> Tensor:
+        """See :class:`Change`."""
+        return self._apply(self.C, X, self.D)
+
+    def turn_squares(self, X: Tensor) -> Tensor:
+        """See :class:`Change`."""
+        return self._apply(self.C.square(), X, None if self.D is None else self.D.square())
+
+    @staticmethod
+    def _apply(C: Tensor, X: Tensor, D: Tensor | None) -> Tensor:
+        X = product(C, X.to(C.dtype))
+        return X if D is None else product(X, D.mT)
+
+
+@dataclass(frozen=True, eq=False)
+class Match(Change):
+    """Between two choices of one orthonormal system: C is a partial permutation, so rows move.
+
+    Attributes:
+        old: (K, r) integers, ascending: what the rows of X belong to.
+        new: (K, r) integers: what they shall belong to.
+    """
+
+    moves: ClassVar[bool] = True
+    old: Tensor
+    new: Tensor
+
+    @cached_property
+    def source(self) -> Tensor:
+        """(K, r) int64: the old place of each new index, -1 for one that enters."""
+        at = torch.searchsorted(self.old.contiguous(), self.new.contiguous())
+        at.clamp_(max=self.old.shape[-1] - 1)
+        return torch.where(self.old.gather(-1, at) == self.new, at, -1)
+
+    def turn(self, X: Tensor) -> Tensor:
+        """Rows of X (K, r, ...) of any dtype in their new places, zeros where an index enters."""
+        source = self.source.unsqueeze(-1)
+        return X.take_along_dim(source.clamp(min=0), -2).masked_fill_(source < 0, 0)
+
+    def turn_squares(self, X: Tensor) -> Tensor:
+        """See :class:`Change`; the same as ``turn``."""
+        return self.turn(X)
+
+
+def check_policy(policy: str, moves: bool) -> None:
+    """Raise ValueError unless ``policy`` is known and has a meaning for such a change of basis."""
+    if policy not in CARRY_POLICIES:
+        raise ValueError(f"moments must be one of {', '.join(CARRY_POLICIES)}, got {policy!r}")
+    if policy == "match" and not moves:
+        raise ValueError(
+            "moments='match' moves rows of equal index and this projection has a dense basis "
+            "without indices: use moments='rotate'"
+        )
+
+
 def carry(
     policy: str,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    P_old: Tensor,
-    P_new: Tensor,
-    Q_old: Tensor | None = None,
-    Q_new: Tensor | None = None,
+    change: Change,
+    *,
+    t: int = 0,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> None:
-    """Takes the moments from an old basis to a new one, in place.
+    """Takes the moments M, V from an old basis to a new one, in place.
 
     "keep" leaves them (GaLore, arXiv 2403.03507), "reset" zeroes them, "rotate" turns them by the
     change of basis C = P_new^T P_old: M <- C M and V <- (C*C) V. The second is the second moment
-    of the turned coordinates if the old ones are uncorrelated, and is never negative. With a basis
-    on both sides, D = Q_new^T Q_old: M <- C M D^T and V <- (C*C) V (D*D)^T.
+    of the turned coordinates if the old ones are uncorrelated, and is never negative. "ldadam"
+    (LDAdam, arXiv 2410.16103) takes the old ones for independent with mean m = M / (1 - beta1^t)
+    and variance v - m*m, v = V / (1 - beta2^t):
+
+        M <- C M,    V <- (1 - beta2^t) | (C*C) (v - m*m) + (C m)*(C m) |
+
+    absolute because v - m*m may be negative: the averages have different windows. "match" moves
+    rows of equal index; where the change only moves, rotate and ldadam are the same.
 
     Args:
-        policy: "keep", "reset" or "rotate".
+        policy: one of CARRY_POLICIES.
         exp_avg: (K, r, n), or (K, r, q) with two bases.
         exp_avg_sq: as exp_avg.
-        P_old: (K, m, r), the basis the moments are written in; orthonormal columns.
-        P_new: (K, m, r), the basis that they shall be written in.
-        Q_old: (K, n, q), the old basis of the other side, if there is one.
-        Q_new: (K, n, q), the new basis of the other side.
+        change: from the old basis to the new one.
+        t: for "ldadam": updates that the moments have seen; 0 leaves them alone.
+        betas: for "ldadam": their decays.
 
     Raises:
-        ValueError: unknown policy, or only one of Q_old and Q_new.
+        ValueError: unknown policy, or "match" on a change that mixes coordinates.
     """
-    if policy not in CARRY_POLICIES:
-        raise ValueError(f"moments must be one of {', '.join(CARRY_POLICIES)}, got {policy!r}")
-    if (Q_old is None) != (Q_new is None):
-        raise ValueError("carry needs both Q_old and Q_new, or neither")
+    check_policy(policy, change.moves)
     if policy == "reset":
         exp_avg.zero_()
         exp_avg_sq.zero_()
-    elif policy == "rotate":
-        for k in range(len(P_old)):  # one by one: a batched product has other bits
-            C = P_new[k].mT @ P_old[k].to(P_new.dtype)
-            D = None if Q_old is None or Q_new is None else Q_new[k].mT @ Q_old[k].to(Q_new.dtype)
-            exp_avg[k].copy_(_turn(C, exp_avg[k], D))
-            exp_avg_sq[k].copy_(_turn(C * C, exp_avg_sq[k], None if D is None else D * D))
+    elif policy == "ldadam" and not change.moves:
+        _carry_ldadam(exp_avg, exp_avg_sq, change, t, betas)
+    elif policy != "keep":
+        exp_avg.copy_(change.turn(exp_avg))
+        exp_avg_sq.copy_(change.turn_squares(exp_avg_sq))
 
 
-def _turn(C: Tensor, X: Tensor, D: Tensor | None) -> Tensor:
-    """C X, or C X D^T, in C's dtype; a new tensor, for a product must not overwrite its input."""
-    turned = C @ X.to(C.dtype)
-    return turned if D is None else turned @ D.mT
+def _carry_ldadam(M: Tensor, V: Tensor, change: Change, t: int, betas: tuple[float, float]) -> None:
+    if t == 0:
+        return
+    c1, c2 = (1 - beta**t for beta in betas)
+    work = torch.promote_types(M.dtype, torch.float32)
+    m, v = M.to(work) / c1, V.to(work) / c2
+    mean = change.turn(m)
+    v = change.turn_squares(v.addcmul_(m, m, value=-1)).addcmul_(mean, mean)
+    M.copy_(mean.mul_(c1))
+    V.copy_(v.abs_().mul_(c2))
 
 
 def ema(buffer: Tensor, grad: Tensor, momentum: float) -> Tensor:

@@ -55,3 +55,42 @@ def rotated(M, V, P_old, P_new):
                 new_M[i, x] += c * M[j][x]
                 new_V[i, x] += c * c * V[j][x]
     return new_M, new_V
+
+
+def ldadam(M, V, P_old, P_new, t, beta1, beta2):
+    """LDAdam's moments (r, n) in the new basis, entry by entry; t updates are behind them."""
+    r, n = np.shape(M)
+    new_M, new_V = np.zeros((r, n)), np.zeros((r, n))
+    c1, c2 = 1 - beta1**t, 1 - beta2**t
+    for i in range(r):
+        for x in range(n):
+            mean = variance = 0.0
+            for j in range(r):
+                c = sum(P_new[k][i] * P_old[k][j] for k in range(len(P_old)))
+                m, v = M[j][x] / c1, V[j][x] / c2
+                mean += c * m
+                variance += c * c * (v - m * m)
+            new_M[i, x] = c1 * mean
+            new_V[i, x] = c2 * abs(variance + mean * mean)
+    return new_M, new_V
+
+
+def cosine_matrix(n):
+    """The orthonormal DCT-II, one entry at a time."""
+    C = np.zeros((n, n))
+    for k in range(n):
+        for j in range(n):
+            scale = math.sqrt((1 if k == 0 else 2) / n)
+            C[k, j] = scale * math.cos(math.pi * k * (2 * j + 1) / (2 * n))
+    return C
+
+
+def choose(scores, r):
+    """Numbers of the r largest scores, the lowest number first among equals, ascending."""
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:r])
+
+
+def power_step(G, P):
+    """orth(G G^T P) for one matrix."""
+    G = np.asarray(G, dtype=np.float64)
+    return np.linalg.qr(G @ (G.T @ np.asarray(P, dtype=np.float64)))[0]

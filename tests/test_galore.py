@@ -27,7 +27,7 @@ from problems import (
     weight,
 )
 
-from stiefel.optimizers import GaLore
+from stiefel.optimizers import GaLore, plan, subspaces
 from stiefel.optimizers import galore as module
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("galore-*.json"))
@@ -48,7 +48,7 @@ def test_recorded_trajectory(name, monkeypatch):
     stored = iter(data["bases"])
     kind = data["settings"]["group"]["proj_type"]
 
-    def feed(self, turned, G, P, Q=None):
+    def feed(self, G, *old, draws, turned):
         basis = next(stored)["basis"]
         if kind == "full":
             left, right = (torch.tensor(x, dtype=torch.float32) for x in basis)
@@ -56,7 +56,7 @@ def test_recorded_trajectory(name, monkeypatch):
         B = torch.tensor(basis, dtype=torch.float32)
         return (B.mT[None] if turned else B[None],)
 
-    monkeypatch.setattr(module.GaLoreRule, "bases", feed)
+    monkeypatch.setattr(subspaces.Svd, "find", feed)
     out = run(optimizer, [p], [list(data["grads"])])
     bound = tolerance(data, "max_abs_diff_to_float64_run")
     worst = max(float((W[0] - R).abs().max()) for W, R in zip(out, data["W"], strict=True))
@@ -291,9 +291,9 @@ def test_galore_09_refreshes_come_at_multiples_and_keep_touches_no_moment(monkey
     optimizer = GaLore([p], rank=3, update_proj_gap=gap)
     carried, original = [], module.carry
 
-    def spy(policy, M, V, *bases):
+    def spy(policy, M, V, change, **clock):
         before = M.clone(), V.clone()
-        original(policy, M, V, *bases)
+        original(policy, M, V, change, **clock)
         carried.append(torch.equal(M, before[0]) and torch.equal(V, before[1]))
 
     monkeypatch.setattr(module, "carry", spy)
@@ -309,10 +309,10 @@ def test_galore_09_refreshes_come_at_multiples_and_keep_touches_no_moment(monkey
 
 
 def test_galore_10_signs_before_the_first_refresh_do_not_matter(monkeypatch):
-    original = module.top_basis
+    original = subspaces.top_basis
     a = trajectory(lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=6), WIDE, 6)
     flips = torch.tensor([1.0, -1.0, -1.0, 1.0])
-    monkeypatch.setattr(module, "top_basis", lambda *x, **k: original(*x, **k) * flips)
+    monkeypatch.setattr(subspaces, "top_basis", lambda *x, **k: original(*x, **k) * flips)
     b = trajectory(lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=6), WIDE, 6)
     torch.testing.assert_close(a[-1], b[-1], rtol=0, atol=1e-6)
 
@@ -320,7 +320,7 @@ def test_galore_10_signs_before_the_first_refresh_do_not_matter(monkeypatch):
 @pytest.mark.parametrize("change", ["same", "signs", "order"])
 def test_galore_10_rotate_follows_the_basis(monkeypatch, change):
     """With the same span written in other coordinates, rotate gives the same weights."""
-    first, original, calls = [], module.top_basis, []
+    first, original, calls = [], subspaces.top_basis, []
     flips = torch.tensor([1.0, -1.0, -1.0, 1.0])
     order = torch.tensor([2, 0, 3, 1])
 
@@ -333,10 +333,10 @@ def test_galore_10_rotate_follows_the_basis(monkeypatch, change):
             return P.clone()
         return P * flips if change == "signs" else P[..., order].contiguous()
 
-    monkeypatch.setattr(module, "top_basis", fixed)
+    monkeypatch.setattr(subspaces, "top_basis", fixed)
     make = lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=2, moments="rotate")  # noqa: E731
     a = trajectory(make, WIDE, 8)
-    monkeypatch.setattr(module, "top_basis", lambda *x, **k: first[0].clone())
+    monkeypatch.setattr(subspaces, "top_basis", lambda *x, **k: first[0].clone())
     b = trajectory(lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=10**6), WIDE, 8)
     assert len(calls) == 4
     torch.testing.assert_close(a[-1], b[-1], rtol=0, atol=2e-6)
@@ -497,3 +497,207 @@ def test_deepcopy_goes_on_alone():
     q = twin.param_groups[0]["params"][0]
     rest = gradients(WIDE, 8)[4:]
     assert same(run(optimizer, [p], [rest]), run(twin, [q], [rest]))
+
+
+# Every projection. The sheets' numbers: projectors 5, 9, 22; state and refresh as their tables.
+
+DENSE = ["svd", "svd_full", "range", "power", "random"]
+INDEX = ["randk", "topk", "dct", "dct:l1"]
+projections = pytest.mark.parametrize("projection", [*DENSE, *INDEX])
+
+
+def final_loss(gap=10, **settings):
+    """Share of a quadratic's loss that is left after 300 steps from zero; full-rank target."""
+    draw = torch.Generator().manual_seed(3)
+    target = torch.randn(16, 24, generator=draw)
+    p = torch.nn.Parameter(torch.zeros(16, 24))
+    optimizer = GaLore([p], lr=0.1, scale=1.0, rank=8, update_proj_gap=gap, **settings)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 300)
+    for _ in range(300):
+        p.grad = p.detach() - target
+        optimizer.step()
+        schedule.step()
+    return float((p.detach() - target).square().sum() / target.square().sum())
+
+
+@projections
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate", "ldadam", "match"])
+def test_training_with_every_projection_and_policy(projection, moments):
+    """Half the rank solves the whole quadratic, because the subspace moves."""
+    if moments == "match" and projection in DENSE:
+        with pytest.raises(ValueError, match="use moments='rotate'"):
+            GaLore([weight(WIDE)], projection=projection, moments=moments)
+        return
+    assert final_loss(projection=projection, moments=moments) <= 0.001
+
+
+@pytest.mark.parametrize("projection", DENSE)
+@pytest.mark.parametrize("moments", ["reset", "rotate", "ldadam"])
+def test_training_with_two_sides(projection, moments):
+    """Kept moments, read in new coordinates on both sides, leave 4 to 25 % instead."""
+    assert final_loss(gap=4, projection=projection, moments=moments, proj_type="full") <= 0.005
+
+
+@projections
+@pytest.mark.parametrize("kind", ["std", "reverse_std"])
+@pytest.mark.parametrize("shape", [TALL, WIDE])
+def test_state_bytes_of_every_projection(projection, kind, shape):
+    p, r = weight(shape, dtype=torch.bfloat16), 3
+    run(GaLore([p], rank=r, projection=projection, proj_type=kind), [p], [gradients(shape, 1)])
+    optimizer = GaLore([p], rank=r, projection=projection, proj_type=kind)
+    run(optimizer, [p], [gradients(shape, 2)])
+    m, n = sorted(shape) if kind == "std" else sorted(shape, reverse=True)
+    held = {k: x for k, x in optimizer.state[p].items() if isinstance(x, torch.Tensor)}
+    first = {"index": 4 * r} if projection in INDEX else {"basis": 4 * m * r}
+    want = {**first, "exp_avg": 4 * r * n, "exp_avg_sq": 4 * r * n}
+    assert {k: x.untyped_storage().nbytes() for k, x in held.items()} == want
+    assert projection not in INDEX or held["index"].dtype == torch.int32
+
+
+@projections
+@pytest.mark.parametrize("shape", [TALL, WIDE])
+def test_projectors_05_a_turned_weight_is_the_transposed_problem(projection, shape):
+    p = weight(shape)
+    q = torch.nn.Parameter(p.detach().mT.contiguous())
+    grads = gradients(shape, 9)
+    settings = {"lr": 0.02, "rank": 3, "update_proj_gap": 4, "projection": projection}
+    a = run(GaLore([p], **settings), [p], [grads])
+    b = run(GaLore([q], **settings), [q], [[G.mT.contiguous() for G in grads]])
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x[0], y[0].mT, rtol=0, atol=5e-6)
+
+
+@projections
+@pytest.mark.parametrize("moments", ["keep", "ldadam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projectors_09_resume_of_every_projection(projection, moments, dtype):
+    """In the middle of a window, in the step of a refresh, and right after one."""
+    settings = {"lr": 0.02, "rank": 3, "update_proj_gap": 4, "seed": 5, "moments": moments}
+    shape = (40, 300)  # indices above 256 do not survive bfloat16
+
+    def make():
+        params = [weight(shape, 0, dtype), weight(WIDE, 1, dtype)]
+        kind = "reverse_std" if projection in INDEX else "std"
+        return params, GaLore(params, projection=projection, proj_type=kind, **settings)
+
+    grads = [gradients(shape, 9, 0), gradients(WIDE, 9, 1)]
+    params, straight = make()
+    run(straight, params, grads)
+    for stop in (2, 4, 5):
+        others, first = make()
+        run(first, others, [series[:stop] for series in grads])
+        file = io.BytesIO()
+        torch.save({"weights": [p.detach() for p in others], "state": first.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        fresh, second = make()
+        for p, W in zip(fresh, saved["weights"], strict=True):
+            p.data.copy_(W)
+        second.load_state_dict(saved["state"])
+        assert same(tensors(first), tensors(second))
+        run(second, fresh, [series[stop:] for series in grads])
+        assert same([p.detach() for p in params], [p.detach() for p in fresh])
+        assert same(tensors(straight), tensors(second))
+    if projection in INDEX:
+        assert straight.state[params[0]]["index"].dtype == torch.int32
+
+
+@projections
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+def test_stack_equals_separate_optimizers_for_every_projection(projection, dtype, state_dtype):
+    shape, settings = (12, 20), {"lr": 0.02, "rank": 4, "update_proj_gap": 2}
+    make = partial(GaLore, projection=projection, moments="ldadam", **settings)
+    options = {} if state_dtype is None else {"state_dtype": state_dtype}
+    params = [weight(shape, k, dtype) for k in range(3)]
+    grads = [gradients(shape, 5, k) for k in range(3)]
+    run(make(params, **options), params, grads)
+    blind = projection in ("random", "randk", "range", "power")
+    for k in range(1 if blind else 3):  # draws go by position: only the first is alone the same
+        p = weight(shape, k, dtype)
+        run(make([p], **options), [p], [grads[k]])
+        assert torch.equal(p, params[k])
+
+
+@projections
+def test_views_equal_the_stack_for_every_projection(projection, monkeypatch):
+    """Draws included: the same optimizer with stacking switched off."""
+    shape = (12, 20)
+
+    def once():
+        params = [weight(shape, k) for k in range(3)]
+        settings = {"lr": 0.02, "rank": 4, "update_proj_gap": 2, "moments": "rotate"}
+        optimizer = GaLore(params, projection=projection, **settings)
+        run(optimizer, params, [gradients(shape, 5, k) for k in range(3)])
+        return [p.detach() for p in params], tensors(optimizer)
+
+    stacked = once()
+    monkeypatch.setitem(plan.STACK, "cpu", 0)
+    assert same(stacked, once())
+
+
+@pytest.mark.parametrize("projection", ["random", "randk", "range"])
+def test_projectors_22_seed_and_position_decide_the_draws(projection):
+    def bases(seed):
+        params = [weight(WIDE, 0), weight(WIDE, 0)]
+        optimizer = GaLore(params, rank=3, projection=projection, update_proj_gap=1, seed=seed)
+        out = []
+        for _ in range(2):
+            run(optimizer, params, [gradients(WIDE, 1)] * 2)
+            out += [next(iter(optimizer.state[p].values())) for p in params]
+            key = "index" if projection == "randk" else "basis"
+            out[-2:] = [optimizer.state[p][key].clone() for p in params]
+        return out
+
+    first, again, other = bases(0), bases(0), bases(1)
+    assert same(first, again)
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("moments", ["rotate", "match", "ldadam"])
+def test_projectors_30_policies_agree_where_indices_move(moments):
+    settings = {"lr": 0.02, "rank": 4, "update_proj_gap": 2, "projection": "topk"}
+    make = lambda policy: lambda ps: GaLore(ps, moments=policy, **settings)  # noqa: E731
+    assert same(trajectory(make(moments), WIDE, 9), trajectory(make("match"), WIDE, 9))
+    assert not same(trajectory(make("keep"), WIDE, 9), trajectory(make("match"), WIDE, 9))
+
+
+@pytest.mark.parametrize("projection", ["randk", "topk"])
+def test_rows_not_chosen_stay_bitwise(projection):
+    p, G = weight(WIDE), gradients(WIDE, 1)[0]
+    before, p.grad = p.detach().clone(), G
+    optimizer = GaLore([p], lr=0.1, rank=3, projection=projection)
+    optimizer.step()
+    moved = (p.detach() != before).any(1).nonzero().flatten()
+    assert moved.tolist() == optimizer.state[p]["index"].tolist()
+
+
+@projections
+@pytest.mark.parametrize(
+    "shape", [TALL, WIDE, SQUARE, ODD, ROW, COLUMN, (1, 1), (3, 6, 5), (4, 3, 2, 2)]
+)
+def test_no_shape_rank_or_zero_gradient_crashes_any_projection(projection, shape):
+    p, v = weight(shape), weight((4,))
+    optimizer = GaLore(
+        [p, v], lr=0.02, rank=50, update_proj_gap=2, projection=projection, moments="ldadam"
+    )
+    grads = [torch.zeros(shape), *gradients(shape, 3), torch.zeros(shape)]
+    run(optimizer, [p, v], [grads, [torch.ones(4)] * 5])
+    assert p.isfinite().all() and v.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "bad, text",
+    [
+        ({"projection": "dct", "proj_type": "full"}, "no second side"),
+        ({"projection": "range:a"}, "projection 'range:a'"),
+        ({"projection": "svd", "moments": "match"}, "use moments='rotate'"),
+        ({"projection": "randk", "compat": "reference"}, "exact SVD"),
+        ({"seed": -1}, "seed must be an int"),
+        ({"seed": 0.5}, "seed must be an int"),
+    ],
+)
+def test_settings_that_do_not_fit_together(bad, text):
+    with pytest.raises(ValueError, match=text):
+        GaLore([weight(WIDE)], **bad)
