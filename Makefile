@@ -13,7 +13,7 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench clean torch typing
+.PHONY: demo test lint bench clean typing FORCE
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/pretrain.py --compare adamw,muon,galore --out $(OUT)
@@ -31,18 +31,20 @@ bench: $(VENV)/.examples
 clean:
 	rm -rf build dist *.egg-info runs
 
-# torch goes in before the package, so that the package takes the one that was asked for
-torch: $(BIN)/python
-	@echo '$(TORCH)' | cmp -s - $(VENV)/.torch || \
-	  { $(PIP) '$(TORCH)' && rm -f $(VENV)/.examples $(VENV)/.test && echo '$(TORCH)' > $(VENV)/.torch; }
+# torch goes in before the package, so that the package takes the one that was asked for. The stamp
+# changes only with TORCH, and what is built on it follows.
+$(VENV)/.torch: FORCE | $(BIN)/python
+	@echo '$(TORCH)' | cmp -s - $@ || { $(PIP) '$(TORCH)' && echo '$(TORCH)' > $@; }
 
-$(VENV)/.examples: pyproject.toml | torch
+$(VENV)/.examples: pyproject.toml $(VENV)/.torch
 	$(PIP) -e '.[examples]'
 	touch $@
 
-$(VENV)/.test: pyproject.toml | torch
+$(VENV)/.test: pyproject.toml $(VENV)/.torch
 	$(PIP) -e '.[examples,test]'
 	touch $@
+
+FORCE:
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -65,10 +65,11 @@ def step(
         return
     # M / (sqrt(V) + eps) * sqrt(c2) / c1 is torch's step with eps / sqrt(c2), c = 1 - beta^t
     correct_bias, eps = order
-    for t in sorted({int(entry["step"]) + 1 for entry in entries}):
+    clocks = [int(entry["step"]) + 1 for entry in entries]  # read once: stepping moves them
+    for t in sorted(set(clocks)):
         c1, c2 = 1 - betas[0] ** t, 1 - betas[1] ** t
         rate = lr if correct_bias else lr * c1 / math.sqrt(c2)
-        part = [i for i, entry in enumerate(entries) if int(entry["step"]) + 1 == t]
+        part = [i for i, clock in enumerate(clocks) if clock == t]
         chosen = [params[i] for i in part]
         _torch(
             group,

@@ -29,7 +29,7 @@ from .groups import (
     rule_of,
     settings_of,
 )
-from .plan import Bucket, Plan, units_of
+from .plan import Bucket, Plan, Unit, units_of
 from .roles import Assignment
 from .rule import RULES, Direction, Rule
 from .write import write_
@@ -49,7 +49,8 @@ class StackedOptimizer(Optimizer):
         lr: Learning rate, a float or a 1-element tensor.
         weight_decay: Decoupled weight decay.
         adamw_lr: Learning rate of the AdamW parameters; None: ``lr``. If given they get groups of
-            their own, so that schedulers scale both.
+            their own, so that schedulers scale both. Wrappers that mirror groups
+            (ZeroRedundancyOptimizer) need these groups spelled out, each with its ``lr``.
         adamw_betas: Betas of the AdamW parameters; None: the method's ``betas``, else (0.9, 0.95).
         adamw_eps: Their eps (default: 1e-8).
         adamw_weight_decay: Their weight decay; None: ``weight_decay``.
@@ -73,7 +74,7 @@ class StackedOptimizer(Optimizer):
     """Group key by which the method's reference package marks its matrix groups."""
     _plan: Plan | None = None
     _skipped = 0
-    _pending: Sequence[tuple[LateFlags, Bucket, int]] = ()
+    _pending: Sequence[tuple[LateFlags, list[Bucket]]] = ()
     _wait: bool | None = None
     """Whether the host waits for the finite flags; None: on CPU."""
 
@@ -106,6 +107,9 @@ class StackedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it whole; a refused group changes nothing.
 
+        A late group is routed by itself: that groups without a reference package's key are AdamW
+        is known to the constructor only.
+
         Args:
             param_group: ``params`` and any overrides; see the class docstring.
 
@@ -136,7 +140,14 @@ class StackedOptimizer(Optimizer):
         reference = key is not None and bool(group.get(key)) and "rule" not in group
         if reference:
             group["rule"] = self._own.method()
+        elif key is not None and group.get(key) is False:
+            group.setdefault("rule", "adamw")  # use_muon=False, also in a late group
         named = group.get("rule")
+        if named == "adamw":  # torch's own names mean AdamW's values in an AdamW group
+            if "eps" in group:
+                group.setdefault("adamw_eps", group["eps"])
+            if "betas" in group and "betas" not in self.defaults:
+                group.setdefault("adamw_betas", group.pop("betas"))
         rule = self._own if named in (None, "adamw") else rule_class(named)
         foreign = {} if rule is self._own else defaults_of(rule)
         known = OWN | FOREIGN | COMMON.keys() | defaults_of(self._own).keys() | foreign.keys()
@@ -170,6 +181,7 @@ class StackedOptimizer(Optimizer):
                     params[i] if names[i] is None else (names[i], params[i]) for i in chosen
                 ],
             }
+            part.pop("param_names", None)  # torch takes them from the pairs again
             for key in ("roles", "reasons"):
                 if key in group:
                     part[key] = [group[key][i] for i in chosen]
@@ -279,12 +291,18 @@ class StackedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: For a sparse gradient, or a non-finite one under ``nonfinite="raise"``;
-                weights and state are unchanged then.
+                no weight and no value of the state has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with torch._C._DisableAutocast():  # a caller's autocast is for the model, not for this
+            self._update()
+        return loss
+
+    def _update(self) -> None:
+        """One step from the gradients as they are now."""
         self._settle()
         plan = self._current()
         grads = [p.grad for p in plan.flat]
@@ -301,7 +319,6 @@ class StackedOptimizer(Optimizer):
             self._step_matrices(plan, grads)
         for group, params, given, entries, order in vectors:
             adamw.step(group, params, given, entries, order=order)
-        return loss
 
     def _dry(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether this is a checkpoint probe: every lr 0 and every gradient 0."""
@@ -335,6 +352,15 @@ class StackedOptimizer(Optimizer):
                 for i, there in enumerate(bucket.present)
             ]
             self._run(plan, bucket, Gs, fine, flag)
+        late = [
+            (flag, bucket)
+            for flag, bucket, fine in zip(flags, plan.buckets, good, strict=True)
+            if fine is None
+        ]
+        for device in {flag.device for flag, _ in late}:
+            here = [(flag, bucket) for flag, bucket in late if flag.device == device]
+            packed = LateFlags(torch.cat([flag for flag, _ in here]).isfinite())
+            self._pending = [*self._pending, (packed, [bucket for _, bucket in here])]
 
     def _waits(self, device: torch.device) -> bool:
         return device.type == "cpu" if self._wait is None else self._wait
@@ -362,7 +388,7 @@ class StackedOptimizer(Optimizer):
             plan.mask = None  # clocks differ now: sort again at the next step
             return
         if fine is not None and not fine[0]:
-            self._skipped += 1
+            self._skip(bucket.unit)
             return
         ok = None if fine is not None else flag.isfinite()
         Gs = [
@@ -386,7 +412,6 @@ class StackedOptimizer(Optimizer):
         bucket.set_step(t)
         if ok is not None:
             bucket.put_back(saved, ok)
-            self._pending = [*self._pending, (LateFlags(ok), bucket, t)]
 
     @staticmethod
     def _lr(lr: float | Tensor) -> float | Tensor:
@@ -400,13 +425,18 @@ class StackedOptimizer(Optimizer):
     def _settle(self) -> None:
         """Read the flags of the last step; units that were skipped get their clocks back."""
         pending, self._pending = self._pending, ()
-        for ok, bucket, t in pending:
-            for unit, entry, fine in zip(bucket.units, bucket.firsts, ok.read(), strict=True):
+        for packed, buckets in pending:
+            units = [unit for bucket in buckets for unit in bucket.units]
+            for unit, fine in zip(units, packed.read(), strict=True):
                 if not fine:
-                    entry[unit.step_key] = t - 1
-                    self._skipped += 1
+                    self.state[unit.params[0]][unit.step_key] -= 1
+                    self._skip(unit)
                     if self._plan is not None:
                         self._plan.mask = None
+
+    def _skip(self, unit: Unit) -> None:
+        """Count a parameter once, however many blocks it has."""
+        self._skipped += unit.number == 0
 
     @property
     def skipped(self) -> int:

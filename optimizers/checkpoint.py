@@ -17,7 +17,7 @@ from .groups import called, rows_of, rule_of
 from .plan import Unit, units_of
 from .rule import Rule
 
-Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Expected = dict[str, tuple[tuple[int, ...], torch.dtype, str | torch.device]]
 
 
 def _pairs(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -73,7 +73,8 @@ def prepare(
         names = group.get("param_names") or [None] * len(group["params"])
         for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
             entry = state.get(new["params"][j], {})
-            _check_entry(entry, tables.get(p), called(name, p, j), own.method())
+            shapes = {key: row[0] for key, row in tables[p].items()} if p in tables else None
+            _check_entry(entry, shapes, p, called(name, p, j), own.method())
         position += len(group["params"])
     return {**state_dict, "param_groups": saved}
 
@@ -98,8 +99,8 @@ def _tables(units: Sequence[Unit]) -> dict[Tensor, Expected]:
     for unit in units:
         for i, p in enumerate(unit.params):
             table = tables.setdefault(p, {})
-            for key, (_, shape, dtype) in unit.expected(i).items():
-                table[key] = (shape, dtype)
+            for key, (slot, shape, dtype) in unit.expected(i).items():
+                table[key] = (shape, dtype, slot.device or p.device)
     return tables
 
 
@@ -107,17 +108,18 @@ def _is_clock(key: str) -> bool:
     return key.partition(".")[0] in ("step", "refreshed")
 
 
-def _check_entry(entry: Any, table: Expected | None, text: str, method: str) -> None:
+def _check_entry(
+    entry: Any, shapes: dict[str, tuple[int, ...]] | None, p: Tensor, text: str, method: str
+) -> None:
     """One parameter's saved state must be empty, or all of it and nothing else."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"checkpoint state of {text} must be a dict, got {type(entry).__name__}")
     found = {key: value for key, value in entry.items() if not _is_clock(key)}
     if not found:
         return
-    if table is None:
-        method, names = "AdamW", {"exp_avg", "exp_avg_sq"}
-    else:
-        names = set(table)
+    if shapes is None:
+        method, shapes = "AdamW", dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
+    names = set(shapes)
     for key in sorted(set(found) - names):
         raise ValueError(
             f"checkpoint holds {key!r} for {text}, which {method} does not know; load a checkpoint "
@@ -131,10 +133,10 @@ def _check_entry(entry: Any, table: Expected | None, text: str, method: str) -> 
     for key, value in found.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"checkpoint {key!r} of {text} must be a tensor, got {type(value)}")
-        if table is not None and tuple(value.shape) != table[key][0]:
+        if tuple(value.shape) != shapes[key]:
             raise ValueError(
                 f"checkpoint {key!r} of {text} has shape {tuple(value.shape)} but its settings "
-                f"need {table[key][0]}; build the optimizer for the model that was saved"
+                f"need {shapes[key]}; build the optimizer for the model that was saved"
             )
 
 
@@ -162,7 +164,7 @@ def restore(
                 else:
                     dtype = table[key][1]
                     keep = not (value.is_floating_point() and dtype.is_floating_point)
-                    device = state[p][key].device
+                    device = table[key][2]  # torch moved pools off the host too
                     state[p][key] = value.to(device=device, dtype=value.dtype if keep else dtype)
         for unit in units:
             if unit.params[0] in state:  # torch.optim.Muon keeps no clock

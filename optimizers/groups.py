@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from .plan import views_of
 from .roles import Row, classify, route
 from .rule import RULES, Rule
 from .views import blocks
@@ -118,7 +119,7 @@ def read(params: Any, own: type[Rule], reference_key: str | None) -> Any:
     groups = []
     for group in items:
         group = dict(group)
-        if marked and "rule" not in group and not group.get(reference_key):
+        if marked and "rule" not in group and group.get(reference_key) is None:
             group["rule"] = "adamw"
         groups.append(group)
     return groups
@@ -170,7 +171,13 @@ def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]
     """Parameters and names of a group that torch has not read yet."""
     params = group["params"]
     items = [params] if isinstance(params, Tensor) else list(params)
-    pairs = [item if isinstance(item, tuple) else (None, item) for item in items]
+    given = group.get("param_names") or [None] * len(items)
+    if len(given) != len(items):
+        raise ValueError(f"param_names has {len(given)} names for {len(items)} parameters")
+    pairs = [
+        item if isinstance(item, tuple) else (name, item)
+        for name, item in zip(given, items, strict=True)
+    ]
     return [p for _, p in pairs], [name for name, _ in pairs]
 
 
@@ -285,8 +292,8 @@ def _check_shape(
     """The view must fit, and a very wide matrix without a name is pointed out."""
     if p.ndim < 2 or p.numel() == 0:
         _refuse_vector(p, text, method)
-    if isinstance(group["view"], str):
-        blocks(group["view"], tuple(p.shape))
+    if len(rule.members) == 1:
+        blocks(views_of(group["view"], rule)[0], tuple(p.shape))
     if p.ndim == 2 and max(p.shape) > WIDE and name is None and group.get("rule") is None:
         _warn(
             f"{text} has a side above {WIDE} and goes to {method}; if it is an embedding or a "

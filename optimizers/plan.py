@@ -165,6 +165,16 @@ def _filled(
     return torch.full(shape, slot.fill, dtype=dtype, device=device)
 
 
+def views_of(view: str | Sequence[str], rule: Rule) -> list[str]:
+    """One view per member of the rule."""
+    views = [view] * len(rule.members) if isinstance(view, str) else list(view)
+    if len(views) != len(rule.members):
+        raise ValueError(
+            f"view must be one string, or one for each of {', '.join(rule.members)}, got {view!r}"
+        )
+    return views
+
+
 def units_of(
     group: int, settings: Mapping[str, Any], rule: Rule, routed: Sequence[tuple[int, Tensor]]
 ) -> list[Unit]:
@@ -185,15 +195,14 @@ def units_of(
             f"{type(rule).__name__} takes parameters in runs of {size} "
             f"({', '.join(rule.members)}), got {len(routed)}"
         )
-    view, name = settings["view"], settings["state_dtype"]
-    views = [view] * size if isinstance(view, str) else list(view)
+    name, views = settings["state_dtype"], views_of(settings["view"], rule)
     dtype = None if name is None else getattr(torch, name)
     units = []
     for start in range(0, len(routed), size):
         run = routed[start : start + size]
         cuts = [blocks(v, tuple(p.shape)) for v, (_, p) in zip(views, run, strict=True)]
         if size > 1 and any(len(cut) > 1 for cut in cuts):
-            raise ValueError(f"view {view!r} cuts a parameter, which {size} members cannot follow")
+            raise ValueError(f"view {views} cuts a parameter, which {size} members cannot follow")
         for number, members in enumerate(zip(*cuts, strict=True)):
             turned = tuple(rule.transpose(b.m, b.n) for b in members)
             sides = tuple(
@@ -222,7 +231,8 @@ class Bucket:
         units: K > 1 stacked units, or one unit run on views.
         present: Whether each member has a gradient.
         states: Per member, slot name -> (K, *axes).
-        rows: (state dict, key, tensor) of every live state tensor, to notice foreign changes.
+        owners: (parameter, its state dict), and
+        rows: (state dict, key, tensor) of every live state tensor: to notice foreign changes.
         firsts: State dict that holds each unit's clocks.
     """
 
@@ -230,6 +240,7 @@ class Bucket:
     present: tuple[bool, ...]
     held: bool = True
     states: list[dict[str, Tensor]] = field(default_factory=list)
+    owners: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
     rows: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
     firsts: list[dict[str, Any]] = field(default_factory=list)
 
@@ -248,9 +259,10 @@ class Bucket:
             seen: dict[str, Tensor] = {}
             for name, slot in slots.items() if self.held else ():
                 key = name if slot.axes == "mn" else name + self.unit.tag
-                entries = [state[u.params[i]] for u in self.units]
-                seen[name] = self._bind_slot(i, name, key, entries)
+                seen[name] = self._bind_slot(i, name, key, [state[p] for p in self.columns[i]])
             self.states.append(seen)
+            if slots or i == 0:
+                self.owners += [(p, state[p]) for p in self.columns[i]]
 
     def _bind_slot(self, i: int, name: str, key: str, entries: list[dict[str, Any]]) -> Tensor:
         if not self.stacked:
@@ -305,8 +317,11 @@ class Bucket:
         for X, old in zip(live, saved, strict=True):
             X.copy_(torch.where(ok.to(X.device).view(-1, *[1] * (X.dim() - 1)), X, old))
 
-    def live(self) -> bool:
-        """Whether the optimizer's state still holds the tensors this bucket points at."""
+    def live(self, state: State) -> bool:
+        """Whether the optimizer's state still holds the dicts and tensors this bucket points at."""
+        for p, owned in self.owners:
+            if state.get(p) is not owned:
+                return False
         for entry, key, tensor in self.rows:
             if entry.get(key) is not tensor:
                 return False
@@ -314,17 +329,16 @@ class Bucket:
 
     def gradient(self, i: int, grads: Sequence[Tensor | None]) -> Tensor:
         """Gradients of member i as (K, m, n) before turning, in their own dtype."""
-        if self.stacked:
-            G = torch.stack([grads[u.positions[i]] for u in self.units])  # type: ignore[misc]
-            if G.shape[1:] != self.unit.key[2 + i][0]:
-                raise RuntimeError(
-                    f"parameter of shape {tuple(self.unit.key[2 + i][0])} changed its shape to "
-                    f"{tuple(G.shape[1:])}; build the optimizer after the model is wrapped"
-                )
-            return G
-        grad = grads[self.unit.positions[i]]
-        assert grad is not None
-        return self.unit.blocks[i].take(grad)
+        given = [grads[unit.positions[i]] for unit in self.units]
+        G = torch.stack(given) if self.stacked else given[0]  # type: ignore[arg-type]
+        assert G is not None
+        was, now = self.unit.key[2 + i][0], G.shape[1:] if self.stacked else G.shape
+        if now != was:
+            raise RuntimeError(
+                f"parameter of shape {tuple(was)} changed its shape to {tuple(now)}; build the "
+                "optimizer after the model is wrapped"
+            )
+        return G if self.stacked else self.unit.blocks[i].take(G)
 
     def load(self, i: int) -> Tensor:
         """Weights of member i (K, m, n) after turning: a stack is a copy, a view is live."""
@@ -418,7 +432,7 @@ def buckets_of(
     for j, bucket in enumerate(made):
         before = stacks.get(tuple(map(id, bucket.units)))
         alike = before and (before.present, before.held) == (bucket.present, bucket.held)
-        if before is not None and alike and before.live():
+        if before is not None and alike and before.live(state):
             made[j] = before
         else:
             bucket.bind(state)
@@ -456,7 +470,7 @@ class Plan:
         return (
             self.mask != mask
             or len(state) != self.entries
-            or not all(bucket.live() for bucket in self.buckets)
+            or not all(bucket.live(state) for bucket in self.buckets)
             or any(self._moved(bucket) for bucket in self.buckets)
         )
 

@@ -372,7 +372,12 @@ class Rule:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        RULES[cls.method()] = cls
+        known = RULES.setdefault(cls.method(), cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"a rule called {cls.method()!r} exists in {known.__module__}; choose another name"
+            )
+        RULES[cls.method()] = cls  # the same definition run again, as in a notebook
 
     @classmethod
     def method(cls) -> str:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from stiefel.optimizers import GaLore, Muon, StackedOptimizer
+from stiefel.optimizers import Dense, GaLore, Muon, Rule, Slot, StackedOptimizer
 
 every_method = pytest.mark.parametrize("method", METHODS)
 SHAPES = [TALL, TALL, WIDE, (4,)]
@@ -229,6 +230,9 @@ def spoiled():
         (*change("object", lambda e: e.update(basis=object())), "must be a tensor"),
         (*change("unknown", lambda e: e.update(projector=torch.zeros(1))), "holds 'projector'"),
         (*change("missing", drop), "lacks 'basis'"),
+        ("vector's shape", lambda saved: {**saved, "state": {**saved["state"], 3: {
+            "step": torch.tensor(3.0), "exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)}}},
+         "has shape"),
         ("entry", lambda saved: {**saved, "state": {**saved["state"], 0: [1]}}, "must be a dict"),
         ("vector", lambda saved: {**saved, "state": {**saved["state"], 3: {"basis": 1}}},
          "which AdamW does not know"),
@@ -391,3 +395,20 @@ def test_skipped_survives_nothing_but_counts_again():
     optimizer.step()
     assert optimizer.skipped == 1 and copy.deepcopy(optimizer).skipped == 0
     assert isinstance(optimizer, StackedOptimizer)
+
+
+def test_pools_stay_on_the_host_through_a_load():
+    @dataclass(frozen=True)
+    class PoolRule(Rule):
+        def state(self, m, n):
+            return {"pool": Slot("mn", device="cpu"), "near": Slot("mn")}
+
+        def update(self, w):
+            return w.step(Dense(w.grad.clone()))
+
+    p = nn.Parameter(torch.zeros(3, 4, device="meta"))
+    optimizer = StackedOptimizer([p], PoolRule(), 0.1)
+    optimizer.init_state()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[p]["pool"].device.type == "cpu"
+    assert optimizer.state[p]["near"].device.type == "meta"

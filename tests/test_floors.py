@@ -14,11 +14,11 @@ FLOORS = {
     "coordinates": {"bases", "kernels", "moments", "rule", "sketches", "subspaces"},
     "projectors": {"bases", "coordinates", "rule", "sketches", "subspaces"},
     "adamw": set(), "write": {"rule"}, "plan": {"rule", "views"},
-    "groups": {"roles", "rule", "views"}, "checkpoint": {"adamw", "groups", "plan", "rule"},
+    "groups": {"plan", "roles", "rule", "views"}, "checkpoint": {"adamw", "groups", "plan", "rule"},
     "base": {"adamw", "checkpoint", "flags", "groups", "plan", "roles", "rule", "write"},
     "flags": {"plan", "rule", "write"},
 }  # fmt: skip
-METHODS = {"galore", "muon"}
+METHODS = {"fira", "galore", "muon"}
 KERNELS = {
     "reference": set(), "coefficients": set(), "products": set(), "dct": {"products"},
     "dispatch": {"reference"},

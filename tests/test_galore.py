@@ -701,3 +701,19 @@ def test_no_shape_rank_or_zero_gradient_crashes_any_projection(projection, shape
 def test_settings_that_do_not_fit_together(bad, text):
     with pytest.raises(ValueError, match=text):
         GaLore([weight(WIDE)], **bad)
+
+
+def test_reference_vectors_step_once_when_their_clocks_differ():
+    """A vector that missed a gradient, beside one that did not."""
+    W, a, b = (
+        weight(SQUARE, 0),
+        torch.nn.Parameter(torch.ones(3)),
+        torch.nn.Parameter(torch.ones(3)),
+    )
+    optimizer = GaLore([W, a, b], lr=0.1, compat="reference", rank=2)
+    a.grad = torch.ones(3)
+    optimizer.step()
+    b.grad = torch.ones(3)
+    optimizer.step()
+    assert float(optimizer.state[b]["step"]) == 1 and float(optimizer.state[a]["step"]) == 2
+    torch.testing.assert_close(b.detach(), torch.full((3,), 0.9), rtol=0, atol=1e-5)

@@ -55,6 +55,8 @@ def refusals():
          "lr as a Tensor is not supported"),
         ("adamw_betas", [{"params": [p], "adamw_betas": (0.9, 1.0)}], ValueError, "adamw_betas"),
         ("view", [{"params": [p], "view": "rows:3,4"}], ValueError, "add up"),
+        ("views", [{"params": [p], "view": ("auto", "auto")}], ValueError, "must be one string"),
+        ("names", [{"params": [p], "param_names": ["a", "b"]}], ValueError, "2 names for 1 param"),
         ("complex", [nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))], RuntimeError,
          "does not support complex"),
     ]  # fmt: skip
@@ -74,7 +76,7 @@ def test_refusal_in_add_param_group_changes_nothing(cls, case):
     _, params, error, text = next(c for c in refusals() if c[0] == case)
     groups = params if isinstance(params[0], dict) else [{"params": params}]
     first = weight(TALL, 3)
-    named = case == "half named" or (case == "names later")
+    named = case in ("half named", "names later", "names")
     optimizer = cls([("first", first)] if named else [first])
     run(optimizer, [first], [gradients(TALL, 1)])
     before, keys = tensors(optimizer), [dict(g) for g in optimizer.param_groups]
@@ -319,3 +321,43 @@ def test_several_members_take_flat_pairs():
     optimizer = driver(PairRule())(pairs)
     assert isinstance(optimizer, StackedOptimizer)
     assert [row.why for row in optimizer.assignment()] == ["member A", "member B"] * 2
+
+
+def test_names_given_as_a_group_key_route_like_pairs():
+    named = {
+        "h.weight": weight(SQUARE, 0),
+        "h.bias": weight((4,), 1),
+        "lm_head.weight": weight(TALL),
+    }
+    group = {"params": list(named.values()), "param_names": list(named)}
+    for options in ({}, {"adamw_lr": 1e-4}):
+        optimizer = Muon([group], lr=0.02, **options)
+        table = {row.name: row.rule for row in optimizer.assignment()}
+        assert table == {"h.weight": "Muon", "h.bias": "adamw", "lm_head.weight": "adamw"}
+        for g in optimizer.param_groups:
+            assert [named[name] is p for name, p in zip(g["param_names"], g["params"], strict=True)]
+
+
+def test_reference_keys_mean_what_they_say():
+    late = Muon([{"params": [weight(SQUARE)], "use_muon": True}])
+    late.add_param_group({"params": [weight(TALL)], "use_muon": False})
+    assert rules(late) == ["Muon", "adamw"]
+    with pytest.raises(ValueError, match="rank"):
+        GaLore([{"params": [weight(SQUARE)], "rank": 0}, {"params": [weight(TALL)], "rank": 2}])
+
+
+def test_torchs_names_mean_adamws_values_in_an_adamw_group():
+    """The group of Keller Jordan's README, and eps."""
+    v, w = weight((4,), 0), weight((4,), 0)
+    settings = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.01, "eps": 0.1}
+    ours = Muon([{"params": [weight(SQUARE)], "use_muon": True},
+                 {"params": [v], "use_muon": False, **settings}])  # fmt: skip
+    galore = GaLore([{"params": [w], "rule": "adamw", **settings}])
+    for optimizer, p in ((ours, v), (galore, w)):
+        q = weight((4,), 0)
+        theirs = torch.optim.AdamW([q], **settings)
+        for step in range(3):
+            p.grad = q.grad = torch.tensor([1.0, -2.0, 0.5, 3.0]) * (step + 1)
+            optimizer.step()
+            theirs.step()
+        assert torch.equal(p, q)

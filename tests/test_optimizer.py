@@ -855,6 +855,14 @@ def test_weight_that_changes_its_shape_is_refused():
         p.grad = torch.zeros(4, 4)
     with pytest.raises(RuntimeError, match="changed its shape"):
         optimizer.step()
+    one = weight((3, 4, 5))
+    single = METHODS["muon"]([one])
+    run(single, [one], [gradients((3, 4, 5), 1)])
+    one.grad = None
+    one.data = torch.zeros(3, 5, 4)
+    one.grad = torch.zeros(3, 5, 4)
+    with pytest.raises(RuntimeError, match="changed its shape"):
+        single.step()
 
 
 def test_custom_state_fill_and_dtype():
@@ -877,3 +885,65 @@ def test_custom_state_fill_and_dtype():
         made(Slot("", dtype=torch.int32, fill=7)), torch.tensor(7, dtype=torch.int32)
     )
     assert made(Slot("r1", r=2, dtype="weight")).shape == (2, 1)
+
+
+@every_method
+def test_autocast_of_the_caller_does_not_reach_the_step(method):
+    p, q, grads = weight(SQUARE), weight(SQUARE), gradients(SQUARE, 4)
+    inside, outside = METHODS[method]([p]), METHODS[method]([q])
+    for G in grads:
+        p.grad, q.grad = G, G
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside.step()
+        outside.step()
+    assert torch.equal(p, q)
+
+
+@every_method
+def test_a_replaced_state_dict_is_noticed(method):
+    params, grads = several(SQUARE, 2, 4)
+    twins, _ = several(SQUARE, 2, 4)
+    optimizer, twin = METHODS[method](params), METHODS[method](twins)
+    for step in range(4):
+        for p, q, series in zip(params, twins, grads, strict=True):
+            p.grad = q.grad = series[step]
+        optimizer.step()
+        twin.step()
+        for p in params:
+            optimizer.state[p] = {
+                k: v.clone() if isinstance(v, torch.Tensor) else v
+                for k, v in optimizer.state[p].items()
+            }
+    assert same([p.detach() for p in params], [q.detach() for q in twins])
+    assert same(tensors(optimizer), tensors(twin))
+
+
+def test_a_bad_parameter_of_several_blocks_counts_once():
+    for wait in (True, False):
+        p = weight((8, 6))
+        optimizer = METHODS["muon"]([p], view="rows:4,2,2")
+        optimizer._wait = wait
+        p.grad = torch.full_like(p, float("nan"))
+        optimizer.step()
+        assert optimizer.skipped == 1
+        assert [optimizer.state[p][f"step.{i}"] for i in range(3)] == [0, 0, 0]
+
+
+def test_late_flags_are_one_tensor():
+    params = [weight(SQUARE, 0), weight(SQUARE, 1), weight(TALL, 2), weight((300, 200), 3)]
+    optimizer = METHODS["muon"](params)
+    optimizer._wait = False
+    run(optimizer, params, [gradients(tuple(p.shape), 1) for p in params])
+    assert len(optimizer._plan.buckets) == 3 and len(optimizer._pending) == 1
+
+
+def test_a_rule_cannot_take_anothers_name():
+    with pytest.raises(ValueError, match="a rule called 'Muon' exists"):
+
+        class MuonRule(Rule):
+            pass
+
+    p = weight(SQUARE)
+    before = p.detach().clone()
+    run(METHODS["muon"]([p]), [p], [gradients(SQUARE, 1)])
+    assert not torch.equal(p, before)
