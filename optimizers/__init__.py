@@ -2,6 +2,7 @@
 
 from ..kernels import polar_report
 from .base import StackedOptimizer
+from .fira import Fira
 from .galore import GaLore
 from .muon import Muon
 from .roles import Assignment, classify
@@ -13,6 +14,7 @@ __all__ = [
     "Dense",
     "Direction",
     "Factored",
+    "Fira",
     "GaLore",
     "Member",
     "Muon",

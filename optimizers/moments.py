@@ -23,8 +23,11 @@ __all__ = [
     "adam_reference",
     "carry",
     "check_policy",
+    "column_squares",
     "ema",
+    "growth_limit",
     "nesterov",
+    "total",
 ]
 
 CARRY_POLICIES = ("keep", "reset", "rotate", "match", "ldadam")
@@ -34,6 +37,11 @@ _FUSED_DEVICES = ("cpu", "cuda")
 # The CPU kernel rounds the last few entries of a tensor differently from the others (fused
 # multiply-adds in the vector part only). A matrix of whole 64-byte lines has no such entries.
 _LINE = 16
+# Where sums are taken in panels, of so many rows, or entries of a turned matrix: they stay in the
+# cache. Elsewhere one kernel sums without a temporary.
+_PANELLED = ("cpu",)
+_ROWS = 32
+_PANEL = 2**17
 
 
 def adam(
@@ -310,3 +318,70 @@ def ema(buffer: Tensor, grad: Tensor, momentum: float) -> Tensor:
 def nesterov(grad: Tensor, buffer: Tensor, momentum: float) -> Tensor:
     """G + momentum (B - G), a new tensor; buffer B has taken in the gradient G already."""
     return grad.lerp(buffer, momentum)
+
+
+def column_squares(X: Tensor) -> Tensor:
+    """Sum of the squares of every column, without a copy of X: panels along the memory.
+
+    Products are rounded before they are added, and rows are added elementwise and pairwise, so that
+    nothing depends on how many matrices there are.
+
+    Args:
+        X: (K, m, n), any strides.
+
+    Returns:
+        (K, 1, n), at least fp32.
+    """
+    K, m, n = X.shape
+    if X.device.type not in _PANELLED:
+        norms: Tensor = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
+        return norms.square()
+    if X.stride(-1) != 1 and X.stride(-2) == 1:  # turned: one sum along the memory per column
+        width = max(1, _PANEL // (K * m))
+        starts = range(0, n, width)
+        return torch.cat([X[..., j : j + width].square().sum(-2, keepdim=True) for j in starts], -1)
+    rows = min(m, _ROWS)
+    sums = X[:, :rows].square()
+    for i in range(rows, m, rows):
+        part = X[:, i : i + rows].square()
+        sums[:, : part.shape[1]].add_(part)
+    return _folded(sums)
+
+
+def total(X: Tensor) -> Tensor:
+    """Sum of a row (K, 1, n) as (K, 1, 1), pairwise like :func:`column_squares`."""
+    return _folded(X.mT.clone()) if X.device.type in _PANELLED else X.sum(-1, keepdim=True)
+
+
+def _folded(X: Tensor) -> Tensor:
+    """Sum over the rows of X (K, m, n), which is used up: the lower half onto the upper one."""
+    while (m := X.shape[-2]) > 1:
+        half = (m + 1) // 2
+        X[:, : m - half].add_(X[:, half:])
+        X = X[:, :half]
+    return X.clone()
+
+
+def growth_limit(
+    norm: Tensor, stored: Tensor, gamma: float = 1.01, floor: float | None = 1e-8
+) -> Tensor:
+    """What a quantity is divided by so that its norm grows by gamma per step at most.
+
+    L = max(norm / (stored + 1e-8), gamma) / gamma, and the limited norm / L is stored. A stored
+    norm below zero is absent: then L = 1. Source: Fira, arXiv 2410.01623.
+
+    Args:
+        norm: (K, 1, 1) norms of this step. One that is not finite gives L = inf and is not stored.
+        stored: (K, 1, 1) limited norms of the last step, changed in place.
+        gamma: At least 1.
+        floor: A stored norm up to it is absent too: L would hold the next ones down for long. None:
+            as published.
+
+    Returns:
+        (K, 1, 1), at least 1.
+    """
+    last = stored.to(norm.dtype)
+    absent, good = last < 0 if floor is None else last <= floor, norm.isfinite()
+    L = (norm / (last + 1e-8)).div_(gamma).clamp_(min=1.0).masked_fill_(absent, 1.0)
+    stored.copy_(torch.where(good, norm / L, last))
+    return L.masked_fill_(~good, math.inf)

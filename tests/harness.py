@@ -26,7 +26,7 @@ from torch.testing._internal.common_optimizers import (
 )
 
 from stiefel.kernels import POLAR_METHODS
-from stiefel.optimizers import GaLore, Muon
+from stiefel.optimizers import Fira, GaLore, Muon
 
 SHARED = {
     "default": {},
@@ -192,6 +192,37 @@ INFOS = [
             refused("projection", "projection must be one of", projection="guess"),
             refused("moments", "moments must be one of", moments="forget"),
             refused("bias", "exists only under compat='reference'", correct_bias=False),
+        ],
+        gap="update_proj_gap",
+    ),
+    entry(
+        Fira,
+        {
+            "rank, refreshes": {"rank": 2, "update_proj_gap": 2},
+            "a fraction": {"rank": 0.5, "update_proj_gap": 3, "alpha": 1.0},
+            "betas, eps": {"betas": (0.8, 0.95), "eps": 1e-6, "rank": 3},
+            "reverse_std": {"rank": 2, "proj_type": "reverse_std"},
+            "full": {"rank": 2, "proj_type": "full", "update_proj_gap": 3},
+            "paper": {"rank": 2, "variant": "paper", "update_proj_gap": 2},
+            "matrix": {"rank": 2, "scaling": "matrix", "update_proj_gap": 2},
+            "no limiter": {"rank": 2, "limiter": False},
+            "limiter's settings": {"rank": 2, "gamma": 1.1, "limiter_floor": 1e-6},
+            "topk": {"rank": 2, "projection": "topk", "moments": "match", "update_proj_gap": 2},
+            "as published": {"rank": 2, "compat": "reference", "update_proj_gap": 3},
+            # uncorrected, a first step is 3 to 8 times lr, too long for tests to first order in lr
+            "RMSProp": {"rank": 2, "compat": "reference", "betas": (0.0, 0.9), "lr": 1e-4,
+                        "correct_bias": False},
+        },
+        [
+            refused("beta 1", "Invalid beta parameter at index 0: 1.0", betas=(1.0, 0.9)),
+            refused("eps", "Invalid epsilon value: -1", eps=-1),
+            refused("rank", "rank", rank=0),
+            refused("gap", "update_proj_gap must be", update_proj_gap=0),
+            refused("variant", "variant must be one of", variant="code"),
+            refused("scaling", "scaling must be one of", scaling="row"),
+            refused("gamma", "gamma must be at least 1", gamma=0.99),
+            refused("floor", "limiter_floor must be at least 0", limiter_floor=-1.0),
+            refused("paper's compat", "variant='reference'", compat="reference", variant="paper"),
         ],
         gap="update_proj_gap",
     ),

@@ -11,6 +11,7 @@ from stiefel.optimizers import (
     Blocks,
     Dense,
     Factored,
+    Fira,
     GaLore,
     Muon,
     Rule,
@@ -256,6 +257,14 @@ METHODS = {
     "galore-reference": lambda params, **kw: GaLore(
         params,
         **{"lr": 0.02, "rank": 3, "update_proj_gap": 3, "compat": "reference", **kw},
+    ),
+    "fira": lambda params, **kw: Fira(
+        params, **{"lr": 0.02, "rank": 3, "update_proj_gap": 3, "weight_decay": 0.1, **kw}
+    ),
+    "fira-paper": lambda params, **kw: Fira(
+        params,
+        **{"lr": 0.02, "rank": 3, "update_proj_gap": 3, "variant": "paper", "scaling": "matrix",
+           **kw},
     ),
     "rows": lambda params, **kw: StackedOptimizer(
         params, RowsRule(), **{"lr": 0.02, "weight_decay": 0.1, **kw}

@@ -9,7 +9,8 @@ import pytest
 import stiefel.optimizers as package
 from stiefel.optimizers import StackedOptimizer
 
-MODULES = ["stiefel.optimizers.muon", "stiefel.optimizers.galore", "stiefel.optimizers.roles",
+MODULES = ["stiefel.optimizers.muon", "stiefel.optimizers.galore", "stiefel.optimizers.fira",
+           "stiefel.optimizers.roles",
            "stiefel.kernels.polar", "stiefel.kernels.report"]  # fmt: skip
 METHODS = [
     cls

@@ -1,0 +1,210 @@
+"""Fira: GaLore's step, and what it throws away of the gradient at Adam's scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .base import StackedOptimizer
+from .moments import adam, adam_reference, carry, check_policy, column_squares, growth_limit, total
+from .projectors import Draws, Projector, projector, rank_of
+from .rule import LOCAL, Direction, Member, Rule, Scaled, Slot, check, check_adam
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .groups import Common
+
+KNOWN: dict[str, tuple[str | None, ...]] = {
+    "proj_type": ("std", "reverse_std", "right", "left", "full"), "variant": ("reference", "paper"),
+    "scaling": ("column", "matrix"), "compat": (None, "reference"),
+}  # fmt: skip
+TINY = 1e-8  # added to norms that divide, as published
+
+
+@dataclass(frozen=True)
+class FiraRule(Rule):
+    """S = phi (G - P R), limited in growth, beside GaLore's P N; phi_i = |N_i| / |R_i|."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float | None = None
+    rank: int | float = 128
+    update_proj_gap: int = 200
+    alpha: float = 0.25
+    proj_type: str = "std"
+    variant: str = "reference"
+    scaling: str = "column"
+    limiter: bool = True
+    gamma: float = 1.01
+    limiter_floor: float = TINY
+    projection: str = "svd"
+    moments: str = "keep"
+    correct_bias: bool = True
+    compat: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_adam(self.betas, self.eps)
+        rank_of(self.rank, 2**62)  # raises for what is neither a count nor a fraction
+        for name, known in KNOWN.items():
+            value = getattr(self, name)
+            check(value in known, f"{name} must be one of {known}, got {value!r}")
+        for k, low in (("update_proj_gap", 1), ("seed", 0), ("gamma", 1.0), ("limiter_floor", 0.0)):
+            value, kind = getattr(self, k), "an int of " if isinstance(low, int) else ""
+            good = value >= low and (not kind or isinstance(value, int))
+            check(good, f"{k} must be {kind}at least {low}, got {value!r}")
+        check_policy(self.moments, self.projector.moves)
+        exact = self.compat == "reference"
+        fits = self.variant == "reference" and self.projection in ("svd", "svd_full")
+        check(fits or not exact, "compat='reference' has an exact SVD and variant='reference'")
+        check(self.correct_bias or exact, "correct_bias=False exists only under compat='reference'")
+
+    @property
+    def projector(self) -> Projector:
+        """How P is found, stored and used."""
+        both, exact = self.proj_type == "full", self.compat == "reference"
+        return projector("svd_full" if exact else self.projection, both=both, lapack_signs=exact)
+
+    @property
+    def every(self) -> int:
+        """Updates between two bases."""
+        return self.update_proj_gap
+
+    def transpose(self, m: int, n: int) -> bool:
+        """The right side is projected by turning the weight: then it is the rows, always."""
+        return (m >= n, m < n, True, False, False)[KNOWN["proj_type"].index(self.proj_type)]
+
+    def state(self, m: int, n: int) -> dict[str, Slot]:
+        """GaLore's, and the norm of the last residual; below zero it is absent."""
+        full = self.proj_type == "full"
+        r = min(rank_of(self.rank, min(m, n) if full else m), m, n)
+        moment = Slot("rr" if full else "rn", r=r)
+        slots = {**self.projector.slots(m, r), "exp_avg": moment, "exp_avg_sq": moment}
+        return {**slots, "limiter_norm": Slot("11", fill=-1.0)} if self.limiter else slots
+
+    def refresh(self, w: Member) -> None:
+        """A new basis from this gradient, and what becomes of the moments."""
+        assert w.grad is not None
+        old, draws = self.projector.held(w.state), Draws(self.seed, w.indices, w.t)
+        new = w.sums.once(partial(self.projector.find, draws=draws, turned=w.turned), w.grad, *old)
+        if not w.fresh:
+            M, V, C = w.state["exp_avg"], w.state["exp_avg_sq"], self.projector.overlap(old, new)
+            carry(self.moments, M, V, C, t=w.t - 1, betas=self.betas)
+        self.projector.install(w.state, new)
+
+    def update(self, w: Member) -> Direction:
+        """P N + S in one lift: phi scales columns and so commutes with it."""
+        assert w.grad is not None
+        P, G, state, published = self.projector, w.grad, w.state, self.compat == "reference"
+        (beta1, beta2), M, V = self.betas, state["exp_avg"], state["exp_avg_sq"]
+        R = P.down(state, G, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
+        t = w.age + 1 if self.moments == "reset" else w.t
+        c = float((1 - beta2**t) ** 0.5 / (1 - beta1**t)) if self.correct_bias else 1.0
+        form: Any = {"beta1": beta1, "beta2": beta2, "eps": self.epsilon()}
+        N = adam_reference(R, M, V, t, **form)[0].mul_(c) if published else adam(R, M, V, t, **form)
+        # the published code has alpha inside the residual, not before it, and c after the limiter
+        a, scale, c = (1.0, self.alpha, 1.0) if self.variant == "paper" else (self.alpha, 1.0, c)
+        phi, norm = self.residual(w, G, R, N, a)
+        if self.limiter:
+            floor = None if published else self.limiter_floor
+            phi = phi / growth_limit(norm / c, state["limiter_norm"], self.gamma, floor)
+        lift = P.lift(state, N.sub_(R.mul_(phi)).mul_(a), w.m)  # a P (N - phi R), then phi G
+        return w.step(lift, Scaled(G, phi), scale=scale, decay_last=published)
+
+    def residual(self, w: Member, G: Tensor, R: Tensor, N: Tensor, a: float) -> tuple[Tensor, ...]:
+        """Phi (K, 1, n) and |phi (G - a P R)| (K, 1, 1) by Pythagoras, without that difference."""
+        guard, full = self.compat is None, self.proj_type == "full"
+        R2, N2, G2 = column_squares(R), column_squares(N), w.sums.rows(column_squares(G))
+        cols = LOCAL.cols if full else w.sums.cols  # with two sides R is whole
+        r2, n2, g2 = cols(total(R2)), cols(total(N2)), w.sums.cols(total(G2))
+        phi = n2.sqrt() / (r2.sqrt() + TINY)  # where all of R is round-off it tells no scale:
+        phi = phi.where(r2 > 1e-12 * g2, 0.0) if guard else phi
+        if full or self.scaling == "matrix":
+            R2, G2, cols = r2, g2, LOCAL.cols
+        else:
+            columns = N2.sqrt() / (R2.sqrt() + TINY)  # R may miss a column that N remembers:
+            phi = columns.where(R2 > TINY**2 * r2, phi) if guard else columns
+        S2, size = (cols(total(phi.square() * x)) for x in ((G2 - (2 * a - a * a) * R2), G2))
+        noise = 64 * torch.finfo(S2.dtype).eps if guard else 0.0  # what cancelled is no residual
+        return phi, S2.masked_fill(S2 < noise * size, 0.0).sqrt()
+
+    def epsilon(self) -> float:
+        """Adam's eps; unset it is torch's 1e-8, or the published code's 1e-6."""
+        return self.eps if self.eps is not None else 1e-6 if self.compat else 1e-8
+
+    def adamw_order(self) -> tuple[bool, float] | None:
+        """The published code treats unprojected parameters alike."""
+        return (self.correct_bias, self.epsilon()) if self.compat == "reference" else None
+
+
+class Fira(StackedOptimizer):
+    """Fira: GaLore, and the residual of its projection at the scale that Adam gives the rest.
+
+    For each matrix W with gradient G (m x n, turned so that m <= n under ``"std"``), as published::
+
+        R = P^T G;  psi = M / (sqrt(V) + eps) with Adam's moments of R, c its bias correction
+        phi_i = |psi_i| / |R_i|, a factor per column;  S = phi (G - alpha P R)
+        S <- S / L,  L >= 1 so that |S| grows by at most gamma
+        W <- (1 - lr * weight_decay) W - lr * c * (alpha P psi + S)
+
+    Source: *Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?* arXiv 2410.01623.
+
+    Args:
+        params: As for :class:`StackedOptimizer`; where some group names ``rank``, others are AdamW.
+        lr: Learning rate (default: 1e-3).
+        betas: Decays of the moments (default: (0.9, 0.999)).
+        eps: Added to the bias-corrected root; None: 1e-8, under ``compat`` 1e-6.
+        weight_decay: Decoupled weight decay (default: 0).
+        rank: Columns of P, a count or a fraction of the projected side (default: 128).
+        update_proj_gap: Steps between two bases (default: 200).
+        alpha: Size of the projected part (default: 0.25), see ``variant``.
+        proj_type: As in :class:`GaLore` (default: ``"std"``); ``"full"`` has ``"matrix"`` scaling.
+        variant: ``"reference"`` (default) as above, or ``"paper"``: S = phi (G - P R) with
+            N = c psi for psi, and W moves by lr * alpha * (P N + S).
+        scaling: ``"column"`` (default), or ``"matrix"`` for one factor |psi| / |R|.
+        limiter: Whether the growth of S is limited (default: True).
+        gamma: Most growth of |S| in a step (default: 1.01).
+        limiter_floor: A norm up to it limits nothing in the next step (default: 1e-8).
+        projection: How P is found, as in :class:`GaLore` (default: ``"svd"``).
+        moments: What a new basis does to M, V, as in :class:`GaLore` (default: ``"keep"``).
+        correct_bias: False (c = 1) only under ``compat``; with betas (0, b) it is the RMSProp form.
+        compat: ``"reference"``: all as published (order, eps, decay, LAPACK's signs), unguarded.
+        seed: Decides the draws of random projections (default: 0).
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    State of an m x n weight, m <= n: ``basis`` (m, r), ``exp_avg`` and ``exp_avg_sq`` (r, n),
+    ``limiter_norm`` (1, 1). Peak temporary memory: buffers r x n and panels.
+
+    What it is not: one method. Paper and code differ: in the code alpha shrinks what is subtracted
+    but not S, so S keeps 1 - alpha of the projected gradient and weighs 1 / alpha times more, and
+    |S| is limited before c. They agree at alpha = 1 without limiter. |S| comes from a difference of
+    squares: in default mode one below 0.3 % of |phi G| (in float32) counts as zero.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import Fira
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> optimizer = Fira(model, lr=1e-2, rank=2, update_proj_gap=50)
+        >>> model(torch.ones(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    _reference_key = "rank"
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None, weight_decay: float = 0.0, rank: int | float = 128,
+        update_proj_gap: int = 200, alpha: float = 0.25, proj_type: str = "std",
+        variant: str = "reference", scaling: str = "column", limiter: bool = True,
+        gamma: float = 1.01, limiter_floor: float = TINY, projection: str = "svd",
+        moments: str = "keep", correct_bias: bool = True, compat: str | None = None, seed: int = 0,
+        **options: Unpack[Common],
+    ) -> None:  # fmt: skip
+        rule = FiraRule(betas, eps, rank, update_proj_gap, alpha, proj_type, variant, scaling,
+                        limiter, gamma, limiter_floor, projection, moments, correct_bias, compat,
+                        seed)  # fmt: skip
+        super().__init__(params, rule, lr, weight_decay, **options)
