@@ -3,117 +3,66 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .base import StackedOptimizer
-from .moments import adam, adam_reference, carry, check_policy, column_squares, growth_limit, total
-from .projectors import Draws, Projector, projector, rank_of
-from .rule import LOCAL, Direction, Member, Rule, Scaled, Slot, check, check_adam
+from .lowrank import LowRankRule, check_known
+from .moments import column_squares, growth_limit, total
+from .rule import LOCAL, Direction, Member, Scaled, Slot, check
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .groups import Common
 
-KNOWN: dict[str, tuple[str | None, ...]] = {
-    "proj_type": ("std", "reverse_std", "right", "left", "full"), "variant": ("reference", "paper"),
-    "scaling": ("column", "matrix"), "compat": (None, "reference"),
-}  # fmt: skip
 TINY = 1e-8  # added to norms that divide, as published
 
 
 @dataclass(frozen=True)
-class FiraRule(Rule):
+class FiraRule(LowRankRule):
     """S = phi (G - P R), limited in growth, beside GaLore's P N; phi_i = |N_i| / |R_i|."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float | None = None
-    rank: int | float = 128
-    update_proj_gap: int = 200
     alpha: float = 0.25
-    proj_type: str = "std"
     variant: str = "reference"
     scaling: str = "column"
     limiter: bool = True
     gamma: float = 1.01
     limiter_floor: float = TINY
-    projection: str = "svd"
-    moments: str = "keep"
-    correct_bias: bool = True
-    compat: str | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_adam(self.betas, self.eps)
-        rank_of(self.rank, 2**62)  # raises for what is neither a count nor a fraction
-        for name, known in KNOWN.items():
+        super().__post_init__()
+        check_known(self, variant=("reference", "paper"), scaling=("column", "matrix"))
+        for name, least in (("gamma", 1.0), ("limiter_floor", 0.0)):
             value = getattr(self, name)
-            check(value in known, f"{name} must be one of {known}, got {value!r}")
-        for k, low in (("update_proj_gap", 1), ("seed", 0), ("gamma", 1.0), ("limiter_floor", 0.0)):
-            value, kind = getattr(self, k), "an int of " if isinstance(low, int) else ""
-            good = value >= low and (not kind or isinstance(value, int))
-            check(good, f"{k} must be {kind}at least {low}, got {value!r}")
-        check_policy(self.moments, self.projector.moves)
-        exact = self.compat == "reference"
-        fits = self.variant == "reference" and self.projection in ("svd", "svd_full")
-        check(fits or not exact, "compat='reference' has an exact SVD and variant='reference'")
-        check(self.correct_bias or exact, "correct_bias=False exists only under compat='reference'")
-
-    @property
-    def projector(self) -> Projector:
-        """How P is found, stored and used."""
-        both, exact = self.proj_type == "full", self.compat == "reference"
-        return projector("svd_full" if exact else self.projection, both=both, lapack_signs=exact)
-
-    @property
-    def every(self) -> int:
-        """Updates between two bases."""
-        return self.update_proj_gap
-
-    def transpose(self, m: int, n: int) -> bool:
-        """The right side is projected by turning the weight: then it is the rows, always."""
-        return (m >= n, m < n, True, False, False)[KNOWN["proj_type"].index(self.proj_type)]
+            check(value >= least, f"{name} must be at least {least}, got {value!r}")
+        check(
+            self.variant == "reference" or not self.published,
+            "compat='reference' is the published code; it has variant='reference'",
+        )
 
     def state(self, m: int, n: int) -> dict[str, Slot]:
         """GaLore's, and the norm of the last residual; below zero it is absent."""
-        full = self.proj_type == "full"
-        r = min(rank_of(self.rank, min(m, n) if full else m), m, n)
-        moment = Slot("rr" if full else "rn", r=r)
-        slots = {**self.projector.slots(m, r), "exp_avg": moment, "exp_avg_sq": moment}
+        slots = super().state(m, n)
         return {**slots, "limiter_norm": Slot("11", fill=-1.0)} if self.limiter else slots
-
-    def refresh(self, w: Member) -> None:
-        """A new basis from this gradient, and what becomes of the moments."""
-        assert w.grad is not None
-        old, draws = self.projector.held(w.state), Draws(self.seed, w.indices, w.t)
-        new = w.sums.once(partial(self.projector.find, draws=draws, turned=w.turned), w.grad, *old)
-        if not w.fresh:
-            M, V, C = w.state["exp_avg"], w.state["exp_avg_sq"], self.projector.overlap(old, new)
-            carry(self.moments, M, V, C, t=w.t - 1, betas=self.betas)
-        self.projector.install(w.state, new)
 
     def update(self, w: Member) -> Direction:
         """P N + S in one lift: phi scales columns and so commutes with it."""
         assert w.grad is not None
-        P, G, state, published = self.projector, w.grad, w.state, self.compat == "reference"
-        (beta1, beta2), M, V = self.betas, state["exp_avg"], state["exp_avg_sq"]
+        P, G, state = self.projector, w.grad, w.state
         R = P.down(state, G, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
-        t = w.age + 1 if self.moments == "reset" else w.t
-        c = float((1 - beta2**t) ** 0.5 / (1 - beta1**t)) if self.correct_bias else 1.0
-        form: Any = {"beta1": beta1, "beta2": beta2, "eps": self.epsilon()}
-        N = adam_reference(R, M, V, t, **form)[0].mul_(c) if published else adam(R, M, V, t, **form)
+        N, factor = self.adam(w, R)
+        N, c = N.mul_(factor) if factor != 1.0 else N, self.correction(w)
         # the published code has alpha inside the residual, not before it, and c after the limiter
         a, scale, c = (1.0, self.alpha, 1.0) if self.variant == "paper" else (self.alpha, 1.0, c)
         phi, norm = self.residual(w, G, R, N, a)
         if self.limiter:
-            floor = None if published else self.limiter_floor
+            floor = None if self.published else self.limiter_floor
             phi = phi / growth_limit(norm / c, state["limiter_norm"], self.gamma, floor)
         lift = P.lift(state, N.sub_(R.mul_(phi)).mul_(a), w.m)  # a P (N - phi R), then phi G
-        return w.step(lift, Scaled(G, phi), scale=scale, decay_last=published)
+        return w.step(lift, Scaled(G, phi), scale=scale, decay_last=self.published)
 
     def residual(self, w: Member, G: Tensor, R: Tensor, N: Tensor, a: float) -> tuple[Tensor, ...]:
         """Phi (K, 1, n) and |phi (G - a P R)| (K, 1, 1) by Pythagoras, without that difference."""
@@ -131,14 +80,6 @@ class FiraRule(Rule):
         S2, size = (cols(total(phi.square() * x)) for x in ((G2 - (2 * a - a * a) * R2), G2))
         noise = 64 * torch.finfo(S2.dtype).eps if guard else 0.0  # what cancelled is no residual
         return phi, S2.masked_fill(S2 < noise * size, 0.0).sqrt()
-
-    def epsilon(self) -> float:
-        """Adam's eps; unset it is torch's 1e-8, or the published code's 1e-6."""
-        return self.eps if self.eps is not None else 1e-6 if self.compat else 1e-8
-
-    def adamw_order(self) -> tuple[bool, float] | None:
-        """The published code treats unprojected parameters alike."""
-        return (self.correct_bias, self.epsilon()) if self.compat == "reference" else None
 
 
 class Fira(StackedOptimizer):
@@ -204,7 +145,8 @@ class Fira(StackedOptimizer):
         moments: str = "keep", correct_bias: bool = True, compat: str | None = None, seed: int = 0,
         **options: Unpack[Common],
     ) -> None:  # fmt: skip
-        rule = FiraRule(betas, eps, rank, update_proj_gap, alpha, proj_type, variant, scaling,
-                        limiter, gamma, limiter_floor, projection, moments, correct_bias, compat,
-                        seed)  # fmt: skip
+        rule = FiraRule(
+            betas, eps, rank, update_proj_gap, proj_type, projection, moments, correct_bias, compat,
+            seed, alpha, variant, scaling, limiter, gamma, limiter_floor,
+        )  # fmt: skip
         super().__init__(params, rule, lr, weight_decay, **options)

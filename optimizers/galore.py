@@ -3,122 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .base import StackedOptimizer
-from .moments import adam, adam_reference, carry, check_policy
-from .projectors import Draws, Projector, projector, rank_of
-from .rule import Direction, Member, Rule, Slot, check, check_adam
+from .lowrank import LowRankRule
+from .rule import Direction, Member
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .groups import Common
 
-PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
-
 
 @dataclass(frozen=True)
-class GaLoreRule(Rule):
+class GaLoreRule(LowRankRule):
     """P <- top left singular vectors of G every T steps; R = P^T G; step along P adam(R)."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float | None = None
-    rank: int | float = 128
-    update_proj_gap: int = 200
     scale: float = 0.25
-    proj_type: str = "std"
-    projection: str = "svd"
-    moments: str = "keep"
-    correct_bias: bool = True
-    compat: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_adam(self.betas, self.eps)
-        rank_of(self.rank, 2**62)  # raises for what is neither a count nor a fraction
-        for name, value, known in (
-            ("proj_type", self.proj_type, PROJ_TYPES),
-            ("compat", self.compat, (None, "reference")),
-        ):
-            check(value in known, f"{name} must be one of {known}, got {value!r}")
-        for name, least in (("update_proj_gap", 1), ("seed", 0)):
-            value = getattr(self, name)
-            check(
-                isinstance(value, int) and value >= least,
-                f"{name} must be an int of at least {least}, got {value!r}",
-            )
-        check_policy(self.moments, self.projector.moves)
-        check(
-            self.compat is None or self.projection in ("svd", "svd_full"),
-            f"compat='reference' has an exact SVD, not projection={self.projection!r}",
-        )
-        check(
-            self.correct_bias or self.compat == "reference",
-            "correct_bias=False exists only under compat='reference'",
-        )
-
-    @property
-    def projector(self) -> Projector:
-        """How P is found, stored and used."""
-        both, exact = self.proj_type == "full", self.compat == "reference"
-        return projector("svd_full" if exact else self.projection, both=both, lapack_signs=exact)
-
-    @property
-    def every(self) -> int:
-        """Updates between two bases."""
-        return self.update_proj_gap
-
-    def transpose(self, m: int, n: int) -> bool:
-        """The right side is projected by turning the weight: then it is the rows, always."""
-        right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False, "full": False}
-        return right[self.proj_type]
-
-    def state(self, m: int, n: int) -> dict[str, Slot]:
-        """What the projector keeps, and the moments inside."""
-        full = self.proj_type == "full"
-        r = min(rank_of(self.rank, min(m, n) if full else m), m, n)
-        moment = Slot("rr" if full else "rn", r=r)
-        return {**self.projector.slots(m, r), "exp_avg": moment, "exp_avg_sq": moment}
-
-    def refresh(self, w: Member) -> None:
-        """A new basis from this gradient, and what becomes of the moments."""
-        assert w.grad is not None
-        old = self.projector.held(w.state)
-        draws = Draws(self.seed, w.indices, w.t)
-        find = partial(self.projector.find, draws=draws, turned=w.turned)
-        new = w.sums.once(find, w.grad, *old)
-        if not w.fresh:
-            M, V = w.state["exp_avg"], w.state["exp_avg_sq"]
-            change = self.projector.overlap(old, new)
-            carry(self.moments, M, V, change, t=w.t - 1, betas=self.betas)
-        self.projector.install(w.state, new)
 
     def update(self, w: Member) -> Direction:
         """One step for a stack; after turning, rows are projected."""
         assert w.grad is not None
-        P, M, V = self.projector, w.state["exp_avg"], w.state["exp_avg_sq"]
+        P = self.projector
         R = P.down(w.state, w.grad, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
-        t = w.age + 1 if self.moments == "reset" else w.t
-        (beta1, beta2), eps, scale = self.betas, self.epsilon(), self.scale
-        if self.compat == "reference":
-            N, factor = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
-            scale *= factor if self.correct_bias else 1.0
-        else:
-            N = adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
+        N, factor = self.adam(w, R)
         lift = P.lift(w.state, N, w.m)  # P N; P N Q^T
-        return w.step(lift, scale=scale, decay_last=self.compat == "reference")
-
-    def epsilon(self) -> float:
-        """Adam's eps; unset it is torch's 1e-8, or the published code's 1e-6."""
-        return self.eps if self.eps is not None else 1e-6 if self.compat else 1e-8
-
-    def adamw_order(self) -> tuple[bool, float] | None:
-        """The published code treats unprojected parameters alike."""
-        return (self.correct_bias, self.epsilon()) if self.compat == "reference" else None
+        return w.step(lift, scale=self.scale * factor, decay_last=self.published)
 
 
 class GaLore(StackedOptimizer):
@@ -200,7 +112,7 @@ class GaLore(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         rule = GaLoreRule(
-            betas, eps, rank, update_proj_gap, scale, proj_type, projection, moments,
-            correct_bias, compat, seed,
+            betas, eps, rank, update_proj_gap, proj_type, projection, moments, correct_bias, compat,
+            seed, scale,
         )  # fmt: skip
         super().__init__(params, rule, lr, weight_decay, **options)

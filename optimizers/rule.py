@@ -370,8 +370,10 @@ class Rule:
     writes: ClassVar[bool] = False
     """Whether ``refresh`` changes weights in place; such units are never stacked."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if abstract:  # what several methods share is no method
+            return
         known = RULES.setdefault(cls.method(), cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(

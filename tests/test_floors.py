@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-TOOLKIT = {"rule", "base", "moments", "projectors", "groups"}
+TOOLKIT = {"rule", "base", "moments", "projectors", "groups", "lowrank"}
 FLOORS = {
     "views": set(), "roles": set(), "moments": {"kernels"}, "rule": {"kernels"},
     "bases": set(), "sketches": {"bases"},
@@ -15,6 +15,7 @@ FLOORS = {
     "projectors": {"bases", "coordinates", "rule", "sketches", "subspaces"},
     "adamw": set(), "write": {"rule"}, "plan": {"rule", "views"},
     "groups": {"plan", "roles", "rule", "views"}, "checkpoint": {"adamw", "groups", "plan", "rule"},
+    "lowrank": {"moments", "projectors", "rule"},
     "base": {"adamw", "checkpoint", "flags", "groups", "plan", "roles", "rule", "write"},
     "flags": {"plan", "rule", "write"},
 }  # fmt: skip

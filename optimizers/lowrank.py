@@ -1,0 +1,133 @@
+"""What methods share that run Adam inside a subspace of the gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from .moments import adam, adam_reference, carry, check_policy
+from .projectors import Draws, Projector, projector, rank_of
+from .rule import Member, Rule, Slot, check, check_adam
+
+PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
+
+
+def check_known(rule: Rule, **choices: tuple[str | None, ...]) -> None:
+    """Refuse a field whose value is not among its choices."""
+    for name, known in choices.items():
+        value = getattr(rule, name)
+        check(value in known, f"{name} must be one of {known}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class LowRankRule(Rule, abstract=True):
+    """P <- a basis of G every T steps; R = P^T G; N = adam(R). What is done with N is the method's.
+
+    The fields are those that GaLore's docstring explains.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float | None = None
+    rank: int | float = 128
+    update_proj_gap: int = 200
+    proj_type: str = "std"
+    projection: str = "svd"
+    moments: str = "keep"
+    correct_bias: bool = True
+    compat: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_adam(self.betas, self.eps)
+        rank_of(self.rank, 2**62)  # raises for what is neither a count nor a fraction
+        check_known(self, proj_type=PROJ_TYPES, compat=(None, "reference"))
+        for name, least in (("update_proj_gap", 1), ("seed", 0)):
+            value = getattr(self, name)
+            check(
+                isinstance(value, int) and value >= least,
+                f"{name} must be an int of at least {least}, got {value!r}",
+            )
+        check_policy(self.moments, self.projector.moves)
+        check(
+            not self.published or self.projection in ("svd", "svd_full"),
+            f"compat='reference' has an exact SVD, not projection={self.projection!r}",
+        )
+        check(
+            self.correct_bias or self.published,
+            "correct_bias=False exists only under compat='reference'",
+        )
+
+    @property
+    def published(self) -> bool:
+        """Whether the order of the published code is asked for."""
+        return self.compat == "reference"
+
+    @property
+    def projector(self) -> Projector:
+        """How P is found, stored and used."""
+        both, kind = self.proj_type == "full", "svd_full" if self.published else self.projection
+        return projector(kind, both=both, lapack_signs=self.published)
+
+    @property
+    def every(self) -> int:
+        """Updates between two bases."""
+        return self.update_proj_gap
+
+    def transpose(self, m: int, n: int) -> bool:
+        """The right side is projected by turning the weight: then it is the rows, always."""
+        right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False, "full": False}
+        return right[self.proj_type]
+
+    def state(self, m: int, n: int) -> dict[str, Slot]:
+        """What the projector keeps, and the moments inside."""
+        full = self.proj_type == "full"
+        r = min(rank_of(self.rank, min(m, n) if full else m), m, n)
+        moment = Slot("rr" if full else "rn", r=r)
+        return {**self.projector.slots(m, r), "exp_avg": moment, "exp_avg_sq": moment}
+
+    def refresh(self, w: Member) -> None:
+        """A new basis from this gradient, and what becomes of the moments."""
+        assert w.grad is not None
+        old = self.projector.held(w.state)
+        draws = Draws(self.seed, w.indices, w.t)
+        find = partial(self.projector.find, draws=draws, turned=w.turned)
+        new = w.sums.once(find, w.grad, *old)
+        if not w.fresh:
+            M, V = w.state["exp_avg"], w.state["exp_avg_sq"]
+            change = self.projector.overlap(old, new)
+            carry(self.moments, M, V, change, t=w.t - 1, betas=self.betas)
+        self.projector.install(w.state, new)
+
+    def adam(self, w: Member, R: Tensor) -> tuple[Tensor, float]:
+        """Adam's direction N of R (K, r, n), and what still multiplies it.
+
+        That is 1, or in the published order the bias correction.
+        """
+        (beta1, beta2), eps = self.betas, self.epsilon()
+        M, V, t = w.state["exp_avg"], w.state["exp_avg_sq"], self.clock(w)
+        if not self.published:
+            return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps), 1.0
+        N, _ = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
+        return N, self.correction(w)
+
+    def clock(self, w: Member) -> int:
+        """Adam's t: moments that were reset count from their refresh."""
+        return w.age + 1 if self.moments == "reset" else w.t
+
+    def correction(self, w: Member) -> float:
+        """sqrt(1 - beta2^t) / (1 - beta1^t), or 1 without bias correction."""
+        if not self.correct_bias:
+            return 1.0
+        t, (beta1, beta2) = self.clock(w), self.betas
+        return math.sqrt(1 - beta2**t) / (1 - beta1**t)
+
+    def epsilon(self) -> float:
+        """Adam's eps; unset it is torch's 1e-8, or the published code's 1e-6."""
+        return self.eps if self.eps is not None else 1e-6 if self.published else 1e-8
+
+    def adamw_order(self) -> tuple[bool, float] | None:
+        """The published code treats unprojected parameters alike."""
+        return (self.correct_bias, self.epsilon()) if self.published else None
