@@ -45,7 +45,8 @@ METHODS = {
     "adamw": Method(1e-3, {}),
     "muon": Method(1e-2, {}),
     "galore": Method(2e-2, {"scale": 0.25}),
-    "fira": Method(2e-2, {"alpha": 0.25}),
+    # its residual moves by the whole lr, not by lr times alpha (published form)
+    "fira": Method(5e-3, {"alpha": 0.25}),
     "frugal": Method(1e-3, {"split": "svd"}),
 }
 
