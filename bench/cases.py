@@ -3,397 +3,144 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
-import torch.optim._muon as torch_muon
+from contests import (
+    GALORES,
+    LIMITS,
+    MUONS,
+    NEVER,
+    Call,
+    Case,
+    Cell,
+    Contest,
+    Figure,
+    Maker,
+    Missing,
+    Model,
+    Peers,
+    Ratio,
+    Setting,
+    Step,
+    Swap,
+    adamw_rule,
+    label,
+    ours_galore,
+    parse_model,
+    peak_of,
+    published_galore,
+    rank_for,
+    state_bytes,
+    torch_float32,
+)
 from torch import Tensor
-from torch.optim import Optimizer
 
+from stiefel import optimizers
 from stiefel.kernels import polar_factor, polar_report
-from stiefel.optimizers import Dense, Direction, GaLore, Member, Muon, Rule, StackedOptimizer
+from stiefel.optimizers import Dense, Direction, Member, Muon, Rule, StackedOptimizer
 from stiefel.optimizers.projectors import top_basis
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from allocations import AllocationCounter
-from peers import Missing, galore_torch_adamw
 
-Shape = tuple[int, ...]
-Maker = Callable[[list[Any]], Optimizer]
-"""From parameters to an optimizer on them."""
-Swap = Callable[[], contextlib.AbstractContextManager[None]]
-"""A context that holds during a step, such as a replaced function of a peer."""
-NEVER = 10**9
-"""Steps between refreshes, for cases that time the steps between them."""
-POOL = 3
-"""Gradients made beforehand and cycled."""
+def limit(name: str, model: Model) -> Callable[[], Call]:
+    """Maker of a competitor that does what no step can do without."""
+    return lambda: Call(LIMITS[name](model), model)
 
 
-# --- What a case is made of ---
+# --- GaLore ---
 
 
-class Competitor(Protocol):
-    """Something whose ``run`` is timed; ``prepare(i)`` comes before it, untimed."""
-
-    def prepare(self, i: int) -> None:
-        """Make round i ready."""
-
-    def run(self) -> None:
-        """The timed call."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A weighted sum of times over another one, taken in each round, and its target.
-
-    Attributes:
-        name: What the table prints.
-        top: Weight of each competitor's time above the line.
-        bottom: The same below.
-        target: The median ratio must not be above it; None: only shown.
-    """
-
-    name: str
-    top: Mapping[str, float]
-    bottom: Mapping[str, float]
-    target: float | None = None
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number that is not a time; its target is an upper limit as for ratios."""
-
-    name: str
-    value: float
-    target: float | None = None
-    unit: str = ""
-
-
-@dataclass
-class Contest:
-    """One set of competitors on the same shapes.
-
-    Attributes:
-        competitors: Their makers by name; the runner calls them, in an order of its own.
-        ratios: What is reported.
-        skipped: Why a competitor is missing.
-    """
-
-    competitors: dict[str, Callable[[], Competitor]]
-    ratios: list[Ratio]
-    skipped: list[str] = field(default_factory=list)
-
-    def ratio(self, name: str, top: str, bottom: str, target: float | None = None) -> None:
-        """Add the ratio of two competitors, if both are there."""
-        if top in self.competitors and bottom in self.competitors:
-            self.ratios.append(Ratio(name, {top: 1.0}, {bottom: 1.0}, target))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A line of the table.
-
-    Attributes:
-        title: One line for the reader.
-        contests: Makes the timed contests; True asks for tiny shapes.
-        figures: Makes numbers that are no times.
-        floor: Least number of rounds.
-        seconds: Time after which no further round begins once the floor is reached.
-        builds: How often the competitors are made anew; rounds of all builds are pooled. A pass
-            over memory is faster or slower by 15 % depending on where its tensors happened to
-            land, for as long as they live, so one build says little about such a step.
-    """
-
-    title: str
-    contests: Callable[[bool], Iterator[Contest]] = lambda quick: iter(())
-    figures: Callable[[bool], Iterator[Figure]] = lambda quick: iter(())
-    floor: int = 15
-    seconds: float = 20.0
-    builds: int = 1
-
-
-# --- Shapes, gradients, competitors ---
-
-
-def decaying(shape: Shape, generator: torch.Generator) -> Tensor:
-    """A gradient whose singular values fall like 1/i: A diag(1/i) B with Gaussian A and B."""
-    if len(shape) == 1:
-        return torch.randn(shape, generator=generator)
-    k = min(shape)
-    w = 1.0 / torch.arange(1, k + 1)
-    A, B = (torch.randn(side, generator=generator) for side in ((shape[0], k), (k, shape[1])))
-    G: Tensor = (A * w) @ B / shape[1] ** 0.5
-    return G
-
-
-@lru_cache(maxsize=2)
-def pool_of(shapes: tuple[Shape, ...]) -> list[list[Tensor]]:
-    """A few sets of gradients, the same for every competitor; nobody writes into them."""
-    generator = torch.Generator().manual_seed(0)
-    return [[decaying(shape, generator) for shape in shapes] for _ in range(POOL)]
-
-
-class Step:
-    """An optimizer on weights of its own; ``swap`` is a context that holds during its steps."""
-
-    def __init__(
-        self,
-        make: Maker,
-        shapes: Sequence[Shape],
-        pool: list[list[Tensor]],
-        warm: int = 2,
-        swap: Swap = contextlib.nullcontext,
-    ) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.params = [
-            torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes
-        ]
-        for p in self.params:
-            p.grad = torch.empty_like(p)
-        self.pool, self.optimizer, self.swap = pool, make(self.params), swap
-        for i in range(warm):
-            self.prepare(i)
-            self.run()
-
-    def prepare(self, i: int) -> None:
-        """Fresh gradients, copied: each competitor then finds its own in the same state."""
-        for p, G in zip(self.params, self.pool[i % POOL], strict=True):
-            assert p.grad is not None
-            p.grad.copy_(G)
-
-    def run(self) -> None:
-        """One step."""
-        with self.swap():
-            self.optimizer.step()
-
-
-class Call:
-    """A function of the round's gradients."""
-
-    def __init__(self, fn: Callable[[list[Tensor]], Any], pool: list[list[Tensor]]) -> None:
-        self.fn, self.pool, self.grads = fn, pool, [G.clone() for G in pool[0]]
-        self.run()
-
-    def prepare(self, i: int) -> None:
-        """Fresh gradients."""
-        for G, new in zip(self.grads, self.pool[i % POOL], strict=True):
-            G.copy_(new)
-
-    def run(self) -> None:
-        """One call."""
-        self.fn(self.grads)
-
-
-# --- Peers ---
-
-
-def peer(module: str, name: str) -> Any:
-    """An attribute of an installed package."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise Missing(f"{module}.{name} is not there: {error}") from error
-
-
-def published_galore(rank: int, gap: int) -> Maker:
-    """Constructor of galore_torch's AdamW at its README's settings."""
-    cls = galore_torch_adamw()
-    keys = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
-    return lambda params: cls(
-        [{"params": params, **keys}], weight_decay=0.1, no_deprecation_warning=True
-    )
-
-
-def pytorch_optimizer_galore(rank: int, gap: int) -> Maker:
-    """Constructor of pytorch_optimizer's GaLore."""
-    cls = peer("pytorch_optimizer", "GaLore")
-    keys = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "projection_type": "std"}
-    return lambda params: cls([{"params": params, **keys}], weight_decay=0.1)
-
-
-def ours_galore(rank: int, gap: int) -> Maker:
-    """Constructor of this package's GaLore."""
-    return lambda params: GaLore(params, rank=rank, update_proj_gap=gap, weight_decay=0.1)
-
-
-GALORES = {
-    "galore_torch": published_galore,
-    "pytorch_optimizer": pytorch_optimizer_galore,
-}
-
-
-# --- 1, 2: GaLore ---
-
-
-def two_products(shape: Shape, rank: int) -> Callable[[list[Tensor]], Tensor]:
-    """The products that no GaLore step can do without: project, and lift into the weight."""
-    m, n = shape
-    W = torch.randn(m, n)
-    left = m < n
-    P = torch.linalg.qr(torch.randn(min(m, n), rank)).Q.contiguous()
-    N = torch.randn(rank, n) if left else torch.randn(m, rank)
-
-    def fn(grads: list[Tensor]) -> Tensor:
-        if left:
-            torch.mm(P.mT, grads[0])
-            return W.addmm_(P, N, beta=0.9999, alpha=-1e-4)
-        torch.mm(grads[0], P)
-        return W.addmm_(N, P.mT, beta=0.9999, alpha=-1e-4)
-
-    return fn
-
-
-def galore_step(quick: bool) -> Iterator[Contest]:
+def galore_step(setting: Setting) -> Iterator[Contest]:
     """Steps between refreshes, on a wide and on a tall weight."""
-    rank = 4 if quick else 256
-    for shape in ((32, 64), (64, 32)) if quick else ((1024, 4096), (4096, 1024)):
-        pool = pool_of((shape,))
-        name = f"{shape[0]}x{shape[1]}"
+    for model in setting.models("1024x4096 4096x1024", "32x64 64x32"):
+        name, rank = label(model), rank_for(model)
         contest = Contest(
             {
-                "ours": partial(Step, ours_galore(rank, NEVER), [shape], pool),
-                "two products": partial(Call, two_products(shape, rank), pool),
-            },
-            [],
+                "ours": partial(Step, ours_galore(rank, NEVER), model),
+                "two products": limit("two products", model),
+            }
         )
         contest.ratio(f"{name} ours / two products", "ours", "two products", 1.10)
-        for other, make in GALORES.items():
+        for other, find in GALORES.items():
             try:
-                contest.competitors[other] = partial(Step, make(rank, NEVER), [shape], pool)
+                maker, swap = find(rank)
+                contest.competitors[other] = partial(Step, maker, model, swap=swap)
             except Missing as why:
                 contest.skipped.append(f"{other}: {why}")
             contest.ratio(f"{name} ours / {other}", "ours", other, 1.0)
         yield contest
 
 
-def galore_refresh(quick: bool) -> Iterator[Contest]:
+def short_rows(G: Tensor) -> Tensor:
+    """G, turned if it is tall."""
+    return G if G.shape[0] <= G.shape[1] else G.mT
+
+
+def galore_refresh(setting: Setting) -> Iterator[Contest]:
     """A new basis against the thin SVD, and what it makes of the mean step."""
-    shape, rank = ((32, 64), 4) if quick else ((1024, 4096), 256)
-    pool = pool_of((shape,))
-    contest = Contest(
-        {
-            "top_basis": partial(Call, lambda grads: top_basis(grads[0][None], rank, "svd"), pool),
-            "thin SVD": partial(
-                Call, lambda grads: torch.linalg.svd(grads[0], full_matrices=False), pool
-            ),
-            "ours, step": partial(Step, ours_galore(rank, NEVER), [shape], pool),
-            "two products": partial(Call, two_products(shape, rank), pool),
-        },
-        [],
-    )
-    contest.ratio("top_basis / thin SVD", "top_basis", "thin SVD", 0.15)
-    mean = {"ours, step": 1.0, "top_basis": 1 / 200}
-    contest.ratios.append(
-        Ratio("mean step, refresh every 200 / two products", mean, {"two products": 1.0})
-    )
-    try:
-        make = published_galore(rank, NEVER)
-        contest.competitors["galore_torch, step"] = partial(Step, make, [shape], pool)
-        theirs = {"galore_torch, step": 1.0, "thin SVD": 1 / 200}
-        contest.ratios.append(
-            Ratio("mean step, refresh every 200 / galore_torch's", mean, theirs, 1.0)
+    for model in setting.models("1024x4096", "32x64"):
+        name, rank = label(model), rank_for(model)
+
+        def bases(grads: list[Tensor], rank: int = rank) -> None:
+            for G in grads:
+                top_basis(short_rows(G)[None], rank, "svd")
+
+        def thin(grads: list[Tensor]) -> None:
+            for G in grads:
+                torch.linalg.svd(short_rows(G), full_matrices=False)
+
+        contest = Contest(
+            {
+                "top_basis": partial(Call, bases, model),
+                "thin SVD": partial(Call, thin, model),
+                "ours, step": partial(Step, ours_galore(rank, NEVER), model),
+                "two products": limit("two products", model),
+            }
         )
-    except Missing as why:
-        contest.skipped.append(f"galore_torch: {why}")
-    yield contest
-
-
-# --- 3: Muon ---
-
-
-def float32_newton_schulz(
-    grad: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float
-) -> Tensor:
-    """The iteration of torch.optim.Muon in float32: bfloat16 is emulated on many CPUs."""
-    a, b, c = ns_coefficients
-    tall = grad.size(0) > grad.size(1)
-    X = grad.float()
-    X = X / X.norm().clamp(min=eps)
-    X = X.mT if tall else X
-    for _ in range(ns_steps):
-        A = X @ X.mT
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return X.mT if tall else X
-
-
-@contextmanager
-def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of a module replaced for the length of the context."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-def torch_float32() -> contextlib.AbstractContextManager[None]:
-    """torch.optim.Muon with a float32 iteration."""
-    return replaced(torch_muon, "_zeropower_via_newtonschulz", float32_newton_schulz)
-
-
-def pytorch_optimizer_muon() -> tuple[Maker, Swap]:
-    """pytorch_optimizer's Muon; the dtype of its iteration is no option, so it is swapped in."""
-    cls = peer("pytorch_optimizer", "Muon")
-    base = importlib.import_module("pytorch_optimizer.optimizer.muon.base")
-    name = "zero_power_via_newton_schulz_5"
-    fn = partial(peer(base.__name__, name), dtype=torch.float32)
-    return (
-        lambda params: cls([{"params": params, "use_muon": True}], weight_decay=0.1),
-        lambda: replaced(base, name, fn),
-    )
-
-
-def optimuon_muon() -> tuple[Maker, Swap]:
-    """optimuon's Muon; ns_dtype=None iterates in the weights' dtype."""
-    cls = peer("optimuon", "Muon")
-    return lambda params: cls(params, weight_decay=0.1, ns_dtype=None), contextlib.nullcontext
-
-
-MUONS = {"pytorch_optimizer": pytorch_optimizer_muon, "optimuon": optimuon_muon}
-
-
-def muon_step(quick: bool) -> Iterator[Contest]:
-    """A transformer's matrices: squares, wide and tall ones."""
-    d, count = (16, 1) if quick else (512, 6)
-    shapes: list[Shape] = [
-        *[(d, d)] * (2 * count),
-        *[(d, 4 * d)] * count,
-        *[(4 * d, d)] * count,
-    ]
-    pool = pool_of(tuple(shapes))
-    contest = Contest(
-        {
-            "ours": partial(Step, partial(Muon, weight_decay=0.1), shapes, pool),
-            "ours, ns5": partial(Step, partial(Muon, weight_decay=0.1, polar="ns5"), shapes, pool),
-            "torch": partial(
-                Step,
-                partial(torch.optim.Muon, weight_decay=0.1),
-                shapes,
-                pool,
-                swap=torch_float32,
-            ),
-        },
-        [],
-    )
-    contest.ratio("ours / torch (float32)", "ours", "torch", 0.42)
-    contest.ratio("ours with ns5 / torch (float32)", "ours, ns5", "torch")
-    for name, find in MUONS.items():
+        contest.ratio(f"{name} top_basis / thin SVD", "top_basis", "thin SVD", 0.15)
+        mean = {"ours, step": 1.0, "top_basis": 1 / 200}
+        text = f"{name} mean step, refresh every 200 /"
+        contest.ratios.append(Ratio(f"{text} two products", mean, {"two products": 1.0}))
         try:
-            maker, swap = find()
-            contest.competitors[name] = partial(Step, maker, shapes, pool, swap=swap)
+            maker, _ = published_galore(rank)
+            contest.competitors["galore_torch, step"] = partial(Step, maker, model)
+            theirs = {"galore_torch, step": 1.0, "thin SVD": 1 / 200}
+            contest.ratios.append(Ratio(f"{text} galore_torch's", mean, theirs, 1.0))
         except Missing as why:
-            contest.skipped.append(f"{name}: {why}")
-        contest.ratio(f"ours / {name} (float32)", "ours", name, 1.0)
-    yield contest
+            contest.skipped.append(f"galore_torch: {why}")
+        yield contest
+
+
+# --- Muon ---
+
+
+def muon_step(setting: Setting) -> Iterator[Contest]:
+    """A transformer's matrices: squares, wide and tall ones."""
+    for model in setting.models("512x512x12+512x2048x6+2048x512x6", "16x16x2+16x64+64x16"):
+        theirs = partial(torch.optim.Muon, weight_decay=0.1)
+        contest = Contest(
+            {
+                "ours": partial(Step, partial(Muon, weight_decay=0.1), model),
+                "ours, ns5": partial(Step, partial(Muon, weight_decay=0.1, polar="ns5"), model),
+                "torch": partial(Step, theirs, model, swap=torch_float32),
+                "Gram and apply": limit("Gram and apply", model),
+            }
+        )
+        contest.ratio("ours / torch (float32)", "ours", "torch", 0.42)
+        contest.ratio("ours with ns5 / torch (float32)", "ours, ns5", "torch")
+        contest.ratio("ours / Gram and apply", "ours", "Gram and apply")
+        for name, find in MUONS.items():
+            try:
+                maker, swap = find(0)
+                contest.competitors[name] = partial(Step, maker, model, swap=swap)
+            except Missing as why:
+                contest.skipped.append(f"{name}: {why}")
+            contest.ratio(f"ours / {name} (float32)", "ours", name, 1.0)
+        yield contest
 
 
 def spectra(m: int, n: int) -> Iterator[tuple[str, Tensor]]:
@@ -403,25 +150,25 @@ def spectra(m: int, n: int) -> Iterator[tuple[str, Tensor]]:
     V = torch.linalg.qr(torch.randn(n, m, generator=generator)).Q
     i = torch.arange(m)
     yield "1/i", (U / (i + 1)) @ V.mT
-    yield "geometric to 1e-7", (U * 10.0 ** (-7 * i / (m - 1))) @ V.mT
+    yield "geometric to 1e-7", (U * 10.0 ** (-7 * i / max(1, m - 1))) @ V.mT
     r = max(1, m // 8)
     noise = torch.randn(m, n, generator=generator) * (0.01 / n**0.5)
     yield f"rank {r} plus noise", U[:, :r] @ V[:, :r].mT + noise
 
 
-def muon_quality(quick: bool) -> Iterator[Figure]:
+def muon_quality(setting: Setting) -> Iterator[Figure]:
     """What the speed costs: alignment deficit and largest singular value of the direction."""
-    d = 16 if quick else 512
-    for shape in ((d, d), (d, 4 * d)):
-        for spectrum, M in spectra(*shape):
+    models = setting.models("512x512 512x2048", "16x16 16x64")
+    for m, n in sorted({(min(shape), max(shape)) for model in models for shape in model}):
+        for spectrum, M in spectra(m, n):
             for method in ("zolo", "ns5"):
                 report = polar_report(M, polar_factor(M, method))
-                name = f"{shape[0]}x{shape[1]}, {spectrum}, {method}:"
+                name = f"{m}x{n}, {spectrum}, {method}:"
                 yield Figure(f"{name} d_A", report.alignment_deficit)
                 yield Figure(f"{name} ||O||_2", report.operator_norm)
 
 
-# --- 4, 5: AdamW and overhead ---
+# --- AdamW and overhead ---
 
 FLAGS: dict[str, dict[str, bool]] = {
     "default": {},
@@ -430,31 +177,22 @@ FLAGS: dict[str, dict[str, bool]] = {
 }
 
 
-def adamw_parity(quick: bool) -> Iterator[Contest]:
+def adamw_parity(setting: Setting) -> Iterator[Contest]:
     """The AdamW parameters of this package against torch.optim.AdamW."""
-    models: dict[str, list[Shape]] = {
-        "one matrix": [(32, 64) if quick else (1024, 4096)],
-        "vectors": [(512,)] * (4 if quick else 200),
-    }
-    for model, shapes in models.items():
-        pool = pool_of(tuple(shapes))
+    models = {label(model): model for model in setting.models("1024x4096", "32x64")}
+    if not setting.given:
+        count = 4 if setting.quick else 200
+        models[f"{count} vectors of 512"] = ((512,),) * count
+    for name, model in models.items():
         for flag, options in FLAGS.items():
-
-            def ours(params: list[Any], options: dict[str, Any] = options) -> Optimizer:
-                groups = [{"params": params, "rule": "adamw"}]
-                return GaLore(groups, weight_decay=0.1, **options)
-
-            def theirs(params: list[Any], options: dict[str, Any] = options) -> Optimizer:
-                return torch.optim.AdamW(params, weight_decay=0.1, **options)
-
+            theirs = partial(torch.optim.AdamW, weight_decay=0.1, **options)
             contest = Contest(
                 {
-                    "ours": partial(Step, ours, shapes, pool),
-                    "torch": partial(Step, theirs, shapes, pool),
-                },
-                [],
+                    "ours": partial(Step, adamw_rule(**options), model),
+                    "torch": partial(Step, theirs, model),
+                }
             )
-            contest.ratio(f"{model}, {flag}: ours / torch", "ours", "torch", 1.05)
+            contest.ratio(f"{name}, {flag}: ours / torch", "ours", "torch", 1.05)
             yield contest
 
 
@@ -468,22 +206,17 @@ class ZeroRule(Rule):
         return w.step(Dense(torch.zeros_like(w.grad)))
 
 
-def overhead(quick: bool) -> Iterator[Contest]:
+def overhead(setting: Setting) -> Iterator[Contest]:
     """Many small matrices, where arithmetic is nothing and Python is all."""
-    shapes: list[Shape] = [(8, 8)] * (6 if quick else 200)
-    pool = pool_of(tuple(shapes))
+    model = parse_model("8x8x6" if setting.quick else "8x8x200")
+    fused = partial(torch.optim.AdamW, weight_decay=0.1, fused=True)
     contest = Contest(
         {
-            "driver": partial(
-                Step, lambda p: StackedOptimizer(p, ZeroRule(), 1e-3, 0.1), shapes, pool
-            ),
-            "Muon": partial(Step, partial(Muon, weight_decay=0.1), shapes, pool),
-            "GaLore": partial(Step, ours_galore(4, NEVER), shapes, pool),
-            "AdamW fused": partial(
-                Step, partial(torch.optim.AdamW, weight_decay=0.1, fused=True), shapes, pool
-            ),
-        },
-        [],
+            "driver": partial(Step, lambda p: StackedOptimizer(p, ZeroRule(), 1e-3, 0.1), model),
+            "Muon": partial(Step, partial(Muon, weight_decay=0.1), model),
+            "GaLore": partial(Step, ours_galore(4, NEVER), model),
+            "AdamW fused": partial(Step, fused, model),
+        }
     )
     contest.ratio("zero rule / AdamW fused", "driver", "AdamW fused", 1.2)
     contest.ratio("Muon / AdamW fused", "Muon", "AdamW fused")
@@ -491,105 +224,285 @@ def overhead(quick: bool) -> Iterator[Contest]:
     yield contest
 
 
-# --- 6: memory ---
+# --- Memory ---
 
 
-def tensors_in(x: Any) -> Iterator[Tensor]:
-    """Tensors in a state: in dicts, in sequences, and in the projector objects of peers."""
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, Mapping):
-        for value in x.values():
-            yield from tensors_in(value)
-    elif isinstance(x, (list, tuple)):
-        for value in x:
-            yield from tensors_in(value)
-    elif hasattr(x, "__dict__"):
-        yield from tensors_in(vars(x))
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all storages that the state keeps alive, each counted once; scalars left out."""
-    storages = {
-        x.untyped_storage()._cdata: x.untyped_storage().nbytes()
-        for entry in optimizer.state.values()
-        for x in tensors_in(entry)
-        if x.dim() > 0
+def held(model: Model) -> Iterator[Figure]:
+    """State of each optimizer against its formula, in float32."""
+    rank, sides = rank_for(model), [sorted(shape) for shape in model]
+    formulas = {
+        "GaLore": sum(rank * (m + 2 * n) for m, n in sides),
+        "Muon": sum(m * n for m, n in sides),
+        "AdamW": 2 * sum(m * n for m, n in sides),
     }
-    return sum(storages.values())
-
-
-def peak_of(step: Step, i: int) -> int:
-    """Peak bytes allocated during one step."""
-    step.prepare(i)
-    with AllocationCounter() as counter:
-        step.run()
-    return int(counter.peak)
-
-
-def held(quick: bool) -> Iterator[Figure]:
-    """State of each optimizer on one matrix against its formula, in float32."""
-    m, n, r = (32, 64, 4) if quick else (1024, 4096, 256)
-    formulas = {"GaLore": r * m + 2 * r * n, "Muon": m * n, "AdamW": 2 * m * n}
-    for name, step in memory_steps((m, n), r):
-        held_now = state_bytes(step.optimizer)
-        yield Figure(f"state, {name}", held_now / 2**20, unit="MiB")
+    for name, step in memory_steps(model):
+        held_now, text = state_bytes(step.optimizer), f"{label(model)} state"
+        yield Figure(f"{text}, {name}", held_now / 2**20, unit="MiB")
         if name in formulas:
-            yield Figure(f"state / formula, {name}", held_now / (4 * formulas[name]), 1.0)
+            yield Figure(f"{text} / formula, {name}", held_now / (4 * formulas[name]), 1.0)
 
 
-def temporaries(quick: bool) -> Iterator[Figure]:
+def temporaries(model: Model) -> Iterator[Figure]:
     """Peak bytes allocated in a step, and in one that refreshes, in units of what is bounded."""
-    m, n, r = (32, 64, 4) if quick else (1024, 4096, 256)
-    for name, step in memory_steps((m, n), r):
+    m, n = max((sorted(shape) for shape in model), key=lambda sides: sides[0] * sides[1])
+    matrix, buffer = 4 * m * n, 4 * rank_for(model) * n
+    for name, step in memory_steps(model):
         # With a refresh at every second update one of two steps has it; it needs more, not less.
         low, high = sorted(peak_of(step, i) for i in (2, 3))
-        yield Figure(f"temporaries, {name}", low / 2**20, unit="MiB")
-        limit = 5.0 if name == "Muon" else None
-        yield Figure(f"temporaries, {name}", low / (4 * m * n), limit, "matrices")
+        text = f"{label(model)} temporaries, {name}"
+        yield Figure(text, low / 2**20, unit="MiB")
+        yield Figure(text, low / matrix, 5.0 if name == "Muon" else None, "matrices")
         if "GaLore" in name:
-            yield Figure(f"temporaries, {name}", low / (4 * r * n), unit="r x n buffers")
-            yield Figure(f"temporaries, {name}, refresh", high / 2**20, unit="MiB")
-            yield Figure(f"temporaries, {name}, refresh", high / (4 * m * n), unit="matrices")
+            yield Figure(text, low / buffer, unit="r x n buffers")
+            yield Figure(f"{text}, refresh", high / 2**20, unit="MiB")
+            yield Figure(f"{text}, refresh", high / matrix, unit="matrices")
 
 
-def memory_steps(shape: Shape, r: int) -> Iterator[tuple[str, Step]]:
-    """Optimizers on one matrix, after two updates."""
+def memory_steps(model: Model) -> Iterator[tuple[str, Step]]:
+    """Optimizers on one model, after two updates."""
+    rank = rank_for(model)
     makers: dict[str, Maker] = {
-        "GaLore": ours_galore(r, 2),
+        "GaLore": ours_galore(rank, 2),
         "Muon": partial(Muon, weight_decay=0.1),
-        "AdamW": lambda p: GaLore([{"params": p, "rule": "adamw"}], weight_decay=0.1),
+        "AdamW": adamw_rule(),
         "torch AdamW": partial(torch.optim.AdamW, weight_decay=0.1),
         "torch AdamW fused": partial(torch.optim.AdamW, weight_decay=0.1, fused=True),
         "torch Muon": partial(torch.optim.Muon, weight_decay=0.1),
     }
-    for name, make in GALORES.items():
+    for name, find in GALORES.items():
         with contextlib.suppress(Missing):
-            makers[f"GaLore of {name}"] = make(r, 2)
-    pool = pool_of((shape,))
+            makers[f"GaLore of {name}"] = find(rank, 2)[0]
     for name, maker in makers.items():
-        yield name, Step(maker, [shape], pool, swap=torch_float32)
+        yield name, Step(maker, model, swap=torch_float32)
 
 
-def memory(quick: bool) -> Iterator[Figure]:
+def memory(setting: Setting) -> Iterator[Figure]:
     """State and temporaries."""
-    yield from held(quick)
-    yield from temporaries(quick)
+    for model in setting.models("1024x4096", "32x64"):
+        yield from held(model)
+        yield from temporaries(model)
 
+
+# --- Every optimizer ---
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way in which a class takes part; what is not said follows from its constructor.
+
+    Attributes:
+        options: Keywords of the constructor. ``weight_decay`` and, where there is one, ``rank``
+            are set anyway.
+        limit: What no step can do without, a name of ``LIMITS``.
+        peers: Published implementations of the same method.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    limit: str | None = None
+    peers: Peers = field(default_factory=dict)
+
+
+def kinds(name: str, limit: str) -> dict[str, Variant]:
+    """GaLore by its projections."""
+    return {kind: Variant({"projection": kind}, limit) for kind in name.split()}
+
+
+VARIANTS: dict[str, dict[str, Variant]] = {
+    "GaLore": {
+        "svd": Variant({"projection": "svd"}, "two products", GALORES),
+        **kinds("range power random dct", "two products"),
+        **kinds("randk topk", "W += a G"),
+    },
+    "Muon": {"": Variant(limit="Gram and apply", peers=MUONS)},
+}
+"""Class name: its variants. A class that is not here takes part once, as it is."""
+GAPS = ("gap", "every", "frequency", "interval")
+"""Last words of a keyword that counts the steps between refreshes."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An optimizer in the sweep.
+
+    Attributes:
+        step: Makes it so that it never refreshes again.
+        refresh: The same, refreshing in every step.
+        gap: Its default number of steps between refreshes.
+        polar: Whether it is compared with torch.optim.Muon.
+    """
+
+    step: Maker
+    refresh: Maker | None = None
+    gap: int = 1
+    polar: bool = False
+    limit: str | None = None
+    peers: Peers = field(default_factory=dict)
+
+
+def classes() -> dict[str, type[StackedOptimizer]]:
+    """Every optimizer that the package exports."""
+    exported = {name: getattr(optimizers, name) for name in optimizers.__all__}
+    return {
+        name: found
+        for name, found in exported.items()
+        if isinstance(found, type)
+        and issubclass(found, StackedOptimizer)
+        and found is not StackedOptimizer
+    }
+
+
+def entrants(rank: int) -> dict[str, Entrant]:
+    """Every variant of every class, and the AdamW for what is no matrix."""
+    found = {
+        "AdamW rule": Entrant(adamw_rule(), limit="passes of AdamW"),
+        "AdamW rule fused": Entrant(adamw_rule(fused=True), limit="passes of AdamW"),
+    }
+    for name, cls in classes().items():
+        keys = inspect.signature(cls).parameters
+        common = {k: v for k, v in {"weight_decay": 0.1, "rank": rank}.items() if k in keys}
+        gap = next((key for key in keys if key.rpartition("_")[2] in GAPS), None)
+        for suffix, variant in VARIANTS.get(name, {"": Variant()}).items():
+            make = partial(cls, **common, **variant.options)
+            rest = ("polar" in keys, variant.limit, variant.peers)
+            found[f"{name} {suffix}".strip()] = (
+                Entrant(make, None, 1, *rest)
+                if gap is None
+                else Entrant(
+                    partial(make, **{gap: NEVER}),
+                    partial(make, **{gap: 1}),
+                    keys[gap].default,
+                    *rest,
+                )
+            )
+    return found
+
+
+def baselines() -> dict[str, tuple[Maker, Swap]]:
+    """What torch has."""
+    adamw = partial(torch.optim.AdamW, weight_decay=0.1)
+    return {
+        "AdamW foreach": (partial(adamw, foreach=True), contextlib.nullcontext),
+        "AdamW fused": (partial(adamw, fused=True), contextlib.nullcontext),
+        "torch Muon": (partial(torch.optim.Muon, weight_decay=0.1), torch_float32),
+    }
+
+
+def cell_ratio(contest: Contest, cell: Cell, top: Mapping[str, float], bottom: str) -> None:
+    """Add a ratio to a table, if there is something to divide by."""
+    if bottom in contest.competitors:
+        name = f"{cell[0]} {cell[1]}: {cell[2]}"
+        contest.ratios.append(Ratio(name, top, {bottom: 1.0}, cell=cell))
+
+
+def add_entrant(contest: Contest, name: str, entrant: Entrant, model: Model) -> None:
+    """Its competitors and ratios; baselines and peers are there already."""
+    text, ours, once = label(model), contest.competitors, {name: 1.0}
+    ours[name] = partial(Step, entrant.step, model)
+    for other in ("foreach", "fused"):
+        cell_ratio(contest, (text, name, f"/ {other}"), once, f"AdamW {other}")
+    if entrant.limit is not None:
+        ours.setdefault(entrant.limit, limit(entrant.limit, model))
+        cell_ratio(contest, (text, name, "/ limit"), once, entrant.limit)
+    if entrant.refresh is not None:
+        again = f"{name}, refresh"
+        ours[again] = partial(Step, entrant.refresh, model)
+        cell_ratio(contest, (text, name, "refresh / step"), {again: 1.0}, name)
+        mean = {name: 1 - 1 / entrant.gap, again: 1 / entrant.gap}
+        cell_ratio(contest, (text, name, "mean / fused"), mean, "AdamW fused")
+    if entrant.polar:
+        cell_ratio(contest, (text, name, "/ torch Muon"), once, "torch Muon")
+    for other in entrant.peers:
+        cell = (f"{text}, time / peer's", name, other)
+        cell_ratio(contest, cell, once, f"{other} for {name}")
+
+
+def every_optimizer(setting: Setting) -> Iterator[Contest]:
+    """Step, refresh and mean step of each against torch, its peers and its limit.
+
+    A contest for each class, so that the light ones need not wait for Muon.
+    """
+    for model in setting.models(USUAL, TINY):
+        families: dict[str, dict[str, Entrant]] = {}
+        for name, entrant in entrants(rank_for(model)).items():
+            families.setdefault(name.split()[0], {})[name] = entrant
+        for family in families.values():
+            yield family_contest(family, model)
+
+
+def family_contest(family: Mapping[str, Entrant], model: Model) -> Contest:
+    """The variants of one class, torch's AdamW, and torch's Muon where that is a rival."""
+    polar = any(entrant.polar for entrant in family.values())
+    contest = Contest(
+        {
+            name: partial(Step, maker, model, swap=swap)
+            for name, (maker, swap) in baselines().items()
+            if polar or name != "torch Muon"
+        }
+    )
+    for name, entrant in family.items():
+        for other, find in entrant.peers.items():
+            try:
+                maker, swap = find(rank_for(model))
+                key = f"{other} for {name}"
+                contest.competitors[key] = partial(Step, maker, model, swap=swap)
+            except Missing as why:
+                contest.skipped.append(f"{other}: {why}")
+        add_entrant(contest, name, entrant, model)
+    return contest
+
+
+def every_memory(setting: Setting) -> Iterator[Figure]:
+    """State and peak temporaries of each, in bytes per byte of weights."""
+    for model in setting.models(USUAL, TINY):
+        total = 4 * sum(m * n for m, n in model)
+        steps = [(name, "", maker, swap) for name, (maker, swap) in baselines().items()]
+        for name, entrant in entrants(rank_for(model)).items():
+            steps.append((name, "", entrant.step, contextlib.nullcontext))
+            if entrant.refresh is not None:
+                steps.append((name, "refresh ", entrant.refresh, contextlib.nullcontext))
+            for other, find in entrant.peers.items():
+                with contextlib.suppress(Missing):
+                    maker, swap = find(rank_for(model))
+                    steps.append((f"{other} for {name}", "", maker, swap))
+        for name, kind, maker, swap in steps:
+            step, text = Step(maker, model, swap=swap), label(model)
+            numbers = {} if kind else {"state": state_bytes(step.optimizer)}
+            numbers[f"{kind}temporaries"] = peak_of(step, 2)
+            for column, value in numbers.items():
+                title = f"{text} {name}: {column} / weights"
+                panel = f"{text}, bytes / weights'"
+                yield Figure(title, value / total, cell=(panel, name, column))
+
+
+USUAL = "1024x4096 4096x1024 96x96x16+256x96x8+96x256x4"
+TINY = "16x32+32x16"
 
 CASES: dict[str, Case] = {
-    "galore-step": Case("GaLore between refreshes, rank 256", galore_step, seconds=8.0, builds=3),
-    "galore-refresh": Case("a new basis, rank 256", galore_refresh, floor=5, seconds=60.0),
+    "galore-step": Case(
+        "GaLore between refreshes, rank a quarter of the shorter side",
+        galore_step,
+        seconds=8.0,
+        builds=3,
+    ),
+    "galore-refresh": Case(
+        "a new basis, rank a quarter of the shorter side", galore_refresh, floor=5, seconds=30.0
+    ),
     "muon-step": Case(
-        "Muon on 12 of 512x512, 6 of 512x2048, 6 of 2048x512",
-        muon_step,
-        muon_quality,
-        floor=7,
-        seconds=60.0,
+        "Muon on a transformer's matrices", muon_step, muon_quality, floor=7, seconds=60.0
     ),
     "adamw-parity": Case(
         "AdamW parameters against torch.optim.AdamW", adamw_parity, seconds=2.0, builds=9
     ),
-    "overhead": Case("200 matrices of 8x8", overhead, floor=61, seconds=4.0, builds=3),
-    "memory": Case("one matrix of 1024x4096, rank 256", figures=memory),
+    "overhead": Case(
+        "200 matrices of 8x8", overhead, floor=61, seconds=4.0, builds=3, shaped=False
+    ),
+    "memory": Case("state and temporaries", figures=memory),
+    "optimizers": Case(
+        "every optimizer; time ratios, then bytes per byte of weights",
+        every_optimizer,
+        every_memory,
+        floor=4,
+        seconds=10.0,
+        builds=2,
+    ),
 }
