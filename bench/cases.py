@@ -313,6 +313,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         **kinds("range power random dct", "two products"),
         **kinds("randk topk", "W += a G"),
     },
+    "Fira": {"": Variant(limit="two products")},
     "Muon": {"": Variant(limit="Gram and apply", peers=MUONS)},
 }
 """Class name: its variants. A class that is not here takes part once, as it is."""
