@@ -17,9 +17,10 @@ from .products import product
 
 PATHS = ("auto", "matmul", "fft")
 FFT_FROM = 256
-"""Length from which the FFT is taken. Measured on a CPU, one thread, float32, 1024 columns: the
-product costs 0.6 (n = 64), 1.0 (128), 2.5 (256), 4.7 (512), 1.9 to 8 (1024) times the FFT, and
-1.3 to 4 times where n is a prime (509, 1021), which therefore makes no exception."""
+"""Length from which the FFT is taken. On a CPU, one thread, float32, down 1024 columns, the product
+costs 0.4 (n = 64), 0.6 (128), 1.0 (256), 1.9 (512), 3.1 (1024) times the FFT, and 1.0 and 1.8 times
+for the primes 509 and 1021, which make no exception: ``python bench/toolkit.py --only transforms``.
+"""
 
 
 def dct_path(n: int, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str:

@@ -24,6 +24,7 @@ from .groups import (
     parameters_of,
     read,
     refuse_unknown,
+    routed,
     rows_of,
     rule_class,
     rule_of,
@@ -225,20 +226,18 @@ class StackedOptimizer(Optimizer):
         rules = [rule_of(group, self._own) for group in self.param_groups]
         orders = [self._order(group) for group in self.param_groups]
         self._plan = plan = Plan(flat, values, rules, orders, [], [])
-        position, seen = 0, set[int]()
+        position, first = 0, dict[Tensor, int]()  # torch only warns about a parameter given twice
         for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
-            routed: list[tuple[int, Tensor]] = []
-            vectors: list[tuple[int, Tensor]] = []
-            for row, p in zip(rows_of(group, rule), group["params"], strict=True):
-                if id(p) not in seen:  # torch only warns about a parameter given twice
-                    (routed if row.rule == "matrix" else vectors).append((position, p))
-                seen.add(id(p))
-                position += 1
+            matrices, vectors = (
+                [(j, p) for j, p in part if first.setdefault(p, j) == j]
+                for part in routed(group, rule, position)
+            )
+            position += len(group["params"])
             plan.vectors.append([j for j, _ in vectors])
             if rule is not None:
-                for j, p in routed:
+                for j, p in matrices:
                     check_matrix(p, f"parameter {j} of shape {tuple(p.shape)}", rule.method())
-                plan.units += units_of(i, group, rule, routed)
+                plan.units += units_of(i, group, rule, matrices)
         return plan
 
     def _order(self, group: dict[str, Any]) -> tuple[bool, float] | None:
@@ -263,10 +262,7 @@ class StackedOptimizer(Optimizer):
         for unit in plan.units:
             rule = plan.rules[unit.group]
             if rule is not None and any(p.requires_grad for p in unit.params):
-                entry = self.state[unit.params[0]]
-                unit.allocate(self.state, rule.holds(unit.index, entry.get(unit.step_key, 0) + 1))
-                if rule.every:
-                    entry.setdefault(unit.refreshed_key, 0)
+                unit.allocate(self.state, rule)
         for group, positions in zip(self.param_groups, plan.vectors, strict=True):
             for i in positions:
                 if plan.flat[i].requires_grad:

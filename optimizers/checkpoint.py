@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import adamw
-from .groups import called, rows_of, rule_of
+from .groups import called, routed, rule_of
 from .plan import Unit, units_of
 from .rule import Rule
 
@@ -82,15 +82,7 @@ def prepare(
 def _units(own: type[Rule], index: int, group: Mapping[str, Any], position: int) -> list[Unit]:
     """Units of a group whose first parameter has this flat position."""
     rule = rule_of(group, own)
-    if rule is None:
-        return []
-    rows = rows_of(group, rule)
-    routed = [
-        (position + j, p)
-        for j, (p, row) in enumerate(zip(group["params"], rows, strict=True))
-        if row.rule == "matrix"
-    ]
-    return units_of(index, group, rule, routed)
+    return [] if rule is None else units_of(index, group, rule, routed(group, rule, position)[0])
 
 
 def _tables(units: Sequence[Unit]) -> dict[Tensor, Expected]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import zip_longest
 from typing import Any, TypedDict
 
 import torch
@@ -149,10 +152,11 @@ def rows_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
 
     A pure function of the group's values, so that it can be taken again after a load or a copy.
     """
-    names = group.get("param_names") or [None] * len(group["params"])
+    names = group.get("param_names") or ()
     roles, reasons = group.get("roles"), group.get("reasons")
     rows = []
-    for i, (name, p) in enumerate(zip(names, group["params"], strict=False)):
+    # a parameter appended to the group's list later has no name
+    for i, (p, name) in enumerate(zip_longest(group["params"], names[: len(group["params"])])):
         row = route(name, tuple(p.shape))
         if roles and reasons and i < len(roles):
             row = replace(row, role=roles[i], why=reasons[i])
@@ -165,6 +169,23 @@ def rows_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
             row = replace(row, rule="matrix", why=why)
         rows.append(row)
     return rows
+
+
+def routed(
+    group: Mapping[str, Any], rule: Rule | None, position: int
+) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
+    """Matrices and AdamW parameters of a group, each with its flat position.
+
+    Args:
+        group: The group.
+        rule: Its rule, None for an AdamW group.
+        position: Flat position of the group's first parameter.
+    """
+    matrices: list[tuple[int, Tensor]] = []
+    vectors: list[tuple[int, Tensor]] = []
+    for j, (row, p) in enumerate(zip(rows_of(group, rule), group["params"], strict=True)):
+        (matrices if row.rule == "matrix" else vectors).append((position + j, p))
+    return matrices, vectors
 
 
 def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]]:
@@ -263,11 +284,12 @@ def check_group(group: Mapping[str, Any], own: type[Rule], *, reference: bool = 
     moved = []
     for i, (p, name, row) in enumerate(zip(params, names, rows, strict=True)):
         text = called(name, p, i)
-        _check_whole(p, text, method)
         if row.rule == "matrix":
             check_matrix(p, text, method)
             _check_shape(p, name, text, group, rule, method)
-        elif reference:
+            continue
+        _check_whole(p, text, method)
+        if reference:
             moved.append(text)
         elif group.get("rule") is not None:
             _refuse_vector(p, text, method)
@@ -302,4 +324,9 @@ def _check_shape(
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=7)
+    """Warn at the line of the user's code that led here."""
+    level, frame = 2, sys._getframe(1)
+    ours = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from .moments import adam, adam_reference, carry, check_policy
+from .moments import adam, adam_reference, bias_correction, carry, check_policy
 from .projectors import Draws, Projector, projector, rank_of
 from .rule import Member, Rule, Slot, check, check_adam
 
@@ -110,8 +109,8 @@ class LowRankRule(Rule, abstract=True):
         M, V, t = w.state["exp_avg"], w.state["exp_avg_sq"], self.clock(w)
         if not self.published:
             return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps), 1.0
-        N, _ = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
-        return N, self.correction(w)
+        N, factor = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
+        return N, factor if self.correct_bias else 1.0
 
     def clock(self, w: Member) -> int:
         """Adam's t: moments that were reset count from their refresh."""
@@ -119,10 +118,7 @@ class LowRankRule(Rule, abstract=True):
 
     def correction(self, w: Member) -> float:
         """sqrt(1 - beta2^t) / (1 - beta1^t), or 1 without bias correction."""
-        if not self.correct_bias:
-            return 1.0
-        t, (beta1, beta2) = self.clock(w), self.betas
-        return math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        return bias_correction(self.clock(w), *self.betas) if self.correct_bias else 1.0
 
     def epsilon(self) -> float:
         """Adam's eps; unset it is torch's 1e-8, or the published code's 1e-6."""

@@ -21,6 +21,7 @@ __all__ = [
     "Turn",
     "adam",
     "adam_reference",
+    "bias_correction",
     "carry",
     "check_policy",
     "column_squares",
@@ -104,7 +105,12 @@ def adam_reference(
             where the bias is corrected.
     """
     M, V = _average(R, exp_avg, exp_avg_sq, beta1, beta2)
-    return M / V.sqrt().add_(eps), math.sqrt(1 - beta2**t) / (1 - beta1**t)
+    return M / V.sqrt().add_(eps), bias_correction(t, beta1, beta2)
+
+
+def bias_correction(t: int, beta1: float, beta2: float) -> float:
+    """sqrt(1 - beta2^t) / (1 - beta1^t): what corrects M / sqrt(V) after t updates."""
+    return math.sqrt(1 - beta2**t) / (1 - beta1**t)
 
 
 def _adam_fused(

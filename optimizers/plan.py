@@ -21,8 +21,8 @@ from .views import Block, blocks
 STACK = {"cpu": 2**15}
 """Largest matrix, in elements, that is stacked: below it calls saved outweigh the copies.
 
-Measured on CPU, one thread: 16 of 128x128 take 0.46 (GaLore) and 0.66 (Muon) of their time as
-views; from 2**16 the copies cost what the calls saved (bench/NOTES.md).
+``python bench/toolkit.py --only stack`` shows what a limit costs. A larger one would still help
+GaLore, but stacks are copies, and ``kernels/products.py`` counts on a limit below 2**16.
 """
 STACK_ACCELERATOR = 2**22
 CHUNK = {"cpu": 64 * 2**20}
@@ -70,7 +70,7 @@ class Unit:
     number: int
     slots: tuple[Slots, ...]
     state_dtype: torch.dtype | None
-    key: tuple[Any, ...] = ()
+    key: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         p, block = self.params[0], self.blocks[0]
@@ -120,10 +120,16 @@ class Unit:
             return slot.dtype
         return self.state_dtype or (torch.float64 if p.dtype == torch.float64 else torch.float32)
 
-    def allocate(self, state: State, held: bool = True) -> None:
-        """Make what is missing of clocks and state, by shapes alone; drop state not held."""
+    def allocate(self, state: State, rule: Rule) -> bool:
+        """Make what is missing of clocks and state, by shapes alone; drop what is not held.
+
+        Returns:
+            Whether the unit holds its state at its next update.
+        """
         first = state[self.params[0]]
-        first.setdefault(self.step_key, 0)
+        held = rule.holds(self.index, first.setdefault(self.step_key, 0) + 1)
+        if rule.every:
+            first.setdefault(self.refreshed_key, 0)
         for i, p in enumerate(self.params):
             table = self.expected(i)
             entry = state[p] if table else {}
@@ -138,6 +144,7 @@ class Unit:
                         f"parameter group {self.group} need {shape}; load with the settings it was "
                         "saved with"
                     )
+        return held
 
     def own(self, state: State) -> None:
         """Give a unit that sits out tensors of its own: a row keeps the whole slab alive."""
@@ -413,11 +420,8 @@ def buckets_of(
             continue
         rule = rules[unit.group]
         assert rule is not None
-        held = rule.holds(unit.index, state[unit.params[0]].get(unit.step_key, 0) + 1)
-        unit.allocate(state, held)
+        held = unit.allocate(state, rule)
         first = state[unit.params[0]]
-        if rule.every:
-            first.setdefault(unit.refreshed_key, 0)
         clocks = (first[unit.step_key], first.get(unit.refreshed_key, 0))
         alone = () if unit.stackable and not rule.writes else (id(unit),)
         sorted_units.setdefault((present, held, *clocks, *unit.key, *alone), []).append(unit)

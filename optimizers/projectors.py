@@ -5,22 +5,23 @@ that its slots declare. A rule makes one with :func:`projector` and talks to not
 
 | ``projection=`` | basis | state, bytes | refresh / thin SVD |
 |---|---|---|---|
-| ``"svd"`` | top singular vectors, by the Gram matrix and eigh | 4 m r | 0.105 |
+| ``"svd"`` | top singular vectors, by the Gram matrix and eigh | 4 m r | 0.109 |
 | ``"svd_full"`` | the same, by the thin SVD | 4 m r | 1 |
-| ``"range"``, ``"range:8,1"`` | randomized range finder | 4 m r | 0.073 |
-| ``"power"``, ``"power:8"`` | one warm step of subspace iteration | 4 m r | 0.040 |
-| ``"random"`` | Haar, blind to G | 4 m r | 0.0053 |
-| ``"randk"`` | random rows, blind to G | 4 r | < 0.0001 |
-| ``"topk"`` | rows of largest norm | 4 r | 0.0019 |
-| ``"dct"``, ``"dct:l1"`` | cosines of largest coefficients | 4 r | 0.011 |
+| ``"range"``, ``"range:8,1"`` | randomized range finder | 4 m r | 0.079 |
+| ``"power"``, ``"power:8"`` | one warm step of subspace iteration | 4 m r | 0.042 |
+| ``"random"`` | Haar, blind to G | 4 m r | 0.0056 |
+| ``"randk"`` | random rows, blind to G | 4 r | 0.0001 |
+| ``"topk"`` | rows of largest norm | 4 r | 0.0025 |
+| ``"dct"``, ``"dct:l1"`` | cosines of largest coefficients | 4 r | 0.014 |
 
-Ratios: one float32 1024 x 4096 matrix, r = 256, one CPU thread, torch.linalg.svd 1.8 s; take them
-as +-15 %. What they buy, as a share of the energy that the SVD captures, where sigma_i = i^-0.5 and
-singular vectors are random: svd, svd_full and (warm) power 1.00, range 0.97 (0.85 without a power
-iteration, 0.99 with two), topk 0.41, dct 0.40, randk and random 0.31. So range is no bargain beside
-svd on a CPU, and power is one only while gradients change slowly between refreshes. Rows and
-cosines are cheap to keep, not good subspaces, unless single rows or neighbouring rows matter. dct
-keeps one basis of 4 m^2 bytes for all matrices with m rows, and gathers m x r of it in every step.
+Ratios: one float32 1024 x 4096 matrix, r = 256, one CPU thread, +-15 %, as ``python
+bench/toolkit.py --only subspaces`` prints them. What they buy, as a share of the energy that the
+SVD captures, where sigma_i = i^-0.5 and singular vectors are random: svd, svd_full and (warm) power
+1.00, range 0.97 (0.85 without a power iteration, 0.99 with two), topk 0.41, dct 0.40, randk and
+random 0.31. So range is no bargain beside svd on a CPU, and power is one only while gradients
+change slowly between refreshes. Rows and cosines are cheap to keep, not good subspaces, unless
+single rows or neighbouring rows matter. dct keeps one basis of 4 m^2 bytes for all matrices with m
+rows, and gathers m x r of it in every step.
 """
 
 from __future__ import annotations

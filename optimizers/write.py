@@ -6,7 +6,6 @@ terms of a higher precision are summed in it with the decayed weight and rounded
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -110,7 +109,7 @@ def _write_panels(
 
 
 def _is_one(keep: float | Tensor) -> bool:
-    return not isinstance(keep, Tensor) and math.isclose(keep, 1.0, rel_tol=0.0, abs_tol=0.0)
+    return not isinstance(keep, Tensor) and keep == 1.0
 
 
 def _decay_(panel: Tensor, keep: float | Tensor, ks: slice, rows: slice) -> None:

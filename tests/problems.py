@@ -19,6 +19,7 @@ from stiefel.optimizers import (
     Selected,
     Slot,
     StackedOptimizer,
+    subspaces,
 )
 from stiefel.optimizers.moments import ema
 
@@ -92,6 +93,25 @@ def fixture(name):
         if key in data:
             data[key] = torch.tensor(data[key], dtype=torch.float32)
     return data
+
+
+def fed(data, monkeypatch):
+    """Let the exact SVD hand out the recorded bases: their signs would differ otherwise.
+
+    Returns the iterator, so that a test can see that all were taken.
+    """
+    stored = iter(data["bases"])
+
+    def find(self, G, *old, draws, turned):
+        basis = next(stored)["basis"]
+        if data["settings"]["group"]["proj_type"] == "full":
+            left, right = (torch.tensor(x, dtype=torch.float32) for x in basis)
+            return left[None], right.mT[None]
+        B = torch.tensor(basis, dtype=torch.float32)
+        return (B.mT[None] if turned else B[None],)
+
+    monkeypatch.setattr(subspaces.Svd, "find", find)
+    return stored
 
 
 def tolerance(data, key):

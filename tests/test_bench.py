@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from allocations import AllocationCounter
 
 from stiefel import optimizers
+from stiefel.optimizers.projectors import KINDS
 
 BENCH = Path(__file__).resolve().parent.parent / "bench" / "run.py"
 
@@ -155,3 +157,13 @@ def test_counter_sees_new_storages_and_their_end():
         assert counter.peak == counter.live == 8000
         del w, z
         assert counter.live == 0
+
+
+def test_the_toolkits_figures_have_a_command_that_runs(tmp_path):
+    script = Path(__file__).parent.parent / "bench" / "toolkit.py"
+    command = [sys.executable, str(script), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    numbers = [float(x) for x in re.findall(r"\d+\.\d+", done.stdout)]
+    assert len(numbers) > 40 and min(numbers) > 0
+    assert all(kind in done.stdout for kind in KINDS)

@@ -16,6 +16,7 @@ from problems import (
     SQUARE,
     TALL,
     WIDE,
+    fed,
     fixture,
     gradients,
     run,
@@ -26,7 +27,7 @@ from problems import (
     weight,
 )
 
-from stiefel.optimizers import Fira, GaLore, moments, plan, subspaces
+from stiefel.optimizers import Fira, GaLore, moments, plan
 from stiefel.optimizers import fira as module
 from stiefel.optimizers.moments import column_squares, growth_limit, total
 from stiefel.optimizers.projectors import KINDS
@@ -89,13 +90,7 @@ def test_fira_01_recorded_trajectory(name, monkeypatch):
     p = torch.nn.Parameter(data["W0"].clone())
     settings, group = data["settings"]["optimizer"], data["settings"]["group"]
     optimizer = Fira([{"params": [p], **group}], compat="reference", **settings)
-    stored = iter(data["bases"])
-
-    def feed(self, G, *old, draws, turned):
-        B = torch.tensor(next(stored)["basis"], dtype=torch.float32)
-        return (B.mT[None] if turned else B[None],)
-
-    monkeypatch.setattr(subspaces.Svd, "find", feed)
+    stored = fed(data, monkeypatch)
     bound = tolerance(data, "max_abs_diff_to_float64_run")
     for G, R, norm in zip(data["grads"], data["W"], data["limiter_norm"], strict=True):
         run(optimizer, [p], [[G]])

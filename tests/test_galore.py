@@ -17,6 +17,7 @@ from problems import (
     SQUARE,
     TALL,
     WIDE,
+    fed,
     fixture,
     gradients,
     run,
@@ -44,18 +45,7 @@ def test_recorded_trajectory(name, monkeypatch):
     data = fixture(name)
     p = torch.nn.Parameter(data["W0"].clone())
     optimizer = optimizer_of(data, [p])
-    stored = iter(data["bases"])
-    kind = data["settings"]["group"]["proj_type"]
-
-    def feed(self, G, *old, draws, turned):
-        basis = next(stored)["basis"]
-        if kind == "full":
-            left, right = (torch.tensor(x, dtype=torch.float32) for x in basis)
-            return left[None], right.mT[None]
-        B = torch.tensor(basis, dtype=torch.float32)
-        return (B.mT[None] if turned else B[None],)
-
-    monkeypatch.setattr(subspaces.Svd, "find", feed)
+    stored = fed(data, monkeypatch)
     out = run(optimizer, [p], [list(data["grads"])])
     bound = tolerance(data, "max_abs_diff_to_float64_run")
     worst = max(float((W[0] - R).abs().max()) for W, R in zip(out, data["W"], strict=True))

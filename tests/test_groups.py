@@ -110,6 +110,7 @@ def test_a_parameter_twice_in_one_group_warns_and_steps_once(cls):
     run(twice, [p], [gradients(SQUARE, 3)])
     run(cls([q]), [q], [gradients(SQUARE, 3)])
     assert torch.equal(p, q) and twice.state[p]["step"] == 3
+    assert [len(bucket.units) for bucket in twice._plan.buckets] == [1]
 
 
 @BOTH
@@ -361,3 +362,24 @@ def test_torchs_names_mean_adamws_values_in_an_adamw_group():
             optimizer.step()
             theirs.step()
         assert torch.equal(p, q)
+
+
+def test_a_warning_names_the_users_line():
+    wide = nn.Parameter(torch.zeros(16385, 2))
+    optimizer = Muon([weight(SQUARE)])
+    for warn in (
+        lambda: Muon([wide]),
+        lambda: optimizer.add_param_group({"params": [wide]}),
+        lambda: Muon([{"params": [weight((3,))], "use_muon": True}]),
+    ):
+        with pytest.warns(UserWarning) as seen:
+            warn()
+        assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_a_parameter_appended_to_a_named_group_is_trained_without_a_name():
+    p, late = weight(SQUARE, 0), weight(SQUARE, 1)
+    optimizer = Muon([("layer.weight", p)])
+    optimizer.param_groups[0]["params"].append(late)
+    run(optimizer, [p, late], [gradients(SQUARE, 1, 0), gradients(SQUARE, 1, 1)])
+    assert optimizer.state[late]["step"] == 1
