@@ -30,7 +30,7 @@ from .groups import (
     rule_of,
     settings_of,
 )
-from .plan import Bucket, Plan, Unit, units_of
+from .plan import Bucket, Plan, Unit, place, stagger, units_of
 from .roles import Assignment
 from .rule import RULES, Direction, Rule
 from .write import write_
@@ -61,7 +61,10 @@ class StackedOptimizer(Optimizer):
             and counts it in :attr:`skipped`; ``"raise"`` raises before anything changes.
         view: How a parameter becomes matrices, see ``views.py`` (default: ``"auto"``).
         state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None: float32
-            (float64 for float64 weights).
+            (float64 for float64 weights). ``"int8"``: moments and momentum in 8 bits with a scale
+            for every 256 of them, the rest as under None; see ``kernels/blockwise.py``.
+        stagger: Whether refreshes of different weights are spread evenly over the window, so that
+            no step but the first stalls (default: False). Where they come depends on the model.
 
     Raises:
         ValueError: For a value out of range, an unknown group key, or a parameter that the method
@@ -212,6 +215,7 @@ class StackedOptimizer(Optimizer):
             group["rule"],
             group["view"],
             group["state_dtype"],
+            group["stagger"],
             *[group[f.name] for f in fields(cls)],
         )
 
@@ -238,6 +242,8 @@ class StackedOptimizer(Optimizer):
                 for j, p in matrices:
                     check_matrix(p, f"parameter {j} of shape {tuple(p.shape)}", rule.method())
                 plan.units += units_of(i, group, rule, matrices)
+        place(plan.units, rules, self.param_groups)
+        stagger(plan.units, rules, self.param_groups)
         return plan
 
     def _order(self, group: dict[str, Any]) -> tuple[bool, float] | None:
@@ -251,7 +257,7 @@ class StackedOptimizer(Optimizer):
         for i, (old, new) in enumerate(zip(plan.values, values, strict=False)):
             if old != new:
                 rule = rule_of(self.param_groups[i], self._own)
-                if old[:3] != new[:3] or (rule is not None and not plan.adopt(i, rule)):
+                if old[:4] != new[:4] or (rule is not None and not plan.adopt(i, rule)):
                     return False
                 plan.values[i], plan.orders[i] = new, self._order(self.param_groups[i])
         return len(plan.values) == len(values)
@@ -374,7 +380,7 @@ class StackedOptimizer(Optimizer):
         assert rule is not None
         group = self.param_groups[bucket.group]
         t, refreshed = bucket.clocks()
-        due = fine is not None and rule.due(t, refreshed)
+        due = fine is not None and rule.due(t, refreshed, bucket.unit.shift)
         live = [not due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
         if bucket.stacked and fine is not None and not (all(fine) and all(live)):
             # a stack that is not whole runs as views: same bits, no second code path
@@ -392,7 +398,8 @@ class StackedOptimizer(Optimizer):
             for i, G in enumerate(Gs)
         ]
         saved = [] if ok is None else bucket.copies()
-        members = bucket.members(Gs, t, refreshed)
+        decoded = bucket.decoded()
+        members = bucket.members(Gs, decoded, t, refreshed)
         if due and live[0]:
             for member in members:
                 member.refreshed, member.fresh = t, refreshed == 0
@@ -405,6 +412,7 @@ class StackedOptimizer(Optimizer):
             on = None if ok is None else ok.to(bucket.dtype).view(-1, 1, 1)
             write_(W, step, lr, group["weight_decay"], on)
             bucket.store(step.member.number, W)
+        bucket.encode(decoded)
         bucket.set_step(t)
         if ok is not None:
             bucket.put_back(saved, ok)

@@ -53,7 +53,7 @@ class FiraRule(LowRankRule):
         assert w.grad is not None
         P, G, state = self.projector, w.grad, w.state
         R = P.down(state, G, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
-        N, factor = self.adam(w, R)
+        N, factor = self.direction(w, R)
         N, c = N.mul_(factor) if factor != 1.0 else N, self.correction(w)
         # the published code has alpha inside the residual, not before it, and c after the limiter
         a, scale, c = (1.0, self.alpha, 1.0) if self.variant == "paper" else (self.alpha, 1.0, c)

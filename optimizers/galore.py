@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .base import StackedOptimizer
-from .lowrank import LowRankRule
-from .rule import Direction, Member
+from .inner import Inner, inner
+from .lowrank import LowRankRule, check_known
+from .rule import Direction, Member, check
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,16 +20,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GaLoreRule(LowRankRule):
-    """P <- top left singular vectors of G every T steps; R = P^T G; step along P adam(R)."""
+    """P <- top left singular vectors of G every T steps; step along P N, N = adam(P^T G)."""
 
     scale: float = 0.25
+    inner: str = "adamw"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known(self, inner=("adamw", "adafactor", "lion"))
+        plain, mixes = self.inner == "adamw", self.moments in ("rotate", "ldadam")
+        check(plain or not self.published, "compat='reference' has inner='adamw'")
+        check(
+            not (self.inner == "adafactor" and self.proj_type == "full" and mixes),
+            f"inner='adafactor' has averages per side that moments={self.moments!r} cannot turn on "
+            "both sides: use moments='keep' or 'reset' with proj_type='full'",
+        )
+
+    @property
+    def inside(self) -> Inner:
+        """The optimizer that runs on R."""
+        return inner(self.inner, self.betas, self.epsilon())
 
     def update(self, w: Member) -> Direction:
         """One step for a stack; after turning, rows are projected."""
         assert w.grad is not None
         P = self.projector
         R = P.down(w.state, w.grad, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
-        N, factor = self.adam(w, R)
+        N, factor = self.direction(w, R)
         lift = P.lift(w.state, N, w.m)  # P N; P N Q^T
         return w.step(lift, scale=self.scale * factor, decay_last=self.published)
 
@@ -67,6 +85,9 @@ class GaLore(StackedOptimizer):
         moments: At a new basis: ``"keep"`` them as published, ``"reset"`` them and their clock,
             ``"rotate"`` them into it, the same by ``"ldadam"``'s second moment, or ``"match"``
             rows of equal index (randk, topk and dct only; there all three agree).
+        inner: What runs on R: ``"adamw"`` (default); ``"lion"``, whose own betas are (0.9, 0.99),
+            with an lr some ten times smaller; or ``"adafactor"``, which keeps averages of R*R per
+            row and column and, unless the first beta is 0, a first moment.
         correct_bias: False only under ``compat="reference"``.
         compat: ``"reference"`` has the order of the published code: eps on the uncorrected root,
             decay after the step, LAPACK's signs.
@@ -75,7 +96,8 @@ class GaLore(StackedOptimizer):
 
     State of an m x n weight, m <= n, in elements: ``basis`` m r, ``exp_avg`` and ``exp_avg_sq``
     r n each (float32), ``step`` and ``refreshed``; ``"full"``: r (m + n) + 2 r^2. randk, topk and
-    dct keep ``index``, r int32, for the basis. AdamW keeps 2 m n.
+    dct keep ``index``, r int32, for the basis. Lion has no ``exp_avg_sq``; Adafactor has
+    ``exp_avg_sq_row`` r and ``exp_avg_sq_col`` n for it. AdamW keeps 2 m n.
     Peak temporary memory: buffers r x n and panels.
 
     What it is not: a change of the gradient's or the weight's memory. Kept moments are read in new
@@ -109,10 +131,11 @@ class GaLore(StackedOptimizer):
         correct_bias: bool = True,
         compat: str | None = None,
         seed: int = 0,
+        inner: str = "adamw",
         **options: Unpack[Common],
     ) -> None:
         rule = GaLoreRule(
             betas, eps, rank, update_proj_gap, proj_type, projection, moments, correct_bias, compat,
-            seed, scale,
+            seed, scale, inner,
         )  # fmt: skip
         super().__init__(params, rule, lr, weight_decay, **options)

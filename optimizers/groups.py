@@ -35,6 +35,7 @@ class Common(TypedDict, total=False):
     nonfinite: str
     view: str | Sequence[str]
     state_dtype: str | None
+    stagger: bool
 
 
 COMMON: dict[str, Any] = {
@@ -50,6 +51,7 @@ COMMON: dict[str, Any] = {
     "nonfinite": "skip",
     "view": "auto",
     "state_dtype": None,
+    "stagger": False,
 }
 """Keywords of every optimizer, with their defaults; each is a group key too."""
 FOREIGN = frozenset(
@@ -235,11 +237,11 @@ def check_values(group: Mapping[str, Any]) -> None:
     if group["nonfinite"] not in ("skip", "raise"):
         raise ValueError(f"nonfinite must be 'skip' or 'raise', got {group['nonfinite']!r}")
     name = group["state_dtype"]
-    if name is not None and not (
+    if name not in (None, "int8") and not (
         isinstance(name, str) and getattr(getattr(torch, name, None), "is_floating_point", False)
     ):
         raise ValueError(
-            f"state_dtype must be None or the name of a floating dtype such as 'bfloat16', "
+            f"state_dtype must be None, 'int8' or the name of a floating dtype such as 'bfloat16', "
             f"got {name!r}"
         )
 
@@ -280,6 +282,11 @@ def check_group(group: Mapping[str, Any], own: type[Rule], *, reference: bool = 
     if rule is None or any(not isinstance(p, Tensor) for p in params):
         return  # torch refuses what is no tensor, with its own text
     method = rule.method()
+    if group["stagger"] and rule.together:
+        raise ValueError(
+            f"stagger=True does not go with {method} as set here, whose windows begin for all "
+            "weights at once; leave stagger out"
+        )
     rows = rows_of({**group, "params": params, "param_names": names}, rule)
     moved = []
     for i, (p, name, row) in enumerate(zip(params, names, rows, strict=True)):

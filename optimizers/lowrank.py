@@ -7,7 +7,8 @@ from functools import partial
 
 from torch import Tensor
 
-from .moments import adam, adam_reference, bias_correction, carry, check_policy
+from .inner import AdamW, Inner
+from .moments import adam_reference, bias_correction, check_policy
 from .projectors import Draws, Projector, projector, rank_of
 from .rule import Member, Rule, Slot, check, check_adam
 
@@ -23,7 +24,7 @@ def check_known(rule: Rule, **choices: tuple[str | None, ...]) -> None:
 
 @dataclass(frozen=True)
 class LowRankRule(Rule, abstract=True):
-    """P <- a basis of G every T steps; R = P^T G; N = adam(R). What is done with N is the method's.
+    """P <- a basis of G every T steps; N = Adam's direction of R = P^T G; its use is the method's.
 
     The fields are those that GaLore's docstring explains.
     """
@@ -84,8 +85,7 @@ class LowRankRule(Rule, abstract=True):
         """What the projector keeps, and the moments inside."""
         full = self.proj_type == "full"
         r = min(rank_of(self.rank, min(m, n) if full else m), m, n)
-        moment = Slot("rr" if full else "rn", r=r)
-        return {**self.projector.slots(m, r), "exp_avg": moment, "exp_avg_sq": moment}
+        return {**self.projector.slots(m, r), **self.inside.slots("rr" if full else "rn", r=r)}
 
     def refresh(self, w: Member) -> None:
         """A new basis from this gradient, and what becomes of the moments."""
@@ -95,21 +95,24 @@ class LowRankRule(Rule, abstract=True):
         find = partial(self.projector.find, draws=draws, turned=w.turned)
         new = w.sums.once(find, w.grad, *old)
         if not w.fresh:
-            M, V = w.state["exp_avg"], w.state["exp_avg_sq"]
-            change = self.projector.overlap(old, new)
-            carry(self.moments, M, V, change, t=w.t - 1, betas=self.betas)
+            self.inside.carry(self.moments, w.state, self.projector.overlap(old, new), w.t - 1)
         self.projector.install(w.state, new)
 
-    def adam(self, w: Member, R: Tensor) -> tuple[Tensor, float]:
-        """Adam's direction N of R (K, r, n), and what still multiplies it.
+    @property
+    def inside(self) -> Inner:
+        """The optimizer that runs on R."""
+        return AdamW(self.betas, self.epsilon())
 
-        That is 1, or in the published order the bias correction.
+    def direction(self, w: Member, R: Tensor) -> tuple[Tensor, float]:
+        """The direction N of R (K, r, n), and what still multiplies it.
+
+        That is 1, or in the published order Adam's bias correction.
         """
-        (beta1, beta2), eps = self.betas, self.epsilon()
-        M, V, t = w.state["exp_avg"], w.state["exp_avg_sq"], self.clock(w)
+        t = self.clock(w)
         if not self.published:
-            return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps), 1.0
-        N, factor = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
+            return self.inside.direction(w.state, R, t, w.sums), 1.0
+        (beta1, beta2), M, V = self.betas, w.state["exp_avg"], w.state["exp_avg_sq"]
+        N, factor = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.epsilon())
         return N, factor if self.correct_bias else 1.0
 
     def clock(self, w: Member) -> int:

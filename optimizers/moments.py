@@ -5,6 +5,7 @@ gives the bits of its matrices taken one at a time.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -38,6 +39,8 @@ _FUSED_DEVICES = ("cpu", "cuda")
 # The CPU kernel rounds the last few entries of a tensor differently from the others (fused
 # multiply-adds in the vector part only). A matrix of whole 64-byte lines has no such entries.
 _LINE = 16
+# Rows with clocks of their own go to that kernel one by one where they are at least so long.
+_LONG = 64
 # Where sums are taken in panels, of so many rows, or entries of a turned matrix: they stay in the
 # cache. Elsewhere one kernel sums without a temporary.
 _PANELLED = ("cpu",)
@@ -49,7 +52,7 @@ def adam(
     R: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    t: int,
+    t: int | Tensor,
     *,
     beta1: float,
     beta2: float,
@@ -65,7 +68,8 @@ def adam(
         exp_avg: (K, m, n) first moment M, changed in place. A narrower dtype than R's is worked
             on in R's and rounded when it is stored.
         exp_avg_sq: (K, m, n) second moment V, likewise.
-        t: number of this update, from 1.
+        t: number of this update, from 1; or a tensor of such numbers that broadcasts against R,
+            where entries have clocks of their own: (K, m, 1), (K, 1, n) or (K, m, n).
         beta1: decay of M.
         beta2: decay of V.
         eps: added to the bias-corrected root.
@@ -74,13 +78,18 @@ def adam(
         N: (K, m, n) in R's dtype, its own storage.
     """
     if not exp_avg.is_contiguous() and exp_avg.mT.is_contiguous():  # moments of a turned weight
-        turned = adam(R.mT, exp_avg.mT, exp_avg_sq.mT, t, beta1=beta1, beta2=beta2, eps=eps)
+        clock = t.mT if isinstance(t, Tensor) else t
+        turned = adam(R.mT, exp_avg.mT, exp_avg_sq.mT, clock, beta1=beta1, beta2=beta2, eps=eps)
         return turned.mT
     same = exp_avg.dtype == exp_avg_sq.dtype == R.dtype
     dense = exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()
-    if same and dense and R.device.type in _FUSED_DEVICES:
+    by_row = not isinstance(t, Tensor) or (t.shape == (*R.shape[:2], 1) and R.shape[2] >= _LONG)
+    if same and dense and by_row and R.device.type in _FUSED_DEVICES:
         return _adam_fused(R, exp_avg, exp_avg_sq, t, beta1, beta2, eps)
     M, V = _average(R, exp_avg, exp_avg_sq, beta1, beta2)
+    if isinstance(t, Tensor):  # powers in float64: near t = 1 their distance from 1 is small
+        c1, c2 = ((1 - beta ** t.double()).to(R.dtype) for beta in (beta1, beta2))
+        return M.div(c1).div_(V.sqrt().div_(c2.sqrt_()).add_(eps))
     root = V.sqrt().div_(math.sqrt(1 - beta2**t)).add_(eps)
     return M.div(1 - beta1**t).div_(root)
 
@@ -114,22 +123,28 @@ def bias_correction(t: int, beta1: float, beta2: float) -> float:
 
 
 def _adam_fused(
-    R: Tensor, M: Tensor, V: Tensor, t: int, beta1: float, beta2: float, eps: float
+    R: Tensor, M: Tensor, V: Tensor, t: int | Tensor, beta1: float, beta2: float, eps: float
 ) -> Tensor:
     """Torch's AdamW kernel on a parameter of zeros with lr -1: the direction is what is left."""
     R = R.contiguous()
     N = torch.zeros_like(R)
-    # A fill, not a copy from the host: on a GPU nothing waits.
-    clock = torch.full((), float(t), device=R.device)
-    flat = R.shape[0] == 1 or R.device.type != "cpu" or R[0].numel() % _LINE == 0
-    params, grads, Ms, Vs = ([x] if flat else list(x.unbind(0)) for x in (N, R, M, V))
+    tensors: Iterable[Tensor] = (N, R, M, V)
+    if isinstance(t, Tensor):  # every row is a parameter with a clock of its own
+        clocks = list(t.float().flatten().unbind())
+        params, grads, Ms, Vs = (list(x.flatten(0, 1).unbind()) for x in tensors)
+    else:
+        # A fill, not a copy from the host: on a GPU nothing waits.
+        clock = torch.full((), float(t), device=R.device)
+        flat = R.shape[0] == 1 or R.device.type != "cpu" or R[0].numel() % _LINE == 0
+        params, grads, Ms, Vs = ([x] if flat else list(x.unbind(0)) for x in tensors)
+        clocks = [clock] * len(params)
     torch._fused_adamw_(
         params,
         grads,
         Ms,
         Vs,
         [],
-        [clock] * len(params),
+        clocks,
         lr=-1.0,
         beta1=beta1,
         beta2=beta2,

@@ -7,7 +7,8 @@ one stack, everything else one unit at a time on views of the live tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rule import Member, Rule, Slot, Slots
+from ..kernels import blockwise_scales, dequantise_blocks, quantise_blocks
+from .rule import Member, Place, Rule, Slot, Slots
 from .views import Block, blocks
 
 STACK = {"cpu": 2**15}
@@ -29,6 +31,12 @@ CHUNK = {"cpu": 64 * 2**20}
 """Largest stack in bytes, so that stacking never costs what low rank saved."""
 CHUNK_ACCELERATOR = 512 * 2**20
 
+CODED = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "momentum_buffer": torch.int8}
+"""State that ``state_dtype="int8"`` keeps in codes, and in which: signed, or roots of squares."""
+CODED_LEAST = 4096
+"""Smallest number of entries that is kept in codes."""
+
+NOWHERE = Place()
 State = MutableMapping[Tensor, dict[str, Any]]
 
 
@@ -60,6 +68,10 @@ class Unit:
         turned: Whether each is handed to the rule transposed.
         number: Which block of the parameter this is.
         slots: State of each member.
+        state_dtype: Dtype of state whose slot names none; None: float32, or float64.
+        coded: Whether moments are kept in eight bits.
+        place: Which block of the optimizer this is, for rules that drop state by blocks.
+        shift: By how many updates its refreshes come early, where they are staggered.
     """
 
     group: int
@@ -70,6 +82,9 @@ class Unit:
     number: int
     slots: tuple[Slots, ...]
     state_dtype: torch.dtype | None
+    coded: bool = False
+    place: Place = NOWHERE
+    shift: int = 0
     key: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,15 +118,33 @@ class Unit:
 
     def expected(self, i: int) -> dict[str, tuple[Slot, tuple[int, ...], torch.dtype]]:
         """State keys of member i with slot, shape and dtype."""
-        p, block = self.params[i], self.blocks[i]
+        p = self.params[i]
         table = {}
         for name, slot in self.slots[i].items():
-            like = slot.axes == "mn"
-            shape = tuple(p.shape) if like else slot.shape(*self.sides(i))
-            if not like and block.k > 1:
-                shape = (block.k, *shape)
-            table[name if like else name + self.tag] = (slot, shape, self._dtype(slot, p))
+            key, shape = self.key_of(i, name), self._shape(i, slot)
+            if self.codes(i, name) is None:
+                table[key] = (slot, shape, self._dtype(slot, p))
+            else:
+                scales = Slot("b", b=blockwise_scales(math.prod(shape)))
+                table[key] = (slot, shape, CODED[name])
+                table[scale_of(key)] = (scales, scales.shape(0, 0), torch.float32)
         return table
+
+    def key_of(self, i: int, name: str) -> str:
+        """Under which key a slot of member i is stored."""
+        return name if self.slots[i][name].axes == "mn" else name + self.tag
+
+    def _shape(self, i: int, slot: Slot) -> tuple[int, ...]:
+        if slot.axes == "mn":
+            return tuple(self.params[i].shape)
+        shape, k = slot.shape(*self.sides(i)), self.blocks[i].k
+        return (k, *shape) if k > 1 else shape
+
+    def codes(self, i: int, name: str) -> torch.dtype | None:
+        """In which codes a slot of member i is kept, None if as it is."""
+        slot = self.slots[i][name]
+        fits = self.coded and slot.dtype is None and math.prod(self._shape(i, slot)) >= CODED_LEAST
+        return CODED.get(name) if fits else None
 
     def _dtype(self, slot: Slot, p: Tensor) -> torch.dtype:
         if slot.dtype == "weight":
@@ -120,14 +153,14 @@ class Unit:
             return slot.dtype
         return self.state_dtype or (torch.float64 if p.dtype == torch.float64 else torch.float32)
 
-    def allocate(self, state: State, rule: Rule) -> bool:
+    def allocate(self, state: State, rule: Rule) -> int:
         """Make what is missing of clocks and state, by shapes alone; drop what is not held.
 
         Returns:
-            Whether the unit holds its state at its next update.
+            The update since which the unit holds its state, 0 if it has none at its next update.
         """
         first = state[self.params[0]]
-        held = rule.holds(self.index, first.setdefault(self.step_key, 0) + 1)
+        held = rule.holds(self.place, first.setdefault(self.step_key, 0) + 1)
         if rule.every:
             first.setdefault(self.refreshed_key, 0)
         for i, p in enumerate(self.params):
@@ -161,6 +194,12 @@ class Unit:
             X = block.take(tensor)
             return X.mT if self.turned[i] else X
         return tensor if block.k > 1 else tensor.unsqueeze(0)
+
+
+def scale_of(key: str) -> str:
+    """Under which key the scales of coded state are stored."""
+    name, dot, tag = key.partition(".")
+    return f"{name}_scale{dot}{tag}"
 
 
 def _filled(
@@ -203,7 +242,8 @@ def units_of(
             f"({', '.join(rule.members)}), got {len(routed)}"
         )
     name, views = settings["state_dtype"], views_of(settings["view"], rule)
-    dtype = None if name is None else getattr(torch, name)
+    coded = name == "int8"
+    dtype = None if name is None or coded else getattr(torch, name)
     units = []
     for start in range(0, len(routed), size):
         run = routed[start : start + size]
@@ -225,9 +265,56 @@ def units_of(
                     number,
                     rule.slots(sides),
                     dtype,
+                    coded,
                 )
             )
     return units
+
+
+def place(
+    units: Sequence[Unit], rules: Sequence[Rule | None], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Tell the units of rules that drop state by blocks which block they are, over all groups."""
+    numbers: dict[str, dict[Hashable, int]] = {}
+    labels: list[Hashable] = []
+    for group, rule in zip(groups, rules, strict=True):
+        count = len(group["params"])
+        names = [*group.get("param_names", ())][:count]
+        names += [None] * (count - len(names))  # appended to the group's list later
+        labels += [None] * count if rule is None else rule.blocks(names)
+    kept = [unit for unit in units if type(rules[unit.group]).holds is not Rule.holds]
+    for unit in kept:
+        own, position = numbers.setdefault(_method(rules, unit), {}), unit.positions[0]
+        label = labels[position]
+        key = ("own", position) if label is None else ("shared", label)
+        unit.place = Place(own.setdefault(key, len(own)))
+    for unit in kept:
+        unit.place = unit.place._replace(count=len(numbers[_method(rules, unit)]))
+
+
+def _method(rules: Sequence[Rule | None], unit: Unit) -> str:
+    rule = rules[unit.group]
+    assert rule is not None
+    return rule.method()
+
+
+def stagger(
+    units: Sequence[Unit], rules: Sequence[Rule | None], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Spread refreshes evenly over the window where a group asks for it.
+
+    What may run as one stack stays together: small matrices, which stall nothing.
+    """
+    shifts: dict[Hashable, list[Unit]] = {}
+    for unit in units:
+        rule = rules[unit.group]
+        if rule is not None and rule.every and groups[unit.group]["stagger"]:
+            shifts.setdefault(unit.key if unit.stackable else id(unit), []).append(unit)
+    for i, alike in enumerate(shifts.values()):
+        for unit in alike:
+            rule = rules[unit.group]
+            assert rule is not None
+            unit.shift = i * rule.every // len(shifts)
 
 
 @dataclass(eq=False)
@@ -238,6 +325,7 @@ class Bucket:
         units: K > 1 stacked units, or one unit run on views.
         present: Whether each member has a gradient.
         states: Per member, slot name -> (K, *axes).
+        coded: Per member, slot name -> codes (K, *axes) and scales, for state kept in eight bits.
         owners: (parameter, its state dict), and
         rows: (state dict, key, tensor) of every live state tensor: to notice foreign changes.
         firsts: State dict that holds each unit's clocks.
@@ -245,8 +333,9 @@ class Bucket:
 
     units: list[Unit]
     present: tuple[bool, ...]
-    held: bool = True
+    held: int = 1
     states: list[dict[str, Tensor]] = field(default_factory=list)
+    coded: list[dict[str, tuple[Tensor, Tensor]]] = field(default_factory=list)
     owners: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
     rows: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
     firsts: list[dict[str, Any]] = field(default_factory=list)
@@ -264,26 +353,53 @@ class Bucket:
         self.firsts = [state[u.params[0]] for u in self.units]
         for i, slots in enumerate(self.unit.slots):
             seen: dict[str, Tensor] = {}
-            for name, slot in slots.items() if self.held else ():
-                key = name if slot.axes == "mn" else name + self.unit.tag
-                seen[name] = self._bind_slot(i, name, key, [state[p] for p in self.columns[i]])
+            coded: dict[str, tuple[Tensor, Tensor]] = {}
+            entries = [state[p] for p in self.columns[i]]
+            for name in slots if self.held else ():
+                key = self.unit.key_of(i, name)
+                live = self._bind_slot(key, entries)
+                if self.unit.codes(i, name) is None:
+                    seen[name] = self._seen(i, name, live)
+                else:
+                    coded[name] = live, self._bind_slot(scale_of(key), entries)
             self.states.append(seen)
+            self.coded.append(coded)
             if slots or i == 0:
                 self.owners += [(p, state[p]) for p in self.columns[i]]
 
-    def _bind_slot(self, i: int, name: str, key: str, entries: list[dict[str, Any]]) -> Tensor:
+    def _bind_slot(self, key: str, entries: list[dict[str, Any]]) -> Tensor:
+        """The stored tensors as one (K, ...): a slab for a stack."""
         if not self.stacked:
             tensor = entries[0][key]
             if _is_part(tensor):
                 entries[0][key] = tensor = tensor.clone()
             self.rows.append((entries[0], key, tensor))
-            return self.unit.seen(i, name, tensor)
+            return tensor.unsqueeze(0)
         slab = torch.stack([entry[key] for entry in entries])
         for entry, row in zip(entries, slab.unbind(0), strict=True):
             entry[key] = row
             self.rows.append((entry, key, row))
+        return slab
+
+    def _seen(self, i: int, name: str, stored: Tensor) -> Tensor:
+        """Stored tensors (K, ...) as the rule sees them."""
+        if len(self.units) == 1:
+            return self.unit.seen(i, name, stored[0])
         like = self.unit.slots[i][name].axes == "mn"
-        return slab.mT if like and self.unit.turned[i] else slab
+        return stored.mT if like and self.unit.turned[i] else stored
+
+    def decoded(self) -> list[dict[str, Tensor]]:
+        """Per member, the state that is kept in codes as (K, ...) floats."""
+        return [
+            {name: dequantise_blocks(*pair, self.dtype) for name, pair in coded.items()}
+            for coded in self.coded
+        ]
+
+    def encode(self, decoded: Sequence[Mapping[str, Tensor]]) -> None:
+        """Store what an update has made of the decoded state."""
+        for coded, plain in zip(self.coded, decoded, strict=True):
+            for name, X in plain.items():
+                quantise_blocks(X, *coded[name])
 
     def clocks(self) -> tuple[int, int]:
         """Number of the update that comes next, and of the last refresh."""
@@ -316,12 +432,15 @@ class Bucket:
 
     def copies(self) -> list[Tensor]:
         """Copies of all state, for units whose flags arrive after the update."""
-        return [X.clone() for seen in self.states for X in seen.values()]
+        return [X.clone() for X in self._tensors()]
+
+    def _tensors(self) -> list[Tensor]:
+        plain = [X for seen in self.states for X in seen.values()]
+        return plain + [X for coded in self.coded for pair in coded.values() for X in pair]
 
     def put_back(self, saved: list[Tensor], ok: Tensor) -> None:
         """Undo the change of state of units that are not ok."""
-        live = [X for seen in self.states for X in seen.values()]
-        for X, old in zip(live, saved, strict=True):
+        for X, old in zip(self._tensors(), saved, strict=True):
             X.copy_(torch.where(ok.to(X.device).view(-1, *[1] * (X.dim() - 1)), X, old))
 
     def live(self, state: State) -> bool:
@@ -371,24 +490,37 @@ class Bucket:
         bucket = Bucket([self.units[j]], self.present, self.held)
         bucket.firsts = [self.firsts[j]]
         bucket.states = [{name: X[j : j + 1] for name, X in seen.items()} for seen in self.states]
+        bucket.coded = [
+            {name: (codes[j : j + 1], scales[j : j + 1]) for name, (codes, scales) in coded.items()}
+            for coded in self.coded
+        ]
         return bucket
 
-    def members(self, grads: Sequence[Tensor | None], t: int, refreshed: int) -> list[Member]:
+    def members(
+        self,
+        grads: Sequence[Tensor | None],
+        decoded: Sequence[Mapping[str, Tensor]],
+        t: int,
+        refreshed: int,
+    ) -> list[Member]:
         """What the rule sees."""
         made = []
         for i, G in enumerate(grads):
             m, n = self.unit.sides(i)
             load = partial(self.load, i)
+            state = dict(self.states[i])
+            state.update((name, self._seen(i, name, X)) for name, X in decoded[i].items())
             made.append(
                 Member(
                     G,
                     load,
-                    self.states[i],
+                    state,
                     t=t,
                     refreshed=refreshed,
                     m=m,
                     n=n,
                     indices=self.indices,
+                    held=self.held,
                     number=i,
                     turned=self.unit.turned[i],
                 )
@@ -484,7 +616,7 @@ class Plan:
         if rule is None or type(rule).holds is Rule.holds:
             return False
         t = bucket.firsts[0][bucket.unit.step_key] + 1
-        return any(rule.holds(unit.index, t) != bucket.held for unit in bucket.units)
+        return any(rule.holds(unit.place, t) != bucket.held for unit in bucket.units)
 
     def fill(self, mask: list[bool], state: State) -> None:
         """Sort the present units into buckets, allocating what they need."""
@@ -493,6 +625,8 @@ class Plan:
 
     def adopt(self, group: int, rule: Rule) -> bool:
         """Take a rule with other values for a group; False if its units would change."""
+        if type(rule).holds is not Rule.holds or any(unit.shift for unit in self.units):
+            return False
         for unit in self.units:
             if unit.group != group:
                 continue

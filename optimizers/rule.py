@@ -6,9 +6,9 @@ state, missing and bad gradients, learning rate, decay, the write) belongs to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -270,6 +270,18 @@ class Direction:
         )
 
 
+class Place(NamedTuple):
+    """Which block of the optimizer a unit belongs to, see :meth:`Rule.blocks`.
+
+    Attributes:
+        number: Number of the block, from 0.
+        count: How many blocks there are.
+    """
+
+    number: int = 0
+    count: int = 1
+
+
 class Member:
     """What a rule sees of one role of a unit, stacked over K equal units.
 
@@ -283,6 +295,7 @@ class Member:
         m: Rows of the whole matrix after turning.
         n: Columns of the whole matrix after turning.
         indices: One int per matrix, the key of its random draws.
+        held: The update since which these units keep their state, 0 if they keep none.
         number: Which member of the unit this is.
         turned: Whether the weight was turned. Formulas never ask; only code that must repeat the
             roundings and signs of a published factorisation does.
@@ -293,6 +306,7 @@ class Member:
         "_load",
         "fresh",
         "grad",
+        "held",
         "indices",
         "m",
         "n",
@@ -315,6 +329,7 @@ class Member:
         m: int,
         n: int,
         indices: tuple[int, ...],
+        held: int = 1,
         number: int = 0,
         turned: bool = False,
         sums: Sums = LOCAL,
@@ -322,7 +337,7 @@ class Member:
         self.grad, self._load, self.state = grad, load, state
         self.t, self.refreshed, self.fresh = t, refreshed, False
         self.m, self.n, self.indices, self.sums = m, n, indices, sums
-        self.number, self.turned = number, turned
+        self.held, self.number, self.turned = held, number, turned
 
     @property
     def value(self) -> Tensor:
@@ -369,6 +384,8 @@ class Rule:
     """0 refreshes at updates 1, T+1, 2T+1, ...; 1 at updates 1, T, 2T, ..."""
     writes: ClassVar[bool] = False
     """Whether ``refresh`` changes weights in place; such units are never stacked."""
+    together: ClassVar[bool] = False
+    """Whether refreshes of all units belong to the same update, so that none can be shifted."""
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -391,10 +408,10 @@ class Rule:
         """Updates between refreshes; 0 for a rule that has none."""
         return 0
 
-    def due(self, t: int, refreshed: int) -> bool:
-        """Whether update t begins with a refresh."""
+    def due(self, t: int, refreshed: int, shift: int = 0) -> bool:
+        """Whether update t begins with a refresh; all but the first come `shift` updates early."""
         every = self.every
-        return bool(every) and (refreshed == 0 or (t - 1 + self.phase) % every == 0)
+        return bool(every) and (refreshed == 0 or (t - 1 + self.phase + shift) % every == 0)
 
     def transpose(self, m: int, n: int) -> bool:
         """Whether the driver turns an m x n member over before this rule sees it."""
@@ -417,9 +434,19 @@ class Rule:
         """Return or yield Directions; each is written before the next is asked for."""
         raise NotImplementedError
 
-    def holds(self, index: int, t: int) -> bool:
-        """Whether the unit keeps its state tensors at update t."""
-        return True
+    def blocks(self, names: Sequence[str | None]) -> Sequence[Hashable]:
+        """A label for every parameter of a group, by which `holds` tells blocks apart.
+
+        Parameters of equal label are one block, also in several groups; None is a block of its own.
+        """
+        return [None] * len(names)
+
+    def holds(self, place: Place, t: int) -> int:
+        """The update since which the unit keeps the state that it has at update t; 0: it has none.
+
+        State is dropped where this is 0, and starts anew after it.
+        """
+        return 1
 
     def adamw_order(self) -> tuple[bool, float] | None:
         """None for torch's AdamW beside this rule; else (correct_bias, eps) of GaLore's order."""

@@ -91,7 +91,7 @@ def shared_errors(name):
         refused("differentiable", "differentiable=True is not supported", differentiable=True),
         refused("capturable matrices", "capturable=True is not supported", capturable=True),
         refused("nonfinite", "nonfinite must be 'skip' or 'raise'", nonfinite="ignore"),
-        refused("state of integers", "state_dtype must be None or", state_dtype="int8"),
+        refused("state of integers", "state_dtype must be None,", state_dtype="int32"),
         refused("a view nobody knows", "unknown", view="sideways"),
         refused("a view that does not fit", "must divide", view="heads:3"),
         refused("a complex matrix", f"{name} does not support complex", RuntimeError,

@@ -223,8 +223,8 @@ class WindowRule(Rule):
     def state(self, m, n):
         return {"exp_avg": Slot("mn")}
 
-    def holds(self, index, t):
-        return ((t - 1) // 2 + index) % 2 == 0
+    def holds(self, place, t):
+        return ((t - 1) // 2 + place.number) % 2 == 0
 
     def update(self, w):
         if "exp_avg" not in w.state:

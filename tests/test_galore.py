@@ -28,7 +28,7 @@ from problems import (
     weight,
 )
 
-from stiefel.optimizers import GaLore, lowrank, plan, subspaces
+from stiefel.optimizers import GaLore, inner, plan, subspaces
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("galore-*.json"))
 KINDS = ["std", "reverse_std", "right", "left", "full"]
@@ -278,14 +278,14 @@ def test_galore_08_update_is_linear_in_scale_and_free_of_the_gradients_size():
 def test_galore_09_refreshes_come_at_multiples_and_keep_touches_no_moment(monkeypatch):
     p, grads, gap = weight(WIDE), gradients(WIDE, 11), 4
     optimizer = GaLore([p], rank=3, update_proj_gap=gap)
-    carried, original = [], lowrank.carry
+    carried, original = [], inner.carry
 
     def spy(policy, M, V, change, **clock):
         before = M.clone(), V.clone()
         original(policy, M, V, change, **clock)
         carried.append(torch.equal(M, before[0]) and torch.equal(V, before[1]))
 
-    monkeypatch.setattr(lowrank, "carry", spy)
+    monkeypatch.setattr(inner, "carry", spy)
     last, changes = None, []
     for step, G in enumerate(grads):
         p.grad = G

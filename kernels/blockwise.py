@@ -1,0 +1,125 @@
+"""Eight bits per number with one scale for every 256: how optimizer state is kept small.
+
+Source: dynamic block-wise quantisation, *8-bit Optimizers via Block-wise Quantization*,
+arXiv 2110.02861. Numbers of a block are divided by the largest magnitude in it and rounded to the
+nearest of a fixed set of levels, which lie evenly within each decade and twice as densely in each
+decade as in the one below, so that what matters most is kept to about 1 % and seven decades are
+still told apart.
+
+Two choices of our own. Levels are symmetric, so zero and the largest entry are exact and to store a
+block again changes nothing. A second moment is stored as its root: it divides a first moment, whose
+decades it then matches, and an entry that was not zero never becomes zero, because a division by it
+would blow up where the first moment survived.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK", "blockwise_levels", "blockwise_scales", "dequantise_blocks", "quantise_blocks"]
+
+BLOCK = 256
+"""Numbers that share a scale."""
+_PANEL = 2**17
+"""Numbers that are worked on at once, a multiple of BLOCK: bounds the temporaries."""
+
+
+def blockwise_scales(numel: int) -> int:
+    """How many scales a tensor of so many numbers has."""
+    return -(-numel // BLOCK)
+
+
+def blockwise_levels(signed: bool) -> Tensor:
+    """The positive levels, ascending, the last one 1: 127 if signed, else 255.
+
+    Decade i below 1 holds 2^(6-i) of them if signed, 2^(7-i) else, evenly from 10^-(i+1) (left out)
+    to 10^-i (kept).
+    """
+    decades = 7 if signed else 8
+    parts = []
+    for i in reversed(range(decades)):
+        count = 2 ** (decades - 1 - i)
+        steps = torch.arange(1, count + 1, dtype=torch.float64) / count
+        parts.append((0.1 + 0.9 * steps) * 10.0**-i)
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=16)
+def _decoder(signed: bool, device: torch.device) -> Tensor:
+    """(256,) value of every code read as an unsigned byte."""
+    levels, zero = blockwise_levels(signed), torch.zeros(1, dtype=torch.float64)
+    # as unsigned bytes, the codes -128..-1 of int8 come after 0..127; -128 is not used
+    values = torch.cat([zero, levels, -levels[-1:], -levels.flip(0)] if signed else [zero, levels])
+    return values.float().to(device)
+
+
+@lru_cache(maxsize=16)
+def _encoder(signed: bool, device: torch.device) -> Tensor:
+    """(65536,) code of the nearest level, for every bfloat16 in [-1, 1] by its bits.
+
+    The eight digits of a bfloat16 are finer than any level, so a look-up takes the place of a
+    search, at a twentieth of its time.
+    """
+    levels = blockwise_levels(signed)
+    bits = torch.arange(65536, dtype=torch.int32)
+    values = bits.to(torch.uint16).view(torch.bfloat16).double().nan_to_num(0.0, 1.0, -1.0)
+    size = values.abs().clamp_(max=1.0)
+    middles = (levels[1:] + levels[:-1]) / 2
+    code = torch.bucketize(size, middles) + 1  # number of the nearest level from 1
+    # half of the lowest level and less is zero, but a second moment never falls to zero
+    smallest = levels[0] / 2 if signed else 0.0
+    code = torch.where(size <= smallest, 0, code)
+    if signed:
+        code = torch.where(values < 0, -code, code)
+    return code.to(torch.int8).view(torch.uint8).to(device) if signed else code.byte().to(device)
+
+
+def quantise_blocks(X: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """Store X in codes and scales, in place.
+
+    Args:
+        X: (K, ...) contiguous floats, K tensors that share no block.
+        codes: As X, int8 for numbers of either sign, uint8 for second moments (kept as roots).
+        scales: (K, blockwise_scales(numel of one)) float32, the largest magnitude of each block.
+    """
+    signed, K = codes.dtype == torch.int8, X.shape[0]
+    table = _encoder(signed, X.device)
+    flat, stored = X.reshape(K, -1), codes.view(torch.uint8).view(K, -1)
+    for k, i, part in _panels(flat):
+        Y = part.float() if signed else part.float().sqrt_()
+        rows = _in_blocks(Y)
+        # zeros stay zeros: a block without any other number has the scale 0 and no quotient
+        top = torch.linalg.vector_norm(rows, float("inf"), dim=-1)
+        scales[k, i // BLOCK : i // BLOCK + len(top)] = top
+        scaled = rows / top.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+        bits = scaled.to(torch.bfloat16).view(torch.int16).int().bitwise_and_(0xFFFF).flatten()
+        stored[k, i : i + part.numel()] = table.index_select(0, bits[: part.numel()])
+
+
+def dequantise_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers that codes and scales stand for, a new contiguous tensor shaped like codes."""
+    signed, K = codes.dtype == torch.int8, codes.shape[0]
+    values = _decoder(signed, codes.device)
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    flat, stored = out.view(K, -1), codes.view(torch.uint8).view(K, -1)
+    for k, i, part in _panels(stored):
+        Y = _in_blocks(values.index_select(0, part.int()))
+        Y = Y * scales[k, i // BLOCK : i // BLOCK + len(Y)].unsqueeze(-1)
+        Y = Y if signed else Y.square_()
+        flat[k, i : i + part.numel()] = Y.flatten()[: part.numel()]
+    return out
+
+
+def _panels(flat: Tensor) -> list[tuple[int, int, Tensor]]:
+    K, numel = flat.shape
+    starts = range(0, numel, _PANEL)
+    return [(k, i, flat[k, i : i + _PANEL]) for k in range(K) for i in starts]
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """X (N) as rows of BLOCK numbers, the last one filled up with zeros."""
+    rest = -x.numel() % BLOCK
+    return (torch.nn.functional.pad(x, (0, rest)) if rest else x).view(-1, BLOCK)
