@@ -20,6 +20,10 @@ __all__ = ["INNERS", "Inner", "inner"]
 State = Mapping[str, Tensor]
 
 
+def _slot(axes: str, sizes: Mapping[str, int]) -> Slot:
+    return Slot(axes, None, 0.0, None, **sizes)
+
+
 @dataclass(frozen=True)
 class Inner:
     """One optimizer on coordinates R (K, r, n); fields as the method has them."""
@@ -49,7 +53,7 @@ class AdamW(Inner):
 
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
         """See :class:`Inner`."""
-        moment = Slot(axes, **sizes)
+        moment = _slot(axes, sizes)
         return {"exp_avg": moment, "exp_avg_sq": moment}
 
     def direction(self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL) -> Tensor:
@@ -69,7 +73,7 @@ class Lion(Inner):
 
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
         """See :class:`Inner`."""
-        return {"exp_avg": Slot(axes, **sizes)}
+        return {"exp_avg": _slot(axes, sizes)}
 
     def direction(self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL) -> Tensor:
         """See :class:`Inner`."""
@@ -89,7 +93,7 @@ class SGDM(Inner):
 
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
         """See :class:`Inner`."""
-        return {"momentum_buffer": Slot(axes, **sizes)}
+        return {"momentum_buffer": _slot(axes, sizes)}
 
     def direction(self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL) -> Tensor:
         """See :class:`Inner`."""
@@ -122,12 +126,11 @@ class Adafactor(Inner):
 
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
         """See :class:`Inner`."""
-        rows, columns = axes
         factors = {
-            "exp_avg_sq_row": Slot(f"{rows}1", **sizes),
-            "exp_avg_sq_col": Slot(f"1{columns}", **sizes),
+            "exp_avg_sq_row": _slot(axes[0] + "1", sizes),
+            "exp_avg_sq_col": _slot("1" + axes[1], sizes),
         }
-        return {"exp_avg": Slot(axes, **sizes), **factors} if self.betas[0] > 0.0 else factors
+        return {"exp_avg": _slot(axes, sizes), **factors} if self.betas[0] > 0.0 else factors
 
     def direction(self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL) -> Tensor:
         """See :class:`Inner`."""

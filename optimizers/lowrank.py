@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -97,6 +98,10 @@ class LowRankRule(Rule, abstract=True):
         if not w.fresh:
             self.inside.carry(self.moments, w.state, self.projector.overlap(old, new), w.t - 1)
         self.projector.install(w.state, new)
+
+    def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
+        """What the projector keeps for all weights with as many rows."""
+        return self.projector.shared(m)
 
     @property
     def inside(self) -> Inner:

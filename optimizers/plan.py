@@ -211,10 +211,11 @@ def _filled(
     return torch.full(shape, slot.fill, dtype=dtype, device=device)
 
 
-def views_of(view: str | Sequence[str], rule: Rule) -> list[str]:
-    """One view per member of the rule."""
-    views = [view] * len(rule.members) if isinstance(view, str) else list(view)
-    if len(views) != len(rule.members):
+def views_of(view: str | Sequence[str], rule: Rule, count: int = 0) -> list[str]:
+    """One view per member of the rule, of which there are `count` if it does not say."""
+    count = len(rule.members) or count
+    views = [view] * count if isinstance(view, str) else list(view)
+    if len(views) != count:
         raise ValueError(
             f"view must be one string, or one for each of {', '.join(rule.members)}, got {view!r}"
         )
@@ -235,13 +236,13 @@ def units_of(
     Raises:
         ValueError: If the parameters cannot be cut into runs, or a view does not fit.
     """
-    size = len(rule.members)
+    size = len(rule.members) or max(1, len(routed))
     if len(routed) % size:
         raise ValueError(
             f"{type(rule).__name__} takes parameters in runs of {size} "
             f"({', '.join(rule.members)}), got {len(routed)}"
         )
-    name, views = settings["state_dtype"], views_of(settings["view"], rule)
+    name, views = settings["state_dtype"], views_of(settings["view"], rule, size)
     coded = name == "int8"
     dtype = None if name is None or coded else getattr(torch, name)
     units = []
@@ -251,7 +252,7 @@ def units_of(
         if size > 1 and any(len(cut) > 1 for cut in cuts):
             raise ValueError(f"view {views} cuts a parameter, which {size} members cannot follow")
         for number, members in enumerate(zip(*cuts, strict=True)):
-            turned = tuple(rule.transpose(b.m, b.n) for b in members)
+            turned = rule.turns([(b.m, b.n) for b in members])
             sides = tuple(
                 (b.n, b.m) if turn else (b.m, b.n) for b, turn in zip(members, turned, strict=True)
             )
@@ -282,14 +283,19 @@ def place(
         names = [*group.get("param_names", ())][:count]
         names += [None] * (count - len(names))  # appended to the group's list later
         labels += [None] * count if rule is None else rule.blocks(names)
-    kept = [unit for unit in units if type(rules[unit.group]).holds is not Rule.holds]
+    kept = [unit for unit in units if drops(rules[unit.group])]
     for unit in kept:
         own, position = numbers.setdefault(_method(rules, unit), {}), unit.positions[0]
         label = labels[position]
         key = ("own", position) if label is None else ("shared", label)
         unit.place = Place(own.setdefault(key, len(own)))
     for unit in kept:
-        unit.place = unit.place._replace(count=len(numbers[_method(rules, unit)]))
+        unit.place = Place(unit.place.number, len(numbers[_method(rules, unit)]))
+
+
+def drops(rule: Rule | None) -> bool:
+    """Whether a rule keeps state for some windows only."""
+    return rule is not None and type(rule).holds is not Rule.holds
 
 
 def _method(rules: Sequence[Rule | None], unit: Unit) -> str:
@@ -370,7 +376,7 @@ class Bucket:
     def _bind_slot(self, key: str, entries: list[dict[str, Any]]) -> Tensor:
         """The stored tensors as one (K, ...): a slab for a stack."""
         if not self.stacked:
-            tensor = entries[0][key]
+            tensor: Tensor = entries[0][key]
             if _is_part(tensor):
                 entries[0][key] = tensor = tensor.clone()
             self.rows.append((entries[0], key, tensor))
@@ -613,7 +619,7 @@ class Plan:
     def _moved(self, bucket: Bucket) -> bool:
         """Whether a window began in which some unit gains or loses its state."""
         rule = self.rules[bucket.group]
-        if rule is None or type(rule).holds is Rule.holds:
+        if rule is None or not drops(rule):
             return False
         t = bucket.firsts[0][bucket.unit.step_key] + 1
         return any(rule.holds(unit.place, t) != bucket.held for unit in bucket.units)
@@ -625,13 +631,16 @@ class Plan:
 
     def adopt(self, group: int, rule: Rule) -> bool:
         """Take a rule with other values for a group; False if its units would change."""
-        if type(rule).holds is not Rule.holds or any(unit.shift for unit in self.units):
+        if drops(rule) or any(unit.shift for unit in self.units):
+            return False
+        before = self.rules[group]
+        if before is None or before.members != rule.members:
             return False
         for unit in self.units:
             if unit.group != group:
                 continue
             sides = tuple(unit.sides(i) for i in range(len(unit.params)))
-            turned = tuple(rule.transpose(b.m, b.n) for b in unit.blocks)
+            turned = rule.turns([(b.m, b.n) for b in unit.blocks])
             if turned != unit.turned or rule.slots(sides) != unit.slots:
                 return False
         self.rules[group] = rule

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -103,6 +103,8 @@ class Term:
 
     whole_rows: ClassVar[bool] = True
     """Whether the term can be written a panel of rows at a time."""
+    fused: ClassVar[bool] = False
+    """Whether ``write_`` does it with the decay inside."""
 
     @property
     def mT(self) -> Term:
@@ -115,6 +117,10 @@ class Term:
 
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         """Add alpha times rows `rows` of matrices `ks` to panel, in place."""
+        raise NotImplementedError
+
+    def write_(self, panel: Tensor, ks: slice, rows: slice, keep: float, alpha: float) -> None:
+        """Panel <- keep * panel + alpha times these rows, in place and in one go."""
         raise NotImplementedError
 
 
@@ -142,6 +148,7 @@ class Dense(Term):
 class Factored(Term):
     """P @ N with P (K, m, r) and N (K, r, n): never formed at full precision weights."""
 
+    fused: ClassVar[bool] = True
     P: Tensor
     N: Tensor
 
@@ -250,6 +257,7 @@ class Direction:
         scale: A Python number that joins lr in the multiplier.
         decay: None, or a 0/1 tensor that broadcasts against (K, m, n): where decay applies.
         decay_last: Decay after the step, as some published codes do.
+        decay_power: The power of lr in keep; 2 lets decay vanish with the schedule.
         cap: Limit of the step's Frobenius norm relative to the weight's; Dense terms only.
     """
 
@@ -259,6 +267,7 @@ class Direction:
     decay: Tensor | None = None
     decay_last: bool = False
     cap: float | None = None
+    decay_power: int = 1
 
     @property
     def mT(self) -> Direction:
@@ -270,7 +279,8 @@ class Direction:
         )
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Which block of the optimizer a unit belongs to, see :meth:`Rule.blocks`.
 
     Attributes:
@@ -359,9 +369,10 @@ class Member:
         decay: Tensor | None = None,
         decay_last: bool = False,
         cap: float | None = None,
+        decay_power: int = 1,
     ) -> Direction:
         """Make a Direction for this member."""
-        return Direction(self, terms, scale, decay, decay_last, cap)
+        return Direction(self, terms, scale, decay, decay_last, cap, decay_power)
 
 
 Slots = Mapping[str, Slot]
@@ -379,7 +390,10 @@ class Rule:
     """
 
     members: ClassVar[tuple[str, ...]] = ("W",)
-    """Roles of a unit's parameters; a group's flat list is cut into runs of this length."""
+    """Roles of a unit's parameters; a group's flat list is cut into runs of this length.
+
+    A property may make them depend on fields. Empty: all matrices of a group are one unit.
+    """
     phase: ClassVar[int] = 0
     """0 refreshes at updates 1, T+1, 2T+1, ...; 1 at updates 1, T, 2T, ..."""
     writes: ClassVar[bool] = False
@@ -417,6 +431,10 @@ class Rule:
         """Whether the driver turns an m x n member over before this rule sees it."""
         return False
 
+    def turns(self, sides: Sequence[tuple[int, int]]) -> tuple[bool, ...]:
+        """``transpose`` of every member of a unit, for rules whose members must agree on a side."""
+        return tuple(self.transpose(m, n) for m, n in sides)
+
     def state(self, *sides: Any) -> Any:
         """Slots of each member: ``state(m, n)`` for one, ``state((m, n), ...)`` for several."""
         return {} if len(self.members) == 1 else tuple({} for _ in self.members)
@@ -451,6 +469,10 @@ class Rule:
     def adamw_order(self) -> tuple[bool, float] | None:
         """None for torch's AdamW beside this rule; else (correct_bias, eps) of GaLore's order."""
         return None
+
+    def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
+        """Bytes beside the state that all weights of a device share, by what they are."""
+        return {}
 
     def splits(self, m: int, n: int) -> frozenset[str]:
         """Dimensions along which shards are exact because every sum goes through ``sums``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,6 +70,10 @@ class Projector:
     def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Change:
         """The change of basis C = P_new^T P_old, computed when a policy needs it."""
         raise NotImplementedError
+
+    def shared(self, m: int) -> Mapping[Hashable, int]:
+        """Bytes of what all matrices with m rows on a device share, by what it is."""
+        return {}
 
     def held(self, state: State) -> tuple[Tensor, ...]:
         """This projector's tensors among a rule's state, in the order of ``names``."""

@@ -27,27 +27,40 @@ def _stub(name: str, **attributes: Any) -> list[str]:
     return added
 
 
-def galore_torch_adamw() -> Any:
-    """The published GaLoreAdamW.
+def _imported(package: str, pip: str, needs: dict[str, dict[str, Any]]) -> Any:
+    """A package that imports others which take no part in a step of its optimizers used here.
 
-    The package imports transformers for a version check and bitsandbytes for its 8-bit variant.
-    Neither takes part in this optimizer's step, so where they are not installed empty modules
-    stand in while it is imported.
+    Where those are not installed, empty modules stand in while it is imported.
     """
-    if importlib.util.find_spec("galore_torch") is None:
-        raise Missing("galore-torch is not installed")
-    needs: dict[str, dict[str, Any]] = {
-        "transformers.utils.versions": {"require_version": lambda requirement: None},
-        "bitsandbytes.optim.optimizer": {"Optimizer2State": object},
-    }
+    if importlib.util.find_spec(package) is None:
+        raise Missing(f"{pip} is not installed")
     added: list[str] = []
     for name, attributes in needs.items():
         if importlib.util.find_spec(name.split(".")[0]) is None:
             added += _stub(name, **attributes)
     try:
-        return importlib.import_module("galore_torch").GaLoreAdamW
+        return importlib.import_module(package)
     except ImportError as error:
-        raise Missing(f"galore-torch does not import: {error}") from error
+        raise Missing(f"{pip} does not import: {error}") from error
     finally:
         for name in added:
             sys.modules.pop(name, None)
+
+
+_VERSIONS = {"transformers.utils.versions": {"require_version": lambda requirement: None}}
+
+
+def galore_torch() -> Any:
+    """The package of the published GaLore; bitsandbytes is for its 8-bit variant."""
+    stub = {"bitsandbytes.optim.optimizer": {"Optimizer2State": object}}
+    return _imported("galore_torch", "galore-torch", {**_VERSIONS, **stub})
+
+
+def galore_torch_adamw() -> Any:
+    """The published GaLoreAdamW."""
+    return galore_torch().GaLoreAdamW
+
+
+def fira_adamw() -> Any:
+    """The published FiraAdamW."""
+    return _imported("fira", "fira", _VERSIONS).FiraAdamW

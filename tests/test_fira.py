@@ -8,6 +8,7 @@ import pytest
 import torch
 from allocations import AllocationCounter
 from fira_oracle import fira, side
+from peers import Missing, fira_adamw
 from problems import (
     COLUMN,
     FIXTURES,
@@ -115,6 +116,25 @@ def test_fira_01_recorded_bases_are_ours_up_to_signs(name):
             P, B = optimizer.state[p]["basis"], torch.tensor(recorded[step])
             B = B if B.shape == P.shape else B.mT
             torch.testing.assert_close(P @ P.mT, B @ B.mT, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["std", "reverse_std", "right", "left"])
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
+def test_fira_01_live_package(shape, kind):
+    """The installed package, step by step over two windows: LAPACK is the same for both."""
+    try:
+        theirs = fira_adamw()
+    except Missing as why:
+        pytest.skip(str(why))
+    p, q = weight(shape), weight(shape)
+    keys = {"rank": 4, "update_proj_gap": 4, "alpha": 0.5, "proj_type": kind}
+    own = Fira([{"params": [p], **keys}], lr=0.01, weight_decay=0.1, compat="reference")
+    other = theirs(
+        [{"params": [q], **keys}], lr=0.01, weight_decay=0.1, no_deprecation_warning=True
+    )
+    grads = gradients(shape, 9)
+    for a, b in zip(run(own, [p], [grads]), run(other, [q], [grads]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", SIDES)
