@@ -28,7 +28,7 @@ method                  1 / i         geometric 1e-7  rank 64+noise  time
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,11 +37,13 @@ from . import coefficients as lists
 from . import direct
 from .coefficients import Rational, Scalar, Schedule, as_schedule, at_step
 from .gram_space import gram_iteration, gram_restarts
+from .low_rank import low_rank
 from .polynomial import check_norm, polynomial
 from .qdwh import qdwh
 from .stacking import Plan, run_stack
 
 _LOW = (torch.bfloat16, torch.float16)
+_SKETCH_OPTIONS = ("rank", "oversample", "power", "sketch", "key", "basis")
 _DTYPES = (torch.float32, torch.float64, *_LOW)
 
 
@@ -82,6 +84,8 @@ def polar_factor(
     ``turbo``               rows scaled first, so the factor of another matrix and not    4
                             left equivariant; then 0.15..1.05, 0.94..1.05
     ``auto``                ``auto_method`` chooses by shape, device and dtype
+    ``low_rank``            that of ``inner`` inside a random sketch of the range, see
+                            ``low_rank``: zero beside it, and far cheaper
     ======================  ===========================================================  =======
 
     A zero matrix gives exactly zero, and a zero singular value stays zero. Only ``qdwh`` may raise
@@ -105,13 +109,16 @@ def polar_factor(
             ``gram``, which refuses bfloat16) and float32 for the others. ``method="ns5",
             dtype=torch.bfloat16`` has the bits of torch.optim.Muon on the CPU. For polynomial
             methods ``norm``, what X is divided by before the first step: "frobenius" (default);
-            "schatten4", the smaller ||X X^T||_F^(1/2); "power:k", a bound of ||X||_2 from above by
-            k power steps, see ``stiefel.kernels.polynomial.power_bound``; "aol", the row scaling
-            of ``turbo`` and its default. For ``zolo`` ``l`` and ``r`` (by the shorter side), see
+            "schatten4", the smaller ||X X^T||_F^(1/2); "rowsum", ||X X^T||_inf^(1/2); "power:k", a
+            bound of ||X||_2 from above by k power steps, see
+            ``stiefel.kernels.polynomial.power_bound``; "aol", the row scaling of ``turbo`` and its
+            default. For ``zolo`` ``l`` and ``r`` (by the shorter side), see
             ``stiefel.kernels.zolotarev``. For ``qdwh`` ``l``, a lower bound of the singular values
             over the Frobenius norm; None estimates it from a Cholesky factor of X X^T, and assumes
             the rounding of X where that says nothing: too small a bound costs a step or two, too
-            large a one leaves what is below it short of one.
+            large a one leaves what is below it short of one. For ``low_rank`` ``inner``, the
+            method inside ("polar_express"), to which the arguments above belong, and the options
+            of ``stiefel.kernels.low_rank``.
 
     Returns:
         A new contiguous tensor of X's shape and dtype.
@@ -125,6 +132,9 @@ def polar_factor(
     Review 58(3), 2016; ``qdwh`` Nakatsukasa, Bai and Gygi, SIAM J. Matrix Anal. Appl. 31(5), 2010.
     """
     _check_input(X)
+    if method == "low_rank":
+        inside = {"steps": steps, "coefficients": coefficients, "eps": eps}
+        return _low_rank(X.detach(), {**inside, **options})
     if method == "auto":
         fixed = steps is not None or coefficients is not None or "norm" in options
         fixed = fixed or options.get("dtype") in _LOW
@@ -230,9 +240,23 @@ def _check_input(X: Tensor) -> None:
 
 def _entry(method: str) -> _Method:
     if method not in METHODS:
-        names = ", ".join((*METHODS, "auto"))
+        names = ", ".join((*METHODS, "low_rank", "auto"))
         raise ValueError(f"method={method!r} is unknown: pass one of {names}")
     return METHODS[method]
+
+
+def _low_rank(X: Tensor, options: dict[str, Any]) -> Tensor:
+    """Tell the options of the sketch from those of the method inside it."""
+    inner = options.pop("inner", "polar_express")
+    if inner == "low_rank":
+        raise ValueError("inner='low_rank' would sketch a sketch: pass polar_express")
+    own = {key: options.pop(key) for key in _SKETCH_OPTIONS if key in options}
+
+    def factor(B: Tensor) -> Tensor:
+        return polar_factor(B, inner, **options)
+
+    factor(X.new_empty(0, 1))  # what it refuses is refused here
+    return low_rank(X, factor, **own)
 
 
 def _steps(steps: int | None, default: int) -> int:

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from .coefficients import Schedule
 from .dispatch import pick
+from .hashing import splitmix
 
 # Columns of the power iteration's start, and the squared length below which the part of such a
 # Gaussian block along a given direction falls once in four million draws (chi^2 of 8 degrees).
 _COLUMNS = 8
 _LEAST = 0.1
-
-# Factors of splitmix64, as signed integers.
-_MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
 
 def polynomial(
@@ -41,13 +39,14 @@ def check_norm(norm: object) -> str:
     Raises:
         ValueError: if it is not.
     """
-    if norm in ("frobenius", "schatten4", "aol"):
+    if norm in ("frobenius", "schatten4", "rowsum", "aol"):
         return str(norm)
     name, _, count = str(norm).partition(":")
     if name == "power" and count.isdecimal() and 1 <= int(count) < 100:
         return str(norm)
     raise ValueError(
-        f"norm={norm!r} is unknown: pass frobenius, schatten4, aol or power:k with k from 1 to 99"
+        f"norm={norm!r} is unknown: pass frobenius, schatten4, rowsum, aol or power:k with k from "
+        "1 to 99"
     )
 
 
@@ -59,6 +58,7 @@ def rescale_(X: Tensor, norm: str, margin: float) -> Tensor | None:
     needs, so they cost passes over m x m entries only.
 
     * ``schatten4``: ||X X^T||_F^(1/2), between ||X||_2 and ||X||_F.
+    * ``rowsum``: ||X X^T||_inf^(1/2), the largest sum of magnitudes in a row of it.
     * ``power:k``: see ``power_bound``.
     * ``aol``: not a norm, but X <- diag(s) X with s_i = (sum_j |A_ij|)^(-1/2). The limit is the
       polar factor of diag(s) X, so left orthogonal equivariance is lost.
@@ -75,6 +75,10 @@ def rescale_(X: Tensor, norm: str, margin: float) -> Tensor | None:
     # An X of norm 1 / margin lies above either floor, so these act only where eps did.
     if norm == "schatten4":
         size = _norm(A).sqrt().clamp(min=0.5 * m**-0.25)
+    elif norm == "rowsum":
+        wide = torch.promote_types(A.dtype, torch.float32)
+        sums = torch.linalg.vector_norm(A, ord=1, dim=-1, keepdim=True, dtype=wide)
+        size = sums.amax(-2, keepdim=True).sqrt().clamp(min=0.5 * m**-0.5)
     else:
         size = power_bound(A, int(norm.partition(":")[2])).clamp(min=0.5 * m**-0.5)
     s = (margin * size).reciprocal().to(X.dtype)
@@ -106,12 +110,9 @@ def power_bound(A: Tensor, k: int) -> Tensor:
 def _gaussian(m: int, device: torch.device) -> Tensor:
     """A fixed block of Gaussian numbers (m, 8), made where it is used: nothing waits for a copy.
 
-    The entry number goes through the mixer of splitmix64, 20 bits of that through the inverse of
-    the normal distribution.
+    Of a hash of the entry number 20 bits go through the inverse of the normal distribution.
     """
-    bits = torch.arange(1, m * _COLUMNS + 1, device=device) * _MIX[0]
-    for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
-        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor
+    bits = splitmix(m * _COLUMNS, device=device)
     uniform = ((bits >> 44 & (1 << 20) - 1).float() + 0.5) / 2**20
     return (math.sqrt(2) * torch.erfinv(2 * uniform - 1)).view(m, _COLUMNS)
 

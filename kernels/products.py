@@ -34,7 +34,7 @@ def _even(*sides: int) -> bool:
     return all(part % _LINE == 0 for part in parts) and min(m, inner, n) > 1
 
 
-def _placed(X: Tensor) -> Tensor:
+def placed(X: Tensor) -> Tensor:
     """X, or a copy that starts on a line."""
     return X if X.data_ptr() % _LINE == 0 else X.clone()
 
@@ -60,7 +60,7 @@ def product(A: Tensor, B: Tensor) -> Tensor:
         A, B = A.to(dtype), B.to(dtype)
     if _free(A, B) or _whole(A, B):
         return A @ B
-    parts = [_placed(A[k : k + 1]) @ _placed(B[k : k + 1]) for k in range(len(A))]
+    parts = [placed(A[k : k + 1]) @ placed(B[k : k + 1]) for k in range(len(A))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
