@@ -1,0 +1,568 @@
+"""Ways to divide a gradient in two: coordinates, subspaces, and blocks that take turns.
+
+What FRUGAL-like methods share: how the choice is drawn and kept, and one term that writes both
+parts of a step in one pass.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .groups import called, parameters_of, rows_of
+from .inner import Inner
+from .moments import Match, column_squares, total
+from .projectors import KINDS, Projector, projector
+from .rule import Blocks, Dense, Member, Rule, Scaled, Slot, Term, check
+from .sketches import Draws
+
+COORDINATES = ("columns", "rows", "randk")
+ORDERS = ("random", "ascending", "descending", "mirror")
+FREE = ("sign_sgd", "sgd", "no")
+ALL = slice(None)
+PANEL = 2**19
+"""Entries of a panel on CPU: more than ``write.PANEL``, as each needs a dozen calls."""
+
+Step = Callable[[Tensor, slice, slice], Tensor]
+"""Direction of the coordinates R of the matrices `ks`, of which `part` is asked for."""
+
+
+@dataclass(frozen=True)
+class Free:
+    """A direction that needs no state: the sign of X, X itself, or zero; times `scale`.
+
+    Attributes:
+        kind: ``"sign_sgd"``, ``"sgd"`` or ``"no"``.
+        scale: Multiplies it.
+        floor: None, or (K, 1, 1): an entry up to it in magnitude has the sign 0.
+    """
+
+    kind: str
+    scale: float = 1.0
+    floor: Tensor | None = None
+
+    def __call__(self, X: Tensor, ks: slice = ALL, out: Tensor | None = None) -> Tensor:
+        """Of X (K, m, n), rows of the matrices `ks`: a new tensor, or `out`."""
+        if self.kind == "no":
+            return torch.zeros_like(X) if out is None else out.zero_()
+        if self.kind == "sgd":
+            return torch.mul(X, self.scale, out=out)
+        U = torch.sign(X, out=out)
+        if self.floor is not None:
+            U.mul_(X.abs() > self.floor[ks])
+        return U if self.scale == 1.0 else U.mul_(self.scale)
+
+
+def free_of(w: Member, kind: str, scale: float, threshold: float) -> Free:
+    """A state-free rule; signs up to `threshold` times G's root mean square are 0."""
+    if threshold == 0.0 or kind != "sign_sgd":
+        return Free(kind, scale)
+    assert w.grad is not None
+    squares = w.sums.both(total(column_squares(w.grad)))
+    return Free(kind, scale, squares.div_(w.m * w.n).sqrt_().mul_(threshold))
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a gradient is divided: what every kind can do, for stacks (K, m, n)."""
+
+    def transpose(self, m: int, n: int) -> bool:
+        """Whether an m x n weight is turned first."""
+        return False
+
+    def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
+        """What tells the chosen part, and inner's state of it; empty if none is chosen."""
+        raise NotImplementedError
+
+    def renew(self, w: Member, draws: Draws, inner: Inner, policy: str) -> None:
+        """Choose anew, and take inner's state along: zeroed, left in place or moved."""
+
+    def terms(self, w: Member, inner: Inner, t: int, free: Free) -> tuple[Term, ...]:
+        """Inner's direction of the chosen part at its update t, and what is free of the rest."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Coordinates(Way):
+    """A random choice of columns, rows or single entries (``"randk"``), stored as int32 numbers.
+
+    Entries are numbered row by row. They are kept as the columns of a 1 x mn matrix, so their
+    state is (1, c). An index of 4 bytes beside 8 bytes of moments is cheaper than a seed: drawing
+    a quarter of 1024 x 4096 entries again takes more than ten times as long as a whole step.
+
+    Attributes:
+        kind: One of ``COORDINATES``.
+        share: Part of them that is chosen, rounded down.
+        ordered: Whether numbers ascend; else they stay as drawn.
+        ages: Whether each counts the updates of its own.
+    """
+
+    kind: str
+    share: float
+    ordered: bool = True
+    ages: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Dimension along which coordinates are taken."""
+        return -2 if self.kind == "rows" else -1
+
+    @property
+    def axes(self) -> str:
+        """Axes of the chosen part, for slots."""
+        return {"columns": "mc", "rows": "cn", "randk": "1c"}[self.kind]
+
+    def length(self, m: int, n: int) -> int:
+        """How many there are."""
+        return {"columns": n, "rows": m, "randk": m * n}[self.kind]
+
+    def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
+        """See :class:`Way`."""
+        c = int(self.share * self.length(m, n))
+        index = Slot("c", dtype=torch.int32, c=c)
+        told = {"index": index, "age": index} if self.ages else {"index": index}
+        return _some(c, self.share, m, n, {**told, **inner.slots(self.axes, c=c)})
+
+    def draw(self, draws: Draws, length: int, c: int) -> Tensor:
+        """Numbers (K, c), every set equally likely."""
+        return torch.stack(
+            [
+                torch.randperm(length, generator=draws.generator(k))[:c]
+                for k in range(len(draws.indices))
+            ]
+        )
+
+    def find(self, draws: Draws, m: int, n: int, old: Tensor) -> Tensor:
+        """What `draw` drew, in the order in which it is kept, like `old`."""
+        length = self.length(m, n)
+        index = self.draw(draws, length, old.shape[-1])
+        if self.ordered:  # faster than a sort of many
+            chosen = torch.zeros(len(index), length, dtype=torch.bool)
+            chosen.scatter_(1, index, True)
+            index = chosen.nonzero()[:, 1].view(len(index), -1)
+        return index.to(old.device, old.dtype)
+
+    def renew(self, w: Member, draws: Draws, inner: Inner, policy: str) -> None:
+        """See :class:`Way`."""
+        state, index = w.state, w.state["index"]
+        new = self.find(draws, w.m, w.n, index)
+        change = Match(index.clone(), new)
+        if not w.fresh:
+            moments = {k: X for k, X in state.items() if k not in ("index", "age")}
+            if self.kind != "rows":  # a change moves rows
+                moments = {k: X.mT for k, X in moments.items()}
+            inner.carry(policy, moments, change, w.t - 1)
+        if "age" in state:
+            age = state["age"]
+            age.zero_() if w.fresh else age.copy_(change.turn(age.unsqueeze(-1)).squeeze(-1))
+        index.copy_(new)
+
+    def terms(self, w: Member, inner: Inner, t: int, free: Free) -> tuple[Term, ...]:
+        """See :class:`Way`; one term for both."""
+        assert w.grad is not None
+        clock: int | Tensor = t
+        if "age" in w.state:
+            clock = w.state["age"].add_(1).unsqueeze(-1 if self.kind == "rows" else -2)
+        moments = {k: X for k, X in w.state.items() if k not in ("index", "age")}
+
+        def step(R: Tensor, ks: slice, part: slice) -> Tensor:
+            state = {k: self.cut(X, ks, part) for k, X in moments.items()}
+            own = clock if isinstance(clock, int) else self.cut(clock, ks, part)
+            return inner.direction(state, R, own)
+
+        return (Split(self, w.grad, w.state["index"], free, step),)
+
+    def cut(self, X: Tensor, ks: slice, part: slice) -> Tensor:
+        """State or clocks of what a panel asks for."""
+        if self.kind == "rows":
+            return X[ks, part]
+        if self.kind == "randk":
+            return X[ks, :, part]
+        return X[ks] if X.shape[1] == 1 else X[ks, part]
+
+
+def _some(c: int, share: float, m: int, n: int, slots: dict[str, Slot]) -> dict[str, Slot]:
+    """The slots, or none where nothing is chosen."""
+    if c == 0 and share > 0:
+        warn_none(share, f"a {m} x {n} weight")
+    return slots if c else {}
+
+
+@dataclass(frozen=True, eq=False)
+class Split(Term):
+    """`step` on the chosen coordinates of G and `free` on all others, in one pass over the weight.
+
+    Moments move while the weight is written: every coordinate is asked for exactly once, a panel
+    of rows at a time, so that what belongs together meets in the cache. A weight that cannot be
+    written so, or a flag on a device that multiplies the term, makes it whole first.
+
+    Attributes:
+        where: What the coordinates are.
+        G: (K, m, n).
+        index: (K, c) their numbers.
+        free: Direction of the others.
+        step: Direction of the chosen ones (K, ., .): rows `part` if these are columns, else
+            coordinates `part`.
+    """
+
+    where: Coordinates
+    G: Tensor
+    index: Tensor
+    free: Free
+    step: Step
+    fused: ClassVar[bool] = True
+    _buffers: dict[torch.Size, Tensor] = field(default_factory=dict)
+
+    @property
+    def whole_rows(self) -> bool:  # type: ignore[override]
+        """Which rows or entries a panel holds is known to the host, if they are in order."""
+        known = self.where.ordered and self.G.device.type == "cpu"
+        return self.where.kind == "columns" or known
+
+    @cached_property
+    def place(self) -> Tensor:
+        """The numbers as gather and scatter want them."""
+        return self.index.long()
+
+    @property
+    def mT(self) -> Term:
+        """See :class:`Term`; columns are rows then, whose direction is made beforehand."""
+        if self.where.kind == "randk":
+            return Dense(self.whole().mT)
+        N = self.step(_take(self.G, self.where.dim, self.place), ALL, ALL).mT
+        other = "rows" if self.where.kind == "columns" else "columns"
+        where = Coordinates(other, self.where.share, self.where.ordered)
+        return Split(where, self.G.mT, self.index, self.free, lambda _, ks, part: N[ks, part])
+
+    def scaled(self, c: Tensor) -> Term:
+        """See :class:`Term`."""
+        return Dense(self.whole().mul_(c))
+
+    def whole(self) -> Tensor:
+        """Both parts as one tensor (K, m, n)."""
+        U = torch.empty_like(self.G, memory_format=torch.contiguous_format)
+        self._fill(U, ALL, ALL)
+        return U
+
+    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
+        """See :class:`Term`."""
+        self.write_(panel, ks, rows, 1.0, alpha)
+
+    def write_(self, panel: Tensor, ks: slice, rows: slice, keep: float, alpha: float) -> None:
+        """Panel <- keep * panel + alpha * term, in panels of its own."""
+        start, stop, _ = rows.indices(self.G.shape[-2])
+        height = max(1, PANEL // panel.shape[-1]) if len(panel) == 1 and self.whole_rows else stop
+        for i in range(start, stop, height):
+            j = min(i + height, stop)
+            W = panel[:, i - start : j - start]
+            U = self._buffers.get(W.shape)
+            if U is None:
+                U = self._buffers[W.shape] = self.G.new_empty(W.shape)
+            self._fill(U, ks, slice(i, j))
+            _move_(W, U, keep, alpha)
+
+    def _fill(self, U: Tensor, ks: slice, rows: slice) -> None:
+        """Put the rows `rows` of both parts into U."""
+        X = self.G[ks, rows]
+        self.free(X, ks, U)
+        if self.where.kind == "randk":
+            X, U = X.flatten(1).unsqueeze(1), U.flatten(1).unsqueeze(1)
+        part, place = self._inside(ks, rows)
+        if place.numel():
+            N = self.step(_take(X, self.where.dim, place), ks, part)
+            _put(U, self.where.dim, place, N)
+
+    def _inside(self, ks: slice, rows: slice) -> tuple[slice, Tensor]:
+        """What `step` is asked for in these rows, and where it stands in the panel."""
+        start, stop, _ = rows.indices(self.G.shape[-2])
+        if self.where.kind == "columns":
+            return rows, self.place[ks]
+        if (start, stop) == (0, self.G.shape[-2]):
+            return ALL, self.place[ks]
+        unit = 1 if self.where.kind == "rows" else self.G.shape[-1]
+        numbers = self.place[ks]  # a single matrix: only large ones are cut
+        edges = torch.tensor([[start * unit, stop * unit]])
+        low, high = torch.searchsorted(numbers, edges)[0].tolist()
+        return slice(low, high), numbers[:, low:high] - start * unit
+
+
+def _take(X: Tensor, dim: int, place: Tensor) -> Tensor:
+    """Rows or columns of X (K, m, n), a new tensor; by the copy that is fastest."""
+    if len(X) == 1:
+        return X[0].index_select(dim, place[0]).unsqueeze(0)
+    return X.take_along_dim(place.unsqueeze(-1 if dim == -2 else -2), dim)
+
+
+def _put(U: Tensor, dim: int, place: Tensor, N: Tensor) -> None:
+    """Rows or columns of U (K, m, n) <- N."""
+    if len(U) == 1 and dim == -2:
+        U[0].index_copy_(0, place[0], N[0])
+    else:
+        U.scatter_(dim, place.unsqueeze(-1 if dim == -2 else -2).expand_as(N), N)
+
+
+@lru_cache(maxsize=1024)
+def warn_none(share: float, what: str) -> None:
+    """Point out, once, that a share which is not 0 is rounded to nothing."""
+    warnings.warn(
+        f"density {share} of {what} rounds to nothing, so all of it moves by the state-free rule; "
+        "raise density to change that",
+        stacklevel=2,
+    )
+
+
+def _move_(W: Tensor, U: Tensor, keep: float, alpha: float) -> None:
+    """W <- keep W + alpha U, in place; for large ones in one pass, by torch's kernel of SGD.
+
+    That kernel rounds the last entries of a tensor differently, so nothing that may be part of a
+    stack goes there, and takes tensors for runs of memory, which cut ones are not.
+    """
+    large = len(W) == 1 and W.numel() >= PANEL and W.is_contiguous() and W.dtype == U.dtype
+    if keep == 1.0 or alpha >= 0.0 or not large:
+        (W if keep == 1.0 else W.mul_(keep)).add_(U, alpha=alpha)
+        return
+    torch._fused_sgd_(
+        [W], [U], [], lr=-alpha, weight_decay=(keep - 1.0) / alpha, momentum=0.0, dampening=0.0,
+        nesterov=False, maximize=False, is_first_step=True,
+    )  # fmt: skip
+
+
+# subspaces
+
+
+@dataclass(frozen=True)
+class Subspace(Way):
+    """The part P P^T G (or P P^T G Q Q^T) of G, P a basis by any projector.
+
+    Attributes:
+        kind: Which projector, as :func:`projector` names it.
+        share: Rank as part of the projected side, halves rounded to even.
+        proj_type: Which side that is, as for :class:`LowRankRule`.
+        published: LAPACK's own SVD, and signs of a residual that is round-off.
+    """
+
+    kind: str
+    share: float
+    proj_type: str = "std"
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        self.projector  # noqa: B018  which refuses what does not go together
+
+    @property
+    def full(self) -> bool:
+        """Whether both sides are projected."""
+        return self.proj_type == "full"
+
+    @property
+    def projector(self) -> Projector:
+        """How P is found, stored and used."""
+        exact = self.published and self.kind == "svd"
+        return projector("svd_full" if exact else self.kind, both=self.full, lapack_signs=exact)
+
+    def transpose(self, m: int, n: int) -> bool:
+        """See :class:`Way`; what is projected are rows."""
+        right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False, "full": False}
+        return right[self.proj_type]
+
+    def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
+        """See :class:`Way`."""
+        r = min(round(self.share * (min(m, n) if self.full else m)), m, n)
+        slots = {**self.projector.slots(m, r), **inner.slots("rr" if self.full else "rn", r=r)}
+        return _some(r, self.share, m, n, slots)
+
+    def renew(self, w: Member, draws: Draws, inner: Inner, policy: str) -> None:
+        """See :class:`Way`."""
+        assert w.grad is not None
+        P, old = self.projector, self.projector.held(w.state)
+        new = w.sums.once(partial(P.find, draws=draws, turned=w.turned), w.grad, *old)
+        if not w.fresh:
+            inner.carry(policy, w.state, P.overlap(old, new), w.t - 1)
+        P.install(w.state, new)
+
+    def terms(self, w: Member, inner: Inner, t: int, free: Free) -> tuple[Term, ...]:
+        """See :class:`Way`: P N beside what is free of G - P R; sgd has one lift for both."""
+        assert w.grad is not None
+        P, G, state, m = self.projector, w.grad, w.state, w.m
+        R = P.down(state, G, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
+        N = inner.direction(state, R, t, w.sums)
+        if free.kind == "no" or (self.holds_all(w, R.shape[-2]) and not self.published):
+            return (P.lift(state, N, m),)
+        if free.kind == "sgd":
+            by = G.new_full((1, 1, 1), free.scale)
+            return P.lift(state, N.sub_(R, alpha=free.scale), m), Scaled(G, by)
+        rest = Blocks(lambda k, i, j: free(G[k, i, j] - P.back(state, R, m, k, i, j), k))
+        return P.lift(state, N, m), rest
+
+    def holds_all(self, w: Member, r: int) -> bool:
+        """Whether G lies in the subspace, so that a residual is round-off and its signs noise."""
+        known = self.kind.partition(":")[0] in ("svd", "svd_full", "range", "power")
+        just_found = known and w.age == 0  # from the singular vectors of this very G
+        side = max(w.m, w.n) if self.full else w.m
+        return r == (min(w.m, w.n) if just_found else side)
+
+
+# blocks
+
+
+@dataclass(frozen=True)
+class Turns(Way):
+    """Which of several blocks are active in which window of `gap` updates, numbered from 0.
+
+    Attributes:
+        order: ``"random"``: a new set in each window; ``"ascending"``, ``"descending"``: the next
+            ones, around the end; ``"mirror"``: as many from the front as from the back.
+        share: Part of the blocks that is active; halves are rounded to even.
+        gap: Updates in a window.
+        seed: Decides the random sets.
+        kept: Whether a block that stays active keeps its state.
+    """
+
+    order: str
+    share: float
+    gap: int
+    seed: int
+    kept: bool
+
+    def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
+        """See :class:`Way`; only an active block has them."""
+        return inner.slots("mn")
+
+    def terms(self, w: Member, inner: Inner, t: int, free: Free) -> tuple[Term, ...]:
+        """See :class:`Way`; an active block is chosen whole, its clock starts as it becomes so."""
+        assert w.grad is not None
+        if w.t == w.held:
+            for X in w.state.values():
+                X.zero_()
+        return (Dense(inner.direction(w.state, w.grad, w.t - w.held + 1)),)
+
+    def active(self, window: int, count: int) -> frozenset[int]:
+        """The active blocks among `count`."""
+        return _active(self, window, count)
+
+    def since(self, number: int, count: int, t: int) -> int:
+        """The update since which block `number` has the state that it has at update t; or 0."""
+        window = (t - 1) // self.gap
+        if number not in self.active(window, count):
+            return 0
+        if self.kept and len(self.active(window, count)) == count:
+            return 1
+        while self.kept and window > 0 and number in self.active(window - 1, count):
+            window -= 1
+        return window * self.gap + 1
+
+
+@lru_cache(maxsize=65536)
+def _active(turns: Turns, window: int, count: int) -> frozenset[int]:
+    a = round(turns.share * count)
+    if a == 0 and turns.share > 0:
+        warn_none(turns.share, f"{count} blocks")
+    if turns.order == "random":
+        draw = Draws(turns.seed, (0,), window).generator(0)
+        return frozenset(torch.randperm(count, generator=draw)[:a].tolist())
+    if turns.order == "mirror":
+        check(
+            a % 2 == 0,
+            f"block_order='mirror' takes blocks in pairs, but density {turns.share} of {count} "
+            f"blocks is {a}: choose a density that gives an even number, or another order",
+        )
+        front = {(window * (a // 2) + i) % (count // 2) for i in range(a // 2)}
+        return frozenset(front | {count - 1 - i for i in front})
+    forward = {(window * a + i) % count for i in range(a)}
+    return frozenset(forward if turns.order == "ascending" else {count - 1 - i for i in forward})
+
+
+def way_of(
+    split: str, share: float, reset: str, inner: str, *, proj_type: str, published: bool,
+    order: str, gap: int, seed: int,
+) -> Way:  # fmt: skip
+    """The way that a user names in ``split=``; the others say how it goes.
+
+    Raises:
+        ValueError: Unknown name, or settings that do not go together.
+    """
+    known = ("block", *COORDINATES, *KINDS)
+    check(
+        split.partition(":")[0] in known,
+        f"split must be one of {', '.join(dict.fromkeys(known))}, got {split!r}",
+    )
+    check(
+        split != "block" or reset != "none",
+        "split='block' frees state, so reset='none' has nothing to keep: use 'changed'",
+    )
+    check(
+        not published or reset != "changed",
+        "compat='reference' has reset='all' or 'none', not 'changed'",
+    )
+    changed = reset == "changed"
+    if split == "block":
+        return Turns(order, share, gap, seed, changed)
+    if split in COORDINATES:
+        return Coordinates(split, share, reset != "none", changed and inner == "adamw")
+    return Subspace(split, share, proj_type, published)
+
+
+def check_least(rule: Rule, kind: type, **least: int) -> None:
+    """Refuse a field that is not of this type, or too small."""
+    for name, bound in least.items():
+        x, what = getattr(rule, name), "an int of " if kind is int else ""
+        good = isinstance(x, kind) and bool(x >= bound)  # type: ignore[operator]
+        check(good, f"{name} must be {what}at least {bound}, got {x!r}")
+
+
+def labels_of(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[Hashable]:
+    """Which block each parameter is part of; None is a block of its own.
+
+    Args:
+        blocks: ``"tensor"``, ``"layer"`` (the first whole number in a name), or a number for each
+            parameter, -1 for none.
+        names: Their names.
+    """
+    if not isinstance(blocks, str):
+        given = len(blocks)
+        check(given == len(names), f"block_of has {given} numbers for {len(names)} parameters")
+        return [None if number < 0 else number for number in blocks]
+    if blocks == "tensor":
+        return [None] * len(names)
+    check(
+        None not in names,
+        "blocks='layer' reads layers from names: pass the model or its named_parameters()",
+    )
+    found = [re.search(r"\d+", str(name)) for name in names]
+    return [int(number[0]) if number else None for number in found]
+
+
+def number_blocks(
+    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], listed: Mapping[Tensor, int]
+) -> None:
+    """Give every group the number of each parameter's block, -1 for what AdamW trains.
+
+    Args:
+        groups: Groups as users give them.
+        defaults: Values of keys that they lack.
+        listed: Block of every tensor in the user's lists.
+
+    Raises:
+        ValueError: For a matrix that is in no list.
+    """
+    for group in groups:
+        full = {**defaults, **group}
+        if full["rule"] == "adamw" or "block_of" in group or isinstance(group["params"], set):
+            continue
+        params, names = parameters_of(group)
+        # any rule with one member: what counts is whether it is a matrix's
+        rows = rows_of({**full, "params": params, "param_names": names}, Rule())
+        group["block_of"] = tuple(listed.get(p, -1) for p in params)
+        for i, (row, number) in enumerate(zip(rows, group["block_of"], strict=True)):
+            check(
+                row.rule != "matrix" or number >= 0,
+                f"{called(names[i], params[i], i)} is in none of the lists of blocks; add it to "
+                "one, or give it a group with rule='adamw'",
+            )
