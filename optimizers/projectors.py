@@ -31,20 +31,23 @@ from dataclasses import replace
 from typing import Any
 
 from .bases import fix_signs, rank_of, top_bases, top_basis
-from .coordinates import Dct, IndexProjector, RandK, TopK
+from .coordinates import Dct, IndexProjector, RandK, TopK, clear_rows_, take_rows
 from .rule import check
 from .sketches import Draws
 from .subspaces import DenseProjector, Power, Projector, Random, Range, Svd
 
 __all__ = [
     "KINDS",
+    "Dct",
     "DenseProjector",
     "Draws",
     "IndexProjector",
     "Projector",
+    "clear_rows_",
     "fix_signs",
     "projector",
     "rank_of",
+    "take_rows",
     "top_bases",
     "top_basis",
 ]
