@@ -1,0 +1,179 @@
+"""Trion: Dion with cosines for a basis, so that the small factor alone is orthogonalised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import POLAR_METHODS, add_product_, polar_factor
+from .base import StackedOptimizer
+from .lowrank import check_known
+from .projectors import Dct, rank_of, take_rows
+from .rule import Direction, Factored, Member, Rule, Slot, check
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .groups import Common
+
+ADJUST_LR_FNS = ("match_rms_adamw", "kj", "dion", "kimi", "none")
+
+
+@dataclass(frozen=True)
+class TrionRule(Rule):
+    """S = D^T (M + G); I its r largest rows, A = S[I]; M - (1 - mu) D_I A stays; D_I polar(A)."""
+
+    momentum: float = 0.95
+    rank: int | float = 0.25
+    adjust_lr_fn: str = "match_rms_adamw"
+    norm: str = "l1"
+    basis: str = "dct2"
+    polar: str = "ns5"
+    ns_steps: int | None = None
+    ns_coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None
+    eps: float = 1e-7
+
+    def __post_init__(self) -> None:
+        check(0.0 <= self.momentum <= 1.0, f"momentum must be in [0, 1], got {self.momentum}")
+        check(0.0 <= self.eps, f"Invalid epsilon value: {self.eps}")
+        check_known(self, adjust_lr_fn=ADJUST_LR_FNS, polar=("auto", *POLAR_METHODS))
+        rank_of(self.rank, 2**62)  # raises for what is neither a count nor a fraction
+        _ = self.cosines  # raises for an unknown norm or basis
+        self.orthogonalize(torch.empty(1, 0, 1))  # what the kernel refuses is refused here
+
+    @property
+    def cosines(self) -> Dct:
+        """The system D that all matrices of a size share."""
+        return Dct(norm=self.norm, basis=self.basis)
+
+    def transpose(self, m: int, n: int) -> bool:
+        """The shorter side is transformed; of a square, as published, the columns."""
+        return m >= n
+
+    def state(self, m: int, n: int) -> dict[str, Slot]:
+        """The buffer alone: a basis is three numbers per matrix, its size, norm and kind."""
+        return {"momentum_buffer": Slot("mn")}
+
+    def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
+        """The cosines."""
+        return self.cosines.shared(m)
+
+    def update(self, w: Member) -> Direction:
+        """One step for a stack; nothing waits for the choice of I."""
+        assert w.grad is not None
+        B, G, D, r = w.state["momentum_buffer"], w.grad, self.cosines, rank_of(self.rank, w.m)
+        M = B.to(G.dtype).add_(G)  # (K, m, n), the buffer itself where dtypes agree
+        S = D.transform(M)  # (K, m, n)
+        index = D.choose(S, r, sums=w.sums)  # (K, r), ascending
+        A = take_rows(S, index)  # (K, r, n)
+        del S  # before the iteration needs room
+        P = D.columns(index, w.m, G.dtype)  # (K, m, r)
+        _subtract_(M, P, A, 1 - self.momentum)
+        if M is not B:
+            B.copy_(M)
+        sides = (w.n, w.m) if w.turned else (w.m, w.n)
+        return w.step(Factored(P, self.orthogonalize(A)), scale=self.ratio(*sides, r))
+
+    def orthogonalize(self, A: Tensor) -> Tensor:
+        """The polar factor of every matrix of A (K, r, n); that of D_I A is D_I times it."""
+        steps, coefficients = self.ns_steps, self.ns_coefficients
+        return polar_factor(A, self.polar, steps=steps, coefficients=coefficients, eps=self.eps)
+
+    def ratio(self, rows: int, columns: int, r: int) -> float:
+        """What multiplies lr in the update of a weight, never in its decay."""
+        name = self.adjust_lr_fn
+        if name == "match_rms_adamw":
+            return 0.2 * math.sqrt(rows * columns / r)  # an exact factor has Frobenius norm sqrt(r)
+        if name == "kimi":
+            return 0.2 * math.sqrt(max(rows, columns))
+        shape = {"none": 1.0, "dion": rows / columns, "kj": max(1.0, rows / columns)}[name]
+        return math.sqrt(shape)
+
+
+def _subtract_(M: Tensor, P: Tensor, A: Tensor, share: float) -> None:
+    """M <- M - share P A in place, along the memory of M."""
+    if M.stride(-1) != 1 and M.stride(-2) == 1:
+        add_product_(M.mT, A.mT, P.mT, alpha=-share)
+    else:
+        add_product_(M, P, A, alpha=-share)
+
+
+class Trion(StackedOptimizer):
+    """Trion: orthogonalised momentum of rank r, in cosines chosen anew at every step.
+
+    For each matrix W with gradient G (m x n, turned so that m <= n; a square is turned)::
+
+        M <- M + G
+        S  = D^T M;  I = the r rows of S with the largest norm, A = S[I]      r x n
+        M <- M - (1 - momentum) D_I A          what was chosen decays, the rest is kept whole
+        O  = polar(A)                          D_I O is the polar factor of D_I A
+        W <- (1 - lr * weight_decay) W - lr * ratio * D_I O
+
+    Source: *FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large
+    Language Models*, arXiv 2505.17967; Dion, arXiv 2504.05295.
+
+    Args:
+        params: A module, (named) parameters or groups; see :class:`StackedOptimizer`. Groups with
+            ``use_muon`` work as they are.
+        lr: Learning rate (default: 1e-3); AdamW's carries over.
+        momentum: What chosen coefficients keep per step (default: 0.95).
+        weight_decay: Decoupled weight decay (default: 0).
+        rank: r, a count or a fraction of the shorter side (default: 0.25).
+        adjust_lr_fn: ratio for R rows and C columns: ``"match_rms_adamw"`` (default)
+            0.2 sqrt(R C / r), so that an exact factor of rank r moves W by RMS 0.2 lr; ``"dion"``
+            sqrt(R / C); ``"kj"`` sqrt(max(1, R / C)); ``"kimi"`` 0.2 sqrt(max(R, C)); ``"none"`` 1.
+        norm: Score of a row of S: ``"l1"`` (default, as published) or ``"l2"``, which captures the
+            most of M, at least the share r / m.
+        basis: ``"dct2"`` (default), the transform of a row is its DCT-II; ``"dct3"``, its inverse,
+            as in the published product path.
+        polar: As in :class:`Muon`, here ``"ns5"`` by default, as published.
+        ns_steps: Iterations of a polynomial method; None: its own number.
+        ns_coefficients: One triple (a, b, c), or one for each step; None: the method's own.
+        eps: Smallest norm to divide by (default: 1e-7).
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    State: ``momentum_buffer`` (like W, float32) and ``step``; neither indices nor a basis. One D
+    (m x m) per shorter side is kept for all matrices. Peak temporary memory: S (m x n) and P, A, or
+    with S gone six matrices r x n.
+
+    What it is not: near an SVD on any gradient. Cosines capture as much as singular vectors only
+    where neighbouring rows are alike; else no more than other fixed vectors, and what they miss
+    waits in M, without decay, until it is the largest. The time depends on the rank once the
+    iteration outweighs the transform. ``"ns5"`` leaves singular values between 0.7 and 1.2.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import Trion
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> optimizer = Trion(model, lr=1e-3, rank=2)
+        >>> model(torch.ones(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    _reference_key = "use_muon"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        rank: int | float = 0.25,
+        adjust_lr_fn: str = "match_rms_adamw",
+        norm: str = "l1",
+        basis: str = "dct2",
+        polar: str = "ns5",
+        ns_steps: int | None = None,
+        ns_coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        eps: float = 1e-7,
+        **options: Unpack[Common],
+    ) -> None:
+        rule = TrionRule(
+            momentum, rank, adjust_lr_fn, norm, basis, polar, ns_steps, ns_coefficients, eps
+        )
+        super().__init__(params, rule, lr, weight_decay, **options)
