@@ -1,0 +1,210 @@
+"""AuON: momentum of unit norm, if wanted after a Newton-Schulz step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import polar_factor
+from .base import StackedOptimizer
+from .lowrank import check_known
+from .moments import ema, nesterov
+from .powers import Series, Whole, along_memory, in_panels, measured, slabs, terms_for, wide
+from .rule import Direction, Member, Rule, Scaled, Slot, check
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .groups import Common
+
+ADJUST_LR_FNS = ("match_rms_adamw", "aspect", "none")
+TINY, TINY_R = 1e-7, 1e-8  # added to norms, and to r, where they divide
+BOUND = 1.21  # of the singular values of Y: the quintic is below it on [0, BOUND]
+
+
+@dataclass(frozen=True)
+class AuONRule(Rule):
+    """M <- mu M + (1-mu) G; V = (1-mu) G + mu M; step along V / |V| / rms(cosh(V / |V|))."""
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    variant: str = "paper"
+    gamma: float | None = None
+    ns_steps: int = 0
+    adjust_lr_fn: str = "match_rms_adamw"
+    init_norm: str = "fro"
+
+    def __post_init__(self) -> None:
+        check(0.0 <= self.momentum <= 1.0, f"momentum must be in [0, 1], got {self.momentum}")
+        check(
+            self.gamma is None or 0.0 < self.gamma <= 8.0,
+            f"gamma must be None or in (0, 8], got {self.gamma}",
+        )
+        check(
+            isinstance(self.ns_steps, int) and 0 <= self.ns_steps < 100,
+            f"ns_steps must be an int from 0 to 99, got {self.ns_steps!r}",
+        )
+        check_known(
+            self,
+            variant=("paper", "repo2026"),
+            adjust_lr_fn=ADJUST_LR_FNS,
+            init_norm=("fro", "spectral-bound"),
+        )
+        check(
+            self.init_norm == "fro" or self.ns_steps > 0,
+            "init_norm is what Newton-Schulz starts from; it needs ns_steps=1 or more",
+        )
+
+    @property
+    def curve(self) -> float:
+        """What multiplies the argument of cosh."""
+        return self.gamma or (1.0 if self.variant == "paper" else 1.5)
+
+    def state(self, m: int, n: int) -> dict[str, Slot]:
+        """The buffer."""
+        return {"momentum_buffer": Slot("mn")}
+
+    def update(self, w: Member) -> Direction:
+        """One step for a stack; nothing is asked of the device, a zero V gives a zero step."""
+        assert w.grad is not None
+        if self.ns_steps:
+            return self.hybrid(w)
+        mu, B, G = self.momentum, w.state["momentum_buffer"], w.grad
+        M = B.to(G.dtype)  # (K, m, n), the buffer itself where dtypes agree
+        V: Whole | Series  # V itself, or its panels, which are gone when they are measured
+        if in_panels(G):
+            pairs = zip(along_memory(M), G if along_memory(M) is M else G.mT, strict=True)
+            terms = terms_for(w.m * w.n, self.curve)
+            V = Series((self.blended(b, g) for b, g in pairs), terms)
+        else:
+            V = Whole(self.blend(M, G))
+        if M is not B:
+            B.copy_(M)
+        size = V.norm(w.sums) + TINY
+        by = 1.0 / (self.rms(V.sinh_squares(self.curve / size, w.sums), w) + TINY_R)
+        if self.variant == "paper":  # the other variant divides V itself by rms(cosh)
+            by = by * self.ratio(w.m, w.n) / size
+        if not self.nesterov:
+            return w.step(Scaled(M, by.to(M.dtype)))
+        share = (by * (1 - mu)).to(M.dtype), (by * mu).to(M.dtype)
+        return w.step(Scaled(G, share[0]), Scaled(M, share[1]))
+
+    def hybrid(self, w: Member) -> Direction:
+        """The same with Newton-Schulz steps on V / |V|, which need V whole."""
+        assert w.grad is not None
+        B = w.state["momentum_buffer"]
+        M = B.to(w.grad.dtype)
+        V = self.blend(M, w.grad)  # (K, m, n)
+        if M is not B:
+            B.copy_(M)
+        half = (measured(V, 1).norm(w.sums) + TINY).rsqrt().to(V.dtype)
+        X = V.mul_(half) if self.nesterov else V * half  # then again, since 1 / |V| may vanish
+        del V
+        Y = w.sums.whole(self.whiten, X.mul_(half))
+        del X
+        paper, many = self.variant == "paper", min(w.m, w.n)
+        if paper and self.adjust_lr_fn == "match_rms_adamw":  # rms(cosh) would cancel
+            by = self.ratio(w.m, w.n) / (measured(Y, 1).norm(w.sums) + TINY)
+        elif paper:
+            sizes = measured(Y, terms_for(w.m * w.n, BOUND * self.curve, many))
+            c = torch.full_like(wide(Y[:, :1, :1]), self.curve)
+            by = self.ratio(w.m, w.n) / (self.rms(sizes.sinh_squares(c, w.sums), w) + TINY_R)
+        else:
+            sizes = measured(Y, terms_for(w.m * w.n, self.curve))
+            c = self.curve / (sizes.norm(w.sums) + TINY)
+            by = 1.0 / (self.rms(sizes.sinh_squares(c, w.sums), w) + TINY_R)
+        return w.step(Scaled(Y, by.to(Y.dtype)))
+
+    def blend(self, M: Tensor, G: Tensor) -> Tensor:
+        """Moves M and gives V, both (K, m, n)."""
+        ema(M, G, self.momentum)
+        return nesterov(G, M, self.momentum) if self.nesterov else M
+
+    def blended(self, M: Tensor, G: Tensor) -> Iterator[Tensor]:
+        """The same for one matrix (m, n), a panel of rows at a time; all are one buffer."""
+        V = None
+        for i in slabs(*M.shape):
+            m, g = M[i].lerp_(G[i], 1 - self.momentum), G[i]
+            if self.nesterov:
+                V = torch.empty_like(m) if V is None else V[: len(m)]
+                yield torch.lerp(g, m, self.momentum, out=V)
+            else:
+                yield m
+
+    def whiten(self, X: Tensor) -> Tensor:
+        """Newton-Schulz on X (K, m, n) of norm 1 at most, which eps=1 leaves as it is."""
+        norm = "frobenius" if self.init_norm == "fro" else "rowsum"
+        return polar_factor(X, "ns5", steps=self.ns_steps, eps=1.0, norm=norm)
+
+    def rms(self, sinh_squares: Tensor, w: Member) -> Tensor:
+        """The root mean square of cosh, from cosh^2 = 1 + sinh^2 so that no digit is lost."""
+        return (1.0 + sinh_squares / (w.m * w.n)).sqrt()
+
+    def ratio(self, m: int, n: int) -> float:
+        """What multiplies lr in the update, never in the decay."""
+        if self.adjust_lr_fn == "match_rms_adamw":
+            return 0.2 * math.sqrt(m * n)
+        return math.sqrt(max(1.0, m / n)) if self.adjust_lr_fn == "aspect" else 1.0
+
+
+class AuON(StackedOptimizer):
+    """AuON: Nesterov momentum divided by its own norm; its hybrid whitens it a little first.
+
+    For each matrix W (m x n) with gradient G, N = m n::
+
+        M <- momentum M + (1 - momentum) G
+        V  = (1 - momentum) G + momentum M  if nesterov else  M;   X = V / (|V|_F + 1e-7)
+        r  = sqrt(mean(cosh(gamma X)^2))                       U = X / (r + 1e-8)
+        W <- (1 - lr * weight_decay) W - lr * s * U            s = 0.2 sqrt(N), so RMS 0.2 / r
+        hybrid: Y = ns_steps Newton-Schulz steps on X, r of Y, U = Y / r;  s = 0.2 sqrt(N) / |U|_F
+
+    Source: *AuON: A Linear-time Alternative to Semi-Orthogonal Momentum Updates*, arXiv 2509.24320.
+
+    Args:
+        params: A module, (named) parameters or groups; see :class:`StackedOptimizer`.
+        lr: Learning rate (default: 1e-3); AdamW's carries over.
+        momentum: Decay of the momentum average (default: 0.95).
+        nesterov: Look ahead by one gradient (default: True).
+        weight_decay: Decoupled weight decay (default: 0).
+        variant: ``"paper"`` (default) as above; ``"repo2026"``, the later published code:
+            U = V / r, without a norm and without s, and in the hybrid r of Y / |Y|_F.
+        gamma: Inside cosh; None (default): 1, for ``"repo2026"`` 1.5.
+        ns_steps: 0 (default), or the steps of the hybrid; the paper's has 1.
+        adjust_lr_fn: s: ``"match_rms_adamw"`` (default), ``"aspect"`` sqrt(max(1, m / n)) as
+            published, ``"none"`` 1. ``"repo2026"`` has none.
+        init_norm: What the hybrid divides V by before the steps: ``"fro"`` (default) its norm, as
+            published, or ``"spectral-bound"`` the smaller ||V V^T||_inf^(1/2), still no singular
+            value, so that one step acts where it bends.
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    State: ``momentum_buffer`` (like W, float32) and ``step``. Peak temporary memory: panels, for
+    small matrices three of their stack; of the hybrid five matrices.
+
+    What it is not: a reconditioning. r is between 1 and 1 + gamma^2 / N or so, exactly 1 in float32
+    for a large layer, so plain AuON is momentum SGD with one step length per matrix: the direction,
+    singular vectors and condition number of V. In its author's tables it loses to AdamW on
+    language. ``"repo2026"`` is not even normalised: its step grows with the loss. The hybrid's
+    step is nearly linear too where |V|_F is far above the largest singular value.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import AuON
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> optimizer = AuON(model, lr=1e-3, ns_steps=1)
+        >>> model(torch.ones(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0.95, nesterov: bool = True,
+        weight_decay: float = 0.0, variant: str = "paper", gamma: float | None = None,
+        ns_steps: int = 0, adjust_lr_fn: str = "match_rms_adamw", init_norm: str = "fro",
+        **options: Unpack[Common],
+    ) -> None:  # fmt: skip
+        rule = AuONRule(momentum, nesterov, variant, gamma, ns_steps, adjust_lr_fn, init_norm)
+        super().__init__(params, rule, lr, weight_decay, **options)
