@@ -1,0 +1,208 @@
+"""ARO: momentum in a rotated frame, where a cheap map of rows, columns or entries is applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import equal_rows, left_basis, product, sinkhorn
+from .base import StackedOptimizer
+from .frames import FrameRule, check_counts, check_decays
+from .lowrank import check_known
+from .moments import column_squares, ema, nesterov, total
+from .rule import Dense, Direction, Factored, Member, Slot, check
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .groups import Common
+
+BASES = ("sinkhorn", "row_norm", "sign", "adam")
+
+
+@dataclass(frozen=True)
+class ARORule(FrameRule):
+    """A = sum of M f(R^T M)^T over the unit; R <- Q factor of A; each W along R f(R^T M)."""
+
+    momentum: float = 0.95
+    base: str = "sinkhorn"
+    rms_target: float | None = 0.2
+    nesterov: bool = False
+    iterations: int = 5
+    beta2: float = 0.95
+    eps: float = 1e-8
+    adjust_lr_fn: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known(self, base=BASES, adjust_lr_fn=(None, "match_rms_adamw"))
+        check_decays(self, "momentum", "beta2")
+        check_counts(self, "iterations")
+        check(0.0 <= self.eps, f"Invalid epsilon value: {self.eps}")
+        target = self.rms_target
+        check(target is None or target > 0, f"rms_target must be positive or None, got {target}")
+        check(
+            target is None or self.adjust_lr_fn is None,
+            "rms_target scales the update already; set it to None to use adjust_lr_fn",
+        )
+
+    def tensors(self, first: bool) -> dict[str, Slot]:
+        """Adam's second moment lives in the rotated frame and is not turned with it."""
+        return super().tensors(first) | ({"exp_avg_sq": Slot("mn")} if self.base == "adam" else {})
+
+    def update(self, *members: Member) -> Iterator[Direction]:
+        """One step for a stack of units; a member without a gradient sits out."""
+        ws = [w for w in members if w.grad is not None]
+        Ms = [self.moved(w) for w in ws]  # (K, m, n) each
+        check(len({*map(len, Ms)}) == 1, "weights that share a rotation differ in stacks; set view")
+        R = None if self.rotation == "none" else self.turned(members[0], ws, Ms)  # (K, m, m)
+        for w, M in zip(ws, Ms, strict=True):
+            F = self.mapped(w, M if R is None else w.sums.rows(product(R.mT, M)), keep=True)
+            if self.rms_target is not None:  # the mean square of R F is that of F
+                mean = w.sums.both(total(column_squares(F))).div_(w.m * w.n)
+                F.mul_(torch.where(mean > 0, self.rms_target * mean.rsqrt(), 0.0))
+            scale = 0.2 * math.sqrt(max(w.m, w.n)) if self.adjust_lr_fn else 1.0
+            yield w.step(Dense(F) if R is None else Factored(R, F), scale=scale)
+
+    def moved(self, w: Member) -> Tensor:
+        """M (K, m, n)."""
+        assert w.grad is not None
+        M = ema(w.state["momentum_buffer"], w.grad, self.momentum)
+        return nesterov(w.grad, M, self.momentum) if self.nesterov else M
+
+    def turned(self, first: Member, ws: Sequence[Member], Ms: Sequence[Tensor]) -> Tensor:
+        """The rotation R (K, m, m) of this step, found anew if that is due."""
+        stored = first.state["rotation"]
+        R = stored.to(Ms[0].dtype)
+        if self.init == "svd" and first.t == 1:
+            R = first.sums.once(left_basis, torch.cat(list(Ms), -1))
+        if self.gram_beta is not None:  # averaged in every step
+            Gs = [w.grad for w in ws if w.grad is not None]
+            A = ema(first.state["gram"], _summed(ws, Gs), self.gram_beta)
+        if self.due_now(first):
+            if self.rotation == "eigh":
+                A = A if self.gram_beta is not None else _summed(ws, Ms)
+            else:
+                Xs = (w.sums.rows(product(R.mT, M)) for w, M in zip(ws, Ms, strict=True))
+                A = _summed(ws, Ms, map(self.mapped, ws, Xs))
+            R = first.sums.once(self.next_rotation, A, R)
+        if R is not stored:
+            stored.copy_(R)
+        return R
+
+    def mapped(self, w: Member, X: Tensor, keep: bool = False) -> Tensor:
+        """F = f(X) (K, m, n), a new tensor; `keep` stores the second moment that saw X."""
+        if self.base != "adam":
+            if self.base == "sinkhorn":
+                return w.sums.whole(partial(sinkhorn, iterations=self.iterations), X)
+            return w.sums.whole(torch.sign if self.base == "sign" else equal_rows, X)
+        stored = w.state["exp_avg_sq"]
+        V = stored.to(X.dtype, copy=not keep).mul_(self.beta2)
+        V.add_((X * X).mul_(1 - self.beta2))  # addcmul_ rounds by layout, stacks would differ
+        if keep and V is not stored:
+            stored.copy_(V)
+        return X / V.sqrt().add_(self.eps)
+
+
+def _summed(ws: Sequence[Member], Ms: Sequence[Tensor], Fs: Iterable[Tensor] = ()) -> Tensor:
+    """The sum of M F^T (K, m, m) over the members; F is M if it is not given."""
+    parts = (w.sums.cols(product(M, F.mT)) for w, M, F in zip(ws, Ms, Fs or Ms, strict=True))
+    return reduce(Tensor.add_, parts)
+
+
+class ARO(StackedOptimizer):
+    """ARO: a cheap map in a rotated frame, which the map itself turns.
+
+    For each matrix W with gradient G (m x n, turned so that the side to rotate is on the rows)::
+
+        M <- M + (1 - momentum) (G - M)
+        A  = M f(R^T M)^T                     m x m: how the mapped momentum lies to the momentum
+        R <- Q factor of A                    with a positive diagonal; the identity at first
+        D  = R f(R^T M), scaled to RMS 0.2    f: rows and columns to equal norms in turn
+        W <- (1 - lr * weight_decay) W - lr * D
+
+    Sources: *ARO: A New Lens On Matrix Optimization For Large Models*, arXiv 2602.09006, known from
+    summaries: the idea, A and R, ``"adam"``, the RMS, sharing, sides. Maps, momentum and the order
+    of steps are those of a third-party implementation (``microsoft/dion``), whose recorded steps
+    are tested; Sinkhorn, arXiv 2502.06742. Relative clamps, what a singular A leaves open, ``init``
+    and ``gram_beta`` are additions.
+
+    Args:
+        params: A module, (named) parameters or groups; see :class:`StackedOptimizer`.
+        lr: Learning rate (default: 1e-3); AdamW's carries over.
+        momentum: Decay of the momentum average (default: 0.95).
+        weight_decay: Decoupled weight decay (default: 0.1).
+        base: f: ``"sinkhorn"`` (default); ``"row_norm"``, rows to norm sqrt(n); ``"sign"``;
+            ``"adam"``, X / (sqrt(V) + eps) with the running average V of X * X.
+        rotation: ``"qr"`` (default); ``"polar"``, the orthogonal factor of A; ``"eigh"``,
+            eigenvectors of M M^T; ``"none"``, R = I. ``"eigh"`` and ``"polar"`` wait for a device.
+        rotation_every: Updates between two rotations (default: 1).
+        rotation_sharing: ``"per_param"`` (default); ``"chain"``, one rotation for every ``layer``
+            consecutive weights of a group, by the sum of their A; ``"global"``, one for a group.
+        rms_target: Root mean square of D (default: 0.2); None: as f leaves it, 1 for most.
+        layer: Weights of a chain (default: 1).
+        side: Which side of a weight is rotated: ``"rows"``, ``"cols"`` or ``"auto"`` (default),
+            the shorter one, or the one that all weights of a unit have; ties: rows. Best is the
+            residual stream: ``"rows"`` for what writes to it, ``"cols"`` for what reads it
+            (nn.Linear). Shared rotations take a list, one side per weight.
+        nesterov: Look ahead by one gradient (default: False).
+        init: First R: ``"identity"`` (default) or ``"svd"``, left singular vectors of the first M.
+        iterations: Rounds of ``"sinkhorn"`` (default: 5).
+        beta2: Decay of V (default: 0.95).
+        eps: Added to sqrt(V) (default: 1e-8).
+        gram_beta: With ``"eigh"``, decay of an average of G G^T to take, not M M^T (default: None).
+        adjust_lr_fn: With ``rms_target=None``: ``"match_rms_adamw"`` multiplies D by
+            0.2 sqrt(max(m, n)), as published for maps of another scale; None (default): by 1.
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    State: ``momentum_buffer`` (like W), ``rotation`` (m x m; with the first weight that shares it),
+    for ``"adam"`` ``exp_avg_sq`` (like W, in the rotated frame), with ``gram_beta`` ``gram``
+    (m x m), and ``step``; float32. Peak temporary memory: two m x n and three m x m matrices.
+
+    What it is not: ascent. On a steady M ``"polar"`` never lowers <M, D> for an exact f (not
+    ``"adam"``), ``"qr"`` often does; with ``"row_norm"`` it tends to singular vectors, where <M, D>
+    is smallest and ARO is Muon. Savings over AdamW and Muon were not reproduced. A side m > n
+    leaves R open in m - n directions, in which it stays as it was, up to rounding.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import ARO
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> optimizer = ARO(model, lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        base: str = "sinkhorn",
+        rotation: str = "qr",
+        rotation_every: int = 1,
+        rotation_sharing: str = "per_param",
+        rms_target: float | None = 0.2,
+        layer: int = 1,
+        side: str | Sequence[str] = "auto",
+        nesterov: bool = False,
+        init: str = "identity",
+        iterations: int = 5,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        gram_beta: float | None = None,
+        adjust_lr_fn: str | None = None,
+        **options: Unpack[Common],
+    ) -> None:
+        rule = ARORule(
+            rotation, rotation_every, rotation_sharing, layer, side, init, gram_beta, momentum,
+            base, rms_target, nesterov, iterations, beta2, eps, adjust_lr_fn,
+        )  # fmt: skip
+        super().__init__(params, rule, lr, weight_decay, **options)
