@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ..kernels import product
+from .rule import Sums
 
 __all__ = [
     "CARRY_POLICIES",
     "Change",
     "Match",
     "Turn",
+    "accumulate",
     "adam",
     "adam_reference",
     "bias_correction",
@@ -27,8 +29,12 @@ __all__ = [
     "check_policy",
     "column_squares",
     "ema",
+    "entry_correction",
     "growth_limit",
+    "heavy_tail_schedule",
     "nesterov",
+    "row_correction",
+    "spike_factor",
     "total",
 ]
 
@@ -250,8 +256,10 @@ class Match(Change):
 
     def turn(self, X: Tensor) -> Tensor:
         """Rows of X (K, r, ...) of any dtype in their new places, zeros where an index enters."""
-        source = self.source.unsqueeze(-1)
-        return X.take_along_dim(source.clamp(min=0), -2).masked_fill_(source < 0, 0)
+        at, gone = self.source.clamp(min=0), (self.source < 0).unsqueeze(-1)
+        if len(X) == 1:  # rows are copied whole
+            return X[0].index_select(0, at[0]).unsqueeze(0).masked_fill_(gone, 0)
+        return X.gather(-2, at.unsqueeze(-1).expand(-1, -1, X.shape[-1])).masked_fill_(gone, 0)
 
     def turn_squares(self, X: Tensor) -> Tensor:
         """See :class:`Change`; the same as ``turn``."""
@@ -341,6 +349,14 @@ def nesterov(grad: Tensor, buffer: Tensor, momentum: float) -> Tensor:
     return grad.lerp(buffer, momentum)
 
 
+def accumulate(buffer: Tensor, grad: Tensor, momentum: float) -> Tensor:
+    """C <- momentum C + G, the classical sum, in place; otherwise as :func:`ema`."""
+    moved = buffer.to(grad.dtype).mul_(momentum).add_(grad)
+    if moved is not buffer:
+        buffer.copy_(moved)
+    return moved
+
+
 def column_squares(X: Tensor) -> Tensor:
     """Sum of the squares of every column, without a copy of X: panels along the memory.
 
@@ -406,3 +422,106 @@ def growth_limit(
     L = (norm / (last + 1e-8)).div_(gamma).clamp_(min=1.0).masked_fill_(absent, 1.0)
     stored.copy_(torch.where(good, norm / L, last))
     return L.masked_fill_(~good, math.inf)
+
+
+def spike_factor(norm: Tensor, stored: Tensor, ratio: float, beta: float = 0.9) -> Tensor:
+    """What a gradient is multiplied by so that its norm is at most ratio times their average.
+
+    Args:
+        norm: (K, 1, 1) norms of this step.
+        stored: (K, 1, 1) the average of the limited norms, changed in place; 0: none yet. A norm
+            that is not finite is not stored.
+        ratio: Above 1.
+        beta: Decay of the average.
+
+    Returns:
+        (K, 1, 1), at most 1.
+    """
+    last = stored.to(norm.dtype)
+    seen, limit = last > 0, ratio * last
+    kept = torch.where(seen, torch.minimum(norm, limit), norm)
+    moved = torch.where(seen, last.lerp(kept, 1 - beta), kept)
+    stored.copy_(torch.where(kept.isfinite(), moved, last))
+    return torch.where(seen & (norm > limit), limit / norm, 1.0)
+
+
+def heavy_tail_schedule(T: int, alpha: float | None = None) -> tuple[float, float]:
+    """Learning rate multiplier and momentum for T steps of gradients with heavy-tailed noise.
+
+    Of noise only the moment E ||noise||^alpha is finite, 1 < alpha <= 2. What balances the drift,
+    bias and noise terms lr / (1 - mu) + (1 - mu)^((alpha - 1) / alpha) + 1 / (lr T) is
+
+        1 - mu = T^(-alpha / (3 alpha - 2)),    lr ~ T^(-(2 alpha - 1) / (3 alpha - 2)).
+
+    The balance is our own, the rate T^(-(alpha - 1) / (3 alpha - 2)) that of arXiv 2605.06884.
+
+    Args:
+        T: Number of steps, at least 1.
+        alpha: The moment; None: not known, then the exponents are 1/2 and 3/4, which are those of
+            alpha = 2, at the rate T^(-(alpha - 1) / (2 alpha)).
+
+    Returns:
+        (what the learning rate is multiplied by, momentum).
+
+    Raises:
+        ValueError: T or alpha is out of range.
+    """
+    if T < 1:
+        raise ValueError(f"T must be at least 1, got {T}")
+    if alpha is None:
+        alpha = 2.0
+    if not 1.0 < alpha <= 2.0:
+        raise ValueError(f"alpha must lie in (1, 2], got {alpha}: pass None if it is not known")
+    d = 3 * alpha - 2
+    return T ** (-(2 * alpha - 1) / d), 1 - T ** (-alpha / d)
+
+
+def row_correction(
+    O: Tensor, second_moment: Tensor, beta2: float, sums: Sums, n: int, eps: float = 1e-10
+) -> Tensor:
+    """NorMuon's: rows of O divided by their own running size, ||O||_F kept.
+
+    v <- beta2 v + (1 - beta2) mean over columns of O*O; O' = O / (sqrt(v) + eps), then scaled to
+    the norm of O. A bias of v is one factor for all rows, so it cancels. Both norms come from the
+    squares of the rows of O. Source: NorMuon, arXiv 2510.05491.
+
+    Args:
+        O: (K, m, n), not changed.
+        second_moment: v, (K, m, 1), changed in place.
+        beta2: Decay of v.
+        sums: Sums over the weight's indices.
+        n: Columns of the whole weight.
+        eps: Added to the root and to the norm of O'.
+
+    Returns:
+        (K, m, 1), by which the rows of O are multiplied.
+    """
+    squares = sums.cols(column_squares(O.mT).mT)
+    by = ema(second_moment, squares / n, beta2).sqrt().add(eps).reciprocal()
+    old, new = (sums.rows(total(x.mT)).sqrt() for x in (squares, squares * by * by))
+    return by * (old / (new + eps))
+
+
+def entry_correction(
+    O: Tensor, second_moment: Tensor, beta2: float, sums: Sums, norm: float, eps: float = 1e-8
+) -> tuple[Tensor, Tensor]:
+    """AdaMuon's: entries of O divided by their own running size, then scaled to a given norm.
+
+    V <- beta2 V + (1 - beta2) O*O; O' = O / (sqrt(V) + eps), without bias correction, which would
+    cancel. Source: AdaMuon, arXiv 2507.11005.
+
+    Args:
+        O: (K, m, n), not changed.
+        second_moment: V, (K, m, n), changed in place.
+        beta2: Decay of V.
+        sums: Sums over the weight's indices.
+        norm: The Frobenius norm to scale to.
+        eps: Added to the root and to the norm of O'.
+
+    Returns:
+        O' (K, m, n), a new tensor, and what it is to be multiplied by, (K, 1, 1).
+    """
+    V = ema(second_moment, O.square(), beta2)
+    scaled = O / V.sqrt().add_(eps)
+    size = sums.both(total(column_squares(scaled))).sqrt()
+    return scaled, norm / (size + eps)

@@ -46,12 +46,16 @@ class Draws:
     indices: tuple[int, ...]
     t: int
 
-    def generator(self, k: int) -> torch.Generator:
-        """A new CPU generator for matrix k of the stack."""
+    def key(self, k: int) -> int:
+        """64 random bits for matrix k of the stack."""
         key = self.seed
         for part in (self.indices[k], self.t):
             key = splitmix64(key) ^ part
-        return torch.Generator().manual_seed(splitmix64(key) % 2**63)
+        return splitmix64(key)
+
+    def generator(self, k: int) -> torch.Generator:
+        """A new CPU generator for matrix k of the stack."""
+        return torch.Generator().manual_seed(self.key(k) % 2**63)
 
     def gaussian(self, k: int, G: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
         """Independent normal matrices of these shapes, fp32 draws in the work dtype of G."""

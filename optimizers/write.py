@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .rule import Dense, Direction, Factored, Term, check
+from .rule import Dense, Direction, Term, check
 
 PANEL = 2**17
 """Elements of a row panel on CPU: the passes of one write then meet in the cache."""
@@ -35,7 +35,7 @@ def write_(
     terms = list(step.terms)
     if step.cap is not None:
         terms = _capped(W, terms, step.cap, lr, step.scale)
-    alpha, keep = -step.scale, 1.0 - lr * weight_decay
+    alpha, keep = -step.scale, 1.0 - lr**step.decay_power * weight_decay
     if isinstance(lr, Tensor):
         terms = [term.scaled(lr.to(W.device)) for term in terms]
     else:
@@ -50,7 +50,7 @@ def write_(
         # panels must run along the memory: write the turned weight turned back
         W, terms = W.mT, [term.mT for term in terms]
         keep = keep.mT if isinstance(keep, Tensor) and keep.dim() > 1 else keep
-    terms.sort(key=lambda term: not isinstance(term, Factored))
+    terms.sort(key=lambda term: not term.fused)
     _write_panels(W, terms, alpha, keep, step.decay_last)
 
 
@@ -88,8 +88,8 @@ def _write_panels(
     same = all(isinstance(term, Dense) and term.U.dtype == W.dtype for term in terms)
     low = W.dtype in LOW and not same
     keep_first, keep_last = (1.0, keep) if decay_last else (keep, 1.0)
-    if not low and terms and isinstance(terms[0], Factored) and not isinstance(keep_first, Tensor):
-        # one product over the whole matrix, with the decay inside
+    if not low and terms and terms[0].fused and not isinstance(keep_first, Tensor):
+        # in one go over the whole matrix, with the decay inside
         for k in range(W.shape[0]) if W.shape[0] * W[0].numel() > PANEL else [slice(None)]:
             ks = slice(k, k + 1) if isinstance(k, int) else k
             terms[0].write_(W[ks], ks, slice(None), keep_first, alpha)

@@ -54,7 +54,7 @@ def one_thread():
 
 ALL = [*METHODS, "auto"]
 EXACT = ["svd", "eigh", "qdwh"]
-NORMS = ["frobenius", "schatten4", "aol", "power:4"]
+NORMS = ["frobenius", "schatten4", "rowsum", "aol", "power:4"]
 POLYNOMIALS = [name for name in METHODS if METHODS[name].schedule]
 EQUIVARIANT = [name for name in METHODS if name != "turbo"]
 SHAPES = [(48, 80), (80, 48), (33, 17), (17, 33), (24, 24), (1, 7), (7, 1), (130, 140)]
@@ -601,6 +601,8 @@ def test_norms_match_the_naive_loop(method, norm):
     X, factor = M, entry.margin  # what newton_schulz multiplies the Frobenius norm by
     if norm == "schatten4":
         factor *= schatten4(M) / float(M.norm())
+    elif norm == "rowsum":
+        factor *= float((M @ M.mT).abs().sum(-1).max().sqrt() / M.norm())
     elif norm == "aol":
         X = row_scaled(M)
         factor /= float(X.norm())
@@ -672,6 +674,7 @@ def test_a_sharper_norm_raises_small_singular_values():
     M = with_spectrum(torch.cat([torch.ones(95), torch.tensor([1e-3])]), 96, 128)
     least = {norm: float(torch.linalg.svdvals(polar_factor(M, norm=norm))[-1]) for norm in NORMS}
     assert least["frobenius"] < 0.06 and min(least["schatten4"], least["power:4"]) > 0.13
+    assert least["rowsum"] > least["frobenius"]
 
 
 def true_bounds(M: torch.Tensor) -> tuple[float, float]:
@@ -875,7 +878,7 @@ def test_given_coefficients():
         ({"method": "qdwh", "l": 0.0}, "l=0.0 must be a float in [1e-40, 1]"),
         ({"method": "qdwh", "l": 1}, "l=1 must be a float in [1e-40, 1]"),
         ({"method": "qdwh", "norm": "aol"}, "option 'norm' is unknown to method='qdwh'"),
-        ({"norm": "nuclear"}, "norm='nuclear' is unknown: pass frobenius, schatten4, aol or"),
+        ({"norm": "nuclear"}, "norm='nuclear' is unknown: pass frobenius, schatten4, rowsum"),
         ({"norm": "power:0"}, "norm='power:0' is unknown"),
         ({"norm": "power"}, "norm='power' is unknown"),
         ({"norm": None}, "norm=None is unknown"),
