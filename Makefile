@@ -1,5 +1,5 @@
 # Everything a fresh machine needs: Python 3.10 or newer, and make.
-#   make demo    compare AdamW, Muon and GaLore on a small language model, draw the losses
+#   make demo    compare AdamW, Muon, GaLore and Fira on a small language model, draw the losses
 #   make test    run the whole test suite
 #   make lint    ruff and mypy
 #   make bench   time every optimizer against its limit and its peers
@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test lint bench clean typing FORCE
 
 demo: $(VENV)/.examples
-	$(BIN)/python examples/pretrain.py --compare adamw,muon,galore --out $(OUT)
+	$(BIN)/python examples/pretrain.py --compare adamw,muon,galore,fira --out $(OUT)
 
 test: $(VENV)/.test
 	$(BIN)/pytest -q

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from contests import (
+    FIRAS,
     GALORES,
     LIMITS,
     MUONS,
@@ -42,7 +43,19 @@ from torch import Tensor
 
 from stiefel import optimizers
 from stiefel.kernels import polar_factor, polar_report
-from stiefel.optimizers import Dense, Direction, Member, Muon, Rule, StackedOptimizer
+from stiefel.optimizers import (
+    FRUGAL,
+    AuON,
+    DCTAdamW,
+    Dense,
+    Direction,
+    Fira,
+    Member,
+    Muon,
+    Rule,
+    StackedOptimizer,
+    Trion,
+)
 from stiefel.optimizers.projectors import top_basis
 
 
@@ -115,6 +128,53 @@ def galore_refresh(setting: Setting) -> Iterator[Contest]:
         yield contest
 
 
+# --- Fira ---
+
+
+def fira_step(setting: Setting) -> Iterator[Contest]:
+    """Steps between refreshes."""
+    for model in setting.models("1024x4096 4096x1024", "32x64 64x32"):
+        name, rank = label(model), rank_for(model)
+        ours = partial(Fira, rank=rank, update_proj_gap=NEVER, weight_decay=0.1)
+        contest = Contest(
+            {
+                "ours": partial(Step, ours, model),
+                "GaLore": partial(Step, ours_galore(rank, NEVER), model),
+            }
+        )
+        contest.ratio(f"{name} ours / our GaLore", "ours", "GaLore", 1.20)
+        for other, target in (("fira", 0.50), ("pytorch_optimizer", 0.60)):
+            try:
+                maker, swap = FIRAS[other](rank)
+                contest.competitors[other] = partial(Step, maker, model, swap=swap)
+            except Missing as why:
+                contest.skipped.append(f"{other}: {why}")
+            contest.ratio(f"{name} ours / {other}", "ours", other, target)
+        yield contest
+
+
+# --- DCT-AdamW ---
+
+
+def dct_step(setting: Setting) -> Iterator[Contest]:
+    """Between two choices against our GaLore between two bases; then all that transforms G."""
+    for model in setting.models("1024x4096 4096x1024", "32x64 64x32"):
+        name, rank = label(model), rank_for(model)
+        forms: dict[str, dict[str, Any]] = {
+            "between choices": {"update_proj_gap": NEVER},
+            "choosing at every step": {},
+        }
+        for kind in ("full", "int8", "int4"):
+            forms[f"{kind} feedback"] = {"update_proj_gap": NEVER, "error_feedback": kind}
+        contest = Contest({"GaLore": partial(Step, ours_galore(rank, NEVER), model)})
+        for form, options in forms.items():
+            make = partial(DCTAdamW, rank=rank, weight_decay=0.1, **options)
+            contest.competitors[form] = partial(Step, make, model)
+            limit = 1.10 if form == "between choices" else None
+            contest.ratio(f"{name} {form} / GaLore between bases", form, "GaLore", limit)
+        yield contest
+
+
 # --- Muon ---
 
 
@@ -143,6 +203,42 @@ def muon_step(setting: Setting) -> Iterator[Contest]:
         yield contest
 
 
+def low_rank_polar(setting: Setting) -> Iterator[Contest]:
+    """The randomized low-rank polar step against the whole one, on one matrix."""
+    for model in setting.models("1024x4096", "32x64"):
+        r = max(1, min(model[0]) // 8)
+        kinds: dict[str, dict[str, Any]] = {
+            "ns5": {"method": "ns5"},
+            "zolo": {"method": "zolo"},
+            "r = m / 8": {"method": "low_rank", "rank": r, "oversample": 0},
+            "r = m / 8 + 10": {"method": "low_rank", "rank": r},
+            "r = m / 8, kaczmarz": {
+                "method": "low_rank", "rank": r, "oversample": 0, "sketch": "kaczmarz"
+            },
+        }  # fmt: skip
+        contest = Contest(
+            {
+                name: partial(
+                    Call, lambda Gs, given=given: [polar_factor(G, **given) for G in Gs], model
+                )
+                for name, given in kinds.items()
+            }
+        )
+        for name in list(kinds)[1:]:
+            target = 0.12 if name == "r = m / 8" else None
+            contest.ratio(f"{label(model)} {name} / ns5", name, "ns5", target)
+        yield contest
+
+
+def low_rank_quality(setting: Setting) -> Iterator[Figure]:
+    """What a sketch of m / 8 + 10 columns leaves out."""
+    for model in setting.models("512x512", "16x64"):
+        for spectrum, M in spectra(*sorted(model[0])):
+            report = polar_report(M, polar_factor(M, "low_rank"))
+            yield Figure(f"{label(model)}, {spectrum}: d_A", report.alignment_deficit)
+            yield Figure(f"{label(model)}, {spectrum}: ||O||_2", report.operator_norm)
+
+
 def spectra(m: int, n: int) -> Iterator[tuple[str, Tensor]]:
     """Matrices m x n whose singular values fall as gradients' do."""
     generator = torch.Generator().manual_seed(2)
@@ -166,6 +262,87 @@ def muon_quality(setting: Setting) -> Iterator[Figure]:
                 name = f"{m}x{n}, {spectrum}, {method}:"
                 yield Figure(f"{name} d_A", report.alignment_deficit)
                 yield Figure(f"{name} ||O||_2", report.operator_norm)
+
+
+# --- AuON and Trion ---
+
+
+def auon_step(setting: Setting) -> Iterator[Contest]:
+    """AuON against what it amounts to, momentum SGD, and its hybrid against Muon."""
+    for model in setting.models("1024x4096", "32x64"):
+        sgd = partial(
+            torch.optim.SGD, lr=1e-3, momentum=0.95, nesterov=True, weight_decay=0.1, foreach=True
+        )
+        contest = Contest(
+            {
+                "AuON": partial(Step, partial(AuON, weight_decay=0.1), model),
+                "SGD": partial(Step, sgd, model),
+                "hybrid": partial(Step, partial(AuON, weight_decay=0.1, ns_steps=1), model),
+                "Muon, ns5": partial(Step, partial(Muon, weight_decay=0.1, polar="ns5"), model),
+            }
+        )
+        contest.ratio(f"{label(model)} AuON / SGD foreach", "AuON", "SGD", 1.5)
+        contest.ratio(f"{label(model)} hybrid / Muon with ns5", "hybrid", "Muon, ns5", 0.27)
+        yield contest
+
+
+def trion_step(setting: Setting) -> Iterator[Contest]:
+    """A choice of cosines at every step, rank a quarter of the shorter side, against Muon."""
+    for model in setting.models("1024x4096 4096x1024", "32x64"):
+        contest = Contest(
+            {
+                "Trion": partial(Step, partial(Trion, weight_decay=0.1), model),
+                "Muon, ns5": partial(Step, partial(Muon, weight_decay=0.1, polar="ns5"), model),
+            }
+        )
+        contest.ratio(f"{label(model)} Trion / Muon with ns5", "Trion", "Muon, ns5")
+        yield contest
+
+
+# --- FRUGAL ---
+
+
+def frugal_step(setting: Setting) -> Iterator[Contest]:
+    """Steps between two choices of columns, rows or entries, a quarter of them state-full."""
+    for model in setting.models("1024x4096", "32x64"):
+        contest = Contest(
+            {
+                f"AdamW {flag}": partial(
+                    Step, partial(torch.optim.AdamW, weight_decay=0.1, **{flag: True}), model
+                )
+                for flag in ("fused", "foreach")
+            }
+        )
+        for split in ("columns", "rows", "randk"):
+            make = partial(FRUGAL, weight_decay=0.1, split=split, update_gap=NEVER)
+            contest.competitors[split] = partial(Step, make, model)
+            for flag, target in (("fused", 2.2), ("foreach", 0.6)):
+                name = f"{label(model)} {split} / AdamW {flag}"
+                wanted = target if split == "columns" else None
+                contest.ratio(name, split, f"AdamW {flag}", wanted)
+        yield contest
+
+
+# --- ARO ---
+
+
+def aro_step(setting: Setting) -> Iterator[Contest]:
+    """A step with a new rotation, and one without, against Muon's polynomial iteration."""
+    for model in setting.models("512x512 1024x1024", "16x16"):
+        name = label(model)
+        muon = partial(optimizers.Muon, weight_decay=0.1, polar="ns5")
+        contest = Contest(
+            {
+                "ours": partial(Step, optimizers.ARO, model),
+                "ours, rotation kept": partial(
+                    Step, partial(optimizers.ARO, rotation_every=NEVER), model
+                ),
+                "Muon, ns5": partial(Step, muon, model),
+            }
+        )
+        contest.ratio(f"{name} ours / Muon with ns5", "ours", "Muon, ns5", 0.65)
+        contest.ratio(f"{name} rotation kept / Muon with ns5", "ours, rotation kept", "Muon, ns5")
+        yield contest
 
 
 # --- AdamW and overhead ---
@@ -313,8 +490,23 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         **kinds("range power random dct", "two products"),
         **kinds("randk topk", "W += a G"),
     },
-    "Fira": {"": Variant(limit="two products")},
-    "Muon": {"": Variant(limit="Gram and apply", peers=MUONS)},
+    "Fira": {"": Variant(limit="two products", peers=FIRAS)},
+    "DCTAdamW": {
+        "": Variant(limit="two products"),
+        "int8": Variant({"error_feedback": "int8", "moments": "slot"}, "two products"),
+    },
+    "Muon": {
+        "": Variant(limit="Gram and apply", peers=MUONS),
+        "low rank": Variant({"polar": "low_rank"}, "Gram and apply"),
+        "NorMuon": Variant({"second_moment": "normuon"}, "Gram and apply"),
+    },
+    "AuON": {"": Variant(limit="W += a G"), "hybrid": Variant({"ns_steps": 1}, "Gram and apply")},
+    "Trion": {"": Variant(limit="two products")},
+    "ARO": {
+        "": Variant(limit="Gram and apply"),
+        "row norm": Variant({"base": "row_norm"}, "Gram and apply"),
+        "eigh": Variant({"rotation": "eigh"}, "Gram and apply"),
+    },
 }
 """Class name: its variants. A class that is not here takes part once, as it is."""
 GAPS = ("gap", "every", "frequency", "interval")
@@ -488,9 +680,22 @@ CASES: dict[str, Case] = {
     "galore-refresh": Case(
         "a new basis, rank a quarter of the shorter side", galore_refresh, floor=5, seconds=30.0
     ),
+    "fira-step": Case("Fira between refreshes, rank a quarter of the shorter side", fira_step),
+    "dct-step": Case(
+        "DCT-AdamW, rank a quarter of the shorter side", dct_step, seconds=15.0, builds=3
+    ),
     "muon-step": Case(
         "Muon on a transformer's matrices", muon_step, muon_quality, floor=7, seconds=60.0
     ),
+    "low-rank-polar": Case(
+        "randomized low-rank polar step", low_rank_polar, low_rank_quality, seconds=30.0, builds=2
+    ),
+    "frugal-step": Case(
+        "FRUGAL between two splits, density a quarter", frugal_step, seconds=4.0, builds=5
+    ),
+    "auon-step": Case("AuON and its hybrid on one matrix", auon_step, floor=9, seconds=20.0),
+    "trion-step": Case("Trion on one matrix", trion_step, floor=7, seconds=20.0),
+    "aro-step": Case("ARO on squares", aro_step, floor=7, seconds=30.0),
     "adamw-parity": Case(
         "AdamW parameters against torch.optim.AdamW", adamw_parity, seconds=2.0, builds=9
     ),

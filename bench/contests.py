@@ -22,7 +22,7 @@ from stiefel.optimizers import GaLore
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from allocations import AllocationCounter
-from peers import Missing, galore_torch_adamw
+from peers import Missing, fira_adamw, galore_torch_adamw
 
 Shape = tuple[int, ...]
 Model = tuple[Shape, ...]
@@ -359,6 +359,28 @@ def pytorch_optimizer_galore(rank: int, gap: int = NEVER) -> tuple[Maker, Swap]:
     )
 
 
+def published_fira(rank: int, gap: int = NEVER) -> tuple[Maker, Swap]:
+    """fira's AdamW at its README's settings."""
+    cls = fira_adamw()
+    keys = {"rank": rank, "update_proj_gap": gap, "alpha": 1.0, "proj_type": "std"}
+    return (
+        lambda params: cls(
+            [{"params": params, **keys}], weight_decay=0.1, no_deprecation_warning=True
+        ),
+        contextlib.nullcontext,
+    )
+
+
+def pytorch_optimizer_fira(rank: int, gap: int = NEVER) -> tuple[Maker, Swap]:
+    """pytorch_optimizer's Fira."""
+    cls = peer("pytorch_optimizer", "Fira")
+    keys = {"rank": rank, "update_proj_gap": gap, "scale": 1.0, "projection_type": "std"}
+    return (
+        lambda params: cls([{"params": params, **keys}], weight_decay=0.1),
+        contextlib.nullcontext,
+    )
+
+
 def ours_galore(rank: int, gap: int) -> Maker:
     """Constructor of this package's GaLore."""
     return lambda params: GaLore(params, rank=rank, update_proj_gap=gap, weight_decay=0.1)
@@ -423,6 +445,10 @@ Peers = Mapping[str, Callable[[int], tuple[Maker, Swap]]]
 GALORES: dict[str, Callable[..., tuple[Maker, Swap]]] = {
     "galore_torch": published_galore,
     "pytorch_optimizer": pytorch_optimizer_galore,
+}
+FIRAS: dict[str, Callable[..., tuple[Maker, Swap]]] = {
+    "fira": published_fira,
+    "pytorch_optimizer": pytorch_optimizer_fira,
 }
 MUONS: Peers = {"pytorch_optimizer": pytorch_optimizer_muon, "optimuon": optimuon_muon}
 

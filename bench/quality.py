@@ -79,7 +79,10 @@ class Contender:
 
     @property
     def low_rank(self) -> bool:
-        return "rank" in synthetic.accepted(self.name)
+        keys = synthetic.accepted(self.name)
+        # Muon's rank belongs to one of its polar methods
+        optional = "rank_compensate" in keys and self.options.get("polar") != "low_rank"
+        return "rank" in keys and not optional
 
 
 def contenders(text: str) -> list[Contender]:

@@ -44,9 +44,12 @@ class Method(NamedTuple):
 METHODS = {
     "adamw": Method(1e-3, {}),
     "muon": Method(1e-2, {}),
+    "trion": Method(5e-3, {}),
+    "auon": Method(1e-3, {}),
     "galore": Method(2e-2, {"scale": 0.25}),
     # its residual moves by the whole lr, not by lr times alpha (published form)
     "fira": Method(5e-3, {"alpha": 0.25}),
+    "dctadamw": Method(2e-3, {}),  # 0.002 to 0.01 differ by 0.02
     "frugal": Method(1e-3, {"split": "svd"}),
 }
 

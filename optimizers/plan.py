@@ -151,7 +151,8 @@ class Unit:
             return p.dtype
         if isinstance(slot.dtype, torch.dtype):
             return slot.dtype
-        return self.state_dtype or (torch.float64 if p.dtype == torch.float64 else torch.float32)
+        full = torch.float64 if p.dtype == torch.float64 else torch.float32
+        return full if slot.dtype == "full" else self.state_dtype or full
 
     def allocate(self, state: State, rule: Rule) -> int:
         """Make what is missing of clocks and state, by shapes alone; drop what is not held.

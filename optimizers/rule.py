@@ -6,7 +6,7 @@ state, missing and bad gradients, learning rate, decay, the write) belongs to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,8 +27,8 @@ class Slot:
             ``1`` is a broadcast axis, any other letter is sized by keyword. Exactly ``"mn"`` is
             stored like the parameter itself; anything else as (k, ...) for a view of k > 1
             matrices and without a leading dimension for one.
-        dtype: A dtype, ``"weight"`` for the parameter's own, or None: float32 (float64 for float64
-            weights), or the group's ``state_dtype`` if it names one.
+        dtype: A dtype, ``"weight"`` for the parameter's own, ``"full"`` for float32 (float64 for
+            float64 weights), or None: the group's ``state_dtype``, else as ``"full"``.
         fill: Start value, a number or ``"eye"``.
         device: None for the parameter's device, ``"cpu"`` for pools that stay on the host.
         **sizes: Sizes of the other letters.
@@ -375,6 +375,20 @@ class Member:
         return Direction(self, terms, scale, decay, decay_last, cap, decay_power)
 
 
+@dataclass(frozen=True)
+class Together:
+    """What an update yields to have small tensors worked on for many equal units in one call.
+
+    Attributes:
+        fn: Of stacks (K, ...); returns tensors (K, ...), which are what the ``yield`` returns.
+            It knows no unit: the same function of the rule for all.
+        xs: Its arguments, one row for each matrix of this unit.
+    """
+
+    fn: Callable[..., Sequence[Tensor]]
+    xs: tuple[Tensor, ...]
+
+
 Slots = Mapping[str, Slot]
 
 RULES: dict[str, type[Rule]] = {}
@@ -398,6 +412,8 @@ class Rule:
     """0 refreshes at updates 1, T+1, 2T+1, ...; 1 at updates 1, T, 2T, ..."""
     writes: ClassVar[bool] = False
     """Whether ``refresh`` changes weights in place; such units are never stacked."""
+    meets: ClassVar[bool] = False
+    """Whether ``update`` yields :class:`Together`, so that equal units should run side by side."""
     together: ClassVar[bool] = False
     """Whether refreshes of all units belong to the same update, so that none can be shifted."""
 
@@ -448,7 +464,9 @@ class Rule:
     def refresh(self, *members: Any, **unused: Any) -> None:
         """Rare and eager: may factorise and wait for the device. Never sees a bad or zero G."""
 
-    def update(self, *members: Any, **unused: Any) -> Direction | Iterable[Direction]:
+    def update(
+        self, *members: Any, **unused: Any
+    ) -> Direction | Iterable[Direction] | Generator[Direction | Together, Any, None]:
         """Return or yield Directions; each is written before the next is asked for."""
         raise NotImplementedError
 

@@ -45,10 +45,10 @@ def flagged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
 def test_environment_says_what_figures_depend_on(results):
     assert results["environment"]["threads"] == 1
     assert torch.__version__.startswith(results["environment"]["versions"]["torch"])
-    assert set(results["cases"]) == {
-        "galore-step", "galore-refresh", "muon-step", "adamw-parity", "overhead", "memory",
-        "optimizers",
-    }  # fmt: skip
+    for line in (ROOT / "bench" / "cases.py").read_text().partition("CASES: ")[2].splitlines():
+        if ": Case(" in line:
+            assert line.split('"')[1] in results["cases"]
+    assert len(results["cases"]) >= 7
 
 
 def test_ratios_are_positive_and_lie_in_their_range(results):

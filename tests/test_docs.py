@@ -9,8 +9,9 @@ import pytest
 import stiefel.optimizers as package
 from stiefel.optimizers import StackedOptimizer
 
-MODULES = ["stiefel.optimizers.muon", "stiefel.optimizers.galore", "stiefel.optimizers.fira",
-           "stiefel.optimizers.roles",
+MODULES = ["stiefel.optimizers.altlora", "stiefel.optimizers.lora", "stiefel.optimizers.aro", "stiefel.optimizers.muon", "stiefel.optimizers.galore",
+           "stiefel.optimizers.fira", "stiefel.optimizers.frugal", "stiefel.optimizers.trion",
+           "stiefel.optimizers.auon", "stiefel.optimizers.dctadamw", "stiefel.optimizers.roles",
            "stiefel.kernels.polar", "stiefel.kernels.report"]  # fmt: skip
 METHODS = [
     cls

