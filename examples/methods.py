@@ -50,7 +50,7 @@ METHODS = {
     # its residual moves by the whole lr, not by lr times alpha (published form)
     "fira": Method(5e-3, {"alpha": 0.25}),
     "dctadamw": Method(2e-3, {}),  # 0.002 to 0.01 differ by 0.02
-    "frugal": Method(1e-3, {"split": "svd"}),
+    "frugal": Method(1e-3, {}),
 }
 
 
