@@ -102,19 +102,19 @@ def settings_of(rule: Rule) -> dict[str, Any]:
     return {f.name: getattr(rule, f.name) for f in fields(rule)}
 
 
-def read(params: Any, own: type[Rule], reference_key: str | None) -> Any:
+def read(params: Any, rule: Rule, reference_key: str | None) -> Any:
     """Turn what a user passes as ``params`` into what ``torch.optim.Optimizer`` takes.
 
     Args:
         params: A module, named parameters, parameters, or groups.
-        own: The optimizer's rule class.
+        rule: The optimizer's rule as its arguments set it.
         reference_key: Group key by which the reference package marks its matrix groups.
 
     Returns:
         Groups, or the input itself where torch has an error text of its own for it.
     """
     if isinstance(params, nn.Module):
-        return _from_module(params, own)
+        return _from_module(params, rule)
     if isinstance(params, Tensor):
         return params
     items = list(params)
@@ -130,23 +130,53 @@ def read(params: Any, own: type[Rule], reference_key: str | None) -> Any:
     return groups
 
 
-def _from_module(model: nn.Module, own: type[Rule]) -> list[dict[str, Any]]:
-    """Groups of a classified model: one per rule and view, frozen parameters left out."""
+def _from_module(model: nn.Module, own: Rule) -> list[dict[str, Any]]:
+    """Groups of a classified model: one per rule, view and side, frozen parameters left out."""
     named = dict(model.named_parameters())
-    made: dict[tuple[str, str], dict[str, Any]] = {}
+    asks = _asks_side(own)
+    made: dict[tuple[str, str, str | None], dict[str, Any]] = {}
     for row in classify(model):
         assert row.name is not None
         if not named[row.name].requires_grad:
             continue
-        rule = own.method() if row.rule == "matrix" else "adamw"
-        view = row.view if row.rule == "matrix" else "auto"
-        group = made.setdefault(
-            (rule, view), {"params": [], "rule": rule, "view": view, "roles": [], "reasons": []}
+        matrix = row.rule == "matrix"
+        rule, view = (own.method(), row.view) if matrix else ("adamw", "auto")
+        side = _short_side(row) if matrix and asks else None
+        asked = {} if side is None else {"side": side}
+        group: dict[str, Any] = made.setdefault(
+            (rule, view, side),
+            {"params": [], "rule": rule, "view": view, "roles": [], "reasons": [], **asked},
         )
         group["params"].append((row.name, named[row.name]))
         group["roles"].append(row.role)
         group["reasons"].append(row.why)
     return sorted(made.values(), key=lambda group: group["rule"] == "adamw")
+
+
+def _asks_side(rule: Rule) -> bool:
+    """Whether the rule has a field ``side`` that takes "rows" and "cols" and was left at "auto".
+
+    A unit of several weights has a side that all of them share, which is not for one row to say.
+    """
+    if getattr(rule, "side", None) != "auto" or len(rule.members) != 1:
+        return False
+    try:
+        for side in ("rows", "cols"):
+            replace(rule, **{"side": side})
+        return True
+    except ValueError:  # sides of another kind
+        return False
+
+
+def _short_side(row: Row) -> str | None:
+    """The residual side of a matrix; None if it is not known, or is the longer one.
+
+    What a rule keeps for a side has that side twice: on the longer one it costs more than the
+    weight, and no gradient has the rank to settle it.
+    """
+    cut = blocks(row.view, row.shape)
+    fits = all((b.m <= b.n) if row.side == "rows" else (b.n <= b.m) for b in cut)
+    return row.side if fits else None
 
 
 def rows_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
@@ -305,7 +335,7 @@ def check_group(group: Mapping[str, Any], own: type[Rule], *, reference: bool = 
             f"capturable=True is not supported by {method}; set it on AdamW groups only"
         )
     if moved:
-        _warn(f"{', '.join(moved)}: no matrix, so AdamW trains it instead of {method}")
+        warn_user(f"{', '.join(moved)}: no matrix, so AdamW trains it instead of {method}")
 
 
 def _refuse_vector(p: Tensor, text: str, method: str) -> None:
@@ -324,13 +354,13 @@ def _check_shape(
     if len(rule.members) == 1:
         blocks(views_of(group["view"], rule)[0], tuple(p.shape))
     if p.ndim == 2 and max(p.shape) > WIDE and name is None and group.get("rule") is None:
-        _warn(
+        warn_user(
             f"{text} has a side above {WIDE} and goes to {method}; if it is an embedding or a "
             "head, pass the model or its named_parameters(), or give it rule='adamw'"
         )
 
 
-def _warn(text: str) -> None:
+def warn_user(text: str) -> None:
     """Warn at the line of the user's code that led here."""
     level, frame = 2, sys._getframe(1)
     ours = (os.path.dirname(__file__), os.path.dirname(torch.__file__))

@@ -3,21 +3,60 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from .role_table import (
+    LORA,
+    POSITIONS,
+    RULES,
+    TABLE,
+    UNKNOWN,
+    UNTOLD,
+    WRITERS,
+    Site,
+    cut_of,
+    heads_of,
+    is_centred,
+    is_embedding,
+    is_linear,
+    is_turned,
+    names_head,
+    part_of,
+    partner,
+    side_of,
+)
 
 __all__ = ["Assignment", "Row", "classify", "route"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its role, the rule it gets, the reason, and how it becomes matrices."""
+    """One parameter: its role, the rule it gets, the reason, and what its place in a layer says.
+
+    Attributes:
+        name: Its first name, None where names are not known.
+        shape: As it is stored.
+        role: hidden, conv, expert, router, embedding, head, norm, bias, vector or quantised.
+        rule: ``"matrix"`` or ``"adamw"``.
+        why: What decided.
+        view: How it becomes matrices (out, in); see ``views.py``. Fused weights are cut.
+        part: query, key, value, qkv, out, gate, up, gate_up, down or patch; token, position or
+            tied for embeddings; vocabulary or classes for heads; else "".
+        side: Which side of its matrices is the residual stream: ``"rows"`` for what writes to it,
+            ``"cols"`` for what reads it, None if that is not known.
+        heads: Attention heads in each block of the view; () if not known.
+        pair: Name of the up projection of a gate, and the other way round.
+        centred: Whether the loss stays as it is when one vector is added to every row.
+        aliases: Its other names.
+        kind: Class of its module.
+    """
 
     name: str | None
     shape: tuple[int, ...]
@@ -25,10 +64,32 @@ class Row:
     rule: str
     why: str
     view: str = "auto"
+    part: str = ""
+    side: str | None = None
+    heads: tuple[int, ...] = ()
+    pair: str | None = None
+    centred: bool = False
+    aliases: tuple[str, ...] = ()
+    kind: str = ""
 
-    def _cells(self) -> tuple[str, str, str, str, str]:
-        shape = " x ".join(map(str, self.shape)) or "scalar"
-        return self.name or "-", shape, self.role, self.rule, self.why
+    def _cells(self) -> dict[str, str]:
+        """Texts of the columns; what is not known is empty."""
+        cells = {column: getattr(self, column) or "" for column in _COLUMNS}
+        return {
+            **cells,
+            "name": self.name or "-",
+            "shape": " x ".join(map(str, self.shape)) or "scalar",
+            "heads": " ".join(map(str, self.heads)),
+            "centred": "yes" if self.centred else "",
+            "aliases": ", ".join(self.aliases),
+        }
+
+
+_COLUMNS = (
+    *("name", "shape", "role", "rule", "why", "view"),
+    *("part", "side", "heads", "pair", "centred", "aliases"),
+)
+_PRINTED = ("name", "shape", "role", "rule", "view", "part", "side", "heads", "centred", "why")
 
 
 @dataclass(frozen=True)
@@ -44,27 +105,37 @@ class Assignment:
         return iter(self.rows)
 
     def __str__(self) -> str:
-        table = [("name", "shape", "role", "rule", "why"), *(row._cells() for row in self.rows)]
+        table = self._table(_PRINTED, "view", *_PRINTED[5:-1])
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
         return "\n".join([*lines, self._counts()])
 
     def to_markdown(self) -> str:
-        """Return the table in Markdown, views included, and the closing line of counts."""
-        lines = ["| name | shape | role | rule | why | view |", "|---|---|---|---|---|---|"]
-        for row in self.rows:
-            cells = (cell.replace("|", "\\|") for cell in (*row._cells(), row.view))
+        """Return the table in Markdown, with the columns that fill it, and a line of counts."""
+        head, *table = self._table(_COLUMNS, *_COLUMNS[6:])
+        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for row in table:
+            cells = (cell.replace("|", "\\|") for cell in row)
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join([*lines, "", self._counts(), ""])
 
+    def _table(self, columns: Iterable[str], *optional: str) -> list[list[str]]:
+        """Heading and rows as texts, without optional columns that say nothing."""
+        rows = [row._cells() for row in self.rows]
+        idle = [c for c in optional if all(row[c] in ("", "auto") for row in rows)]
+        shown = [c for c in columns if c not in idle]
+        return [shown, *([row[c] for c in shown] for row in rows)]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain lists, dicts and strings, fit for JSON."""
-        return {"rows": [{**asdict(row), "shape": list(row.shape)} for row in self.rows]}
+        rows = map(asdict, self.rows)
+        return {"rows": [{k: _swap(v, tuple, list) for k, v in row.items()} for row in rows]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Assignment:
         """Read back what `to_dict` wrote."""
-        return cls(tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in data["rows"]))
+        rows = ({k: _swap(v, list, tuple) for k, v in row.items()} for row in data["rows"])
+        return cls(tuple(Row(**row) for row in rows))
 
     def diff(self, other: Assignment) -> list[tuple[str, Row | None, Row | None]]:
         """Return (name, before, after) for each row that `other` has changed, added or lost.
@@ -86,154 +157,15 @@ class Assignment:
         return "; ".join(f"{k}: {len(v)} parameters, {sum(v):,} elements" for k, v in sizes.items())
 
 
-@dataclass(frozen=True)
-class _Site:
-    """One place where a parameter is registered: all that the decision table looks at."""
-
-    name: str
-    shape: tuple[int, ...]
-    module: nn.Module | None = None
-    parent: nn.Module | None = None
-    head: str = ""  # why the structure of the model makes this its output head
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def third(self) -> int:
-        return self.shape[0] // 3
-
-    @property
-    def leaf(self) -> str:
-        return self.name.rpartition(".")[2]
-
-    @property
-    def parts(self) -> list[str]:
-        """The components of the name without what wrappers add and without a last "weight"."""
-        plain = _WRAPPERS.sub("", _PARAMETRIZED.sub(r"\1", self.name))
-        return plain.removesuffix(".weight").split(".")
-
-    @property
-    def word(self) -> str:
-        """The component that says what the parameter is."""
-        return self.parts[-1]
-
-    @property
-    def kind(self) -> str:
-        """The module's class, torch's own ones by their public name."""
-        cls = type(self.module)
-        if cls.__module__.startswith("torch."):
-            cls = next((c for c in cls.__mro__ if getattr(nn, c.__name__, None) is c), cls)
-        public = getattr(nn, cls.__name__, None) is cls
-        return f"nn.{cls.__name__}" if public else cls.__name__
-
-    def says(self, pattern: re.Pattern[str], last: int = 0) -> bool:
-        """Whether one of the last components of the name, or any (0), is the pattern."""
-        return any(map(pattern.fullmatch, self.parts[-last:]))
-
-    def isa(self, pattern: str, *classes: type[nn.Module]) -> bool:
-        """Whether the module is of these classes, or its class is named like the pattern."""
-        named = re.search(pattern, type(self.module).__name__)
-        return isinstance(self.module, classes) or named is not None
+def _swap(value: Any, old: type, new: type) -> Any:
+    return new(value) if isinstance(value, old) else value
 
 
-# Whole components of names. "patch_embed" or "time_embed" are not there: they are projections.
-_NOUNS = ("emb", "embed", "embeds", "embedding", "embeddings")
-_POSITIONS = {a + b for a in ("pos_", "position_", "positional_") for b in _NOUNS}
-_POSITIONS |= {"wpe", "W_pos", "embed_positions", "relative_attention_bias"}
-_OWNERS = ("", "tok_", "token_", "word_", "token_type_", "segment_", "class_", "value_")
-_EMBEDDINGS = _POSITIONS | {a + b for a in _OWNERS for b in _NOUNS}
-_EMBEDDINGS |= {"tok", "wte", "W_E", "embed_tokens", "embed_in", "cls_token", "mask_token"}
-_HEADS = {"lm_head", "unembed", "unembedding", "embed_out", "W_U"}
-# These, and T5's "shared", count only at the top: inside a block an "output" is something else.
-_TOP_HEADS = {"head", "output", "classifier", "score"}
-_TOPS = {"model", "base_model", "language_model", "transformer", "decoder", "backbone", "heads"}
-
-_NORM = re.compile(r"(?i)\w*norm\d*|(ln|bn|gn)(_\w+|\d+)?")
-_BIAS = re.compile(r"bias|\w+_bias|bias_\w+")
-_LORA = re.compile(r"(?i)lora_(embedding_)?[ab]")
-_EXPERTS = re.compile(r"(\w+_)?experts?")
-_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$")
-_WRAPPERS = re.compile(
-    r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
-    r"|original_module|modules_to_save\.\w+)\."
-)
-_UNKNOWN = "nothing else known"
-
-
-def _linear(s: _Site) -> bool:
-    return s.isa("Linear$", nn.Linear)
-
-
-def _embedding(s: _Site) -> bool:
-    return s.isa("Embedding$", nn.Embedding, nn.EmbeddingBag) and not _linear(s)
-
-
-def _conv(s: _Site) -> bool:
-    return s.ndim > 2 and s.isa("Conv")
-
-
-def _names_embedding(s: _Site) -> bool:
-    *above, word = s.parts
-    return s.ndim < 4 and (word in _EMBEDDINGS or (word == "shared" and _TOPS.issuperset(above)))
-
-
-def _names_head(s: _Site) -> bool:
-    *above, word = s.parts
-    return s.ndim == 2 and (word in _HEADS or (word in _TOP_HEADS and _TOPS.issuperset(above)))
-
-
-def _names_router(s: _Site) -> bool:
-    # A "gate" is a router beside experts only: SwiGLU has a gate as well.
-    beside = s.word in ("gate", "wg") and hasattr(s.parent, "experts")
-    return s.ndim == 2 and (beside or s.word == "router")
-
-
-def _in_proj(s: _Site) -> bool:
-    return isinstance(s.module, nn.MultiheadAttention) and s.word == "in_proj_weight"
-
-
-_OTHER_HIDDEN = (nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-_RULES = {
-    **dict.fromkeys(("hidden", "conv", "expert", "router"), "matrix"),
-    **dict.fromkeys(("embedding", "head", "norm", "bias", "vector"), "adamw"),
-}
-
-# The decision table: the first line whose test holds gives role, view and reason. `route` asks it
-# without a module: there the lines about modules never hold, and "N-D" is the last line.
-_TABLE: tuple[tuple[str, str, str, Callable[[_Site], object]], ...] = (
-    ("vector", "auto", "no elements", lambda s: 0 in s.shape),
-    ("norm", "auto", "{s.kind}", lambda s: s.isa(r"Norm\d*d?$")),
-    ("norm", "auto", "{s.ndim}-D, norm by name", lambda s: s.ndim < 2 and s.says(_NORM, 2)),
-    ("bias", "auto", "{s.ndim}-D, bias by name", lambda s: _BIAS.fullmatch(s.leaf)),
-    ("vector", "auto", "{s.ndim}-D", lambda s: s.ndim < 2),
-    ("vector", "auto", "lengths of weight_norm", lambda s: s.leaf in ("weight_g", "original0")),
-    ("embedding", "auto", "{s.kind}", _embedding),
-    ("hidden", "auto", "2-D, LoRA factor", lambda s: s.ndim == 2 and s.says(_LORA)),
-    ("head", "auto", "{s.head}", lambda s: s.head),
-    ("head", "auto", "name component '{s.word}'", _names_head),
-    ("router", "auto", "name component '{s.word}'", _names_router),
-    ("conv", "flatten", "{s.kind}", _conv),
-    ("hidden", "rows:{s.third},{s.third},{s.third}", "{s.kind}, q k v", _in_proj),
-    ("hidden", "transposed", "{s.kind}, (in, out)", lambda s: s.isa("^Conv1D$")),
-    ("hidden", "auto", "{s.kind}", lambda s: _linear(s) or isinstance(s.module, _OTHER_HIDDEN)),
-    ("embedding", "auto", "name component '{s.word}'", _names_embedding),
-    ("expert", "batch", "3-D, experts by name", lambda s: s.ndim == 3 and s.says(_EXPERTS)),
-    ("hidden", "auto", "{s.ndim}-D", lambda s: s.module is None),
-    ("embedding", "auto", "{s.ndim}-D, first side 1", lambda s: s.ndim > 2 and s.shape[0] == 1),
-    ("vector", "auto", "one side only", lambda s: s.ndim > 2 and prod(s.shape) == max(s.shape)),
-    ("expert", "batch", "3-D stack", lambda s: s.ndim == 3),
-    ("conv", "flatten", "{s.ndim}-D, " + _UNKNOWN, lambda s: s.ndim > 3),
-    ("hidden", "auto", "2-D, " + _UNKNOWN, lambda s: True),
-)
-
-
-def _decide(sites: list[_Site]) -> Row:
+def _decide(sites: list[Site]) -> Row:
     """Ask the table; of several places the one that the earliest line holds for decides."""
     own, *others = sites
     role, view, why, site = next(
-        (role, view, why, site) for role, view, why, test in _TABLE for site in sites if test(site)
+        (role, view, why, site) for role, view, why, test in TABLE for site in sites if test(site)
     )
     why = why.format(s=site)
     if site is not own:
@@ -241,7 +173,40 @@ def _decide(sites: list[_Site]) -> Row:
     elif others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         why = f"{why}; tied to {others[0].name}{more}"
-    return Row(own.name, own.shape, role, _RULES[role], why, view.format(s=site))
+    aliases = tuple(other.name for other in others)
+    row = Row(own.name, own.shape, role, RULES[role], why, view, aliases=aliases)
+    tied = role == "embedding" and any(is_linear(s) or names_head(s) for s in sites)
+    return _placed(row, site, tied) if site.module is not None else row
+
+
+def _placed(row: Row, s: Site, tied: bool) -> Row:
+    """Fill in what the place of a weight in its layer says."""
+    part, view, why, side = part_of(s, row.role), row.view, row.why, None
+    row = replace(row, part="tied" if tied else part, kind=s.kind)
+    if len(row.shape) < 2 or row.role in ("norm", "bias", "vector", "quantised") or s.says(LORA):
+        return row
+    if row.role == "expert" and part:
+        turned = is_turned(s, part)
+        if turned is None:
+            return replace(row, why=f"{why}; {UNTOLD}")
+        view = "transposed" if turned else "batch"
+        side = "rows" if part in WRITERS else "cols"
+    m, n = row.shape[-2:] if view != "flatten" else (row.shape[0], prod(row.shape[1:]))
+    m, n = (n, m) if view == "transposed" else (m, n)
+    cut = cut_of(s, part, m, n)
+    if cut:
+        view = f"transposed:{cut}" if view == "transposed" else cut
+        why += {"qkv": ", q k v", "gate_up": ", gate and up"}[part]
+    runs = [int(x) for x in cut.removeprefix("rows:").split(",")] if "rows:" in cut else [m]
+    return replace(
+        row,
+        view=view,
+        why=why,
+        side=side or side_of(s, part, m, n),
+        heads=heads_of(s, part, [n] if part == "out" else runs) if cut or part != "qkv" else (),
+        pair=partner(s, part),
+        centred=is_centred(s, row.role, part),
+    )
 
 
 def route(name: str | None, shape: tuple[int, ...]) -> Row:
@@ -249,11 +214,17 @@ def route(name: str | None, shape: tuple[int, ...]) -> Row:
 
     Without a telling name, 0-D, 1-D and empty tensors get AdamW and all others the rule.
     """
-    return replace(_decide([_Site(name or "", tuple(shape))]), name=name)
+    return replace(_decide([Site(name or "", tuple(shape))]), name=name)
+
+
+Key = str | Tensor | nn.Module | Callable[[str, nn.Parameter, nn.Module], bool]
+Choice = str | Mapping[str, Any]
 
 
 def classify(
-    model: nn.Module, overrides: Mapping[str, str] | None = None, strict: bool = False
+    model: nn.Module,
+    overrides: Mapping[Any, Choice] | Iterable[tuple[Key, Choice]] | None = None,
+    strict: bool = False,
 ) -> Assignment:
     """Find the role of every parameter of a model.
 
@@ -262,9 +233,12 @@ def classify(
 
     Args:
         model: Any module. Only its tree and its shapes are read, so the meta device will do.
-        overrides: Names or glob patterns, each with a role, or with "matrix" or "adamw", which
-            keep the role and set the rule. The first that matches wins over everything else.
-        strict: Raise if nothing but the number of dimensions could decide.
+        overrides: Choices by name, glob pattern, parameter, module (all that is in it) or function
+            of (name, parameter, module): a mapping or pairs. A choice is a role, or ``"matrix"`` or
+            ``"adamw"``, which keep the role and set the rule, or a dict of :class:`Row`'s fields.
+            The first that matches wins over everything else.
+        strict: Raise if nothing but the number of dimensions could decide, or if it is not known
+            how experts are stored.
 
     Returns:
         The table, in the order of `model.named_parameters()`.
@@ -277,81 +251,152 @@ def classify(
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
         >>> print(classify(model, overrides={"1.bias": "vector"}))
-        name      shape   role       rule    why
-        0.weight  10 x 4  embedding  adamw   nn.Embedding
-        1.weight  4 x 4   hidden     matrix  nn.Linear
-        1.bias    4       vector     adamw   override '1.bias'
-        2.weight  10 x 4  head       adamw   last nn.Linear with the 10 outputs of a vocabulary
-        2.bias    10      bias       adamw   1-D, bias by name
+        name      shape   role       rule    part        side  centred  why
+        0.weight  10 x 4  embedding  adamw   token       cols           nn.Embedding
+        1.weight  4 x 4   hidden     matrix                             nn.Linear
+        1.bias    4       vector     adamw                              override '1.bias'
+        2.weight  10 x 4  head       adamw   vocabulary  cols  yes      last nn.Linear with the 10 \
+outputs of a vocabulary
+        2.bias    10      bias       adamw                              1-D, bias by name
         matrix: 1 parameters, 16 elements; adamw: 4 parameters, 94 elements
     """
-    overrides = overrides or {}
-    unused = dict(overrides)
+    pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
+    unused = dict(enumerate(key for key, _ in pairs))
     sites, rows = _sites(model), []
     for name, p in model.named_parameters():
         # The name given here is the one that counts: wrappers may shorten it.
-        own, *others = sites.get(id(p)) or [_Site(name, tuple(p.shape), model)]
-        row = _decide([replace(own, name=name), *others])
-        names = (name, *(site.name for site in others))
-        # Exact first: a name may hold characters that mean something in a glob.
-        hits = [k for k in overrides if k in names or any(fnmatchcase(n, k) for n in names)]
-        rows.append(_override(row, hits[0], overrides[hits[0]]) if hits else row)
-        for pattern in hits:
-            unused.pop(pattern, None)
+        own, *others = sites.get(id(p)) or [Site(name, tuple(p.shape), (model,))]
+        own = replace(own, name=name)
+        row = _decide([own, *others])
+        hits = [i for i, (key, _) in enumerate(pairs) if _matches(key, p, [own, *others])]
+        if hits:
+            key, choice = pairs[hits[0]]
+            row = _override(row, key if isinstance(key, str) else _called(key, row), choice)
+        rows.append(row)
+        for i in hits:
+            unused.pop(i, None)
     if unused:
-        raise ValueError(f"overrides match no parameter: {', '.join(map(repr, unused))}")
-    unsure = [f"{row.name} {row.shape}" for row in rows if _UNKNOWN in row.why]
+        keys = ", ".join(_called(key) for key in unused.values())
+        raise ValueError(f"overrides match no parameter: {keys}")
+    unsure = [f"{row.name} {row.shape}" for row in rows if UNKNOWN in row.why or UNTOLD in row.why]
     if strict and unsure:
         raise ValueError(f"no role found, give one in overrides: {', '.join(unsure)}")
     return Assignment(tuple(rows))
 
 
-def _override(row: Row, pattern: str, choice: str) -> Row:
-    """Apply a role or a rule that the caller chose; the view stays unless the role has its own."""
-    if choice not in ("matrix", "adamw", *_RULES):
-        known = ", ".join(("matrix", "adamw", *_RULES))
-        raise ValueError(f"override {pattern!r}: {choice!r} is none of {known}")
-    role, rule = (choice, _RULES[choice]) if choice in _RULES else (row.role, choice)
-    if rule == "matrix" and (len(row.shape) < 2 or 0 in row.shape):
+def _matches(key: Key, p: nn.Parameter, sites: list[Site]) -> bool:
+    """Whether an override is meant for this parameter, under any of its names."""
+    if isinstance(
+        key, str
+    ):  # exact first: a name may hold characters that mean something in a glob
+        return any(key == s.name or fnmatchcase(s.name, key) for s in sites)
+    if isinstance(key, Tensor):
+        return key is p
+    if isinstance(key, nn.Module):
+        return any(key is owner for s in sites for owner in s.owners)
+    if not callable(key):
         raise ValueError(
-            f"override {pattern!r}: {row.name} of shape {row.shape} is no matrix; give it 'adamw'"
+            f"override {key!r} must be a name, a pattern, a parameter, a module or a function"
         )
+    return any(key(s.name, p, s.owners[0]) for s in sites)
+
+
+def _called(key: Any, row: Row | None = None) -> str:
+    """How an override is named in a reason (with the row that it is for) or in an error."""
+    if isinstance(key, str):
+        return repr(key)
+    what = "parameter" if isinstance(key, Tensor) else type(key).__name__
+    if isinstance(key, Tensor):
+        return row.name or what if row else f"a tensor of shape {tuple(key.shape)}"
+    return what if isinstance(key, nn.Module) else getattr(key, "__name__", what)
+
+
+def _override(row: Row, pattern: str, choice: Choice) -> Row:
+    """Apply what the caller chose; the view stays unless the role has its own."""
+    why = f"override {pattern!r}"
+    if isinstance(choice, Mapping):
+        known = [f.name for f in fields(Row) if f.name not in ("name", "shape", "aliases", "kind")]
+        wrong = [key for key in choice if key not in known]
+        if wrong:
+            raise ValueError(f"{why}: {wrong[0]!r} is none of {', '.join(known)}")
+        chosen = dict(choice)
+        for key, values in (("role", (*RULES,)), ("rule", ("matrix", "adamw"))):
+            if key in chosen:
+                row = _override(row, pattern, _one_of(why, chosen.pop(key), values))
+        return replace(row, **{"why": why, **{k: _swap(v, list, tuple) for k, v in chosen.items()}})
+    _one_of(why, choice, ("matrix", "adamw", *RULES))
+    role, rule = (choice, RULES[choice]) if choice in RULES else (row.role, choice)
+    no_matrix = len(row.shape) < 2 or 0 in row.shape or row.role == "quantised"
+    if rule == "matrix" and no_matrix:
+        raise ValueError(f"{why}: {row.name} of shape {row.shape} is no matrix; give it 'adamw'")
     own_view = {"conv": "flatten", "expert": "batch"} if len(row.shape) > 2 else {}
-    return replace(
-        row, role=role, rule=rule, view=own_view.get(choice, row.view), why=f"override {pattern!r}"
-    )
+    keeps = row.view if row.role == role else own_view.get(role, row.view)
+    return replace(row, role=role, rule=rule, view=keeps, why=why)
 
 
-def _sites(model: nn.Module) -> dict[int, list[_Site]]:
+def _one_of(why: str, choice: Any, known: tuple[str, ...]) -> str:
+    if choice not in known:
+        raise ValueError(f"{why}: {choice!r} is none of {', '.join(known)}")
+    return str(choice)
+
+
+def _stored(p: Tensor) -> str:
+    """What a parameter holds instead of the entries of its weight, "" for a plain weight."""
+    coded = re.search(r"4bit|8bit|Int8Params|Quantized|Float8|NF4", type(p).__name__)
+    if coded:
+        return type(p).__name__
+    plain = (p.is_floating_point() or p.is_complex()) and p.element_size() > 1
+    return "" if plain else str(p.dtype).removeprefix("torch.")
+
+
+def _sites(model: nn.Module) -> dict[int, list[Site]]:
     """Map the id of each parameter to all places where it is registered, in the model's order."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    sites: dict[int, list[_Site]] = {}
+    sites: dict[int, list[Site]] = {}
     for path, module in modules.items():
         # A parametrized weight lives in a list below the module whose weight it is.
-        path_of_owner = re.sub(r"(^|\.)parametrizations\..*", "", path)
-        owner = modules[path_of_owner]
-        parent = modules.get(path_of_owner.rpartition(".")[0])
+        place = re.sub(r"(^|\.)parametrizations\..*", "", path)
+        owners = [modules[place]]
+        while place:
+            place = place.rpartition(".")[0]
+            owners.append(modules[place])
         for name, p in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            sites.setdefault(id(p), []).append(_Site(name, tuple(p.shape), owner, parent))
-    for key, why in _heads(model, sites).items():
-        sites[key] = [replace(site, head=why) for site in sites[key]]
+            site = Site(name, tuple(p.shape), tuple(owners), stored=_stored(p))
+            sites.setdefault(id(p), []).append(site)
+    heads = _heads(model, sites)
+    lookups = _lookups(sites)
+    widths = {s.shape[1] for s in lookups}
+    widths = widths or {
+        m.embed_dim for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+    }
+    width = widths.pop() if len(widths) == 1 else None
+    sizes = frozenset(s.shape[0] for s in lookups)
+    for key, places in sites.items():
+        why = heads.get(key, "")
+        sites[key] = [replace(s, head=why, width=width, vocabularies=sizes) for s in places]
     return sites
 
 
-def _heads(model: nn.Module, sites: dict[int, list[_Site]]) -> dict[int, str]:
+def _lookups(sites: dict[int, list[Site]]) -> list[Site]:
+    """The embeddings of tokens."""
+    places = (s for all_sites in sites.values() for s in all_sites)
+    return [s for s in places if s.ndim == 2 and is_embedding(s) and s.word not in POSITIONS]
+
+
+def _heads(model: nn.Module, sites: dict[int, list[Site]]) -> dict[int, str]:
     """Find an output head that neither its name nor a tie tells."""
     with suppress(AttributeError, NotImplementedError):
         weight = model.get_output_embeddings().weight  # type: ignore[operator]
         return {id(weight): "get_output_embeddings()"} if id(weight) in sites else {}
     places = [(key, site) for key, all_sites in sites.items() for site in all_sites]
-    vocabularies = {s.shape[0] for _, s in places if _embedding(s) and s.word not in _POSITIONS}
+    vocabularies = {s.shape[0] for s in _lookups(sites)}
     found = []
     for key, s in places:
         # A layer of a numbered block is no head, even if its width happens to equal a vocabulary.
-        inside = s.says(_LORA) or re.search(r"(^|\.)[^\d.][^.]*\.\d+\.", ".".join(s.parts))
-        if _linear(s) and s.ndim == 2 and s.shape[0] in vocabularies and not inside:
+        inside = s.says(LORA) or re.search(r"(^|\.)[^\d.][^.]*\.\d+\.", ".".join(s.parts))
+        if is_linear(s) and s.ndim == 2 and s.shape[0] in vocabularies and not inside:
             found.append((key, s))
-    tied_or_named = any(_names_head(s) or any(map(_embedding, sites[key])) for key, s in found)
+    tied_or_named = any(names_head(s) or any(map(is_embedding, sites[key])) for key, s in found)
     if not found or tied_or_named:
         return {}
     key, s = found[-1]

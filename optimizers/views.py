@@ -11,19 +11,21 @@ m x n, in place wherever strides allow it.
 | ``transposed`` | (..., n, m) | the same, turned: weights stored (in, out) |
 | ``heads:H`` | (H * d, n) | (H, d, n): q, k, v projections |
 | ``heads_in:H`` | (m, H * d) | (H, m, d): output projections |
-| ``rows:a,b,c`` | (a + b + c, n) | one block for each run of rows: fused qkv |
-| ``interleaved`` | (2 * f, n) | (2, f, n): even rows, odd rows |
+| ``rows:a,b,c`` | (..., a + b + c, n) | one block for each run of rows: fused qkv |
+| ``interleaved`` | (2 * f, n) | (2, f, n): even rows, odd rows; of a batch two blocks |
+| ``transposed:V`` | (..., n, m) | the view V of what is stored turned |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from torch import Tensor
 
-KINDS = ("auto", "flatten", "batch", "transposed", "heads", "heads_in", "rows", "interleaved")
+CUTS = ("heads", "heads_in", "rows", "interleaved")
+KINDS = ("auto", "flatten", "batch", "transposed", *CUTS)
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,12 @@ def _batch(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _rows(start: int, stop: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: x[start:stop].unsqueeze(0)
+def _rows(start: int, stop: int, step: int = 1) -> Callable[[Tensor], Tensor]:
+    def take(x: Tensor) -> Tensor:
+        part = x[..., start:stop:step, :]
+        return part if x.ndim == 3 else part.unsqueeze(0)
+
+    return take
 
 
 def _heads(x: Tensor, dim: int, heads: int) -> Tensor:
@@ -114,6 +120,8 @@ def blocks(view: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
     if kind == "auto":
         kind = "batch" if len(shape) <= 3 else "flatten"
     m, n = shape[-2:]
+    if kind == "transposed" and text:
+        return _turned_blocks(text, (*shape[:-2], n, m))
     if kind == "flatten":
         rest = 1
         for side in shape[1:]:
@@ -131,24 +139,40 @@ def blocks(view: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
         if kind == "transposed":
             return (Block(k, n, m, _turned(take), stored_turned=True),)
         return (Block(k, m, n, take, plain=len(shape) == 2),)
-    if len(shape) != 2:
+    batches = kind in ("rows", "interleaved") and len(shape) == 3
+    if len(shape) != 2 and not batches:
         raise ValueError(f"view {view!r} needs a 2-D parameter, got shape {shape}")
-    return _cut(view, kind, text, m, n)
+    return _cut(view, kind, text, shape[0] if batches else None, m, n)
 
 
-def _cut(view: str, kind: str, text: str, m: int, n: int) -> tuple[Block, ...]:
-    """Blocks of a 2-D m x n parameter under the views that cut it."""
+def _turned_blocks(view: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
+    """Blocks of a parameter that holds the transposes of what the view is of."""
+    if view.partition(":")[0] not in CUTS:
+        raise ValueError(
+            f"view 'transposed:{view}' is unknown; after the colon choose one of {', '.join(CUTS)}"
+        )
+
+    def of(take: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: take(x.mT)
+
+    return tuple(replace(b, take=of(b.take), plain=False) for b in blocks(view, shape))
+
+
+def _cut(view: str, kind: str, text: str, batch: int | None, m: int, n: int) -> tuple[Block, ...]:
+    """Blocks of a 2-D m x n parameter, or a batch of them, under the views that cut it."""
     if kind == "interleaved":
         if m % 2:
             raise ValueError(f"view {view!r} needs an even number of rows, got {m}")
-        return (Block(2, m // 2, n, _even_odd),)
+        if batch is None:
+            return (Block(2, m // 2, n, _even_odd),)
+        return tuple(Block(batch, m // 2, n, _rows(i, m, 2), tag=f".{i}") for i in (0, 1))
     numbers = _numbers(view, text)
     if kind == "rows":
         if sum(numbers) != m:
             raise ValueError(f"view {view!r} must add up to the parameter's {m} rows")
         ends = [sum(numbers[: i + 1]) for i in range(len(numbers))]
         return tuple(
-            Block(1, size, n, _rows(end - size, end), tag=f".{i}")
+            Block(batch or 1, size, n, _rows(end - size, end), tag=f".{i}")
             for i, (size, end) in enumerate(zip(numbers, ends, strict=True))
         )
     heads, side = numbers[0], m if kind == "heads" else n

@@ -1,20 +1,27 @@
 """Roles of parameters: golden tables, and the cases a table does not show.
 
-`STIEFEL_WRITE_GOLDEN=1` writes the golden tables anew; without it a difference is a failure.
+`STIEFEL_WRITE_GOLDEN=1` writes the golden tables anew; without it a difference is a failure. Those
+of transformers ("hf-*") need it only to be written or to be compared with the real models.
 """
 
 import importlib.util
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from stiefel.optimizers.roles import Assignment, Row, classify, route
+from stiefel import optimizers
+from stiefel.optimizers.base import StackedOptimizer
+from stiefel.optimizers.roles import Assignment, classify, route
+from stiefel.optimizers.rule import Dense, Rule
+from stiefel.optimizers.views import blocks
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "fixtures" / "roles"
@@ -77,6 +84,10 @@ def torch_transformer():
 
 
 GOLDEN_MODELS = {"byte-model": byte_model, "gpt2": gpt2, "torch-transformer": torch_transformer}
+GOLDEN_MODELS |= families.OWN_FAMILIES
+FIXTURES = {path.stem: path for path in sorted(GOLDEN.glob("hf-*.md"))}
+HF = ("llama", "qwen3", "qwen2-moe", "qwen3-moe", "gemma2", "gemma3", "olmoe", "mixtral", "gpt-oss")
+HF += ("phi3", "gpt2", "vit", "t5", "t5-gated")
 
 
 def by_name(model, **options):
@@ -109,6 +120,155 @@ def test_every_parameter_once_and_in_order(name):
     assert all(row.why and row.rule in ("matrix", "adamw") for row in table)
 
 
+@pytest.mark.parametrize("name", [f"hf-{name}" for name in HF])
+def test_golden_table_of_a_rebuilt_model(name):
+    text = FIXTURES[name].read_text()
+    table = classify(families.rebuild(text), strict=True)
+    assert table.to_markdown() == families.table_of(text)
+    matrices = [row for row in table if row.rule == "matrix"]
+    assert all(row.side for row in matrices), "the side of every matrix is known"
+    assert all(row.part for row in matrices if row.role != "router")
+    named = ("query", "key", "value", "out", "qkv")
+    assert all(bool(row.heads) == (row.part in named) for row in table)
+
+
+@pytest.fixture(scope="module")
+def real_models():
+    pytest.importorskip("transformers", reason="real models need transformers (extra hf)")
+    return families.transformers_models()
+
+
+@pytest.mark.parametrize("name", [f"hf-{name}" for name in HF])
+def test_fixtures_are_the_real_models(real_models, name):
+    import transformers
+
+    model = real_models[name]()
+    text = families.describe(model, f"tiny, of transformers {transformers.__version__}")
+    if os.environ.get("STIEFEL_WRITE_GOLDEN") == "1":
+        (GOLDEN / f"{name}.md").write_text(text)
+    stored = FIXTURES[name].read_text()
+    assert families.table_of(text) == families.table_of(stored)
+    again = classify(families.rebuild(text))
+    assert again == classify(model), "the rebuilt tree lacks something that decides"
+    expected = [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    assert [(row.name, row.shape) for row in again] == expected
+
+
+# ------------------------------------- what a row claims, tried: the model must not notice it
+
+
+def in_place(model, turn):
+    """Let `turn` change every matrix of the table, as its view cuts it; return the table."""
+    table = classify(model)
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for row in table:
+            if len(row.shape) > 1 and row.role not in ("bias", "norm", "vector"):
+                turn(row, [b.take(named[row.name]) for b in blocks(row.view, row.shape)])
+    return table
+
+
+def rotate(model, d):
+    """Turn the residual stream by one rotation, at every side that is said to be it."""
+    Q = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(1)))[0]
+    Q = Q.to(next(model.parameters()).dtype)
+
+    def turn(row, parts):
+        for X in parts:
+            assert row.side is not None
+            X.copy_(X @ Q if row.side == "cols" else Q.mT @ X)
+
+    in_place(model, turn)
+
+
+def shuffle_neurons(model):
+    """Put the hidden neurons of every MLP in another order, gate, up and down alike."""
+
+    def turn(row, parts):
+        if row.part in ("gate", "up", "gate_up", "down"):
+            dim = -1 if row.part == "down" else -2
+            for X in parts:
+                order = torch.randperm(X.shape[dim], generator=torch.Generator().manual_seed(2))
+                X.copy_(X.index_select(dim, order))
+
+    in_place(model, turn)
+
+
+def shuffle_heads(model):
+    """Reverse the heads of every attention: those of k and v, and of q and out in their groups."""
+
+    def turn(row, parts):
+        for X, heads in zip(parts, row.heads, strict=bool(row.heads)):
+            dim = -1 if row.part == "out" else -2
+            X.copy_(X.unflatten(dim, (heads, -1)).flip(dim - 1).flatten(dim - 1, dim))
+
+    in_place(model, turn)
+
+
+def shift_rows(model):
+    """Add one vector to every row of each weight that is said to allow it."""
+
+    def turn(row, parts):
+        if row.centred:
+            for X in parts:
+                X.add_(torch.linspace(-0.5, 0.5, X.shape[-1], dtype=X.dtype))
+
+    assert any(row.centred for row in in_place(model, turn))
+
+
+def log_probabilities(model):
+    tokens = torch.arange(24).reshape(2, 12) % 90
+    model.eval()
+    with torch.no_grad():
+        out = model(tokens)
+    return getattr(out, "logits", out).log_softmax(-1)
+
+
+ACTIONS = {
+    "rotation": lambda model: rotate(model, 24),
+    "neurons": shuffle_neurons,
+    "heads": shuffle_heads,
+    "shift": shift_rows,
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_symmetries_that_the_table_claims(action):
+    torch.manual_seed(0)
+    model = byte_model(d=24).double()
+    before = log_probabilities(model)
+    stored = {n: p.detach().clone() for n, p in model.named_parameters()}
+    ACTIONS[action](model)
+    assert any(not torch.equal(p, stored[n]) for n, p in model.named_parameters())
+    torch.testing.assert_close(log_probabilities(model), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "qwen2-moe", "qwen3-moe", "olmoe", "mixtral", "gpt-oss", "phi3"]
+)
+def test_symmetries_of_the_real_models(real_models, name, action):
+    torch.manual_seed(0)
+    model = real_models[f"hf-{name}"](device="cpu").double()
+    model.config._experts_implementation = "eager"  # the grouped product knows no float64
+    for p in model.parameters():
+        if p.ndim > 1:  # large enough to matter, and no expert far ahead of the others
+            torch.nn.init.normal_(p, std=0.2)
+    with torch.no_grad():  # what writes to the stream beside a matrix would have to turn with it
+        for n, p in model.named_parameters():
+            if n.endswith(("bias", "sinks")):
+                p.zero_()
+    before = log_probabilities(model)
+    ACTIONS[action](model)
+    if name == "qwen2-moe" and action == "rotation":  # its shared gate reads the stream as well
+        Q = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(1)))[0]
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if "shared_expert_gate" in n:
+                    p.copy_(p @ Q.to(p.dtype))
+    torch.testing.assert_close(log_probabilities(model), before, rtol=0, atol=1e-5)
+
+
 def test_meta_device():
     with torch.device("meta"):
         model = gpt2()
@@ -129,9 +289,12 @@ def test_tie_registered_by_the_head_first():
     model = parts(out=nn.Linear(4, 9, bias=False), tok=nn.Embedding(9, 4))
     model["out"].weight = model["tok"].weight
     (row,) = classify(model)
-    assert row == Row(
-        "out.weight", (9, 4), "embedding", "adamw", "tied to tok.weight (nn.Embedding)"
+    assert (row.name, row.shape, *brief(row)) == (
+        *("out.weight", (9, 4)),
+        *("embedding", "adamw", "auto"),
     )
+    assert row.why == "tied to tok.weight (nn.Embedding)"
+    assert (row.part, row.side, row.aliases) == ("tied", "cols", ("tok.weight",))
 
 
 def test_tie_registered_by_the_embedding_first():
@@ -362,6 +525,299 @@ def test_wrapped_names():
     assert [row.role for row in classify(model)] == ["head", "hidden"]
 
 
+# ---------------------------------------------------------- places in a layer that names leave open
+
+
+class Experts(nn.Module):
+    def __init__(self, up, down, **attributes):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(up))
+        self.down_proj = nn.Parameter(torch.zeros(down))
+        vars(self).update(attributes)
+
+
+class GptOssExperts(Experts):
+    pass
+
+
+class MixtralExperts(Experts):
+    pass
+
+
+def with_experts(kind, up, down, width=None, **attributes):
+    """Views of both stacks in a model whose embedding has this width."""
+    model = parts(experts=kind(up, down, **attributes))
+    if width:
+        model["tok"] = nn.Embedding(9, width)
+    table = by_name(model)
+    return [(row.view, row.side) for row in map(table.get, (GATE_UP, DOWN))]
+
+
+GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "up", "down", "options", "views"),
+    [
+        # the attributes of transformers' experts say it
+        (Experts, (2, 8, 8), (2, 4, 8), {"is_transposed": True}, ("transposed", "transposed")),
+        (Experts, (2, 8, 8), (2, 8, 4), {"is_transposed": False}, ("batch", "batch")),
+        (Experts, (2, 8, 4), (2, 4, 4), {"is_concatenated": True}, ("rows:4,4", "batch")),
+        (Experts, (2, 8, 4), (2, 4, 4), {"is_concatenated": False}, ("interleaved", "batch")),
+        # the class does
+        (GptOssExperts, (2, 4, 8), (2, 4, 4), {}, ("transposed:interleaved", "transposed")),
+        (MixtralExperts, (2, 12, 8), (2, 8, 6), {}, ("rows:6,6", "batch")),
+        # the width of the stream does: only one side of each stack is as wide
+        (Experts, (2, 6, 4), (2, 4, 3), {"width": 4}, ("batch", "batch")),
+        (Experts, (2, 4, 6), (2, 3, 4), {"width": 4}, ("transposed", "transposed")),
+        (MixtralExperts, (2, 4, 6), (2, 3, 4), {"width": 4}, ("transposed:rows:3,3", "transposed")),
+        # the other stack does
+        (Experts, (2, 12, 8), (2, 8, 6), {}, ("batch", "batch")),
+        (Experts, (2, 8, 12), (2, 6, 8), {}, ("transposed", "transposed")),
+        (Experts, (2, 16, 8), (2, 8, 8), {}, ("batch", "batch")),
+    ],
+)
+def test_layouts_of_experts(kind, up, down, options, views):
+    assert with_experts(kind, up, down, **options) == [(views[0], "cols"), (views[1], "rows")]
+
+
+def test_experts_that_could_be_stored_either_way():
+    model = parts(experts=nn.Module())
+    model["experts"].w1 = nn.Parameter(torch.zeros(3, 4, 4))
+    model["experts"].w2 = nn.Parameter(torch.zeros(3, 4, 4))
+    row = by_name(model)["experts.w1"]
+    assert (brief(row), row.side) == (("expert", "matrix", "batch"), None)
+    assert "(in, out) or (out, in) is not known" in row.why
+    with pytest.raises(ValueError, match=r"experts\.w1 \(3, 4, 4\), experts\.w2"):
+        classify(model, strict=True)
+    told = {"experts.*": {"view": "transposed", "side": "cols"}}
+    assert {row.view for row in classify(model, told, strict=True)} == {"transposed"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "view", "heads"),
+    [
+        ((48, 24), {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 6}, "rows:24,12,12", 4),
+        ((80, 24), {"num_heads": 6, "num_key_value_heads": 2, "head_dim": 8}, "rows:48,16,16", 6),
+        ((72, 24), {"n_head": 4}, "rows:24,24,24", 4),
+        ((72, 24), {}, "rows:24,24,24", None),
+        ((60, 24), {"n_head": 4}, "auto", None),  # no way to tell where q ends
+    ],
+)
+@pytest.mark.parametrize("word", ["qkv_proj", "c_attn", "qkv", "query_key_value"])
+def test_fused_query_key_value(word, shape, settings, view, heads):
+    attention = parts(**{word: nn.Linear(*reversed(shape))})
+    vars(attention).update(settings)
+    row = by_name(parts(attention=attention))[f"attention.{word}.weight"]
+    assert row.part == "qkv"
+    if word == "query_key_value":  # q, k, v of the first head, then of the second, ...
+        view, heads = "auto", None
+    assert (row.view, row.heads[:1]) == (view, (heads,) if heads else ())
+
+
+def test_shared_gates_and_gates_of_another_size_are_no_routers():
+    moe = parts(
+        experts=nn.ModuleList([parts(w1=nn.Linear(4, 4))]),
+        gate=nn.Linear(4, 6),
+        shared_expert_gate=nn.Linear(4, 1, bias=False),
+    )
+    assert by_name(moe)["gate.weight"].role == "router"
+    row = by_name(moe)["shared_expert_gate.weight"]
+    assert (*brief(row), row.why) == ("vector", "adamw", "auto", "gate of a shared expert")
+    vars(moe)["num_experts"] = 5
+    assert by_name(parts(mlp=moe))["mlp.gate.weight"].role == "hidden"
+
+
+def test_parts_that_only_two_components_tell():
+    layer = parts(
+        attention=parts(
+            self=parts(**{x: nn.Linear(8, 8) for x in ("query", "key", "value")}),
+            output=parts(dense=nn.Linear(8, 8)),
+        ),
+        intermediate=parts(dense=nn.Linear(8, 8)),
+        output=parts(dense=nn.Linear(8, 8)),
+    )
+    table = classify(parts(word_embeddings=nn.Embedding(9, 8), layer=nn.ModuleList([layer])))
+    found = [(row.part, row.side) for row in table if row.role == "hidden"]
+    assert found == [
+        *(("query", "cols"), ("key", "cols"), ("value", "cols")),
+        *(("out", "rows"), ("up", "cols"), ("down", "rows")),
+    ]
+
+
+def test_heads_that_contradict_the_configuration_are_not_told():
+    def heads(**settings):
+        attention = parts(q_proj=nn.Linear(8, 12), v_proj=nn.Linear(8, 8), o_proj=nn.Linear(16, 8))
+        vars(attention).update(settings)
+        return [row.heads for row in classify(attention) if row.role == "hidden"]
+
+    latent = {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 3}
+    assert heads(**latent) == [(4,), (), ()]  # values are of another size
+    assert heads(**latent, v_head_dim=4) == [(4,), (2,), (4,)]
+    assert heads(num_heads=5, head_dim=4) == [(), (2,), ()]
+    assert heads() == [(), (), ()]
+
+
+def test_a_small_net_has_no_residual_stream():
+    net = classify(
+        nn.Sequential(nn.Conv2d(3, 8, 3), parts(fc1=nn.Linear(8, 9), fc2=nn.Linear(9, 4)))
+    )
+    assert {row.side for row in net} == {None}
+
+
+def test_partners_under_wrapped_names():
+    class LoRALinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer = nn.Linear(4, 6, bias=False)
+            self.lora_A = parts(default=nn.Linear(4, 2, bias=False))
+
+    table = by_name(
+        parts(
+            gate_proj=parametrizations.weight_norm(nn.Linear(4, 6, bias=False)),
+            up_proj=LoRALinear(),
+            down_proj=nn.Linear(6, 4, bias=False),
+        )
+    )
+    gate, up = "gate_proj.parametrizations.weight.original1", "up_proj.base_layer.weight"
+    assert (table[gate].part, table[gate].pair) == ("gate", up)
+    assert (table[up].part, table[up].pair) == ("up", gate)
+    assert table["down_proj.weight"].pair is None
+
+
+@pytest.mark.parametrize(
+    ("fixture", "name", "settings", "centred"),
+    [
+        ("hf-llama", "lm_head.weight", {}, True),
+        ("hf-llama", "lm_head.weight", {"final_logit_softcapping": None}, True),
+        ("hf-llama", "lm_head.weight", {"final_logit_softcapping": 30.0}, False),
+        ("hf-llama", "lm_head.weight", {"z_loss": 1e-4}, False),
+        ("hf-gpt2", "transformer.wte.weight", {}, False),  # tied
+        ("hf-vit", "classifier.weight", {}, False),  # may be trained on another loss
+        ("hf-olmoe", "model.layers.0.mlp.gate.weight", {}, True),
+        ("hf-olmoe", "model.layers.0.mlp.gate.weight", {"router_z_loss_coef": 0.0}, True),
+        ("hf-olmoe", "model.layers.0.mlp.gate.weight", {"router_z_loss_coef": 1e-3}, False),
+        ("hf-olmoe", "model.layers.0.mlp.gate.weight", {"scoring_func": "sigmoid"}, False),
+        ("hf-gpt-oss", "model.layers.0.mlp.router.weight", {}, True),
+        ("hf-olmoe", "lm_head.weight", {"router_z_loss_coef": 1e-3}, True),
+    ],
+)
+def test_where_centring_is_right(fixture, name, settings, centred):
+    model = families.rebuild(FIXTURES[fixture].read_text())
+    vars(model.config).update(settings)
+    assert by_name(model)[name].centred == centred
+
+
+@pytest.mark.parametrize(
+    ("function", "centred"), [("softmax", True), ("sigmoid", False), (None, False)]
+)
+def test_the_function_of_a_router_decides(function, centred):
+    model = families.torchtitan(experts=3)
+    model["layers"]["0"]["moe"]["router"].score_func = function
+    assert by_name(model)["layers.0.moe.router.gate.weight"].centred == centred
+
+
+def test_quantised_weights():
+    class Params4bit(nn.Parameter):
+        pass
+
+    model = parts(a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4))
+    model["a"].weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    model["b"].weight = Params4bit(torch.zeros(4, 4), requires_grad=False)
+    model["c"].weight = nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    rows = [row for row in classify(model, strict=True) if row.role != "bias"]
+    assert {brief(row) for row in rows} == {("quantised", "adamw", "auto")}
+    kinds = ("uint8", "Params4bit", "float8_e4m3fn")
+    assert [row.why for row in rows] == [f"{kind}: no weight to train" for kind in kinds]
+    with pytest.raises(ValueError, match=r"a\.weight of shape \(8, 1\) is no matrix"):
+        classify(model, {"a.weight": "matrix"})
+
+
+# ------------------------------------------------------------------------------- every optimizer
+
+
+def dense_classes():
+    """Every public optimizer of single weights."""
+    classes = [getattr(optimizers, name) for name in optimizers.__all__]
+    classes = [c for c in classes if isinstance(c, type) and issubclass(c, StackedOptimizer)]
+    return [c for c in classes if c is not StackedOptimizer and not c.__name__.endswith("LoRA")]
+
+
+@pytest.mark.parametrize("cls", dense_classes(), ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "make", [gpt2, lambda: families.torchtitan(experts=3)], ids=["gpt2", "moe"]
+)
+def test_every_optimizer_uses_the_table(cls, make):
+    model = make()
+    expected = classify(model)
+    method = cls(model, lr=1e-3)
+    found = {row.name: (row.role, row.rule, row.why) for row in method.assignment()}
+    name = method.defaults["method"]
+    assert found == {
+        row.name: (row.role, name if row.rule == "matrix" else "adamw", row.why) for row in expected
+    }
+    views = {n: g["view"] for g in method.param_groups for n in g["param_names"]}
+    assert all(views[row.name] == row.view for row in expected if row.rule == "matrix")
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e-2)
+    method.step()  # every view fits its weight
+
+
+@dataclass(frozen=True)
+class SidedRule(Rule):
+    """Asks for the side of the residual stream."""
+
+    side: str = "auto"
+
+    def __post_init__(self):
+        if self.side not in ("auto", "rows", "cols"):
+            raise ValueError("no side")
+
+    def update(self, *members, **unused):
+        return members[0].step(Dense(members[0].grad.clone()))
+
+
+@dataclass(frozen=True)
+class OtherSidesRule(SidedRule):
+    """Whose sides are called otherwise."""
+
+    def __post_init__(self):
+        if self.side not in ("auto", "left", "right"):
+            raise ValueError("no side")
+
+
+@dataclass(frozen=True)
+class SharedSideRule(SidedRule):
+    """Of all weights of a group at once."""
+
+    members = ()
+
+
+def sides_of(rule, model):
+    optimizer = StackedOptimizer(model, rule, 1e-3, 0.0)
+    groups = [group for group in optimizer.param_groups if group["rule"] != "adamw"]
+    return {name: group["side"] for group in groups for name in group["param_names"]}
+
+
+def test_a_rule_with_a_side_gets_that_of_the_residual_stream():
+    model = byte_model(d=24)
+    sides = sides_of(SidedRule(), model)
+    expected = {row.name: row.side for row in classify(model) if row.rule == "matrix"}
+    assert sides == expected and set(sides.values()) == {"rows", "cols"}
+    assert set(sides_of(SidedRule("rows"), model).values()) == {"rows"}  # as the caller says
+    assert set(sides_of(OtherSidesRule(), model).values()) == {"auto"}
+    assert set(sides_of(SharedSideRule(), model).values()) == {"auto"}
+
+
+def test_a_rule_with_a_side_never_gets_the_longer_one():
+    model = families.torchtitan(experts=3)  # keys and values are 16 x 24
+    sides = sides_of(SidedRule(), model)
+    short = ("attention.wk", "attention.wv", "moe.router", "moe.experts")
+    for name, side in sides.items():
+        assert (side == "auto") == any(word in name for word in short), name
+    assert set(sides_of(SidedRule(), nn.Sequential(nn.Linear(3, 4))).values()) == {"auto"}
+
+
 # ------------------------------------------------------------------------- overrides and strict
 
 
@@ -398,9 +854,46 @@ def test_override_with_a_name_that_reads_as_a_glob():
     assert by_name(model, overrides={"a[0]": "adamw"})["a[0]"].rule == "adamw"
 
 
+def test_overrides_by_parameter_module_and_function():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    weight = model[0].weight
+    table = by_name(model, overrides={weight: "router", model[2]: "adamw"})
+    assert (table["0.weight"].role, table["0.weight"].why) == ("router", "override '0.weight'")
+    assert [table[f"2.0.{leaf}"].rule for leaf in ("weight", "bias")] == ["adamw", "adamw"]
+    assert table["2.0.weight"].why == "override 'Sequential'"
+
+    def wide(name, p, module):
+        return isinstance(module, nn.Linear) and p.ndim == 2 and not name.startswith("1")
+
+    table = by_name(model, overrides=[(wide, "head"), ("*.weight", "router")])
+    assert [table[f"{i}.weight"].role for i in ("0", "1", "2.0")] == ["head", "router", "head"]
+    assert table["0.weight"].why == "override 'wide'"
+
+
+def test_override_of_single_fields():
+    model = nn.Sequential(nn.Linear(4, 12))
+    choice = {"part": "qkv", "view": "rows:4,4,4", "heads": [2, 2, 2], "side": "cols"}
+    row = by_name(model, overrides={"0.weight": {"role": "head", "rule": "matrix", **choice}})[
+        "0.weight"
+    ]
+    assert brief(row) == ("head", "matrix", "rows:4,4,4")
+    assert (row.part, row.heads, row.side) == ("qkv", (2, 2, 2), "cols")
+
+
+def test_override_keeps_the_view_of_an_expert():
+    model = parts(experts=GptOssExperts((2, 4, 8), (2, 4, 4)))
+    assert by_name(model, overrides={GATE_UP: "expert"})[GATE_UP].view == "transposed:interleaved"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"0.weight": {"rule": "muon"}}, "'muon' is none of matrix, adamw"),
+        ({"0.weight": {"lr": 1.0}}, "'lr' is none of role, rule, why, view, part"),
+        ({"0.bias": {"rule": "matrix"}}, r"0\.bias of shape \(4,\) is no matrix"),
+        ({torch.zeros(2, 3): "adamw"}, r"match no parameter: a tensor of shape \(2, 3\)"),
+        ({nn.Linear(2, 2): "adamw"}, "match no parameter: Linear"),
+        ({3: "adamw"}, "override 3 must be a name, a pattern, a parameter, a module or a function"),
         ({"nothing.*": "adamw"}, r"match no parameter: 'nothing\.\*'"),
         ({"0.weight": "muon"}, "'muon' is none of matrix, adamw, hidden"),
         ({"0.*": "matrix"}, r"0\.bias of shape \(4,\) is no matrix"),
@@ -544,6 +1037,27 @@ def test_markdown():
     assert head.count("|") == rule.count("|") == 7
     assert len(rows) == len(table) and not blank and counts.startswith("matrix: 0 parameters")
     assert "override '*[w\\|x]eight'" in rows[0]
+
+
+def test_columns_that_say_nothing_are_left_out():
+    table = classify(byte_model(d=24))
+    head = table.to_markdown().splitlines()[0]
+    assert head == (
+        "| name | shape | role | rule | why | view | part | side | heads | pair | centred |"
+    )
+    printed = str(table).splitlines()
+    assert printed[0].split() == [
+        *("name", "shape", "role", "rule", "part", "side", "heads", "centred", "why")
+    ]
+    query = next(line for line in printed if line.startswith("blocks.0.q."))
+    assert query.split()[1:] == "24 x 24 hidden matrix query cols 4 nn.Linear".split()
+
+
+def test_diff_names_what_a_place_says():
+    model = byte_model(d=24)
+    changed = classify(model, {"blocks.0.q.weight": {"heads": (2,)}})
+    ((name, before, after),) = classify(model).diff(changed)
+    assert (name, before.heads, after.heads) == ("blocks.0.q.weight", (4,), (2,))
 
 
 def test_diff():

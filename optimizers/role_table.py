@@ -1,0 +1,369 @@
+"""What a parameter's place in a model says: its role, its part in the layer, its residual side.
+
+Three tables, asked in this order: :data:`TABLE` for the role, :data:`PARTS` for the part, and the
+counts that configurations and attention modules hold, under the names of :data:`COUNTS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a parameter is registered: all that the decision table looks at."""
+
+    name: str
+    shape: tuple[int, ...]
+    owners: tuple[nn.Module, ...] = ()  # its module, the module around that, ..., the model
+    head: str = ""  # why the structure of the model makes this its output head
+    stored: str = ""  # what the parameter holds if it is no plain floating tensor
+    width: int | None = None  # of the residual stream as the embeddings tell it
+    vocabularies: frozenset[int] = frozenset()  # numbers of rows of the embeddings
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that the parameter belongs to."""
+        return self.owners[0] if self.owners else None
+
+    @property
+    def parent(self) -> nn.Module | None:
+        """The module around it."""
+        return self.owners[1] if len(self.owners) > 1 else None
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def leaf(self) -> str:
+        """The last component of the name."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def parts(self) -> list[str]:
+        """The components of the name without what wrappers add and without a last "weight"."""
+        plain = _WRAPPERS.sub("", _PARAMETRIZED.sub(r"\1", self.name))
+        return plain.removesuffix(".weight").split(".")
+
+    @property
+    def word(self) -> str:
+        """The component that says what the parameter is."""
+        return self.parts[-1]
+
+    @property
+    def kind(self) -> str:
+        """The module's class, torch's own ones by their public name."""
+        cls = type(self.module)
+        if cls.__module__.startswith("torch."):
+            cls = next((c for c in cls.__mro__ if getattr(nn, c.__name__, None) is c), cls)
+        public = getattr(nn, cls.__name__, None) is cls
+        return f"nn.{cls.__name__}" if public else cls.__name__
+
+    @property
+    def beside(self) -> dict[str, nn.Module | nn.Parameter | None]:
+        """What is registered beside the word, itself included: modules and parameters by name."""
+        for owner in self.owners:
+            if self.word in owner._modules or self.word in owner._parameters:
+                return {**owner._modules, **owner._parameters}
+        return {}
+
+    def says(self, pattern: re.Pattern[str], last: int = 0) -> bool:
+        """Whether one of the last components of the name, or any (0), is the pattern."""
+        return any(map(pattern.fullmatch, self.parts[-last:]))
+
+    def isa(self, pattern: str, *classes: type[nn.Module]) -> bool:
+        """Whether the module is of these classes, or its class is named like the pattern."""
+        named = re.search(pattern, type(self.module).__name__)
+        return isinstance(self.module, classes) or named is not None
+
+    def has(self, pattern: str) -> bool:
+        """Whether something beside the word is named like the pattern."""
+        return any(re.fullmatch(pattern, name) for name in self.beside if name != self.word)
+
+    def told(self, *names: str) -> Iterator[Any]:
+        """What the nearest configuration that has one of these names says, nearest first."""
+        for owner in self.owners:
+            for config in (getattr(owner, "config", None), getattr(owner, "args", None)):
+                yield from (getattr(config, name) for name in names if hasattr(config, name))
+
+    def count(self, what: str) -> int | None:
+        """One of :data:`COUNTS`: heads by the modules around, all by the configuration."""
+        names = COUNTS[what]
+        near = (
+            []
+            if what == "width"
+            else [vars(owner).get(n) for owner in self.owners[:3] for n in names]
+        )
+        found = (x for x in (*near, *self.told(*names)) if type(x) is int and x > 0)
+        return next(found, self.width if what == "width" else None)
+
+
+COUNTS = {
+    "width": ("hidden_size", "n_embd", "d_model", "dim", "embed_dim"),
+    "head_dim": ("head_dim", "key_value_proj_dim", "attention_head_size", "d_kv"),
+    "value_dim": ("v_head_dim",),
+    "heads": ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head"),
+}
+"""Names of attributes of configurations and modules, by what they count."""
+SHIFTS = ("final_logit_softcapping", "logit_softcapping", "z_loss", "z_loss_weight")
+"""Attributes of configurations that, if set, make the loss depend on the mean of the logits."""
+ROUTER_SHIFTS = ("router_z_loss_coef", "z_loss_coef", "z_loss")
+SCORES = ("scoring_func", "score_func", "score_function")
+"""Attributes that name the function which turns a router's logits into weights."""
+
+# Whole components of names. "patch_embed" or "time_embed" are not there: they are projections.
+_NOUNS = ("emb", "embed", "embeds", "embedding", "embeddings")
+POSITIONS = {a + b for a in ("pos_", "position_", "positional_") for b in _NOUNS}
+POSITIONS |= {"wpe", "W_pos", "embed_positions", "relative_attention_bias"}
+_OWNERS = ("", "tok_", "token_", "word_", "token_type_", "segment_", "class_", "value_")
+_EMBEDDINGS = POSITIONS | {a + b for a in _OWNERS for b in _NOUNS}
+_EMBEDDINGS |= {"tok", "wte", "W_E", "embed_tokens", "embed_in", "cls_token", "mask_token"}
+_HEADS = {"lm_head", "unembed", "unembedding", "embed_out", "W_U"}
+# These, and T5's "shared", count only at the top: inside a block an "output" is something else.
+_TOP_HEADS = {"head", "output", "classifier", "score"}
+_CLASSES = {"classifier", "score"}
+_TOPS = {"model", "base_model", "language_model", "transformer", "decoder", "backbone", "heads"}
+
+_NORM = re.compile(r"(?i)\w*norm\d*|(ln|bn|gn)(_\w+|\d+)?")
+_BIAS = re.compile(r"bias|\w+_bias|bias_\w+")
+LORA = re.compile(r"(?i)lora_(embedding_)?[ab]")
+_EXPERTS = re.compile(r"(\w+_)?experts?")
+_SHARED_GATE = re.compile(r"shared_expert_gate|shared_gate")
+_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$")
+_WRAPPERS = re.compile(
+    r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
+    r"|original_module|modules_to_save\.\w+)\."
+)
+UNKNOWN = "nothing else known"
+UNTOLD = "stored (in, out) or (out, in) is not known"
+
+
+def is_linear(s: Site) -> bool:
+    """A linear layer, also a quantised one."""
+    return s.isa("Linear$", nn.Linear)
+
+
+def is_embedding(s: Site) -> bool:
+    """A lookup table."""
+    return s.isa("Embedding$", nn.Embedding, nn.EmbeddingBag) and not is_linear(s)
+
+
+def _conv(s: Site) -> bool:
+    return s.ndim > 2 and s.isa("Conv")
+
+
+def _names_embedding(s: Site) -> bool:
+    *above, word = s.parts
+    return s.ndim < 4 and (word in _EMBEDDINGS or (word == "shared" and _TOPS.issuperset(above)))
+
+
+def names_head(s: Site) -> bool:
+    """Whether the name is an output head's."""
+    *above, word = s.parts
+    return s.ndim == 2 and (word in _HEADS or (word in _TOP_HEADS and _TOPS.issuperset(above)))
+
+
+def _names_router(s: Site) -> bool:
+    # A "gate" is a router beside experts, or inside one, only: SwiGLU has a gate as well.
+    near = hasattr(s.parent, "experts") or s.parts[-2:-1] == ["router"]
+    named = (near and s.word in ("gate", "wg")) or s.word == "router"
+    return s.ndim == 2 and named and s.count("experts") in (None, s.shape[0])
+
+
+_OTHER_HIDDEN = (nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+RULES = {
+    **dict.fromkeys(("hidden", "conv", "expert", "router"), "matrix"),
+    **dict.fromkeys(("embedding", "head", "norm", "bias", "vector", "quantised"), "adamw"),
+}
+"""The rule of each role."""
+
+# The first line whose test holds gives role, view and reason. `route` asks without modules: there
+# the lines about modules never hold, and "N-D" is the last line.
+TABLE: tuple[tuple[str, str, str, Callable[[Site], object]], ...] = (
+    ("quantised", "auto", "{s.stored}: no weight to train", lambda s: s.stored),
+    ("vector", "auto", "no elements", lambda s: 0 in s.shape),
+    ("norm", "auto", "{s.kind}", lambda s: s.isa(r"Norm\d*d?$")),
+    ("norm", "auto", "{s.ndim}-D, norm by name", lambda s: s.ndim < 2 and s.says(_NORM, 2)),
+    ("bias", "auto", "{s.ndim}-D, bias by name", lambda s: _BIAS.fullmatch(s.leaf)),
+    ("vector", "auto", "{s.ndim}-D", lambda s: s.ndim < 2),
+    ("vector", "auto", "lengths of weight_norm", lambda s: s.leaf in ("weight_g", "original0")),
+    ("embedding", "auto", "{s.kind}", is_embedding),
+    ("hidden", "auto", "2-D, LoRA factor", lambda s: s.ndim == 2 and s.says(LORA)),
+    ("head", "auto", "{s.head}", lambda s: s.head),
+    ("head", "auto", "name component '{s.word}'", names_head),
+    ("vector", "auto", "gate of a shared expert", lambda s: s.says(_SHARED_GATE, 1)),
+    ("router", "auto", "name component '{s.word}'", _names_router),
+    ("conv", "flatten", "{s.kind}", _conv),
+    ("hidden", "transposed", "{s.kind}, (in, out)", lambda s: s.isa("^Conv1D$")),
+    ("hidden", "auto", "{s.kind}", lambda s: is_linear(s) or isinstance(s.module, _OTHER_HIDDEN)),
+    ("embedding", "auto", "name component '{s.word}'", _names_embedding),
+    ("expert", "batch", "3-D, experts by name", lambda s: s.ndim == 3 and s.says(_EXPERTS)),
+    ("hidden", "auto", "{s.ndim}-D", lambda s: s.module is None),
+    ("embedding", "auto", "{s.ndim}-D, first side 1", lambda s: s.ndim > 2 and s.shape[0] == 1),
+    ("vector", "auto", "one side only", lambda s: s.ndim > 2 and prod(s.shape) == max(s.shape)),
+    ("expert", "batch", "3-D stack", lambda s: s.ndim == 3),
+    ("conv", "flatten", "{s.ndim}-D, " + UNKNOWN, lambda s: s.ndim > 3),
+    ("hidden", "auto", "{s.ndim}-D, " + UNKNOWN, lambda s: True),
+)
+
+_QUERIES = r"q|w_?q|q_proj|query|c_attn|w?qkv|W_?qkv|qkv_proj|to_q|k|c_q|query_key_value"
+# Part, its words (or the last components), and what must be registered beside it where the word
+# alone could mean anything.
+PARTS: tuple[tuple[str, str, str], ...] = (
+    ("qkv", r"qkv(_proj)?|w_?qkv|Wqkv|to_qkv|c_attn|in_proj_weight|query_key_value", ""),
+    ("query", r"(q|query)_proj(_weight)?|query|w_?q|W_Q|to_q|q_lin|c_q", ""),
+    ("key", r"(k|key)_proj(_weight)?|w_?k|W_K|to_k|k_lin|c_k", ""),
+    ("value", r"(v|value)_proj(_weight)?|w_?v|W_V|to_v|v_lin|c_v", ""),
+    ("query", "q", "k|v"),
+    ("key", "k|key", "q|query"),
+    ("value", "v|value", "q|query"),
+    ("out", r"o_proj|out_proj|W_O|out_lin", ""),
+    ("out", r"o|w_?o|c_proj|proj|dense|to_out|out", _QUERIES),
+    ("out", r"attention\.output\.dense", ""),
+    ("up", r"intermediate\.dense", ""),
+    ("down", r"output\.dense", ""),
+    ("gate_up", r"gate_up(_proj)?|gate_and_up_proj", ""),
+    ("gate", r"gate_proj|w_gate|wi_0", ""),
+    ("gate", "gate", "up"),
+    ("gate", "w1", "w3"),
+    ("up", r"up_proj|w_up|wi_1|wi|c_fc|fc_in|dense_h_to_4h", ""),
+    ("up", r"up|w1|w3|fc1|lin1|linear1", r"down|w2|fc2|lin2|linear2"),
+    ("down", r"down_proj|w_down|fc_out|dense_4h_to_h", ""),
+    ("down", r"down|w2|fc2|lin2|linear2", r"up|w1|fc1|lin1|linear1"),
+    ("down", r"wo|c_proj", r"wi|wi_1|c_fc"),
+)
+_PARTNERS = {"gate": "up", "up": "gate"}
+WRITERS = {"out", "down", "patch"}
+"""Parts that write to the residual stream: its width is the rows of (out, in). Others read it."""
+# Query, key and value of a head beside each other: no run of rows is all queries.
+_BY_HEAD = re.compile("query_key_value")
+_INTERLEAVED = re.compile("^GptOss")
+_HALVES = re.compile(r"^(Qwen|Mixtral|Olmoe|Deepseek|Glm4|Llama4|Phi|Ernie|Jamba)\w*Experts$")
+_TURNED = re.compile("^(GptOss|Llama4Text)")
+# Routers whose weights are a softmax of the logits: a constant added to all of them is lost.
+_SOFTMAX = re.compile(r"^(Mixtral|Qwen2Moe|Qwen3Moe|Olmoe|GptOss)")
+
+
+def part_of(s: Site, role: str) -> str:
+    """What the parameter is within its layer, "" if that is not known."""
+    if role == "embedding":
+        return "position" if s.word in POSITIONS else "token" if is_embedding(s) else ""
+    if role == "head":
+        known = s.vocabularies.union(x for x in s.told("vocab_size") if x is not None)
+        words = s.head or s.word in _HEADS or (s.shape[0] in known and s.word not in _CLASSES)
+        return "vocabulary" if words else "classes"
+    if role == "conv":
+        return "patch" if any("patch" in part for part in s.parts) else ""
+    if role not in ("hidden", "expert") or s.says(LORA):
+        return ""
+    ends = {".".join(s.parts[-i:]) for i in (1, 2, 3)}
+    for part, words, beside in PARTS:
+        if any(re.fullmatch(words, end) for end in ends) and (not beside or s.has(beside)):
+            return part
+    return ""
+
+
+def partner(s: Site, part: str) -> str | None:
+    """The name of the up projection of a gate, of the gate of an up projection."""
+    wanted = [words for other, words, _ in PARTS if other == _PARTNERS.get(part)]
+    before = s.name.rpartition(s.word)[0]
+    for word, thing in s.beside.items():
+        if word == s.word or not any(re.fullmatch(words, word) for words in wanted):
+            continue
+        if isinstance(thing, Tensor):
+            return before + word
+        for name, p in thing.named_parameters(word) if thing is not None else ():
+            if Site(name, ()).parts == [word] and p.shape == s.shape:  # also if it is wrapped
+                return before + name
+    return None
+
+
+def is_turned(s: Site, part: str) -> bool | None:
+    """Whether a stack of experts is stored (in, out); None if nothing tells."""
+    told = getattr(s.module, "is_transposed", None)
+    if told is not None or s.isa(_TURNED.pattern):
+        return told is not False
+    rows, cols = s.shape[-2:]
+    width = s.count("width")
+    if width in (rows, cols) and rows != cols:
+        return (rows == width) != (part in WRITERS)
+    shapes = {
+        part_of(Site(n, tuple(p.shape), s.owners), "expert"): p.shape[-2:]
+        for n, p in s.beside.items()
+        if isinstance(p, Tensor) and p.ndim == 3
+    }
+    up = next((shapes[k] for k in ("gate_up", "up", "gate") if k in shapes), None)
+    down, fused = shapes.get("down"), 2 if "gate_up" in shapes else 1
+    if up is None or down is None:
+        return None
+    plain = up[1] == down[0] and up[0] == fused * down[1]
+    turned = up[0] == down[1] and up[1] == fused * down[0]
+    return None if plain == turned else turned
+
+
+def cut_of(s: Site, part: str, m: int, n: int) -> str:
+    """The view that cuts a fused weight m x n (out, in) into what it is made of, "" if none."""
+    if part == "qkv" and not _BY_HEAD.fullmatch(s.word):
+        heads, size = s.count("heads"), s.count("head_dim")
+        size = size or (n // heads if heads else None)
+        kv = s.count("kv_heads") or heads
+        if heads and size and kv and (heads + 2 * kv) * size == m:
+            return f"rows:{heads * size},{kv * size},{kv * size}"
+        return f"rows:{m // 3},{m // 3},{m // 3}" if m == 3 * n else ""
+    if part == "gate_up" and m % 2 == 0:
+        together = getattr(s.module, "is_concatenated", None)
+        if together is False or s.isa(_INTERLEAVED.pattern):
+            return "interleaved"
+        if together or s.ndim == 2 or s.isa(_HALVES.pattern):
+            return f"rows:{m // 2},{m // 2}"
+    return ""
+
+
+def heads_of(s: Site, part: str, sizes: list[int]) -> tuple[int, ...]:
+    """Number of heads in each of these runs of rows (of columns for "out"), () if not known."""
+    if part not in ("query", "key", "value", "qkv", "out"):
+        return ()
+    heads, size = s.count("heads"), s.count("head_dim")
+    if part in ("value", "out"):
+        size = s.count("value_dim") or size
+    if size is None and heads:
+        width = s.count("width") or (0 if part in ("key", "value") else sizes[0])
+        size = width // heads
+    if not size or any(x % size for x in sizes):
+        return ()
+    found = tuple(x // size for x in sizes)
+    told = heads if part in ("query", "out", "qkv") else s.count("kv_heads")
+    return found if told in (None, found[0]) else ()
+
+
+def side_of(s: Site, part: str, m: int, n: int) -> str | None:
+    """Which side of the weight m x n (out, in) is the residual stream: "rows", "cols", None."""
+    width = s.count("width")
+    if width not in (m, n):
+        return None
+    if m != n:
+        return "rows" if m == width else "cols"
+    return None if not part else "rows" if part in WRITERS else "cols"
+
+
+def is_centred(s: Site, role: str, part: str) -> bool:
+    """Whether a constant vector added to every row leaves the loss as it was."""
+    if role == "head":
+        return part == "vocabulary" and not any(s.told(*SHIFTS))
+    if role != "router" or any(s.told(*ROUTER_SHIFTS)):
+        return False
+    scores = [getattr(owner, name, None) for owner in s.owners[:3] for name in SCORES]
+    named = next((str(x) for x in (*scores, *s.told(*SCORES)) if x is not None), None)
+    if named is not None:
+        return "softmax" in named
+    return any(_SOFTMAX.search(type(owner).__name__) for owner in s.owners[:2])
