@@ -45,6 +45,7 @@ from stiefel import optimizers
 from stiefel.kernels import polar_factor, polar_report
 from stiefel.optimizers import (
     FRUGAL,
+    AltLoRA,
     AuON,
     DCTAdamW,
     Dense,
@@ -55,7 +56,9 @@ from stiefel.optimizers import (
     Rule,
     StackedOptimizer,
     Trion,
+    pairs_to_groups,
 )
+from stiefel.optimizers.lora import PairOptimizer
 from stiefel.optimizers.projectors import top_basis
 
 
@@ -262,6 +265,32 @@ def muon_quality(setting: Setting) -> Iterator[Figure]:
                 name = f"{m}x{n}, {spectrum}, {method}:"
                 yield Figure(f"{name} d_A", report.alignment_deficit)
                 yield Figure(f"{name} ||O||_2", report.operator_norm)
+
+
+# --- LoRA pairs ---
+
+
+def pairs_step(setting: Setting) -> Iterator[Contest]:
+    """The adapters of a model of 7B (224 pairs of 4096 and 4096, rank 16) against AdamW."""
+
+    def ours(params: list[Tensor], **options: Any) -> AltLoRA:
+        pairs = zip(params[::2], params[1::2], strict=True)
+        return AltLoRA(pairs_to_groups(pairs, scale=2.0), lr=1e-3, **options)
+
+    count, side, rank = (4, 32, 2) if setting.quick else (224, 4096, 16)
+    model = ((rank, side), (side, rank)) * count
+    adamw = partial(torch.optim.AdamW, foreach=True)
+    contest = Contest(
+        {
+            "AltLoRA": partial(Step, ours, model),
+            "AltLoRA+": partial(Step, partial(ours, second_moment="elementwise"), model),
+            "AdamW foreach": partial(Step, adamw, model),
+        }
+    )
+    name = f"{count} pairs of rank {rank}, {side}x{side},"
+    contest.ratio(f"{name} AltLoRA / AdamW foreach", "AltLoRA", "AdamW foreach", 1.2)
+    contest.ratio(f"{name} AltLoRA+ / AdamW foreach", "AltLoRA+", "AdamW foreach")
+    yield contest
 
 
 # --- AuON and Trion ---
@@ -533,7 +562,7 @@ class Entrant:
 
 
 def classes() -> dict[str, type[StackedOptimizer]]:
-    """Every optimizer that the package exports."""
+    """Every optimizer that the package exports and that takes any matrix."""
     exported = {name: getattr(optimizers, name) for name in optimizers.__all__}
     return {
         name: found
@@ -541,6 +570,7 @@ def classes() -> dict[str, type[StackedOptimizer]]:
         if isinstance(found, type)
         and issubclass(found, StackedOptimizer)
         and found is not StackedOptimizer
+        and not issubclass(found, PairOptimizer)
     }
 
 
@@ -695,6 +725,7 @@ CASES: dict[str, Case] = {
     ),
     "auon-step": Case("AuON and its hybrid on one matrix", auon_step, floor=9, seconds=20.0),
     "trion-step": Case("Trion on one matrix", trion_step, floor=7, seconds=20.0),
+    "pairs-step": Case("LoRA pairs", pairs_step, floor=7, seconds=20.0, shaped=False),
     "aro-step": Case("ARO on squares", aro_step, floor=7, seconds=30.0),
     "adamw-parity": Case(
         "AdamW parameters against torch.optim.AdamW", adamw_parity, seconds=2.0, builds=9

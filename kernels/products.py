@@ -59,7 +59,8 @@ def product(A: Tensor, B: Tensor) -> Tensor:
         dtype = torch.promote_types(A.dtype, B.dtype)
         A, B = A.to(dtype), B.to(dtype)
     if _free(A, B) or _whole(A, B):
-        return A @ B
+        # the same call, without the detours of one that takes any number of dimensions
+        return torch.bmm(A, B) if len(A) == len(B) else A @ B
     parts = [placed(A[k : k + 1]) @ placed(B[k : k + 1]) for k in range(len(A))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

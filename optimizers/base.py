@@ -32,7 +32,8 @@ from .groups import (
 )
 from .plan import Bucket, Plan, Unit, place, stagger, units_of
 from .roles import Assignment
-from .rule import RULES, Direction, Rule
+from .rule import RULES, Rule, Together
+from .together import Meeting, Run, Written
 from .write import write_
 
 
@@ -100,7 +101,7 @@ class StackedOptimizer(Optimizer):
             "rule": None, "method": rule.method(),
         }  # fmt: skip
         check_values(defaults)
-        super().__init__(read(params, type(rule), self._reference_key), defaults)
+        super().__init__(read(params, rule, self._reference_key), defaults)
 
     # groups ---------------------------------------------------------------------------------------
 
@@ -348,12 +349,17 @@ class StackedOptimizer(Optimizer):
         """Look at every gradient before any state changes, then run bucket after bucket."""
         stacks, flags = look(plan.buckets, grads, self._waits)
         good = read_flags(plan, self.param_groups, flags, grads, self._waits)
+        meeting = Meeting()
         for bucket, stack, flag, fine in zip(plan.buckets, stacks, flags, good, strict=True):
             Gs = stack or [
                 bucket.gradient(i, grads) if there else None
                 for i, there in enumerate(bucket.present)
             ]
-            self._run(plan, bucket, Gs, fine, flag)
+            rule = plan.rules[bucket.group]
+            key = (bucket.group, flag.device) if rule is not None and rule.meets else None
+            size = sum(G.nbytes for G in Gs if G is not None)
+            meeting.add(self._run(plan, bucket, Gs, fine, flag), key, size)
+        meeting.close()
         late = [
             (flag, bucket)
             for flag, bucket, fine in zip(flags, plan.buckets, good, strict=True)
@@ -374,7 +380,7 @@ class StackedOptimizer(Optimizer):
         Gs: Sequence[Tensor | None],
         fine: list[bool] | None,
         flag: Tensor,
-    ) -> None:
+    ) -> Run:
         """One bucket: gradients made ready, refresh if due, update, write, clocks."""
         rule = plan.rules[bucket.group]
         assert rule is not None
@@ -386,7 +392,7 @@ class StackedOptimizer(Optimizer):
             # a stack that is not whole runs as views: same bits, no second code path
             for j in range(len(bucket.units)):
                 parts = [None if G is None else G[j : j + 1] for G in Gs]
-                self._run(plan, bucket.alone(j), parts, fine[j : j + 1], flag)
+                yield from self._run(plan, bucket.alone(j), parts, fine[j : j + 1], flag)
             plan.mask = None  # clocks differ now: sort again at the next step
             return
         if fine is not None and not fine[0]:
@@ -406,8 +412,11 @@ class StackedOptimizer(Optimizer):
             rule.refresh(*members)
             bucket.set_refreshed(t)
         lr = self._lr(group["lr"])
-        steps = rule.update(*members)
-        for step in (steps,) if isinstance(steps, Direction) else steps:
+        steps = Written(rule.update(*members))
+        for step in steps:
+            if isinstance(step, Together):
+                steps.answer = yield step
+                continue
             W = bucket.load(step.member.number)
             on = None if ok is None else ok.to(bucket.dtype).view(-1, 1, 1)
             write_(W, step, lr, group["weight_decay"], on)

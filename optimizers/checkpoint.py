@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import adamw
 from .groups import called, routed, rule_of
-from .plan import Unit, units_of
+from .plan import Unit, pinned, units_of
 from .rule import Rule
 
 Expected = dict[str, tuple[tuple[int, ...], torch.dtype, str | torch.device]]
@@ -157,7 +157,8 @@ def restore(
                     dtype = table[key][1]
                     keep = not (value.is_floating_point() and dtype.is_floating_point)
                     device = table[key][2]  # torch moved pools off the host too
-                    state[p][key] = value.to(device=device, dtype=value.dtype if keep else dtype)
+                    value = value.to(device=device, dtype=value.dtype if keep else dtype)
+                    state[p][key] = pinned(value, p.device)
         for unit in units:
             if unit.params[0] in state:  # torch.optim.Muon keeps no clock
                 state[unit.params[0]].setdefault(unit.step_key, 0)

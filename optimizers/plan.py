@@ -171,7 +171,7 @@ class Unit:
                 if not held:
                     entry.pop(key, None)
                 elif key not in entry:
-                    entry[key] = _filled(slot, shape, dtype, slot.device or p.device)
+                    entry[key] = _filled(slot, shape, dtype, p.device)
                 elif entry[key].shape != shape:
                     raise ValueError(
                         f"state {key!r} has shape {tuple(entry[key].shape)} but the settings of "
@@ -204,12 +204,19 @@ def scale_of(key: str) -> str:
 
 
 def _filled(
-    slot: Slot, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    slot: Slot, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     if slot.fill == "eye":
         return torch.eye(shape[-2], shape[-1], dtype=dtype, device=device).expand(shape).clone()
     assert not isinstance(slot.fill, str)
-    return torch.full(shape, slot.fill, dtype=dtype, device=device)
+    if slot.device is None:
+        return torch.full(shape, slot.fill, dtype=dtype, device=device)
+    return pinned(torch.full(shape, slot.fill, dtype=dtype, device=slot.device), device)
+
+
+def pinned(X: Tensor, device: torch.device) -> Tensor:
+    """A tensor that stays on the host, in memory that a CUDA device can read by itself."""
+    return X.pin_memory() if device.type == "cuda" and not X.is_cuda else X
 
 
 def views_of(view: str | Sequence[str], rule: Rule, count: int = 0) -> list[str]:
@@ -361,7 +368,7 @@ class Bucket:
         for i, slots in enumerate(self.unit.slots):
             seen: dict[str, Tensor] = {}
             coded: dict[str, tuple[Tensor, Tensor]] = {}
-            entries = [state[p] for p in self.columns[i]]
+            entries = [state[p] for p in self.columns[i]] if slots else []
             for name in slots if self.held else ():
                 key = self.unit.key_of(i, name)
                 live = self._bind_slot(key, entries)
@@ -530,6 +537,7 @@ class Bucket:
                     held=self.held,
                     number=i,
                     turned=self.unit.turned[i],
+                    store=partial(self.store, i),
                 )
             )
         return made

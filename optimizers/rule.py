@@ -314,6 +314,7 @@ class Member:
 
     __slots__ = (
         "_load",
+        "_store",
         "fresh",
         "grad",
         "held",
@@ -343,8 +344,9 @@ class Member:
         number: int = 0,
         turned: bool = False,
         sums: Sums = LOCAL,
+        store: Callable[[Tensor], None] | None = None,
     ) -> None:
-        self.grad, self._load, self.state = grad, load, state
+        self.grad, self._load, self._store, self.state = grad, load, store, state
         self.t, self.refreshed, self.fresh = t, refreshed, False
         self.m, self.n, self.indices, self.sums = m, n, indices, sums
         self.held, self.number, self.turned = held, number, turned
@@ -356,6 +358,14 @@ class Member:
         A copy for a stack of several units, the weight itself for a single one.
         """
         return self._load()
+
+    def put(self, W: Tensor) -> None:
+        """Make W, which ``value`` gave, the weights: for rules with ``writes``, where it changed.
+
+        A view is the weight already; what had to be copied is put back.
+        """
+        if self._store is not None:
+            self._store(W)
 
     @property
     def age(self) -> int:
@@ -389,6 +399,8 @@ class Together:
     xs: tuple[Tensor, ...]
 
 
+Steps = Generator[Direction | Together, Any, None]
+"""What ``update`` is as a generator: Directions to be written, and requests."""
 Slots = Mapping[str, Slot]
 
 RULES: dict[str, type[Rule]] = {}
@@ -466,7 +478,7 @@ class Rule:
 
     def update(
         self, *members: Any, **unused: Any
-    ) -> Direction | Iterable[Direction] | Generator[Direction | Together, Any, None]:
+    ) -> Direction | Iterable[Direction] | Steps:
         """Return or yield Directions; each is written before the next is asked for."""
         raise NotImplementedError
 

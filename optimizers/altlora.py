@@ -1,0 +1,218 @@
+"""AltLoRA: each LoRA factor follows the full gradient as far as the other factor lets it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import add_product_, product
+from .lora import LoRARule, PairOptimizer, Scale
+from .lowrank import check_known
+from .pairs import alive, applied, cross_gram, damped_inverse, gram, transport, unbiased
+from .rule import Dense, Member, Scaled, Slot, Steps, Together, check, check_adam
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .groups import Common
+
+
+def side(x: Tensor, w: Member) -> Tensor:
+    """Formulas are those of A; B's are the same for the transposed W, whose pair is B^T, A^T."""
+    return x.mT if w.number else x
+
+
+@dataclass(frozen=True)
+class AltLoRARule(LoRARule):
+    """M <- b1 T M + (1 - b1) K G_A / s^2, K = (B^T B + delta I)^-1; B's half mirrors it."""
+
+    meets = True
+    betas: tuple[float, float] = (0.9, 0.999)
+    delta: float = 1e-5
+    schedule: str = "both"
+    second_moment: str | None = None
+    eps: float | None = None
+    delta_mode: str = "absolute"
+    switch_every: int = 1
+    first: str = "B"
+    scale_aware: bool = True
+    max_rel_step: float | None = None
+    compact_alignment: bool = False
+    compat: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_adam(self.betas, self.eps)
+        check_known(
+            self, delta_mode=("absolute", "relative"), schedule=("both", "alternate"),
+            first=("A", "B"), second_moment=(None, "elementwise"), compat=(None, "reference"),
+        )  # fmt: skip
+        least, cap = self.switch_every, self.max_rel_step
+        check(self.delta >= 0.0, f"delta must not be negative, got {self.delta!r}")
+        check(least >= 1, f"switch_every must be at least 1, got {least!r}")
+        check(cap is None or cap > 0.0, f"max_rel_step must be positive, got {cap!r}")
+        plain = not (self.published and self.compact_alignment)
+        check(plain, "compat='reference' keeps the old factors; leave compact_alignment out")
+
+    @property
+    def published(self) -> bool:
+        """Whether the published code is followed to the letter."""
+        return self.compat == "reference"
+
+    def state(self, *sides: tuple[int, int]) -> tuple[dict[str, Slot], ...]:
+        """Momentum and its clock; the factor as the other half last saw it, or T itself."""
+        slots = {"exp_avg": Slot("mn"), "count": Slot("11", dtype=torch.int32)}
+        kept = Slot("rr", fill="eye", r=sides[0][0]) if self.compact_alignment else Slot("mn")
+        slots["carry" if self.compact_alignment else "ref"] = kept
+        more = {"exp_avg_sq": Slot("mn")} if self.second_moment else {}
+        return {**slots, **more}, {**slots, **more}
+
+    def update(self, A: Member, B: Member) -> Steps:
+        """A first; then B, with the new A but the gradient that was taken at the old one."""
+        for w, other in ((A, B), (B, A)):
+            if w.grad is None or not self.active(w):
+                continue
+            old = side(w.value, other).clone() if self.compact_alignment else None
+            yield from self.half(w, other)
+            if old is not None:  # the other momentum has to follow this factor
+                X, carry = side(w.value, other).to(w.grad.dtype), other.state["carry"]
+                S = gram(X)
+                T = transport(S, self.inverse(S), cross_gram(X, old.to(X.dtype)))
+                carry.copy_(product(T, carry))
+
+    def active(self, w: Member) -> bool:
+        """Whether it is this factor's turn."""
+        if self.schedule == "both":
+            return True
+        others = (w.t - 1) // self.switch_every % 2 == 1
+        return others != (self.first == self.members[w.number])
+
+    def inverse(self, S: Tensor) -> Tensor:
+        """(S + delta I)^-1, zero for S = 0: no step of one factor moves W while the other is 0."""
+        relative = self.delta_mode == "relative"
+        return damped_inverse(S, 0.0 if relative else self.delta, self.delta if relative else 0.0)
+
+    def half(self, w: Member, other: Member) -> Steps:
+        """The step of one factor, in A's letters: w is A (r, n), X is B (m, r)."""
+        assert w.grad is not None
+        state = w.state
+        G, M = side(w.grad, w), side(state["exp_avg"], w)  # (K, r, n)
+        X = side(other.value, w).to(G.dtype)  # (K, m, r)
+        S = gram(X)
+        if self.compact_alignment:
+            C = state["carry"].clone()
+            state["carry"].copy_(torch.eye(len(C[0]), dtype=C.dtype, device=C.device))
+        else:
+            ref = side(other.state["ref"], w)
+            C = cross_gram(X, ref)
+            ref.copy_(X)
+        T, K, clock, some, by = yield Together(self.small, (S, C, state["count"]))
+        state["count"].copy_(clock)
+        if self.second_moment is None:
+            N = applied(T, M)
+            add_product_(N, K, G)
+            U = M.copy_(N)
+        else:
+            U, by = self.plus(w, M, applied(K, G), T, clock), some
+        U, ratio = side(U, w), self.ratio_b if w.number else 1.0
+        term = Scaled(U, by) if self.max_rel_step is None else Dense(U * by)
+        yield w.step(term, scale=ratio, decay_last=self.published, cap=self.max_rel_step)
+
+    def small(self, S: Tensor, C: Tensor, count: Tensor) -> tuple[Tensor, ...]:
+        """All that is r x r, of many pairs: b1 T, (1 - b1) K / s^2, the clock, its correction."""
+        b1 = self.betas[0]
+        inverse, some = self.inverse(S), alive(S)
+        moved = product if self.published else partial(transport, S)
+        T = C if self.compact_alignment else moved(inverse, C)
+        clock = count + (1 if self.published else some.to(count.dtype))
+        some = some.to(S.dtype)  # a bool times 0.9 is a float32
+        s2 = self.s**2 if self.scale_aware and not self.published else 1.0
+        share = 1.0 if self.second_moment else 1 - b1
+        return T * (some * b1), inverse * (share / s2), clock, some, unbiased(clock, b1, S.dtype)
+
+    def plus(self, w: Member, M: Tensor, Z: Tensor, T: Tensor, clock: Tensor) -> Tensor:
+        """AltLoRA+: Adam's direction of Z, the first moment carried along, the second not."""
+        (b1, b2), V = self.betas, side(w.state["exp_avg_sq"], w)
+        N = applied(T, M).add_(Z, alpha=1 - b1)
+        # the published code carries M for the step only, and does not correct V
+        M.mul_(b1).add_(Z, alpha=1 - b1) if self.published else M.copy_(N)
+        V.mul_(b2).add_(Z.square(), alpha=1 - b2)
+        c1, c2 = unbiased(clock, b1, Z.dtype), unbiased(clock, b2, Z.dtype)
+        eps = self.eps if self.eps is not None else 1e-4 if self.published else 1e-8
+        return N.mul_(c1).div_((V if self.published else V * c2).sqrt().add_(eps))
+
+
+class AltLoRA(PairOptimizer):
+    """AltLoRA and AltLoRA+ for LoRA pairs, W = W0 + s B A; AdamW for everything else.
+
+    For A (r x n), with G_A = s B^T G; B (m x r) is treated alike after it, with A^T for B::
+
+        K   = (B^T B + delta I)^-1                         r x r
+        Z   = K G_A / s^2                                  s B Z is G projected on what B spans
+        M   <- beta1 K (B^T B_old) M + (1 - beta1) Z       so that s B M stays what s B_old M was
+        A   <- (1 - lr * weight_decay) A - lr * M / (1 - beta1^t)
+        AltLoRA+ moves by the same M over sqrt(vhat) + eps, v the average of the squares of Z
+
+    While B = 0, as adapters begin, G_A tells nothing: A only decays, and its t does not count.
+
+    Source: *AltLoRA: Towards Better Gradient Approximation in Low-Rank Adaptation with Alternating
+    Projections*, arXiv 2505.12455; its published code, and a second one.
+
+    Args:
+        groups: A model, its named parameters, or groups as :func:`lora_param_groups` and
+            :func:`pairs_to_groups` make them.
+        lr: Learning rate of a step of the full gradient (default: 1e-3).
+        betas: Decays of M and, in AltLoRA+, of v (default: (0.9, 0.999)).
+        delta: Damping (default: 1e-5).
+        schedule: ``"both"`` (default) in every step, or ``"alternate"``, one factor at a time.
+        second_moment: None for AltLoRA (default), ``"elementwise"`` for AltLoRA+.
+        weight_decay: Decoupled weight decay (default: 0).
+        compat: ``"reference"``: as published, without 1 / s^2, with decay after the step; AltLoRA+
+            stores M without carrying it, and has no bias correction of v and eps 1e-4.
+        scale: s of pairs whose group or module names none.
+        eps: Of AltLoRA+; None: 1e-8.
+        delta_mode: ``"absolute"`` (default), or ``"relative"`` to the mean eigenvalue of B^T B.
+        switch_every: Steps of one factor in ``"alternate"`` (default: 1).
+        first: The factor that begins there (default: ``"B"``, as A cannot move while B = 0).
+        scale_aware: Whether Z has the 1 / s^2 (default: True); without, lr changes with alpha.
+        max_rel_step: Largest step of a factor relative to its norm; None: any. The first steps of
+            A after B = 0 are as large as A itself however small lr is.
+        compact_alignment: Keep K (B^T B_old), r x r, instead of B_old (default: False). Only the
+            optimizer may change the factors then.
+        lr_ratio_b: Multiplies the learning rate of B; None: 1.
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    State per factor: ``exp_avg`` and ``ref``, the factor as the other's half last saw it, both
+    like the factor; ``count`` (1 x 1); ``exp_avg_sq`` in AltLoRA+; ``carry`` (r x r) for ``ref``
+    under ``compact_alignment``. Peak temporary memory: three matrices of the largest factor.
+
+    What it is not: independent of how B A is split into factors, under damping or in AltLoRA+,
+    whose squares belong to entries. ``"both"`` takes the gradient of B at the old A.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import AltLoRA, pairs_to_groups
+        >>> A, B = torch.randn(2, 8, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
+        >>> optimizer = AltLoRA(pairs_to_groups([(A, B)], scale=2.0), lr=1e-2)
+        >>> (torch.ones(3, 8) @ (2.0 * B @ A).mT - 1).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self, groups: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        delta: float = 1e-5, schedule: str = "both", second_moment: str | None = None,
+        weight_decay: float = 0.0, compat: str | None = None, *, scale: Scale = None,
+        eps: float | None = None, delta_mode: str = "absolute", switch_every: int = 1,
+        first: str = "B", scale_aware: bool = True, max_rel_step: float | None = None,
+        compact_alignment: bool = False, lr_ratio_b: float | None = None,
+        **options: Unpack[Common],
+    ) -> None:  # fmt: skip
+        rule = AltLoRARule(
+            None, lr_ratio_b, betas, delta, schedule, second_moment, eps, delta_mode, switch_every,
+            first, scale_aware, max_rel_step, compact_alignment, compat,
+        )  # fmt: skip
+        super().__init__(groups, rule, lr, weight_decay, scale=scale, **options)
