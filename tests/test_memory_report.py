@@ -7,7 +7,7 @@ import torch
 from llama import SIZES, Llama
 from problems import METHODS
 
-from stiefel.optimizers import Fira, GaLore, MemoryReport, Muon, memory_report
+from stiefel.optimizers import FRUGAL, Fira, GaLore, MemoryReport, Muon, memory_report
 
 GIB = 2**30
 
@@ -87,6 +87,37 @@ def test_llama_totals_of_the_sheets(cls, size, rank, galore, adamw):
     report = memory_report(llama(size), cls, rank=rank)
     assert round(report.state / GIB, 2) == galore
     assert round(report.adamw / GIB, 2) == adamw
+
+
+@pytest.mark.parametrize(
+    ("size", "columns", "none", "svd"),
+    [
+        ("60M", 0.29, 0.24, 0.30),
+        ("130M", 0.52, 0.37, 0.57),
+        ("350M", 1.05, 0.49, 1.22),
+        ("1B", 3.23, 0.98, 3.88),
+    ],
+)
+def test_llama_totals_of_frugal(size, columns, none, svd):
+    """Density a quarter, zero, and a stored basis of a quarter; as frugal.md prints them."""
+    made = {
+        columns: memory_report(llama(size), FRUGAL, density=0.25),
+        none: memory_report(llama(size), FRUGAL, density=0.0),
+        svd: memory_report(llama(size), FRUGAL, density=0.25, split="svd"),
+    }
+    for gib, report in made.items():
+        # chosen columns are counted in the report and left out in the sheet: 4 bytes each
+        index = sum(4 * (row.shape[1] // 4) for row in report.rows if row.rule == "FRUGAL")
+        index = index if gib == columns else 0
+        assert round((report.state - index) / GIB, 2) == gib
+
+
+def test_blocks_that_take_turns_are_those_of_the_first_window():
+    report = memory_report(llama("60M"), FRUGAL, split="block", density=0.25, seed=3)
+    matrices = [row for row in report.rows if row.rule == "FRUGAL"]
+    active = [row for row in matrices if row.state]
+    assert len(active) == round(0.25 * len(matrices))
+    assert all(row.state == 2 * row.weight for row in active)
 
 
 def test_rows_name_every_parameter_once_and_add_up():
