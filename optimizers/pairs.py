@@ -52,7 +52,7 @@ def cross_gram(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def applied(T: Tensor, M: Tensor) -> Tensor:
-    """T M for T (K, r, r) and M (K, r, n), laid out in memory as M is, so that nothing is turned."""
+    """T M for T (K, r, r) and M (K, r, n), laid out as M is, so that nothing is turned."""
     return times(M.mT, T.mT).mT
 
 

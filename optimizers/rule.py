@@ -476,9 +476,7 @@ class Rule:
     def refresh(self, *members: Any, **unused: Any) -> None:
         """Rare and eager: may factorise and wait for the device. Never sees a bad or zero G."""
 
-    def update(
-        self, *members: Any, **unused: Any
-    ) -> Direction | Iterable[Direction] | Steps:
+    def update(self, *members: Any, **unused: Any) -> Direction | Iterable[Direction] | Steps:
         """Return or yield Directions; each is written before the next is asked for."""
         raise NotImplementedError
 
