@@ -257,10 +257,11 @@ class StackedOptimizer(Optimizer):
         """Follow hyper-parameters that a scheduler rewrote without making units anew."""
         for i, (old, new) in enumerate(zip(plan.values, values, strict=False)):
             if old != new:
-                rule = rule_of(self.param_groups[i], self._own)
-                if old[:4] != new[:4] or (rule is not None and not plan.adopt(i, rule)):
+                group = self.param_groups[i]
+                rule = rule_of(group, self._own)
+                if old[:4] != new[:4] or (rule is not None and not plan.adopt(i, rule, group)):
                     return False
-                plan.values[i], plan.orders[i] = new, self._order(self.param_groups[i])
+                plan.values[i], plan.orders[i] = new, self._order(group)
         return len(plan.values) == len(values)
 
     def init_state(self) -> None:

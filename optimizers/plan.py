@@ -287,10 +287,7 @@ def place(
     numbers: dict[str, dict[Hashable, int]] = {}
     labels: list[Hashable] = []
     for group, rule in zip(groups, rules, strict=True):
-        count = len(group["params"])
-        names = [*group.get("param_names", ())][:count]
-        names += [None] * (count - len(names))  # appended to the group's list later
-        labels += [None] * count if rule is None else rule.blocks(names)
+        labels += _labels(group, rule)
     kept = [unit for unit in units if drops(rules[unit.group])]
     for unit in kept:
         own, position = numbers.setdefault(_method(rules, unit), {}), unit.positions[0]
@@ -299,6 +296,14 @@ def place(
         unit.place = Place(own.setdefault(key, len(own)))
     for unit in kept:
         unit.place = Place(unit.place.number, len(numbers[_method(rules, unit)]))
+
+
+def _labels(group: Mapping[str, Any], rule: Rule | None) -> list[Hashable]:
+    """The label of every parameter of a group."""
+    count = len(group["params"])
+    names = [*group.get("param_names", ())][:count]
+    names += [None] * (count - len(names))  # appended to the group's list later
+    return [None] * count if rule is None else list(rule.blocks(names))
 
 
 def drops(rule: Rule | None) -> bool:
@@ -638,12 +643,14 @@ class Plan:
         self.buckets = buckets_of(self.units, mask, state, self.rules, self.buckets)
         self.mask, self.entries = mask, len(state)
 
-    def adopt(self, group: int, rule: Rule) -> bool:
+    def adopt(self, group: int, rule: Rule, settings: Mapping[str, Any]) -> bool:
         """Take a rule with other values for a group; False if its units would change."""
-        if drops(rule) or any(unit.shift for unit in self.units):
-            return False
         before = self.rules[group]
         if before is None or before.members != rule.members:
+            return False
+        if drops(rule) and _labels(settings, rule) != _labels(settings, before):
+            return False
+        if before.every != rule.every and any(unit.shift for unit in self.units):
             return False
         for unit in self.units:
             if unit.group != group:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import PickRule, driver, gradients, run, same, tensors, weight
 
-from stiefel.optimizers import Dense, GaLore, Place, Rule, Slot, StackedOptimizer
+from stiefel.optimizers import FRUGAL, Dense, GaLore, Place, Rule, Slot, StackedOptimizer
 
 LARGE = (256, 160)  # above the limit of stacks
 
@@ -202,3 +202,34 @@ def test_windows_are_those_of_the_weights_own_clock():
     # the first has made three updates and so begins its second window, the other ends it
     assert [optimizer.state[p]["step"] for p in params] == [3, 4]
     assert ["exp_avg" in optimizer.state[p] for p in params] == [False, True]
+
+
+def test_values_that_a_scheduler_rewrites_keep_the_plan_and_others_make_it_anew():
+    params = [weight((6, 5), i) for i in range(4)]
+    optimizer = FRUGAL(params, split="block", density=0.5, update_gap=2, block_order="ascending")
+    assert at_work(optimizer, params, 1) == [(0, 1)]
+    plan, group = optimizer._plan, optimizer.param_groups[0]
+    group["betas"] = (0.8, 0.99)
+    assert at_work(optimizer, params, 2) == [(0, 1), (2, 3)]
+    assert optimizer._plan is plan
+    group["update_gap"] = 3  # the fourth update is now the first of the second window
+    assert at_work(optimizer, params, 1) == [(2, 3)]
+    assert at_work(optimizer, params, 3) == [(2, 3), (2, 3), (0, 1)]
+    group["density"] = 0.25
+    assert at_work(optimizer, params, 1) == [(2,)]
+    group.update(block_of=(0, 1, 0, 1), density=0.5)
+    assert at_work(optimizer, params, 1)[0] in [(0, 2), (1, 3)]
+    assert optimizer._plan is not plan
+
+
+def test_staggered_units_follow_another_gap():
+    params = [weight(LARGE, i) for i in range(2)]
+    optimizer = galore(params, stagger=True)
+    refreshes(optimizer, params, 2)
+    plan = optimizer._plan
+    optimizer.param_groups[0]["betas"] = (0.8, 0.99)
+    optimizer.step()
+    assert optimizer._plan is plan
+    optimizer.param_groups[0]["update_proj_gap"] = 4
+    optimizer.step()
+    assert [unit.shift for unit in optimizer._plan.units] == [0, 2]
