@@ -203,9 +203,7 @@ def scale_of(key: str) -> str:
     return f"{name}_scale{dot}{tag}"
 
 
-def _filled(
-    slot: Slot, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _filled(slot: Slot, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if slot.fill == "eye":
         return torch.eye(shape[-2], shape[-1], dtype=dtype, device=device).expand(shape).clone()
     assert not isinstance(slot.fill, str)

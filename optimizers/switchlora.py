@@ -1,0 +1,201 @@
+"""SwitchLoRA: LoRA factors whose vectors are exchanged, so that the sum of it all has full rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .lora import LoRARule, Scale
+from .lowrank import check_known
+from .moments import adam
+from .pools import CHOICE, POOLS, ROUNDING, Pool, TripleOptimizer, begin_, pool_slots, room, streams
+from .rule import Dense, Direction, Member, Slot, check, check_adam
+from .switching import exchange_, fold_, forget_, switch_rate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .groups import Common
+
+
+@dataclass(frozen=True)
+class SwitchLoRARule(LoRARule):
+    """Exchange k vectors of A and of B, fold the difference into W0, then Adam on A and B."""
+
+    members = ("A", "B", "W0")  # type: ignore[assignment]
+    writes = True
+    total_steps: int | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    interval0: float = 40
+    ratio: float | None = 0.1
+    freeze_steps: int = 5
+    rounding: str = "accumulate"
+    seed: int = 0
+    choice: str = "fifo"
+    count_frozen_steps: bool = False
+    save_pools: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_adam(self.betas, self.eps)
+        check_known(self, rounding=("accumulate", "stochastic"), choice=("fifo", "random"))
+        T, ratio, N, interval = self.total_steps, self.ratio, self.freeze_steps, self.interval0
+        check(ratio is None or ratio > 0.0, f"ratio must be positive or None, got {ratio!r}")
+        check(ratio is None or (T is not None and T >= 1),
+              f"total_steps must be the number of updates of the whole run, got {T!r}; leave it "
+              "out only with ratio=None, which never slows switching down")  # fmt: skip
+        check(N >= -1, f"freeze_steps must be -1 or more, got {N!r}")
+        check(interval > 0 and interval >= 2 * N,
+              f"interval0 must be positive and at least 2 * freeze_steps = {2 * N}, got "
+              f"{interval!r}: else vectors would be switched while they are frozen")  # fmt: skip
+
+    @property
+    def every(self) -> int:
+        """Every update may exchange vectors."""
+        return 1
+
+    def state(self, *sides: tuple[int, int]) -> tuple[dict[str, Slot], ...]:
+        """Moments, a clock per vector, and the pools; the fraction of a vector that is due."""
+        (r, n), (m, _), _ = sides
+        moments = {"exp_avg": Slot("mn"), "exp_avg_sq": Slot("mn")}
+        A, B = ({**moments, **slots} for slots in pool_slots(m, n, r))
+        return {**A, "due": Slot("", torch.float64, device="cpu")}, B, {}
+
+    def wanted(self, A: Member, j: int) -> int:
+        """k: the schedule's number of vectors of each factor, rounded so that the mean is kept."""
+        rate = 1.0 if self.ratio is None else switch_rate(A.t, self.ratio * (self.total_steps or 1))
+        k = A.m * rate / self.interval0
+        if self.rounding == "stochastic":
+            draws = streams(self.seed, A.indices, A.t, ROUNDING)
+            return math.floor(k) + (draws.key(j) / 2**64 < k % 1)
+        due = A.state["due"][j]
+        k += float(due)
+        due.fill_(k % 1)
+        return math.floor(k)
+
+    def refresh(self, A: Member, B: Member, W: Member) -> None:
+        """The exchange; it needs no gradient, but with one half missing it waits for both."""
+        if A.grad is None or B.grad is None:
+            return
+        ks = [self.wanted(A, j) for j in range(len(A.indices))]
+        if not any(ks):
+            return
+        X, Y, W0 = A.value, B.value, W.value
+        for j, k in enumerate(ks):
+            a, b = Pool(A, j), Pool(B, j)
+            if not a.drawn:
+                begin_(a, b, self.s, streams(self.seed, A.indices, A.t, POOLS).generator(j))
+            k = min(k, room(a, b))
+            if k:
+                draws = streams(self.seed, A.indices, A.t, CHOICE)
+                order = draws.generator(j) if self.choice == "random" else None
+                I, C = a.trade(k, X[j], order)
+                J, D = b.trade(k, Y[j].mT, order)
+                P, N = exchange_(X[j], Y[j], I, C, J, D)
+                fold_(W0[j], P, N, self.s)
+                forget_(B, j, I, self.freeze_steps)
+                forget_(A, j, J, self.freeze_steps)
+        for w, value in ((A, X), (B, Y), (W, W0)):
+            w.put(value)
+
+    def update(self, A: Member, B: Member, W: Member) -> Iterator[Direction]:
+        """Adam for every vector that is not frozen."""
+        for w in (A, B):
+            if w.grad is not None:
+                yield self.half(w)
+
+    def half(self, w: Member) -> Direction:
+        """One factor: a clock per vector, which stops while the vector is frozen."""
+        assert w.grad is not None
+        (b1, b2), state, G = self.betas, w.state, w.grad
+        still = state["frozen"] > 0
+        some, mask, step = bool(still.any()), still.to(G.device), still.to(torch.int32)
+        clock = state["count"].add_(1 if self.count_frozen_steps else 1 - step)
+        if some:
+            G = G.masked_fill(mask, 0)
+            state["frozen"].sub_(step)
+        M, V, t = state["exp_avg"], state["exp_avg_sq"], clock.clamp(min=1).to(G.device)
+        N = adam(G, M, V, t, beta1=b1, beta2=b2, eps=self.eps)
+        if some:
+            N.masked_fill_(mask, 0)  # 0 / 0 where eps is 0
+        ratio = self.ratio_b if w.number else 1.0
+        return w.step(Dense(N), scale=ratio, decay=~mask if some else None)
+
+
+class SwitchLoRA(TripleOptimizer):
+    """SwitchLoRA: pre-training W = W0 + s B A by A and B alone; AdamW for everything else.
+
+    At update t, with a_i row i of A (r x n) and b_i column i of B (m x r)::
+
+        k = r / interval, interval = interval0 / 0.3^(t / (ratio total_steps)), rounded
+        k vectors a_i, and k others b_j, trade places with the next ones of their pools
+        W0 <- W0 + s (B A before - B A after)          so W has not moved
+        b_i, a_j: moments and clock <- 0, no step and no decay for freeze_steps updates
+        A, B <- Adam with a clock per vector
+
+    Source: *SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information*,
+    arXiv 2406.06564, and its published code.
+
+    Args:
+        groups: A model, its named parameters, or groups of ``[A1, B1, W1, A2, ...]`` as
+            ``lora_param_groups(model, base_weight=True)`` and :func:`pairs_to_groups` make them.
+            W0 is frozen; the optimizer writes it.
+        lr: Learning rate (default: 1e-3); published runs have 2e-2 where full rank has 1e-3.
+        total_steps: Updates of the whole run; needed unless ``ratio`` is None.
+        betas: Decays of the moments (default: (0.9, 0.999)).
+        eps: Added to the bias-corrected root (default: 1e-8).
+        weight_decay: Decoupled decay of A and B, never of W0 (default: 0).
+        interval0: Updates in which every vector is exchanged once, at first (default: 40); at
+            least twice ``freeze_steps``; ``math.inf`` for no switching.
+        ratio: Part of the run after which 0.3 of the switches are left (default: 0.1); None:
+            ``interval0`` throughout.
+        freeze_steps: Updates a counterpart stays still, with the switching one (default: 5);
+            -1: none.
+        rounding: Of k: ``"accumulate"`` (default) carries the fraction, ``"stochastic"`` draws.
+        seed: Decides pools and draws (default: 0).
+        scale: s of triples whose group or module names none.
+        choice: ``"fifo"`` (default): vectors of a pool take turns; ``"random"``: any that wait.
+        count_frozen_steps: Whether clocks go on while frozen, as published, which halves the
+            first step after it (default: False).
+        save_pools: False keeps pools out of checkpoints; loading then draws new ones.
+        lr_ratio_b: Multiplies the learning rate of B; None: 1.
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    State of A and B in all: ``exp_avg``, ``exp_avg_sq``, 2 r (m + n). On the host, pinned for CUDA:
+    ``pool``, min(m, n) (m + n) in the weight's dtype; ``count``, ``frozen``, ``slots``, 6 r int32;
+    ``cursor``, ``due``. Peak temporary memory: four matrices of the largest factor; of a
+    low-precision W0 also two float32 panels, and two more of a factor.
+
+    What it is not: a saving of host memory, where pools take 1 + min / max of the sides times W0's
+    bytes. A and B alone are no model: save W0 too. A bfloat16 W0 rounds at every switch.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import SwitchLoRA, pairs_to_groups, switchlora_init_
+        >>> W0, A, B = torch.randn(6, 8), torch.empty(2, 8), torch.empty(6, 2)
+        >>> switchlora_init_(W0, A, B, scale=0.5)
+        >>> triple = (A.requires_grad_(), B.requires_grad_(), W0)
+        >>> optimizer = SwitchLoRA(pairs_to_groups([triple], scale=0.5), lr=1e-2, total_steps=100)
+        >>> (torch.ones(3, 8) @ (W0 + 0.5 * B @ A).mT - 1).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self, groups: Any, lr: float | Tensor = 1e-3, total_steps: int | None = None,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+        interval0: float = 40, ratio: float | None = 0.1, freeze_steps: int = 5,
+        rounding: str = "accumulate", seed: int = 0, *, scale: Scale = None, choice: str = "fifo",
+        count_frozen_steps: bool = False, save_pools: bool = True, lr_ratio_b: float | None = None,
+        **options: Unpack[Common],
+    ) -> None:  # fmt: skip
+        rule = SwitchLoRARule(
+            None, lr_ratio_b, total_steps, betas, eps, interval0, ratio, freeze_steps, rounding,
+            seed, choice, count_frozen_steps, save_pools,
+        )  # fmt: skip
+        super().__init__(groups, rule, lr, weight_decay, scale=scale, **options)
