@@ -30,9 +30,10 @@ def quantise_rows(X: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     _check(bits)
     low, high = X.amin(-1, keepdim=True), X.amax(-1, keepdim=True)
     most = 2**bits - 1
-    u = (high - low) / most
-    u = u.masked_fill(u == 0, 1.0)  # a constant row has code 0, never 0 / 0
-    codes = (X - low).div_(u).add_(0.5).floor_().clamp_(0, most).to(torch.uint8)
+    # halves: the range itself may be more than a float holds
+    half = (high * 0.5 - low * 0.5) / most
+    half = half.masked_fill(half == 0, 1.0)  # a constant row has code 0, never 0 / 0
+    codes = (X * 0.5).sub_(low * 0.5).div_(half).add_(0.5).floor_().clamp_(0, most).to(torch.uint8)
     if bits == 8:
         return codes, low, high
     packed = codes[..., 0::2] << 4  # a new tensor
@@ -59,7 +60,9 @@ def dequantise_rows(codes: Tensor, low: Tensor, high: Tensor, bits: int, n: int)
     _check(bits)
     if bits == 4:
         codes = torch.stack([codes >> 4, codes & 15], dim=-1).flatten(-2)[..., :n]
-    return codes.to(low.dtype).mul_((high - low) / (2**bits - 1)).add_(low)
+    return (
+        codes.to(low.dtype).mul_((high * 0.5 - low * 0.5) / (2**bits - 1)).add_(low * 0.5).mul_(2)
+    )
 
 
 def _check(bits: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import adamw, checkpoint
+from .changes import follow
 from .flags import LateFlags, look, read_flags
 from .groups import (
     COMMON,
@@ -63,7 +64,8 @@ class StackedOptimizer(Optimizer):
         view: How a parameter becomes matrices, see ``views.py`` (default: ``"auto"``).
         state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None: float32
             (float64 for float64 weights). ``"int8"``: moments and momentum in 8 bits with a scale
-            for every 256 of them, the rest as under None; see ``kernels/blockwise.py``.
+            for every 256 of them, the rest as under None; see ``kernels/blockwise.py``. Averages of
+            squares follow falling gradients late then: steps of 0.001 round away.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.
 
@@ -72,7 +74,14 @@ class StackedOptimizer(Optimizer):
             cannot train; the message names the way around.
         TypeError: For an unknown keyword.
 
-    State: the rule's slots per parameter, and the host ints ``step`` and ``refreshed``.
+    State: the rule's slots per parameter, and the host ints ``step`` and ``refreshed``. A value of
+    a group may change in the middle of a run: state that it adds starts anew, state that it drops
+    is freed, and where a basis or index is replaced that weight begins anew. What would reshape
+    state (``rank``) is refused at the next step.
+
+    Temporary memory that the classes state is for float32 weights and state. A gradient of lower
+    precision, ``maximize`` and ``state_dtype`` add a copy of the gradient or the state of one
+    weight at a time (of one stack, for small weights).
     """
 
     _reference_key: ClassVar[str | None] = None
@@ -128,7 +137,6 @@ class StackedOptimizer(Optimizer):
         except BaseException:
             del self.param_groups[count:]
             raise
-        self._plan = None
 
     def _prepared(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
         """A user's group as the groups that torch shall add."""
@@ -224,13 +232,13 @@ class StackedOptimizer(Optimizer):
         """The plan's lasting part: rules and units, made anew only when groups changed."""
         flat = [p for group in self.param_groups for p in group["params"]]
         values = [self._values(group) for group in self.param_groups]
-        plan = self._plan
-        if plan is not None and len(plan.flat) == len(flat) and all(map(is_, plan.flat, flat)):
-            if plan.values == values or self._adopt(plan, values):
-                return plan
+        old = self._plan
+        if old is not None and len(old.flat) == len(flat) and all(map(is_, old.flat, flat)):
+            if old.values == values or self._adopt(old, values):
+                return old
         rules = [rule_of(group, self._own) for group in self.param_groups]
         orders = [self._order(group) for group in self.param_groups]
-        self._plan = plan = Plan(flat, values, rules, orders, [], [])
+        plan = Plan(flat, values, rules, orders, [], [])
         position, first = 0, dict[Tensor, int]()  # torch only warns about a parameter given twice
         for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
             matrices, vectors = (
@@ -245,6 +253,10 @@ class StackedOptimizer(Optimizer):
                 plan.units += units_of(i, group, rule, matrices)
         place(plan.units, rules, self.param_groups)
         stagger(plan.units, rules, self.param_groups)
+        if old is not None:  # settings changed, or a group came
+            aside = [old.flat[i] for positions in old.vectors for i in positions]
+            follow(old.units, aside, plan.units, rules, self.state)
+        self._plan = plan
         return plan
 
     def _order(self, group: dict[str, Any]) -> tuple[bool, float] | None:
@@ -463,7 +475,18 @@ class StackedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and groups as torch gives them: tensors, numbers and plain values only."""
         self._settle()
+        before = self._plan
+        if before is not None and self._current() is not before:
+            self._catch_up()  # settings changed since the last step: a load checks state by them
         return super().state_dict()
+
+    def _catch_up(self) -> None:
+        """Make what is missing in the state of parameters that have some."""
+        plan = self._current()
+        for unit in plan.units:
+            rule = plan.rules[unit.group]
+            if rule is not None and any(self.state.get(p) for p in unit.params):
+                unit.allocate(self.state, rule)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, of ``torch.optim.Muon`` or ``AdamW`` where it fits.

@@ -97,7 +97,7 @@ def _tables(units: Sequence[Unit]) -> dict[Tensor, Expected]:
 
 
 def _is_clock(key: str) -> bool:
-    return key.partition(".")[0] in ("step", "refreshed")
+    return key.partition(".")[0] in ("step", "refreshed", "held")
 
 
 def _check_entry(

@@ -119,6 +119,8 @@ class DCTAdamWRule(Rule):
         few = (change.source >= 0).sum(-1) < least * old.shape[-1]
         for X in rows if self.moments != "slot" else ():
             X.copy_(change.turn(X).masked_fill_(few.view(-1, 1, 1), 0))
+        if "age" in state:  # a slot that was empty begins now, whatever the policy
+            state["age"].masked_fill_((old < 0).unsqueeze(-1), 0)
         old.copy_(new)
 
 

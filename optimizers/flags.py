@@ -96,7 +96,7 @@ def read_flags(
     for j, (bucket, flag) in enumerate(zip(plan.buckets, flags, strict=True)):
         rule = plan.rules[bucket.group]
         assert rule is not None
-        needed = rule.writes or rule.due(*bucket.clocks())
+        needed = rule.writes or rule.due(*bucket.clocks(), bucket.unit.shift)
         if needed or waits(flag.device) or groups[bucket.group]["nonfinite"] == "raise":
             by_device.setdefault(flag.device, []).append(j)
     for chosen in by_device.values():

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from . import splits
 from .base import StackedOptimizer
 from .inner import Inner, inner
 from .lowrank import PROJ_TYPES, check_known
 from .projectors import Draws
 from .rule import Blocks, Direction, Member, Place, Rule, Slot, Term, check, check_adam
-from .splits import (  # fmt: skip
-    COORDINATES,
-    FREE,
-    ORDERS,
-    Turns,
-    Way,
-    check_least,
-    free_of,
-    labels_of,
-    number_blocks,
-    way_of,
-)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,27 +48,29 @@ class FRUGALRule(Rule):
     # fmt: off
     def __post_init__(self) -> None:
         check_adam(self.betas, self.eps)
-        check_known(self, state_free=FREE, reset=tuple(RESETS), proj_type=PROJ_TYPES,
-                    inner=("adamw", "lion", "sgdm"), block_order=ORDERS,
+        check_known(self, state_free=splits.FREE, reset=tuple(RESETS), proj_type=PROJ_TYPES,
+                    inner=("adamw", "lion", "sgdm"), block_order=splits.ORDERS,
                     compat=(None, "reference"))
         if isinstance(self.block_of, str):
             check_known(self, block_of=("tensor", "layer"))
-        check(0.0 <= self.density <= 1.0, f"density must lie between 0 and 1, got {self.density}")
-        check_least(self, int, update_gap=1, seed=0)
-        check_least(self, object, state_free_lr_scale=0, proj_lr_scale=0, sign_threshold=0)
+        x = self.density
+        check(isinstance(x, int | float) and (0 <= x if isinstance(x, int) else 0.0 <= x <= 1.0),
+              f"density must be a count (an int) or a part between 0.0 and 1.0, got {x!r}")
+        splits.check_least(self, int, update_gap=1, seed=0)
+        splits.check_least(self, object, state_free_lr_scale=0, proj_lr_scale=0, sign_threshold=0)
         check(self.split == "block" or self.block_of == "tensor",
               f"split={self.split!r} has no blocks: leave them out, or use split='block'")
         check(self.projection is None or self.split == "svd",
               f"projection={self.projection!r} needs split='svd', got split={self.split!r}")
-        check(self.projection not in ("block", *COORDINATES),
+        check(self.projection not in ("block", *splits.COORDINATES),
               f"projection={self.projection!r} is no subspace here: name it in split")
         self.way  # noqa: B018  which refuses what does not go together
     # fmt: on
 
     @property
-    def way(self) -> Way:
+    def way(self) -> splits.Way:
         """How G is divided."""
-        return way_of(
+        return splits.way_of(
             self.projection or self.split, self.density, self.reset, self.inner,
             proj_type=self.proj_type, published=self.compat == "reference",
             order=self.block_order, gap=self.update_gap, seed=self.seed,
@@ -90,11 +81,16 @@ class FRUGALRule(Rule):
         """The state-full rule."""
         return inner(self.inner, self.betas, self.eps)
 
+    def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
+        """What a subspace keeps for all weights with as many rows."""
+        way = self.way
+        return way.projector.shared(m) if isinstance(way, splits.Subspace) else {}
+
     def update(self, w: Member) -> Direction:
         """One step for a stack: N of what is chosen, and the rest of G by the state-free rule."""
         assert w.grad is not None
         G, terms = w.grad, tuple[Term, ...]()
-        free = free_of(w, self.state_free, self.state_free_lr_scale, self.sign_threshold)
+        free = splits.free_of(w, self.state_free, self.state_free_lr_scale, self.sign_threshold)
         if w.state:
             t = w.age + 1 if self.reset == "all" else w.t  # moments that were reset count anew
             terms = self.way.terms(w, self.inside, t, free)
@@ -129,11 +125,11 @@ class FRUGALRule(Rule):
     def holds(self, place: Place, t: int) -> int:
         """Blocks have state in the windows in which they are active."""
         way = self.way
-        return way.since(place.number, place.count, t) if isinstance(way, Turns) else 1
+        return way.since(place.number, place.count, t) if isinstance(way, splits.Turns) else 1
 
     def blocks(self, names: Sequence[str | None]) -> Sequence[Hashable]:
         """What takes turns."""
-        return labels_of(self.block_of, names)
+        return splits.labels_of(self.block_of, names)
 
 
 class FRUGAL(StackedOptimizer):
@@ -154,8 +150,9 @@ class FRUGAL(StackedOptimizer):
         betas: Decays of the moments (default: (0.9, 0.999)); Lion's authors use (0.9, 0.99).
         eps: Added to the bias-corrected root (default: 1e-8).
         weight_decay: Decoupled weight decay of all entries (default: 0).
-        density: Share that is state-full (default: 0.25): of columns, rows or entries rounded
-            down, of a basis's side or of blocks rounded half to even. 1 is AdamW, 0 is signSGD.
+        density: Part that is state-full (default: 0.25): of columns, rows or entries rounded
+            down, of a basis's side or of blocks rounded half to even. An int is a count: 1 is one
+            column, 1.0 all of them, which is AdamW; 0 is signSGD.
         split: ``"columns"`` (default), ``"rows"``, ``"randk"`` (single entries), ``"block"``
             (whole tensors), or a subspace by any name of ``projectors``: ``"svd"``, ``"random"``,
             ``"range"``, ``"power"``, ``"topk"``, ``"dct"``, ...
@@ -183,10 +180,12 @@ class FRUGAL(StackedOptimizer):
     ``momentum_buffer``): columns 2 m c, rows 2 n c, randk 2 c, with ``index`` and under
     ``"changed"`` ``age``, c int32 each; a subspace as :class:`GaLore`; a block 2 m n while it is
     active, else none, and only the seed tells which. Density 0 keeps none. Peak temporary memory:
-    panels; a matrix for a device, and for what is not stored row by row.
+    panels; r x n buffers for a subspace; a matrix for an active block, for a device, and for what
+    is not stored row by row.
 
     What it is not: AdamW at less cost in loss; it buys memory. ``"block"`` counts tensors, not
-    elements, so its memory varies. In a basis the sign of the rest leaves its complement, as
+    elements, so its memory varies. A gradient of zeros at a new choice leaves the old one for a
+    window. In a basis the sign of the rest leaves its complement, as
     published. Entries outside move by lr * s * f whatever their gradient: nothing anneals them.
 
     Example:
@@ -223,5 +222,5 @@ class FRUGAL(StackedOptimizer):
         """A group with the numbers of its blocks, if the user has listed them."""
         groups = super()._prepared(param_group)
         if self._listed is not None:
-            number_blocks(groups, self.defaults, self._listed)
+            splits.number_blocks(groups, self.defaults, self._listed)
         return groups

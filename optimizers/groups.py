@@ -102,19 +102,25 @@ def settings_of(rule: Rule) -> dict[str, Any]:
     return {f.name: getattr(rule, f.name) for f in fields(rule)}
 
 
-def read(params: Any, rule: Rule, reference_key: str | None) -> Any:
+def read(
+    params: Any, rule: Rule, reference_key: str | None, view: str | Sequence[str] = "auto"
+) -> Any:
     """Turn what a user passes as ``params`` into what ``torch.optim.Optimizer`` takes.
 
     Args:
         params: A module, named parameters, parameters, or groups.
         rule: The optimizer's rule as its arguments set it.
         reference_key: Group key by which the reference package marks its matrix groups.
+        view: The optimizer's view as its arguments set it.
 
     Returns:
         Groups, or the input itself where torch has an error text of its own for it.
+
+    Raises:
+        ValueError: If a module's weights have other views than the one given.
     """
     if isinstance(params, nn.Module):
-        return _from_module(params, rule)
+        return _from_module(params, rule, view)
     if isinstance(params, Tensor):
         return params
     items = list(params)
@@ -130,22 +136,25 @@ def read(params: Any, rule: Rule, reference_key: str | None) -> Any:
     return groups
 
 
-def _from_module(model: nn.Module, own: Rule) -> list[dict[str, Any]]:
+def _from_module(
+    model: nn.Module, own: Rule, view: str | Sequence[str] = "auto"
+) -> list[dict[str, Any]]:
     """Groups of a classified model: one per rule, view and side, frozen parameters left out."""
     named = dict(model.named_parameters())
-    asks = _asks_side(own)
-    made: dict[tuple[str, str, str | None], dict[str, Any]] = {}
-    for row in classify(model):
+    rows = [row for row in classify(model) if row.name and named[row.name].requires_grad]
+    matrices = [row for row in rows if row.rule == "matrix"]
+    _refuse_view(view, matrices)
+    sides = _sides(matrices, own)
+    made: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
         assert row.name is not None
-        if not named[row.name].requires_grad:
-            continue
         matrix = row.rule == "matrix"
-        rule, view = (own.method(), row.view) if matrix else ("adamw", "auto")
-        side = _short_side(row) if matrix and asks else None
+        rule, cut = (own.method(), row.view) if matrix else ("adamw", "auto")
+        side = sides.get(row.name)
         asked = {} if side is None else {"side": side}
         group: dict[str, Any] = made.setdefault(
-            (rule, view, side),
-            {"params": [], "rule": rule, "view": view, "roles": [], "reasons": [], **asked},
+            (rule, cut, side),
+            {"params": [], "rule": rule, "view": cut, "roles": [], "reasons": [], **asked},
         )
         group["params"].append((row.name, named[row.name]))
         group["roles"].append(row.role)
@@ -153,22 +162,89 @@ def _from_module(model: nn.Module, own: Rule) -> list[dict[str, Any]]:
     return sorted(made.values(), key=lambda group: group["rule"] == "adamw")
 
 
-def _asks_side(rule: Rule) -> bool:
-    """Whether the rule has a field ``side`` that takes "rows" and "cols" and was left at "auto".
+def _refuse_view(view: str | Sequence[str], rows: Iterable[Row]) -> None:
+    """A model has a view for every weight; one for all of them must not say something else."""
+    for row in rows if view != "auto" else ():
+        if _plain_view(view, row) != _plain_view(row.view, row):
+            raise ValueError(
+                f"view {view!r} is not that of {row.name!r} in the model, {row.view!r}; leave out "
+                "view (matrix_view, split_sizes, num_heads), or pass groups, each with its view"
+            )
 
-    A unit of several weights has a side that all of them share, which is not for one row to say.
+
+def _plain_view(view: str | Sequence[str], row: Row) -> str | Sequence[str]:
+    """Another name of a view for weights of this shape, the same for all that mean the same."""
+    if view == "auto" or (view == "flatten" and len(row.shape) == 2):
+        return "batch" if len(row.shape) <= 3 else "flatten"
+    return view
+
+
+def _sides(rows: Sequence[Row], rule: Rule) -> dict[str | None, str | tuple[str, ...]]:
+    """The field ``side`` of each matrix's group, by name, where the model tells it.
+
+    One rotation for several weights has a side for each of them: every run of weights that share it
+    has a tuple. Runs with another tuple are of another group.
     """
-    if getattr(rule, "side", None) != "auto" or len(rule.members) != 1:
-        return False
+    if len(rule.members) == 1:
+        told = {row.name: short_side(row) for row in rows if asks_side(rule)}
+        return {name: side for name, side in told.items() if side is not None}
+    found: dict[str | None, str | tuple[str, ...]] = {}
+    if getattr(rule, "side", None) != "auto":
+        return found
+    for view in {row.view: None for row in rows}:
+        alike = [row for row in rows if row.view == view]
+        size = len(rule.members) or len(alike)
+        for start in range(0, len(alike), size):
+            run = alike[start : start + size]
+            side = _shared_side(run)
+            if side is not None and len(run) == size and _takes(rule, side):
+                found.update(dict.fromkeys([row.name for row in run], side))
+    return found
+
+
+def _shared_side(run: Sequence[Row]) -> str | tuple[str, ...] | None:
+    """The residual side of each of some weights, None if none is known or it is not the shortest.
+
+    Where it is not known it is the side of that length, and the rows if both are. One word says it
+    if it is the same for all.
+    """
+    cuts = [blocks(row.view, row.shape) for row in run]
+    if any(len(cut) > 1 for cut in cuts):
+        return None  # which several members cannot follow
+    sizes = [(cut[0].m, cut[0].n) for cut in cuts]
+    known = {
+        m if row.side == "rows" else n for row, (m, n) in zip(run, sizes, strict=True) if row.side
+    }
+    shared = set(sizes[0]).intersection(*sizes)
+    if not shared or known != {min(shared)}:
+        return None
+    sides = tuple(
+        row.side or ("rows" if {m} == known else "cols")
+        for row, (m, _) in zip(run, sizes, strict=True)
+    )
+    return sides if len(set(sides)) > 1 else sides[0]
+
+
+def _takes(rule: Rule, side: Any) -> bool:
+    """Whether the field ``side`` of a rule can have this value."""
     try:
-        for side in ("rows", "cols"):
-            replace(rule, **{"side": side})
+        replace(rule, **{"side": side})
         return True
     except ValueError:  # sides of another kind
         return False
 
 
-def _short_side(row: Row) -> str | None:
+def asks_side(rule: Rule) -> bool:
+    """Whether the rule has a field ``side`` that takes "rows" and "cols" and was left at "auto".
+
+    A unit of several weights has a side for each of them, which is not for one row to say.
+    """
+    if getattr(rule, "side", None) != "auto" or len(rule.members) != 1:
+        return False
+    return _takes(rule, "rows") and _takes(rule, "cols")
+
+
+def short_side(row: Row) -> str | None:
     """The residual side of a matrix; None if it is not known, or is the longer one.
 
     What a rule keeps for a side has that side twice: on the longer one it costs more than the
@@ -267,12 +343,12 @@ def check_values(group: Mapping[str, Any]) -> None:
     if group["nonfinite"] not in ("skip", "raise"):
         raise ValueError(f"nonfinite must be 'skip' or 'raise', got {group['nonfinite']!r}")
     name = group["state_dtype"]
-    if name not in (None, "int8") and not (
-        isinstance(name, str) and getattr(getattr(torch, name, None), "is_floating_point", False)
-    ):
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    # what cannot hold small squares makes a second moment zero, and a step of it without bound
+    wide = getattr(dtype, "is_floating_point", False) and torch.finfo(dtype).tiny < 1e-30
+    if name not in (None, "int8") and not wide:
         raise ValueError(
-            f"state_dtype must be None, 'int8' or the name of a floating dtype such as 'bfloat16', "
-            f"got {name!r}"
+            f"state_dtype must be None, 'int8' or 'bfloat16', 'float32' or 'float64', got {name!r}"
         )
 
 

@@ -91,6 +91,8 @@ class Unit:
         p, block = self.params[0], self.blocks[0]
         self.tag = block.tag
         self.step_key, self.refreshed_key = "step" + block.tag, "refreshed" + block.tag
+        self.held_key = "held" + block.tag
+        self.clocks = (self.step_key, self.refreshed_key, self.held_key)
         self.index = self.positions[0] + (self.number << 20)
         self.stackable = (
             len(self.params) == 1
@@ -161,7 +163,8 @@ class Unit:
             The update since which the unit holds its state, 0 if it has none at its next update.
         """
         first = state[self.params[0]]
-        held = rule.holds(self.place, first.setdefault(self.step_key, 0) + 1)
+        first.setdefault(self.step_key, 0)
+        held = self._held(state, rule) if drops(rule) else 1
         if rule.every:
             first.setdefault(self.refreshed_key, 0)
         for i, p in enumerate(self.params):
@@ -179,6 +182,29 @@ class Unit:
                         "saved with"
                     )
         return held
+
+    def _held(self, state: State, rule: Rule) -> int:
+        """The update since which a unit of a rule that drops state holds its own.
+
+        That is what the rule says, unless state began between windows because settings changed;
+        then it is kept beside the clocks, as are all but the first.
+        """
+        first = state[self.params[0]]
+        has = any(
+            self.key_of(i, n) in state[p] for i, p in enumerate(self.params) for n in self.slots[i]
+        )
+        held = self.since(rule, first.get(self.held_key, 1) if has else 0, first[self.step_key] + 1)
+        first.pop(self.held_key, None)
+        if held > 1 and any(self.slots):
+            first[self.held_key] = held
+        return held
+
+    def since(self, rule: Rule, held: int, t: int) -> int:
+        """What `held`, the update since which there is state (0: none), becomes at update t."""
+        begin = rule.holds(self.place, t)
+        if not begin or not any(self.slots):
+            return begin
+        return t if begin == t or not held else held
 
     def own(self, state: State) -> None:
         """Give a unit that sits out tensors of its own: a row keeps the whole slab alive."""
@@ -245,7 +271,7 @@ def units_of(
     size = len(rule.members) or max(1, len(routed))
     if len(routed) % size:
         raise ValueError(
-            f"{type(rule).__name__} takes parameters in runs of {size} "
+            f"{rule.method()} takes parameters in runs of {size} "
             f"({', '.join(rule.members)}), got {len(routed)}"
         )
     name, views = settings["state_dtype"], views_of(settings["view"], rule, size)
@@ -634,7 +660,7 @@ class Plan:
         if rule is None or not drops(rule):
             return False
         t = bucket.firsts[0][bucket.unit.step_key] + 1
-        return any(rule.holds(unit.place, t) != bucket.held for unit in bucket.units)
+        return any(unit.since(rule, bucket.held, t) != bucket.held for unit in bucket.units)
 
     def fill(self, mask: list[bool], state: State) -> None:
         """Sort the present units into buckets, allocating what they need."""
@@ -648,7 +674,7 @@ class Plan:
             return False
         if drops(rule) and _labels(settings, rule) != _labels(settings, before):
             return False
-        if before.every != rule.every and any(unit.shift for unit in self.units):
+        if before.every != rule.every and settings["stagger"]:
             return False
         for unit in self.units:
             if unit.group != group:

@@ -27,6 +27,8 @@ COORDINATES = ("columns", "rows", "randk")
 ORDERS = ("random", "ascending", "descending", "mirror")
 FREE = ("sign_sgd", "sgd", "no")
 ALL = slice(None)
+NOISE = 64.0
+"""Units of round-off, relative to G's root mean square, up to which a residual has no sign."""
 PANEL = 2**19
 """Entries of a panel on CPU: more than ``write.PANEL``, as each needs a dozen calls."""
 
@@ -99,7 +101,7 @@ class Coordinates(Way):
 
     Attributes:
         kind: One of ``COORDINATES``.
-        share: Part of them that is chosen, rounded down.
+        share: How many of them are chosen, or their part, rounded down.
         ordered: Whether numbers ascend; else they stay as drawn.
         ages: Whether each counts the updates of its own.
     """
@@ -125,8 +127,11 @@ class Coordinates(Way):
 
     def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
         """See :class:`Way`."""
-        c = int(self.share * self.length(m, n))
-        index = Slot("c", dtype=torch.int32, c=c)
+        length = self.length(m, n)
+        c = min(self.share, length) if isinstance(self.share, int) else int(self.share * length)
+        # another letter, so that a run does not take numbers in one order for those in the other
+        axis = "c" if self.ordered else "u"
+        index = Slot(axis, dtype=torch.int32, **{axis: c})  # type: ignore[arg-type]
         told = {"index": index, "age": index} if self.ages else {"index": index}
         return _some(c, self.share, m, n, {**told, **inner.slots(self.axes, c=c)})
 
@@ -308,6 +313,11 @@ def _put(U: Tensor, dim: int, place: Tensor, N: Tensor) -> None:
         U.scatter_(dim, place.unsqueeze(-1 if dim == -2 else -2).expand_as(N), N)
 
 
+def _rounded(share: float, length: int) -> int:
+    """A count as it is, a part to the nearest number, halves to even."""
+    return min(share, length) if isinstance(share, int) else round(share * length)
+
+
 @lru_cache(maxsize=1024)
 def warn_none(share: float, what: str) -> None:
     """Point out, once, that a share which is not 0 is rounded to nothing."""
@@ -343,7 +353,7 @@ class Subspace(Way):
 
     Attributes:
         kind: Which projector, as :func:`projector` names it.
-        share: Rank as part of the projected side, halves rounded to even.
+        share: Rank, or its part of the projected side, halves rounded to even.
         proj_type: Which side that is, as for :class:`LowRankRule`.
         published: LAPACK's own SVD, and signs of a residual that is round-off.
     """
@@ -374,7 +384,7 @@ class Subspace(Way):
 
     def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
         """See :class:`Way`."""
-        r = min(round(self.share * (min(m, n) if self.full else m)), m, n)
+        r = min(_rounded(self.share, min(m, n) if self.full else m), m, n)
         slots = {**self.projector.slots(m, r), **inner.slots("rr" if self.full else "rn", r=r)}
         return _some(r, self.share, m, n, slots)
 
@@ -395,6 +405,9 @@ class Subspace(Way):
         N = inner.direction(state, R, t, w.sums)
         if free.kind == "no" or (self.holds_all(w, R.shape[-2]) and not self.published):
             return (P.lift(state, N, m),)
+        if free.kind == "sign_sgd" and not self.published:  # what is round-off has no sign
+            least = free_of(w, free.kind, free.scale, NOISE * torch.finfo(G.dtype).eps)
+            free = least if free.floor is None else free
         if free.kind == "sgd":
             by = G.new_full((1, 1, 1), free.scale)
             return P.lift(state, N.sub_(R, alpha=free.scale), m), Scaled(G, by)
@@ -419,7 +432,7 @@ class Turns(Way):
     Attributes:
         order: ``"random"``: a new set in each window; ``"ascending"``, ``"descending"``: the next
             ones, around the end; ``"mirror"``: as many from the front as from the back.
-        share: Part of the blocks that is active; halves are rounded to even.
+        share: How many blocks are active, or their part; halves are rounded to even.
         gap: Updates in a window.
         seed: Decides the random sets.
         kept: Whether a block that stays active keeps its state.
@@ -461,7 +474,7 @@ class Turns(Way):
 
 @lru_cache(maxsize=65536)
 def _active(turns: Turns, window: int, count: int) -> frozenset[int]:
-    a = round(turns.share * count)
+    a = _rounded(turns.share, count)
     if a == 0 and turns.share > 0:
         warn_none(turns.share, f"{count} blocks")
     if turns.order == "random":
@@ -554,7 +567,8 @@ def number_blocks(
     """
     for group in groups:
         full = {**defaults, **group}
-        if full["rule"] == "adamw" or "block_of" in group or isinstance(group["params"], set):
+        other = full["rule"] not in (None, "FRUGAL")
+        if other or "block_of" in group or isinstance(group["params"], set):
             continue
         params, names = parameters_of(group)
         # any rule with one member: what counts is whether it is a matrix's

@@ -40,7 +40,7 @@ class TrionRule(Rule):
 
     def __post_init__(self) -> None:
         check(0.0 <= self.momentum <= 1.0, f"momentum must be in [0, 1], got {self.momentum}")
-        check(0.0 <= self.eps, f"Invalid epsilon value: {self.eps}")
+        check(0.0 < self.eps, f"eps must be above 0, got {self.eps}")  # a momentum may be zero
         check_known(self, adjust_lr_fn=ADJUST_LR_FNS, polar=("auto", *POLAR_METHODS))
         rank_of(self.rank, 2**62)  # raises for what is neither a count nor a fraction
         _ = self.cosines  # raises for an unknown norm or basis

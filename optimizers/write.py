@@ -42,16 +42,22 @@ def write_(
         alpha *= lr
     for mask in (step.decay, ok):
         if mask is not None and weight_decay != 0.0:
-            # 1 + (keep - 1) * mask in the accumulator's precision; a bool mask promotes to float32
-            keep = 1.0 + (keep - 1.0) * mask.to(_precision(W))
+            # chosen, not computed, and in the accumulator's precision: the bits of a plain number
+            keep = torch.as_tensor(keep, dtype=_precision(W), device=W.device)
+            keep = torch.where(mask != 0, keep, torch.ones_like(keep))
     if ok is not None:
-        terms = [term.scaled(ok) for term in terms]
+        terms = [_flagged(term, ok) for term in terms]
     if W.stride(-1) != 1 and W.stride(-2) == 1:
         # panels must run along the memory: write the turned weight turned back
         W, terms = W.mT, [term.mT for term in terms]
         keep = keep.mT if isinstance(keep, Tensor) and keep.dim() > 1 else keep
     terms.sort(key=lambda term: not term.fused)
     _write_panels(W, terms, alpha, keep, step.decay_last)
+
+
+def _flagged(term: Term, ok: Tensor) -> Term:
+    """The term times 0 or 1, in its own dtype: a product with float32 would widen it."""
+    return Dense(term.U * ok.to(term.U.dtype)) if isinstance(term, Dense) else term.scaled(ok)
 
 
 def _precision(W: Tensor) -> torch.dtype:

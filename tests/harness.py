@@ -26,7 +26,20 @@ from torch.testing._internal.common_optimizers import (
 )
 
 from stiefel.kernels import POLAR_METHODS
-from stiefel.optimizers import ARO, FRUGAL, AuON, DCTAdamW, Fira, GaLore, Muon, Trion
+from stiefel.optimizers import (
+    ARO,
+    FRUGAL,
+    AuON,
+    DCTAdamW,
+    Fira,
+    GaLore,
+    Hybrid,
+    Muon,
+    RowNorm,
+    Spectral,
+    SymmetryStack,
+    Trion,
+)
 
 SHARED = {
     "default": {},
@@ -70,7 +83,7 @@ def refused(desc, regex, error=ValueError, *, params=None, on_step=False, **kwar
     )
 
 
-def shared_errors(name):
+def shared_errors(name, says):
     """What every optimizer of ours refuses, beside what torch's harness demands of all."""
     unsure, sparse = matrix(), matrix(2, 2)
     unsure.grad[0, 0] = float("nan")
@@ -94,7 +107,7 @@ def shared_errors(name):
         refused("state of integers", "state_dtype must be None,", state_dtype="int32"),
         refused("a view nobody knows", "unknown", view="sideways"),
         refused("a view that does not fit", "must divide", view="heads:3"),
-        refused("a complex matrix", f"{name} does not support complex", RuntimeError,
+        refused("a complex matrix", f"{says} does not support complex", RuntimeError,
                 params=[matrix(dtype=torch.complex64)]),
         refused("a vector in a matrix group", "needs matrices",
                 params=[{"params": [vector], "rule": name}]),
@@ -107,7 +120,7 @@ def shared_errors(name):
     ]  # fmt: skip
 
 
-def entry(cls, inputs, errors, gap=None):
+def entry(cls, inputs, errors, gap=None, says=None):
     """An optimizer of ours for torch's harness.
 
     Args:
@@ -115,6 +128,7 @@ def entry(cls, inputs, errors, gap=None):
         inputs: Description -> constructor arguments, without foreach, fused and differentiable.
         errors: Inputs of its own that raise.
         gap: Name of the setting that says how many updates lie between two refreshes.
+        says: The method that refuses a complex matrix, where it is not the class's own.
     """
 
     def inputs_func(device, dtype=None):
@@ -124,7 +138,7 @@ def entry(cls, inputs, errors, gap=None):
 
     def errors_func(device, dtype):
         of_all = get_error_inputs_for_all_optims(device, dtype)
-        return [*of_all, *shared_errors(cls.__name__), *errors]
+        return [*of_all, *shared_errors(cls.__name__, says or cls.__name__), *errors]
 
     info = OptimizerInfo(
         cls,
@@ -338,7 +352,7 @@ INFOS = [
         [
             refused("beta 1", "Invalid beta parameter at index 0: 1.0", betas=(1.0, 0.9)),
             refused("eps", "Invalid epsilon value: -1", eps=-1),
-            refused("density", "density must lie between 0 and 1", density=1.5),
+            refused("density", "density must be a count", density=1.5),
             refused("gap", "update_gap must be", update_gap=0),
             refused("split", "split must be one of", split="diagonal"),
             refused("rule", "state_free must be one of", state_free="adam"),
@@ -374,6 +388,71 @@ INFOS = [
             refused("init_norm", "init_norm must be one of", init_norm="two", ns_steps=1),
             refused("init_norm alone", "needs ns_steps=1", init_norm="spectral-bound"),
         ],
+    ),
+    entry(
+        RowNorm,
+        {
+            "momentum": {"momentum": 0.8},
+            "no momentum": {"momentum": 0.0},
+            "columns": {"axis": "cols", "row_mode": "unit"},
+            "relative": {"row_mode": "relative", "rms_target": 0.1},
+            "as published": {"adjust_lr_fn": "none", "eps": 1e-6},
+        },
+        [
+            refused("momentum", "momentum must be in", momentum=1.1),
+            refused("row_mode", "row_mode must be one of", row_mode="l1"),
+            refused("rms_target", "rms_target must be positive", rms_target=0.0),
+            refused("pair", "paired by rows", pair="halves", axis="cols"),
+        ],
+    ),
+    entry(
+        Spectral,
+        {
+            "momentum": {"momentum": 0.8},
+            "exact": {"polar": "svd"},
+            "columns, left": {"axis": "cols", "side": "left"},
+            "ns5": {"polar": "ns5", "ns_steps": 6},
+            "as published": {
+                "adjust_lr_fn": "none", "polar": "inverse_root", "eps": 1e-8, "alpha": 1.0,
+            },
+        },
+        [
+            refused("polar", "polar must be one of", polar="turbo"),
+            refused("alpha", "adjust_lr_fn='none'", alpha=1.0),
+            refused("side", "side must be one of", side="both"),
+        ],
+    ),
+    entry(
+        Hybrid,
+        {
+            "momentum": {"momentum": 0.8},
+            "polar first": {"order": "polar_then_row"},
+            "relative": {"row_mode": "relative"},
+            "columns": {"axis": "cols", "polar": "eigh"},
+            "as published": {
+                "adjust_lr_fn": "none", "polar": "inverse_root", "eps": 1e-8, "alpha": 1.0,
+                "lr": 1e-2,
+            },
+        },
+        [
+            refused("order", "order must be one of", order="both"),
+            refused("ns_steps", "ns_steps must be in", ns_steps=0),
+        ],
+    ),
+    entry(
+        SymmetryStack,
+        {
+            "hybrid": {"policy": {"hidden": "Hybrid"}},
+            "row norm": {"policy": {"hidden": {"rule": "RowNorm", "axis": "cols"}}},
+            "muon and AdamW": {"policy": "muon+adamw"},
+        },
+        [
+            refused("policy", "policy must be one of", policy="best"),
+            refused("adjust_lr_fn", "adjust_lr_fn must be one of", adjust_lr_fn="original"),
+            refused("overrides", "overrides need the module", overrides={"a": "adamw"}),
+            refused("paper", "fixed multiples", adjust_lr_fn="paper", lr=torch.tensor(0.1)),
+        ],
+        says="Muon",
     ),
 ]  # fmt: skip
 """Every optimizer under torch's harness."""

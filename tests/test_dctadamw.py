@@ -615,3 +615,28 @@ def test_bad_settings_are_one_sentence_for_constructor_and_group(bad, text):
     with pytest.raises(ValueError, match=text):
         optimizer.add_param_group({"params": [weight(TALL)], **bad})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_over_the_whole_range_of_floats_are_quantised(bits):
+    X = torch.tensor([[2.5e38, -2.5e38, 0.0], [3e38, 3e38, 3e38], [-1e38, 1e-38, 1.0]])
+    back = dequantise_rows(*quantise_rows(X, bits), bits, 3)
+    step = X.amax(-1, keepdim=True) / (2**bits - 1) - X.amin(-1, keepdim=True) / (2**bits - 1)
+    assert bool(back.isfinite().all())
+    assert bool(((back - X).abs() <= 0.51 * step + 1e-6 * X.abs()).all())
+
+
+def test_slots_that_were_empty_begin_with_their_first_gradient():
+    """However long zero gradients came before: every step under a constant one is lr."""
+    p = weight((12, 20))
+    optimizer = DCTAdamW([p], lr=0.01, rank=12, moments="slot", eps=1e-12)
+    G = gradients((12, 20), 1)[0] + 3.0
+    for _ in range(50):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    for _ in range(5):
+        before = p.detach().clone()
+        p.grad = G.clone()
+        optimizer.step()
+        S = dct_basis(12, torch.float32, p.device) @ (p.detach() - before)
+        torch.testing.assert_close(S.abs(), torch.full_like(S, 0.01), rtol=1e-3, atol=0)

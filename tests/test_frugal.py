@@ -884,7 +884,7 @@ def test_nothing_chosen_although_wanted_is_pointed_out_once(split):
 @pytest.mark.parametrize(
     "bad, text",
     [
-        ({"density": -0.1}, "density must lie between 0 and 1"),
+        ({"density": -0.1}, "density must be a count"),
         ({"update_gap": 0}, "update_gap must be an int of at least 1"),
         ({"seed": -1}, "seed must be an int of at least 0"),
         ({"split": "diagonal"}, "split must be one of block, columns"),
@@ -1045,3 +1045,48 @@ def test_projection_names_the_subspace_of_the_split_svd(kind):
     assert not same(named, trained(split="svd"))
     with pytest.raises(ValueError, match="needs split='svd', got split='columns'"):
         FRUGAL([weight(WIDE)], projection=kind)
+
+
+@pytest.mark.parametrize("kind", ["svd", "random", "range", "power", "dct", "topk"])
+def test_property_03_round_off_of_a_low_rank_gradient_has_no_sign(kind):
+    """A gradient inside the subspace, and rows without a gradient: nothing else moves."""
+    p = weight((64, 96))
+    draw = torch.Generator().manual_seed(0)
+    G = torch.randn(64, 8, generator=draw) @ torch.randn(8, 96, generator=draw)
+    G[5:9] = 0.0
+    before = p.detach().clone()
+    run(FRUGAL([p], lr=0.01, split=kind, density=16), [p], [[G]])
+    moved = (p.detach() - before).abs()
+    q = weight((64, 96))
+    run(FRUGAL([q], lr=0.01, split=kind, density=16, state_free="no"), [q], [[G]])
+    if kind in ("svd", "range", "power"):  # which hold all of G
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-6)
+    if kind in ("random", "dct"):  # which mix rows, so that the rest is not zero there
+        return
+    # untouched rows differ from what the subspace moves them by, which is round-off, by nothing
+    torch.testing.assert_close(p.detach()[5:9], q.detach()[5:9], rtol=0, atol=0)
+    assert float(moved.max()) > 0.0
+
+
+@pytest.mark.parametrize(
+    ("split", "shape"),
+    [("columns", (40, 7)), ("rows", (7, 30)), ("randk", (1, 7)), ("svd", (7, 40))],
+)
+def test_a_density_that_is_a_whole_number_counts(split, shape):
+    p = weight((40, 30))
+    optimizer = FRUGAL([p], split=split, density=7)
+    optimizer.init_state()
+    assert optimizer.state[p]["exp_avg"].shape == shape
+    all_of_it = FRUGAL([q := weight((40, 30))], split=split, density=10**6)
+    all_of_it.init_state()
+    assert all_of_it.state[q]["exp_avg"].numel() == 1200
+    blocks = FRUGAL([weight((4, 4), i) for i in range(5)], split="block", density=2)
+    blocks.init_state()
+    assert sum("exp_avg" in entry for entry in blocks.state.values()) == 2
+
+
+def test_groups_of_other_methods_need_be_in_no_list_of_blocks():
+    a, b = weight((4, 5)), weight((4, 5), 1)
+    groups = [{"params": [a]}, {"params": [b], "rule": "GaLore", "rank": 2}]
+    optimizer = FRUGAL(groups, split="block", blocks=[[a]], density=1.0)
+    assert optimizer.param_groups[0]["block_of"] == (0,)

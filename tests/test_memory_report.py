@@ -155,3 +155,9 @@ def test_shared_memory_is_counted_once():
 def test_other_optimizers_are_refused():
     with pytest.raises(TypeError, match="optimizer_class must be an optimizer of this package"):
         memory_report(torch.nn.Linear(2, 2), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize("options", [{"split": "dct"}, {"split": "svd", "projection": "dct"}])
+def test_frugal_counts_shared_cosines_too(options):
+    report = memory_report(torch.nn.Linear(64, 96), FRUGAL, **options)
+    assert report.shared == 4 * 64 * 64
