@@ -167,12 +167,22 @@ class Block(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.o(mixed.transpose(1, 2).flatten(2))
-        h = self.norm2(x)
-        x = x + self.down(F.silu(self.gate(h)) * self.up(h))
-        return x
+        return x + self.feed_forward(self.norm2(x))
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        mixed: Tensor = self.down(F.silu(self.gate(h)) * self.up(h))
+        return mixed
 
 
-class ByteLM(nn.Module):
+class LanguageModel(nn.Module):
+    """Whatever turns bytes into logits of the next one."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """Mean cross-entropy of the next byte, in nats."""
+        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+class ByteLM(LanguageModel):
     """LLaMA-style decoder over bytes: RMSNorm, RoPE, causal attention, SwiGLU, no biases."""
 
     def __init__(self, d: int, layers: int, heads: int, seq: int) -> None:
@@ -196,20 +206,20 @@ class ByteLM(nn.Module):
         logits: Tensor = self.head(self.norm(x))
         return logits
 
-    def loss(self, batch: Tensor) -> Tensor:
-        """Mean cross-entropy of the next byte, in nats."""
-        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
 
 def build_model(d: int, layers: int, heads: int, seq: int, seed: int) -> ByteLM:
-    model = ByteLM(d, layers, heads, seq)
+    return started(ByteLM(d, layers, heads, seq), layers, seed)
+
+
+def started(model: ByteLM, layers: int, seed: int) -> ByteLM:
+    """The model with the weights that this seed draws."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim < 2:
                 continue  # norm gains stay 1
-            std = 0.02 if name.startswith(("embed", "head")) else p.shape[1] ** -0.5
-            if name.endswith(("o.weight", "down.weight")):
+            std = 0.02 if name.startswith(("embed", "head")) else p.shape[-1] ** -0.5
+            if name.endswith(("o.weight", "down.weight", "down_proj")):
                 std /= math.sqrt(2 * layers)  # keeps the residual stream's size at depth
             p.normal_(0.0, std, generator=generator)
     return model
@@ -304,16 +314,27 @@ class Record:
 class Run:
     """One method on one seed: every object of the training loop, and its checkpoint."""
 
+    floor = 0.1  # of the learning rate, at the end
+
     def __init__(self, settings: Settings, corpus: Corpus) -> None:
         s = settings
         self.settings, self.corpus, self.record = s, corpus, Record()
-        self.model = build_model(s.d, s.layers, s.heads, s.seq, s.seed)
-        self.optimizer = build_optimizer(s.method, self.model, s.lr, s.options)
+        self.model = self.make_model(s)
+        self.optimizer = self.make_optimizer(s, self.model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: schedule(step, s.steps)
+            self.optimizer, lambda step: schedule(step, s.steps, self.floor)
         )
         self.generator = torch.Generator().manual_seed(1000 + s.seed)
         self.validation = validation_batches(corpus, s.seq)
+
+    @staticmethod
+    def make_model(settings: Settings) -> LanguageModel:
+        s = settings
+        return build_model(s.d, s.layers, s.heads, s.seq, s.seed)
+
+    @staticmethod
+    def make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(settings.method, model, settings.lr, settings.options)
 
     def train_step(self) -> None:
         s, record, start = self.settings, self.record, time.process_time()

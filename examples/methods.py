@@ -52,6 +52,10 @@ METHODS = {
     "fira": Method(5e-3, {"alpha": 0.25}),
     "dctadamw": Method(2e-3, {}),  # 0.002 to 0.01 differ by 0.02
     "frugal": Method(1e-3, {}),
+    "rownorm": Method(3e-3, {}),
+    "spectral": Method(1e-2, {}),
+    "hybrid": Method(1e-2, {}),
+    "symmetrystack": Method(1e-2, {}),
 }
 
 
@@ -129,13 +133,13 @@ def build_optimizer(
         raise UserError(f"{cls.__name__} refuses its options (--set, --lr): {error}") from error
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: warm-up over a tenth of the run, then a cosine to a tenth."""
+def schedule(step: int, steps: int, floor: float = 0.1) -> float:
+    """Factor on the learning rate: warm-up over a tenth of the run, then a cosine to ``floor``."""
     warm = max(1, round(0.1 * steps))
     if step < warm:
         return (step + 1) / warm
     done = (step - warm) / max(1, steps - warm)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
+    return floor + (1 - floor) / 2 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -13,7 +13,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,6 +40,7 @@ from methods import (
 )
 
 DEMO = "adamw,muon,galore"
+Maker = Callable[[Settings, Corpus], Run]
 
 
 def positive(text: str) -> int:
@@ -49,13 +50,20 @@ def positive(text: str) -> int:
     return value
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(
+    description: str | None = __doc__,
+    demo: str = DEMO,
+    steps: int = 300,
+    corpus: str = "code",
+    val_every: int = 100,
+    out: str = "runs/pretrain",
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--optimizer", metavar="NAME", help="train with one optimizer")
-    what.add_argument("--compare", metavar="A,B,...", help=f"several in turn (default: {DEMO})")
+    what.add_argument("--compare", metavar="A,B,...", help=f"several in turn (default: {demo})")
     add = parser.add_argument
     add(
         "--lr", action="append", default=[], help="for the matrices: 0.01, or muon=0.01,galore=0.02"
@@ -69,18 +77,19 @@ def make_parser() -> argparse.ArgumentParser:
         help="constructor keyword, for every method that takes it; galore.rank=8: for one only",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive, help="default: 300")
+    length.add_argument("--steps", type=positive, help=f"default: {steps}")
     length.add_argument("--quick", action="store_true", help="40 steps, for a first look")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=0, help="start and batches; default: 0")
     seeds.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 to N-1, paired")
-    add("--corpus", default="code", help="code (default), prose, or a file")
+    add("--corpus", default=corpus, help=f"code, prose, or a file; default: {corpus}")
     add("--size", choices=tuple(SIZES), default="micro", help="default: micro")
     for name in ("d", "layers", "heads", "seq", "batch"):
         add(f"--{name}", type=positive, metavar="N", help=f"instead of the size's {name}")
-    add("--val-every", type=positive, default=100, metavar="N", help="steps; default: 100")
+    every = f"steps; default: {val_every}"
+    add("--val-every", type=positive, default=val_every, metavar="N", help=every)
     add("--threads", type=positive, default=1, metavar="N", help="default: 1")
-    add("--out", type=Path, default=Path("runs/pretrain"), metavar="DIR")
+    add("--out", type=Path, default=Path(out), metavar="DIR")
     add("--checkpoint-every", type=positive, default=50, metavar="N", help="steps; default: 50")
     add("--resume", action="store_true", help="continue from the checkpoints in --out")
     add("--no-progress", action="store_true", help="no bars and no lines while training")
@@ -91,8 +100,10 @@ def make_parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------- the plan
 
 
-def parse_lrs(texts: Sequence[str], methods: Sequence[str]) -> dict[str, float]:
-    lrs = {name: default_lr(name) for name in methods}
+def parse_lrs(
+    texts: Sequence[str], methods: Sequence[str], default: Callable[[str], float] = default_lr
+) -> dict[str, float]:
+    lrs = {name: default(name) for name in methods}
     for text in (part for item in texts for part in item.split(",")):
         name, _, value = text.rpartition("=")
         name = name.strip().lower()
@@ -110,7 +121,11 @@ def parse_lrs(texts: Sequence[str], methods: Sequence[str]) -> dict[str, float]:
     return lrs
 
 
-def parse_options(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+def parse_options(
+    texts: Sequence[str],
+    methods: Sequence[str],
+    free: Callable[[str], Sequence[str]] = free_options,
+) -> dict[str, dict[str, Any]]:
     options: dict[str, dict[str, Any]] = {name: {} for name in methods}
     for text in texts:
         key, equals, word = text.partition("=")
@@ -124,7 +139,7 @@ def parse_options(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dic
         target = target.lower()
         if dot and target not in methods:
             raise UserError(f"--set {text}: {target} is not in this run ({', '.join(methods)}).")
-        takers = [target] if dot else [name for name in methods if key in free_options(name)]
+        takers = [target] if dot else [name for name in methods if key in free(name)]
         if not takers:
             raise UserError(f"--set {text}: none of {', '.join(methods)} takes {key!r}.")
         for name in takers:
@@ -132,11 +147,16 @@ def parse_options(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dic
     return options
 
 
-def make_plan(args: argparse.Namespace, corpus: Corpus, shape: dict[str, int]) -> list[Settings]:
-    names = args.optimizer or args.compare or DEMO
+def named_methods(args: argparse.Namespace, demo: str = DEMO) -> list[str]:
+    names = args.optimizer or args.compare or demo
     methods = [name.strip().lower() for name in names.split(",")]
     if len(set(methods)) < len(methods):
         raise UserError(f"--compare {names}: each method can be named once only.")
+    return methods
+
+
+def make_plan(args: argparse.Namespace, corpus: Corpus, shape: dict[str, int]) -> list[Settings]:
+    methods = named_methods(args)
     lrs, options = parse_lrs(args.lr, methods), parse_options(args.options, methods)
     return [
         Settings(
@@ -174,9 +194,9 @@ def describe(args: argparse.Namespace, shape: dict[str, int]) -> str:
 # --------------------------------------------------------------------------------- the runs
 
 
-def estimate(settings: Settings, corpus: Corpus, left: int) -> float:
+def estimate(settings: Settings, corpus: Corpus, left: int, make: Maker = Run) -> float:
     """Seconds for ``left`` steps, from three steps and one validation batch of a throw-away run."""
-    trial = Run(settings, corpus)
+    trial = make(settings, corpus)
     trial.train_step()  # allocates state, fills caches, builds a basis
     begin = time.perf_counter()
     trial.train_step()
@@ -204,7 +224,11 @@ def earlier_record(folder: Path, settings: Settings) -> Record:
 
 
 def execute(
-    plan: Sequence[Settings], corpus: Corpus, args: argparse.Namespace, out: TextIO
+    plan: Sequence[Settings],
+    corpus: Corpus,
+    args: argparse.Namespace,
+    out: TextIO,
+    make: Maker = Run,
 ) -> list[report.Result]:
     # Everything that can be refused is refused here, before the first step.
     records = [earlier_record(args.out, s) if args.resume else Record() for s in plan]
@@ -216,7 +240,7 @@ def execute(
         if not record.finished(settings.steps):
             left = settings.steps - record.step
             seconds.setdefault(settings.method, 0.0)
-            seconds[settings.method] += estimate(settings, corpus, left)
+            seconds[settings.method] += estimate(settings, corpus, left, make)
     if seconds:
         each = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
         print(f"Estimate: {sum(seconds.values()):.0f} s ({each})\n", file=out, flush=True)
@@ -228,20 +252,18 @@ def execute(
         results = []
         for settings, record in zip(plan, records, strict=True):
             if not record.finished(settings.steps):
-                record = train(settings, corpus, args, display)
+                record = train(make(settings, corpus), args, display)
             results.append((settings, record))
         return results
     finally:
         display.close()
 
 
-def train(
-    settings: Settings, corpus: Corpus, args: argparse.Namespace, display: report.Display
-) -> Record:
-    run, path = Run(settings, corpus), checkpoint_path(args.out, settings)
+def train(run: Run, args: argparse.Namespace, display: report.Display) -> Record:
+    path = checkpoint_path(args.out, run.settings)
     if args.resume and path.exists():
         run.load(path)
-    display.start(settings, run.record.step)
+    display.start(run.settings, run.record.step)
     run.train(path, args.checkpoint_every, display.update)
     return run.record
 
@@ -250,7 +272,12 @@ def train(
 
 
 def print_header(
-    plan: Sequence[Settings], corpus: Corpus, sizes: tuple[int, int], size: str, out: TextIO
+    plan: Sequence[Settings],
+    corpus: Corpus,
+    sizes: tuple[int, int],
+    size: str,
+    out: TextIO,
+    part: str = "in hidden matrices",
 ) -> None:
     first, last = plan[0], plan[-1]
     seeds = f"seed {first.seed}" if first.seed == last.seed else f"seeds {first.seed}-{last.seed}"
@@ -262,7 +289,7 @@ def print_header(
         file=out,
     )
     print(
-        f"model {size}: {sizes[0]:,} parameters, {sizes[1]:,} of them in hidden matrices; "
+        f"model {size}: {sizes[0]:,} parameters, {sizes[1]:,} of them {part}; "
         f"{first.steps} steps of {first.batch} x {first.seq} bytes, {seeds}",
         file=out,
     )
@@ -275,13 +302,14 @@ def print_report(
     args: argparse.Namespace,
     size: str,
     out: TextIO,
+    **protocol: Any,
 ) -> None:
     rows = report.summarize(results)
     seeds = list(dict.fromkeys(settings.seed for settings, _ in results))
     print("\n" + report.table(rows), file=out)
     if len(seeds) > 1:
         print("\n" + report.seed_table(rows, seeds), file=out)
-    text = report.to_json(results, corpus, sizes)
+    text = report.to_json(results, corpus, sizes, **protocol)
     report.write_text(args.out / "results.json", text)
     steps = results[0][0].steps
     title = (
@@ -298,19 +326,21 @@ def print_report(
         print(text)
 
 
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: no folder can be made there ({error.strerror}).") from error
+
+
 def work(args: argparse.Namespace, out: TextIO) -> int:
     torch.set_num_threads(args.threads)
     shape = model_shape(args)
-    for name in (args.optimizer or args.compare or DEMO).split(","):
-        default_lr(name.strip().lower())  # an unknown name is said before the corpus is read
+    for name in named_methods(args):
+        default_lr(name)  # an unknown name is said before the corpus is read
     corpus = load_corpus(args.corpus, shape["seq"])
     plan = make_plan(args, corpus, shape)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--out {args.out}: no folder can be made there ({error.strerror})."
-        ) from error
+    make_folder(args.out)
     model = build_model(shape["d"], shape["layers"], shape["heads"], shape["seq"], seed=0)
     matrices, _ = split_parameters(model)
     sizes = (sum(p.numel() for p in model.parameters()), sum(p.numel() for _, p in matrices))
@@ -322,12 +352,18 @@ def work(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    return guarded("pretrain.py", work, make_parser().parse_args(argv))
+
+
+def guarded(
+    name: str, work: Callable[[argparse.Namespace, TextIO], int], args: argparse.Namespace
+) -> int:
+    """The exit code; a mistake of the caller is one sentence."""
     out = sys.stderr if args.json else sys.stdout
     try:
         return work(args, out)
     except UserError as error:
-        print(f"pretrain.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nStopped; the same command with --resume continues.", file=sys.stderr)

@@ -71,7 +71,7 @@ class Lines:
         steps = self.settings.steps
         if record.step % 50 == 0 or record.finished(steps):
             text = "  ".join(self.pace.fields(record).values())
-            line = f"{self.settings.label:<14} {record.step:>5}/{steps}  {text}"
+            line = f"{self.settings.label:<16} {record.step:>5}/{steps}  {text}"
             print(line, file=self.out, flush=True)
 
     def close(self) -> None: ...
@@ -313,7 +313,9 @@ def clean(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
 
 
-def to_json(results: Sequence[Result], corpus: Corpus, sizes: tuple[int, int]) -> str:
+def to_json(
+    results: Sequence[Result], corpus: Corpus, sizes: tuple[int, int], **protocol: Any
+) -> str:
     runs = []
     for settings, record in results:
         loss = None if record.diverged_at else record.final
@@ -327,7 +329,13 @@ def to_json(results: Sequence[Result], corpus: Corpus, sizes: tuple[int, int]) -
             "system": f"{platform.system()} {platform.machine()}",
             "threads": torch.get_num_threads(),
         },
-        "protocol": {"aux_lr": AUX_LR, "aux_betas": BETAS, "aux_eps": EPS, "clip": CLIP},
+        "protocol": {
+            "aux_lr": AUX_LR,
+            "aux_betas": BETAS,
+            "aux_eps": EPS,
+            "clip": CLIP,
+            **protocol,
+        },
         "corpus": {
             "name": corpus.name,
             "hash": corpus.digest,
