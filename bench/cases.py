@@ -45,6 +45,7 @@ from stiefel import optimizers
 from stiefel.kernels import polar_factor, polar_report
 from stiefel.optimizers import (
     FRUGAL,
+    AdaPreLoRA,
     AltLoRA,
     AuON,
     DCTAdamW,
@@ -273,9 +274,11 @@ def muon_quality(setting: Setting) -> Iterator[Figure]:
 def pairs_step(setting: Setting) -> Iterator[Contest]:
     """The adapters of a model of 7B (224 pairs of 4096 and 4096, rank 16) against AdamW."""
 
-    def ours(params: list[Tensor], **options: Any) -> AltLoRA:
+    def ours(
+        params: list[Tensor], cls: type[PairOptimizer] = AltLoRA, **options: Any
+    ) -> PairOptimizer:
         pairs = zip(params[::2], params[1::2], strict=True)
-        return AltLoRA(pairs_to_groups(pairs, scale=2.0), lr=1e-3, **options)
+        return cls(pairs_to_groups(pairs, scale=2.0), lr=1e-3, **options)
 
     count, side, rank = (4, 32, 2) if setting.quick else (224, 4096, 16)
     model = ((rank, side), (side, rank)) * count
@@ -284,12 +287,17 @@ def pairs_step(setting: Setting) -> Iterator[Contest]:
         {
             "AltLoRA": partial(Step, ours, model),
             "AltLoRA+": partial(Step, partial(ours, second_moment="elementwise"), model),
+            "AdaPreLoRA": partial(Step, partial(ours, cls=AdaPreLoRA), model),
+            "AdaPreLoRA, no metric": partial(
+                Step, partial(ours, cls=AdaPreLoRA, stats="none"), model
+            ),
             "AdamW foreach": partial(Step, adamw, model),
         }
     )
     name = f"{count} pairs of rank {rank}, {side}x{side},"
     contest.ratio(f"{name} AltLoRA / AdamW foreach", "AltLoRA", "AdamW foreach", 1.2)
-    contest.ratio(f"{name} AltLoRA+ / AdamW foreach", "AltLoRA+", "AdamW foreach")
+    for other in ("AltLoRA+", "AdaPreLoRA", "AdaPreLoRA, no metric"):
+        contest.ratio(f"{name} {other} / AdamW foreach", other, "AdamW foreach")
     yield contest
 
 
@@ -536,6 +544,19 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "row norm": Variant({"base": "row_norm"}, "Gram and apply"),
         "eigh": Variant({"rotation": "eigh"}, "Gram and apply"),
     },
+    "RowNorm": {
+        "": Variant(limit="W += a G"),
+        "columns": Variant({"axis": "cols"}, "W += a G"),
+        "centred": Variant({"centred": True}, "W += a G"),
+    },
+    "Spectral": {
+        "": Variant(limit="Gram and apply"),
+        "published": Variant(
+            {"polar": "inverse_root", "alpha": 1.0, "adjust_lr_fn": "none"}, "Gram and apply"
+        ),
+    },
+    "Hybrid": {"": Variant(limit="Gram and apply")},
+    "SymmetryStack": {"": Variant(limit="Gram and apply")},  # on bare matrices it is Muon
 }
 """Class name: its variants. A class that is not here takes part once, as it is."""
 GAPS = ("gap", "every", "frequency", "interval")

@@ -10,6 +10,7 @@ from .coefficients import polar_express_schedule, zolotarev
 from .dct import PATHS as DCT_PATHS
 from .dct import dct, dct_basis, dct_path, idct
 from .gram_space import gram_restarts
+from .inverse_root import gram_polar, inverse_root
 from .low_rank import SKETCHES, low_rank, low_rank_size
 from .polar import METHODS as POLAR_METHODS
 from .polar import auto_method, composite_map, polar_factor
@@ -47,9 +48,11 @@ __all__ = [
     "eigenbasis",
     "equal_rows",
     "gram",
+    "gram_polar",
     "gram_restarts",
     "householder_qr",
     "idct",
+    "inverse_root",
     "left_basis",
     "low_rank",
     "low_rank_size",

@@ -1,6 +1,7 @@
 """Drop-in ``torch.optim`` classes for matrix-aware and memory-lean methods."""
 
 from ..kernels import polar_report
+from .adaprelora import AdaPreLoRA
 from .altlora import AltLoRA
 from .aro import ARO
 from .auon import AuON
@@ -9,11 +10,13 @@ from .dctadamw import DCTAdamW
 from .fira import Fira
 from .frugal import FRUGAL
 from .galore import GaLore
+from .hybrid import Hybrid
 from .lora import lora_param_groups, pairs_to_groups
 from .memory import MemoryReport, memory_report
 from .moments import heavy_tail_schedule
 from .muon import Muon
 from .roles import Assignment, classify
+from .rownorm import RowNorm
 from .rule import (
     Blocks,
     Dense,
@@ -26,11 +29,16 @@ from .rule import (
     Selected,
     Slot,
 )
+from .spectral import Spectral
+from .switching import switchlora_init_
+from .switchlora import SwitchLoRA
+from .symmetry import SymmetryStack
 from .trion import Trion
 
 __all__ = [
     "ARO",
     "FRUGAL",
+    "AdaPreLoRA",
     "AltLoRA",
     "Assignment",
     "AuON",
@@ -41,15 +49,20 @@ __all__ = [
     "Factored",
     "Fira",
     "GaLore",
+    "Hybrid",
     "Member",
     "MemoryReport",
     "Muon",
     "Place",
+    "RowNorm",
     "Rule",
     "Scaled",
     "Selected",
     "Slot",
+    "Spectral",
     "StackedOptimizer",
+    "SwitchLoRA",
+    "SymmetryStack",
     "Trion",
     "classify",
     "heavy_tail_schedule",
@@ -57,4 +70,5 @@ __all__ = [
     "memory_report",
     "pairs_to_groups",
     "polar_report",
+    "switchlora_init_",
 ]

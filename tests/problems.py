@@ -17,12 +17,16 @@ from stiefel.optimizers import (
     Factored,
     Fira,
     GaLore,
+    Hybrid,
     Muon,
+    RowNorm,
     Rule,
     Scaled,
     Selected,
     Slot,
+    Spectral,
     StackedOptimizer,
+    SymmetryStack,
     Trion,
     subspaces,
 )
@@ -383,6 +387,28 @@ METHODS = {
     ),
     "aro-polar": lambda params, **kw: ARO(
         params, **{"lr": 0.02, "base": "sign", "rotation": "polar", "init": "svd", **kw}
+    ),
+    "rownorm": lambda params, **kw: RowNorm(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
+    "rownorm-columns": lambda params, **kw: RowNorm(
+        params, **{"lr": 0.02, "axis": "cols", "row_mode": "relative", **kw}
+    ),
+    "rownorm-centred": lambda params, **kw: RowNorm(
+        params, **{"lr": 0.02, "weight_decay": 0.1, "centred": True, **kw}
+    ),
+    "spectral": lambda params, **kw: Spectral(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
+    "spectral-published": lambda params, **kw: Spectral(
+        params,
+        **{"lr": 0.02, "polar": "inverse_root", "alpha": 1.0, "adjust_lr_fn": "none", "eps": 1e-8,
+           "centred": True, "side": "left", **kw},
+    ),
+    "hybrid": lambda params, **kw: Hybrid(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
+    "hybrid-columns": lambda params, **kw: Hybrid(
+        params,
+        **{"lr": 0.02, "axis": "cols", "order": "polar_then_row", "polar": "svd", "centred": True,
+           **kw},
+    ),
+    "symmetrystack": lambda params, **kw: SymmetryStack(
+        params, **{"lr": 0.02, "weight_decay": 0.1, "policy": {"hidden": "Hybrid"}, **kw}
     ),
     "rows": lambda params, **kw: StackedOptimizer(
         params, RowsRule(), **{"lr": 0.02, "weight_decay": 0.1, **kw}

@@ -182,7 +182,7 @@ def test_every_key_may_be_missing_in_an_older_checkpoint(method):
             continue
         older = copy.deepcopy(saved)
         for group in older["param_groups"]:
-            del group[key]
+            group.pop(key, None)  # groups of other rules have other keys
         fresh_params, fresh = build(method)
         for p, q in zip(fresh_params, params, strict=True):
             p.data.copy_(q.data)

@@ -9,9 +9,9 @@ import pytest
 import stiefel.optimizers as package
 from stiefel.optimizers import StackedOptimizer
 
-MODULES = ["stiefel.optimizers.altlora", "stiefel.optimizers.lora", "stiefel.optimizers.aro", "stiefel.optimizers.muon", "stiefel.optimizers.galore",
+MODULES = ["stiefel.optimizers.adaprelora", "stiefel.optimizers.altlora", "stiefel.optimizers.lora", "stiefel.optimizers.aro", "stiefel.optimizers.muon", "stiefel.optimizers.galore",
            "stiefel.optimizers.fira", "stiefel.optimizers.frugal", "stiefel.optimizers.trion",
-           "stiefel.optimizers.auon", "stiefel.optimizers.dctadamw", "stiefel.optimizers.roles",
+           "stiefel.optimizers.auon", "stiefel.optimizers.rownorm", "stiefel.optimizers.spectral", "stiefel.optimizers.hybrid", "stiefel.optimizers.symmetry", "stiefel.optimizers.dctadamw", "stiefel.optimizers.switching", "stiefel.optimizers.switchlora", "stiefel.optimizers.roles",
            "stiefel.kernels.polar", "stiefel.kernels.report"]  # fmt: skip
 METHODS = [
     cls

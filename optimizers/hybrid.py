@@ -1,0 +1,123 @@
+"""Hybrid: rows of the momentum at one length and its singular values at one, in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .base import StackedOptimizer
+from .lowrank import check_known
+from .rows import ROW_MODES, RowPolarRule, centre, row_factors, row_squares
+from .rule import Member
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .groups import Common
+
+ORDERS = ("row_then_polar", "polar_then_row")
+EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class HybridRule(RowPolarRule):
+    """M <- mu M + (1 - mu) G; U = polar(rownorm(M)) or rownorm(polar(M)); centred between all."""
+
+    order: str = "row_then_polar"
+    row_mode: str = "inverse_eps"
+    side: str = "right"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known(self, order=ORDERS, row_mode=ROW_MODES, side=("left", "right"))
+
+    def mapped(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
+        """Both maps of X (K, m, n), and nu^alpha where it is not lost again."""
+        left = self.side == "left"
+        if self.order == "polar_then_row":
+            U = self.factor(X, w, left)
+            by = self.nuclear(X, U, w)  # felt beside eps only
+            return self.normed(U if by is None else U * by, w), None
+        Y = self.normed(X, w)
+        Y = centre(Y, w.sums, self.rows(w), own=True) if self.centred else Y
+        U = self.factor(Y, w, left)
+        return U, self.nuclear(Y, U, w)
+
+    def normed(self, X: Tensor, w: Member) -> Tensor:
+        """Rows of X (K, m, n) at norm 1."""
+        squares, eps = row_squares(X, w.sums), EPS if self.eps is None else self.eps
+        return X * row_factors(squares, self.row_mode, eps, w.sums, self.rows(w))
+
+
+class Hybrid(StackedOptimizer):
+    """Hybrid: row lengths and singular values of the momentum, both evened out in turn.
+
+    For each matrix W (m x n) with gradient G, C X = X less the mean of its rows::
+
+        M <- momentum M + (1 - momentum) G
+        U  = polar(rownorm(M))   "row_then_polar",   rownorm(polar(M))   "polar_then_row"
+        U  = C polar(C rownorm(C M)),                C rownorm(polar(C M))        if centred
+        W <- (1 - lr * weight_decay) W         decay with the bare lr
+        W <- W - lr * s * U                    s = 0.2 / rms of the rows of U that are not zero
+
+    What it commutes with: permutations of the rows and orthogonal maps of the columns, in both
+    orders, and no more: not with rotations of the rows, as :class:`Spectral`, and only the first
+    order ignores how long single rows are, as :class:`RowNorm`.
+
+    Source: *Symmetry-Compatible Principle for Optimizer Design: Embeddings, LM Heads, SwiGLU MLPs,
+    and MoE Routers*, arXiv 2605.18106, whose published steps are tested. Experts are scaled each by
+    itself; the published alpha sums over all experts of a stack.
+
+    Args:
+        params: A module, (named) parameters or groups; see :class:`RowNorm`.
+        lr: Learning rate (default: 1e-3); AdamW's carries over.
+        weight_decay: Decoupled weight decay (default: 0).
+        momentum: Decay of the momentum average (default: 0.95).
+        order: ``"row_then_polar"`` (default) or ``"polar_then_row"``.
+        row_mode: How rows are normalised, see :class:`RowNorm` (default: ``"inverse_eps"``).
+        side: Which Gram matrix ``polar="inverse_root"`` takes where ``eps`` is given: ``"right"``
+            (default) or ``"left"``.
+        centred: Take the mean row off wherever it may have come back (default: False).
+        axis: ``"rows"`` (default), or ``"cols"``: columns of W take the part of rows, as neurons of
+            a down projection do.
+        pair: Gate and up with one row for each neuron, see :class:`RowNorm`; None (default).
+        polar: As in :class:`Spectral` (default: ``"auto"``).
+        ns_steps: As in :class:`Spectral`.
+        eps: Added to lengths of rows; None (default): 1e-8. Damping of ``"inverse_root"``, see
+            :class:`Spectral`.
+        alpha: Power of nu = <Y, polar(Y)> that multiplies U (default: 0); published is 1, with
+            which a 3072 x 1024 Gaussian moves by an RMS of 30 lr.
+        adjust_lr_fn: ``"match_rms_adamw"`` (default), or ``"none"``: s = nu^alpha, as published.
+        rms_target: That root mean square (default: 0.2).
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    State: ``momentum_buffer`` (like W, float32) and ``step``. Peak temporary memory: six matrices,
+    for ``"inverse_root"`` ten.
+
+    What it is not: at rest in both norms. The second map undoes some of the first: rows of a polar
+    factor of a tall matrix differ in length again.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import Hybrid
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> optimizer = Hybrid(model, lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-3, weight_decay: float = 0.0,
+        momentum: float = 0.95, order: str = "row_then_polar", row_mode: str = "inverse_eps",
+        side: str = "right", centred: bool = False, axis: str = "rows", pair: str | None = None,
+        polar: str = "auto", ns_steps: int | None = None, eps: float | None = None,
+        alpha: float = 0.0, adjust_lr_fn: str = "match_rms_adamw", rms_target: float = 0.2,
+        **options: Unpack[Common],
+    ) -> None:  # fmt: skip
+        rule = HybridRule(
+            momentum, centred, axis, pair, adjust_lr_fn, rms_target, alpha, polar, ns_steps, eps,
+            order, row_mode, side,
+        )  # fmt: skip
+        super().__init__(params, rule, lr, weight_decay, **options)

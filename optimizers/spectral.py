@@ -1,0 +1,106 @@
+"""Spectral: momentum with all its singular values at one, if wanted centred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .base import StackedOptimizer
+from .lowrank import check_known
+from .rows import RowPolarRule
+from .rule import Member
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .groups import Common
+
+
+@dataclass(frozen=True)
+class SpectralRule(RowPolarRule):
+    """M <- mu M + (1 - mu) G; U = polar(M) times nu^alpha; centred: C polar(C M)."""
+
+    side: str = "right"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_known(self, side=("left", "right"))
+
+    def mapped(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
+        """Polar factor of X (K, m, n), and nu^alpha."""
+        U = self.factor(X, w, self.side == "left")
+        return U, self.nuclear(X, U, w)
+
+
+class Spectral(StackedOptimizer):
+    """Spectral: the polar factor of the momentum, for rows or columns that may be rotated.
+
+    For each matrix W (m x n) with gradient G, C X = X less the mean of its rows::
+
+        M <- momentum M + (1 - momentum) G
+        U  = M (M^T M)^(-1/2)  right,   (M M^T)^(-1/2) M  left:   the same matrix, polar(M)
+        U  = C polar(C M)                      if centred
+        W <- (1 - lr * weight_decay) W         decay with the bare lr
+        W <- W - lr * s * U                    s = 0.2 / rms of the rows of U that are not zero
+
+    What it commutes with: orthogonal maps of rows and of columns; centred: permutations of the rows
+    and orthogonal maps of the columns, and adding one vector to all rows of G changes nothing.
+
+    Sources: *Symmetry-Compatible Principle for Optimizer Design: Embeddings, LM Heads, SwiGLU MLPs,
+    and MoE Routers*, arXiv 2605.18106, whose published steps are tested; ``alpha=1`` alone is
+    PolarGrad, arXiv 2505.21799. The damping that follows the size of M, and the match of the RMS,
+    are additions. It differs from :class:`Muon` by centring, alpha, and the measured RMS.
+
+    Args:
+        params: A module, (named) parameters or groups; see :class:`RowNorm`.
+        lr: Learning rate (default: 1e-3); AdamW's carries over.
+        weight_decay: Decoupled weight decay (default: 0).
+        momentum: Decay of the momentum average (default: 0.95).
+        side: ``"right"`` (default) or ``"left"``: which Gram matrix the published code takes, and
+            ``polar="inverse_root"`` with an ``eps``. All else takes the smaller one.
+        centred: Take the mean row off M and off U (default: False).
+        axis: ``"rows"`` (default) or ``"cols"``: what counts as rows.
+        pair: Gate and up with one row for each neuron, see :class:`RowNorm`; None (default).
+        polar: ``"auto"`` (default) or another method of :func:`stiefel.kernels.polar_factor` but
+            ``"turbo"``, which is not equivariant. ``"svd"``, ``"eigh"`` and ``"qdwh"`` are exact.
+            ``"inverse_root"``: the published iteration on the Gram matrix.
+        ns_steps: Steps of an iteration; None: its own number, 5 for ``"inverse_root"``, where 8
+            leave no error to speak of.
+        eps: Damping of ``"inverse_root"``, added to the Gram matrix; None (default): 1e-8
+            (float32: 1e-7) of its mean eigenvalue. Published is 1e-8, which swallows gradients
+            of norm 1e-4 and less. Other methods damp in proportion to M.
+        alpha: Power of nu = <M, polar(M)>, the nuclear norm, that multiplies U (default: 0).
+            Published is 1, which makes a step grow with the gradient and with the size of W.
+        adjust_lr_fn: ``"match_rms_adamw"`` (default), or ``"none"``: s = nu^alpha, as published.
+        rms_target: That root mean square (default: 0.2).
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    State: ``momentum_buffer`` (like W, float32) and ``step``. Peak temporary memory: five matrices,
+    for ``"inverse_root"`` eight.
+
+    What it is not: two methods. Left and right differ in cost and damping only, and where M has
+    full rank not at all. Published steps are five of an iteration that needs eight.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import Spectral
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> optimizer = Spectral(model, lr=1e-3)
+        >>> model(torch.ones(2, 8)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-3, weight_decay: float = 0.0,
+        momentum: float = 0.95, side: str = "right", centred: bool = False, axis: str = "rows",
+        pair: str | None = None, polar: str = "auto", ns_steps: int | None = None,
+        eps: float | None = None, alpha: float = 0.0, adjust_lr_fn: str = "match_rms_adamw",
+        rms_target: float = 0.2, **options: Unpack[Common],
+    ) -> None:  # fmt: skip
+        rule = SpectralRule(
+            momentum, centred, axis, pair, adjust_lr_fn, rms_target, alpha, polar, ns_steps, eps,
+            side,
+        )  # fmt: skip
+        super().__init__(params, rule, lr, weight_decay, **options)

@@ -1,0 +1,203 @@
+"""SymmetryStack: one optimizer, and the rule that fits its symmetry for every role of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from . import hybrid, muon, rownorm, spectral  # noqa: F401  policies call their rules by name
+from .base import StackedOptimizer
+from .groups import parameters_of, rows_of, rule_of
+from .policies import (
+    PAPER_LRS,
+    Settings,
+    StackAssignment,
+    StackRow,
+    check_policy,
+    grouped,
+    rule_choice,
+)
+from .roles import Assignment, classify, route
+from .rule import Direction, Member, Rule, check
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .groups import Common
+
+
+@dataclass(frozen=True)
+class SymmetryStackRule(Rule):
+    """No map of its own: every group names the rule of another method.
+
+    Its one field is there for schedulers that cycle the momentum of all groups.
+    """
+
+    momentum: float = 0.95
+
+    def update(self, *members: Member, **unused: Any) -> Direction:
+        """Never asked for."""
+        raise NotImplementedError("a group of SymmetryStack names its rule")
+
+
+class SymmetryStack(StackedOptimizer):
+    """SymmetryStack: one optimizer, each role of a model under the rule that its symmetry allows.
+
+    A group of maps that moves weights and leaves the loss alone must move the update likewise. With
+    ``policy="symmetry"``, for a model that :func:`classify` has read::
+
+        token embedding           rows change places, width turns     RowNorm
+        head, untied              the same; one vector on all rows    RowNorm, centred
+        gate and up               neurons change places, width turns  Hybrid, a row for each neuron
+        down                      the same for its columns            Hybrid on columns
+        router                    as a head                           RowNorm, centred, RMS 0.06
+        q, k, v, o                heads change places                 Muon, head by head
+        experts                   change places, each as above        the same, for each expert
+        other matrices            -                                   Muon
+        gains, biases, positions  -                                   AdamW
+
+    Centring is left out where the loss feels the mean of the logits: tied embeddings, heads under a
+    soft cap or z-loss, routers under a sigmoid or z-loss, and softmax routers that are not known as
+    such. A z-loss of the training loop is not seen: ``overrides={name: {"centred": False}}``.
+
+    Source: *Symmetry-Compatible Principle for Optimizer Design: Embeddings, LM Heads, SwiGLU MLPs,
+    and MoE Routers*, arXiv 2605.18106, and its published code.
+
+    Args:
+        params: A module, (named) parameters or groups. Groups without ``rule`` are sorted by name
+            and shape, which tell less than a module.
+        lr: Learning rate of all roles (default: 1e-3); AdamW's carries over.
+        policy: ``"symmetry"`` (default); ``"muon+adamw"``, Muon for hidden matrices; ``"adamw"``;
+            or a dict: role (``"hidden"``, ``"embedding"``, ...) or part (``"gate"``, ``"out"``,
+            ``"position"``, ..., which counts first) -> a rule: ``RowNorm``,
+            ``partial(GaLore, rank=0.25)``, ``"Muon"``, ``"adamw"``, or group keys
+            ``{"rule": "Spectral", "polar": "svd", "lr": 1e-2}``. ``view="heads"`` in these means
+            head by head. Roles that it leaves out are as under ``"symmetry"``. ``centred``,
+            ``axis`` and ``pair`` of a rule follow the weight unless they are given.
+        overrides: What :func:`classify` takes (roles, or dicts of a row's fields), or rules as in
+            ``policy``, by name, pattern, parameter, module or function; the first match counts.
+        adjust_lr_fn: ``"match_rms_adamw"`` (default), one lr for all; ``"paper"``, or
+            ``"paper:qwen3"``, ``"paper:gemma3"``, ``"paper:olmoe"``, ``"paper:gpt_oss"``: rules as
+            published, each role at its published rate relative to the hidden matrices', which is
+            ``lr`` (theirs: 2e-2, 2e-2, 5e-3, 1e-3; see ``PAPER_LRS``). ``"paper"`` takes
+            ``"olmoe"`` for a model with routers, else ``"qwen3"``.
+        weight_decay: Decoupled weight decay (default: 0); embeddings, heads and routers have none.
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    State: one ``momentum_buffer`` for each matrix, half of AdamW's state; AdamW's for the rest.
+
+    What it is not: shown to be better everywhere. Symmetry says which updates are consistent, not
+    which is best, and the published comparison tunes every role's rate by itself.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch import nn
+        >>> from stiefel.optimizers import GaLore, SymmetryStack
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10))
+        >>> optimizer = SymmetryStack(model, lr=1e-3, policy={"hidden": partial(GaLore, rank=2)})
+        >>> [(row.name, row.rule) for row in optimizer.assignment()][:2]
+        [('0.weight', 'RowNorm'), ('1.weight', 'GaLore')]
+    """
+
+    _policy: str | Mapping[str, Any] = "symmetry"
+    _scale = "match_rms_adamw"
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-3, policy: str | Mapping[str, Any] = "symmetry",
+        overrides: Any = None, adjust_lr_fn: str = "match_rms_adamw", weight_decay: float = 0.0,
+        **options: Unpack[Common],
+    ) -> None:  # fmt: skip
+        check_policy(policy)
+        scales = ("match_rms_adamw", "paper", *(f"paper:{name}" for name in PAPER_LRS))
+        check(
+            adjust_lr_fn in scales,
+            f"adjust_lr_fn must be one of {', '.join(scales)}, got {adjust_lr_fn!r}",
+        )
+        check(
+            overrides is None or isinstance(params, nn.Module),
+            "overrides need the module: pass the model instead of its parameters",
+        )
+        check(
+            not (isinstance(lr, Tensor) and adjust_lr_fn != "match_rms_adamw"),
+            "adjust_lr_fn='paper' gives groups fixed multiples of lr, which would not follow a "
+            "tensor; pass a float",
+        )
+        self._policy, self._scale = policy, adjust_lr_fn
+        if isinstance(params, nn.Module):
+            params = self._from_module(params, overrides, lr)
+        super().__init__(params, SymmetryStackRule(), lr, weight_decay, **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See :class:`StackedOptimizer`; without ``rule`` the policy sorts what is in the group."""
+        groups = [param_group]
+        if isinstance(param_group, dict) and "rule" not in param_group:
+            groups = self._sorted(param_group)
+        count = len(self.param_groups)
+        try:
+            for group in groups:
+                super().add_param_group(group)
+        except BaseException:
+            del self.param_groups[count:]
+            raise
+
+    def _sorted(self, group: dict[str, Any]) -> list[Settings]:
+        """A group without a rule as groups with one; what torch refuses is left to it."""
+        if "params" not in group or isinstance(group["params"], set):
+            return [group]
+        params, names = parameters_of(group)
+        mixed = None in names and any(names)
+        if not params or mixed or not all(isinstance(p, Tensor) for p in params):
+            return [group]
+        rows = [route(name, tuple(p.shape)) for name, p in zip(names, params, strict=True)]
+        own = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        lr = own.get("lr", self.defaults["lr"])
+        return [{**g, **own} for g in grouped(rows, params, self._policy, self._scale, lr, {})]
+
+    def _from_module(self, model: nn.Module, overrides: Any, lr: float | Tensor) -> list[Settings]:
+        """Groups of a model's trainable parameters."""
+        pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
+        chosen = [rule_choice(choice) for _, choice in pairs]
+        # which override counts for each parameter, whatever it says
+        marks = classify(model, [(key, {"part": f"#{i}"}) for i, (key, _) in enumerate(pairs)])
+        roles = [pair for pair, own in zip(pairs, chosen, strict=True) if own is None]
+        named, rows = dict(model.named_parameters()), []
+        own: dict[str | None, Settings] = {}
+        for mark, row in zip(marks, classify(model, roles), strict=True):
+            if row.name is None or not named[row.name].requires_grad:
+                continue
+            if mark.part.startswith("#"):
+                i = int(mark.part[1:])
+                if (choice := chosen[i]) is not None:
+                    own[row.name], row = choice, replace(row, why=mark.why)
+            rows.append(row)
+        params = [named[row.name] for row in rows if row.name]
+        return grouped(rows, params, self._policy, self._scale, lr, own)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_policy": self._policy, "_scale": self._scale}
+
+    def assignment(self) -> Assignment:
+        """Which parameter gets which rule, view, lr and decay, and why: a table that prints."""
+        table = []
+        for group in self.param_groups:
+            rule = rule_of(group, self._own)
+            whys = group.get("reasons") or [row.why for row in rows_of(group, rule)]
+            for row, why in zip(rows_of(group, rule), whys, strict=False):
+                matrix = rule is not None and row.rule == "matrix"
+                layout = (group.get("pair"), group.get("axis")) if matrix else ()
+                adamw = not matrix and group["adamw_weight_decay"] is not None
+                table.append(
+                    StackRow(
+                        row.name, row.shape, row.role,
+                        rule.method() if rule is not None and matrix else "adamw",
+                        why, group["view"] if matrix else "auto",
+                        centred=bool(matrix and group.get("centred")),
+                        layout=" ".join(x for x in layout if x not in (None, "rows")),
+                        lr=float(group["lr"]),
+                        decay=group["adamw_weight_decay" if adamw else "weight_decay"],
+                    )
+                )  # fmt: skip
+        return StackAssignment(tuple(table))
