@@ -310,15 +310,21 @@ def auon_step(setting: Setting) -> Iterator[Contest]:
         sgd = partial(
             torch.optim.SGD, lr=1e-3, momentum=0.95, nesterov=True, weight_decay=0.1, foreach=True
         )
+        # torch's SGD spends a pass on its decay, AuON none: so without it too
+        bare = partial(sgd, weight_decay=0.0)
         contest = Contest(
             {
                 "AuON": partial(Step, partial(AuON, weight_decay=0.1), model),
                 "SGD": partial(Step, sgd, model),
+                "AuON, no decay": partial(Step, AuON, model),
+                "SGD, no decay": partial(Step, bare, model),
                 "hybrid": partial(Step, partial(AuON, weight_decay=0.1, ns_steps=1), model),
                 "Muon, ns5": partial(Step, partial(Muon, weight_decay=0.1, polar="ns5"), model),
             }
         )
         contest.ratio(f"{label(model)} AuON / SGD foreach", "AuON", "SGD", 1.5)
+        name = f"{label(model)} AuON / SGD foreach, both without decay"
+        contest.ratio(name, "AuON, no decay", "SGD, no decay")
         contest.ratio(f"{label(model)} hybrid / Muon with ns5", "hybrid", "Muon, ns5", 0.27)
         yield contest
 
