@@ -343,9 +343,10 @@ def check_values(group: Mapping[str, Any]) -> None:
     if group["nonfinite"] not in ("skip", "raise"):
         raise ValueError(f"nonfinite must be 'skip' or 'raise', got {group['nonfinite']!r}")
     name = group["state_dtype"]
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    dtype: Any = getattr(torch, name, None) if isinstance(name, str) else None
     # what cannot hold small squares makes a second moment zero, and a step of it without bound
-    wide = getattr(dtype, "is_floating_point", False) and torch.finfo(dtype).tiny < 1e-30
+    wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    wide = wide and torch.finfo(dtype).tiny < 1e-30
     if name not in (None, "int8") and not wide:
         raise ValueError(
             f"state_dtype must be None, 'int8' or 'bfloat16', 'float32' or 'float64', got {name!r}"

@@ -360,8 +360,8 @@ METHODS = {
     ),
     "frugal-randk": lambda params, **kw: FRUGAL(
         params,
-        **{"lr": 0.02, "density": 0.5, "update_gap": 3, "split": "randk", "state_free_lr_scale": 0.5,
-           **kw},
+        **{"lr": 0.02, "density": 0.5, "update_gap": 3, "split": "randk",
+           "state_free_lr_scale": 0.5, **kw},
     ),
     "frugal-svd": lambda params, **kw: FRUGAL(
         params,
@@ -370,8 +370,8 @@ METHODS = {
     ),
     "frugal-random": lambda params, **kw: FRUGAL(
         params,
-        **{"lr": 0.02, "density": 0.5, "update_gap": 3, "split": "random", "state_free": "sgd", "inner": "lion",
-           **kw},
+        **{"lr": 0.02, "density": 0.5, "update_gap": 3, "split": "random", "state_free": "sgd",
+           "inner": "lion", **kw},
     ),
     # all blocks active: which of several are so depends on how many share an optimizer
     "frugal-block": lambda params, **kw: FRUGAL(

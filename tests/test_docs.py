@@ -9,10 +9,31 @@ import pytest
 import stiefel.optimizers as package
 from stiefel.optimizers import StackedOptimizer
 
-MODULES = ["stiefel.optimizers.adaprelora", "stiefel.optimizers.altlora", "stiefel.optimizers.lora", "stiefel.optimizers.aro", "stiefel.optimizers.muon", "stiefel.optimizers.galore",
-           "stiefel.optimizers.fira", "stiefel.optimizers.frugal", "stiefel.optimizers.trion",
-           "stiefel.optimizers.auon", "stiefel.optimizers.rownorm", "stiefel.optimizers.spectral", "stiefel.optimizers.hybrid", "stiefel.optimizers.symmetry", "stiefel.optimizers.dctadamw", "stiefel.optimizers.switching", "stiefel.optimizers.switchlora", "stiefel.optimizers.roles",
-           "stiefel.kernels.polar", "stiefel.kernels.report"]  # fmt: skip
+MODULES = [
+    "stiefel.optimizers.adaprelora",
+    "stiefel.optimizers.altlora",
+    "stiefel.optimizers.aro",
+    "stiefel.optimizers.auon",
+    "stiefel.optimizers.changes",
+    "stiefel.optimizers.dctadamw",
+    "stiefel.optimizers.fira",
+    "stiefel.optimizers.frugal",
+    "stiefel.optimizers.galore",
+    "stiefel.optimizers.hybrid",
+    "stiefel.optimizers.inner",
+    "stiefel.optimizers.lora",
+    "stiefel.optimizers.memory",
+    "stiefel.optimizers.muon",
+    "stiefel.optimizers.roles",
+    "stiefel.optimizers.rownorm",
+    "stiefel.optimizers.spectral",
+    "stiefel.optimizers.switching",
+    "stiefel.optimizers.switchlora",
+    "stiefel.optimizers.symmetry",
+    "stiefel.optimizers.trion",
+    "stiefel.kernels.polar",
+    "stiefel.kernels.report",
+]
 METHODS = [
     cls
     for cls in vars(package).values()
