@@ -1,6 +1,6 @@
 """Train a small language model on bytes and compare optimizers under one protocol.
 
-python examples/pretrain.py                       AdamW, Muon and GaLore, 300 steps each
+python examples/pretrain.py                       AdamW, Muon, GaLore and Fira, 300 steps each
 python examples/pretrain.py --optimizer muon --lr 0.01 --steps 300 --seed 0 --out runs/muon
 python examples/pretrain.py --compare adamw,muon --lr muon=0.02 --seeds 3
 """
@@ -39,7 +39,7 @@ from methods import (
     split_parameters,
 )
 
-DEMO = "adamw,muon,galore"
+DEMO = "adamw,muon,galore,fira"
 Maker = Callable[[Settings, Corpus], Run]
 
 

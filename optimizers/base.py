@@ -110,7 +110,7 @@ class StackedOptimizer(Optimizer):
             "rule": None, "method": rule.method(),
         }  # fmt: skip
         check_values(defaults)
-        super().__init__(read(params, rule, self._reference_key), defaults)
+        super().__init__(read(params, rule, self._reference_key, defaults["view"]), defaults)
 
     # groups ---------------------------------------------------------------------------------------
 

@@ -59,6 +59,11 @@ class Site:
         return self.parts[-1]
 
     @property
+    def head_name(self) -> str:
+        """The components of the name that make it an output head's, "" if it is none."""
+        return _head_name(self)
+
+    @property
     def kind(self) -> str:
         """The module's class, torch's own ones by their public name."""
         cls = type(self.module)
@@ -121,17 +126,27 @@ ROUTER_SHIFTS = ("router_z_loss_coef", "z_loss_coef", "z_loss")
 SCORES = ("scoring_func", "score_func", "score_function")
 """Attributes that name the function which turns a router's logits into weights."""
 
-# Whole components of names. "patch_embed" or "time_embed" are not there: they are projections.
-_NOUNS = ("emb", "embed", "embeds", "embedding", "embeddings")
-POSITIONS = {a + b for a in ("pos_", "position_", "positional_") for b in _NOUNS}
-POSITIONS |= {"wpe", "W_pos", "embed_positions", "relative_attention_bias"}
-_OWNERS = ("", "tok_", "token_", "word_", "token_type_", "segment_", "class_", "value_")
-_EMBEDDINGS = POSITIONS | {a + b for a in _OWNERS for b in _NOUNS}
-_EMBEDDINGS |= {"tok", "wte", "W_E", "embed_tokens", "embed_in", "cls_token", "mask_token"}
-_HEADS = {"lm_head", "unembed", "unembedding", "embed_out", "W_U"}
+# Components of names, whole. Patches and times are embedded by projections, not looked up.
+_NOUNS = r"(emb|embeds?|embeddings?)"
+_POSITIONS = re.compile(
+    rf"(abs(olute)?_)?pos(ition(al)?)?_({_NOUNS}|enc|encodings?)(_table|_layer)?"
+    r"|rel(ative)?_pos(?!\w*(proj|mlp)$)\w*|relative_attention_bias|pos|wpe|W_pos|embed_positions"
+)
+_EMBEDDINGS = re.compile(
+    rf"((\w+_)?(tok|token|word|type|segment|class|value|query|src|tgt|bos)_)?{_NOUNS}"
+    r"|(?!(\w+_)?(patch|t|time|timestep|image|img|pixel)_)\w*embeddings?(_table|_layer)?"
+    r"|(cls|class|mask|dist|query|register|prompt|latent)_tokens?|queries|codebook"
+    r"|tok|wte|W_E|embed_tokens|embed_in"
+)
+# Bare parameters that are no matrices: rates of a recurrence, and gains where they are one row.
+_RATES = re.compile(r"A_logs?|time_(decay|first|faaaa)")
+_GAINS = re.compile(r"(\w+_)?(scale|gamma)")
+_HEADS = re.compile(r"lm_?head|unembed|unembedding|embed_out|W_U")
 # These, and T5's "shared", count only at the top: inside a block an "output" is something else.
-_TOP_HEADS = {"head", "output", "classifier", "score"}
-_CLASSES = {"classifier", "score"}
+_TOP_HEADS = re.compile(r"(\w+_)?heads?|output|classifier|score|fc|(to_)?logits|qa_outputs")
+# What may follow: "head.fc", "classifier.6", "v_head.summary".
+_HEAD_ENDS = re.compile(r"\d+|fc|proj|out_proj|linear|summary|decoder")
+_CLASSES = re.compile(r"classifier|score|(value|reward|critic|v|q\d?)(_head)?")
 _TOPS = {"model", "base_model", "language_model", "transformer", "decoder", "backbone", "heads"}
 
 _NORM = re.compile(r"(?i)\w*norm\d*|(ln|bn|gn)(_\w+|\d+)?")
@@ -158,19 +173,64 @@ def is_embedding(s: Site) -> bool:
     return s.isa("Embedding$", nn.Embedding, nn.EmbeddingBag) and not is_linear(s)
 
 
+def _is_row(s: Site) -> bool:
+    """Only one side has more than one entry."""
+    return prod(s.shape) == max(s.shape)
+
+
 def _conv(s: Site) -> bool:
     return s.ndim > 2 and s.isa("Conv")
 
 
+def names_position(s: Site) -> bool:
+    """Whether the name is that of a table of positions."""
+    return _POSITIONS.fullmatch(s.word) is not None
+
+
 def _names_embedding(s: Site) -> bool:
     *above, word = s.parts
-    return s.ndim < 4 and (word in _EMBEDDINGS or (word == "shared" and _TOPS.issuperset(above)))
+    if word == "query" and s.module is not None:  # a projection has bare keys beside it
+        bare = {name for name, thing in s.beside.items() if isinstance(thing, Tensor)}
+        return s.ndim < 4 and word in bare and bare.isdisjoint(("key", "value"))
+    named = names_position(s) or _EMBEDDINGS.fullmatch(word)
+    return s.ndim < 4 and (bool(named) or (word == "shared" and _TOPS.issuperset(above)))
 
 
 def names_head(s: Site) -> bool:
     """Whether the name is an output head's."""
+    return s.head_name != ""
+
+
+def _head_name(s: Site) -> str:
+    """The components of the name that say head, "" if there are none."""
+    if s.ndim != 2:
+        return ""
     *above, word = s.parts
-    return s.ndim == 2 and (word in _HEADS or (word in _TOP_HEADS and _TOPS.issuperset(above)))
+    top = _TOPS.issuperset(above)
+    if _HEADS.fullmatch(word) or (top and word == "value" and s.shape[0] == 1):
+        return word
+    if top and _TOP_HEADS.fullmatch(word) and (word != "fc" or _is_last(s)):
+        return word
+    if not above or not _HEAD_ENDS.fullmatch(word):
+        return ""
+    *above, base = above
+    named = _HEADS.fullmatch(base) or (_TOPS.issuperset(above) and _TOP_HEADS.fullmatch(base))
+    generates = base == "generator" and not above and not word.isdigit()
+    predicts = base == "predictions" and word == "decoder"
+    # of several layers in a row only the last is the head
+    if (named and _is_last(s)) or generates or predicts:
+        return f"{base}.{word}"
+    return ""
+
+
+def _is_last(s: Site) -> bool:
+    """Whether nothing with a matrix is registered after the word, which it would feed."""
+    around = next((owner for owner in s.owners if s.word in owner._modules), nn.ModuleList())
+    if isinstance(around, nn.ModuleList):
+        return True
+    modules = list(around._modules.items())
+    after = modules[[name for name, _ in modules].index(s.word) + 1 :]
+    return all(p.ndim < 2 for _, m in after if m is not None for p in m.parameters())
 
 
 def _names_router(s: Site) -> bool:
@@ -196,11 +256,13 @@ TABLE: tuple[tuple[str, str, str, Callable[[Site], object]], ...] = (
     ("norm", "auto", "{s.ndim}-D, norm by name", lambda s: s.ndim < 2 and s.says(_NORM, 2)),
     ("bias", "auto", "{s.ndim}-D, bias by name", lambda s: _BIAS.fullmatch(s.leaf)),
     ("vector", "auto", "{s.ndim}-D", lambda s: s.ndim < 2),
+    ("vector", "auto", "name component '{s.leaf}'", lambda s: _RATES.fullmatch(s.leaf)),
+    ("vector", "auto", "one side only", lambda s: _GAINS.fullmatch(s.leaf) and _is_row(s)),
     ("vector", "auto", "lengths of weight_norm", lambda s: s.leaf in ("weight_g", "original0")),
     ("embedding", "auto", "{s.kind}", is_embedding),
     ("hidden", "auto", "2-D, LoRA factor", lambda s: s.ndim == 2 and s.says(LORA)),
     ("head", "auto", "{s.head}", lambda s: s.head),
-    ("head", "auto", "name component '{s.word}'", names_head),
+    ("head", "auto", "name component '{s.head_name}'", names_head),
     ("vector", "auto", "gate of a shared expert", lambda s: s.says(_SHARED_GATE, 1)),
     ("router", "auto", "name component '{s.word}'", _names_router),
     ("conv", "flatten", "{s.kind}", _conv),
@@ -210,7 +272,7 @@ TABLE: tuple[tuple[str, str, str, Callable[[Site], object]], ...] = (
     ("expert", "batch", "3-D, experts by name", lambda s: s.ndim == 3 and s.says(_EXPERTS)),
     ("hidden", "auto", "{s.ndim}-D", lambda s: s.module is None),
     ("embedding", "auto", "{s.ndim}-D, first side 1", lambda s: s.ndim > 2 and s.shape[0] == 1),
-    ("vector", "auto", "one side only", lambda s: s.ndim > 2 and prod(s.shape) == max(s.shape)),
+    ("vector", "auto", "one side only", _is_row),
     ("expert", "batch", "3-D stack", lambda s: s.ndim == 3),
     ("conv", "flatten", "{s.ndim}-D, " + UNKNOWN, lambda s: s.ndim > 3),
     ("hidden", "auto", "{s.ndim}-D, " + UNKNOWN, lambda s: True),
@@ -257,11 +319,14 @@ _SOFTMAX = re.compile(r"^(Mixtral|Qwen2Moe|Qwen3Moe|Olmoe|GptOss)")
 def part_of(s: Site, role: str) -> str:
     """What the parameter is within its layer, "" if that is not known."""
     if role == "embedding":
-        return "position" if s.word in POSITIONS else "token" if is_embedding(s) else ""
+        return "position" if names_position(s) else "token" if is_embedding(s) else ""
     if role == "head":
         known = s.vocabularies.union(x for x in s.told("vocab_size") if x is not None)
-        words = s.head or s.word in _HEADS or (s.shape[0] in known and s.word not in _CLASSES)
-        return "vocabulary" if words else "classes"
+        base = s.head_name.partition(".")[0]
+        if s.head or _HEADS.fullmatch(base):
+            return "vocabulary"
+        classes = s.shape[0] not in known or _CLASSES.fullmatch(base)
+        return "classes" if classes else "vocabulary"
     if role == "conv":
         return "patch" if any("patch" in part for part in s.parts) else ""
     if role not in ("hidden", "expert") or s.says(LORA):

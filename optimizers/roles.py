@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .role_table import (
     LORA,
-    POSITIONS,
     RULES,
     TABLE,
     UNKNOWN,
@@ -28,6 +27,7 @@ from .role_table import (
     is_linear,
     is_turned,
     names_head,
+    names_position,
     part_of,
     partner,
     side_of,
@@ -217,6 +217,13 @@ def route(name: str | None, shape: tuple[int, ...]) -> Row:
     return replace(_decide([Site(name or "", tuple(shape))]), name=name)
 
 
+_BLOCK = re.compile(r"(^|\.)[^\d.][^.]*\.\d+\.")
+"""Names in numbered blocks: no heads, even if their width happens to equal a vocabulary."""
+_WORDS = re.compile(r"(?i)tok|word|wte|vocab")
+_FEW = 256
+"""Rows up to which a table may be of anything."""
+
+
 Key = str | Tensor | nn.Module | Callable[[str, nn.Parameter, nn.Module], bool]
 Choice = str | Mapping[str, Any]
 
@@ -229,7 +236,9 @@ def classify(
     """Find the role of every parameter of a model.
 
     Module types decide first, then names, then shapes. A parameter registered under several names
-    has one row, whose reason mentions another name. Frozen parameters have rows as well.
+    has one row, whose reason mentions another name. Frozen parameters have rows as well. A head is
+    found by its name, by a tie, or by as many outputs as there are words: the last layer of a plain
+    ``nn.Sequential`` looks like any other and counts as hidden.
 
     Args:
         model: Any module. Only its tree and its shapes are read, so the meta device will do.
@@ -255,7 +264,7 @@ def classify(
         0.weight  10 x 4  embedding  adamw   token       cols           nn.Embedding
         1.weight  4 x 4   hidden     matrix                             nn.Linear
         1.bias    4       vector     adamw                              override '1.bias'
-        2.weight  10 x 4  head       adamw   vocabulary  cols  yes      last nn.Linear with the 10 \
+        2.weight  10 x 4  head       adamw   vocabulary  cols  yes      nn.Linear with the 10 \
 outputs of a vocabulary
         2.bias    10      bias       adamw                              1-D, bias by name
         matrix: 1 parameters, 16 elements; adamw: 4 parameters, 94 elements
@@ -380,7 +389,7 @@ def _sites(model: nn.Module) -> dict[int, list[Site]]:
 def _lookups(sites: dict[int, list[Site]]) -> list[Site]:
     """The embeddings of tokens."""
     places = (s for all_sites in sites.values() for s in all_sites)
-    return [s for s in places if s.ndim == 2 and is_embedding(s) and s.word not in POSITIONS]
+    return [s for s in places if s.ndim == 2 and is_embedding(s) and not names_position(s)]
 
 
 def _heads(model: nn.Module, sites: dict[int, list[Site]]) -> dict[int, str]:
@@ -388,16 +397,34 @@ def _heads(model: nn.Module, sites: dict[int, list[Site]]) -> dict[int, str]:
     with suppress(AttributeError, NotImplementedError):
         weight = model.get_output_embeddings().weight  # type: ignore[operator]
         return {id(weight): "get_output_embeddings()"} if id(weight) in sites else {}
-    places = [(key, site) for key, all_sites in sites.items() for site in all_sites]
-    vocabularies = {s.shape[0] for s in _lookups(sites)}
-    found = []
-    for key, s in places:
-        # A layer of a numbered block is no head, even if its width happens to equal a vocabulary.
-        inside = s.says(LORA) or re.search(r"(^|\.)[^\d.][^.]*\.\d+\.", ".".join(s.parts))
-        if is_linear(s) and s.ndim == 2 and s.shape[0] in vocabularies and not inside:
-            found.append((key, s))
-    tied_or_named = any(names_head(s) or any(map(is_embedding, sites[key])) for key, s in found)
-    if not found or tied_or_named:
-        return {}
-    key, s = found[-1]
-    return {key: f"last {s.kind} with the {s.shape[0]} outputs of a vocabulary"}
+    linears = [
+        (key, s)
+        for key, all_sites in sites.items()
+        for s in all_sites
+        if is_linear(s) and s.ndim == 2 and not s.says(LORA)
+    ]
+    tables = _lookups(sites)
+    sizes = {s.shape[0] for s in tables}
+    # Where no name or tie tells a head, few rows are enough, but then it must come last.
+    told = any(
+        names_head(s) or any(map(is_embedding, sites[key])) for key, s in linears if _rows(s, sizes)
+    )
+    words = set() if told else {s.shape[0] for s in tables if _WORDS.search(s.word)}
+    found, after, trailing = {}, 0, not told
+    for key, s in reversed(linears):
+        rows, cols = s.shape
+        # What the next layer takes as its input is a hidden width.
+        hidden = rows == after or _BLOCK.search(".".join(s.parts))
+        named = names_head(s)
+        fits = _rows(s, sizes) and not hidden
+        trailing = trailing and bool(fits or named)
+        if fits and not named and (trailing or rows > _FEW or (rows in words and rows != cols)):
+            found[key] = f"{s.kind} with the {rows} outputs of a vocabulary"
+        after = cols
+    return found
+
+
+def _rows(s: Site, sizes: set[int]) -> bool:
+    """Whether the outputs are as many as words: exactly, or padded to or from a round number."""
+    m, n = s.shape
+    return m in sizes or (m > n and any(v > _FEW and 0.95 < m / v < 1 / 0.95 for v in sizes))

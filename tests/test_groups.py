@@ -8,6 +8,8 @@ from problems import SQUARE, TALL, WIDE, PairRule, driver, gradients, run, same,
 from torch import nn
 
 from stiefel.optimizers import GaLore, Muon, StackedOptimizer
+from stiefel.optimizers.groups import read
+from stiefel.optimizers.muon import MuonRule
 
 BOTH = pytest.mark.parametrize("cls", [Muon, GaLore])
 
@@ -191,6 +193,39 @@ def test_module_form_uses_the_views_of_the_model():
     attention(*[torch.randn(3, 1, 8)] * 3)[0].square().mean().backward()
     optimizer.step()
     assert {"step.0", "step.1", "step.2"} <= set(optimizer.state[attention.in_proj_weight])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_heads": 4},
+        {"split_sizes": (8, 8)},
+        {"view": "heads:4"},
+        {"view": "transposed"},
+        {"matrix_view": "flatten"},
+    ],
+    ids=str,
+)
+def test_a_view_for_a_whole_model_must_not_contradict_it(options):
+    net = nn.Module()
+    net.q, net.experts = nn.Linear(8, 16), nn.Parameter(torch.zeros(3, 8, 6))
+    text = r"is not that of '(q\.weight|experts)' in the model, .*num_heads.*each with its view"
+    with pytest.raises(ValueError, match=text):
+        Muon(net, **options)
+    with pytest.raises(ValueError, match=text):
+        read(net, MuonRule(), None, "rows:8,8")
+    group = {"params": [net.q.weight], "view": "heads:4"}
+    assert Muon([group]).param_groups[0]["view"] == "heads:4"
+
+
+def test_a_view_that_says_what_the_model_does_is_fine():
+    linear = nn.Sequential(nn.Linear(8, 16))
+    for view in ("auto", "batch", "flatten"):
+        assert Muon(linear, matrix_view=view).param_groups[0]["view"] == "auto"
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 16))
+    assert Muon(convolution, view="flatten").param_groups[0]["view"] == "flatten"
+    with pytest.raises(ValueError, match=r"view 'batch' is not that of '0\.weight'"):
+        Muon(convolution, view="batch")
 
 
 @BOTH

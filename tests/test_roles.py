@@ -5,6 +5,7 @@ of transformers ("hf-*") need it only to be written or to be compared with the r
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -366,6 +367,101 @@ def test_head_by_name(name):
     assert row.why == f"name component '{name}'"
 
 
+def roles_of(model):
+    return {row.name.removesuffix(".weight"): row.role for row in classify(model) if row.shape[1:]}
+
+
+def test_classifiers_of_image_models():
+    def layers(*sides):
+        pairs = itertools.pairwise(sides)
+        return nn.Sequential(*(x for m, n in pairs for x in (nn.Linear(m, n), nn.ReLU())))
+
+    resnet = parts(conv1=nn.Conv2d(3, 8, 3), layer1=parts(fc=nn.Linear(8, 8)), fc=nn.Linear(8, 10))
+    assert roles_of(resnet) == {"conv1": "conv", "layer1.fc": "hidden", "fc": "head"}
+    vgg = parts(features=nn.Sequential(nn.Conv2d(3, 8, 3)), classifier=layers(8, 16, 16, 10))
+    expected = {"features.0": "conv", "classifier.0": "hidden", "classifier.2": "hidden"}
+    assert roles_of(vgg) == {**expected, "classifier.4": "head"}
+    timm = parts(stem=nn.Conv2d(3, 8, 3), head=parts(norm=nn.LayerNorm(8), fc=nn.Linear(8, 10)))
+    assert roles_of(timm) == {"stem": "conv", "head.fc": "head"}
+    row = by_name(timm)["head.fc.weight"]
+    assert (row.part, row.why) == ("classes", "name component 'head.fc'")
+    # a layer of that name which feeds another one
+    assert roles_of(parts(fc=nn.Linear(8, 16), out=nn.Linear(16, 2)))["fc"] == "hidden"
+    # shapes alone cannot tell: no head has a name here
+    assert set(roles_of(layers(8, 16, 10)).values()) == {"hidden"}
+
+
+def test_fc_is_a_head_with_an_adapter_too():
+    fc = parts(
+        base_layer=nn.Linear(8, 10, bias=False),
+        lora_A=parts(default=nn.Linear(8, 2, bias=False)),
+        lora_B=parts(default=nn.Linear(2, 10, bias=False)),
+    )
+    roles = roles_of(parts(conv1=nn.Conv2d(3, 8, 3), fc=fc))
+    assert list(roles.values()) == ["conv", "head", "hidden", "hidden"]
+
+
+def test_heads_of_values_and_answers_beside_that_of_words():
+    model = parts(
+        tok=nn.Embedding(300, 8),
+        lm_head=nn.Linear(8, 300),
+        v_head=parts(summary=nn.Linear(8, 1)),
+        value=nn.Linear(8, 1),
+        q_head=nn.Linear(8, 300),
+        qa_outputs=nn.Linear(8, 2),
+    )
+    rows = [row for row in classify(model) if row.role == "head"]
+    assert [(row.name, row.part, row.centred) for row in rows] == [
+        ("lm_head.weight", "vocabulary", True),
+        ("v_head.summary.weight", "classes", False),
+        ("value.weight", "classes", False),
+        ("q_head.weight", "classes", False),  # values of actions: the loss feels their mean
+        ("qa_outputs.weight", "classes", False),
+    ]
+
+
+def test_every_head_of_words_is_one():
+    several = parts(tok=nn.Embedding(50, 8), heads=nn.ModuleList(nn.Linear(8, 50) for _ in "ab"))
+    assert roles_of(several) == {"tok": "embedding", "heads.0": "head", "heads.1": "head"}
+    unnamed = parts(tok=nn.Embedding(50, 8), a=nn.Linear(8, 50), b=nn.Linear(8, 50))
+    assert roles_of(unnamed) == {"tok": "embedding", "a": "head", "b": "head"}
+    rows = by_name(parts(emb=nn.Embedding(50, 8), to_logits=nn.Sequential(nn.Linear(8, 50))))
+    row = rows["to_logits.0.weight"]
+    assert (row.role, row.part, row.centred) == ("head", "vocabulary", True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "role"),
+    [(50304, 16, "head"), (50257, 16, "head"), (40000, 16, "hidden"), (50257, 60000, "hidden")],
+)
+def test_padded_vocabularies(rows, cols, role):
+    with torch.device("meta"):
+        model = parts(
+            wte=nn.Embedding(50304, 16), decode=nn.Linear(cols, rows), critic=nn.Linear(16, 1)
+        )
+    assert roles_of(model)["decode"] == role
+
+
+def test_a_hidden_width_equal_to_a_table_is_no_head():
+    """Of users, items or positions: what feeds another layer, and few rows before other layers."""
+    tables = {"user": nn.Embedding(64, 32), "item": nn.Embedding(48, 32)}
+    model = parts(**tables, a=nn.Linear(64, 64), b=nn.Linear(64, 1))
+    assert (roles_of(model)["a"], roles_of(model)["b"]) == ("hidden", "hidden")
+    model = parts(**tables, a=nn.Linear(32, 64), b=nn.Linear(32, 7))
+    assert roles_of(model)["a"] == "hidden"
+    large = parts(user=nn.Embedding(4096, 32), a=nn.Linear(32, 4096), b=nn.Linear(4096, 1))
+    assert roles_of(large)["a"] == "hidden"
+    lecture = parts(
+        token_embedding_table=nn.Embedding(65, 32),
+        position_embedding_table=nn.Embedding(128, 32),
+        mix=nn.Linear(32, 128),
+        final=nn.Linear(32, 65),
+        last=nn.Linear(32, 9),
+    )
+    assert roles_of(lecture)["mix"] == "hidden" and roles_of(lecture)["final"] == "head"
+    assert by_name(lecture)["position_embedding_table.weight"].part == "position"
+
+
 @pytest.mark.parametrize("name", ["head", "output", "classifier", "score"])
 def test_top_names_mean_nothing_inside_a_block(name):
     model = parts(layers=nn.ModuleList([parts(attn=parts(**{name: nn.Linear(4, 4)}))]))
@@ -509,19 +605,59 @@ def test_bare_parameters():
     }
 
 
+def test_bare_parameters_that_are_no_matrices():
+    class Bare(nn.Module):
+        def __init__(self, **shapes):
+            super().__init__()
+            for name, shape in shapes.items():
+                setattr(self, name, nn.Parameter(torch.zeros(shape)))
+
+    table = by_name(
+        parts(
+            mamba=Bare(A_log=(64, 16), D=(64,)),
+            swin=Bare(relative_position_bias_table=(169, 4)),
+            sam=Bare(rel_pos_h=(27, 8), rel_pos_w=(27, 8)),
+            gains=Bare(scale=(1, 32), gamma=(1, 32), other=(32, 1)),
+            detr=Bare(query=(10, 32)),
+            vit=Bare(class_token=(1, 1, 32)),
+            attention=Bare(query=(32, 32), key=(32, 32), value=(32, 32)),
+        ),
+    )
+    roles = {name: (row.role, row.rule, row.part) for name, row in table.items()}
+    vector, query = ("vector", "adamw", ""), ("embedding", "adamw", "")
+    position = ("embedding", "adamw", "position")
+    assert roles == {
+        **dict.fromkeys(("mamba.A_log", "mamba.D"), vector),
+        **dict.fromkeys(("gains.scale", "gains.gamma", "gains.other"), vector),
+        **dict.fromkeys(("sam.rel_pos_h", "sam.rel_pos_w"), position),
+        "swin.relative_position_bias_table": position,
+        "detr.query": query,
+        "vit.class_token": query,
+        **{f"attention.{x}": ("hidden", "matrix", x) for x in ("query", "key", "value")},
+    }
+
+
+def test_a_learned_query_beside_projections():
+    pool = nn.Module()
+    pool.query = nn.Parameter(torch.zeros(4, 8))
+    pool.key, pool.value = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    roles = {"pool.query": "embedding", "pool.key": "hidden", "pool.value": "hidden"}
+    assert roles_of(parts(pool=pool)) == roles
+
+
 def test_parametrized_weights_keep_their_module():
     model = parts(
         tok=parametrizations.spectral_norm(nn.Embedding(9, 4)),
-        fc=parametrizations.weight_norm(nn.Linear(4, 6)),
+        up=parametrizations.weight_norm(nn.Linear(4, 6)),
     )
     table = by_name(model)
     assert table["tok.parametrizations.weight.original"].role == "embedding"
-    assert brief(table["fc.parametrizations.weight.original0"]) == ("vector", "adamw", "auto")
-    assert brief(table["fc.parametrizations.weight.original1"]) == ("hidden", "matrix", "auto")
+    assert brief(table["up.parametrizations.weight.original0"]) == ("vector", "adamw", "auto")
+    assert brief(table["up.parametrizations.weight.original1"]) == ("hidden", "matrix", "auto")
 
 
 def test_wrapped_names():
-    model = parts(module=parts(lm_head=nn.Linear(4, 3, bias=False), fc=nn.Linear(4, 3, bias=False)))
+    model = parts(module=parts(lm_head=nn.Linear(4, 3, bias=False), up=nn.Linear(4, 3, bias=False)))
     assert [row.role for row in classify(model)] == ["head", "hidden"]
 
 
@@ -737,10 +873,11 @@ def test_quantised_weights():
 
 
 def dense_classes():
-    """Every public optimizer of single weights."""
+    """Every public optimizer of single weights that trains hidden matrices by one rule."""
     classes = [getattr(optimizers, name) for name in optimizers.__all__]
     classes = [c for c in classes if isinstance(c, type) and issubclass(c, StackedOptimizer)]
-    return [c for c in classes if c is not StackedOptimizer and not c.__name__.endswith("LoRA")]
+    other = ("StackedOptimizer", "SymmetryStack")
+    return [c for c in classes if c.__name__ not in other and not c.__name__.endswith("LoRA")]
 
 
 @pytest.mark.parametrize("cls", dense_classes(), ids=lambda c: c.__name__)
@@ -788,7 +925,26 @@ class OtherSidesRule(SidedRule):
 
 @dataclass(frozen=True)
 class SharedSideRule(SidedRule):
-    """Of all weights of a group at once."""
+    """Of all weights of a group at once, or of runs of three, whose sides may differ."""
+
+    members = ()
+
+    def __post_init__(self):
+        sides = (self.side,) if isinstance(self.side, str) else self.side
+        if not {*sides} <= {"auto", "rows", "cols"}:
+            raise ValueError("no side")
+
+
+@dataclass(frozen=True)
+class ThreeSidesRule(SharedSideRule):
+    """Of runs of three."""
+
+    members = ("a", "b", "c")
+
+
+@dataclass(frozen=True)
+class OneSideRule(SidedRule):
+    """Of all weights of a group at once, which takes one word only."""
 
     members = ()
 
@@ -806,7 +962,7 @@ def test_a_rule_with_a_side_gets_that_of_the_residual_stream():
     assert sides == expected and set(sides.values()) == {"rows", "cols"}
     assert set(sides_of(SidedRule("rows"), model).values()) == {"rows"}  # as the caller says
     assert set(sides_of(OtherSidesRule(), model).values()) == {"auto"}
-    assert set(sides_of(SharedSideRule(), model).values()) == {"auto"}
+    assert set(sides_of(OneSideRule(), model).values()) == {"auto"}
 
 
 def test_a_rule_with_a_side_never_gets_the_longer_one():
@@ -816,6 +972,57 @@ def test_a_rule_with_a_side_never_gets_the_longer_one():
     for name, side in sides.items():
         assert (side == "auto") == any(word in name for word in short), name
     assert set(sides_of(SidedRule(), nn.Sequential(nn.Linear(3, 4))).values()) == {"auto"}
+
+
+def test_weights_that_share_get_a_side_each():
+    model = byte_model(d=24)
+    matrices = [row for row in classify(model) if row.rule == "matrix"]
+    assert {row.side for row in matrices} == {"rows", "cols"}
+    everyone = tuple(row.side for row in matrices)
+    assert set(sides_of(SharedSideRule(), model).values()) == {everyone}
+    assert set(sides_of(SharedSideRule("rows"), model).values()) == {"rows"}
+    found = sides_of(ThreeSidesRule(), model)  # runs q k v, o gate up, down q k, ...
+    *whole, rest = (matrices[i : i + 3] for i in range(0, len(matrices), 3))
+    assert len(rest) == 2 and {found[row.name] for row in rest} == {"auto"}  # no run of three
+    for run in whole:
+        told = tuple(row.side for row in run)
+        assert {found[row.name] for row in run} == {told if len({*told}) > 1 else told[0]}
+    assert len({*found.values()}) > 1
+
+
+def test_shared_sides_that_are_not_known():
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert set(sides_of(SharedSideRule(), plain).values()) == {"auto"}
+    model = parts(tok=nn.Embedding(9, 8), q_proj=nn.Linear(8, 8), mix=nn.Linear(8, 8))
+    model["wide"] = nn.Linear(8, 12)
+    assert set(sides_of(SharedSideRule(), model).values()) == {("cols", "rows", "cols")}
+    narrow = parts(tok=nn.Embedding(9, 8), k_proj=nn.Linear(8, 2), v_proj=nn.Linear(8, 2))
+    assert set(sides_of(SharedSideRule(), narrow).values()) == {"auto"}  # not the longer one
+
+
+@pytest.mark.parametrize(
+    "sharing", [{"rotation_sharing": "chain", "layer": 7}, {"rotation_sharing": "global"}]
+)
+def test_one_rotation_of_the_residual_stream(sharing):
+    """q reads the stream as k, v, gate and up do: square, its shape cannot tell."""
+    model = families.rebuild(FIXTURES["hf-llama"].read_text()).to_empty(device="cpu")
+    sides = {row.name: row.side for row in classify(model) if row.rule == "matrix"}
+    optimizer = optimizers.ARO(model, **sharing)
+    names = {id(p): name for name, p in model.named_parameters()}
+    units = optimizer._current().units
+    turned = {
+        names[id(p)]: "cols" if turn else "rows"
+        for unit in units
+        for p, turn in zip(unit.params, unit.turned, strict=True)
+    }
+    assert turned == sides and set(sides.values()) == {"rows", "cols"}
+    for p in model.parameters():
+        p.data.fill_(0.1)
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 # ------------------------------------------------------------------------- overrides and strict
@@ -908,16 +1115,16 @@ def test_strict():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.A_log = nn.Parameter(torch.zeros(4, 3))
+            self.mix = nn.Parameter(torch.zeros(4, 3))
             self.cube = nn.Parameter(torch.zeros(2, 2, 2, 2))
 
     model = parts(odd=Odd(), fc=nn.Linear(4, 4))
     table = by_name(model)
-    assert brief(table["odd.A_log"]) == ("hidden", "matrix", "auto")
+    assert brief(table["odd.mix"]) == ("hidden", "matrix", "auto")
     assert brief(table["odd.cube"]) == ("conv", "matrix", "flatten")
-    with pytest.raises(ValueError, match=r"odd\.A_log \(4, 3\), odd\.cube \(2, 2, 2, 2\)$"):
+    with pytest.raises(ValueError, match=r"odd\.mix \(4, 3\), odd\.cube \(2, 2, 2, 2\)$"):
         classify(model, strict=True)
-    overrides = {"odd.A_log": "adamw", "odd.cube": "conv"}
+    overrides = {"odd.mix": "adamw", "odd.cube": "conv"}
     assert len(classify(model, overrides=overrides, strict=True)) == 4
 
 
@@ -936,7 +1143,7 @@ def test_strict():
         (None, (3, 4, 5), "hidden", "matrix"),
         (None, (1, 4, 5), "hidden", "matrix"),
         (None, (6, 4, 3, 3), "hidden", "matrix"),
-        ("fc.weight", (4, 5), "hidden", "matrix"),
+        ("up.weight", (4, 5), "hidden", "matrix"),
         ("fc.bias", (4,), "bias", "adamw"),
         ("experts.down_proj_bias", (4, 8), "bias", "adamw"),
         ("model.norm.weight", (4,), "norm", "adamw"),
@@ -959,6 +1166,24 @@ def test_strict():
         ("pos_embed", (9, 4), "embedding", "adamw"),
         ("vit.cls_token", (1, 1, 4), "embedding", "adamw"),
         ("_orig_mod.module.embed.weight", (9, 4), "embedding", "adamw"),
+        ("token_embedding_table.weight", (9, 4), "embedding", "adamw"),
+        ("position_embedding_table.weight", (9, 4), "embedding", "adamw"),
+        ("src_embedding.weight", (9, 4), "embedding", "adamw"),
+        ("encoder.embedding_layer.weight", (9, 4), "embedding", "adamw"),
+        ("tgt_tok_emb.weight", (9, 4), "embedding", "adamw"),
+        ("bos_embed", (1, 4), "embedding", "adamw"),
+        ("class_token", (1, 1, 4), "embedding", "adamw"),
+        ("query_tokens", (1, 9, 4), "embedding", "adamw"),
+        ("attn.relative_position_bias_table", (169, 4), "embedding", "adamw"),
+        ("attn.rel_pos_h", (27, 8), "embedding", "adamw"),
+        ("attn.rel_pos_proj.weight", (4, 4), "hidden", "matrix"),
+        ("patch_embedding.weight", (9, 4), "hidden", "matrix"),
+        ("time_embedding.weight", (9, 4), "hidden", "matrix"),
+        ("layers.0.attn.query", (4, 4), "hidden", "matrix"),
+        ("layers.0.mixer.A_log", (64, 16), "vector", "adamw"),
+        ("layers.0.scale", (1, 4), "vector", "adamw"),
+        ("layers.0.ls1.gamma", (1, 1, 4), "vector", "adamw"),
+        ("layers.0.scale", (3, 4), "hidden", "matrix"),
         ("embed_proj.weight", (9, 4), "hidden", "matrix"),
         ("embed.proj.weight", (9, 4), "hidden", "matrix"),
         ("patch_embed.weight", (9, 4), "hidden", "matrix"),
@@ -972,6 +1197,24 @@ def test_strict():
         ("heads.head.weight", (9, 4), "head", "adamw"),
         ("classifier.weight", (9, 4), "head", "adamw"),
         ("unembed.W_U", (4, 9), "head", "adamw"),
+        ("fc.weight", (9, 4), "head", "adamw"),
+        ("head.fc.weight", (9, 4), "head", "adamw"),
+        ("classifier.6.weight", (9, 4), "head", "adamw"),
+        ("classifier.out_proj.weight", (9, 4), "head", "adamw"),
+        ("classifier.dense.weight", (4, 4), "hidden", "matrix"),
+        ("qa_outputs.weight", (2, 4), "head", "adamw"),
+        ("value.weight", (1, 4), "head", "adamw"),
+        ("value.weight", (4, 4), "hidden", "matrix"),
+        ("value_head.weight", (1, 4), "head", "adamw"),
+        ("v_head.summary.weight", (1, 4), "head", "adamw"),
+        ("lmhead.weight", (9, 4), "head", "adamw"),
+        ("to_logits.weight", (9, 4), "head", "adamw"),
+        ("generator.proj.weight", (9, 4), "head", "adamw"),
+        ("generator.2.weight", (9, 4), "hidden", "matrix"),
+        ("cls.predictions.decoder.weight", (9, 4), "head", "adamw"),
+        ("heads.1.weight", (9, 4), "head", "adamw"),
+        ("blocks.0.fc.weight", (4, 4), "hidden", "matrix"),
+        ("blocks.0.heads.1.weight", (4, 4), "hidden", "matrix"),
         ("layers.0.attention.output.weight", (4, 4), "hidden", "matrix"),
         ("layers.0.attn.head.weight", (4, 4), "hidden", "matrix"),
         ("heads.0.key.weight", (4, 4), "hidden", "matrix"),
