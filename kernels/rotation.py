@@ -87,7 +87,7 @@ def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None 
         cholesky: whether to take the way of accelerators; None: by device.
 
     Returns:
-        (K, m, m), a new tensor; a copy of the old factor where A is zero.
+        (K, m, m), a new tensor; a copy of the old factor where A is zero or not finite.
     """
     B, some = _completed(A, old)
     if not (A.device.type != "cpu" if cholesky is None else cholesky):
@@ -123,13 +123,13 @@ def eigenbasis(S: Tensor, old: Tensor) -> Tensor:
 
     Args:
         S: (K, m, m), fp32 or fp64.
-        old: (K, m, m), kept where S is zero.
+        old: (K, m, m), kept where S is zero or not finite.
 
     Returns:
         (K, m, m), orthogonal. The host waits for the device.
     """
     scale, some = _scale(S)
-    V = _each(lambda X: torch.linalg.eigh(X)[1], S / scale).flip(-1)
+    V = _each(lambda X: torch.linalg.eigh(X)[1], (S / scale).masked_fill_(~some, 0.0)).flip(-1)
     peak = V.gather(-2, V.abs().argmax(-2, keepdim=True))
     return torch.where(some, torch.where(peak < 0, -V, V), old)
 
@@ -148,16 +148,16 @@ def _each(fn: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
 
 
 def _scale(A: Tensor) -> tuple[Tensor, Tensor]:
-    """max|A| (K, 1, 1), or 1 where A is zero, and whether it is not."""
+    """max|A| (K, 1, 1), or 1 where A is zero or not finite, and whether it is neither."""
     largest = torch.maximum(-A.amin((-2, -1), keepdim=True), A.amax((-2, -1), keepdim=True))
-    some = largest > 0
+    some = (largest > 0) & largest.isfinite()
     return torch.where(some, largest, torch.ones_like(largest)), some
 
 
 def _completed(A: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """A / ||A||_F with a trace of the old factor, and whether A is not zero."""
+    """A / ||A||_F with a trace of the old factor, and whether A is finite and not zero."""
     scale, some = _scale(A)
-    B = A / scale
+    B = (A / scale).masked_fill_(~some, 0.0)
     size = product(B.flatten(1).unsqueeze(1), B.flatten(1).unsqueeze(2)).sqrt_()  # ||B||_F
     size = torch.where(some, size, torch.ones_like(size))
     return B.div_(size).add_(old, alpha=_DAMPING * torch.finfo(A.dtype).eps), some

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..kernels import equal_rows, left_basis, product, sinkhorn
 from .base import StackedOptimizer
-from .frames import FrameRule, check_counts, check_decays
+from .frames import FrameRule, check_counts, check_decays, check_stacks, check_units, most
 from .lowrank import check_known
-from .moments import column_squares, ema, nesterov, total
+from .moments import column_squares, ema, nesterov, square_scale, total
 from .rule import Dense, Direction, Factored, Member, Slot, check
 
 if TYPE_CHECKING:
@@ -58,12 +58,15 @@ class ARORule(FrameRule):
 
     def update(self, *members: Member) -> Iterator[Direction]:
         """One step for a stack of units; a member without a gradient sits out."""
+        check_stacks([len(w.state["momentum_buffer"]) for w in members])
         ws = [w for w in members if w.grad is not None]
         Ms = [self.moved(w) for w in ws]  # (K, m, n) each
-        check(len({*map(len, Ms)}) == 1, "weights that share a rotation differ in stacks; set view")
-        R = None if self.rotation == "none" else self.turned(members[0], ws, Ms)  # (K, m, m)
-        for w, M in zip(ws, Ms, strict=True):
-            F = self.mapped(w, M if R is None else w.sums.rows(product(R.mT, M)), keep=True)
+        R, cs = None, [torch.ones(())] * len(ws)
+        if self.rotation != "none":
+            cs = [square_scale(M) for M in Ms]  # (K, 1, 1) each, times which nothing overflows
+            R = self.turned(members[0], ws, Ms, cs)  # (K, m, m)
+        for w, M, c in zip(ws, Ms, cs, strict=True):
+            F = self.mapped(w, M, R, c, keep=True)
             if self.rms_target is not None:  # the mean square of R F is that of F
                 mean = w.sums.both(total(column_squares(F))).div_(w.m * w.n)
                 F.mul_(torch.where(mean > 0, self.rms_target * mean.rsqrt(), 0.0))
@@ -76,7 +79,9 @@ class ARORule(FrameRule):
         M = ema(w.state["momentum_buffer"], w.grad, self.momentum)
         return nesterov(w.grad, M, self.momentum) if self.nesterov else M
 
-    def turned(self, first: Member, ws: Sequence[Member], Ms: Sequence[Tensor]) -> Tensor:
+    def turned(
+        self, first: Member, ws: Sequence[Member], Ms: Sequence[Tensor], cs: Sequence[Tensor]
+    ) -> Tensor:
         """The rotation R (K, m, m) of this step, found anew if that is due."""
         stored = first.state["rotation"]
         R = stored.to(Ms[0].dtype)
@@ -84,35 +89,43 @@ class ARORule(FrameRule):
             R = first.sums.once(left_basis, torch.cat(list(Ms), -1))
         if self.gram_beta is not None:  # averaged in every step
             Gs = [w.grad for w in ws if w.grad is not None]
-            A = ema(first.state["gram"], _summed(ws, Gs), self.gram_beta)
+            A = self.averaged(first.state["gram"], _summed(ws, zip(Gs, Gs, strict=True)))
         if self.due_now(first):
-            if self.rotation == "eigh":
-                A = A if self.gram_beta is not None else _summed(ws, Ms)
-            else:
-                Xs = (w.sums.rows(product(R.mT, M)) for w, M in zip(ws, Ms, strict=True))
-                A = _summed(ws, Ms, map(self.mapped, ws, Xs))
+            c = reduce(torch.minimum, cs)  # that of the largest: R does not know the scale of A
+            if self.rotation != "eigh":
+                Fs = (self.mapped(w, M, R, k) for w, M, k in zip(ws, Ms, cs, strict=True))
+                A = _summed(ws, ((M, F.mul_(c)) for M, F in zip(Ms, Fs, strict=True)))
+            elif self.gram_beta is None:
+                A = _summed(ws, ((N, N) for N in (M * c for M in Ms)))
             R = first.sums.once(self.next_rotation, A, R)
         if R is not stored:
             stored.copy_(R)
         return R
 
-    def mapped(self, w: Member, X: Tensor, keep: bool = False) -> Tensor:
-        """F = f(X) (K, m, n), a new tensor; `keep` stores the second moment that saw X."""
+    def mapped(
+        self, w: Member, M: Tensor, R: Tensor | None, c: Tensor, keep: bool = False
+    ) -> Tensor:
+        """F = f(R^T M) (K, m, n), a new tensor; `keep` stores the second moment that saw it."""
+        X = M if R is None else w.sums.rows(product((R * c).mT, M))
         if self.base != "adam":
             if self.base == "sinkhorn":
                 return w.sums.whole(partial(sinkhorn, iterations=self.iterations), X)
             return w.sums.whole(torch.sign if self.base == "sign" else equal_rows, X)
+        if R is not None:
+            X.div_(c)  # V knows the scale
         stored = w.state["exp_avg_sq"]
         V = stored.to(X.dtype, copy=not keep).mul_(self.beta2)
         V.add_((X * X).mul_(1 - self.beta2))  # addcmul_ rounds by layout, stacks would differ
+        V.clamp_(max=most(stored, V))
         if keep and V is not stored:
             stored.copy_(V)
-        return X / V.sqrt().add_(self.eps)
+        bound = 2 / math.sqrt(1 - self.beta2)  # F is within half of it, where V could follow X
+        return (X / V.sqrt().add_(self.eps)).clamp_(-bound, bound)
 
 
-def _summed(ws: Sequence[Member], Ms: Sequence[Tensor], Fs: Iterable[Tensor] = ()) -> Tensor:
-    """The sum of M F^T (K, m, m) over the members; F is M if it is not given."""
-    parts = (w.sums.cols(product(M, F.mT)) for w, M, F in zip(ws, Ms, Fs or Ms, strict=True))
+def _summed(ws: Sequence[Member], pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of M F^T (K, m, m) over the members and their pairs (M, F)."""
+    parts = (w.sums.cols(product(M, F.mT)) for w, (M, F) in zip(ws, pairs, strict=True))
     return reduce(Tensor.add_, parts)
 
 
@@ -150,7 +163,8 @@ class ARO(StackedOptimizer):
         side: Which side of a weight is rotated: ``"rows"``, ``"cols"`` or ``"auto"`` (default),
             the shorter one, or the one that all weights of a unit have; ties: rows. Best is the
             residual stream: ``"rows"`` for what writes to it, ``"cols"`` for what reads it
-            (nn.Linear). Shared rotations take a list, one side per weight.
+            (nn.Linear). Shared rotations take a list, one side per weight. Under ``"auto"`` a
+            model tells it for every weight of which it is known, unless the other one is shorter.
         nesterov: Look ahead by one gradient (default: False).
         init: First R: ``"identity"`` (default) or ``"svd"``, left singular vectors of the first M.
         iterations: Rounds of ``"sinkhorn"`` (default: 5).
@@ -206,3 +220,9 @@ class ARO(StackedOptimizer):
             base, rms_target, nesterov, iterations, beta2, eps, adjust_lr_fn,
         )  # fmt: skip
         super().__init__(params, rule, lr, weight_decay, **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See :class:`StackedOptimizer`; weights that cannot share a rotation are refused."""
+        count = len(self.param_groups)
+        super().add_param_group(param_group)
+        check_units(self.param_groups, count, self._own)

@@ -40,7 +40,7 @@ class AuONRule(Rule):
     init_norm: str = "fro"
 
     def __post_init__(self) -> None:
-        check(0.0 <= self.momentum <= 1.0, f"momentum must be in [0, 1], got {self.momentum}")
+        check(0.0 <= self.momentum < 1.0, f"momentum must be in [0, 1), got {self.momentum}")
         check(
             self.gamma is None or 0.0 < self.gamma <= 8.0,
             f"gamma must be None or in (0, 8], got {self.gamma}",

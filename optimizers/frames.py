@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels import eigenbasis, nearest_rotation, rotated
+from .groups import routed, rule_of
 from .lowrank import check_known
+from .moments import ema
+from .plan import units_of
 from .rule import Member, Rule, Slot, check
 
 ROTATIONS = ("qr", "polar", "eigh", "none")
@@ -25,7 +29,7 @@ def check_counts(rule: Rule, *names: str) -> None:
     """Refuse fields that are no ints of at least 1."""
     for name in names:
         count = getattr(rule, name)
-        fits = isinstance(count, int) and count >= 1
+        fits = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         check(fits, f"{name} must be an int of at least 1, got {count!r}")
 
 
@@ -34,6 +38,35 @@ def check_decays(rule: Rule, *names: str) -> None:
     for name in names:
         beta = getattr(rule, name)
         check(beta is None or 0.0 <= beta < 1.0, f"{name} must be in [0, 1), got {beta}")
+
+
+def check_units(groups: list[dict[str, Any]], first: int, own: type[Rule]) -> None:
+    """Refuse and take out groups from a first one on if weights cannot share their rotations."""
+    try:
+        for i, group in enumerate(groups[first:], first):
+            rule = rule_of(group, own)
+            if rule is None:
+                continue
+            matrices = {p: (j, p) for j, p in routed(group, rule, 0)[0]}  # a double counts once
+            for unit in units_of(i, group, rule, list(matrices.values())):
+                check_stacks([block.k for block in unit.blocks])
+    except ValueError:
+        del groups[first:]
+        raise
+
+
+def check_stacks(counts: Sequence[int]) -> None:
+    """Refuse members of one unit that are stacks of different numbers of matrices."""
+    check(
+        len({*counts}) == 1,
+        f"weights that share a rotation are stacks of {list(counts)} matrices, which must be as "
+        "many each; set view or rotation_sharing",
+    )
+
+
+def most(*Xs: Tensor) -> float:
+    """What all of these dtypes hold, and a difference of two such."""
+    return min(torch.finfo(X.dtype).max for X in Xs) / 4
 
 
 @dataclass(frozen=True)
@@ -52,6 +85,12 @@ class FrameRule(Rule, abstract=True):
         check_known(self, rotation=ROTATIONS, rotation_sharing=SHARINGS, init=("identity", "svd"))
         check_counts(self, "rotation_every", "layer")
         check_decays(self, "gram_beta")
+        check(
+            self.rotation != "none"
+            or (self.rotation_sharing == "per_param" and self.init == "identity"),
+            "rotation='none' has no rotation to share or to start; leave rotation_sharing and init "
+            "unset",
+        )
         check(
             self.layer == 1 or self.rotation_sharing == "chain",
             "layer counts the weights of a chain; set rotation_sharing='chain'",
@@ -116,6 +155,12 @@ class FrameRule(Rule, abstract=True):
     def due_now(self, first: Member) -> bool:
         """Whether the rotation of this unit is found anew in this update."""
         return self.rotation != "none" and (self.every == 0 or first.age == 0)
+
+    def averaged(self, gram: Tensor, S: Tensor) -> Tensor:
+        """The average of G G^T moved by S (K, m, m), unless that is too large to be added."""
+        assert self.gram_beta is not None
+        top = torch.maximum(-S.amin((-2, -1)), S.amax((-2, -1))).view(-1, 1, 1)
+        return ema(gram, torch.where(top <= most(gram, S), S, gram), self.gram_beta)
 
     def next_rotation(self, A: Tensor, R: Tensor) -> Tensor:
         """The rotation that A (K, m, m) asks for; R (K, m, m) where it leaves it open."""

@@ -35,6 +35,7 @@ __all__ = [
     "nesterov",
     "row_correction",
     "spike_factor",
+    "square_scale",
     "total",
 ]
 
@@ -388,6 +389,24 @@ def column_squares(X: Tensor) -> Tensor:
 def total(X: Tensor) -> Tensor:
     """Sum of a row (K, 1, n) as (K, 1, 1), pairwise like :func:`column_squares`."""
     return _folded(X.mT.clone()) if X.device.type in _PANELLED else X.sum(-1, keepdim=True)
+
+
+def square_scale(X: Tensor) -> Tensor:
+    """A power of two times which the squares of X neither overflow nor vanish; 1 for most X.
+
+    In float32 it is 2^-96 where the largest entry is above 2^48, and 2^96 where it is below 2^-48:
+    X times it has the digits of X, so that a method that knows no scale keeps its bits.
+
+    Args:
+        X: (K, m, n), any strides.
+
+    Returns:
+        (K, 1, 1), falling in the largest entry.
+    """
+    top = torch.maximum(-X.amin((-2, -1), keepdim=True), X.amax((-2, -1), keepdim=True))
+    e = 3 * math.frexp(torch.finfo(top.dtype).max)[1] // 8
+    c = torch.ones_like(top).masked_fill_(top > 2.0**e, 2.0 ** (-2 * e))
+    return c.masked_fill_(top < 2.0**-e, 2.0 ** (2 * e))
 
 
 def _folded(X: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class MuonRule(OrthogonalRule):
             decay_schedule=("lr", "lr2"),
         )  # fmt: skip
         check(0.0 <= self.decay2 < 1.0, f"beta2 must lie in [0, 1), got {self.decay2}")
+        twice = self.rank_compensate and self.second_moment == "adamuon"
+        check(not twice, "second_moment='adamuon' has an exact RMS; leave rank_compensate unset")
         plain = self.momentum_kind == "ema" and self.second_moment is None
         check(
             self.compat is None or plain,

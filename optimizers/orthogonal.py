@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..kernels import (
     polar_factor,
     polar_report,
 )
-from .moments import column_squares, spike_factor, total
+from .moments import column_squares, spike_factor, square_scale, total
 from .rule import Member, Rule, Slot, check
 from .sketches import Draws
 
@@ -76,8 +77,13 @@ class OrthogonalRule(Rule, abstract=True):
             self.compat is None or self.polar_dtype is None,
             "compat='torch' iterates in bfloat16; leave polar_dtype unset",
         )
+        steps = self.ns_steps
         check(
-            self.ns_steps is None or 1 <= self.ns_steps < 100,
+            steps is None or (isinstance(steps, int) and not isinstance(steps, bool)),
+            f"ns_steps must be None or an int, got {steps!r}",
+        )
+        check(
+            steps is None or 1 <= steps < 100,
             "Number of steps must be less than 100 for computational efficiency",
         )
         check(
@@ -87,7 +93,7 @@ class OrthogonalRule(Rule, abstract=True):
         for name in ("seed", "report_steps"):
             value = getattr(self, name)
             check(
-                isinstance(value, int) and value >= 0,
+                isinstance(value, int) and not isinstance(value, bool) and value >= 0,
                 f"{name} must be an int of at least 0, got {value!r}",
             )
         clip, ratio = self.clip_grad_rms, self.spike_ratio
@@ -115,15 +121,17 @@ class OrthogonalRule(Rule, abstract=True):
         clip, ratio = self.clip_grad_rms, self.spike_ratio
         if not self.normalize_grad and clip is None and ratio is None:
             return w.grad
-        norm = w.sums.both(total(column_squares(w.grad))).sqrt()  # (K, 1, 1)
+        c = square_scale(w.grad)  # (K, 1, 1), a power of two
+        G = w.grad * c
+        norm = w.sums.both(total(column_squares(G))).sqrt()  # that of c times the gradient
         if self.normalize_grad:
-            return w.grad / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        by = torch.ones_like(norm)
+            return G.div_(norm.clamp(min=torch.finfo(norm.dtype).tiny))
+        by = c.reciprocal()
         if clip is not None:
-            by = (clip * math.sqrt(w.m * w.n) / norm).clamp(max=1.0)
+            by = torch.minimum(clip * math.sqrt(w.m * w.n) / norm, by)
         if ratio is not None:
             by = by * spike_factor(norm * by, w.state["grad_norm"], ratio)
-        return w.grad * by
+        return G.mul_(by)
 
     def orthogonal(self, w: Member, U: Tensor) -> Tensor:
         """The polar factor of U (K, m, n) for a step of w; its quality goes into the state."""
@@ -194,8 +202,8 @@ def reports(
         for group in groups
         for p, name in zip(
             group["params"],
-            group.get("param_names") or [None] * len(group["params"]),
-            strict=True,
+            chain(group.get("param_names") or (), repeat(None)),  # some were appended later
+            strict=False,
         )
     ]
     for i, (p, name) in enumerate(params):
@@ -231,7 +239,18 @@ def with_view(settings: Mapping[str, Any]) -> dict[str, Any]:
         )
         settings["view"] = value
     elif name == "split_sizes":
-        settings["view"] = "rows:" + ",".join(str(size) for size in value)
+        fits = isinstance(value, Iterable) and not isinstance(value, str)
+        sizes = list(value) if fits else []
+        check(
+            bool(sizes) and all(map(_is_count, sizes)),
+            f"split_sizes must be a list of ints of at least 1, got {value!r}",
+        )
+        settings["view"] = "rows:" + ",".join(map(str, sizes))
     else:
+        check(_is_count(value), f"num_heads must be an int of at least 1, got {value!r}")
         settings["view"] = f"heads:{value}"
     return settings
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -547,14 +547,149 @@ def test_sides_of_a_chain_may_be_given_one_by_one():
     optimizer = ARO(params, rotation_sharing="chain", layer=2, side=["cols", "rows"])
     unit = optimizer._current().units[0]
     assert unit.turned == (True, False)
-    with pytest.raises(ValueError, match="side has 1 entries"):
-        ARO(params, rotation_sharing="chain", layer=2, side=["cols"]).init_state()
-    with pytest.raises(ValueError, match="share no side"):
-        ARO([weight((3, 4)), weight((5, 6))], rotation_sharing="global").init_state()
-    with pytest.raises(ValueError, match="cannot turn sides"):
-        ARO([weight((3, 4)), weight((5, 6))], rotation_sharing="global", side="rows").init_state()
-    with pytest.raises(ValueError, match="in runs of 2"):
-        ARO([weight((3, 4))], rotation_sharing="chain", layer=2).init_state()
+
+
+@pytest.mark.parametrize(
+    "shapes, settings, text",
+    [
+        (
+            [(8, 8)] * 2,
+            {"rotation_sharing": "chain", "layer": 2, "side": ["cols"]},
+            "side has 1 en",
+        ),
+        ([(3, 4), (5, 6)], {"rotation_sharing": "global"}, "share no side"),
+        ([(3, 4), (5, 6)], {"rotation_sharing": "global", "side": "rows"}, "cannot turn sides"),
+        ([(3, 4)], {"rotation_sharing": "chain", "layer": 2}, "in runs of 2"),
+        ([(8, 16), (8, 16), (4, 8, 16)], {"rotation_sharing": "global"}, r"stacks of \[1, 1, 4\]"),
+    ],
+)
+def test_weights_that_cannot_share_a_rotation_are_refused_at_once(shapes, settings, text):
+    params = [weight(shape, k) for k, shape in enumerate(shapes)]
+    with pytest.raises(ValueError, match=text) as caught:
+        ARO(params, **settings)
+    assert "\n" not in str(caught.value)
+    optimizer = ARO([weight(SQUARE)])
+    with pytest.raises(ValueError, match=text):
+        optimizer.add_param_group({"params": params, **settings})
+    assert len(optimizer.param_groups) == 1
+    run(optimizer, optimizer.param_groups[0]["params"], [gradients(SQUARE, 1)])
+
+
+@pytest.mark.parametrize("missing", [None, 0, 1])
+def test_a_view_that_makes_stacks_differ_changes_nothing_of_the_unit(missing):
+    params = [weight((4, 8, 16), 0), weight((4, 128), 1)]
+    optimizer = ARO(params, rotation_sharing="global", view="flatten", side="rows")
+    optimizer.param_groups[0]["view"] = "auto"
+    optimizer.param_groups[0]["side"] = ["rows", "cols"]
+    params[1].data = params[1].data[:, :8].clone()  # both sides are 8 now, in stacks of 4 and 1
+    before = [p.detach().clone() for p in params]
+    for i, p in enumerate(params):
+        p.grad = None if i == missing else torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"stacks of \[4, 1\]"):
+        optimizer.step()
+    assert same(before, [p.detach() for p in params])
+    assert not any(optimizer.state[p]["momentum_buffer"].any() for p in params)
+
+
+def test_a_weight_without_a_rotation_shares_none():
+    for settings in (
+        {"init": "svd"},
+        {"rotation_sharing": "global"},
+        {"rotation_sharing": "chain", "layer": 2},
+    ):
+        with pytest.raises(ValueError, match="rotation='none' has no rotation"):
+            ARO([weight(SQUARE), weight(SQUARE)], rotation="none", **settings)
+    with pytest.raises(ValueError, match="rotation_every must be an int of at least 1, got True"):
+        ARO([weight(SQUARE)], rotation_every=True)
+
+
+# Gradients at the end of the range
+
+
+@pytest.mark.parametrize("wait", [None, False])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("rotation", ["qr", "polar", "eigh", "none"])
+def test_a_huge_finite_gradient_gives_a_step_of_the_usual_size(rotation, base, wait):
+    draw = gaussian(16, 16, dtype=torch.float32).clamp(-3, 3)
+    huge = [1e20 * draw, 1e21 * draw, 1e30 * draw, 1e38 * draw, torch.full((16, 16), 3e38)]
+    for G in [*huge, 1e38 * draw[:, :8], 1e38 * draw[:8]]:
+        p = torch.nn.Parameter(torch.zeros(G.shape))
+        optimizer = ARO([p], lr=1.0, weight_decay=0.0, base=base, rotation=rotation)
+        optimizer._wait = wait
+        before = p.detach().clone()
+        for grad in [G, *gradients(tuple(G.shape), 5)]:
+            run(optimizer, [p], [[grad]])
+            step, before = p.detach() - before, p.detach().clone()
+            assert abs(float(step.square().mean().sqrt()) - 0.2) < 1e-4
+        state = [x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)]
+        assert all(x.isfinite().all() for x in state) and optimizer.skipped == 0
+        assert rotation == "none" or defect(optimizer.state[p]["rotation"]) < 1e-4
+
+
+@pytest.mark.parametrize("size", [2.0**-90, 2.0**60, 2.0**90, 2.0**124])
+@pytest.mark.parametrize("base", MAPS)
+@pytest.mark.parametrize("rotation", ["qr", "polar", "eigh"])
+def test_steps_do_not_know_the_scale_of_the_gradient(rotation, base, size):
+    """Bit for bit, since a power of two rounds nothing."""
+
+    def end(scale):
+        p = torch.nn.Parameter(torch.zeros(WIDE))
+        grads = [scale * G.clamp(-3, 3) for G in gradients(WIDE, 4)]
+        return run(ARO([p], base=base, rotation=rotation), [p], [grads])
+
+    assert same(end(1.0), end(size))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+def test_adams_moments_survive_a_huge_gradient_in_every_dtype(dtype):
+    p = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = ARO([p], lr=1.0, weight_decay=0.0, base="adam", momentum=0.0, state_dtype=dtype)
+    run(optimizer, [p], [[torch.full((64, 64), 1e30)]])
+    before = p.detach().clone()
+    for G in gradients((64, 64), 3):
+        run(optimizer, [p], [[G]])
+    assert p.isfinite().all()
+    assert float((p.detach() - before).square().mean().sqrt()) > 0.2
+    V = optimizer.state[p]["exp_avg_sq"]
+    assert not V.is_floating_point() or V.isfinite().all()
+
+
+def test_an_averaged_gram_matrix_leaves_out_what_overflows():
+    p = weight(WIDE)
+    optimizer = ARO([p], rotation="eigh", gram_beta=0.9)
+    run(optimizer, [p], [gradients(WIDE, 2)])
+    gram = optimizer.state[p]["gram"].clone()
+    for size in (1e20, 1e38):
+        run(optimizer, [p], [[size * gradients(WIDE, 1)[0].clamp(-3, 3)]])
+        assert torch.equal(optimizer.state[p]["gram"], gram)
+    run(optimizer, [p], [gradients(WIDE, 2)])
+    assert p.isfinite().all() and not torch.equal(optimizer.state[p]["gram"], gram)
+
+
+def test_a_chain_of_huge_and_tiny_gradients_moves_both():
+    params = [torch.nn.Parameter(torch.zeros(8, 12)) for _ in range(2)]
+    optimizer = ARO(params, lr=1.0, weight_decay=0.0, rotation_sharing="global")
+    G = gradients((8, 12), 1)[0]
+    run(optimizer, params, [[1e30 * G], [1e-12 * G]])
+    for p in params:
+        assert abs(float(p.detach().square().mean().sqrt()) - 0.2) < 1e-4
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_matrix_that_is_not_finite_keeps_the_old_factor(bad):
+    A = gaussian(3, 6, 6, dtype=torch.float32)
+    old = torch.stack([orthogonal(6, k) for k in range(3)]).float()
+    A = A + A.mT
+    spoiled = A.clone()
+    spoiled[1, 2, 3] = bad
+    ways = (
+        rotated, nearest_rotation, eigenbasis, lambda S, R: rotated(S, R, cholesky=True),
+        lambda S, R: rotated(S, R, cholesky=True, wait=False),
+    )  # fmt: skip
+    for way in ways:
+        R, want = way(spoiled, old), way(A, old)
+        assert torch.equal(R[1], old[1])
+        assert torch.equal(R[0], want[0]) and torch.equal(R[2], want[2])
 
 
 def test_changing_the_sharing_of_a_group_makes_its_units_anew():

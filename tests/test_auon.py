@@ -479,7 +479,7 @@ def test_state_is_the_buffer_alone():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"momentum": 1.5}, {"gamma": 0.0}, {"gamma": 9.0}, {"ns_steps": -1}, {"ns_steps": 1.5},
+    [{"momentum": 1.0}, {"gamma": 0.0}, {"gamma": 9.0}, {"ns_steps": -1}, {"ns_steps": 1.5},
      {"variant": "repo"}, {"adjust_lr_fn": "original"}, {"init_norm": "two", "ns_steps": 1},
      {"init_norm": "spectral-bound"}],
 )  # fmt: skip

@@ -61,7 +61,7 @@ FLOORS = {
     "checkpoint": {"adamw", "groups", "plan", "rule"},
     "orthogonal": {"kernels", "moments", "rule", "sketches"},
     "splits": {"groups", "inner", "moments", "projectors", "rule", "sketches"},
-    "frames": {"kernels", "lowrank", "rule"},
+    "frames": {"groups", "kernels", "lowrank", "moments", "plan", "rule"},
     "lowrank": {"inner", "moments", "projectors", "rule"},
     "changes": {"kernels", "plan", "rule"},
     "base": {

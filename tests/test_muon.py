@@ -193,11 +193,22 @@ def test_match_rms_of_an_exact_factor_is_a_fifth():
 @pytest.mark.parametrize("polar", [*POLAR_METHODS, "auto"])
 def test_muon_12_11_zero_rank_one_row_and_nan(polar):
     """Property 11: no NaN from any of them; a NaN gradient leaves all as it is."""
-    for G in (torch.zeros(8, 6), torch.outer(torch.arange(8.0), torch.arange(6.0))):
-        p = weight((8, 6))
-        p.grad = G
-        Muon([p], polar=polar).step()
-        assert p.isfinite().all()
+    p = weight((8, 6))
+    before, p.grad = p.detach().clone(), torch.zeros(8, 6)
+    Muon([p], polar=polar, weight_decay=0.0).step()
+    assert torch.equal(p.detach(), before)
+    u, v = (x / x.norm() for x in (torch.arange(8.0), torch.arange(6.0)))
+    p = torch.nn.Parameter(torch.zeros(8, 6))
+    p.grad = 300.0 * torch.outer(u, v)
+    Muon([p], lr=1.0, weight_decay=0.0, polar=polar, adjust_lr_fn="none").step()
+    along = float(-u @ p.detach() @ v)
+    assert 0.6 < along < 1.25
+    if polar == "qdwh":  # right on the range, an isometry beside it
+        torch.testing.assert_close(-p.detach() @ v, u, rtol=0, atol=1e-4)
+    elif polar == "turbo":  # scaled along v first
+        torch.testing.assert_close(torch.outer(u, u) @ p.detach(), p.detach(), rtol=0, atol=1e-4)
+    else:
+        torch.testing.assert_close(-p.detach(), along * torch.outer(u, v), rtol=0, atol=2e-4)
     for shape in (ROW, COLUMN):
         p = torch.nn.Parameter(torch.zeros(shape))
         p.grad = gradients(shape, 1)[0]
@@ -283,6 +294,8 @@ def test_kellerjordans_groups_work_as_they_are():
         ({"polar": "qr"}, "polar must be"),
         ({"ns_steps": 100}, "less than 100"),
         ({"ns_steps": 0}, "less than 100|at least"),
+        ({"ns_steps": 5.0}, "ns_steps must be None or an int, got 5.0"),
+        ({"ns_steps": True}, "ns_steps must be None or an int, got True"),
         ({"adjust_lr_fn": "rms"}, "Adjust learning rate function rms is not supported"),
         ({"compat": "reference"}, "compat"),
         ({"compat": "torch", "polar": "svd"}, "compat='torch'"),

@@ -484,6 +484,35 @@ def test_guards_of_gradients_at_the_end_of_the_range(size):
         assert optimizer.skipped == 0
 
 
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-25, 1e-19, 1e19, 1e25, 1e30, 1e37])
+def test_a_normalised_gradient_has_norm_one(size):
+    G = size * gradients((64, 32), 1)[0]
+    p = weight((64, 32))
+    optimizer = Muon([p], normalize_grad=True, momentum=0.0, nesterov=False)
+    run(optimizer, [p], [[G]])
+    B = optimizer.state[p]["momentum_buffer"].double()
+    assert math.isclose(float(B.norm()), 1.0, rel_tol=1e-5)
+    D = G.double() / G.double().norm()
+    torch.testing.assert_close(B, D, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e18, 1e20, 3e32, 1e37])
+def test_a_clipped_gradient_has_the_rms_asked_for(size):
+    for options in ({"clip_grad_rms": 0.5}, {"clip_grad_rms": 0.5, "spike_ratio": 2.0}):
+        p = weight((64, 32))
+        optimizer = Muon([p], momentum=0.0, nesterov=False, **options)
+        run(optimizer, [p], [[torch.full((64, 32), size)]])
+        want = torch.full((64, 32), 0.5)
+        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], want)
+
+
+def test_a_spike_beyond_the_squares_is_limited_too():
+    p, G = weight(TALL), gradients(TALL, 1)[0]
+    optimizer = Muon([p], momentum=0.0, nesterov=False, spike_ratio=2.0)
+    run(optimizer, [p], [[G, 1e30 * G]])
+    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], 2.0 * G)
+
+
 @pytest.mark.parametrize(
     "alpha, lr, one_minus_momentum", [(2.0, -3 / 4, -1 / 2), (None, -3 / 4, -1 / 2),
                                       (1.5, -2 / 2.5, -1.5 / 2.5), (1.2, -1.4 / 1.6, -1.2 / 1.6)]
@@ -539,6 +568,14 @@ def test_a_report_is_that_of_its_step():
     assert reports[0] is None and reports[1] == reports[2]
     want = polar_report(B, polar_factor(B, "zolo"))
     assert math.isclose(reports[1].alignment_deficit, want.alignment_deficit, rel_tol=1e-4)
+
+
+def test_parameters_appended_to_a_named_group_are_reported_by_position():
+    p, q = weight(TALL), weight(WIDE)
+    optimizer = Muon([("a", p)], report_steps=1)
+    optimizer.param_groups[0]["params"].append(q)
+    run(optimizer, [p, q], [gradients(TALL, 1), gradients(WIDE, 1)])
+    assert list(optimizer.reports()) == ["a", "1"]
 
 
 def test_a_zero_momentum_has_no_report():
@@ -607,6 +644,7 @@ def test_polar_dtype_is_that_of_the_iteration(name):
         ({"spike_ratio": 1.0}, "spike_ratio must be above 1"),
         ({"normalize_grad": True, "spike_ratio": 2.0}, "normalize_grad fixes the norm"),
         ({"report_steps": -1}, "report_steps must be an int of at least 0"),
+        ({"report_steps": True}, "report_steps must be an int of at least 0"),
         ({"seed": -1}, "seed must be an int of at least 0"),
         ({"polar": "low_rank", "rank": 0}, "rank must be"),
         ({"polar": "low_rank", "inner": "low_rank"}, "inner='low_rank'"),
@@ -620,7 +658,15 @@ def test_polar_dtype_is_that_of_the_iteration(name):
         ({"polar": "svd", "polar_dtype": "bfloat16"}, "cannot be factorised"),
         ({"matrix_view": "rows"}, "matrix_view must be"),
         ({"split_sizes": (5, 5)}, "must add up"),
+        ({"split_sizes": 8}, "split_sizes must be a list of ints of at least 1, got 8"),
+        ({"split_sizes": "12,12"}, "split_sizes must be a list of ints"),
+        ({"split_sizes": (12.0, 12.0)}, "split_sizes must be a list of ints"),
+        ({"split_sizes": (30, -6)}, "split_sizes must be a list of ints"),
+        ({"split_sizes": ()}, "split_sizes must be a list of ints"),
         ({"num_heads": 7}, "must divide"),
+        ({"num_heads": 2.0}, "num_heads must be an int of at least 1, got 2.0"),
+        ({"num_heads": 0}, "num_heads must be an int of at least 1, got 0"),
+        ({"second_moment": "adamuon", "polar": "low_rank", "rank_compensate": True}, "unset"),
         ({"num_heads": 2, "split_sizes": (5, 5)}, "exclude each other"),
         ({"matrix_view": "flatten", "view": "batch"}, "exclude each other"),
     ],
