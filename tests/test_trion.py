@@ -208,8 +208,8 @@ def test_section_5_full_rank_is_muon_without_nesterov(shape):
     """M = mu B with B <- mu B + G, and U = NS5(B), in whatever basis."""
     grads, mu = doubles(shape, 8), 0.9
     p, q = weight(shape, dtype=DOUBLE), weight(shape, dtype=DOUBLE)
-    ours = Trion([p], lr=0.02, momentum=mu, rank=1.0, adjust_lr_fn="none", eps=0.0)
-    muon = Muon([q], 0.02, 0.0, mu, nesterov=False, polar="ns5", adjust_lr_fn="none", eps=0.0)
+    ours = Trion([p], lr=0.02, momentum=mu, rank=1.0, adjust_lr_fn="none", eps=1e-300)
+    muon = Muon([q], 0.02, 0.0, mu, nesterov=False, polar="ns5", adjust_lr_fn="none", eps=1e-300)
     for (W,), (V,) in zip(run(ours, [p], [grads]), run(muon, [q], [grads]), strict=True):
         torch.testing.assert_close(W, V, rtol=0, atol=1e-12)
     B = torch.zeros(shape, dtype=DOUBLE)
