@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.kernels import dct
-from stiefel.optimizers import GaLore, Muon, StackedOptimizer, plan
+from stiefel.optimizers import GaLore, Muon, StackedOptimizer, units
 from stiefel.optimizers.projectors import KINDS, Draws, projector
 
 Run = Callable[[], object]
@@ -92,17 +92,17 @@ def made(name: str, shapes: Sequence[tuple[int, int]]) -> StackedOptimizer:
 
 def stack(quick: bool) -> None:
     """A step with other limits of stacking, as a ratio to 2**13 elements."""
-    kept = plan.STACK["cpu"]
+    kept = units.STACK["cpu"]
     print("step / step with a limit of 2^13 elements")
     for model, shapes in MODELS.items():
         for name in METHODS:
             runs: dict[str, Run] = {}
             for power in (13, 14, 15, 16):
-                plan.STACK["cpu"] = 2**power
+                units.STACK["cpu"] = 2**power
                 runs[f"2^{power}"] = made(name, shapes[::4] if quick else shapes).step
             found = ratios(runs, "2^13", 1 if quick else 15)
             print(f"  {model:<15} {name:<7}", {k: round(v, 2) for k, v in found.items()})
-    plan.STACK["cpu"] = kept
+    units.STACK["cpu"] = kept
 
 
 def transforms(quick: bool) -> None:

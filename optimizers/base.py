@@ -31,10 +31,11 @@ from .groups import (
     rule_of,
     settings_of,
 )
-from .plan import Bucket, Plan, Unit, place, stagger, units_of
+from .plan import Bucket, Plan
 from .roles import Assignment
 from .rule import RULES, Rule, Together
 from .together import Meeting, Run, Written
+from .units import Unit, place, stagger, units_of
 from .write import write_
 
 

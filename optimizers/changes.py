@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import dequantise_blocks, quantise_blocks
-from .plan import State, Unit, scale_of
 from .rule import Rule
+from .units import State, Unit, scale_of
 
 
 class Cell(NamedTuple):

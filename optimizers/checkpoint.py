@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import adamw
 from .groups import called, routed, rule_of
-from .plan import Unit, pinned, units_of
 from .rule import Rule
+from .units import Unit, pinned, units_of
 
 Expected = dict[str, tuple[tuple[int, ...], torch.dtype, str | torch.device]]
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Bucket, Plan, Unit, chunk_bytes, largest
+from .plan import Bucket, Plan, chunk_bytes, largest
+from .units import Unit
 from .write import LOW
 
 Grads = Sequence[Tensor | None]

@@ -17,8 +17,8 @@ from ..kernels import eigenbasis, nearest_rotation, rotated
 from .groups import routed, rule_of
 from .lowrank import check_known
 from .moments import ema
-from .plan import units_of
 from .rule import Member, Rule, Slot, check
+from .units import units_of
 
 ROTATIONS = ("qr", "polar", "eigh", "none")
 SHARINGS = ("per_param", "chain", "global")

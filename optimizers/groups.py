@@ -14,9 +14,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from .plan import views_of
 from .roles import Row, classify, route
 from .rule import RULES, Rule
+from .units import views_of
 from .views import blocks
 
 

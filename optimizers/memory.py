@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import adamw
 from .base import StackedOptimizer
-from .plan import Plan, Unit
+from .plan import Plan
+from .units import Unit
 
 __all__ = ["MemoryReport", "MemoryRow", "memory_report"]
 

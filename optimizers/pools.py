@@ -20,7 +20,8 @@ from .sketches import Draws, splitmix64
 from .switching import check_triples, merged, spreads
 
 if TYPE_CHECKING:
-    from .plan import Plan, Unit
+    from .plan import Plan
+    from .units import Unit
 
 __all__ = [
     "Pool",

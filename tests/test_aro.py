@@ -35,7 +35,7 @@ from stiefel.kernels import (
     rotated,
     sinkhorn,
 )
-from stiefel.optimizers import ARO, plan
+from stiefel.optimizers import ARO, units
 
 DOUBLE = torch.float64
 BASES = ("sinkhorn", "row_norm", "sign", "adam")
@@ -754,7 +754,7 @@ def test_views_equal_the_stack(shape, dtype, form, monkeypatch):
         return [p.detach() for p in params], tensors(optimizer)
 
     stacked = once()
-    monkeypatch.setitem(plan.STACK, "cpu", 0)
+    monkeypatch.setitem(units.STACK, "cpu", 0)
     assert same(stacked, once())
 
 

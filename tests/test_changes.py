@@ -6,7 +6,7 @@ import pytest
 import torch
 from problems import gradients, run, same, tensors, weight
 
-from stiefel.optimizers import ARO, FRUGAL, DCTAdamW, Fira, GaLore, Muon, plan
+from stiefel.optimizers import ARO, FRUGAL, DCTAdamW, Fira, GaLore, Muon, units
 
 SHAPE = (80, 64)
 LOW = {"rank": 60, "update_proj_gap": 4, "lr": 0.01}
@@ -242,7 +242,7 @@ def test_state_that_cannot_hold_small_squares_is_refused(name):
 
 
 def test_a_group_that_comes_later_changes_nothing_for_the_others(monkeypatch):
-    monkeypatch.setitem(plan.STACK, "cpu", 0)
+    monkeypatch.setitem(units.STACK, "cpu", 0)
     one, two = weight(SHAPE, 0), weight(SHAPE, 0)
     grads = gradients(SHAPE, 6)
     a, b = GaLore([one], **LOW), GaLore([two], **LOW)

@@ -28,7 +28,7 @@ from problems import (
     weight,
 )
 
-from stiefel.optimizers import Fira, GaLore, moments, plan
+from stiefel.optimizers import Fira, GaLore, moments, units
 from stiefel.optimizers import fira as module
 from stiefel.optimizers.moments import column_squares, growth_limit, total
 from stiefel.optimizers.projectors import KINDS
@@ -534,7 +534,7 @@ def test_views_equal_the_stack_for_every_projection(projection, shape, dtype, va
         return [p.detach() for p in params], tensors(optimizer)
 
     stacked = once()
-    monkeypatch.setitem(plan.STACK, "cpu", 0)
+    monkeypatch.setitem(units.STACK, "cpu", 0)
     assert same(stacked, once())
 
 

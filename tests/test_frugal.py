@@ -28,7 +28,7 @@ from problems import (
     weight,
 )
 
-from stiefel.optimizers import FRUGAL, GaLore, plan, splits, subspaces
+from stiefel.optimizers import FRUGAL, GaLore, splits, subspaces, units
 from stiefel.optimizers.splits import Turns
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("frugal-*.json"))
@@ -865,7 +865,7 @@ def test_blocks_stacked_or_not_have_the_same_bits(reset, monkeypatch):
         return run(optimizer, params, grads), tensors(optimizer)
 
     stacked = made()
-    monkeypatch.setitem(plan.STACK, "cpu", 0)
+    monkeypatch.setitem(units.STACK, "cpu", 0)
     assert same(stacked, made())
 
 
@@ -929,7 +929,7 @@ def test_panels_do_not_matter(split, reset, inner, monkeypatch):
     monkeypatch.setattr(FRUGAL, "_wait", False)  # as on a device: flags multiply the term
     torch.testing.assert_close(made(), usual, rtol=0, atol=NEAR)
     monkeypatch.undo()
-    monkeypatch.setitem(plan.STACK, "cpu", 0)
+    monkeypatch.setitem(units.STACK, "cpu", 0)
     monkeypatch.setattr(splits, "PANEL", 5 * 21)
     torch.testing.assert_close(made(), usual, rtol=0, atol=NEAR)
 

@@ -28,7 +28,7 @@ from problems import (
     weight,
 )
 
-from stiefel.optimizers import GaLore, inner, plan, subspaces
+from stiefel.optimizers import GaLore, inner, subspaces, units
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("galore-*.json"))
 KINDS = ["std", "reverse_std", "right", "left", "full"]
@@ -621,7 +621,7 @@ def test_views_equal_the_stack_for_every_projection(projection, monkeypatch):
         return [p.detach() for p in params], tensors(optimizer)
 
     stacked = once()
-    monkeypatch.setitem(plan.STACK, "cpu", 0)
+    monkeypatch.setitem(units.STACK, "cpu", 0)
     assert same(stacked, once())
 
 

@@ -30,7 +30,7 @@ from problems import (
 )
 from torch import nn
 
-from stiefel.optimizers import Dense, GaLore, Muon, Rule, Slot, StackedOptimizer, plan
+from stiefel.optimizers import Dense, GaLore, Muon, Rule, Slot, StackedOptimizer, plan, units
 from stiefel.optimizers.views import blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -40,7 +40,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 @pytest.fixture
 def views(monkeypatch):
     """Everything runs one unit at a time, nothing is stacked."""
-    return lambda: monkeypatch.setitem(plan.STACK, "cpu", 0)
+    return lambda: monkeypatch.setitem(units.STACK, "cpu", 0)
 
 
 def several(shape, count=4, steps=7, dtype=torch.float32):

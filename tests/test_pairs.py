@@ -9,7 +9,7 @@ import torch
 from pair_problems import DOUBLE, PAIRS, SHAPES, factors, flat, pair_gradients
 from problems import run, same, tensors
 
-from stiefel.optimizers import plan
+from stiefel.optimizers import units
 
 methods = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS.keys())
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -197,7 +197,7 @@ def test_large_factors_have_the_bits_of_small_ones(make, monkeypatch):
     shapes = [(12, 8, 4)] * 3
     outs = []
     for size in (1, 2**15):
-        monkeypatch.setitem(plan.STACK, "cpu", size)
+        monkeypatch.setitem(units.STACK, "cpu", size)
         pairs = several(shapes)
         outs.append(run(make(pairs), flat(pairs), series(shapes, 4)))
     assert same(*outs)
