@@ -24,10 +24,10 @@ from stiefel.optimizers import (
     lora_param_groups,
     memory_report,
     pairs_to_groups,
-    plan,
     pools,
     switching,
     switchlora_init_,
+    units,
 )
 from stiefel.optimizers.pools import room
 from stiefel.optimizers.switching import exchange_, fold_, spreads, switch_rate
@@ -663,8 +663,8 @@ def test_pools_stay_on_the_host_wherever_the_factors_are():
 def test_pools_are_pinned_where_cuda_reads_them(monkeypatch):
     X, asked = torch.zeros(3), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: asked.append(self) or self)
-    assert plan.pinned(X, torch.device("cpu")) is X and not asked
-    plan.pinned(X, torch.device("cuda", 0))
+    assert units.pinned(X, torch.device("cpu")) is X and not asked
+    units.pinned(X, torch.device("cuda", 0))
     assert asked == [X]
 
 
