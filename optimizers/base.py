@@ -256,7 +256,7 @@ class StackedOptimizer(Optimizer):
         stagger(plan.units, rules, self.param_groups)
         if old is not None:  # settings changed, or a group came
             aside = [old.flat[i] for positions in old.vectors for i in positions]
-            follow(old.units, aside, plan.units, rules, self.state)
+            follow(old.units, aside, plan.units, rules, flat, self.state)
         self._plan = plan
         return plan
 

@@ -36,6 +36,7 @@ def follow(
     aside: Iterable[Tensor],
     new: Sequence[Unit],
     rules: Sequence[Rule | None],
+    flat: Iterable[Tensor],
     state: State,
 ) -> None:
     """Bring the state of units that were, to what units that are need, in place.
@@ -50,12 +51,14 @@ def follow(
         aside: Parameters that AdamW trained before it.
         new: Units after it.
         rules: Per group, its rule after it.
+        flat: All parameters after it. One that was taken out keeps its state, for its return.
         state: The optimizer's state.
 
     Raises:
         ValueError: If a slot would need another shape; nothing has changed then.
     """
     was, now = _tables(old), _tables(new)
+    present = {id(p) for p in flat}
     old_clocks, new_clocks = _clocks(old), _clocks(new)
     for unit in new:
         for p in unit.params:
@@ -72,7 +75,8 @@ def follow(
     for p, before in was.items():
         entry, after = state.get(p, {}), now.get(p)
         if after is None:
-            entry.clear()
+            if id(p) in present:  # AdamW trains it from now on
+                entry.clear()
             continue
         for key in before.keys() & after.keys() & entry.keys():
             _convert(entry, key, before, after)

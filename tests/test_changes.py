@@ -263,3 +263,16 @@ def test_flags_that_arrive_late_leave_the_bits_of_bfloat16_weights(nesterov):
         return run(optimizer, params, [gradients((64, 32), 5, i) for i in range(2)])
 
     assert same(trained(True), trained(False))
+
+
+def test_a_weight_that_is_taken_out_keeps_its_state_for_its_return():
+    params = [weight(SHAPE, i) for i in range(2)]
+    optimizer = GaLore(params, **LOW)
+    run(optimizer, params, [gradients(SHAPE, 3, i) for i in range(2)])
+    group, kept = optimizer.param_groups[0], dict(optimizer.state[params[1]])
+    group["params"] = params[:1]
+    run(optimizer, params[:1], [gradients(SHAPE, 2)])
+    assert all(optimizer.state[params[1]][key] is value for key, value in kept.items())
+    group["params"] = params
+    run(optimizer, params, [gradients(SHAPE, 1, i) for i in range(2)])
+    assert [optimizer.state[p]["step"] for p in params] == [6, 4]
