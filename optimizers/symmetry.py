@@ -125,6 +125,10 @@ class SymmetryStack(StackedOptimizer):
             "adjust_lr_fn='paper' gives groups fixed multiples of lr, which would not follow a "
             "tensor; pass a float",
         )
+        check(
+            not isinstance(params, nn.Module) or options.get("view", "auto") == "auto",
+            "view is read from the model; give it to one weight in overrides, or to a group",
+        )
         self._policy, self._scale = policy, adjust_lr_fn
         if isinstance(params, nn.Module):
             params = self._from_module(params, overrides, lr)

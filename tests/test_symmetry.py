@@ -740,3 +740,8 @@ def test_the_router_chooses_and_its_logits_may_be_shifted():
             block.router.weight.add_(torch.linspace(-1, 1, 24, dtype=DOUBLE))
     batch = batches(1)[0]
     torch.testing.assert_close(model.loss(batch), other.loss(batch), rtol=0, atol=1e-12)
+
+
+def test_a_view_beside_a_model_is_refused():
+    with pytest.raises(ValueError, match="view is read from the model"):
+        SymmetryStack(torch.nn.Linear(8, 8), view="heads:2")
