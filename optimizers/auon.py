@@ -183,7 +183,7 @@ class AuON(StackedOptimizer):
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     State: ``momentum_buffer`` (like W, float32) and ``step``. Peak temporary memory: panels, for
-    small matrices three of their stack; of the hybrid five matrices.
+    small matrices four of their stack; of the hybrid five matrices.
 
     What it is not: a reconditioning. r is between 1 and 1 + gamma^2 / N or so, exactly 1 in float32
     for a large layer, so plain AuON is momentum SGD with one step length per matrix: the direction,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .inner import AdamW, Inner
 from .moments import adam_reference, bias_correction, check_policy
-from .projectors import Draws, Projector, projector, rank_of
+from .projectors import Draws, Projector, projector, rank_of, turns_right
 from .rule import Member, Rule, Slot, check, check_adam
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
@@ -79,8 +79,7 @@ class LowRankRule(Rule, abstract=True):
 
     def transpose(self, m: int, n: int) -> bool:
         """The right side is projected by turning the weight: then it is the rows, always."""
-        right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False, "full": False}
-        return right[self.proj_type]
+        return turns_right(self.proj_type, m, n)
 
     def state(self, m: int, n: int) -> dict[str, Slot]:
         """What the projector keeps, and the moments inside."""

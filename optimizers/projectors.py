@@ -50,6 +50,7 @@ __all__ = [
     "take_rows",
     "top_bases",
     "top_basis",
+    "turns_right",
 ]
 
 # name: the projector with its defaults, and the fields that may follow a colon
@@ -64,6 +65,12 @@ _TABLE: dict[str, tuple[Projector, tuple[str, ...]]] = {
     "dct": (Dct(), ("norm",)),
 }
 KINDS = tuple(_TABLE)
+
+
+def turns_right(proj_type: str, m: int, n: int) -> bool:
+    """Whether `proj_type` projects the right side of an m x n weight, which is then turned."""
+    right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False, "full": False}
+    return right[proj_type]
 
 
 @functools.lru_cache(maxsize=256)

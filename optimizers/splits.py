@@ -19,7 +19,7 @@ from torch import Tensor
 from .groups import called, parameters_of, rows_of
 from .inner import Inner
 from .moments import Match, column_squares, total
-from .projectors import KINDS, Projector, projector
+from .projectors import KINDS, Projector, projector, turns_right
 from .rule import Blocks, Dense, Member, Rule, Scaled, Slot, Term, check
 from .sketches import Draws
 
@@ -379,8 +379,7 @@ class Subspace(Way):
 
     def transpose(self, m: int, n: int) -> bool:
         """See :class:`Way`; what is projected are rows."""
-        right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False, "full": False}
-        return right[self.proj_type]
+        return turns_right(self.proj_type, m, n)
 
     def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
         """See :class:`Way`."""

@@ -486,3 +486,14 @@ def test_state_is_the_buffer_alone():
 def test_what_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         AuON([weight(WIDE)], **wrong)
+
+
+def test_small_matrices_need_four_of_their_stack():
+    params = [weight((64, 64), i) for i in range(16)]
+    optimizer = AuON(params)
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = gradients((64, 64), 1, 16 * step + i)[0]
+        with AllocationCounter() as counter:
+            optimizer.step()
+    assert counter.peak <= 4.1 * 16 * 64 * 64 * 4
