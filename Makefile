@@ -3,6 +3,7 @@
 #   make test    run the whole test suite
 #   make lint    ruff and mypy
 #   make bench   time every optimizer against its limit and its peers
+#   make gpu-check  on a GPU: are the kernels right, and are they fast enough
 # TORCH chooses the torch to install, for example TORCH=torch==2.13.0.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench clean typing FORCE
+.PHONY: demo test lint bench gpu-check clean typing FORCE
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/pretrain.py --compare adamw,muon,galore,fira --out $(OUT)
@@ -27,6 +28,11 @@ lint: $(VENV)/.test typing
 
 bench: $(VENV)/.examples
 	$(BIN)/python bench/run.py --out runs/bench
+
+gpu-check: $(VENV)/.test
+	@$(BIN)/python bench/kernels.py --probe
+	STIEFEL_DEVICE=cuda TRITON_DEFAULT_FP_FUSION=1 $(BIN)/pytest -q tests/interpreted
+	$(BIN)/python bench/kernels.py --out runs/kernels
 
 clean:
 	rm -rf build dist *.egg-info runs

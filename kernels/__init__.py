@@ -27,6 +27,7 @@ from .rotation import (
     nearest_rotation,
     rotated,
 )
+from .rownorm import column_norm, row_norm
 from .sinkhorn import equal_rows, sinkhorn
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "blockwise_levels",
     "blockwise_scales",
     "cholesky_qr",
+    "column_norm",
     "composite_map",
     "dct",
     "dct_basis",
@@ -65,6 +67,7 @@ __all__ = [
     "quantise_blocks",
     "quantise_rows",
     "rotated",
+    "row_norm",
     "sinkhorn",
     "symmetric_poly",
     "zolotarev",

@@ -7,12 +7,11 @@ What both need is computed in float64, rounded once, and cached per (n, dtype, d
 
 from __future__ import annotations
 
-import functools
-import math
-
 import torch
 from torch import Tensor
 
+from .cosines import basis
+from .dispatch import pick
 from .products import product
 
 PATHS = ("auto", "matmul", "fft")
@@ -58,7 +57,7 @@ def dct_basis(
     """
     if n < 1:
         raise ValueError(f"a cosine transform needs n >= 1, got {n}")
-    return _basis(n, dtype, str(device))
+    return basis(n, dtype, str(device))
 
 
 def dct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:
@@ -79,16 +78,12 @@ def dct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:
     Raises:
         ValueError: Unknown path, dim or number of dimensions.
     """
-    X, path = _checked(X, dim, path)
-    if path == "matmul":
+    if _checked(X, dim, path) == "matmul":
         return _multiplied(X, dim, inverse=False)
-    n = X.shape[dim]
-    order, _, twiddle = _quarter_waves(n, X.dtype, str(X.device))
-    v = X.index_select(dim, order)
-    T = torch.fft.rfft((v if dim == -1 else v.mT).contiguous()) * twiddle  # X_k - i X_{n-k}
-    upper = T.imag[..., 1 : (n + 1) // 2].flip(-1).neg_()
-    S = torch.cat([T.real, upper], dim=-1)
-    return S if dim == -1 else S.mT
+    ops = pick(X, "pass")
+    V = torch.fft.rfft(ops.dct_reorder(X, dim))
+    S: Tensor = ops.dct_twiddle(V, X.shape[dim], dim)[0]
+    return S
 
 
 def idct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:
@@ -96,60 +91,28 @@ def idct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:
 
     Arguments, result and errors as there.
     """
-    X, path = _checked(X, dim, path)
-    if path == "matmul":
+    if _checked(X, dim, path) == "matmul":
         return _multiplied(X, dim, inverse=True)
-    n = X.shape[dim]
-    half = n // 2
-    _, place, twiddle = _quarter_waves(n, X.dtype, str(X.device))
-    Z = (X if dim == -1 else X.mT).contiguous()
-    # e^{i theta} (z_k - i z_{n-k}) with z_0 = sqrt(n) X_0 = n s_0 X_0, else z_k = n / 2 s_k X_k
-    V = torch.zeros(*Z.shape[:-1], half + 1, dtype=twiddle.dtype, device=Z.device)
-    V.real.copy_(Z[..., : half + 1])
-    V.imag[..., 1:].copy_(Z[..., n - half :].flip(-1)).neg_()
-    V.mul_(twiddle.conj()).mul_(n)
-    V[..., 1:].mul_(0.5)
-    v = torch.fft.irfft(V, n)
-    x: Tensor = v.index_select(-1, place)
-    return x if dim == -1 else x.mT
+    ops = pick(X, "pass")
+    v = torch.fft.irfft(ops.dct_untwiddle(X, dim), X.shape[dim])
+    x: Tensor = ops.dct_restore(v, dim)
+    return x
 
 
-def _checked(X: Tensor, dim: int, path: str) -> tuple[Tensor, str]:
+def _checked(X: Tensor, dim: int, path: str) -> str:
+    """The path that is taken."""
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
     if dim not in (-1, -2) or X.ndim not in (2, 3):
         raise ValueError(f"expected (m, n) or (K, m, n) and dim -1 or -2, got {X.ndim}-D, {dim}")
-    X = X if X.dtype == torch.float64 else X.float()
-    return X, dct_path(X.shape[dim], X.device.type, X.dtype) if path == "auto" else path
+    wide = torch.promote_types(X.dtype, torch.float32)
+    return dct_path(X.shape[dim], X.device.type, wide) if path == "auto" else path
 
 
 def _multiplied(X: Tensor, dim: int, inverse: bool) -> Tensor:
+    X = X if X.dtype == torch.float64 else X.float()
     C = dct_basis(X.shape[dim], X.dtype, X.device)
     stack = X if X.ndim == 3 else X[None]
     C = (C.mT if inverse else C).expand(len(stack), -1, -1)
     S = product(stack, C.mT) if dim == -1 else product(C, stack)
     return S if X.ndim == 3 else S[0]
-
-
-@functools.lru_cache(maxsize=64)
-def _basis(n: int, dtype: torch.dtype, device: str) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        k = torch.arange(n)
-        wave = torch.arange(4 * n, dtype=torch.float64).mul_(math.pi / (2 * n)).cos_()
-        C = wave[k[:, None] * (2 * k + 1) % (4 * n)].mul_(math.sqrt(2 / n))
-        C[0].fill_(math.sqrt(1 / n))
-        return C.to(device, dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _quarter_waves(n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Order of Makhoul's permutation, its inverse, and s_k e^{-i pi k / (2 n)} for k <= n / 2."""
-    with torch.inference_mode(False), torch.no_grad():
-        order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
-        place = torch.empty_like(order)
-        place[order] = torch.arange(n)
-        theta = torch.arange(n // 2 + 1, dtype=torch.float64).mul_(-math.pi / (2 * n))
-        twiddle = torch.polar(torch.full_like(theta, math.sqrt(2 / n)), theta)
-        twiddle[0] = math.sqrt(1 / n)
-        narrow = torch.complex128 if dtype == torch.float64 else torch.complex64
-        return order.to(device), place.to(device), twiddle.to(device, narrow)

@@ -10,8 +10,10 @@ from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from . import reference
 from .coefficients import Schedule
 from .direct import product_like
 from .dispatch import pick
@@ -26,6 +28,9 @@ _NOISE = 4e-4
 # Scores that are good enough, the most sets of restarts to try of one size, and the limit.
 _GOOD, _SETS, _LIMIT = 1e3, 1000, 1e8
 
+# The longest result in units of sqrt(m), the length of an isometry, that is taken for one.
+_LONGEST = 1.3
+
 
 def gram_iteration(
     X: Tensor,
@@ -33,6 +38,8 @@ def gram_iteration(
     restarts: Collection[int],
     norm: str = "frobenius",
     margin: float = 1.0,
+    *,
+    exact: bool = False,
 ) -> Tensor:
     """The polynomial iteration on R = X X^T, m x m, with Q X at the end.
 
@@ -41,16 +48,23 @@ def gram_iteration(
     should be zero negative, and on those the steps do not converge but grow. So at a restart X
     becomes Q X, and R its Gram matrix, whose error is small again.
 
+    On a back end of kernels a result that is not finite, or longer than 1.3 sqrt(m), is replaced by
+    that of the plain iteration. Nothing waits to see which ones are: its kernels are launched in
+    any case, and return at once where the result is good.
+
     Source: Gram Newton-Schulz, Dao-AILab/gram-newton-schulz.
     """
     if X.shape[-1] < _WIDE * X.shape[-2]:
-        return polynomial(X, schedule, norm, margin)
-    ops = pick(X)
-    R: Tensor | None = rescale_(X, norm, margin)
+        return polynomial(X, schedule, norm, margin, exact=exact)
+    ops = reference if exact else pick(X)
+    guarded = ops is not reference
+    R: Tensor | None = rescale_(X, norm, margin, ops)
+    start = X
     Q: Tensor | None = None
     for t, (a, b, c) in enumerate(schedule):
         if t in restarts and Q is not None:
-            X.copy_(Q @ X)  # in X's own room, which the caller holds anyway
+            # in X's own room, which the caller holds anyway, if it is not needed again
+            X = product_like(Q, X) if guarded else X.copy_(Q @ X)
             R = Q = None
         R = ops.gram(X) if R is None else R
         Z: Tensor = ops.symmetric_poly(R, b, c)
@@ -66,7 +80,16 @@ def gram_iteration(
             Q = ops.symmetric_apply(Q, Z, a)
         del Z
     assert Q is not None
-    return product_like(Q, X)
+    O = product_like(Q, X)
+    del Q, X
+    return _mended(O, start, schedule) if guarded else O
+
+
+def _mended(O: Tensor, X: Tensor, schedule: Schedule) -> Tensor:
+    """O, but where it is too long or not finite the plain iteration of X."""
+    length = torch.linalg.vector_norm(O, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    bad = ~(length <= _LONGEST * math.sqrt(O.shape[-2]))  # also NaN
+    return torch.where(bad, polynomial(X, schedule, only=bad.view(-1).float()), O)
 
 
 @lru_cache(maxsize=64)

@@ -108,9 +108,10 @@ def polar_factor(
             float32 on the CPU, and on an accelerator bfloat16 for polynomial methods (float16 for
             ``gram``, which refuses bfloat16) and float32 for the others. ``method="ns5",
             dtype=torch.bfloat16`` has the bits of torch.optim.Muon on the CPU. For polynomial
-            methods ``norm``, what X is divided by before the first step: "frobenius" (default);
-            "schatten4", the smaller ||X X^T||_F^(1/2); "rowsum", ||X X^T||_inf^(1/2); "power:k", a
-            bound of ||X||_2 from above by k power steps, see
+            methods ``exact``, True to take torch's own products, one matrix after the other,
+            whatever back end there is (False), and ``norm``, what X is divided by before the first
+            step: "frobenius" (default); "schatten4", the smaller ||X X^T||_F^(1/2); "rowsum",
+            ||X X^T||_inf^(1/2); "power:k", a bound of ||X||_2 from above by k power steps, see
             ``stiefel.kernels.polynomial.power_bound``; "aol", the row scaling of ``turbo`` and its
             default. For ``zolo`` ``l`` and ``r`` (by the shorter side), see
             ``stiefel.kernels.zolotarev``. For ``qdwh`` ``l``, a lower bound of the singular values
@@ -136,8 +137,8 @@ def polar_factor(
         inside = {"steps": steps, "coefficients": coefficients, "eps": eps}
         return _low_rank(X.detach(), {**inside, **options})
     if method == "auto":
-        fixed = steps is not None or coefficients is not None or "norm" in options
-        fixed = fixed or options.get("dtype") in _LOW
+        fixed = steps is not None or coefficients is not None or options.get("dtype") in _LOW
+        fixed = fixed or "norm" in options or "exact" in options
         method = "ns5" if fixed else auto_method(X.shape, X.device.type, X.dtype)
     plan = _plan(method, steps, coefficients, X, dict(options))
     X = X.detach()
@@ -205,7 +206,7 @@ class _Method(NamedTuple):
     steps: int = 1
     margin: float = 1.0  # the norm is multiplied by it, so that rounding keeps X below one
     norm: str = "frobenius"
-    options: tuple[str, ...] = ("norm",)
+    options: tuple[str, ...] = ("norm", "exact")
     fast: torch.dtype = torch.bfloat16  # dtype of the iteration on an accelerator
 
 
@@ -289,10 +290,15 @@ def _plan(
         length = len(schedule) if coefficients is not None and len(schedule) > 1 else entry.steps
         schedule = at_step(schedule, _steps(steps, length))
         norm = check_norm(options.get("norm", entry.norm))
-        run = partial(entry.run, schedule=schedule, norm=norm, margin=entry.margin)
+        exact = options.get("exact", False)
+        if not isinstance(exact, bool):
+            raise ValueError(f"exact={exact!r} must be True or False")
+        run = partial(entry.run, schedule=schedule, norm=norm, margin=entry.margin, exact=exact)
         if method == "gram":
             run = partial(run, restarts=gram_restarts(schedule))
-        return Plan(run, dtype, entry.margin, dtype not in _LOW)
+        # the norm comes with the first product, but in float16 that would overflow
+        free = method != "gram" and norm == "frobenius" and dtype != torch.float16
+        return Plan(run, dtype, entry.margin, dtype not in _LOW, not exact, free, exact)
     if coefficients is not None or _steps(steps, 1) != 1:
         raise ValueError(
             f"steps and coefficients mean nothing to method={method!r}: leave both None"

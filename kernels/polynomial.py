@@ -4,10 +4,12 @@ X is (m, n) or (K, m, n) with m <= n, of Frobenius norm at most one, and may be 
 """
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .coefficients import Schedule
 from .dispatch import pick
 from .hashing import splitmix
@@ -19,18 +21,42 @@ _LEAST = 0.1
 
 
 def polynomial(
-    X: Tensor, schedule: Schedule, norm: str = "frobenius", margin: float = 1.0
+    X: Tensor,
+    schedule: Schedule,
+    norm: str = "frobenius",
+    margin: float = 1.0,
+    *,
+    exact: bool = False,
+    eps: float | None = None,
+    only: Tensor | None = None,
 ) -> Tensor:
-    """X <- a X + (b A + c A^2) X with A = X X^T, once for each (a, b, c)."""
-    ops = pick(X)
-    A: Tensor | None = rescale_(X, norm, margin)
+    """X <- a X + (b A + c A^2) X with A = X X^T, once for each (a, b, c).
+
+    ``exact`` keeps to torch's own products. With ``eps`` X is a stack (K, m, n) that has not been
+    normalised, of norms below 1e19 (a greater one gives NaN), and is not overwritten. The norms
+    come from the first A and are divided out in the first step, max(margin ||X||_F, eps) each. With
+    ``only`` (K,) a matrix whose flag is 0 may be left undefined.
+    """
+    ops = reference if exact else pick(X)
+    A: Tensor | None = rescale_(X, norm, margin, ops) if eps is None else ops.gram(X)
+    trace = None if A is None or eps is None else _square(A, margin, eps)
     for a, b, c in schedule:
-        A = ops.gram(X) if A is None else A
-        P = A if c == 0 else ops.symmetric_poly(A, b, c)  # (m, m)
+        A = ops.gram(X, only=only) if A is None else A
+        if c != 0:
+            P = ops.symmetric_poly(A, b, c, trace=trace, only=only)  # (m, m)
+        else:
+            P = A if trace is None else A.div_(trace.view(-1, 1, 1))
         A = None  # before the next product needs room
-        X = ops.scale_and_apply(X, P, a, b if c == 0 else 1.0)
+        X = ops.scale_and_apply(X, P, a, b if c == 0 else 1.0, trace=trace, only=only)
+        trace = None
         del P
     return X
+
+
+def _square(A: Tensor, margin: float, eps: float) -> Tensor:
+    """max(margin ||X||_F, eps)^2 from A = X X^T, (K,)."""
+    trace = A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)
+    return trace.mul_(margin**2).clamp_(min=eps**2)
 
 
 def check_norm(norm: object) -> str:
@@ -50,7 +76,7 @@ def check_norm(norm: object) -> str:
     )
 
 
-def rescale_(X: Tensor, norm: str, margin: float) -> Tensor | None:
+def rescale_(X: Tensor, norm: str, margin: float, ops: ModuleType) -> Tensor | None:
     """Divide X of Frobenius norm 1 / margin by margin and another norm, and give its X X^T.
 
     All of them are bounds from above of ||X||_2 that are sharper than the Frobenius norm, so that
@@ -65,7 +91,7 @@ def rescale_(X: Tensor, norm: str, margin: float) -> Tensor | None:
     """
     if norm == "frobenius":
         return None
-    A: Tensor = pick(X).gram(X)
+    A: Tensor = ops.gram(X)
     if norm == "aol":
         sums = torch.linalg.vector_norm(A, ord=1, dim=-1, keepdim=True)  # (m, 1)
         s = sums.clamp(min=torch.finfo(X.dtype).tiny).rsqrt() / margin

@@ -4,25 +4,34 @@ On the CPU a matrix comes out the same, bit for bit, in whatever stack it sits.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import reference
+from .dispatch import WIDE, pick
 
 # On the CPU: entries of a small matrix, entries of a batch of them (4 MiB in float32, so that its
 # temporaries stay near the cache), and the multiple that sides are padded to.
 _SMALL = 2**14
 _BATCH = 2**20
 _LINE = 16
+# The least eps whose square is still far above the underflow of float32.
+_SQUARED = 1e-15
 
 
 class Plan(NamedTuple):
     """What one call does to each matrix."""
 
-    run: Callable[[Tensor], Tensor]
+    run: Callable[..., Tensor]
     dtype: torch.dtype
     margin: float
     batches: bool  # whether zero padding is invisible and a batch pays
+    kernels: bool = False  # whether kernels may run it; zero padding is invisible then
+    free: bool = False  # whether it finds the norm by itself, given eps
+    exact: bool = False  # whether each matrix is to take torch's own products alone
 
 
 def run_stack(stack: Tensor, plan: Plan, eps: float) -> Tensor:
@@ -31,7 +40,11 @@ def run_stack(stack: Tensor, plan: Plan, eps: float) -> Tensor:
     On the CPU a matrix must come out the same in whatever stack it sits. Small ones are therefore
     batched even when alone, large ones run alone even in a stack.
     """
-    if stack.device.type != "cpu":
+    if plan.kernels and plan.dtype in WIDE:
+        ops = pick(stack)
+        if ops is not reference:
+            return _run_kernels(stack, plan, eps, ops)
+    if stack.device.type != "cpu" and not plan.exact:
         return _factor(stack, plan, eps)
     if plan.batches and _ceil(stack.shape[-2]) * _ceil(stack.shape[-1]) <= _SMALL:
         return _run_batches(stack, plan, eps)
@@ -58,6 +71,38 @@ def _run_batches(stack: Tensor, plan: Plan, eps: float) -> Tensor:
         Y = torch.nn.functional.pad(source[i : i + size], (0, _ceil(n) - n, 0, _ceil(m) - m))
         target[i : i + size].copy_(plan.run(_normalised(Y, plan, eps))[..., :m, :n])
     return out
+
+
+def _run_kernels(stack: Tensor, plan: Plan, eps: float, ops: ModuleType) -> Tensor:
+    """Run all of a stack on kernels, in dense copies whose sides are multiples of 16.
+
+    No copy is made of what needs neither a cast nor padding nor a norm.
+    """
+    turned = stack.shape[-2] > stack.shape[-1]
+    X = stack.mT if turned else stack  # (K, m, n), m <= n
+    if plan.free and eps >= _SQUARED:
+        ready = X.dtype == plan.dtype and _is_even(X)
+        O = plan.run(X if ready else ops.padded(X, plan.dtype), eps=eps)
+    else:
+        O = plan.run(ops.normalised(X, plan.dtype, plan.margin, eps))
+    if O.shape == stack.shape and O.dtype == stack.dtype:
+        return O.contiguous()
+    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
+    (out.mT if turned else out).copy_(O[..., : X.shape[-2], : X.shape[-1]])
+    return out
+
+
+def _is_even(X: Tensor) -> bool:
+    """Whether kernels can read X (K, m, n) in whole lines: by rows, if narrow by columns too.
+
+    From sm_90 on columns of float32 would be copied to the matrix units one entry at a time.
+    """
+    _, m, n = X.shape
+    near, far = X.stride()[:0:-1]
+    if X.element_size() == 2 and far == 1:
+        near, far = far, near
+    whole = (m, n, X.storage_offset(), far, X.stride(0))
+    return near == 1 and all(number % _LINE == 0 for number in whole)
 
 
 def _ceil(side: int) -> int:

@@ -13,8 +13,18 @@ from torch import Tensor
 from ..kernels import polar_factor
 from .base import StackedOptimizer
 from .lowrank import check_known
-from .moments import ema, nesterov
-from .powers import Series, Whole, along_memory, in_panels, measured, slabs, terms_for, wide
+from .moments import blend
+from .powers import (
+    Series,
+    Whole,
+    along_memory,
+    blended,
+    in_panels,
+    measured,
+    slabs,
+    terms_for,
+    wide,
+)
 from .rule import Direction, Member, Rule, Scaled, Slot, check
 
 if TYPE_CHECKING:
@@ -76,13 +86,14 @@ class AuONRule(Rule):
             return self.hybrid(w)
         mu, B, G = self.momentum, w.state["momentum_buffer"], w.grad
         M = B.to(G.dtype)  # (K, m, n), the buffer itself where dtypes agree
-        V: Whole | Series  # V itself, or its panels, which are gone when they are measured
-        if in_panels(G):
+        terms = terms_for(w.m * w.n, self.curve)
+        # V itself, or its panels, which are gone when they are measured
+        V: Whole | Series | None = blended(M, G, mu, self.nesterov, terms)
+        if V is None and in_panels(G):
             pairs = zip(along_memory(M), G if along_memory(M) is M else G.mT, strict=True)
-            terms = terms_for(w.m * w.n, self.curve)
             V = Series((self.blended(b, g) for b, g in pairs), terms)
-        else:
-            V = Whole(self.blend(M, G))
+        elif V is None:
+            V = Whole(blend(M, G, mu, self.nesterov))
         if M is not B:
             B.copy_(M)
         size = V.norm(w.sums) + TINY
@@ -97,11 +108,7 @@ class AuONRule(Rule):
     def hybrid(self, w: Member) -> Direction:
         """The same with Newton-Schulz steps on V / |V|, which need V whole."""
         assert w.grad is not None
-        B = w.state["momentum_buffer"]
-        M = B.to(w.grad.dtype)
-        V = self.blend(M, w.grad)  # (K, m, n)
-        if M is not B:
-            B.copy_(M)
+        V = blend(w.state["momentum_buffer"], w.grad, self.momentum, self.nesterov)  # (K, m, n)
         half = (measured(V, 1).norm(w.sums) + TINY).rsqrt().to(V.dtype)
         X = V.mul_(half) if self.nesterov else V * half  # then again, since 1 / |V| may vanish
         del V
@@ -119,11 +126,6 @@ class AuONRule(Rule):
             c = self.curve / (sizes.norm(w.sums) + TINY)
             by = 1.0 / (self.rms(sizes.sinh_squares(c, w.sums), w) + TINY_R)
         return w.step(Scaled(Y, by.to(Y.dtype)))
-
-    def blend(self, M: Tensor, G: Tensor) -> Tensor:
-        """Moves M and gives V, both (K, m, n)."""
-        ema(M, G, self.momentum)
-        return nesterov(G, M, self.momentum) if self.nesterov else M
 
     def blended(self, M: Tensor, G: Tensor) -> Iterator[Tensor]:
         """The same for one matrix (m, n), a panel of rows at a time; all are one buffer."""

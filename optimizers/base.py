@@ -413,13 +413,15 @@ class StackedOptimizer(Optimizer):
             self._skip(bucket.unit)
             return
         ok = None if fine is not None else flag.isfinite()
+        raw = ok is not None and rule.guarded and bucket.by_kernels(Gs)
         Gs = [
-            None if G is None else bucket.ready(i, G, group["maximize"], ok)
+            None if G is None else bucket.ready(i, G, group["maximize"], ok, raw)
             for i, G in enumerate(Gs)
         ]
-        saved = [] if ok is None else bucket.copies()
+        saved = [] if ok is None or raw else bucket.copies()
         decoded = bucket.decoded()
-        members = bucket.members(Gs, decoded, t, refreshed)
+        seen = ok.float() if ok is not None and raw else None
+        members = bucket.members(Gs, decoded, t, refreshed, seen)
         if due and live[0]:
             for member in members:
                 member.refreshed, member.fresh = t, refreshed == 0
@@ -437,7 +439,7 @@ class StackedOptimizer(Optimizer):
             bucket.store(step.member.number, W)
         bucket.encode(decoded)
         bucket.set_step(t)
-        if ok is not None:
+        if ok is not None and not raw:
             bucket.put_back(saved, ok)
 
     @staticmethod

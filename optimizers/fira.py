@@ -52,22 +52,22 @@ class FiraRule(LowRankRule):
         """P N + S in one lift: phi scales columns and so commutes with it."""
         assert w.grad is not None
         P, G, state = self.projector, w.grad, w.state
-        R = P.down(state, G, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
+        R, G2 = P.measured(state, G, w.sums)  # (K, r, n), (K, 1, n); P^T G Q is (K, r, r)
         N, factor = self.direction(w, R)
         N, c = N.mul_(factor) if factor != 1.0 else N, self.correction(w)
         # the published code has alpha inside the residual, not before it, and c after the limiter
         a, scale, c = (1.0, self.alpha, 1.0) if self.variant == "paper" else (self.alpha, 1.0, c)
-        phi, norm = self.residual(w, G, R, N, a)
+        phi, norm = self.residual(w, G2, R, N, a)
         if self.limiter:
             floor = None if self.published else self.limiter_floor
             phi = phi / growth_limit(norm / c, state["limiter_norm"], self.gamma, floor)
         lift = P.lift(state, N.sub_(R.mul_(phi)).mul_(a), w.m)  # a P (N - phi R), then phi G
         return w.step(lift, Scaled(G, phi), scale=scale, decay_last=self.published)
 
-    def residual(self, w: Member, G: Tensor, R: Tensor, N: Tensor, a: float) -> tuple[Tensor, ...]:
+    def residual(self, w: Member, G2: Tensor, R: Tensor, N: Tensor, a: float) -> tuple[Tensor, ...]:
         """Phi (K, 1, n) and |phi (G - a P R)| (K, 1, 1) by Pythagoras, without that difference."""
         guard, full = self.compat is None, self.proj_type == "full"
-        R2, N2, G2 = column_squares(R), column_squares(N), w.sums.rows(column_squares(G))
+        R2, N2 = column_squares(R), column_squares(N)
         cols = LOCAL.cols if full else w.sums.cols  # with two sides R is whole
         r2, n2, g2 = cols(total(R2)), cols(total(N2)), w.sums.cols(total(G2))
         phi = n2.sqrt() / (r2.sqrt() + TINY)  # where all of R is round-off it tells no scale:

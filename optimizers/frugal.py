@@ -77,6 +77,11 @@ class FRUGALRule(Rule):
         )  # fmt: skip
 
     @property
+    def guarded(self) -> bool:  # type: ignore[override]
+        """Where the terms take flags."""
+        return self.inner == "adamw" and self.compat is None and self.way.guarded
+
+    @property
     def inside(self) -> Inner:
         """The state-full rule."""
         return inner(self.inner, self.betas, self.eps)

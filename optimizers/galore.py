@@ -46,8 +46,7 @@ class GaLoreRule(LowRankRule):
         assert w.grad is not None
         P = self.projector
         R = P.down(w.state, w.grad, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
-        N, factor = self.direction(w, R)
-        lift = P.lift(w.state, N, w.m)  # P N; P N Q^T
+        lift, factor = self.lifted(w, R)  # P N; P N Q^T
         return w.step(lift, scale=self.scale * factor, decay_last=self.published)
 
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..kernels import reference
+from ..kernels.dispatch import pick
 from .base import StackedOptimizer
 from .lowrank import check_known
 from .rows import ROW_MODES, RowPolarRule, centre, row_factors, row_squares
-from .rule import Member
+from .rule import LOCAL, Member
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,7 +49,11 @@ class HybridRule(RowPolarRule):
 
     def normed(self, X: Tensor, w: Member) -> Tensor:
         """Rows of X (K, m, n) at norm 1."""
-        squares, eps = row_squares(X, w.sums), EPS if self.eps is None else self.eps
+        ops, eps = pick(X, "pass"), EPS if self.eps is None else self.eps
+        if ops is not reference and w.sums is LOCAL:
+            U: Tensor = ops.row_norm(X, eps, self.row_mode)
+            return U
+        squares = row_squares(X, w.sums)
         return X * row_factors(squares, self.row_mode, eps, w.sums, self.rows(w))
 
 

@@ -35,8 +35,18 @@ class Inner:
         """State of one matrix of coordinates with these axes."""
         raise NotImplementedError
 
-    def direction(self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL) -> Tensor:
-        """N, a new tensor like R; `t` counts updates from 1, for all of R or per row or column."""
+    def direction(
+        self,
+        state: State,
+        R: Tensor,
+        t: int | Tensor,
+        sums: Sums = LOCAL,
+        ok: Tensor | None = None,
+    ) -> Tensor:
+        """N, a new tensor like R; `t` counts updates from 1, for all of R or per row or column.
+
+        Adam leaves the state of matrices alone whose flag in `ok` (K,) is 0; the others have none.
+        """
         raise NotImplementedError
 
     def carry(self, policy: str, state: State, change: Change, t: int) -> None:
@@ -56,10 +66,17 @@ class AdamW(Inner):
         moment = _slot(axes, sizes)
         return {"exp_avg": moment, "exp_avg_sq": moment}
 
-    def direction(self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL) -> Tensor:
+    def direction(
+        self,
+        state: State,
+        R: Tensor,
+        t: int | Tensor,
+        sums: Sums = LOCAL,
+        ok: Tensor | None = None,
+    ) -> Tensor:
         """See :class:`Inner`."""
         (beta1, beta2), M, V = self.betas, state["exp_avg"], state["exp_avg_sq"]
-        return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps)
+        return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps, ok=ok)
 
     def carry(self, policy: str, state: State, change: Change, t: int) -> None:
         """See :class:`Inner`."""
@@ -75,7 +92,14 @@ class Lion(Inner):
         """See :class:`Inner`."""
         return {"exp_avg": _slot(axes, sizes)}
 
-    def direction(self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL) -> Tensor:
+    def direction(
+        self,
+        state: State,
+        R: Tensor,
+        t: int | Tensor,
+        sums: Sums = LOCAL,
+        ok: Tensor | None = None,
+    ) -> Tensor:
         """See :class:`Inner`."""
         (beta1, beta2), M = self.betas, state["exp_avg"]
         N = M.to(R.dtype).lerp(R, 1 - beta1).sign_()
@@ -95,7 +119,14 @@ class SGDM(Inner):
         """See :class:`Inner`."""
         return {"momentum_buffer": _slot(axes, sizes)}
 
-    def direction(self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL) -> Tensor:
+    def direction(
+        self,
+        state: State,
+        R: Tensor,
+        t: int | Tensor,
+        sums: Sums = LOCAL,
+        ok: Tensor | None = None,
+    ) -> Tensor:
         """See :class:`Inner`."""
         B = state["momentum_buffer"]
         moved = B.to(R.dtype).mul(self.betas[0]).add_(R)
@@ -132,7 +163,14 @@ class Adafactor(Inner):
         }
         return {"exp_avg": _slot(axes, sizes), **factors} if self.betas[0] > 0.0 else factors
 
-    def direction(self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL) -> Tensor:
+    def direction(
+        self,
+        state: State,
+        R: Tensor,
+        t: int | Tensor,
+        sums: Sums = LOCAL,
+        ok: Tensor | None = None,
+    ) -> Tensor:
         """See :class:`Inner`."""
         check(isinstance(t, int), "Adafactor has one clock for all coordinates")
         r, n = R.shape[-2:]

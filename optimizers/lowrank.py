@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .inner import AdamW, Inner
 from .moments import adam_reference, bias_correction, check_policy
-from .projectors import Draws, Projector, projector, rank_of, turns_right
-from .rule import Member, Rule, Slot, check, check_adam
+from .projectors import DenseProjector, Draws, Projector, projector, rank_of, turns_right
+from .rule import AdamFactored, Member, Rule, Slot, Term, check, check_adam
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 
@@ -60,6 +60,12 @@ class LowRankRule(Rule, abstract=True):
             self.correct_bias or self.published,
             "correct_bias=False exists only under compat='reference'",
         )
+
+    @property
+    def guarded(self) -> bool:  # type: ignore[override]
+        """With a dense basis on one side all is done by operations that take flags."""
+        one = isinstance(self.projector, DenseProjector) and self.proj_type != "full"
+        return one and not self.published and isinstance(self.inside, AdamW)
 
     @property
     def published(self) -> bool:
@@ -114,10 +120,20 @@ class LowRankRule(Rule, abstract=True):
         """
         t = self.clock(w)
         if not self.published:
-            return self.inside.direction(w.state, R, t, w.sums), 1.0
+            return self.inside.direction(w.state, R, t, w.sums, w.ok), 1.0
         (beta1, beta2), M, V = self.betas, w.state["exp_avg"], w.state["exp_avg_sq"]
         N, factor = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.epsilon())
         return N, factor if self.correct_bias else 1.0
+
+    def lifted(self, w: Member, R: Tensor) -> tuple[Term, float]:
+        """The term P N (or P N Q^T) of N = direction(R), and what still multiplies it."""
+        inside = self.inside
+        if self.guarded and isinstance(inside, AdamW):  # N is made where it is used
+            M, V = w.state["exp_avg"], w.state["exp_avg_sq"]
+            basis, t, betas, eps = w.state["basis"], self.clock(w), inside.betas, inside.eps
+            return AdamFactored(basis, R, M, V, t, betas, eps, w.ok), 1.0
+        N, factor = self.direction(w, R)
+        return self.projector.lift(w.state, N, w.m), factor
 
     def clock(self, w: Member) -> int:
         """Adam's t: moments that were reset count from their refresh."""

@@ -5,7 +5,6 @@ gives the bits of its matrices taken one at a time.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -14,6 +13,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import product
+from ..kernels.adam import average
+from ..kernels.dispatch import pick
+from ..kernels.sums import total
 from .rule import Sums
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "adam",
     "adam_reference",
     "bias_correction",
+    "blend",
     "carry",
     "check_policy",
     "column_squares",
@@ -41,19 +44,6 @@ __all__ = [
 
 CARRY_POLICIES = ("keep", "reset", "rotate", "match", "ldadam")
 
-# Kernels of these devices do one matrix of Adam in a single pass over memory.
-_FUSED_DEVICES = ("cpu", "cuda")
-# The CPU kernel rounds the last few entries of a tensor differently from the others (fused
-# multiply-adds in the vector part only). A matrix of whole 64-byte lines has no such entries.
-_LINE = 16
-# Rows with clocks of their own go to that kernel one by one where they are at least so long.
-_LONG = 64
-# Where sums are taken in panels, of so many rows, or entries of a turned matrix: they stay in the
-# cache. Elsewhere one kernel sums without a temporary.
-_PANELLED = ("cpu",)
-_ROWS = 32
-_PANEL = 2**17
-
 
 def adam(
     R: Tensor,
@@ -64,41 +54,12 @@ def adam(
     beta1: float,
     beta2: float,
     eps: float,
+    ok: Tensor | None = None,
 ) -> Tensor:
-    """Moves both moments and returns the normalised direction, as ``torch.optim.Adam`` does.
-
-    N = Mhat / (sqrt(Vhat) + eps) with M, V the running averages of R and R*R, and the hats their
-    bias-corrected values. Source: Adam, arXiv 1412.6980, Algorithm 1.
-
-    Args:
-        R: (K, m, n), fp32 or fp64, any strides; not changed.
-        exp_avg: (K, m, n) first moment M, changed in place. A narrower dtype than R's is worked
-            on in R's and rounded when it is stored.
-        exp_avg_sq: (K, m, n) second moment V, likewise.
-        t: number of this update, from 1; or a tensor of such numbers that broadcasts against R,
-            where entries have clocks of their own: (K, m, 1), (K, 1, n) or (K, m, n).
-        beta1: decay of M.
-        beta2: decay of V.
-        eps: added to the bias-corrected root.
-
-    Returns:
-        N: (K, m, n) in R's dtype, its own storage.
-    """
-    if not exp_avg.is_contiguous() and exp_avg.mT.is_contiguous():  # moments of a turned weight
-        clock = t.mT if isinstance(t, Tensor) else t
-        turned = adam(R.mT, exp_avg.mT, exp_avg_sq.mT, clock, beta1=beta1, beta2=beta2, eps=eps)
-        return turned.mT
-    same = exp_avg.dtype == exp_avg_sq.dtype == R.dtype
-    dense = exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()
-    by_row = not isinstance(t, Tensor) or (t.shape == (*R.shape[:2], 1) and R.shape[2] >= _LONG)
-    if same and dense and by_row and R.device.type in _FUSED_DEVICES:
-        return _adam_fused(R, exp_avg, exp_avg_sq, t, beta1, beta2, eps)
-    M, V = _average(R, exp_avg, exp_avg_sq, beta1, beta2)
-    if isinstance(t, Tensor):  # powers in float64: near t = 1 their distance from 1 is small
-        c1, c2 = ((1 - beta ** t.double()).to(R.dtype) for beta in (beta1, beta2))
-        return M.div(c1).div_(V.sqrt().div_(c2.sqrt_()).add_(eps))
-    root = V.sqrt().div_(math.sqrt(1 - beta2**t)).add_(eps)
-    return M.div(1 - beta1**t).div_(root)
+    """Moves both moments and returns the direction; see :func:`stiefel.kernels.reference.adam`."""
+    ops, betas = pick(R, "pass"), {"beta1": beta1, "beta2": beta2}
+    N: Tensor = ops.adam(R, exp_avg, exp_avg_sq, t, **betas, eps=eps, ok=ok)
+    return N
 
 
 def adam_reference(
@@ -120,59 +81,13 @@ def adam_reference(
         factor: sqrt(1 - beta2^t) / (1 - beta1^t), by which the learning rate is multiplied
             where the bias is corrected.
     """
-    M, V = _average(R, exp_avg, exp_avg_sq, beta1, beta2)
+    M, V = average(R, exp_avg, exp_avg_sq, beta1, beta2)
     return M / V.sqrt().add_(eps), bias_correction(t, beta1, beta2)
 
 
 def bias_correction(t: int, beta1: float, beta2: float) -> float:
     """sqrt(1 - beta2^t) / (1 - beta1^t): what corrects M / sqrt(V) after t updates."""
     return math.sqrt(1 - beta2**t) / (1 - beta1**t)
-
-
-def _adam_fused(
-    R: Tensor, M: Tensor, V: Tensor, t: int | Tensor, beta1: float, beta2: float, eps: float
-) -> Tensor:
-    """Torch's AdamW kernel on a parameter of zeros with lr -1: the direction is what is left."""
-    R = R.contiguous()
-    N = torch.zeros_like(R)
-    tensors: Iterable[Tensor] = (N, R, M, V)
-    if isinstance(t, Tensor):  # every row is a parameter with a clock of its own
-        clocks = list(t.float().flatten().unbind())
-        params, grads, Ms, Vs = (list(x.flatten(0, 1).unbind()) for x in tensors)
-    else:
-        # A fill, not a copy from the host: on a GPU nothing waits.
-        clock = torch.full((), float(t), device=R.device)
-        flat = R.shape[0] == 1 or R.device.type != "cpu" or R[0].numel() % _LINE == 0
-        params, grads, Ms, Vs = ([x] if flat else list(x.unbind(0)) for x in tensors)
-        clocks = [clock] * len(params)
-    torch._fused_adamw_(
-        params,
-        grads,
-        Ms,
-        Vs,
-        [],
-        clocks,
-        lr=-1.0,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=0.0,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
-    return N
-
-
-def _average(
-    R: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: float, beta2: float
-) -> tuple[Tensor, Tensor]:
-    """Moves both averages in place; returns them in R's dtype, before the store rounded them."""
-    M = exp_avg.to(R.dtype).mul_(beta1).add_(R, alpha=1 - beta1)
-    V = exp_avg_sq.to(R.dtype).mul_(beta2).addcmul_(R, R, value=1 - beta2)
-    for stored, moved in ((exp_avg, M), (exp_avg_sq, V)):
-        if stored is not moved:
-            stored.copy_(moved)
-    return M, V
 
 
 class Change:
@@ -339,9 +254,7 @@ def ema(buffer: Tensor, grad: Tensor, momentum: float) -> Tensor:
 
     A buffer of a narrower dtype is worked on in G's and rounded when it is stored.
     """
-    moved = buffer.to(grad.dtype).lerp_(grad, 1 - momentum)
-    if moved is not buffer:
-        buffer.copy_(moved)
+    moved: Tensor = pick(grad, "pass").blend_(buffer, grad, momentum)[0]
     return moved
 
 
@@ -352,43 +265,37 @@ def nesterov(grad: Tensor, buffer: Tensor, momentum: float) -> Tensor:
 
 def accumulate(buffer: Tensor, grad: Tensor, momentum: float) -> Tensor:
     """C <- momentum C + G, the classical sum, in place; otherwise as :func:`ema`."""
-    moved = buffer.to(grad.dtype).mul_(momentum).add_(grad)
-    if moved is not buffer:
-        buffer.copy_(moved)
+    moved: Tensor = pick(grad, "pass").blend_(buffer, grad, momentum, kind="sum")[0]
     return moved
 
 
-def column_squares(X: Tensor) -> Tensor:
-    """Sum of the squares of every column, without a copy of X: panels along the memory.
-
-    Products are rounded before they are added, and rows are added elementwise and pairwise, so that
-    nothing depends on how many matrices there are.
+def blend(
+    buffer: Tensor, grad: Tensor, momentum: float, nesterov: bool = False, kind: str = "ema"
+) -> Tensor:
+    """:func:`ema` or :func:`accumulate`, and the step that looks ahead if told so, in one pass.
 
     Args:
-        X: (K, m, n), any strides.
+        buffer: (K, m, n), changed in place.
+        grad: (K, m, n), not changed.
+        momentum: Decay of the buffer.
+        nesterov: Whether the result is G + momentum (B - G), or G + momentum C, a new tensor.
+        kind: ``"ema"`` or ``"sum"``.
 
     Returns:
-        (K, 1, n), at least fp32.
+        The buffer as :func:`ema` returns it, or the step.
     """
-    K, m, n = X.shape
-    if X.device.type not in _PANELLED:
-        norms: Tensor = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
-        return norms.square()
-    if X.stride(-1) != 1 and X.stride(-2) == 1:  # turned: one sum along the memory per column
-        width = max(1, _PANEL // (K * m))
-        starts = range(0, n, width)
-        return torch.cat([X[..., j : j + width].square().sum(-2, keepdim=True) for j in starts], -1)
-    rows = min(m, _ROWS)
-    sums = X[:, :rows].square()
-    for i in range(rows, m, rows):
-        part = X[:, i : i + rows].square()
-        sums[:, : part.shape[1]].add_(part)
-    return _folded(sums)
+    step: Tensor
+    step, _ = pick(grad, "pass").blend_(buffer, grad, momentum, nesterov=nesterov, kind=kind)
+    return step
 
 
-def total(X: Tensor) -> Tensor:
-    """Sum of a row (K, 1, n) as (K, 1, 1), pairwise like :func:`column_squares`."""
-    return _folded(X.mT.clone()) if X.device.type in _PANELLED else X.sum(-1, keepdim=True)
+def column_squares(X: Tensor) -> Tensor:
+    """Sum of the squares of every column of X (K, m, n), any strides: (K, 1, n), at least fp32.
+
+    Nothing depends on how many matrices there are.
+    """
+    sums: Tensor = pick(X, "pass").squares(X, -2)
+    return sums
 
 
 def square_scale(X: Tensor) -> Tensor:
@@ -407,15 +314,6 @@ def square_scale(X: Tensor) -> Tensor:
     e = 3 * math.frexp(torch.finfo(top.dtype).max)[1] // 8
     c = torch.ones_like(top).masked_fill_(top > 2.0**e, 2.0 ** (-2 * e))
     return c.masked_fill_(top < 2.0**-e, 2.0 ** (2 * e))
-
-
-def _folded(X: Tensor) -> Tensor:
-    """Sum over the rows of X (K, m, n), which is used up: the lower half onto the upper one."""
-    while (m := X.shape[-2]) > 1:
-        half = (m + 1) // 2
-        X[:, : m - half].add_(X[:, half:])
-        X = X[:, :half]
-    return X.clone()
 
 
 def growth_limit(

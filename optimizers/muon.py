@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import PolarReport
 from .base import StackedOptimizer
 from .lowrank import check_known
-from .moments import accumulate, ema, entry_correction, nesterov, row_correction
+from .moments import blend, entry_correction, row_correction
 from .orthogonal import OrthogonalRule, reports, with_view
 from .rule import Dense, Direction, Member, Scaled, Slot, Term, check
 
@@ -70,12 +70,7 @@ class MuonRule(OrthogonalRule):
         """One step for a stack."""
         B, mu = w.state["momentum_buffer"], self.momentum
         G = self.calmed(w).to(B.dtype) if self.compat else self.calmed(w)
-        if self.momentum_kind == "sum":
-            M = accumulate(B, G, mu)  # (K, m, n)
-            U = G.add(M, alpha=mu) if self.nesterov else M
-        else:
-            M = ema(B, G, mu)
-            U = nesterov(G, M, mu) if self.nesterov else M
+        U = blend(B, G, mu, self.nesterov, self.momentum_kind)  # (K, m, n)
         O = self.orthogonal(w, U.sign() if self.second_moment == "adamuon" else U)
         term: Term = Dense(O)
         if self.second_moment == "normuon":
@@ -88,7 +83,10 @@ class MuonRule(OrthogonalRule):
         # what scales O above is never negative, so O has the signs of the step
         decay = O * w.value.to(O.dtype) >= 0 if self.cautious else None
         power = 2 if self.decay_schedule == "lr2" else 1
-        return w.step(term, scale=self.ratio(w.m, w.n), decay=decay, decay_power=power)
+        return w.step(
+            term, scale=self.ratio(w.m, w.n), decay=decay, decay_power=power,
+            exact=self.compat == "torch",
+        )  # fmt: skip
 
 
 class Muon(StackedOptimizer):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import dequantise_blocks, quantise_blocks
+from ..kernels import dequantise_blocks, quantise_blocks, reference
+from ..kernels.dispatch import pick
 from .rule import Member, Rule
 from .units import State, Unit, drops, is_part, labels_of, scale_of
 
@@ -138,14 +139,24 @@ class Bucket:
         parts = [G[j] if self.stacked else G for G in Gs if G is not None]
         return any(bool(largest(G) != 0) for G in parts)
 
-    def ready(self, i: int, G: Tensor, maximize: bool, ok: Tensor | None) -> Tensor:
-        """A gradient as the rule takes it: precise enough, turned; zeros where it is not ok."""
-        G = G.to(self.dtype)
+    def ready(
+        self, i: int, G: Tensor, maximize: bool, ok: Tensor | None, raw: bool = False
+    ) -> Tensor:
+        """A gradient as the rule takes it: precise enough, turned; zeros where it is not ok.
+
+        A rule that is guarded takes it as it is.
+        """
+        G = G if raw else G.to(self.dtype)
         if maximize:
             G = -G
-        if ok is not None:
+        if ok is not None and not raw:
             G = torch.where(ok.view(-1, 1, 1), G, torch.zeros((), dtype=G.dtype, device=G.device))
         return G.mT if self.unit.turned[i] else G
+
+    def by_kernels(self, Gs: Sequence[Tensor | None]) -> bool:
+        """Whether the state is as the rule sees it, and kernels do all passes over gradients."""
+        large = all(G is None or pick(G, "pass") is not reference for G in Gs)
+        return large and not any(self.coded)
 
     def copies(self) -> list[Tensor]:
         """Copies of all state, for units whose flags arrive after the update."""
@@ -219,8 +230,9 @@ class Bucket:
         decoded: Sequence[Mapping[str, Tensor]],
         t: int,
         refreshed: int,
+        ok: Tensor | None = None,
     ) -> list[Member]:
-        """What the rule sees."""
+        """What the rule sees; `ok` are flags that it takes itself."""
         made = []
         for i, G in enumerate(grads):
             m, n = self.unit.sides(i)
@@ -241,6 +253,7 @@ class Bucket:
                     number=i,
                     turned=self.unit.turned[i],
                     store=partial(self.store, i),
+                    ok=ok,
                 )
             )
         return made

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..kernels import reference
+from ..kernels.dispatch import pick
 from .moments import column_squares, total
 from .rule import LOCAL, Sums
 
@@ -51,10 +53,27 @@ def terms_for(entries: int, bound: float, many: float = 1.0) -> int:
 
 
 def measured(X: Tensor, terms: int) -> Whole | Series:
-    """Sums over X (K, m, n); terms count only where it is walked through in panels."""
+    """Sums over X (K, m, n); terms count only where a series stands for sinh^2."""
+    if (ops := pick(X, "pass")) is not reference:
+        return Known(*ops.power_sums(X, terms))
     if not in_panels(X):
         return Whole(X)
     return Series(([Y[i] for i in slabs(*Y.shape)] for Y in along_memory(X)), terms)
+
+
+def blended(M: Tensor, G: Tensor, momentum: float, nesterov: bool, terms: int) -> Series | None:
+    """Moves the average M (K, m, n) by G and measures the step in one pass, where a kernel can.
+
+    Args:
+        M: Changed in place.
+        G: The gradient.
+        momentum: Decay of M.
+        nesterov: Whether the step is G + momentum (M - G) instead of M.
+        terms: How many terms of the series.
+    """
+    if (ops := pick(G, "pass")) is reference:
+        return None
+    return Known(*ops.blend_power_sums_(M, G, momentum, terms, nesterov=nesterov))
 
 
 def along_memory(X: Tensor) -> Tensor:
@@ -109,6 +128,19 @@ class Series:
             power = power * squares
             found = found + factor * (power * sizes).sum(-1)
         return sums.both(found.view(-1, 1, 1))
+
+
+class Known(Series):
+    """The same of what ``power_sums`` found of whole matrices.
+
+    Args:
+        norm: (K, 1, 1).
+        sums: (K, terms), of the even powers of the entries, divided by the norm.
+    """
+
+    def __init__(self, norm: Tensor, sums: Tensor) -> None:
+        self._scale = norm.view(-1, 1)
+        self._powers = [x.unsqueeze(-1) for x in sums.unbind(-1)[1:]]
 
 
 def _sums(X: Tensor, terms: int) -> list[Tensor]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..kernels import reference
+from ..kernels.dispatch import pick
 from .base import StackedOptimizer
 from .lowrank import check_known
-from .rows import ROW_MODES, RowRule, folded, row_factors, row_squares, unfolded
-from .rule import Member, Scaled, Term, check
+from .rows import ROW_MODES, RowRule, RowStep, folded, row_factors, row_squares, unfolded
+from .rule import LOCAL, Direction, Member, Scaled, Term, check
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 class RowNormRule(RowRule):
     """M <- mu M + (1 - mu) G; U_i = M_i / |M_i|; centred: less the mean row, before and after."""
 
+    guarded: ClassVar[bool] = True
     row_mode: str = "inverse_eps"
     eps: float = 1e-8
 
@@ -32,18 +35,46 @@ class RowNormRule(RowRule):
         check_known(self, row_mode=ROW_MODES)
         check(self.eps >= 0.0, f"Invalid epsilon value: {self.eps}")
 
-    def terms(self, ws: Sequence[Member], Ms: Sequence[Tensor]) -> list[Term]:
+    @property
+    def squares(self) -> str | None:  # type: ignore[override]
+        """Row norms come with the momentum."""
+        return None if self.centred else "rows"
+
+    def update(self, *members: Member) -> tuple[Direction, ...]:
+        """One step for a stack, by one kernel where rows do not depend on each other."""
+        w = members[0]
+        G, M = w.grad, w.state["momentum_buffer"]
+        alone = not self.centred and self.pair is None and self.row_mode != "relative"
+        if not alone or w.sums is not LOCAL or G is None or pick(G, "pass") is reference:
+            return super().update(*members)
+        if G.stride(-1) != 1 or M.stride(-1) != 1:  # rows across the memory: sums come first
+            return super().update(*members)
+        match = self.adjust_lr_fn == "match_rms_adamw"
+        scale = self.rms_target * self.length(w) ** 0.5 if match else 1.0
+        return (w.step(RowStep(M, G, self.momentum, self.eps, self.row_mode, w.ok), scale=scale),)
+
+    def terms(
+        self, ws: Sequence[Member], Ms: Sequence[Tensor], squares: Sequence[Tensor | None]
+    ) -> list[Term]:
         """Without centring the buffer itself is scaled, so nothing of its size is made."""
         if self.centred:
-            return super().terms(ws, Ms)
+            return super().terms(ws, Ms, squares)
         w, layout = ws[0], self.pair
-        parts = [folded(row_squares(M, w.sums), layout) for M in Ms]
+        parts = [folded(s, layout) for s in squares if s is not None]
         by = self.factors(torch.cat(parts, -1).sum(-1, keepdim=True), w)  # (K, m, 1)
         if self.adjust_lr_fn == "match_rms_adamw":
             by = by * (self.rms_target * self.length(w, len(ws)) ** 0.5)
         if layout in ("halves", "interleaved"):  # one for the gate's row, one for the up row
             by = unfolded(by.expand(-1, -1, 2), layout)
         return [Scaled(M, by) for M in Ms]
+
+    def moved(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
+        """One operation on a back end that has it."""
+        ops = pick(X, "pass")
+        if ops is reference or w.sums is not LOCAL:
+            return super().moved(X, w)
+        U: Tensor = ops.row_norm(X, self.eps, self.row_mode, self.centred)
+        return U, None
 
     def mapped(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """Rows of X (K, m, n) at norm 1; only asked for where rows are centred."""

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..kernels import POLAR_METHODS, gram_polar, polar_factor, product
+from ..kernels.dispatch import pick
+from ..kernels.rows import ROW_MODES as ROW_MODES
+from ..kernels.rows import row_factors as factors
 from .lowrank import check_known
-from .moments import column_squares, ema, total
+from .moments import total
 from .rule import Dense, Direction, Member, Rule, Scaled, Slot, Sums, Term, check
 
-ROW_MODES = ("inverse_eps", "inverse", "unit", "relative")
 PAIRS = (None, "members", "halves", "interleaved")
-RELATIVE = 1e-2
-"""Under "relative": what is added to the size of a row, in units of the root mean square size."""
 
 
 def row_squares(X: Tensor, sums: Sums) -> Tensor:
     """Sum of the squares of every row of X (K, m, n), as (K, m, 1)."""
-    return sums.cols(column_squares(X.mT).mT)
+    found: Tensor = pick(X, "pass").squares(X, -1)
+    return sums.cols(found)
 
 
 def centre(X: Tensor, sums: Sums, m: int, own: bool = False) -> Tensor:
@@ -41,13 +44,8 @@ def row_factors(squares: Tensor, mode: str, eps: float, sums: Sums, m: int) -> T
         sums: Sums over the weight's indices.
         m: Rows of the whole weight.
     """
-    s = squares.sqrt()
-    if mode == "relative":
-        rms = sums.rows(total(squares.mT)).div_(m).sqrt_()
-        return torch.where(rms > 0, (s + RELATIVE * rms).reciprocal_(), 0.0)
-    if mode == "inverse_eps":
-        return s.add_(eps).reciprocal_()
-    return s.clamp_(min=eps).reciprocal_()
+    rms = sums.rows(total(squares.mT)).div_(m).sqrt_() if mode == "relative" else None
+    return factors(squares, mode, eps, rms)
 
 
 def rms_factor(U: Tensor, target: float, sums: Sums, n: int) -> Tensor:
@@ -80,6 +78,62 @@ def unfolded(Y: Tensor, layout: str | None) -> Tensor:
     return (parts.transpose(-3, -2) if layout == "halves" else parts).flatten(-3, -2)
 
 
+@dataclass(frozen=True, eq=False)
+class RowStep(Term):
+    """Rows of the momentum at norm 1, still to be made: M moves while the weight is written.
+
+    Attributes:
+        M: (K, m, n), the buffer.
+        G: (K, m, n), the gradient.
+        momentum: Decay of M.
+        eps: See :func:`row_factors`.
+        mode: See :func:`row_factors`, but not ``"relative"``.
+        ok: None, or flags (K,): where one is 0, M stays.
+    """
+
+    M: Tensor
+    G: Tensor
+    momentum: float
+    eps: float
+    mode: str
+    ok: Tensor | None = None
+
+    @cached_property
+    def whole(self) -> Scaled:
+        """The same with M moved, once."""
+        blend_ = pick(self.G, "pass").blend_
+        U, squares = blend_(self.M, self.G, self.momentum, squares="rows", ok=self.ok)
+        return Scaled(U, factors(squares, self.mode, self.eps))
+
+    @property
+    def mT(self) -> Scaled:
+        """See :class:`Term`."""
+        return self.whole.mT
+
+    def scaled(self, c: Tensor) -> Scaled:
+        """See :class:`Term`."""
+        return self.whole.scaled(c)
+
+    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
+        """See :class:`Term`."""
+        self.whole.add_(panel, ks, rows, alpha)
+
+    def kernel_(
+        self,
+        W: Tensor,
+        keep: float,
+        alpha: float,
+        control: Tensor | None,
+        beside: Term | None = None,
+    ) -> bool:
+        """See :class:`Term`."""
+        if beside is not None:
+            return False
+        told = (self.momentum, self.eps, self.mode, keep, alpha, control)
+        pick(W, "pass").row_step_(W, self.M, self.G, *told)
+        return True
+
+
 @dataclass(frozen=True)
 class RowRule(Rule, abstract=True):
     """M <- mu M + (1 - mu) G, one row per neuron; U = map(M), centred before and after if told."""
@@ -90,6 +144,9 @@ class RowRule(Rule, abstract=True):
     pair: str | None = None
     adjust_lr_fn: str = "match_rms_adamw"
     rms_target: float = 0.2
+
+    squares: ClassVar[str | None] = None
+    """Set to "rows" where ``terms`` takes the squared norms of the rows of M."""
 
     def __post_init__(self) -> None:
         check(0.0 <= self.momentum <= 1.0, f"momentum must be in [0, 1], got {self.momentum}")
@@ -123,12 +180,15 @@ class RowRule(Rule, abstract=True):
 
     def update(self, *members: Member) -> tuple[Direction, ...]:
         """One step for a stack; a half of a pair without a gradient sits out."""
-        ws, Ms = [], []
+        ws, Ms, found = [], [], []
         for w in members:
             if w.grad is not None:
+                M, blend_ = w.state["momentum_buffer"], pick(w.grad, "pass").blend_
+                U, squares = blend_(M, w.grad, self.momentum, squares=self.squares, ok=w.ok)
                 ws.append(w)
-                Ms.append(ema(w.state["momentum_buffer"], w.grad, self.momentum))  # (K, m, n)
-        terms = self.terms(ws, Ms)
+                Ms.append(U)  # (K, m, n), the new momentum
+                found.append(squares if squares is None else w.sums.cols(squares))
+        terms = self.terms(ws, Ms, found)
         return tuple(w.step(term) for w, term in zip(ws, terms, strict=True))
 
     def rows(self, w: Member) -> int:
@@ -139,18 +199,24 @@ class RowRule(Rule, abstract=True):
         """Entries of such a row."""
         return count * (2 * w.n if self.pair in ("halves", "interleaved") else w.n)
 
-    def terms(self, ws: Sequence[Member], Ms: Sequence[Tensor]) -> list[Term]:
-        """The step of every member."""
+    def terms(
+        self, ws: Sequence[Member], Ms: Sequence[Tensor], squares: Sequence[Tensor | None]
+    ) -> list[Term]:
+        """The step of every member; its squared row norms (K, m, 1) are there if asked for."""
         w, layout = ws[0], self.pair
         X = folded(torch.cat(list(Ms), -1) if len(Ms) > 1 else Ms[0], layout)
-        X = centre(X, w.sums, self.rows(w)) if self.centred else X
-        U, by = self.mapped(X, w)
-        U = centre(U, w.sums, self.rows(w), own=True) if self.centred else U
+        U, by = self.moved(X, w)
         if self.adjust_lr_fn == "match_rms_adamw":
             by = rms_factor(U, self.rms_target, w.sums, self.length(w, len(ws)))
         U = unfolded(U, layout)
         parts = [U] if len(ws) == 1 else torch.split(U, w.n, -1)
         return [Dense(V) if by is None else Scaled(V, by) for V in parts]
+
+    def moved(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
+        """The map of X, with what centring there is around it."""
+        X = centre(X, w.sums, self.rows(w)) if self.centred else X
+        U, by = self.mapped(X, w)
+        return centre(U, w.sums, self.rows(w), own=True) if self.centred else U, by
 
     def mapped(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """The map of X (K, m, n), a new tensor, and what multiplies it as published (K, 1, 1).

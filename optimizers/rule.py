@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..kernels import add_product_
+from ..kernels.dispatch import pick
 
 Scalar = float | Tensor
 """A Python number, or a tensor that broadcasts against (K, m, n)."""
@@ -123,6 +125,21 @@ class Term:
         """Panel <- keep * panel + alpha times these rows, in place and in one go."""
         raise NotImplementedError
 
+    def kernel_(
+        self,
+        W: Tensor,
+        keep: float,
+        alpha: float,
+        control: Tensor | None,
+        beside: Term | None = None,
+    ) -> bool:
+        """W (K, m, n) <- keep W + alpha (term + beside) by one kernel; False if there is none.
+
+        Where `control` (K, 3) is given, its rows (flag, keep, alpha) count instead, and a matrix
+        whose flag is 0 stays as it is, with all state that belongs to the term.
+        """
+        return False
+
 
 @dataclass(frozen=True)
 class Dense(Term):
@@ -142,6 +159,17 @@ class Dense(Term):
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         """See :class:`Term`."""
         panel.add_(self.U[ks, rows], alpha=alpha)
+
+    def kernel_(
+        self,
+        W: Tensor,
+        keep: float,
+        alpha: float,
+        control: Tensor | None,
+        beside: Term | None = None,
+    ) -> bool:
+        """See :class:`Term`."""
+        return beside is None and scaled_add_(W, self.U, None, keep, alpha, control)
 
 
 @dataclass(frozen=True)
@@ -173,6 +201,96 @@ class Factored(Term):
         P, N = P.to(panel.dtype), N.to(panel.dtype)
         add_product_(panel, P, N, beta=keep, alpha=alpha)
 
+    def kernel_(
+        self,
+        W: Tensor,
+        keep: float,
+        alpha: float,
+        control: Tensor | None,
+        beside: Term | None = None,
+    ) -> bool:
+        """See :class:`Term`; beside it there may be what exists (Scaled) or a residual's sign."""
+        if beside is not None and not isinstance(beside, Scaled | Residual):
+            return False
+        rest = {} if beside is None else beside.rest()
+        pick(W, "pass").lift_(W, self.P, self.N, keep, alpha, control=control, **rest)
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class AdamFactored(Term):
+    """P @ N with N = adam(R) still to be made: moments move while the weight is written.
+
+    Attributes:
+        P: (K, m, r).
+        R: (K, r, n), the coordinates.
+        exp_avg: (K, r, n), first moment.
+        exp_avg_sq: (K, r, n), second moment.
+        t: Number of this update, or clocks that broadcast against R.
+        betas: Decays of the moments.
+        eps: Added to the bias-corrected root.
+        ok: None, or flags (K,): where one is 0 the moments stay.
+    """
+
+    fused: ClassVar[bool] = True
+    P: Tensor
+    R: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    t: int | Tensor
+    betas: tuple[float, float]
+    eps: float
+    ok: Tensor | None = None
+
+    @cached_property
+    def whole(self) -> Factored:
+        """The same with N made, once."""
+        (beta1, beta2), ops = self.betas, pick(self.R, "pass")
+        N = ops.adam(
+            self.R, self.exp_avg, self.exp_avg_sq, self.t,
+            beta1=beta1, beta2=beta2, eps=self.eps, ok=self.ok,
+        )  # fmt: skip
+        return Factored(self.P, N)
+
+    @property
+    def mT(self) -> Factored:
+        """See :class:`Term`."""
+        return self.whole.mT
+
+    def scaled(self, c: Tensor) -> Factored:
+        """See :class:`Term`."""
+        return self.whole.scaled(c)
+
+    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
+        """See :class:`Term`."""
+        self.whole.add_(panel, ks, rows, alpha)
+
+    def write_(self, panel: Tensor, ks: slice, rows: slice, keep: float, alpha: float) -> None:
+        """See :class:`Factored`."""
+        self.whole.write_(panel, ks, rows, keep, alpha)
+
+    def kernel_(
+        self,
+        W: Tensor,
+        keep: float,
+        alpha: float,
+        control: Tensor | None,
+        beside: Term | None = None,
+    ) -> bool:
+        """See :class:`Term`; N stays on chip where it fits."""
+        if isinstance(beside, Scaled):
+            return self.whole.kernel_(W, keep, alpha, control, beside)
+        if beside is not None and not isinstance(beside, Residual):
+            return False
+        rest = {} if beside is None else beside.rest()
+        rest.pop("R", None)  # it is this R
+        (beta1, beta2), P, M, V = self.betas, self.P, self.exp_avg, self.exp_avg_sq
+        pick(W, "pass").adam_lift_(
+            W, P, self.R, M, V, self.t, keep, alpha,
+            beta1=beta1, beta2=beta2, eps=self.eps, control=control, **rest,
+        )  # fmt: skip
+        return True
+
 
 @dataclass(frozen=True)
 class Scaled(Term):
@@ -192,7 +310,23 @@ class Scaled(Term):
 
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         """See :class:`Term`."""
-        panel.addcmul_(self.X[ks, rows], _rows(self.by, ks, rows), value=alpha)
+        X = self.X[ks, rows].to(panel.dtype)  # a guarded rule's gradient may be narrower
+        panel.addcmul_(X, _rows(self.by, ks, rows), value=alpha)
+
+    def rest(self) -> dict[str, Any]:
+        """The same as arguments of ``lift_``."""
+        return {"X": self.X, "by": self.by}
+
+    def kernel_(
+        self,
+        W: Tensor,
+        keep: float,
+        alpha: float,
+        control: Tensor | None,
+        beside: Term | None = None,
+    ) -> bool:
+        """See :class:`Term`."""
+        return beside is None and scaled_add_(W, self.X, self.by, keep, alpha, control)
 
 
 @dataclass(frozen=True)
@@ -248,6 +382,38 @@ class Blocks(Term):
 
 
 @dataclass(frozen=True)
+class Residual(Blocks):
+    """The sign of G - P R, of what a subspace leaves of G, times `free`; made in blocks.
+
+    Attributes:
+        fn: See :class:`Blocks`.
+        P: (K, m, r).
+        R: (K, r, n) = P^T G.
+        G: (K, m, n).
+        free: Multiplies the sign.
+        floor: None, or (K, 1, 1): entries up to it in magnitude have the sign 0.
+    """
+
+    P: Tensor
+    R: Tensor
+    G: Tensor
+    free: float
+    floor: Tensor | None = None
+
+    def rest(self) -> dict[str, Any]:
+        """The same as arguments of ``lift_``."""
+        return {"X": self.G, "R": self.R, "free": self.free, "floor": self.floor}
+
+
+def scaled_add_(
+    W: Tensor, X: Tensor, by: Tensor | None, keep: float, alpha: float, control: Tensor | None
+) -> bool:
+    """W <- keep W + alpha by X by one kernel."""
+    pick(W, "pass").scaled_add_(W, X, by, keep, alpha, control=control)
+    return True
+
+
+@dataclass(frozen=True)
 class Direction:
     """W <- keep * W - lr * scale * sum(terms), keep = 1 - lr * weight_decay [* decay].
 
@@ -258,6 +424,7 @@ class Direction:
         decay: None, or a 0/1 tensor that broadcasts against (K, m, n): where decay applies.
         decay_last: Decay after the step, as some published codes do.
         decay_power: The power of lr in keep; 2 lets decay vanish with the schedule.
+        exact: Write by torch's own operations, one after the other, whose bits are wanted.
         cap: Limit of the step's Frobenius norm relative to the weight's; Dense terms only.
     """
 
@@ -268,6 +435,7 @@ class Direction:
     decay_last: bool = False
     cap: float | None = None
     decay_power: int = 1
+    exact: bool = False
 
     @property
     def mT(self) -> Direction:
@@ -310,6 +478,8 @@ class Member:
         turned: Whether the weight was turned. Formulas never ask; only code that must repeat the
             roundings and signs of a published factorisation does.
         sums: Sums over the weight's indices.
+        ok: None, or flags (K,) float32 on the device, 0 where a gradient is not finite: only rules
+            that are ``guarded`` see one.
     """
 
     __slots__ = (
@@ -322,6 +492,7 @@ class Member:
         "m",
         "n",
         "number",
+        "ok",
         "refreshed",
         "state",
         "sums",
@@ -345,7 +516,9 @@ class Member:
         turned: bool = False,
         sums: Sums = LOCAL,
         store: Callable[[Tensor], None] | None = None,
+        ok: Tensor | None = None,
     ) -> None:
+        self.ok = ok
         self.grad, self._load, self._store, self.state = grad, load, store, state
         self.t, self.refreshed, self.fresh = t, refreshed, False
         self.m, self.n, self.indices, self.sums = m, n, indices, sums
@@ -380,9 +553,10 @@ class Member:
         decay_last: bool = False,
         cap: float | None = None,
         decay_power: int = 1,
+        exact: bool = False,
     ) -> Direction:
         """Make a Direction for this member."""
-        return Direction(self, terms, scale, decay, decay_last, cap, decay_power)
+        return Direction(self, terms, scale, decay, decay_last, cap, decay_power, exact)
 
 
 @dataclass(frozen=True)
@@ -426,6 +600,12 @@ class Rule:
     """Whether ``refresh`` changes weights in place; such units are never stacked."""
     meets: ClassVar[bool] = False
     """Whether ``update`` yields :class:`Together`, so that equal units should run side by side."""
+    guarded: ClassVar[bool] = False
+    """Whether ``update`` may see gradients that are narrow or not finite.
+
+    It may if all that it does to state goes through operations of ``stiefel.kernels`` that are told
+    ``ok``. Where the host does not wait for the flags the driver copies nothing then.
+    """
     together: ClassVar[bool] = False
     """Whether refreshes of all units belong to the same update, so that none can be shifted."""
 

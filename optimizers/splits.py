@@ -16,11 +16,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import pick
 from .groups import called, parameters_of, rows_of
-from .inner import Inner
+from .inner import AdamW, Inner
 from .moments import Match, column_squares, total
-from .projectors import KINDS, Projector, projector, turns_right
-from .rule import Blocks, Dense, Member, Rule, Scaled, Slot, Term, check
+from .projectors import KINDS, DenseProjector, Projector, projector, turns_right
+from .rule import (
+    AdamFactored,
+    Blocks,
+    Dense,
+    Member,
+    Residual,
+    Rule,
+    Scaled,
+    Slot,
+    Term,
+    check,
+)
 from .sketches import Draws
 
 COORDINATES = ("columns", "rows", "randk")
@@ -75,6 +87,11 @@ def free_of(w: Member, kind: str, scale: float, threshold: float) -> Free:
 class Way:
     """How a gradient is divided: what every kind can do, for stacks (K, m, n)."""
 
+    @property
+    def guarded(self) -> bool:
+        """Whether its terms take flags, with Adam inside; see :class:`Rule`."""
+        return False
+
     def transpose(self, m: int, n: int) -> bool:
         """Whether an m x n weight is turned first."""
         return False
@@ -110,6 +127,11 @@ class Coordinates(Way):
     share: float
     ordered: bool = True
     ages: bool = False
+
+    @property
+    def guarded(self) -> bool:
+        """See :class:`Way`; ages move by themselves."""
+        return not self.ages
 
     @property
     def dim(self) -> int:
@@ -180,9 +202,9 @@ class Coordinates(Way):
         def step(R: Tensor, ks: slice, part: slice) -> Tensor:
             state = {k: self.cut(X, ks, part) for k, X in moments.items()}
             own = clock if isinstance(clock, int) else self.cut(clock, ks, part)
-            return inner.direction(state, R, own)
+            return inner.direction(state, R, own, ok=None if w.ok is None else w.ok[ks])
 
-        return (Split(self, w.grad, w.state["index"], free, step),)
+        return (Split(self, w.grad, w.state["index"], free, step, inner, moments, clock),)
 
     def cut(self, X: Tensor, ks: slice, part: slice) -> Tensor:
         """State or clocks of what a panel asks for."""
@@ -215,6 +237,9 @@ class Split(Term):
         free: Direction of the others.
         step: Direction of the chosen ones (K, ., .): rows `part` if these are columns, else
             coordinates `part`.
+        inner: None, or what `step` is, for a kernel that does both parts.
+        moments: Its state.
+        clock: Its number of this update, or clocks that broadcast against the coordinates.
     """
 
     where: Coordinates
@@ -222,6 +247,9 @@ class Split(Term):
     index: Tensor
     free: Free
     step: Step
+    inner: Inner | None = None
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    clock: int | Tensor = 0
     fused: ClassVar[bool] = True
     _buffers: dict[torch.Size, Tensor] = field(default_factory=dict)
 
@@ -272,6 +300,29 @@ class Split(Term):
                 U = self._buffers[W.shape] = self.G.new_empty(W.shape)
             self._fill(U, ks, slice(i, j))
             _move_(W, U, keep, alpha)
+
+    def kernel_(
+        self,
+        W: Tensor,
+        keep: float,
+        alpha: float,
+        control: Tensor | None,
+        beside: Term | None = None,
+    ) -> bool:
+        """See :class:`Term`; Adam inside and no other term beside it."""
+        if beside is not None or not isinstance(self.inner, AdamW):
+            return False
+        t, dim = self.clock, None if self.where.kind == "randk" else self.where.dim
+        t = t.flatten(1) if isinstance(t, Tensor) else t
+        (beta1, beta2), eps = self.inner.betas, self.inner.eps
+        pick(W, "pass").split_step_(
+            W, self.G, self.index, dim, self.moments["exp_avg"], self.moments["exp_avg_sq"], t,
+            keep, alpha, beta1=beta1, beta2=beta2, eps=eps, free=self.free.kind,
+            free_scale=self.free.scale, floor=self.free.floor, control=control,
+        )  # fmt: skip
+        if control is not None and isinstance(t, Tensor):  # all of them have moved already
+            t.sub_((control[:, :1] == 0).to(t.dtype))
+        return True
 
     def _fill(self, U: Tensor, ks: slice, rows: slice) -> None:
         """Put the rows `rows` of both parts into U."""
@@ -401,17 +452,41 @@ class Subspace(Way):
         assert w.grad is not None
         P, G, state, m = self.projector, w.grad, w.state, w.m
         R = P.down(state, G, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
-        N = inner.direction(state, R, t, w.sums)
-        if free.kind == "no" or (self.holds_all(w, R.shape[-2]) and not self.published):
-            return (P.lift(state, N, m),)
-        if free.kind == "sign_sgd" and not self.published:  # what is round-off has no sign
-            least = free_of(w, free.kind, free.scale, NOISE * torch.finfo(G.dtype).eps)
-            free = least if free.floor is None else free
-        if free.kind == "sgd":
-            by = G.new_full((1, 1, 1), free.scale)
+        alone = free.kind == "no" or (self.holds_all(w, R.shape[-2]) and not self.published)
+        if free.kind == "sgd" and not alone:
+            by, N = R.new_full((1, 1, 1), free.scale), inner.direction(state, R, t, w.sums, w.ok)
             return P.lift(state, N.sub_(R, alpha=free.scale), m), Scaled(G, by)
-        rest = Blocks(lambda k, i, j: free(G[k, i, j] - P.back(state, R, m, k, i, j), k))
-        return P.lift(state, N, m), rest
+        lift = self.lifted(w, inner, R, t)
+        if alone:
+            return (lift,)
+        if not self.published:  # what is round-off has no sign
+            least = free_of(w, free.kind, free.scale, NOISE * torch.finfo(R.dtype).eps)
+            free = least if free.floor is None else free
+
+        def rest(k: slice, i: slice, j: slice) -> Tensor:
+            return free(G[k, i, j] - P.back(state, R, m, k, i, j), k)
+
+        if not self.plain:
+            return lift, Blocks(rest)
+        return lift, Residual(rest, state["basis"], R, G, free.scale, free.floor)
+
+    @property
+    def plain(self) -> bool:
+        """Whether P is a dense basis on one side."""
+        return isinstance(self.projector, DenseProjector) and not self.full
+
+    @property
+    def guarded(self) -> bool:
+        """See :class:`Way`."""
+        return self.plain
+
+    def lifted(self, w: Member, inner: Inner, R: Tensor, t: int) -> Term:
+        """The term P N (or P N Q^T) of inner's direction N of R."""
+        state = w.state
+        if self.plain and isinstance(inner, AdamW):  # N is made where it is used
+            M, V = state["exp_avg"], state["exp_avg_sq"]
+            return AdamFactored(state["basis"], R, M, V, t, inner.betas, inner.eps, w.ok)
+        return self.projector.lift(state, inner.direction(state, R, t, w.sums, w.ok), w.m)
 
     def holds_all(self, w: Member, r: int) -> bool:
         """Whether G lies in the subspace, so that a residual is round-off and its signs noise."""

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..kernels import product
+from ..kernels.dispatch import pick
 from .bases import top_bases, top_basis
-from .moments import Change, Turn
+from .moments import Change, Turn, column_squares
 from .rule import LOCAL, Factored, Slot, Sums, Term, check
 from .sketches import Draws, power_bases, random_bases, range_bases
 
@@ -53,6 +54,10 @@ class Projector:
     def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
         """R, a new tensor (K, r, n) or (K, r, r), in G's dtype at least."""
         raise NotImplementedError
+
+    def measured(self, state: State, G: Tensor, sums: Sums = LOCAL) -> tuple[Tensor, Tensor]:
+        """R, and the sums of squares of the columns of G (K, 1, n)."""
+        return self.down(state, G, sums), sums.rows(column_squares(G))
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """P N (or P N Q^T) as the cheapest term for a weight with m rows."""
@@ -102,8 +107,15 @@ class DenseProjector(Projector):
 
     def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
         """See :class:`Projector`."""
-        R = sums.rows(product(state["basis"].mT, G))
+        R = sums.rows(pick(G).project(state["basis"], G)[0])
         return sums.cols(product(R, state["basis_right"])) if self.both else R
+
+    def measured(self, state: State, G: Tensor, sums: Sums = LOCAL) -> tuple[Tensor, Tensor]:
+        """See :class:`Projector`; one read of G for both."""
+        if self.both:
+            return super().measured(state, G, sums)
+        R, squares = pick(G).project(state["basis"], G, squares=True)
+        return sums.rows(R), sums.rows(squares)
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """See :class:`Projector`."""

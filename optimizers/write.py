@@ -7,10 +7,13 @@ terms of a higher precision are summed in it with the decayed weight and rounded
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..kernels import reference
+from ..kernels.dispatch import pick
 from .rule import Dense, Direction, Term, check
 
 PANEL = 2**17
@@ -36,6 +39,14 @@ def write_(
     if step.cap is not None:
         terms = _capped(W, terms, step.cap, lr, step.scale)
     alpha, keep = -step.scale, 1.0 - lr**step.decay_power * weight_decay
+    if not step.exact and _by_kernel(W, step, terms, alpha * lr, keep, ok):
+        return
+    if ok is not None and step.member.ok is not None:
+        # what is not finite there is still in the terms, and no factor of 0 would take it away
+        new = W.clone()
+        write_(new, replace(step, exact=True), lr, weight_decay)
+        W.copy_(torch.where(ok != 0, new, W))
+        return
     if isinstance(lr, Tensor):
         terms = [term.scaled(lr.to(W.device)) for term in terms]
     else:
@@ -55,9 +66,39 @@ def write_(
     _write_panels(W, terms, alpha, keep, step.decay_last)
 
 
+def _by_kernel(
+    W: Tensor,
+    step: Direction,
+    terms: list[Term],
+    alpha: float | Tensor,
+    keep: float | Tensor,
+    ok: Tensor | None,
+) -> bool:
+    """Write all terms at once where the back end has a kernel that does it."""
+    if step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
+        return False
+    if pick(W, "pass") is reference or _alike(W, terms):
+        return False
+    control = None
+    if ok is not None or isinstance(alpha, Tensor):
+        control = W.new_ones(len(W), 3, dtype=torch.float32)
+        for i, x in enumerate((ok, keep, alpha)):
+            if x is not None:
+                control[:, i] = x.flatten() if isinstance(x, Tensor) else x
+        alpha = keep = 1.0
+    assert not isinstance(alpha, Tensor) and not isinstance(keep, Tensor)
+    first, *others = sorted(terms, key=lambda term: not term.fused)
+    return first.kernel_(W, keep, alpha, control, *others)
+
+
 def _flagged(term: Term, ok: Tensor) -> Term:
     """The term times 0 or 1, in its own dtype: a product with float32 would widen it."""
     return Dense(term.U * ok.to(term.U.dtype)) if isinstance(term, Dense) else term.scaled(ok)
+
+
+def _alike(W: Tensor, terms: list[Term]) -> bool:
+    """Whether terms of a low-precision weight are to be added in its own precision."""
+    return W.dtype in LOW and all(isinstance(t, Dense) and t.U.dtype == W.dtype for t in terms)
 
 
 def _precision(W: Tensor) -> torch.dtype:
@@ -91,8 +132,7 @@ def _panels(W: Tensor, whole: bool) -> Iterator[tuple[slice, slice]]:
 def _write_panels(
     W: Tensor, terms: list[Term], alpha: float, keep: float | Tensor, decay_last: bool
 ) -> None:
-    same = all(isinstance(term, Dense) and term.U.dtype == W.dtype for term in terms)
-    low = W.dtype in LOW and not same
+    low = W.dtype in LOW and not _alike(W, terms)
     keep_first, keep_last = (1.0, keep) if decay_last else (keep, 1.0)
     if not low and terms and terms[0].fused and not isinstance(keep_first, Tensor):
         # in one go over the whole matrix, with the decay inside

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stiefel.kernels import dct, dct_basis, dct_path, idct
-from stiefel.kernels.dct import FFT_FROM, _quarter_waves
+from stiefel.kernels.cosines import quarter_waves
+from stiefel.kernels.dct import FFT_FROM
 from stiefel.optimizers.coordinates import Dct
 from stiefel.optimizers.moments import Match, Turn, carry
 from stiefel.optimizers.projectors import Draws, projector
@@ -98,7 +99,7 @@ def test_dct_02_equals_scipy(n, path, dtype):
 def test_dct_03_paths_agree_and_the_order_is_a_bijection(n):
     X = gaussian(5, n)
     assert largest(dct(X, path="fft") - dct(X, path="matmul")) <= 5e-6
-    order, place, _ = _quarter_waves(n, torch.float32, "cpu")
+    order, place, _ = quarter_waves(n, torch.float32, "cpu")
     assert order.sort().values.tolist() == list(range(n))
     assert torch.equal(order[place], torch.arange(n))
 

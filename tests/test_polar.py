@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from polar_oracles import (
     zolotarev_polar,
     zolotarev_step,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from stiefel.kernels import (
@@ -883,6 +885,8 @@ def test_given_coefficients():
         ({"norm": "power"}, "norm='power' is unknown"),
         ({"norm": None}, "norm=None is unknown"),
         ({"dtype": torch.int8}, "dtype=torch.int8: pass float32"),
+        ({"exact": 1}, "exact=1 must be True or False"),
+        ({"method": "qdwh", "exact": True}, "option 'exact' is unknown to method='qdwh'"),
     ],
 )
 def test_errors_name_the_parameter(arguments, text):
@@ -908,11 +912,48 @@ def test_dispatch(monkeypatch):
         monkeypatch.setenv("STIEFEL_KERNELS", name)
         assert dispatch.pick(X).__name__ == "stiefel.kernels.reference"
     monkeypatch.setenv("STIEFEL_KERNELS", "triton")
-    with pytest.raises(RuntimeError, match="set it to auto or reference"):
+    monkeypatch.setattr(dispatch, "available", lambda: False)
+    with pytest.raises(RuntimeError, match="needs the package triton: install it"):
         polar_factor(X)
+    monkeypatch.setattr(dispatch, "available", lambda: True)
+    monkeypatch.setattr(dispatch, "kernels", lambda: SimpleNamespace(INTERPRETED=False))
+    with pytest.raises(RuntimeError, match=r"cpu tensors: .* or TRITON_INTERPRET=1 to interpret"):
+        polar_factor(X)
+    assert dispatch.pick(X.double()).__name__ == "stiefel.kernels.reference"
+    assert relative(polar_factor(X, exact=True), polar_factor(X.double())) < 1e-6
     monkeypatch.setenv("STIEFEL_KERNELS", "cuda")
     with pytest.raises(ValueError, match="STIEFEL_KERNELS='cuda' is unknown"):
         polar_factor(X)
+
+
+def test_dispatch_by_size(monkeypatch):
+    """What ``auto`` says of tensors on a GPU that need not be there."""
+    monkeypatch.setenv("STIEFEL_KERNELS", "auto")
+    monkeypatch.setattr(dispatch, "available", lambda: True)
+    fast = SimpleNamespace(INTERPRETED=False)
+    monkeypatch.setattr(dispatch, "kernels", lambda: fast)
+
+    def kernels(*shape, dtype=torch.float32, work="product"):
+        return dispatch.pick(torch.empty(shape, dtype=dtype, device="cuda"), work) is fast
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert kernels(257, 300) and kernels(8, 300, 257, dtype=torch.bfloat16)
+        assert not kernels(256, 4096) and not kernels(64, 256, 300)
+        assert not kernels(300, 300, dtype=torch.float64)
+        assert kernels(128, 128, work="pass") and not kernels(100, 100, work="pass")
+        monkeypatch.setattr(dispatch, "available", lambda: False)
+        assert not kernels(300, 300)
+        monkeypatch.setattr(dispatch, "available", lambda: True)
+        monkeypatch.setenv("STIEFEL_KERNELS", "triton")
+        assert kernels(8, 8) and not kernels(8, 8, dtype=torch.float64)
+        monkeypatch.setenv("STIEFEL_KERNELS", "reference")
+        assert not kernels(300, 300)
+
+
+@pytest.mark.parametrize("method", ["ns5", "gram"])
+def test_exact_changes_nothing_on_the_reference(method):
+    X = gaussian(3, 20, 40, dtype=torch.float32)
+    assert torch.equal(polar_factor(X, method, exact=True), polar_factor(X, method))
 
 
 def test_import_pulls_in_neither_triton_nor_scipy():

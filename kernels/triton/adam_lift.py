@@ -1,0 +1,169 @@
+"""Adam inside a subspace and out of it in one kernel: N = adam(R) never leaves the chip.
+
+W <- keep W + alpha (P N [+ free * sign(X - P R)]). A program owns some columns: it moves their
+moments, then goes down the rows of W. Where that does not pay, ``adam`` and ``lift_`` do the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .adam import adam, adam_moved, bias, clocks, distance, spread
+from .launch import INTERPRETED, Case, config, guard, options, refuse_overlap, strides
+from .lift import case, controls, floors, lift_, products, residual, signs, three
+from .subspace import RANK, multiprocessors, ranks
+from .tables import Config
+
+ON_CHIP = 128
+"""Most coordinates, padded, whose Adam and lift are one kernel; above they are two.
+
+Half as many where products are split in three (tf32x3), and half again with signs: more spill, or
+leave so few columns to a program that P is read from L2 oftener than by the other two kernels.
+"""
+
+
+@triton.jit
+def adam_lift_kernel(
+    W, P, R, M, V, clock, X, floor, control, m, n, r, splits, w_k, w_m, w_n, p_k, p_m, p_r,
+    r_s, r_k, r_r, r_n, m_k, m_r, m_n, v_k, v_r, v_n, t_k, t_r, t_n, x_k, x_m, x_n, f_k, c_k, c_c,
+    keep, alpha, free, beta1, rest1, beta2, rest2, one, two, eps,
+    CLOCK: tl.constexpr, SIGN: tl.constexpr, FLOOR: tl.constexpr, CONTROL: tl.constexpr,
+    PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
+    RB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """All of W in BN columns, with R and N of these on chip; the grid is (blocks, matrices)."""
+    k = tl.program_id(1).to(tl.int64)
+    cols = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    inner = tl.arange(0, RB).to(tl.int64)
+    down = inner[:, None]
+    inside = (down < r) & (cols < n)
+    width = n
+    if CONTROL:
+        control += k * c_k
+        width = tl.where(tl.load(control) != 0.0, n, 0)  # of a bad matrix nothing is written
+        keep = tl.load(control + c_c)
+        alpha = tl.load(control + 2 * c_c)
+    good = cols < width
+    stored = (down < r) & good
+    R += k * r_k + down * r_r + cols * r_n
+    x = tl.load(R, mask=inside, other=0.0).to(tl.float32)
+    for _ in range(1, splits):
+        R += r_s
+        x += tl.load(R, mask=inside, other=0.0).to(tl.float32)
+    M += k * m_k + down * m_r + cols * m_n
+    V += k * v_k + down * v_r + cols * v_n
+    a = tl.load(M, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(V, mask=inside, other=0.0).to(tl.float32)
+    if CLOCK:
+        t = tl.load(clock + k * t_k + down * t_r + cols * t_n, mask=inside, other=1)
+        one, two = distance(t.to(tl.float32) * one), tl.sqrt_rn(distance(t.to(tl.float32) * two))
+    a, b, d = adam_moved(x, a, b, beta1, rest1, beta2, rest2, one, two, eps)
+    d = tl.where(inside, d, 0.0)  # without eps it is 0 / 0 there
+    tl.store(M, a.to(M.dtype.element_ty), mask=stored)
+    tl.store(V, b.to(V.dtype.element_ty), mask=stored)
+    least = 0.0
+    if FLOOR:
+        least = tl.load(floor + k * f_k).to(tl.float32)
+    step = tl.full((), BM, tl.int64)
+    rows = tl.arange(0, BM).to(tl.int64)[:, None]
+    p = P + k * p_k + rows * p_m + inner[None, :] * p_r
+    w = W + k * w_k + rows * w_m + cols * w_n
+    for start in range(0, m, BM):
+        left = tl.arange(0, BM)[:, None] < m - start
+        y = tl.load(p, mask=left & (inner[None, :] < r), other=0.0).to(tl.float32)
+        acc = tl.dot(y, d, input_precision=PRECISION)
+        if SIGN:
+            reached = tl.dot(y, x, input_precision=RESIDUAL)
+            g = X + k * x_k + (rows + start) * x_m + cols * x_n
+            g = tl.load(g, mask=left & good, other=0.0).to(tl.float32)
+            acc += free * signs(g - reached, least)
+        old = tl.load(w, mask=left & good, other=0.0).to(tl.float32)
+        tl.store(w, (keep * old + alpha * acc).to(W.dtype.element_ty), mask=left & good)
+        p += step * p_m
+        w += step * w_m
+
+
+@torch.library.custom_op("stiefel::adam_lift_", mutates_args=("W", "M", "V"))
+def _adam_lift_op(
+    W: Tensor, P: Tensor, R: Tensor, M: Tensor, V: Tensor, t: float, clock: Tensor | None,
+    keep: float, alpha: float, beta1: float, beta2: float, eps: float, X: Tensor | None,
+    free: float, floor: Tensor | None, control: Tensor | None,
+) -> None:  # fmt: skip
+    if W.numel() == 0:
+        return
+    refuse_overlap(W, P, R, *(() if X is None else (X,)))
+    (K, m, n), r = W.shape, M.shape[-2]
+    chosen = _tiles(W, X is not None)
+    parts = R if R.ndim == 4 else R[None]
+    with guard(W):
+        adam_lift_kernel[(triton.cdiv(n, chosen.blocks["BN"]), K)](
+            W, P, parts, M, V, clock, X, floor, control, m, n, r, len(parts), *strides(W),
+            *strides(P), parts.stride(0), *strides(parts[0]), *strides(M), *strides(V),
+            *spread(clock, M), *three(X), floors(floor), *controls(control), keep, alpha, free,
+            *bias(t, clock is not None, beta1, beta2), eps, CLOCK=clock is not None,
+            SIGN=X is not None, FLOOR=floor is not None, CONTROL=control is not None,
+            PRECISION=products(W, P), RESIDUAL=residual(), RB=ranks(r), **options(chosen),
+        )  # fmt: skip
+
+
+@_adam_lift_op.register_fake
+def _(
+    W: Tensor, P: Tensor, R: Tensor, M: Tensor, V: Tensor, t: float, clock: Tensor | None,
+    keep: float, alpha: float, beta1: float, beta2: float, eps: float, X: Tensor | None,
+    free: float, floor: Tensor | None, control: Tensor | None,
+) -> None:  # fmt: skip
+    return None
+
+
+def _tiles(W: Tensor, sign: bool) -> Config:
+    """Of the kernel that keeps N on chip."""
+    return config("adam_lift_sign" if sign else "adam_lift", W, *W.shape[1:])
+
+
+def on_chip(W: Tensor, P: Tensor, r: int, sign: bool) -> bool:
+    """Whether one kernel does Adam and the lift: N fits, and its column blocks fill the device."""
+    if ranks(r, 2 * RANK) * (1 + sign) * (1 + (products(W, P) == "tf32x3")) > ON_CHIP:
+        return False
+    blocks = len(W) * triton.cdiv(W.shape[-1], _tiles(W, sign).blocks["BN"])
+    return INTERPRETED or blocks >= multiprocessors(W.device.index or 0)
+
+
+def adam_lift_(
+    W: Tensor, P: Tensor, R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, keep: float,
+    alpha: float, *, beta1: float, beta2: float, eps: float, X: Tensor | None = None,
+    free: float = 0.0, floor: Tensor | None = None, control: Tensor | None = None,
+) -> None:  # fmt: skip
+    """See :func:`stiefel.kernels.reference.adam_lift_`."""
+    X = None if free == 0.0 else X
+    if on_chip(W, P, M.shape[-2], X is not None):
+        number, clock = clocks(t)
+        _adam_lift_op(
+            W, P, R, M, V, number, clock, keep, alpha, beta1, beta2, eps, X, free, floor, control
+        )
+        return
+    ok = None if control is None else control[:, 0]
+    R = R if R.ndim == 3 else R.sum(0)
+    N = adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps, ok=ok)
+    beside = None if X is None else R
+    lift_(W, P, N, keep, alpha, X=X, R=beside, free=free, floor=floor, control=control)
+
+
+def _case(name: str, W: str, RB: int, sign: bool = False, **constants: Any) -> Case:
+    beside = ("P", "R", "M", "V", *(("X", "floor", "control") if sign else ()))
+    switches = {"SIGN": sign, "FLOOR": sign, "CONTROL": sign, "RB": RB, **constants}
+    table, pointers = "adam_lift_sign" if sign else "adam_lift", dict.fromkeys(beside, "fp32")
+    return case(name, table, adam_lift_kernel, {"W": W, **pointers}, **switches)
+
+
+CASES = [
+    _case("adam_lift bf16", "bf16", 128),
+    _case("adam_lift bf16 turned", "bf16", 128),
+    _case("adam_lift tf32x3", "fp32", 64, PRECISION="tf32x3"),
+    _case("adam_lift bf16 with signs", "bf16", 64, True),
+    _case("adam_lift tf32x3 with signs turned", "fp32", 32, True, PRECISION="tf32x3"),
+]

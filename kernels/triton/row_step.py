@@ -1,0 +1,121 @@
+"""A whole step of RowNorm in one kernel: momentum, row norms, decay and the write.
+
+Rows of up to 16384 entries are held in registers: G, M and W are read once, M and W written once,
+5e bytes an entry of e bytes. Of longer rows G and M are read twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..rows import check_step
+from .launch import Case, guard, options, strides
+from .row_sums import KINDS, case, factor, tile
+
+
+@triton.jit
+def lerped(a, b, weight, rest):
+    """From a to b, and exactly b at weight 1; rest = 1 - weight."""
+    return tl.where(weight < 0.5, a + weight * (b - a), b - rest * (b - a))
+
+
+@triton.jit
+def moved(M, G, at_m, at_g, there, momentum, gain, NESTEROV: tl.constexpr):
+    """The new momentum, and the step that is made of it."""
+    a = tl.load(M + at_m, mask=there, other=0.0).to(tl.float32)
+    g = tl.load(G + at_g, mask=there, other=0.0).to(tl.float32)
+    a = lerped(a, g, gain, momentum)
+    return a, lerped(g, a, momentum, gain) if NESTEROV else a
+
+
+@triton.jit
+def step_kernel(
+    W, M, G, control, m, n, w_k, w_m, w_n, m_k, m_m, m_n, g_k, g_m, g_n, c_k, c_x,
+    momentum, gain, eps, keep, alpha,
+    MODE: tl.constexpr, NESTEROV: tl.constexpr, CONTROL: tl.constexpr, WHOLE: tl.constexpr,
+    R: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """R rows of W and M; the grid is (row blocks, matrices)."""
+    batch = tl.program_id(1).to(tl.int64)
+    rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
+    cols = tl.arange(0, BN).to(tl.int64)[None, :]
+    if CONTROL:
+        told = control + batch * c_k
+        keep, alpha = tl.load(told + c_x), tl.load(told + 2 * c_x)
+        m = tl.where(tl.load(told) != 0.0, m, 0)  # of a bad matrix nothing is touched
+    good = rows < m
+    W += batch * w_k + rows * w_m
+    M += batch * m_k + rows * m_m
+    G += batch * g_k + rows * g_m
+    if WHOLE:
+        there = good & (cols < n)
+        w = tl.load(W + cols * w_n, mask=there, other=0.0).to(tl.float32)  # beside the others
+        a, u = moved(M, G, cols * m_n, cols * g_n, there, momentum, gain, NESTEROV)
+        u = tl.where(there, u, 0.0)
+        tl.store(M + cols * m_n, a.to(M.dtype.element_ty), mask=there)
+        by = alpha * factor(tl.sum(u * u, axis=1), 0.0, eps, MODE)[:, None]
+        w = keep * w + by * u
+        tl.store(W + cols * w_n, w.to(W.dtype.element_ty), mask=there)
+    else:  # M is stored last, as rounding it early would show
+        sums = tl.zeros((R, BN), tl.float32)
+        for j in range(0, n, BN):
+            there, at = good & (cols < n - j), cols + j
+            _, u = moved(M, G, at * m_n, at * g_n, there, momentum, gain, NESTEROV)
+            sums += tl.where(there, u * u, 0.0)
+        by = alpha * factor(tl.sum(sums, axis=1), 0.0, eps, MODE)[:, None]
+        for j in range(0, n, BN):
+            there, at = good & (cols < n - j), cols + j
+            a, u = moved(M, G, at * m_n, at * g_n, there, momentum, gain, NESTEROV)
+            tl.store(M + at * m_n, a.to(M.dtype.element_ty), mask=there)
+            w = keep * tl.load(W + at * w_n, mask=there, other=0.0).to(tl.float32) + by * u
+            tl.store(W + at * w_n, w.to(W.dtype.element_ty), mask=there)
+
+
+@torch.library.custom_op("stiefel::row_step_", mutates_args=("W", "M"))
+def _row_step(
+    W: Tensor, M: Tensor, G: Tensor, momentum: float, eps: float, mode: int, keep: float,
+    alpha: float, control: Tensor | None, nesterov: bool,
+) -> None:  # fmt: skip
+    if W.numel() == 0:
+        return
+    K, m, n = W.shape
+    chosen, whole = tile(W)
+    with guard(W):
+        step_kernel[(triton.cdiv(m, chosen.blocks["R"]), K)](
+            W, M, G, control, m, n, *strides(W), *strides(M), *strides(G),
+            *(control.stride() if control is not None else (0, 0)),
+            momentum, 1 - momentum, eps, keep, alpha, MODE=mode, NESTEROV=nesterov,
+            CONTROL=control is not None, WHOLE=whole, **options(chosen),
+        )  # fmt: skip
+
+
+def row_step_(
+    W: Tensor, M: Tensor, G: Tensor, momentum: float, eps: float, mode: str, keep: float,
+    alpha: float, control: Tensor | None = None, nesterov: bool = False,
+) -> None:  # fmt: skip
+    """See :func:`stiefel.kernels.reference.row_step_`."""
+    check_step(mode)
+    _row_step(W, M, G, momentum, eps, KINDS[mode], keep, alpha, control, nesterov)
+
+
+def _case(element: str, table: str, size: str, unit: str = "n") -> Case:
+    """Rows run along the memory, or columns do."""
+    other = "m" if unit == "n" else "n"
+    sizes = " ".join(("m n c_k", *(f"{x}_{axis}" for x in "wmg" for axis in ("k", other))))
+    units = {f"{x}_{unit}": 1 for x in "wmg"}
+    kind = size if table == "rows" else table[5:]
+    return case(
+        f"row_step_ {element} {kind}", step_kernel, table, element, "W G", sizes,
+        "momentum gain eps keep alpha", size, "M control", **units, c_x=1, NESTEROV=False,
+        CONTROL=True, MODE=0, WHOLE=table == "rows",
+    )  # fmt: skip
+
+
+CASES = [
+    _case(element, *kind)
+    for element in ("fp32", "bf16")
+    for kind in (("rows", "small"), ("rows", "large"), ("rows_long", "large"))
+] + [_case("fp32", "rows_turned", "large", "m")]

@@ -1,0 +1,191 @@
+"""What kernels of rows at one length share: factors, tiles, and sums over the rows.
+
+Sums over rows go through partial sums of blocks of rows, which are added in their order: neither
+the number of matrices nor the device changes a bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..rows import ROW_MODES
+from .launch import INTERPRETED, Case, config, options, strides, workspace
+from .tables import Config
+
+HELD = 16384
+"""Entries of a row that one program holds in registers."""
+ENTRIES = 4096
+"""Entries of a tile of several rows."""
+BLOCKS = 256
+"""Most partial sums of a column."""
+KINDS = {"inverse_eps": 0, "inverse": 1, "unit": 1, "relative": 2}
+assert tuple(KINDS) == ROW_MODES
+
+
+@triton.jit
+def factor(s, rms, eps, MODE: tl.constexpr):
+    """What a row of squared norm s is multiplied by; NaN stays."""
+    d = tl.sqrt_rn(s)
+    if MODE == 0:
+        d += eps
+    elif MODE == 1:
+        d = tl.where(d < eps, eps, d)
+    else:
+        d += 0.01 * rms
+    f = tl.div_rn(tl.full(d.shape, 1.0, tl.float32), d)
+    return tl.where(rms > 0.0, f, 0.0) if MODE == 2 else tl.where(d == 0.0, 0.0, f)
+
+
+@triton.jit
+def columns_kernel(
+    X, mean, squares, rms, parts, m, n, length, x_k, x_m, x_n, eps,
+    MODE: tl.constexpr, MEAN: tl.constexpr, SQUARE: tl.constexpr, FACTOR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Sums over `length` rows of X - mean, of its squares, or of it at row norm 1.
+
+    The mean has an entry for each column (MEAN 1) or row (2). The grid is (row blocks * column
+    tiles, matrices); tiles are added entry by entry, so that memory may run either way.
+    """
+    tiles = tl.cdiv(n, BN)
+    block = tl.program_id(0) // tiles
+    batch = tl.program_id(1).to(tl.int64)
+    X += batch * x_k
+    col = ((tl.program_id(0) % tiles) * BN + tl.arange(0, BN)).to(tl.int64)
+    cols = col[None, :]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(block * length, tl.minimum((block + 1) * length, m), BM):
+        rows = (start + tl.arange(0, BM)).to(tl.int64)[:, None]
+        there = (rows < m) & (cols < n)
+        x = tl.load(X + rows * x_m + cols * x_n, mask=there, other=0.0).to(tl.float32)
+        if MEAN == 1:
+            mu = tl.load(mean + batch * n + cols, mask=cols < n, other=0.0)
+        elif MEAN == 2:
+            mu = tl.load(mean + batch * m + rows, mask=rows < m, other=0.0)
+        if MEAN:
+            x = tl.where(there, x - mu, 0.0)
+        if FACTOR:
+            s = tl.load(squares + batch * m + rows, mask=rows < m, other=1.0)
+            x *= factor(s, tl.load(rms + batch) if MODE == 2 else 0.0, eps, MODE)
+        acc += x * x if SQUARE else x
+    blocks = tl.num_programs(0) // tiles
+    at = (batch * blocks + block) * n + col
+    tl.store(parts + at, tl.sum(acc, axis=0), mask=col < n)
+
+
+@triton.jit
+def added_kernel(parts, out, n, blocks, scale, BN: tl.constexpr):
+    """Partial sums (K, blocks, n) added in their order, times scale; grid (tiles, matrices)."""
+    col = tl.program_id(0) * BN + tl.arange(0, BN)
+    batch = tl.program_id(1).to(tl.int64)
+    at = batch * blocks * n + col
+    acc = tl.zeros((BN,), tl.float32)
+    for _ in range(blocks):
+        acc += tl.load(parts + at, mask=col < n, other=0.0)
+        at += n
+    tl.store(out + batch * n + col, acc * scale, mask=col < n)
+
+
+@triton.jit
+def rms_kernel(squares, rms, m, scale, BN: tl.constexpr):
+    """Root of the mean of all squared norms of a matrix; the grid is (1, matrices)."""
+    batch = tl.program_id(1).to(tl.int64)
+    acc = tl.zeros((BN,), tl.float32)
+    for start in range(0, m, BN):
+        row = start + tl.arange(0, BN)
+        acc += tl.load(squares + batch * m + row, mask=row < m, other=0.0)
+    tl.store(rms + batch, tl.sqrt_rn(tl.sum(acc, axis=0) * scale))
+
+
+# launchers ----------------------------------------------------------------------------------------
+
+
+def turned(X: Tensor) -> bool:
+    """Whether memory runs along the columns of X."""
+    return X.stride(-1) != 1 and X.stride(-2) == 1
+
+
+def tile(X: Tensor) -> tuple[Config, bool]:
+    """Rows and columns of a tile of the row kernels, and whether it has all columns."""
+    n = X.shape[-1]
+    if INTERPRETED:
+        chosen = config("rows", X, n)
+        return chosen, n <= chosen.blocks["BN"] and not turned(X)
+    if turned(X) or n > HELD:
+        return config("rows_turned" if turned(X) else "rows_long", X, n), False
+    width = max(16, triton.next_power_of_2(n))
+    warps = 4 if width <= ENTRIES else width // 1024
+    return Config((("R", max(1, ENTRIES // width)), ("BN", width)), warps, 1), True
+
+
+def split(m: int, step: int, least: int) -> tuple[int, int]:
+    """Length and number of the row blocks that partial sums are of; whatever K is."""
+    length = max(step * triton.cdiv(m, step * BLOCKS), least)
+    return length, triton.cdiv(m, length)
+
+
+def scratch(name: str, X: Tensor, *shape: int) -> Tensor:
+    """Float32 memory that kernels of rows use for a while."""
+    return workspace(f"rows {name}", shape, X, torch.float32)
+
+
+def added(parts: Tensor, name: str, scale: float) -> Tensor:
+    """The sum over the blocks of (K, blocks, n), as (K, n) that is kept under a name."""
+    K, blocks, n = parts.shape
+    out, chosen = scratch(name, parts, K, n), config("rows_added", parts, n)
+    grid = (triton.cdiv(n, chosen.blocks["BN"]), K)
+    added_kernel[grid](parts, out, n, blocks, scale, **options(chosen))
+    return out
+
+
+def columns(
+    X: Tensor, name: str, scale: float, mode: int = 0, eps: float = 0.0,
+    mean: Tensor | None = None, side: int = 1, squares: Tensor | None = None,
+    rms: Tensor | None = None, square: bool = False,
+) -> Tensor:  # fmt: skip
+    """Sums over the rows of X, times scale; see ``columns_kernel``."""
+    K, m, n = X.shape
+    chosen = config("rows_columns", X, m, n)
+    length, blocks = split(m, chosen.blocks["BM"], 4 * chosen.blocks["BM"])
+    parts = scratch("parts", X, K, blocks, n)
+    columns_kernel[(blocks * triton.cdiv(n, chosen.blocks["BN"]), K)](
+        X, mean, squares, rms, parts, m, n, length, *strides(X), eps,
+        MODE=mode, MEAN=0 if mean is None else side, SQUARE=square,
+        FACTOR=squares is not None, **options(chosen),
+    )  # fmt: skip
+    return added(parts, name, scale)
+
+
+def root_mean(squares: Tensor) -> Tensor:
+    """Root of the mean of squared norms (K, m), as (K,)."""
+    K, m = squares.shape
+    rms, chosen = scratch("rms", squares, K), config("rows_added", squares, m)
+    rms_kernel[(1, K)](squares, rms, m, 1 / m, **options(chosen))
+    return rms
+
+
+def case(
+    name: str, kernel: Any, table: str, element: str, pointers: str, sizes: str, scalars: str,
+    size: str = "large", floats: str = "", **constants: Any,
+) -> Case:  # fmt: skip
+    """A static case from the names of its arguments, by their types."""
+    types = {
+        **dict.fromkeys(pointers.split(), f"*{element}"), **dict.fromkeys(sizes.split(), "i32"),
+        **dict.fromkeys(floats.split(), "*fp32"), **dict.fromkeys(scalars.split(), "fp32"),
+    }  # fmt: skip
+    return Case(name, table, kernel, types, constants, size=size)
+
+
+CASES = [
+    case(
+        f"column sums {element}", columns_kernel, "rows_columns", element, "X",
+        "m n length x_k x_m", "eps", floats="mean squares parts", x_n=1, rms=None, MODE=0,
+        MEAN=1, SQUARE=False, FACTOR=True,
+    )
+    for element in ("fp32", "bf16")
+]  # fmt: skip

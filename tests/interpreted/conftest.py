@@ -1,0 +1,25 @@
+"""Kernels on CPU tensors, in Triton's interpreter: only in a process that was started for it.
+
+With STIEFEL_DEVICE=cuda the same tests run the compiled kernels on a GPU.
+"""
+
+import os
+
+import torch
+from arena import DEVICE
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETS and DEVICE != "cpu":
+    raise RuntimeError("the interpreter takes CPU tensors: set TRITON_INTERPRET or STIEFEL_DEVICE")
+
+torch.set_num_threads(1)
+collect_ignore_glob = [] if INTERPRETS else ["test_*.py"]
+
+if INTERPRETS:
+    from mended import mend
+
+    mend()
+elif DEVICE != "cpu":
+    # these two are about the interpreter, and optimizers of CPU weights
+    collect_ignore_glob = ["test_traffic.py", "test_optimizers.py"]
+    torch.set_default_device(DEVICE)

@@ -1,0 +1,87 @@
+"""Every method on kernels against the same method in plain torch, through the driver."""
+
+import os
+
+import pytest
+import torch
+from problems import METHODS, gradients, run, same, tensors, weight
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SHAPES = [(24, 10), (10, 24), (17, 5), (24, 10)]
+STEPS = 4
+OPERATIONS = {
+    "muon-ns5": "gram",
+    "muon-normuon": "scaled_add",
+    "galore": "adam_lift_",
+    "fira": "lift_",
+    "frugal-columns": "split_step_",
+    "frugal-rows": "split_step_",
+    "frugal-svd": "adam_lift_",
+    "auon": "blend",
+    "rownorm": "row_step_",
+    "aro": "sinkhorn",
+    "dctadamw": "adam",
+}
+"""An operation that a method must reach."""
+GUARDED = ["galore", "fira", "frugal-columns", "frugal-svd", "auon", "rownorm", "muon", "muon-ns5"]
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation of the house was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "stiefel":
+            name = func._opname
+            self.calls[name] = self.calls.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def trained(make, back_end, monkeypatch, dtype=torch.float32, wait=None, bad=(), **options):
+    """Weights after each step, the state, and the operations that were called."""
+    monkeypatch.setenv("STIEFEL_KERNELS", back_end)
+    params = [weight(shape, i, dtype) for i, shape in enumerate(SHAPES)]
+    optimizer = make(params, **options)
+    optimizer._wait = wait
+    grads = [gradients(shape, STEPS, i) for i, shape in enumerate(SHAPES)]
+    for i, step in bad:
+        grads[i][step] = grads[i][step].clone()
+        grads[i][step][0, 0] = float("nan")
+    with Counted() as counted:
+        weights = run(optimizer, params, grads)
+    skipped = optimizer.skipped  # waits for flags, which move clocks
+    return weights, tensors(optimizer), counted.calls, skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_the_same_on_kernels(name, dtype, monkeypatch):
+    given = [weight(shape, i, dtype) for i, shape in enumerate(SHAPES)]
+    plain, state, none, _ = trained(METHODS[name], "reference", monkeypatch, dtype)
+    ours, kept, calls, _ = trained(METHODS[name], "triton", monkeypatch, dtype)
+    assert not none and state.keys() == kept.keys()
+    assert all(word in " ".join(calls) for word in [OPERATIONS.get(name, "")])
+    for before, a, b in zip(given, plain[-1], ours[-1], strict=True):
+        moved = (a.float() - before.float()).abs().max()
+        off = (a.float() - b.float()).abs()
+        # bfloat16 weights are rounded once where torch rounds after each operation
+        least = 2**-7 * a.float().abs().max() if dtype == torch.bfloat16 else 0.0
+        assert off.max() <= 1e-3 * moved + least, (name, float(off.max()), float(moved))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GUARDED)
+def test_flags_that_arrive_late_skip_what_the_host_would_have_skipped(name, dtype, monkeypatch):
+    bad = [(0, 2), (3, 2), (1, 3)]
+    waited = trained(METHODS[name], "triton", monkeypatch, dtype, True, bad)
+    late = trained(METHODS[name], "triton", monkeypatch, dtype, False, bad)
+    assert waited[3] == late[3] == 3
+    assert all(bool(W.isfinite().all()) for W in late[0][-1])
+    assert same(waited[0], late[0]) and same(waited[1], late[1])
+
+
+def test_the_process_interprets():
+    assert os.environ["TRITON_INTERPRET"] == "1"
