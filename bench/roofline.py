@@ -206,8 +206,7 @@ class Method:
         options: Keywords.
         rank: Of a subspace; 0 where there is none.
         degree: Of flops in the sides: 3 where the short side is multiplied with itself.
-        side: Shorter side of the smallest weight that is run.
-        sums: Whether it sums over tiles: a square of one tile is of another kind then.
+        side: Shorter side of the smallest weight that is run; a sum over one tile is no sum yet.
     """
 
     name: str
@@ -216,7 +215,6 @@ class Method:
     rank: int = 0
     degree: int = 2
     side: int = UNIT
-    sums: bool = False
 
     def step(self, m: int, n: int, real: tuple[int, int] | None = None) -> Log:
         """What the third step of one m x n weight does, which makes no new basis.
@@ -241,7 +239,7 @@ class Method:
     def count(self, m: int, n: int, check: bool = False) -> Log:
         """The same of a weight of any size, extended."""
         tall, square = m > n, m == n
-        sizes = Sizes(self.side + UNIT * (square and self.sums), self.degree, square)
+        sizes = Sizes(self.side, self.degree, square)
 
         def run(short: int, long: int) -> Log:
             return self.step(*((long, short) if tall else (short, long)), (m, n))
@@ -265,9 +263,9 @@ def merged(log: Log) -> Log:
 
 
 def _ranked(name: str, plain: str, rank: int, key: str = "rank", **options: Any) -> Method:
-    side = UNIT if rank < UNIT else rank + UNIT
-    sums = name != "GaLore" and side == UNIT
-    return Method(name, plain, {key: rank, **options}, rank, side=side, sums=sums)
+    least = UNIT if name == "GaLore" else 2 * UNIT
+    side = least if rank < UNIT else rank + UNIT
+    return Method(name, plain, {key: rank, **options}, rank, side=side)
 
 
 METHODS = {

@@ -53,7 +53,7 @@ FLOORS = {
     "powers": {"kernels", "moments", "rule"},
     "rows": {"kernels", "lowrank", "moments", "rule"},
     "adamw": set(),
-    "write": {"rule"},
+    "write": {"kernels", "rule"},
     "units": {"kernels", "rule", "views"},
     "plan": {"kernels", "rule", "units"},
     "inner": {"moments", "rule"},
@@ -190,5 +190,5 @@ def test_no_package_file_above_both_packages():
 
 def test_method_files_stay_short():
     for name in METHODS:
-        most = 230  # a docstring with every option takes half of that
+        most = 235  # a docstring with every option takes half of that
         assert len((ROOT / "optimizers" / f"{name}.py").read_text().splitlines()) <= most
