@@ -253,7 +253,7 @@ def faults(case: Case, arch: str, row: Row) -> list[str]:
         f"{row.shared} bytes of shared memory, {SHARED[arch]} fit": row.shared > SHARED[arch],
         f"no {wanted} but {dict(row.products)}": wanted is not None and wanted not in row.products,
         f"{row.narrow} loads of less than 4 bytes": row.narrow > 0,
-        f"no load of 16 bytes, the widest is {row.load}": row.load < 16,
+        f"no load of {case.load} bytes, the widest is {row.load}": row.load < case.load,
         f"{row.blocks} blocks on a multiprocessor, not {case.blocks}": row.blocks < case.blocks,
     }
     return [text for text, wrong in found.items() if wrong]

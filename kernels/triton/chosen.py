@@ -166,7 +166,9 @@ def _gather(name: str, element: str, dim: int) -> Case:
     unit = ("s_t", "o_t") if dim == -1 else ("s_l", "o_l")
     sizes = {"lines", "r", "n", "i_k"} | {f"{x}_{axis}" for x in "so" for axis in "klt"}
     types |= dict.fromkeys(sorted(sizes - set(unit)), "i32")
-    return Case(name, "cosine_take", take_kernel, types, dict.fromkeys((*unit, "i_r"), 1), blocks=2)
+    fixed = dict.fromkeys((*unit, "i_r"), 1)
+    load = 4 if dim == -1 else 16  # places along the memory lie apart
+    return Case(name, "cosine_take", take_kernel, types, fixed, blocks=2, load=load)
 
 
 CASES = [

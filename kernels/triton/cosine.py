@@ -25,8 +25,6 @@ from torch import Tensor
 from ..cosines import NORMS, quarter_waves
 from .launch import Case, config, guard, options, stacked, strides, workspace
 
-_WIDTH = 128  # cosines whose sums one program adds up
-
 
 @triton.jit
 def tile(n_tiles, lines, half, BL: tl.constexpr, BP: tl.constexpr):
@@ -179,8 +177,9 @@ def _twiddle(V: Tensor, n: int, dim: int, norm: int) -> tuple[Tensor, Tensor]:
                 *along(S, dim), NORM=norm, **options(chosen),
             )  # fmt: skip
             if norm:
-                wide = (triton.cdiv(n, _WIDTH), K)
-                sums_kernel[wide](partial, sums, blocks, n, BLOCK=_WIDTH)
+                chosen = config("cosine_sums", sums, n)
+                wide = (triton.cdiv(n, chosen.blocks["BLOCK"]), K)
+                sums_kernel[wide](partial, sums, blocks, n, **options(chosen))
     return S, sums
 
 
@@ -220,7 +219,8 @@ def case(name: str, kernel: Any, dim: int, narrow: str = "fp32", **constants: An
     fixed = {a: x for a, x in constants.items() if a in kernel.arg_names}
     # rows of n / 2 + 1 complex numbers begin on 8 bytes only
     loose = ("v_k", "v_l") if "twiddle" in name else ()
-    return Case(name, "cosine", kernel, types, fixed, loose=loose, blocks=2)
+    load = 8 if loose else 16
+    return Case(name, "cosine", kernel, types, fixed, loose=loose, blocks=2, load=load)
 
 
 CASES = [
@@ -229,4 +229,8 @@ CASES = [
     case("dct_reorder bf16 down", reorder_kernel, -2, "bf16", BACK=False, RUNS=False),
     case("dct_twiddle l2", twiddle_kernel, -1, NORM=2),
     case("dct_twiddle down", twiddle_kernel, -2, NORM=0, partial=None),
-]
+    Case(
+        "dct sums", "cosine_sums", sums_kernel,
+        {"partial": "*fp32", "sums": "*fp32", "blocks": "i32", "n": "i32"}, load=4,
+    ),
+]  # fmt: skip

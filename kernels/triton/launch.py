@@ -180,6 +180,8 @@ class Case:
         loose: Integers that are no multiples of 16.
         blocks: How many blocks a multiprocessor must be able to hold at once.
         size: Size class of the Config.
+        load: Bytes that the widest load must have; less than 16 where memory is gathered, or holds
+            little.
     """
 
     name: str
@@ -191,6 +193,7 @@ class Case:
     loose: tuple[str, ...] = ()
     blocks: int = 1
     size: str = "large"
+    load: int = 16
 
     def config(self, target: str) -> Config:
         """Its Config on an architecture."""

@@ -171,14 +171,14 @@ def root_mean(squares: Tensor) -> Tensor:
 
 def case(
     name: str, kernel: Any, table: str, element: str, pointers: str, sizes: str, scalars: str,
-    size: str = "large", floats: str = "", **constants: Any,
+    size: str = "large", floats: str = "", load: int = 16, **constants: Any,
 ) -> Case:  # fmt: skip
     """A static case from the names of its arguments, by their types."""
     types = {
         **dict.fromkeys(pointers.split(), f"*{element}"), **dict.fromkeys(sizes.split(), "i32"),
         **dict.fromkeys(floats.split(), "*fp32"), **dict.fromkeys(scalars.split(), "fp32"),
     }  # fmt: skip
-    return Case(name, table, kernel, types, constants, size=size)
+    return Case(name, table, kernel, types, constants, size=size, load=load)
 
 
 CASES = [
@@ -188,4 +188,11 @@ CASES = [
         MEAN=1, SQUARE=False, FACTOR=True,
     )
     for element in ("fp32", "bf16")
+]  # fmt: skip
+CASES += [
+    case(
+        "column sums added", added_kernel, "rows_added", "fp32", "parts out", "n blocks", "scale",
+        load=4,
+    ),
+    case("row rms", rms_kernel, "rows_added", "fp32", "squares rms", "m", "scale", load=4),
 ]  # fmt: skip

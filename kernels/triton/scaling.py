@@ -209,4 +209,19 @@ def _cases(element: str) -> list[Case]:
     return found
 
 
-CASES = [*_cases("fp32"), *_cases("bf16")]
+_FACTS = {"facts": "*fp32", "scale": "fp32"}
+_SMALL = [
+    Case(
+        "sinkhorn measured", "scaling_measured", measured_kernel,
+        {**_FACTS, "largest": "*fp32", "sums": "*fp32", "tiles": "i32", "tiny": "fp32"}, load=4,
+    ),
+    Case(
+        "sinkhorn factors", "scaling_factors", factors_kernel,
+        {
+            **_FACTS, "parts": "*fp32", "out": "*fp32", "n": "i32", "blocks": "i32",
+            "floor": "fp32",
+        },
+        {"EVEN": False, "MEAN": False}, load=4,
+    ),
+]  # fmt: skip
+CASES = [*_cases("fp32"), *_cases("bf16"), *_SMALL]

@@ -25,7 +25,6 @@ from .launch import Case, config, guard, options, strides
 
 COLUMNS, ROWS, ENTRIES = 0, 1, 2
 FREE = {"no": 0, "sgd": 1, "sign_sgd": 2}
-_LINE = 1024
 
 
 @triton.jit
@@ -104,9 +103,11 @@ def _places(index: Tensor, n: int) -> Tensor:
     K, c = index.shape
     places = torch.full((K, n), -1, dtype=torch.int32, device=index.device)
     if c:
-        places_kernel[(triton.cdiv(c, _LINE), K)](
-            index, places, c, n, 0 if K == 1 else index.stride(0), index.stride(1), BLOCK=_LINE
-        )
+        chosen = config("split_places", places, c)
+        places_kernel[(triton.cdiv(c, chosen.blocks["BLOCK"]), K)](
+            index, places, c, n, 0 if K == 1 else index.stride(0), index.stride(1),
+            **options(chosen),
+        )  # fmt: skip
     return places
 
 
@@ -210,4 +211,8 @@ CASES = [
     _case("split columns bf16 of fp32", "bf16", "fp32", COLUMNS, clocks=True),
     _case("split rows bf16", "bf16", "bf16", ROWS),
     _case("split entries bf16", "bf16", "bf16", ENTRIES),
-]
+    Case(
+        "split places", "split_places", places_kernel,
+        {"index": "*i32", "places": "*i32", "c": "i32", "n": "i32", "i_k": "i32"}, {"i_c": 1},
+    ),
+]  # fmt: skip

@@ -140,7 +140,7 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
     "scaling_measure": _same(
         _of(8, 1, BM=32, BN=256), _of(8, 1, BM=32, BN=256), _of(4, 1, BM=16, BN=64)
     ),
-    "scaling_measured": _same(_of(4, 1, BN=1024), _of(4, 1, BN=1024), _of(4, 1, BN=4)),
+    "scaling_measured": _same(_of(4, 1, BN=512), _of(4, 1, BN=512), _of(4, 1, BN=4)),
     "scaling_across": _same(
         _of(4, 1, BM=32, BN=128), _of(4, 1, BM=32, BN=128), _of(4, 1, BM=16, BN=32)
     ),
@@ -149,6 +149,8 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
         _of(4, 1, BM=32, BN=128), _of(4, 1, BM=32, BN=128), _of(4, 1, BM=16, BN=32)
     ),
     "cosine": _same(_of(4, 1, BL=32, BP=64), _of(4, 1, BL=32, BP=64), _of(4, 1, BL=8, BP=16)),
+    "cosine_sums": _same(_of(4, 1, BLOCK=128), _of(4, 1, BLOCK=128), _of(4, 1, BLOCK=32)),
+    "split_places": _same(_of(4, 1, BLOCK=1024), _of(4, 1, BLOCK=1024), _of(4, 1, BLOCK=32)),
     "cosine_take": _same(_of(4, 1, BL=32, BP=64), _of(4, 1, BL=32, BP=64), _of(4, 1, BL=8, BP=16)),
     "cosine_project": _each(
         sm_80=(_of(8, 2, BL=128, BR=64, BK=32), _of(8, 2, BL=128, BR=64, BK=32)),
