@@ -325,8 +325,10 @@ class Scaled(Term):
         control: Tensor | None,
         beside: Term | None = None,
     ) -> bool:
-        """See :class:`Term`."""
-        return beside is None and scaled_add_(W, self.X, self.by, keep, alpha, control)
+        """See :class:`Term`; beside it there may be another of its kind."""
+        if beside is not None and not isinstance(beside, Scaled):
+            return False
+        return scaled_add_(W, self.X, self.by, keep, alpha, control, beside)
 
 
 @dataclass(frozen=True)
@@ -406,10 +408,17 @@ class Residual(Blocks):
 
 
 def scaled_add_(
-    W: Tensor, X: Tensor, by: Tensor | None, keep: float, alpha: float, control: Tensor | None
+    W: Tensor,
+    X: Tensor,
+    by: Tensor | None,
+    keep: float,
+    alpha: float,
+    control: Tensor | None,
+    beside: Scaled | None = None,
 ) -> bool:
-    """W <- keep W + alpha by X by one kernel."""
-    pick(W, "pass").scaled_add_(W, X, by, keep, alpha, control=control)
+    """W <- keep W + alpha (by X + beside) by one kernel."""
+    second = {} if beside is None else {"Y": beside.X, "by_Y": beside.by}
+    pick(W, "pass").scaled_add_(W, X, by, keep, alpha, control, **second)
     return True
 
 
