@@ -25,8 +25,8 @@ OPERATIONS = {
 """An operation that a method must reach."""
 SPREAD = {"galore-full": {"eps": 1e-3}}
 """Options without which Adam gives round-off a full step: P^T G Q is diagonal in a fresh basis."""
-ODD = {"muon-low-rank": 2, "muon-kaczmarz": 2}
-"""A weight whose sketch is nearly singular, so that one unit of round-off decides its range."""
+SKETCHED = ["muon-low-rank", "muon-kaczmarz"]
+"""Tiny sketches draw a column twice: then one unit of round-off decides the rest of their range."""
 GUARDED = ["galore", "fira", "frugal-columns", "frugal-svd", "auon", "rownorm", "muon", "muon-ns5"]
 
 
@@ -69,10 +69,12 @@ def test_a_method_is_the_same_on_kernels(name, dtype, monkeypatch):
     ours, kept, calls, _ = trained(METHODS[name], "triton", monkeypatch, dtype, **more)
     assert not none and state.keys() == kept.keys()
     assert all(word in " ".join(calls) for word in [OPERATIONS.get(name, "")])
-    for i, (before, a, b) in enumerate(zip(given, plain[-1], ours[-1], strict=True)):
-        if i == ODD.get(name):
-            continue
+    for before, a, b in zip(given, plain[-1], ours[-1], strict=True):
         moved = (a.float() - before.float()).detach().abs().max()
+        if name in SKETCHED:
+            length, other = (float((X.float() - before.float()).norm()) for X in (a, b))
+            assert abs(length - other) <= 0.1 * length
+            continue
         off = (a.float() - b.float()).detach().abs()
         # bfloat16 weights are rounded once where torch rounds after each operation
         least = 2**-7 * a.float().abs().max() if dtype == torch.bfloat16 else 0.0
