@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tables
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -342,12 +343,7 @@ def markdown(rows: Mapping[str, Row | str]) -> str:
         products = ", ".join(f"{n} {kind}" for kind, n in row.products.items())
         cells = {**asdict(row), "products": products}
         lines.append([name, *(str(cells[field]) for field in names[1:])])
-    widths = [max(len(x[i]) for x in lines if len(x) == len(names)) for i in range(len(names))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=False)) + " |"
-        for line in lines
-    )
+    return tables.markdown(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,7 +42,9 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # before triton is impor
 
 import operations
 import torch
+from peaks import PEAKS, Peaks
 from plain import newton_schulz
+from tables import markdown
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -60,25 +62,6 @@ GAIN, LOSS, LARGE = 1.5, 0.95, 4096
 SHARE, ENTRIES = 0.7, 2**22
 STEPS_GAIN = 1.25
 HALF = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """A device's: TF/s of dense bfloat16 products, of TF32 ones, and TB/s."""
-
-    half: float
-    single: float
-    memory: float
-
-
-PEAKS = {
-    "A100": Peaks(312, 156, 2.0),
-    "H100": Peaks(989, 495, 3.35),
-    "H200": Peaks(989, 495, 4.8),
-    "B200": Peaks(2250, 1125, 8.0),
-    "MI300X": Peaks(1307, 654, 5.3),
-}
-"""By a part of the device's name."""
 
 
 # timers -------------------------------------------------------------------------------------------
@@ -484,16 +467,6 @@ def five_steps(timer: Timer, device: str, shape: tuple[int, int] = (2048, 8192))
 # the report ---------------------------------------------------------------------------------------
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
-
-
 def report(figures: Sequence[Figure], out: Path | None, device: str) -> int:
     """Print and write the table and what is missed; the exit status."""
     lines = [list(HEAD), *map(cells, figures)]
@@ -531,7 +504,8 @@ def static_report(only: Sequence[str]) -> int:
 def peaks_of(device: str, given: Sequence[float] | None) -> Peaks | None:
     """The peaks of a device of this name."""
     if given:
-        return Peaks(*given)
+        half, single, memory = given
+        return Peaks(half, single, single, memory)
     return next((peaks for name, peaks in PEAKS.items() if name in device), None)
 
 

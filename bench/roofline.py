@@ -36,7 +36,9 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 from operations import OPERATIONS, Operation
+from peaks import PEAKS, Peaks
 from plain import PLAIN
+from tables import markdown
 from torch import Tensor, nn
 from traffic import Log, Point, Work, recorded, scaled, watched
 
@@ -52,30 +54,14 @@ LAYERS = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 SQUARE, WIDE = (4096, 4096), (4096, 11008)
 
 
-@dataclass(frozen=True)
-class Device:
-    """Vendor peaks, dense: TF/s by dtype of a product's operands, of other work, and TB/s."""
-
-    products: Mapping[str, float]
-    other: float
-    memory: float
-
-    def seconds(self, work: Work) -> float:
-        """No launch of this work is faster."""
-        product = sum(n / self.products[dtype] for dtype, n in work.products.items())
-        return max(product, work.other / self.other, work.moved / self.memory) / 1e12
+DEVICES = {name: PEAKS[name] for name in ("A100", "H100", "B200", "MI300X")}
 
 
-def _device(half: float, tf32: float, other: float, memory: float) -> Device:
-    return Device({"bf16": half, "fp16": half, "fp32": tf32}, other, memory)
-
-
-DEVICES = {
-    "A100": _device(312, 156, 19.5, 2.0),
-    "H100": _device(989, 495, 67, 3.35),
-    "B200": _device(2250, 1125, 80, 8.0),
-    "MI300X": _device(1307, 654, 163, 5.3),
-}
+def least(work: Work, peaks: Peaks) -> float:
+    """Seconds that no launch of this work goes below."""
+    rates = {"bf16": peaks.half, "fp16": peaks.half, "fp32": peaks.single}
+    product = sum(n / rates[dtype] for dtype, n in work.products.items())
+    return max(product, work.other / peaks.other, work.moved / peaks.memory) / 1e12
 
 
 # small problems that stand for a large one --------------------------------------------------------
@@ -321,17 +307,6 @@ def operations(chosen: Sequence[str]) -> dict[str, Any]:
 # tables -------------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first column is text, the others are numbers."""
-    lines = [list(head), ["---"] * len(head), *(list(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
-    return text.replace("| ---", "|:---")
-
-
 def figures(log: Log, times: int = 1) -> dict[str, Any]:
     """The numbers of a log, times as many."""
     moved, flops = log.total("moved") * times, log.total("flops") * times
@@ -342,7 +317,8 @@ def figures(log: Log, times: int = 1) -> dict[str, Any]:
         "issued_bytes": log.total("issued") * times,
         "intensity": flops / moved,
         "seconds": {
-            name: times * sum(map(device.seconds, log.works)) for name, device in DEVICES.items()
+            name: times * sum(least(work, peaks) for work in log.works)
+            for name, peaks in DEVICES.items()
         },
     }
 
@@ -401,7 +377,7 @@ def figure_table(found: Mapping[str, Any], entries: int, what: str) -> str:
         ours, plain, entries = both["ours"], both["plain"], both.get("entries", entries)
         ratio = f"{ours['bytes'] / plain['bytes']:.2f}, {ours['flops'] / plain['flops']:.2f}"
         rows += [_row(name, "ours", ours, entries, ratio), _row(name, "plain", plain, entries, "")]
-    return table(head, rows)
+    return markdown([head, *rows])
 
 
 def detail_table(found: Mapping[str, Any]) -> str:
@@ -423,7 +399,7 @@ def detail_table(found: Mapping[str, Any]) -> str:
                         ]
                     )  # fmt: skip
     head = ["step", "shape", "", "launch", "read", "written", "loaded", "stored", "product GFLOP"]
-    return table(head, rows)
+    return markdown([head, *rows])
 
 
 def adamw_bytes() -> dict[str, float]:

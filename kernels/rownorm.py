@@ -11,7 +11,8 @@ def row_norm(
     """Every row of X divided by its norm; zero rows stay zero.
 
     Permuted rows give permuted results, bit for bit unless centred. Squares are summed in float32
-    (float64 for float64): a row with entries above 1e19 becomes zero.
+    (float64 for float64): a row with entries above 1e19 becomes zero, and one of norm below 1e-19
+    counts as zero beside eps.
 
     Args:
         X: (m, n) or (K, m, n), any strides and floating dtype; not changed.

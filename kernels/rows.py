@@ -41,25 +41,7 @@ def row_factors(squares: Tensor, mode: str, eps: float, rms: Tensor | None = Non
 def row_norm(
     X: Tensor, eps: float = 1e-8, mode: str = "inverse_eps", centred: bool = False
 ) -> Tensor:
-    """Every row of X divided by its norm; zero rows stay zero.
-
-    The squares are summed in float32 (float64 for float64): a row with entries above 1e19 becomes
-    zero, and one of norm below 1e-19 counts as zero beside eps.
-
-    Args:
-        X: (m, n) or (K, m, n), any strides and floating dtype; not changed.
-        eps: What keeps small rows small, see mode.
-        mode: How rows of norm s are divided: ``"inverse_eps"`` by s + eps; ``"inverse"`` or
-            ``"unit"`` by max(s, eps); ``"relative"`` by s + 0.01 times the root mean square of all
-            s of the matrix, without eps.
-        centred: Whether the mean of the rows is taken off before and after.
-
-    Returns:
-        A new tensor of X's shape and dtype.
-
-    Raises:
-        ValueError: ``mode`` is unknown.
-    """
+    """See :func:`stiefel.kernels.row_norm`."""
     check_mode(mode)
     if X.ndim == 2:
         return row_norm(X[None], eps, mode, centred)[0]
@@ -70,25 +52,18 @@ def row_norm(
     Y = Y - _mean(Y) if centred else Y
     squares = column_squares(Y.mT).mT
     rms = total(squares.mT).div_(m).sqrt_() if mode == "relative" else None
-    U = Y * row_factors(squares, mode, eps, rms)
-    U = U.sub_(_mean(U)) if centred else U
+    by = row_factors(squares, mode, eps, rms)
+    if not centred:
+        return (Y * by).to(X.dtype)
+    U = Y.mul_(by)  # Y is a tensor of its own
+    U.sub_(_mean(U))
     return U.to(X.dtype)
 
 
 def column_norm(
     X: Tensor, eps: float = 1e-8, mode: str = "inverse_eps", centred: bool = False
 ) -> Tensor:
-    """Every column of X divided by its norm: :func:`row_norm` of the turned matrix.
-
-    Args:
-        X: (m, n) or (K, m, n), any strides and floating dtype; not changed.
-        eps: As for :func:`row_norm`.
-        mode: As for :func:`row_norm`.
-        centred: Whether the mean of the columns is taken off before and after.
-
-    Returns:
-        A new tensor of X's shape and dtype.
-    """
+    """See :func:`stiefel.kernels.column_norm`."""
     return row_norm(X.mT, eps, mode, centred).mT
 
 

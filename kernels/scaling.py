@@ -18,22 +18,10 @@ FLOOR = 1e-16
 
 
 def sinkhorn(X: Tensor, iterations: int = 5) -> Tensor:
-    """Alternately scales each row to norm sqrt(n) and each column to norm sqrt(m).
+    """See :func:`stiefel.kernels.sinkhorn`.
 
-    Columns come last, so they are exact and the root mean square of the result is 1. The factors of
-    rows and columns are found first, by two matrix-vector products per iteration on the elementwise
-    square; X itself is touched once. A row or column below 1e-8 of the root mean square is not
-    scaled up to full length. Scaling by both norms of the same X at once does not converge: it
-    swaps diag(4, 1, 1/4) with its inverse for ever.
-    Source: Gradient Multi-Normalization, arXiv 2502.06742.
-
-    Args:
-        X: (K, m, n), any strides and floating dtype; not changed. Half precision is worked on in
-            float32.
-        iterations: how many times, at least 1.
-
-    Returns:
-        (K, m, n), a new tensor; zero where X is.
+    The factors of rows and columns are found first, by two matrix-vector products per iteration on
+    the elementwise square; X itself is touched once. Half precision is worked on in float32.
     """
     dtype, X = X.dtype, X.to(torch.promote_types(X.dtype, torch.float32))
     m, n = X.shape[-2:]
@@ -53,15 +41,7 @@ def sinkhorn(X: Tensor, iterations: int = 5) -> Tensor:
 
 
 def equal_rows(X: Tensor) -> Tensor:
-    """Scales each row of every matrix to norm sqrt(n); see :func:`sinkhorn`.
-
-    Args:
-        X: (K, m, n), any strides and floating dtype; not changed. Half precision is worked on in
-            float32.
-
-    Returns:
-        (K, m, n), a new tensor; zero where X is.
-    """
+    """See :func:`stiefel.kernels.equal_rows`."""
     dtype, X = X.dtype, X.to(torch.promote_types(X.dtype, torch.float32))
     if X.numel() == 0:
         return torch.empty_like(X, dtype=dtype)

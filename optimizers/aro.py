@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels import equal_rows, left_basis, product, reference, sinkhorn
-from ..kernels.dispatch import pick
+from ..kernels import equal_rows, left_basis, product, sinkhorn
 from .base import StackedOptimizer
 from .frames import FrameRule, check_counts, check_decays, check_stacks, check_units, most
 from .lowrank import check_known
-from .moments import blend, square_scale
-from .rule import Dense, Direction, Factored, Member, Slot, Term, check
+from .moments import blend, column_squares, square_scale, total
+from .rule import Dense, Direction, Factored, Member, Slot, check
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,17 +67,11 @@ class ARORule(FrameRule):
             R = self.turned(members[0], ws, Ms, cs)  # (K, m, m)
         for w, M, c in zip(ws, Ms, cs, strict=True):
             F = self.mapped(w, M, R, c, keep=True)
-            term: Term = Dense(F) if R is None else Factored(R, F)
             if self.rms_target is not None:  # the mean square of R F is that of F
-                ops = pick(F, "pass")
-                mean = w.sums.both(ops.squares(F, None)).div_(w.m * w.n)
-                by = torch.where(mean > 0, self.rms_target * mean.rsqrt(), 0.0)
-                if ops is reference:
-                    F.mul_(by)
-                else:  # where the weight is written, or where R is
-                    term = term.scaled(by)
+                mean = w.sums.both(total(column_squares(F))).div_(w.m * w.n)
+                F.mul_(torch.where(mean > 0, self.rms_target * mean.rsqrt(), 0.0))
             scale = 0.2 * math.sqrt(max(w.m, w.n)) if self.adjust_lr_fn else 1.0
-            yield w.step(term, scale=scale)
+            yield w.step(Dense(F) if R is None else Factored(R, F), scale=scale)
 
     def moved(self, w: Member) -> Tensor:
         """M (K, m, n)."""

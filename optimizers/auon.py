@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +13,7 @@ from ..kernels import polar_factor
 from .base import StackedOptimizer
 from .lowrank import check_known
 from .moments import blend
-from .powers import (
-    Series,
-    Whole,
-    along_memory,
-    blended,
-    in_panels,
-    measured,
-    slabs,
-    terms_for,
-    wide,
-)
+from .powers import blended, measured, terms_for, wide
 from .rule import Direction, Member, Rule, Scaled, Slot, check
 
 if TYPE_CHECKING:
@@ -87,13 +76,7 @@ class AuONRule(Rule):
         mu, B, G = self.momentum, w.state["momentum_buffer"], w.grad
         M = B.to(G.dtype)  # (K, m, n), the buffer itself where dtypes agree
         terms = terms_for(w.m * w.n, self.curve)
-        # V itself, or its panels, which are gone when they are measured
-        V: Whole | Series | None = blended(M, G, mu, self.nesterov, terms)
-        if V is None and in_panels(G):
-            pairs = zip(along_memory(M), G if along_memory(M) is M else G.mT, strict=True)
-            V = Series((self.blended(b, g) for b, g in pairs), terms)
-        elif V is None:
-            V = Whole(blend(M, G, mu, self.nesterov))
+        V = blended(M, G, mu, self.nesterov, terms)  # its sums; it need not be whole
         if M is not B:
             B.copy_(M)
         size = V.norm(w.sums) + TINY
@@ -126,17 +109,6 @@ class AuONRule(Rule):
             c = self.curve / (sizes.norm(w.sums) + TINY)
             by = 1.0 / (self.rms(sizes.sinh_squares(c, w.sums), w) + TINY_R)
         return w.step(Scaled(Y, by.to(Y.dtype)))
-
-    def blended(self, M: Tensor, G: Tensor) -> Iterator[Tensor]:
-        """The same for one matrix (m, n), a panel of rows at a time; all are one buffer."""
-        V = None
-        for i in slabs(*M.shape):
-            m, g = M[i].lerp_(G[i], 1 - self.momentum), G[i]
-            if self.nesterov:
-                V = torch.empty_like(m) if V is None else V[: len(m)]
-                yield torch.lerp(g, m, self.momentum, out=V)
-            else:
-                yield m
 
     def whiten(self, X: Tensor) -> Tensor:
         """Newton-Schulz on X (K, m, n) of norm 1 at most, which eps=1 leaves as it is."""

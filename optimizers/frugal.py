@@ -88,8 +88,7 @@ class FRUGALRule(Rule):
 
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         """What a subspace keeps for all weights with as many rows."""
-        way = self.way
-        return way.projector.shared(m) if isinstance(way, splits.Subspace) else {}
+        return self.way.shared(m)
 
     def update(self, w: Member) -> Direction:
         """One step for a stack: N of what is chosen, and the rest of G by the state-free rule."""

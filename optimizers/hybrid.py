@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..kernels import reference
-from ..kernels.dispatch import pick
+from ..kernels import row_norm
 from .base import StackedOptimizer
 from .lowrank import check_known
 from .rows import ROW_MODES, RowPolarRule, centre, row_factors, row_squares
@@ -49,10 +48,9 @@ class HybridRule(RowPolarRule):
 
     def normed(self, X: Tensor, w: Member) -> Tensor:
         """Rows of X (K, m, n) at norm 1."""
-        ops, eps = pick(X, "pass"), EPS if self.eps is None else self.eps
-        if ops is not reference and w.sums is LOCAL:
-            U: Tensor = ops.row_norm(X, eps, self.row_mode)
-            return U
+        eps = EPS if self.eps is None else self.eps
+        if w.sums is LOCAL:
+            return row_norm(X, eps, self.row_mode)
         squares = row_squares(X, w.sums)
         return X * row_factors(squares, self.row_mode, eps, w.sums, self.rows(w))
 

@@ -23,7 +23,6 @@ __all__ = [
     "Change",
     "Match",
     "Turn",
-    "accumulate",
     "adam",
     "adam_reference",
     "bias_correction",
@@ -35,7 +34,6 @@ __all__ = [
     "entry_correction",
     "growth_limit",
     "heavy_tail_schedule",
-    "nesterov",
     "row_correction",
     "spike_factor",
     "square_scale",
@@ -258,21 +256,10 @@ def ema(buffer: Tensor, grad: Tensor, momentum: float) -> Tensor:
     return moved
 
 
-def nesterov(grad: Tensor, buffer: Tensor, momentum: float) -> Tensor:
-    """G + momentum (B - G), a new tensor; buffer B has taken in the gradient G already."""
-    return grad.lerp(buffer, momentum)
-
-
-def accumulate(buffer: Tensor, grad: Tensor, momentum: float) -> Tensor:
-    """C <- momentum C + G, the classical sum, in place; otherwise as :func:`ema`."""
-    moved: Tensor = pick(grad, "pass").blend_(buffer, grad, momentum, kind="sum")[0]
-    return moved
-
-
 def blend(
     buffer: Tensor, grad: Tensor, momentum: float, nesterov: bool = False, kind: str = "ema"
 ) -> Tensor:
-    """:func:`ema` or :func:`accumulate`, and the step that looks ahead if told so, in one pass.
+    """Takes a gradient into an average or a sum, in place, and gives the step of both, in one pass.
 
     Args:
         buffer: (K, m, n), changed in place.

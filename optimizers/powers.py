@@ -7,14 +7,14 @@ float64 where the device has it. A small matrix has the same bits in a stack and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..kernels import reference
 from ..kernels.dispatch import pick
-from .moments import column_squares, total
+from .moments import blend, column_squares, total
 from .rule import LOCAL, Sums
 
 PANEL = 2**17
@@ -61,8 +61,10 @@ def measured(X: Tensor, terms: int) -> Whole | Series:
     return Series(([Y[i] for i in slabs(*Y.shape)] for Y in along_memory(X)), terms)
 
 
-def blended(M: Tensor, G: Tensor, momentum: float, nesterov: bool, terms: int) -> Series | None:
-    """Moves the average M (K, m, n) by G and measures the step in one pass, where a kernel can.
+def blended(M: Tensor, G: Tensor, momentum: float, nesterov: bool, terms: int) -> Whole | Series:
+    """Moves the average M (K, m, n) by G and measures the step in the same pass.
+
+    By a kernel or in panels the step is never whole.
 
     Args:
         M: Changed in place.
@@ -71,9 +73,24 @@ def blended(M: Tensor, G: Tensor, momentum: float, nesterov: bool, terms: int) -
         nesterov: Whether the step is G + momentum (M - G) instead of M.
         terms: How many terms of the series.
     """
-    if (ops := pick(G, "pass")) is reference:
-        return None
-    return Known(*ops.blend_power_sums_(M, G, momentum, terms, nesterov=nesterov))
+    if (ops := pick(G, "pass")) is not reference:
+        return Known(*ops.blend_power_sums_(M, G, momentum, terms, nesterov=nesterov))
+    if not in_panels(G):
+        return Whole(blend(M, G, momentum, nesterov))
+    pairs = zip(along_memory(M), G if along_memory(M) is M else G.mT, strict=True)
+    return Series((_blended_panels(b, g, momentum, nesterov) for b, g in pairs), terms)
+
+
+def _blended_panels(M: Tensor, G: Tensor, momentum: float, nesterov: bool) -> Iterator[Tensor]:
+    """The step of one matrix (m, n), a panel of rows at a time; all are one buffer."""
+    V = None
+    for i in slabs(*M.shape):
+        m, g = M[i].lerp_(G[i], 1 - momentum), G[i]
+        if nesterov:
+            V = torch.empty_like(m) if V is None else V[: len(m)]
+            yield torch.lerp(g, m, momentum, out=V)
+        else:
+            yield m
 
 
 def along_memory(X: Tensor) -> Tensor:

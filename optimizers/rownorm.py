@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels import reference
-from ..kernels.dispatch import pick
+from ..kernels import row_norm
 from .base import StackedOptimizer
 from .lowrank import check_known
 from .rows import ROW_MODES, RowRule, RowStep, folded, row_factors, row_squares, unfolded
@@ -45,13 +44,11 @@ class RowNormRule(RowRule):
         w = members[0]
         G, M = w.grad, w.state["momentum_buffer"]
         alone = not self.centred and self.pair is None and self.row_mode != "relative"
-        if not alone or w.sums is not LOCAL or G is None or pick(G, "pass") is reference:
-            return super().update(*members)
-        if G.stride(-1) != 1 or M.stride(-1) != 1:  # rows across the memory: sums come first
+        if not alone or w.sums is not LOCAL or G is None:
             return super().update(*members)
         match = self.adjust_lr_fn == "match_rms_adamw"
-        scale = self.rms_target * self.length(w) ** 0.5 if match else 1.0
-        return (w.step(RowStep(M, G, self.momentum, self.eps, self.row_mode, w.ok), scale=scale),)
+        length = self.rms_target * self.length(w) ** 0.5 if match else 1.0
+        return (w.step(RowStep(M, G, self.momentum, self.eps, self.row_mode, length, w.ok)),)
 
     def terms(
         self, ws: Sequence[Member], Ms: Sequence[Tensor], squares: Sequence[Tensor | None]
@@ -69,12 +66,10 @@ class RowNormRule(RowRule):
         return [Scaled(M, by) for M in Ms]
 
     def moved(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
-        """One operation on a back end that has it."""
-        ops = pick(X, "pass")
-        if ops is reference or w.sums is not LOCAL:
+        """One operation, but for the sums of shards."""
+        if w.sums is not LOCAL:
             return super().moved(X, w)
-        U: Tensor = ops.row_norm(X, self.eps, self.row_mode, self.centred)
-        return U, None
+        return row_norm(X, self.eps, self.row_mode, self.centred), None
 
     def mapped(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """Rows of X (K, m, n) at norm 1; only asked for where rows are centred."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -16,7 +15,19 @@ from ..kernels.rows import ROW_MODES as ROW_MODES
 from ..kernels.rows import row_factors as factors
 from .lowrank import check_known
 from .moments import total
-from .rule import Dense, Direction, Member, Rule, Scaled, Slot, Sums, Term, check
+from .rule import (
+    Deferred,
+    Dense,
+    Direction,
+    Factors,
+    Member,
+    Rule,
+    Scaled,
+    Slot,
+    Sums,
+    Term,
+    check,
+)
 
 PAIRS = (None, "members", "halves", "interleaved")
 
@@ -79,8 +90,8 @@ def unfolded(Y: Tensor, layout: str | None) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class RowStep(Term):
-    """Rows of the momentum at norm 1, still to be made: M moves while the weight is written.
+class RowStep(Deferred):
+    """Rows of the momentum at one length, still to be made: M moves while the weight is written.
 
     Attributes:
         M: (K, m, n), the buffer.
@@ -88,6 +99,7 @@ class RowStep(Term):
         momentum: Decay of M.
         eps: See :func:`row_factors`.
         mode: See :func:`row_factors`, but not ``"relative"``.
+        length: Norm of the rows.
         ok: None, or flags (K,): where one is 0, M stays.
     """
 
@@ -96,40 +108,23 @@ class RowStep(Term):
     momentum: float
     eps: float
     mode: str
+    length: float = 1.0
     ok: Tensor | None = None
 
-    @cached_property
-    def whole(self) -> Scaled:
-        """The same with M moved, once."""
+    def made(self) -> Scaled:
+        """See :class:`Deferred`."""
         blend_ = pick(self.G, "pass").blend_
         U, squares = blend_(self.M, self.G, self.momentum, squares="rows", ok=self.ok)
-        return Scaled(U, factors(squares, self.mode, self.eps))
+        by = factors(squares, self.mode, self.eps)
+        return Scaled(U, by if self.length == 1.0 else by * self.length)
 
-    @property
-    def mT(self) -> Scaled:
-        """See :class:`Term`."""
-        return self.whole.mT
-
-    def scaled(self, c: Tensor) -> Scaled:
-        """See :class:`Term`."""
-        return self.whole.scaled(c)
-
-    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        """See :class:`Term`."""
-        self.whole.add_(panel, ks, rows, alpha)
-
-    def kernel_(
-        self,
-        W: Tensor,
-        keep: float,
-        alpha: float,
-        control: Tensor | None,
-        beside: Term | None = None,
-    ) -> bool:
-        """See :class:`Term`."""
+    def kernel_(self, W: Tensor, by: Factors, beside: Term | None = None) -> bool:
+        """See :class:`Term`; where rows lie across the memory their sums come first."""
         if beside is not None:
             return False
-        told = (self.momentum, self.eps, self.mode, keep, alpha, control)
+        if self.G.stride(-1) != 1 or self.M.stride(-1) != 1:
+            return self.whole.kernel_(W, by)
+        told = (self.momentum, self.eps, self.mode, *by.times(self.length))
         pick(W, "pass").row_step_(W, self.M, self.G, *told)
         return True
 

@@ -25,6 +25,7 @@ from .rule import (
     AdamFactored,
     Blocks,
     Dense,
+    Factors,
     Member,
     Residual,
     Rule,
@@ -99,6 +100,10 @@ class Way:
     def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
         """What tells the chosen part, and inner's state of it; empty if none is chosen."""
         raise NotImplementedError
+
+    def shared(self, m: int) -> Mapping[Hashable, int]:
+        """Bytes of what all weights with as many rows share, by what it is."""
+        return {}
 
     def renew(self, w: Member, draws: Draws, inner: Inner, policy: str) -> None:
         """Choose anew, and take inner's state along: zeroed, left in place or moved."""
@@ -301,14 +306,7 @@ class Split(Term):
             self._fill(U, ks, slice(i, j))
             _move_(W, U, keep, alpha)
 
-    def kernel_(
-        self,
-        W: Tensor,
-        keep: float,
-        alpha: float,
-        control: Tensor | None,
-        beside: Term | None = None,
-    ) -> bool:
+    def kernel_(self, W: Tensor, by: Factors, beside: Term | None = None) -> bool:
         """See :class:`Term`; Adam inside and no other term beside it."""
         if beside is not None or not isinstance(self.inner, AdamW):
             return False
@@ -317,11 +315,11 @@ class Split(Term):
         (beta1, beta2), eps = self.inner.betas, self.inner.eps
         pick(W, "pass").split_step_(
             W, self.G, self.index, dim, self.moments["exp_avg"], self.moments["exp_avg_sq"], t,
-            keep, alpha, beta1=beta1, beta2=beta2, eps=eps, free=self.free.kind,
-            free_scale=self.free.scale, floor=self.free.floor, control=control,
+            by.keep, by.alpha, beta1=beta1, beta2=beta2, eps=eps, free=self.free.kind,
+            free_scale=self.free.scale, floor=self.free.floor, control=by.control,
         )  # fmt: skip
-        if control is not None and isinstance(t, Tensor):  # all of them have moved already
-            t.sub_((control[:, :1] == 0).to(t.dtype))
+        if by.control is not None and isinstance(t, Tensor):  # all of them have moved already
+            t.sub_((by.control[:, :1] == 0).to(t.dtype))
         return True
 
     def _fill(self, U: Tensor, ks: slice, rows: slice) -> None:
@@ -469,6 +467,10 @@ class Subspace(Way):
         if not self.plain:
             return lift, Blocks(rest)
         return lift, Residual(rest, state["basis"], R, G, free.scale, free.floor)
+
+    def shared(self, m: int) -> Mapping[Hashable, int]:
+        """See :class:`Way`."""
+        return self.projector.shared(m)
 
     @property
     def plain(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels import reference
 from ..kernels.dispatch import pick
-from .rule import Dense, Direction, Term, check
+from .rule import Dense, Direction, Factors, Term, check
 
 PANEL = 2**17
 """Elements of a row panel on CPU: the passes of one write then meet in the cache."""
@@ -88,7 +88,7 @@ def _by_kernel(
         alpha = keep = 1.0
     assert not isinstance(alpha, Tensor) and not isinstance(keep, Tensor)
     first, *others = sorted(terms, key=lambda term: not term.fused)
-    return first.kernel_(W, keep, alpha, control, *others)
+    return first.kernel_(W, Factors(keep, alpha, control), *others)
 
 
 def _flagged(term: Term, ok: Tensor) -> Term:

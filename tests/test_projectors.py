@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stiefel.optimizers import bases as factor
 from stiefel.optimizers import moments
-from stiefel.optimizers.moments import Match, Turn, adam, adam_reference, ema, nesterov
+from stiefel.optimizers.moments import Match, Turn, adam, adam_reference, blend, ema
 from stiefel.optimizers.projectors import (
     KINDS,
     Draws,
@@ -806,7 +806,7 @@ def test_averages():
     before = G.clone()
     assert ema(B, G, 0.95) is B
     assert largest(B - want) <= 1e-6
-    U = nesterov(G, B, 0.95)
+    U = blend(B, G, 0.95, nesterov=True)  # B takes G in once more
     assert largest(U - (G + 0.95 * (B - G))) <= 1e-6
     assert torch.equal(G, before)
 

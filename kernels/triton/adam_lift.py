@@ -126,10 +126,13 @@ def _tiles(W: Tensor, sign: bool) -> Config:
 
 
 def on_chip(W: Tensor, P: Tensor, r: int, sign: bool) -> bool:
-    """Whether one kernel does Adam and the lift: N fits, and its column blocks fill the device."""
+    """Whether one kernel does Adam and the lift: N fits, and its column blocks fill the device.
+
+    It depends on one matrix only, so that a stack has the bits of its matrices.
+    """
     if ranks(r, 2 * RANK) * (1 + sign) * (1 + (products(W, P) == "tf32x3")) > ON_CHIP:
         return False
-    blocks = len(W) * triton.cdiv(W.shape[-1], _tiles(W, sign).blocks["BN"])
+    blocks = triton.cdiv(W.shape[-1], _tiles(W, sign).blocks["BN"])
     return INTERPRETED or blocks >= multiprocessors(W.device.index or 0)
 
 

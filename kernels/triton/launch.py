@@ -26,7 +26,6 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx94
 """Bytes of shared memory that one block may have."""
 LARGE = 1024
 """Shorter side from which a matrix is of the size class "large"."""
-_PARTS = {"small": 0, "large": 1}
 
 
 @functools.cache

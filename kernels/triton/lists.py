@@ -18,7 +18,7 @@ from ..passes import Stack
 from .launch import config
 from .tables import Config
 
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 MOST = 4096
 """How many tables are kept; the oldest goes first."""
 _TABLES: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -46,7 +46,7 @@ def as_list(X: Stack) -> list[Tensor]:
 def is_wide(*Xs: Stack | None) -> bool:
     """Whether any operand is of a dtype that kernels do not have."""
     firsts = [X if isinstance(X, Tensor) else X[0] for X in Xs if X is not None and len(X)]
-    return any(X.dtype not in _TYPES for X in firsts)
+    return any(X.dtype not in ELEMENTS for X in firsts)
 
 
 class Operand:
@@ -75,7 +75,7 @@ class Operand:
             sides, steps = sides[::-1], steps[::-1]
         self.shape = (K, *sides)
         self.strides = (0 if listed or K == 1 else X.stride(0), *steps)
-        self.type = _TYPES[X.dtype] if listed else None
+        self.type = ELEMENTS[X.dtype] if listed else None
         self.aligned = False
         self.pointer = X
         if listed:

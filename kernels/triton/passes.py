@@ -16,10 +16,18 @@ from torch import Tensor
 from .. import passes as plain
 from ..passes import Stack, check_names
 from .launch import Case, guard, options, strides
-from .lists import Operand, as_list, is_wide, lies_turned, matrix, new, operand_case, tiles
+from .lists import (
+    ELEMENTS,
+    Operand,
+    as_list,
+    is_wide,
+    lies_turned,
+    matrix,
+    new,
+    operand_case,
+    tiles,
+)
 from .sums import Sums, empty_sums, flipped, none_of, put_sums, shaped
-
-_ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -86,7 +94,7 @@ def _blend(
             *G.strides, *(strides(u) if write else (0, 0, 0)),
             0 if ok is None or K == 1 else ok.stride(0), sums.across, count, momentum,
             1 - momentum, M_TYPE=M.type, M_ALIGNED=M.aligned, G_TYPE=G.type, G_ALIGNED=G.aligned,
-            WORK=_ELEMENTS[work], SUM=total, NESTEROV=nesterov, WRITE=write, OK=ok is not None,
+            WORK=ELEMENTS[work], SUM=total, NESTEROV=nesterov, WRITE=write, OK=ok is not None,
             WANTED=sums.wanted, **options(chosen),
         )  # fmt: skip
         return U, *sums()

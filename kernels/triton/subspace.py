@@ -111,11 +111,14 @@ def _table(RB: int, exact: str) -> str:
 
 
 def _plan(P: Tensor, G: Tensor) -> tuple[Config, int, int]:
-    """Tiles, how many splits of the rows fill the device about twice, and rows in each."""
-    (K, m, n), r = G.shape, P.shape[-1]
+    """Tiles, how many splits of the rows fill the device about twice, and rows in each.
+
+    They depend on one matrix only, so that a stack has the bits of its matrices.
+    """
+    (_, m, n), r = G.shape, P.shape[-1]
     chosen = config(_table(ranks(r), precision(P, G)), G, m, n)
     BM, BN = chosen.blocks["BM"], chosen.blocks["BN"]
-    tiles = K * triton.cdiv(n, BN) * triton.cdiv(r, ranks(r))
+    tiles = triton.cdiv(n, BN) * triton.cdiv(r, ranks(r))
     once = multiprocessors(G.device.index or 0) // max(tiles, 1)
     wanted = max(once, min(2 * once, m // (2 * r)))  # parts of r rows are written and read again
     splits = max(1, min(wanted, triton.cdiv(m, STEPS * BM), 32))

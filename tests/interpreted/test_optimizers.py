@@ -7,6 +7,8 @@ import torch
 from problems import METHODS, gradients, run, same, tensors, weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stiefel.optimizers import plan
+
 SHAPES = [(24, 10), (10, 24), (17, 5), (24, 10)]
 STEPS = 4
 OPERATIONS = {
@@ -90,6 +92,16 @@ def test_flags_that_arrive_late_skip_what_the_host_would_have_skipped(name, dtyp
     assert waited[3] == late[3] == 3
     assert all(bool(W.isfinite().all()) for W in late[0][-1])
     assert same(waited[0], late[0]) and same(waited[1], late[1])
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "frugal-columns", "frugal-svd", "rownorm"])
+def test_a_guarded_rule_keeps_nothing_aside(name, monkeypatch):
+    def refused(bucket):
+        raise AssertionError("state was copied")
+
+    monkeypatch.setattr(plan.Bucket, "copies", refused)
+    weights, _, calls, skipped = trained(METHODS[name], "triton", monkeypatch, wait=False)
+    assert calls and not skipped and all(bool(W.isfinite().all()) for W in weights[-1])
 
 
 def test_the_process_interprets():

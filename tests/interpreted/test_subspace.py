@@ -516,3 +516,22 @@ def test_a_step_of_frugal():
     r = p.mT @ g
     n = reference.adam(r, m, v, 3, **BETAS)
     close(W, 0.99 * w - 0.01 * (p @ n + 0.5 * (g - p @ r).sign()), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(70, 33), (200, 20)], ids=str)
+def test_a_stack_has_the_bits_of_its_matrices(shape):
+    (m, n), r = shape, 7
+    P, G, W = gaussian(3, m, r), gaussian(3, m, n, seed=1), gaussian(3, m, n, seed=2)
+    R, squares = kernels.project(P, G, squares=True)
+    M, V = gaussian(3, r, n, seed=3), gaussian(3, r, n, seed=4).square()
+    whole = [X.clone() for X in (W, M, V)]
+    adam_lift = kernels.adam_lift_
+    settings = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+    adam_lift(whole[0], P, R, whole[1], whole[2], 3, 0.9, -0.1, **settings)
+    for k in range(3):
+        one = slice(k, k + 1)
+        alone, sums = kernels.project(P[one], G[one], squares=True)
+        assert torch.equal(alone, R[one]) and torch.equal(sums, squares[one])
+        parts = [X[one].clone() for X in (W, M, V)]
+        adam_lift(parts[0], P[one], alone, parts[1], parts[2], 3, 0.9, -0.1, **settings)
+        assert all(torch.equal(X, Y[one]) for X, Y in zip(parts, whole, strict=True))
