@@ -134,8 +134,14 @@ def dct_take(S: Tensor, index: Tensor, dim: int) -> Tensor:
     Returns:
         (K, m, r) or (K, r, n), a new tensor.
     """
-    place = index.long().expand(len(S), -1).unsqueeze(-2 if dim == -1 else -1)
-    return S.take_along_dim(place, dim)
+    if dim == -1:
+        return S.take_along_dim(index.long().expand(len(S), -1).unsqueeze(-2), -1)
+    if S.stride(-1) != 1 and S.stride(-2) == 1:  # turned: read along the memory, then turn the few
+        where = index.long().unsqueeze(-2).expand(len(S), S.shape[-1], -1)
+        return S.mT.gather(-1, where).mT.contiguous()
+    if len(S) == 1:
+        return S[0].index_select(0, index[0]).unsqueeze(0)  # rows are copied whole
+    return S.take_along_dim(index.long().expand(len(S), -1).unsqueeze(-1), -2)
 
 
 def dct_project(G: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -10,16 +10,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import reference
 from .cosines import basis
 from .dispatch import pick
 from .products import product
 
 PATHS = ("auto", "matmul", "fft")
 FFT_FROM = 256
-"""Length from which the FFT is taken. On a CPU, one thread, float32, down 1024 columns, the product
-costs 0.4 (n = 64), 0.6 (128), 1.0 (256), 1.9 (512), 3.1 (1024) times the FFT, and 1.0 and 1.8 times
-for the primes 509 and 1021, which make no exception: ``python bench/toolkit.py --only transforms``.
+"""Length from which a CPU takes the FFT. One thread, float32, down 1024 columns: the product costs
+0.4 (n = 64), 0.6 (128), 1.0 (256), 1.9 (512), 3.1 (1024) times the FFT, and 1.0 and 1.8 times for
+the primes 509 and 1021, which make no exception: ``python bench/toolkit.py --only transforms``.
 """
+FFT_FROM_ACCELERATOR = 512
+"""The same for accelerators, by a model: a float32 product of 60 Tflop/s against 32 bytes an entry
+at 3 TB/s meet at 320. Nobody has measured it."""
+SMOOTH = 13
+"""Largest prime factor of a length whose FFT is quick on an accelerator."""
 
 
 def dct_path(n: int, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str:
@@ -27,13 +33,25 @@ def dct_path(n: int, device_type: str = "cpu", dtype: torch.dtype = torch.float3
 
     Args:
         n: Length of the transform.
-        device_type: ``"cpu"``, ``"cuda"``, ...: one rule so far, measured on a CPU.
+        device_type: ``"cpu"``, ``"cuda"``, ...
         dtype: Working dtype, float32 or float64: one rule for both.
 
     Returns:
-        ``"fft"`` for n from ``FFT_FROM`` on, else ``"matmul"``.
+        ``"fft"`` on a CPU for n from ``FFT_FROM`` on; on an accelerator from
+        ``FFT_FROM_ACCELERATOR`` on, if n has no prime factor above ``SMOOTH``; else ``"matmul"``.
     """
-    return "fft" if n >= FFT_FROM else "matmul"
+    on_cpu = device_type == "cpu"
+    if n < (FFT_FROM if on_cpu else FFT_FROM_ACCELERATOR):
+        return "matmul"
+    return "fft" if on_cpu or _is_smooth(n) else "matmul"
+
+
+def _is_smooth(n: int) -> bool:
+    """Whether n >= 1 has no prime factor above ``SMOOTH``."""
+    for factor in range(2, SMOOTH + 1):
+        while n % factor == 0:
+            n //= factor
+    return n == 1
 
 
 def dct_basis(
@@ -78,12 +96,30 @@ def dct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:
     Raises:
         ValueError: Unknown path, dim or number of dimensions.
     """
+    return sized_dct(X, dim, path)[0]
+
+
+def sized_dct(
+    X: Tensor, dim: int = -1, path: str = "auto", norm: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`dct`, and the size of every coefficient where that costs no pass of its own.
+
+    Args:
+        X: As for :func:`dct`.
+        dim: As for :func:`dct`.
+        path: As for :func:`dct`.
+        norm: None, or what is summed over the lines: ``"l1"`` magnitudes or ``"l2"`` squares.
+
+    Returns:
+        S: What :func:`dct` returns.
+        sizes: (..., n) float32 of a kernel, which writes S anyway; else None.
+    """
     if _checked(X, dim, path) == "matmul":
-        return _multiplied(X, dim, inverse=False)
+        return _multiplied(X, dim, inverse=False), None
     ops = pick(X, "pass")
     V = torch.fft.rfft(ops.dct_reorder(X, dim))
-    S: Tensor = ops.dct_twiddle(V, X.shape[dim], dim)[0]
-    return S
+    S, sizes = ops.dct_twiddle(V, X.shape[dim], dim, None if ops is reference else norm)
+    return S, sizes
 
 
 def idct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:

@@ -76,7 +76,7 @@ class ARORule(FrameRule):
     def moved(self, w: Member) -> Tensor:
         """M (K, m, n)."""
         assert w.grad is not None
-        return blend(w.state["momentum_buffer"], w.grad, self.momentum, self.nesterov)
+        return blend(w.state["momentum_buffer"], w.grad, self.momentum, self.nesterov, ok=w.ok)
 
     def turned(
         self, first: Member, ws: Sequence[Member], Ms: Sequence[Tensor], cs: Sequence[Tensor]
@@ -98,7 +98,7 @@ class ARORule(FrameRule):
                 A = _summed(ws, ((N, N) for N in (M * c for M in Ms)))
             R = first.sums.once(self.next_rotation, A, R)
         if R is not stored:
-            stored.copy_(R)
+            stored.copy_(first.kept(R, stored))
         return R
 
     def mapped(
@@ -113,11 +113,11 @@ class ARORule(FrameRule):
         if R is not None:
             X.div_(c)  # V knows the scale
         stored = w.state["exp_avg_sq"]
-        V = stored.to(X.dtype, copy=not keep).mul_(self.beta2)
+        V = stored.to(X.dtype, copy=not keep or w.ok is not None).mul_(self.beta2)
         V.add_((X * X).mul_(1 - self.beta2))  # addcmul_ rounds by layout, stacks would differ
         V.clamp_(max=most(stored, V))
         if keep and V is not stored:
-            stored.copy_(V)
+            stored.copy_(w.kept(V, stored))
         bound = 2 / math.sqrt(1 - self.beta2)  # F is within half of it, where V could follow X
         return (X / V.sqrt().add_(self.eps)).clamp_(-bound, bound)
 

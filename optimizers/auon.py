@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ BOUND = 1.21  # of the singular values of Y: the quintic is below it on [0, BOUN
 @dataclass(frozen=True)
 class AuONRule(Rule):
     """M <- mu M + (1-mu) G; V = (1-mu) G + mu M; step along V / |V| / rms(cosh(V / |V|))."""
+
+    guarded: ClassVar[bool] = True
 
     momentum: float = 0.95
     nesterov: bool = True
@@ -74,9 +76,10 @@ class AuONRule(Rule):
         if self.ns_steps:
             return self.hybrid(w)
         mu, B, G = self.momentum, w.state["momentum_buffer"], w.grad
-        M = B.to(G.dtype)  # (K, m, n), the buffer itself where dtypes agree
+        work = torch.promote_types(torch.promote_types(B.dtype, G.dtype), torch.float32)
+        M = B.to(work)  # (K, m, n), the buffer itself where it is as wide
         terms = terms_for(w.m * w.n, self.curve)
-        V = blended(M, G, mu, self.nesterov, terms)  # its sums; it need not be whole
+        V = blended(M, G, mu, self.nesterov, terms, w.ok)  # its sums; it need not be whole
         if M is not B:
             B.copy_(M)
         size = V.norm(w.sums) + TINY
@@ -91,7 +94,8 @@ class AuONRule(Rule):
     def hybrid(self, w: Member) -> Direction:
         """The same with Newton-Schulz steps on V / |V|, which need V whole."""
         assert w.grad is not None
-        V = blend(w.state["momentum_buffer"], w.grad, self.momentum, self.nesterov)  # (K, m, n)
+        B = w.state["momentum_buffer"]
+        V = blend(B, w.grad, self.momentum, self.nesterov, ok=w.ok)  # (K, m, n)
         half = (measured(V, 1).norm(w.sums) + TINY).rsqrt().to(V.dtype)
         X = V.mul_(half) if self.nesterov else V * half  # then again, since 1 / |V| may vanish
         del V

@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels import DCT_PATHS, dct, dct_basis, idct, product
+from ..kernels import DCT_PATHS, dct_basis, idct, product
+from ..kernels.dct import sized_dct
+from ..kernels.dispatch import pick
 from .bases import check_rank, exact_products, panels, work_dtype
 from .moments import Change, Match
 from .rule import LOCAL, Factored, Selected, Slot, Sums, Term, check
@@ -18,20 +20,22 @@ from .subspaces import ALL, Projector, State
 
 BASES = ("dct2", "dct3")
 SPECTRUM_PANEL = 2**18
-"""Entries of G that are transformed at a time: they stay in the cache."""
+"""Entries of G that are transformed at a time on a CPU: they stay in the cache."""
+SPECTRUM_PANEL_ACCELERATOR = 2**26
+"""The same on accelerators, where it only bounds what the transform needs beside its result."""
+
+
+def spectrum_panels(X: Tensor) -> list[slice]:
+    """The columns of X (K, m, n) that are transformed at a time."""
+    size = SPECTRUM_PANEL if X.device.type == "cpu" else SPECTRUM_PANEL_ACCELERATOR
+    width = max(64, size // max(1, X.shape[-2]))
+    return [slice(j, j + width) for j in range(0, max(1, X.shape[-1]), width)]
 
 
 def take_rows(X: Tensor, index: Tensor) -> Tensor:
     """Rows of X (K, m, n) by their numbers (K, r), a new tensor (K, r, n)."""
-    if X.stride(-1) != 1 and X.stride(-2) == 1:  # turned: read along the memory, then turn the few
-        where = index.long().unsqueeze(-2).expand(-1, X.shape[-1], -1)
-        return X.mT.gather(-1, where).mT.contiguous()
-    if len(X) == 1:
-        one, chosen = X[0], index[0]
-        if one.stride(-1) != 1 and one.stride(-2) == 1:  # turned: along the memory, then turned
-            return one.mT.index_select(1, chosen).mT.contiguous().unsqueeze(0)
-        return one.index_select(0, chosen).unsqueeze(0)  # rows are copied whole
-    return X.take_along_dim(index.long().unsqueeze(-1), -2)
+    rows: Tensor = pick(X, "pass").dct_take(X, index, -2)
+    return rows
 
 
 def clear_rows_(X: Tensor, index: Tensor) -> Tensor:
@@ -140,37 +144,49 @@ class Dct(IndexProjector):
 
         Made a panel of columns at a time; added onto a tensor in place if there is one, else new.
         """
-        m, n = G.shape[-2:]
-        width = max(64, SPECTRUM_PANEL // m)
-        if onto is None and n <= width:
-            return self._turned(G)
-        S = torch.empty_like(G) if onto is None else onto
-        for start in range(0, n, width):
-            j = slice(start, start + width)
-            X = self._turned(G[..., j])
-            if onto is None:
-                S[..., j].copy_(X)
-            else:
-                S[..., j].add_(X)
-        return S
+        if onto is None:
+            return self.spectrum(G)[0]
+        for j in spectrum_panels(G):
+            onto[..., j].add_(self._turned(G[..., j])[0])
+        return onto
 
-    def choose(self, S: Tensor, r: int, old: Tensor | None = None, sums: Sums = LOCAL) -> Tensor:
+    def spectrum(self, G: Tensor) -> tuple[Tensor, Tensor | None]:
+        """S = D^T G, a new tensor (K, m, n), and sizes for :meth:`choose` (K, m).
+
+        There are sizes where a kernel finds them while it writes S, and the norm is "l1": squares
+        need a scale that is known only when S is.
+        """
+        panels = spectrum_panels(G)
+        if len(panels) == 1:
+            return self._turned(G)
+        S, sizes = torch.empty_like(G, dtype=work_dtype(G)), list[Tensor]()
+        for j in panels:
+            X, found = self._turned(G[..., j])
+            S[..., j].copy_(X)
+            sizes += [] if found is None else [found]
+        return S, torch.stack(sizes).sum(0) if sizes else None
+
+    def choose(
+        self, S: Tensor, r: int, old: Tensor | None = None, sums: Sums = LOCAL,
+        sizes: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Numbers (K, r) int32, ascending, of the rows of S (K, m, n) with the largest scores.
 
         Of equal scores the lowest number is taken. A matrix of zeros keeps its ``old`` numbers, if
-        there are any: nothing waits for a device to know it.
+        there are any: nothing waits for a device to know it. ``sizes`` are those of ``spectrum``.
         """
-        m, n = S.shape[-2:]
-        check_rank(r, m)
-        top = sums.cols(torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1)))).view(-1, 1, 1)
-        scale = top.masked_fill(top == 0, 1.0)  # squares then neither overflow nor vanish
-        width, scores = max(64, SPECTRUM_PANEL // m), S.new_zeros(S.shape[:-1])
-        for start in range(0, n, width):
-            scores += self._sizes(S[..., start : start + width] / scale)
+        check_rank(r, S.shape[-2])
+        if sizes is None:
+            top = sums.cols(torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1)))).view(-1, 1, 1)
+            scale = top.masked_fill(top == 0, 1.0)  # squares then neither overflow nor vanish
+            sizes = S.new_zeros(S.shape[:-1])
+            for j in spectrum_panels(S):
+                sizes += self._sizes(S[..., j] / scale)
+        scores = sums.cols(sizes)
         # a stable sort takes the lowest number among equal scores; topk takes any
-        order = sums.cols(scores).sort(dim=-1, descending=True, stable=True).indices
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
         new = order[:, :r].sort(dim=-1).values.to(torch.int32)
-        return new if old is None else torch.where(top[:, 0] > 0, new, old)
+        return new if old is None else torch.where(scores.amax(-1, keepdim=True) > 0, new, old)
 
     def columns(self, index: Tensor, m: int, dtype: torch.dtype, i: slice = ALL) -> Tensor:
         """Rows i of P = D[:, I], (K, |i|, r)."""
@@ -178,15 +194,25 @@ class Dct(IndexProjector):
         C = C.mT if self.basis == "dct3" else C
         return C[:, i].index_select(0, index.flatten()).view(*index.shape, -1).mT
 
-    def _turned(self, X: Tensor) -> Tensor:
-        return (idct if self.basis == "dct3" else dct)(X, -2, self.path)
+    def chosen(self, G: Tensor, index: Tensor) -> Tensor:
+        """P^T G of chosen cosines (K, r, n), at least float32, without the other coefficients."""
+        if self.basis == "dct2":
+            R: Tensor = pick(G, "pass").dct_project(G, index, -2)
+            return R
+        return product(self.columns(index, G.shape[-2], work_dtype(G)).mT, G)
+
+    def _turned(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The transform of some columns, and the sizes of its rows if they cost nothing."""
+        if self.basis == "dct3":
+            return idct(X, -2, self.path), None
+        return sized_dct(X, -2, self.path, "l1" if self.norm == "l1" else None)
 
     def _sizes(self, S: Tensor) -> Tensor:
         """One number per row for some columns of S / max|S|; panels add up."""
         return S.abs().sum(-1) if self.norm == "l1" else S.square().sum(-1)
 
     def _scores(self, X: Tensor) -> Tensor:
-        return self._sizes(self._turned(X))
+        return self._sizes(self._turned(X)[0])
 
     def shared(self, m: int) -> Mapping[Hashable, int]:
         """See :class:`Projector`; the cosines, in float32."""
@@ -194,7 +220,7 @@ class Dct(IndexProjector):
 
     def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
         """See :class:`Projector`."""
-        return sums.rows(product(self.columns(state["index"], G.shape[-2], G.dtype).mT, G))
+        return sums.rows(self.chosen(G, state["index"]))
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """See :class:`Projector`."""

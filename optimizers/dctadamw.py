@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels import product
 from .base import StackedOptimizer
 from .feedback import KINDS, feedback
 from .groups import warn_user
 from .lowrank import check_known
-from .moments import Match, adam
+from .moments import Match
 from .projectors import Dct, clear_rows_, rank_of, take_rows
-from .rule import Direction, Factored, Member, Rule, Slot, check, check_adam
+from .rule import AdamFactored, Direction, Member, Rule, Slot, check, check_adam
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,6 +62,11 @@ class DCTAdamWRule(Rule):
         )  # fmt: skip
 
     @property
+    def guarded(self) -> bool:  # type: ignore[override]
+        """Without error feedback, whose stores know no flags."""
+        return self.error_feedback is None
+
+    @property
     def every(self) -> int:
         """Updates between two choices, for the driver to count; 0 where every update chooses."""
         return self.update_proj_gap if self.update_proj_gap > 1 else 0
@@ -94,26 +98,27 @@ class DCTAdamWRule(Rule):
         """One step for a stack; after turning, rows are transformed."""
         assert w.grad is not None
         G, D, state, store = w.grad, self.cosines, w.state, feedback(self.error_feedback)
-        chooses, S = not self.every or w.age == 0, None
+        chooses, S, sizes = not self.every or w.age == 0, None, None
         if store is not None:  # E waits as coefficients: nothing is lifted to be subtracted
             S = D.transform(G, onto=store.load(state, w.n, G.dtype))  # (K, m, n), D^T G + E
         elif chooses:
-            S = D.transform(G)
+            S, sizes = D.spectrum(G)
         if chooses and S is not None:
-            self.choose(w, D, S)
+            self.choose(w, D, S, sizes)
         index = state["index"].clamp(min=0)
-        P = D.columns(index, w.m, G.dtype)  # (K, m, r)
-        R = w.sums.rows(product(P.mT, G)) if S is None else take_rows(S, index)  # (K, r, n)
+        R = w.sums.rows(D.chosen(G, index)) if S is None else take_rows(S, index)  # (K, r, n)
+        P = D.columns(index, w.m, R.dtype)  # (K, m, r)
         if store is not None and S is not None:
             store.store(state, clear_rows_(S, index))
-        t: int | Tensor = state["age"].add_(1) if self.bias_correction == "age" else w.t
-        (beta1, beta2), M, V = self.betas, state["exp_avg"], state["exp_avg_sq"]
-        return w.step(Factored(P, adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps)))
+        moved = 1 if w.ok is None else w.ok.to(torch.int32).view(-1, 1, 1)
+        t: int | Tensor = state["age"].add_(moved) if self.bias_correction == "age" else w.t
+        M, V = state["exp_avg"], state["exp_avg_sq"]
+        return w.step(AdamFactored(P, R, M, V, t, self.betas, self.eps, w.ok))
 
-    def choose(self, w: Member, D: Dct, S: Tensor) -> None:
+    def choose(self, w: Member, D: Dct, S: Tensor, sizes: Tensor | None) -> None:
         """A new index; moments and ages follow theirs, and start at 0 where one enters."""
         state, old = w.state, w.state["index"]
-        new = D.choose(S, old.shape[-1], old, w.sums)
+        new = w.kept(D.choose(S, old.shape[-1], old, w.sums, sizes), old)
         change, rows = Match(old, new), [X for X in map(state.get, MOVED) if X is not None]
         least = {"reset": 2.0, "keep_if_same": 0.5}.get(self.moments, 0.0)  # share to stay
         few = (change.source >= 0).sum(-1) < least * old.shape[-1]

@@ -115,6 +115,12 @@ class FrameRule(Rule, abstract=True):
         return ("W",) if self.rotation_sharing == "per_param" else ()
 
     @property
+    def guarded(self) -> bool:  # type: ignore[override]
+        """Where no factorisation has to wait, and no average of gradients is kept beside M."""
+        waits = self.rotation not in ("qr", "none") or self.init == "svd"
+        return not waits and self.gram_beta is None
+
+    @property
     def every(self) -> int:
         """A rotation of every step needs no refresh, for which the host would wait."""
         return 0 if self.rotation_every == 1 else self.rotation_every

@@ -247,18 +247,19 @@ def _carry_ldadam(M: Tensor, V: Tensor, change: Change, t: int, betas: tuple[flo
     V.copy_(v.abs_().mul_(c2))
 
 
-def ema(buffer: Tensor, grad: Tensor, momentum: float) -> Tensor:
+def ema(buffer: Tensor, grad: Tensor, momentum: float, ok: Tensor | None = None) -> Tensor:
     """B <- B + (1 - momentum) (G - B), in place; returns B in the precision of G.
 
-    A buffer of a narrower dtype is worked on in G's and rounded when it is stored.
+    A buffer of a narrower dtype is worked on in G's and rounded when it is stored; ``ok`` is that
+    of :func:`blend`.
     """
-    moved: Tensor = pick(grad, "pass").blend_(buffer, grad, momentum)[0]
-    return moved
+    return blend(buffer, grad, momentum, ok=ok)
 
 
 def blend(
-    buffer: Tensor, grad: Tensor, momentum: float, nesterov: bool = False, kind: str = "ema"
-) -> Tensor:
+    buffer: Tensor, grad: Tensor, momentum: float, nesterov: bool = False, kind: str = "ema",
+    ok: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Takes a gradient into an average or a sum, in place, and gives the step of both, in one pass.
 
     Args:
@@ -267,12 +268,14 @@ def blend(
         momentum: Decay of the buffer.
         nesterov: Whether the result is G + momentum (B - G), or G + momentum C, a new tensor.
         kind: ``"ema"`` or ``"sum"``.
+        ok: None, or flags (K,): where one is 0 the buffer stays, and the result means nothing.
 
     Returns:
         The buffer as :func:`ema` returns it, or the step.
     """
     step: Tensor
-    step, _ = pick(grad, "pass").blend_(buffer, grad, momentum, nesterov=nesterov, kind=kind)
+    ops = pick(grad, "pass")
+    step, _ = ops.blend_(buffer, grad, momentum, nesterov=nesterov, kind=kind, ok=ok)
     return step
 
 
@@ -381,8 +384,9 @@ def heavy_tail_schedule(T: int, alpha: float | None = None) -> tuple[float, floa
 
 
 def row_correction(
-    O: Tensor, second_moment: Tensor, beta2: float, sums: Sums, n: int, eps: float = 1e-10
-) -> Tensor:
+    O: Tensor, second_moment: Tensor, beta2: float, sums: Sums, n: int, eps: float = 1e-10,
+    ok: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """NorMuon's: rows of O divided by their own running size, ||O||_F kept.
 
     v <- beta2 v + (1 - beta2) mean over columns of O*O; O' = O / (sqrt(v) + eps), then scaled to
@@ -396,19 +400,21 @@ def row_correction(
         sums: Sums over the weight's indices.
         n: Columns of the whole weight.
         eps: Added to the root and to the norm of O'.
+        ok: As for :func:`blend`.
 
     Returns:
         (K, m, 1), by which the rows of O are multiplied.
     """
     squares = sums.cols(column_squares(O.mT).mT)
-    by = ema(second_moment, squares / n, beta2).sqrt().add(eps).reciprocal()
+    by = ema(second_moment, squares / n, beta2, ok).sqrt().add(eps).reciprocal()
     old, new = (sums.rows(total(x.mT)).sqrt() for x in (squares, squares * by * by))
     return by * (old / (new + eps))
 
 
 def entry_correction(
-    O: Tensor, second_moment: Tensor, beta2: float, sums: Sums, norm: float, eps: float = 1e-8
-) -> tuple[Tensor, Tensor]:
+    O: Tensor, second_moment: Tensor, beta2: float, sums: Sums, norm: float, eps: float = 1e-8,
+    ok: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """AdaMuon's: entries of O divided by their own running size, then scaled to a given norm.
 
     V <- beta2 V + (1 - beta2) O*O; O' = O / (sqrt(V) + eps), without bias correction, which would
@@ -421,11 +427,12 @@ def entry_correction(
         sums: Sums over the weight's indices.
         norm: The Frobenius norm to scale to.
         eps: Added to the root and to the norm of O'.
+        ok: As for :func:`blend`.
 
     Returns:
         O' (K, m, n), a new tensor, and what it is to be multiplied by, (K, 1, 1).
     """
-    V = ema(second_moment, O.square(), beta2)
+    V = ema(second_moment, O.square(), beta2, ok)
     scaled = O / V.sqrt().add_(eps)
     size = sums.both(total(column_squares(scaled))).sqrt()
     return scaled, norm / (size + eps)

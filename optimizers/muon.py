@@ -70,15 +70,15 @@ class MuonRule(OrthogonalRule):
         """One step for a stack."""
         B, mu = w.state["momentum_buffer"], self.momentum
         G = self.calmed(w).to(B.dtype) if self.compat else self.calmed(w)
-        U = blend(B, G, mu, self.nesterov, self.momentum_kind)  # (K, m, n)
+        U = blend(B, G, mu, self.nesterov, self.momentum_kind, w.ok)  # (K, m, n)
         O = self.orthogonal(w, U.sign() if self.second_moment == "adamuon" else U)
         term: Term = Dense(O)
         if self.second_moment == "normuon":
             V = w.state["row_second_moment"]
-            term = Scaled(O, row_correction(O, V, self.decay2, w.sums, w.n))
+            term = Scaled(O, row_correction(O, V, self.decay2, w.sums, w.n, ok=w.ok))
         elif self.second_moment == "adamuon":
             norm, V = math.sqrt(min(w.m, w.n)), w.state["second_moment"]  # of an exact factor
-            O, by = entry_correction(O, V, self.decay2, w.sums, norm)
+            O, by = entry_correction(O, V, self.decay2, w.sums, norm, ok=w.ok)
             term = Scaled(O, by)
         # what scales O above is never negative, so O has the signs of the step
         decay = O * w.value.to(O.dtype) >= 0 if self.cautious else None

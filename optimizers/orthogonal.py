@@ -106,6 +106,13 @@ class OrthogonalRule(Rule, abstract=True):
         low_rank_size(1, 1, self.rank, self.oversample)
         self.orthogonalize(torch.empty(1, 0, 1))  # what the kernel refuses is refused here
 
+    @property
+    def guarded(self) -> bool:  # type: ignore[override]
+        """Where all state is moved by a momentum that takes flags, and no draw looks at G."""
+        drawn = self.polar == "low_rank" and self.sketch == "kaczmarz"
+        calm = self.normalize_grad or self.clip_grad_rms or self.spike_ratio or self.report_steps
+        return self.compat is None and not drawn and not calm
+
     def more_slots(self) -> dict[str, Slot]:
         """The state of ``calmed`` and ``orthogonal``."""
         slots = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -144,9 +144,9 @@ class Bucket:
     ) -> Tensor:
         """A gradient as the rule takes it: precise enough, turned; zeros where it is not ok.
 
-        A rule that is guarded takes it as it is.
+        A rule that is guarded takes it as it is, unless it would meet state as narrow as itself.
         """
-        G = G if raw else G.to(self.dtype)
+        G = G if raw and self._wide else G.to(self.dtype)
         if maximize:
             G = -G
         if ok is not None and not raw:
@@ -157,6 +157,11 @@ class Bucket:
         """Whether the state is as the rule sees it, and kernels do all passes over gradients."""
         large = all(G is None or pick(G, "pass") is not reference for G in Gs)
         return large and not any(self.coded)
+
+    @cached_property
+    def _wide(self) -> bool:
+        """Whether no state is of a precision below float32."""
+        return all(X.dtype.itemsize >= 4 for X in self._tensors() if X.is_floating_point())
 
     def copies(self) -> list[Tensor]:
         """Copies of all state, for units whose flags arrive after the update."""

@@ -61,7 +61,9 @@ def measured(X: Tensor, terms: int) -> Whole | Series:
     return Series(([Y[i] for i in slabs(*Y.shape)] for Y in along_memory(X)), terms)
 
 
-def blended(M: Tensor, G: Tensor, momentum: float, nesterov: bool, terms: int) -> Whole | Series:
+def blended(
+    M: Tensor, G: Tensor, momentum: float, nesterov: bool, terms: int, ok: Tensor | None = None
+) -> Whole | Series:
     """Moves the average M (K, m, n) by G and measures the step in the same pass.
 
     By a kernel or in panels the step is never whole.
@@ -72,9 +74,10 @@ def blended(M: Tensor, G: Tensor, momentum: float, nesterov: bool, terms: int) -
         momentum: Decay of M.
         nesterov: Whether the step is G + momentum (M - G) instead of M.
         terms: How many terms of the series.
+        ok: None, or flags (K,) where kernels run: where one is 0, M stays.
     """
     if (ops := pick(G, "pass")) is not reference:
-        return Known(*ops.blend_power_sums_(M, G, momentum, terms, nesterov=nesterov))
+        return Known(*ops.blend_power_sums_(M, G, momentum, terms, nesterov=nesterov, ok=ok))
     if not in_panels(G):
         return Whole(blend(M, G, momentum, nesterov))
     pairs = zip(along_memory(M), G if along_memory(M) is M else G.mT, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 class RowNormRule(RowRule):
     """M <- mu M + (1 - mu) G; U_i = M_i / |M_i|; centred: less the mean row, before and after."""
 
-    guarded: ClassVar[bool] = True
     row_mode: str = "inverse_eps"
     eps: float = 1e-8
 

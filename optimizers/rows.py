@@ -133,6 +133,8 @@ class RowStep(Deferred):
 class RowRule(Rule, abstract=True):
     """M <- mu M + (1 - mu) G, one row per neuron; U = map(M), centred before and after if told."""
 
+    guarded: ClassVar[bool] = True
+
     momentum: float = 0.95
     centred: bool = False
     axis: str = "rows"

@@ -196,7 +196,7 @@ class Member:
             roundings and signs of a published factorisation does.
         sums: Sums over the weight's indices.
         ok: None, or flags (K,) float32 on the device, 0 where a gradient is not finite: only rules
-            that are ``guarded`` see one.
+            that are ``guarded`` see one. State of such a matrix must stay as it is.
     """
 
     __slots__ = (
@@ -256,6 +256,12 @@ class Member:
         """
         if self._store is not None:
             self._store(W)
+
+    def kept(self, new: Tensor, old: Tensor) -> Tensor:
+        """New state (K, ...), but the old one of matrices whose flag in ``ok`` is 0."""
+        if self.ok is None:
+            return new
+        return torch.where(self.ok.view(-1, *[1] * (new.dim() - 1)) != 0, new, old)
 
     @property
     def age(self) -> int:
@@ -320,8 +326,8 @@ class Rule:
     guarded: ClassVar[bool] = False
     """Whether ``update`` may see gradients that are narrow or not finite.
 
-    It may if all that it does to state goes through operations of ``stiefel.kernels`` that are told
-    ``ok``. Where the host does not wait for the flags the driver copies nothing then.
+    It may if all that it does to state goes through operations that are told ``ok``, or through
+    ``Member.kept``. Where the host does not wait for the flags the driver copies nothing then.
     """
     together: ClassVar[bool] = False
     """Whether refreshes of all units belong to the same update, so that none can be shifted."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels import POLAR_METHODS, add_product_, polar_factor
 from .base import StackedOptimizer
 from .lowrank import check_known
+from .moments import blend
 from .projectors import Dct, rank_of, take_rows
 from .rule import Direction, Factored, Member, Rule, Slot, check
 
@@ -27,6 +28,8 @@ ADJUST_LR_FNS = ("match_rms_adamw", "kj", "dion", "kimi", "none")
 @dataclass(frozen=True)
 class TrionRule(Rule):
     """S = D^T (M + G); I its r largest rows, A = S[I]; M - (1 - mu) D_I A stays; D_I polar(A)."""
+
+    guarded: ClassVar[bool] = True
 
     momentum: float = 0.95
     rank: int | float = 0.25
@@ -67,15 +70,15 @@ class TrionRule(Rule):
         """One step for a stack; nothing waits for the choice of I."""
         assert w.grad is not None
         B, G, D, r = w.state["momentum_buffer"], w.grad, self.cosines, rank_of(self.rank, w.m)
-        M = B.to(G.dtype).add_(G)  # (K, m, n), the buffer itself where dtypes agree
-        S = D.transform(M)  # (K, m, n)
-        index = D.choose(S, r, sums=w.sums)  # (K, r), ascending
+        M = blend(B, G, 1.0, kind="sum", ok=w.ok)  # (K, m, n), B itself where it is as wide as G
+        S, sizes = D.spectrum(M)  # (K, m, n)
+        index = D.choose(S, r, sums=w.sums, sizes=sizes)  # (K, r), ascending
         A = take_rows(S, index)  # (K, r, n)
         del S  # before the iteration needs room
-        P = D.columns(index, w.m, G.dtype)  # (K, m, r)
-        _subtract_(M, P, A, 1 - self.momentum)
+        P = D.columns(index, w.m, M.dtype)  # (K, m, r)
+        _subtract_(M, P, w.kept(A, torch.zeros_like(A)), 1 - self.momentum)
         if M is not B:
-            B.copy_(M)
+            B.copy_(w.kept(M, B))
         sides = (w.n, w.m) if w.turned else (w.m, w.n)
         return w.step(Factored(P, self.orthogonalize(A)), scale=self.ratio(*sides, r))
 

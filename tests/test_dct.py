@@ -128,6 +128,10 @@ def test_stack_has_the_bits_of_its_matrices(K, m, n, path, dim, double):
 
 def test_path_is_a_pure_rule_and_auto_follows_it():
     assert dct_path(FFT_FROM) == "fft" and dct_path(FFT_FROM - 1) == "matmul"
+    # cuFFT and its like are slow where a prime factor is large
+    assert [dct_path(n, "cuda") for n in (511, 512, 521, 1000, 1034)] == [
+        "matmul", "fft", "matmul", "fft", "matmul"
+    ]  # fmt: skip
     for n in (FFT_FROM - 1, FFT_FROM):
         X = gaussian(4, n)
         assert torch.equal(dct(X), dct(X, path=dct_path(n, "cpu", torch.float32)))

@@ -66,7 +66,7 @@ def test_recorded_trajectory(name, monkeypatch):
         due = [t for t in range(1, len(data["W"]) + 1) if t == 1 or t % gap == 0]
         stored, original = iter([data["indices"][t - 1] for t in due]), module.Dct.choose
 
-        def choose(self, S, r, old=None, sums=None):
+        def choose(self, S, r, old=None, sums=None, sizes=None):
             chosen.append((original(self, S, r).tolist()[0], next(stored)))
             return torch.tensor([chosen[-1][1]], dtype=torch.int32)
 

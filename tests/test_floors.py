@@ -125,7 +125,7 @@ KERNELS = {
     "coefficients": set(),
     "products": set(),
     "cosines": {"products"},
-    "dct": {"cosines", "dispatch", "products"},
+    "dct": {"cosines", "dispatch", "products", "reference"},
     "dispatch": {"reference"},
     "normalising": {"passes"},
     "stacking": {"dispatch", "reference"},

@@ -8,6 +8,7 @@ from problems import METHODS, gradients, run, same, tensors, weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stiefel.optimizers import plan
+from stiefel.optimizers.projectors import Dct
 
 SHAPES = [(24, 10), (10, 24), (17, 5), (24, 10)]
 STEPS = 4
@@ -22,14 +23,19 @@ OPERATIONS = {
     "auon": "blend",
     "rownorm": "row_step_",
     "aro": "sinkhorn",
-    "dctadamw": "adam",
+    "dctadamw": "adam_lift_",
 }
 """An operation that a method must reach."""
 SPREAD = {"galore-full": {"eps": 1e-3}}
 """Options without which Adam gives round-off a full step: P^T G Q is diagonal in a fresh basis."""
 SKETCHED = ["muon-low-rank", "muon-kaczmarz"]
 """Tiny sketches draw a column twice: then one unit of round-off decides the rest of their range."""
-GUARDED = ["galore", "fira", "frugal-columns", "frugal-svd", "auon", "rownorm", "muon", "muon-ns5"]
+GUARDED = [
+    "galore", "fira", "frugal-columns", "frugal-svd", "auon", "auon-hybrid", "rownorm", "muon",
+    "muon-ns5", "muon-normuon", "muon-adamuon", "trion", "trion-l2", "dctadamw", "aro",
+    "aro-adam", "rownorm-columns", "rownorm-centred", "spectral", "spectral-published", "hybrid",
+]  # fmt: skip
+"""What keeps nothing aside where the host does not wait for flags."""
 
 
 class Counted(TorchDispatchMode):
@@ -94,7 +100,7 @@ def test_flags_that_arrive_late_skip_what_the_host_would_have_skipped(name, dtyp
     assert same(waited[0], late[0]) and same(waited[1], late[1])
 
 
-@pytest.mark.parametrize("name", ["galore", "fira", "frugal-columns", "frugal-svd", "rownorm"])
+@pytest.mark.parametrize("name", GUARDED)
 def test_a_guarded_rule_keeps_nothing_aside(name, monkeypatch):
     def refused(bucket):
         raise AssertionError("state was copied")
@@ -102,6 +108,58 @@ def test_a_guarded_rule_keeps_nothing_aside(name, monkeypatch):
     monkeypatch.setattr(plan.Bucket, "copies", refused)
     weights, _, calls, skipped = trained(METHODS[name], "triton", monkeypatch, wait=False)
     assert calls and not skipped and all(bool(W.isfinite().all()) for W in weights[-1])
+
+
+@pytest.mark.parametrize("name", ["muon-normuon", "auon", "rownorm", "trion", "dctadamw", "aro"])
+def test_narrow_state_changes_nothing_in_that(name, monkeypatch):
+    bad, narrow = [(0, 2), (3, 2)], {"state_dtype": "bfloat16"}
+    narrow |= {"nesterov": True} if name == "aro" else {}  # then the step of a bad G is no buffer
+    waited, late = (
+        trained(METHODS[name], "triton", monkeypatch, torch.bfloat16, wait, bad, **narrow)
+        for wait in (True, False)
+    )
+    assert waited[3] == late[3] == 2
+    assert same(waited[0], late[0]) and same(waited[1], late[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chosen_cosines_are_the_same_by_kernels_around_the_fft(dtype, monkeypatch):
+    fft = {"transform": "fft"}
+    plain = trained(METHODS["dctadamw"], "reference", monkeypatch, dtype, **fft)
+    ours = trained(METHODS["dctadamw"], "triton", monkeypatch, dtype, **fft)
+    assert {"dct_reorder", "dct_twiddle", "dct_take", "adam_lift_"} <= {*ours[2]}
+    assert all(same(plain[1][key], X) for key, X in ours[1].items() if "index" in str(key))
+    least = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    for a, b in zip(plain[0][-1], ours[0][-1], strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=least, atol=1e-5)
+    bad = [(0, 2), (2, 3)]
+    waited, late = (
+        trained(METHODS["dctadamw"], "triton", monkeypatch, dtype, wait, bad, **fft)
+        for wait in (True, False)
+    )
+    assert same(waited[0], late[0]) and same(waited[1], late[1])
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_sizes_of_cosines_come_with_them(norm, monkeypatch):
+    monkeypatch.setenv("STIEFEL_KERNELS", "triton")
+    G, D = (
+        torch.randn(3, 17, 200, generator=torch.Generator().manual_seed(0)),
+        Dct(norm, path="fft"),
+    )
+    S, sizes = D.spectrum(G)
+    monkeypatch.setattr("stiefel.optimizers.coordinates.SPECTRUM_PANEL", 17 * 70)
+    parts, summed = D.spectrum(G)
+    assert torch.equal(D.choose(S, 5), D.choose(S, 5, sizes=sizes))
+    torch.testing.assert_close(parts, S, rtol=0, atol=1e-6)
+    if norm == "l2":  # squares may overflow, and what is to be scaled is known only afterwards
+        assert sizes is None and summed is None
+        return
+    for found in (sizes, summed):
+        torch.testing.assert_close(found, S.abs().sum(-1), rtol=1e-5, atol=0)
+    old = torch.tensor([[3, 4, 9]], dtype=torch.int32)
+    S, sizes = D.spectrum(torch.zeros(1, 17, 8))
+    assert torch.equal(D.choose(S, 3, old, sizes=sizes), old)
 
 
 def test_the_process_interprets():
