@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -19,8 +20,10 @@ from . import reference
 
 PRODUCT_FROM = 256
 """Shorter side up to which torch's own (batched) products are faster than tuned kernels."""
-PASS_FROM = 2**14
-"""Entries below which a pass over memory is all launch, whichever kernel does it."""
+PASS_FROM = 2**12
+"""Entries of a matrix below which a pass over memory is all launch, whichever kernel does it."""
+MATRICES = 65535
+"""How many matrices one launch can have: they are the second axis of its grid."""
 WIDE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -36,13 +39,16 @@ def kernels() -> ModuleType:
     return importlib.import_module(".triton", __package__)
 
 
-def pick(X: Tensor, work: str = "product") -> ModuleType:
+def pick(X: Tensor | Sequence[Tensor], work: str = "product") -> ModuleType:
     """The module whose functions act on ``X``.
 
     Both have the functions of ``stiefel.kernels.reference``. float64 always goes to the reference.
+    How many matrices there are does not matter, so that a stack has the bits of each; but above
+    65535 it is the reference.
 
     Args:
-        X: (m, n) or (K, m, n), the largest tensor that is to be worked on.
+        X: (m, n) or (K, m, n), the largest tensor that is to be worked on; or a list of equal
+            matrices, of which the first is looked at.
         work: ``"product"`` for products of matrices, ``"pass"`` for passes over memory.
 
     Returns:
@@ -53,6 +59,7 @@ def pick(X: Tensor, work: str = "product") -> ModuleType:
             triton does not interpret.
         ValueError: if ``STIEFEL_KERNELS`` is none of the three names.
     """
+    X = X if isinstance(X, Tensor) else X[0]
     wish = os.environ.get("STIEFEL_KERNELS", "auto")
     if wish == "auto":
         return kernels() if X.is_cuda and _pays(X, work) and available() else reference
@@ -66,9 +73,15 @@ def pick(X: Tensor, work: str = "product") -> ModuleType:
 
 
 def _pays(X: Tensor, work: str) -> bool:
-    if X.dtype not in WIDE:
+    if not _fits(X):
         return False
-    return X.numel() >= PASS_FROM if work == "pass" else min(X.shape[-2:]) > PRODUCT_FROM
+    sides = X.shape[-2:]
+    return sides.numel() >= PASS_FROM if work == "pass" else min(sides) > PRODUCT_FROM
+
+
+def _fits(X: Tensor) -> bool:
+    """Whether there are kernels for the dtype, and one launch for the batch."""
+    return X.dtype in WIDE and X.shape[:-2].numel() <= MATRICES
 
 
 def _wanted(X: Tensor) -> ModuleType:
@@ -77,7 +90,7 @@ def _wanted(X: Tensor) -> ModuleType:
         raise RuntimeError(
             "STIEFEL_KERNELS=triton needs the package triton: install it, or set auto or reference"
         )
-    if X.dtype not in WIDE:
+    if not _fits(X):
         return reference
     if not X.is_cuda and not kernels().INTERPRETED:
         raise RuntimeError(

@@ -169,19 +169,6 @@ def project(P: Tensor, G: Tensor, squares: bool = False) -> tuple[Tensor, Tensor
     return product(P.mT.to(wide), G.to(wide)), G2
 
 
-def project_parts(P: Tensor, G: Tensor) -> Tensor:
-    """The coordinates P^T G as ``adam_lift_`` takes them too: in parts that are still to be added.
-
-    Args:
-        P: (K, m, r), or (1, m, r) for all matrices.
-        G: (K, m, n), any strides.
-
-    Returns:
-        (S, K, r, n), at least float32, with S as the back end likes.
-    """
-    return project(P, G)[0].unsqueeze(0)
-
-
 def lift_(
     W: Tensor, P: Tensor, N: Tensor, keep: float, alpha: float, *, X: Tensor | None = None,
     by: Tensor | None = None, R: Tensor | None = None, free: float = 0.0,
@@ -254,7 +241,7 @@ def adam_lift_(
     Args:
         W: (K, m, n), any strides.
         P: (K, m, r), or (1, m, r) for all matrices.
-        R: (K, r, n), what ``project`` gave, or (S, K, r, n) of ``project_parts``.
+        R: (K, r, n), what ``project`` gave.
         M: (K, r, n) first moment, changed in place.
         V: (K, r, n) second moment, changed in place.
         t: number of this update, or clocks that broadcast against R, as for ``adam``.
@@ -269,7 +256,6 @@ def adam_lift_(
         control: None, or (K, 3), as for ``lift_``; where a flag is 0, M and V stay too.
     """
     ok = None if control is None else control[:, 0]
-    R = R if R.ndim == 3 else R.sum(0)
     N = adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps, ok=ok)
     if X is None or free == 0.0:
         lift_(W, P, N, keep, alpha, control=control)

@@ -36,7 +36,7 @@ from .roles import Assignment
 from .rule import RULES, Rule, Together
 from .together import Meeting, Run, Written
 from .units import Unit, place, stagger, units_of
-from .write import write_
+from .write import write_, write_apart_
 
 
 class StackedOptimizer(Optimizer):
@@ -433,10 +433,13 @@ class StackedOptimizer(Optimizer):
             if isinstance(step, Together):
                 steps.answer = yield step
                 continue
-            W = bucket.load(step.member.number)
+            i, decay = step.member.number, group["weight_decay"]
             on = None if ok is None else ok.to(bucket.dtype).view(-1, 1, 1)
-            write_(W, step, lr, group["weight_decay"], on)
-            bucket.store(step.member.number, W)
+            if write_apart_(bucket.apart(i), step, lr, decay, on):
+                continue
+            W = bucket.load(i)
+            write_(W, step, lr, decay, on)
+            bucket.store(i, W)
         bucket.encode(decoded)
         bucket.set_step(t)
         if ok is not None and not raw:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import reference
+from ..kernels.dispatch import pick
 from .plan import Bucket, Plan, chunk_bytes, largest
 from .units import Unit
 from .write import LOW
@@ -56,19 +58,31 @@ def look(
     for bucket in buckets:
         total, kept = None, list[Tensor | None]()
         for i, there in enumerate(bucket.present):
-            G = bucket.gradient(i, grads) if there and bucket.stacked else None
-            kept.append(G)
+            G = None
             if there:
-                # a block of a parameter looks at the whole of it: one clock, one flag
-                whole = grads[bucket.unit.positions[i]] if G is None else G
-                assert whole is not None
-                part = _flag(whole, bucket.stacked, waits(whole.device))
+                given = bucket.given(i, grads)
+                G, part = _stack_and_flag(given, bucket.stacked, waits(given[0].device))
                 total = part if total is None else total + part
+            kept.append(G)
         assert total is not None
         flags.append(total)
         used += sum(G.nbytes for G in kept if G is not None)
         stacks.append(kept if bucket.stacked and used <= chunk_bytes(total.device) else None)
     return stacks, flags
+
+
+def _stack_and_flag(
+    given: list[Tensor], stacked: bool, waits: bool
+) -> tuple[Tensor | None, Tensor]:
+    """A stack of gradients if there is to be one, and numbers (K,)."""
+    if not stacked:  # a block of a parameter looks at the whole of it: one clock, one flag
+        return None, _flag(given[0], stacked, waits)
+    alike = len({(G.stride(), G.dtype) for G in given}) == 1
+    if not waits and alike and (ops := pick(given, "pass")) is not reference:
+        G, fine = ops.cast_stack(given, given[0].dtype, finite=True)  # all in one pass
+        return G, fine.reciprocal()
+    G = torch.stack(given)
+    return G, _flag(G, stacked, waits)
 
 
 def _flag(G: Tensor, stacked: bool, waits: bool) -> Tensor:

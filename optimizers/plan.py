@@ -186,18 +186,22 @@ class Bucket:
                 return False
         return True
 
+    def given(self, i: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients of member i, one per unit."""
+        given = [G for unit in self.units if (G := grads[unit.positions[i]]) is not None]
+        was = self.unit.key[2 + i][0]
+        for now in {G.shape for G in given}:
+            if now != was:
+                raise RuntimeError(
+                    f"parameter of shape {tuple(was)} changed its shape to {tuple(now)}; build the "
+                    "optimizer after the model is wrapped"
+                )
+        return given
+
     def gradient(self, i: int, grads: Sequence[Tensor | None]) -> Tensor:
         """Gradients of member i as (K, m, n) before turning, in their own dtype."""
-        given = [grads[unit.positions[i]] for unit in self.units]
-        G = torch.stack(given) if self.stacked else given[0]  # type: ignore[arg-type]
-        assert G is not None
-        was, now = self.unit.key[2 + i][0], G.shape[1:] if self.stacked else G.shape
-        if now != was:
-            raise RuntimeError(
-                f"parameter of shape {tuple(was)} changed its shape to {tuple(now)}; build the "
-                "optimizer after the model is wrapped"
-            )
-        return G if self.stacked else self.unit.blocks[i].take(G)
+        given = self.given(i, grads)
+        return torch.stack(given) if self.stacked else self.unit.blocks[i].take(given[0])
 
     def load(self, i: int) -> Tensor:
         """Weights of member i (K, m, n) after turning: a stack is a copy, a view is live."""
@@ -207,6 +211,16 @@ class Bucket:
             else self.unit.blocks[i].take(self.unit.params[i].detach())
         )
         return W.mT if self.unit.turned[i] else W
+
+    def apart(self, i: int) -> list[Tensor]:
+        """The live weights of member i as K matrices (m, n) after turning.
+
+        None of them where `load` serves as well: of a single unit, and where no kernels are.
+        """
+        if not self.stacked or pick(self.columns[i], "pass") is reference:
+            return []
+        Ws = [p.detach() for p in self.columns[i]]
+        return [W.mT for W in Ws] if self.unit.turned[i] else Ws
 
     def store(self, i: int, W: Tensor) -> None:
         """Put the weights of member i back where `load` made a copy."""

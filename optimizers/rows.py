@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels import POLAR_METHODS, gram_polar, polar_factor, product
 from ..kernels.dispatch import pick
+from ..kernels.passes import Stack
 from ..kernels.rows import ROW_MODES as ROW_MODES
 from ..kernels.rows import row_factors as factors
 from .lowrank import check_known
@@ -103,6 +104,7 @@ class RowStep(Deferred):
         ok: None, or flags (K,): where one is 0, M stays.
     """
 
+    apart: ClassVar[bool] = True
     M: Tensor
     G: Tensor
     momentum: float
@@ -118,11 +120,15 @@ class RowStep(Deferred):
         by = factors(squares, self.mode, self.eps)
         return Scaled(U, by if self.length == 1.0 else by * self.length)
 
-    def kernel_(self, W: Tensor, by: Factors, beside: Term | None = None) -> bool:
-        """See :class:`Term`; where rows lie across the memory their sums come first."""
+    def kernel_(self, W: Stack, by: Factors, beside: Term | None = None) -> bool:
+        """See :class:`Term`; where rows lie across the memory their sums come first.
+
+        So they do where W is a list: M is read twice then, but W is not copied into a stack.
+        """
         if beside is not None:
             return False
-        if self.G.stride(-1) != 1 or self.M.stride(-1) != 1:
+        across = self.G.stride(-1) != 1 or self.M.stride(-1) != 1
+        if across or not isinstance(W, Tensor):
             return self.whole.kernel_(W, by)
         told = (self.momentum, self.eps, self.mode, *by.times(self.length))
         pick(W, "pass").row_step_(W, self.M, self.G, *told)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels import add_product_
 from ..kernels.dispatch import pick
+from ..kernels.passes import Stack
 
 
 def _rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
@@ -50,6 +51,8 @@ class Term:
     """Whether the term can be written a panel of rows at a time."""
     fused: ClassVar[bool] = False
     """Whether ``write_`` does it with the decay inside."""
+    apart: ClassVar[bool] = False
+    """Whether ``kernel_`` takes a list of matrices, wherever they lie, for W."""
 
     @property
     def mT(self) -> Term:
@@ -68,7 +71,7 @@ class Term:
         """Panel <- keep * panel + alpha times these rows, in place and in one go."""
         raise NotImplementedError
 
-    def kernel_(self, W: Tensor, by: Factors, beside: Term | None = None) -> bool:
+    def kernel_(self, W: Any, by: Factors, beside: Term | None = None) -> bool:
         """W (K, m, n) <- keep W + alpha (term + beside) by one kernel; False if there is none."""
         return False
 
@@ -77,6 +80,7 @@ class Term:
 class Dense(Term):
     """A new tensor U (K, m, n)."""
 
+    apart: ClassVar[bool] = True
     U: Tensor
 
     @property
@@ -92,7 +96,7 @@ class Dense(Term):
         """See :class:`Term`."""
         panel.add_(self.U[ks, rows], alpha=alpha)
 
-    def kernel_(self, W: Tensor, by: Factors, beside: Term | None = None) -> bool:
+    def kernel_(self, W: Stack, by: Factors, beside: Term | None = None) -> bool:
         """See :class:`Term`."""
         if beside is not None:
             return False
@@ -222,6 +226,7 @@ class AdamFactored(Deferred):
 class Scaled(Term):
     """X (K, m, n) that already exists, times by (K, m, 1), (K, 1, n) or (K, 1, 1)."""
 
+    apart: ClassVar[bool] = True
     X: Tensor
     by: Tensor
 
@@ -243,7 +248,7 @@ class Scaled(Term):
         """The same as arguments of ``lift_``."""
         return {"X": self.X, "by": self.by}
 
-    def kernel_(self, W: Tensor, by: Factors, beside: Term | None = None) -> bool:
+    def kernel_(self, W: Stack, by: Factors, beside: Term | None = None) -> bool:
         """See :class:`Term`; beside it there may be another of its kind."""
         if beside is not None and not isinstance(beside, Scaled):
             return False

@@ -6,7 +6,7 @@ terms of a higher precision are summed in it with the decayed weight and rounded
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels import reference
 from ..kernels.dispatch import pick
+from ..kernels.passes import Stack
 from .rule import Dense, Direction, Factors, Term, check
 
 PANEL = 2**17
@@ -38,9 +39,9 @@ def write_(
     terms = list(step.terms)
     if step.cap is not None:
         terms = _capped(W, terms, step.cap, lr, step.scale)
-    alpha, keep = -step.scale, 1.0 - lr**step.decay_power * weight_decay
-    if not step.exact and _by_kernel(W, step, terms, alpha * lr, keep, ok):
+    if _by_kernel(W, step, terms, lr, weight_decay, ok):
         return
+    alpha, keep = -step.scale, 1.0 - lr**step.decay_power * weight_decay
     if ok is not None and step.member.ok is not None:
         # what is not finite there is still in the terms, and no factor of 0 would take it away
         new = W.clone()
@@ -66,22 +67,41 @@ def write_(
     _write_panels(W, terms, alpha, keep, step.decay_last)
 
 
+def write_apart_(
+    Ws: Sequence[Tensor],
+    step: Direction,
+    lr: float | Tensor,
+    weight_decay: float,
+    ok: Tensor | None = None,
+) -> bool:
+    """The same for K matrices (m, n) wherever they lie, which need not be copied into a stack.
+
+    Returns:
+        Whether it was done: there must be a kernel that writes this step into a list.
+    """
+    terms, strides = list(step.terms), {W.stride() for W in Ws}
+    if step.cap is not None or len(strides) != 1 or not all(term.apart for term in terms):
+        return False
+    return _by_kernel(Ws, step, terms, lr, weight_decay, ok)
+
+
 def _by_kernel(
-    W: Tensor,
+    W: Stack,
     step: Direction,
     terms: list[Term],
-    alpha: float | Tensor,
-    keep: float | Tensor,
+    lr: float | Tensor,
+    weight_decay: float,
     ok: Tensor | None,
 ) -> bool:
     """Write all terms at once where the back end has a kernel that does it."""
-    if step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
+    if step.exact or step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
         return False
-    if pick(W, "pass") is reference or _alike(W, terms):
+    if pick(W, "pass") is reference or _alike(W[0], terms):
         return False
+    alpha, keep = -step.scale * lr, 1.0 - lr**step.decay_power * weight_decay
     control = None
     if ok is not None or isinstance(alpha, Tensor):
-        control = W.new_ones(len(W), 3, dtype=torch.float32)
+        control = W[0].new_ones(len(W), 3, dtype=torch.float32)
         for i, x in enumerate((ok, keep, alpha)):
             if x is not None:
                 control[:, i] = x.flatten() if isinstance(x, Tensor) else x

@@ -81,7 +81,7 @@ FLOORS = {
         "write",
     },
     "together": {"rule"},
-    "flags": {"plan", "rule", "units", "write"},
+    "flags": {"kernels", "plan", "rule", "units", "write"},
     "feedback": {"kernels", "rule"},
     "tangent": {"kernels", "pairs"},
     "base_weights": {"groups", "lora", "moments", "rule", "views"},

@@ -940,7 +940,12 @@ def test_dispatch_by_size(monkeypatch):
         assert kernels(257, 300) and kernels(8, 300, 257, dtype=torch.bfloat16)
         assert not kernels(256, 4096) and not kernels(64, 256, 300)
         assert not kernels(300, 300, dtype=torch.float64)
-        assert kernels(128, 128, work="pass") and not kernels(100, 100, work="pass")
+        assert kernels(64, 64, work="pass") and not kernels(60, 60, work="pass")
+        # as many as there are, so that a stack has the bits of its matrices
+        assert not kernels(9, 60, 60, work="pass") and kernels(65535, 64, 64, work="pass")
+        assert not kernels(65536, 64, 64, work="pass")  # more than a launch has
+        matrices = [torch.empty(64, 64, device="cuda")] * 3
+        assert dispatch.pick(matrices, "pass") is fast
         monkeypatch.setattr(dispatch, "available", lambda: False)
         assert not kernels(300, 300)
         monkeypatch.setattr(dispatch, "available", lambda: True)

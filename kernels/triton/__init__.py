@@ -16,7 +16,7 @@ from .rows import column_norm, row_norm
 from .scaled_add import scaled_add_
 from .scaling import equal_rows, sinkhorn
 from .split import split_step_
-from .subspace import project, project_parts
+from .subspace import project
 from .symmetric import gram, symmetric_apply, symmetric_poly
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "padded",
     "power_sums",
     "project",
-    "project_parts",
     "row_norm",
     "row_step_",
     "scale_and_apply",

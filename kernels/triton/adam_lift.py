@@ -29,8 +29,8 @@ leave so few columns to a program that P is read from L2 oftener than by the oth
 
 @triton.jit
 def adam_lift_kernel(
-    W, P, R, M, V, clock, X, floor, control, m, n, r, splits, w_k, w_m, w_n, p_k, p_m, p_r,
-    r_s, r_k, r_r, r_n, m_k, m_r, m_n, v_k, v_r, v_n, t_k, t_r, t_n, x_k, x_m, x_n, f_k, c_k, c_c,
+    W, P, R, M, V, clock, X, floor, control, m, n, r, w_k, w_m, w_n, p_k, p_m, p_r,
+    r_k, r_r, r_n, m_k, m_r, m_n, v_k, v_r, v_n, t_k, t_r, t_n, x_k, x_m, x_n, f_k, c_k, c_c,
     keep, alpha, free, beta1, rest1, beta2, rest2, one, two, eps,
     CLOCK: tl.constexpr, SIGN: tl.constexpr, FLOOR: tl.constexpr, CONTROL: tl.constexpr,
     PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -52,9 +52,6 @@ def adam_lift_kernel(
     stored = (down < r) & good
     R += k * r_k + down * r_r + cols * r_n
     x = tl.load(R, mask=inside, other=0.0).to(tl.float32)
-    for _ in range(1, splits):
-        R += r_s
-        x += tl.load(R, mask=inside, other=0.0).to(tl.float32)
     M += k * m_k + down * m_r + cols * m_n
     V += k * v_k + down * v_r + cols * v_n
     a = tl.load(M, mask=inside, other=0.0).to(tl.float32)
@@ -99,12 +96,11 @@ def _adam_lift_op(
     refuse_overlap(W, P, R, *(() if X is None else (X,)))
     (K, m, n), r = W.shape, M.shape[-2]
     chosen = _tiles(W, X is not None)
-    parts = R if R.ndim == 4 else R[None]
     with guard(W):
         adam_lift_kernel[(triton.cdiv(n, chosen.blocks["BN"]), K)](
-            W, P, parts, M, V, clock, X, floor, control, m, n, r, len(parts), *strides(W),
-            *strides(P), parts.stride(0), *strides(parts[0]), *strides(M), *strides(V),
-            *spread(clock, M), *three(X), floors(floor), *controls(control), keep, alpha, free,
+            W, P, R, M, V, clock, X, floor, control, m, n, r, *strides(W), *strides(P),
+            *strides(R), *strides(M), *strides(V), *spread(clock, M), *three(X), floors(floor),
+            *controls(control), keep, alpha, free,
             *bias(t, clock is not None, beta1, beta2), eps, CLOCK=clock is not None,
             SIGN=X is not None, FLOOR=floor is not None, CONTROL=control is not None,
             PRECISION=products(W, P), RESIDUAL=residual(), RB=ranks(r), **options(chosen),
@@ -150,7 +146,6 @@ def adam_lift_(
         )
         return
     ok = None if control is None else control[:, 0]
-    R = R if R.ndim == 3 else R.sum(0)
     N = adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps, ok=ok)
     beside = None if X is None else R
     lift_(W, P, N, keep, alpha, X=X, R=beside, free=free, floor=floor, control=control)

@@ -192,33 +192,10 @@ def _(P: Tensor, G: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
     return new(K, P.shape[-1], n), new(K if squares else 0, 1, n)
 
 
-@torch.library.custom_op("stiefel::project_parts", mutates_args=())
-def _parts_op(P: Tensor, G: Tensor) -> Tensor:
-    (K, m, n), r = G.shape, P.shape[-1]
-    if min(K, n, m) == 0 or r == 0:
-        return G.new_zeros(1, K, r, n, dtype=torch.float32)
-    parts = G.new_empty(_plan(P, G)[1], K, r, n, dtype=torch.float32)
-    _project(P, G, parts, None)
-    return parts
-
-
-@_parts_op.register_fake
-def _(P: Tensor, G: Tensor) -> Tensor:
-    (K, m, n), r = G.shape, P.shape[-1]
-    splits = 1 if min(K, n, m) == 0 or r == 0 else _plan(P, G)[1]
-    return G.new_empty(splits, K, r, n, dtype=torch.float32)
-
-
 def project(P: Tensor, G: Tensor, squares: bool = False) -> tuple[Tensor, Tensor | None]:
     """See :func:`stiefel.kernels.reference.project`."""
     R, G2 = _project_op(P, G, squares)
     return R, G2 if squares else None
-
-
-def project_parts(P: Tensor, G: Tensor) -> Tensor:
-    """See :func:`stiefel.kernels.reference.project_parts`."""
-    parts: Tensor = _parts_op(P, G)
-    return parts
 
 
 def _case(name: str, P: str, G: str, dot: str, RB: int, exact: str = "tf32", **on: bool) -> Case:

@@ -52,13 +52,15 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def trained(make, back_end, monkeypatch, dtype=torch.float32, wait=None, bad=(), **options):
+def trained(
+    make, back_end, monkeypatch, dtype=torch.float32, wait=None, bad=(), shapes=SHAPES, **options
+):
     """Weights after each step, the state, and the operations that were called."""
     monkeypatch.setenv("STIEFEL_KERNELS", back_end)
-    params = [weight(shape, i, dtype) for i, shape in enumerate(SHAPES)]
+    params = [weight(shape, i, dtype) for i, shape in enumerate(shapes)]
     optimizer = make(params, **options)
     optimizer._wait = wait
-    grads = [gradients(shape, STEPS, i) for i, shape in enumerate(SHAPES)]
+    grads = [gradients(shape, STEPS, i) for i, shape in enumerate(shapes)]
     for i, step in bad:
         grads[i][step] = grads[i][step].clone()
         grads[i][step][0, 0] = float("nan")
@@ -108,6 +110,22 @@ def test_a_guarded_rule_keeps_nothing_aside(name, monkeypatch):
     monkeypatch.setattr(plan.Bucket, "copies", refused)
     weights, _, calls, skipped = trained(METHODS[name], "triton", monkeypatch, wait=False)
     assert calls and not skipped and all(bool(W.isfinite().all()) for W in weights[-1])
+
+
+@pytest.mark.parametrize(
+    "name", ["muon", "muon-plain", "auon", "auon-hybrid", "rownorm", "spectral"]
+)
+def test_weights_of_a_stack_are_written_where_they_lie(name, monkeypatch):
+    shapes = [(24, 10)] * 3 + [(10, 24)] * 2
+    waited = trained(METHODS[name], "triton", monkeypatch, wait=True, shapes=shapes)
+
+    def refused(*args):
+        raise AssertionError("a stack was copied")
+
+    for method in ("load", "store", "gradient"):
+        monkeypatch.setattr(plan.Bucket, method, refused)
+    late = trained(METHODS[name], "triton", monkeypatch, wait=False, shapes=shapes)
+    assert {"read", "scaled_add"} <= {*late[2]} and same(waited[0], late[0])
 
 
 @pytest.mark.parametrize("name", ["muon-normuon", "auon", "rownorm", "trion", "dctadamw", "aro"])

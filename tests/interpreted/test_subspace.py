@@ -9,7 +9,7 @@ from arena import DTYPES, LAYOUTS, close, gaussian, laid, nothing_beside, unchan
 from stiefel.kernels import reference
 from stiefel.kernels import triton as kernels
 from stiefel.kernels.triton import adam_lift as module
-from stiefel.kernels.triton import launch
+from stiefel.kernels.triton import launch, subspace
 
 BETAS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 # (K, m, n), r: ragged, single rows, columns and coordinates, r above m, split sums, several tiles
@@ -54,11 +54,10 @@ def test_project(shape, r, squares):
         close(G2, sums, torch.float32)
     else:
         assert G2 is None
-    parts = kernels.project_parts(P, G)
-    launch.workspace("project", tuple(parts.shape), G, torch.float32).fill_(math.nan)
+    splits = subspace._plan(P, G)[1]
+    assert splits > 1 or shape[1] != 300
+    launch.workspace("project", (splits, *R.shape), G, torch.float32).fill_(math.nan)
     assert torch.equal(R, kernels.project(P, G, squares)[0])
-    assert len(parts) > 1 if shape[1] == 300 else parts.shape[1:] == R.shape
-    close(parts.double().sum(0), expected, torch.float32)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -287,14 +286,12 @@ def test_adam_lift(shape, r, kind):
     beside = {k: x for k, x in rests(*shape, G, R)[kind].items() if k != "R"}
     exact = [X.double() for X in (W, P, R, M, V)]
     reference.adam_lift_(*exact, 3, 0.9, -0.1, **BETAS, **doubled(beside))
-    parts = torch.stack((R / 2, R / 4, R / 4))
-    for coordinates in (R, parts) if max(shape) < 40 else (parts,):
-        w, m, v = unchanged(W, M, V)
-        kernels.adam_lift_(w, P, coordinates, m, v, 3, 0.9, -0.1, **BETAS, **beside)
-        close(w, exact[0], torch.float32)
-        close(m, exact[3], torch.float32)
-        close(v, exact[4], torch.float32)
-    plain = unchanged(W, P, parts, M, V)
+    w, m, v = unchanged(W, M, V)
+    kernels.adam_lift_(w, P, R, m, v, 3, 0.9, -0.1, **BETAS, **beside)
+    close(w, exact[0], torch.float32)
+    close(m, exact[3], torch.float32)
+    close(v, exact[4], torch.float32)
+    plain = unchanged(W, P, R, M, V)
     reference.adam_lift_(*plain, 3, 0.9, -0.1, **BETAS, **beside)
     close(plain[0], exact[0], torch.float32)
 
@@ -331,11 +328,11 @@ def test_adam_lift_control(fused, monkeypatch):
     kernels.adam_lift_(*expected, 3, 0.9, -0.1, **BETAS, **beside)
     R[1], W[1, 0, 0] = math.nan, math.nan
     control = torch.tensor([[1.0, 0.9, -0.1], [0.0, 0.9, -0.1], [1.0, 0.9, -0.1]])
-    for new in (unchanged(W, P, R, M, V), unchanged(W, P, R[None], M, V)):
-        kernels.adam_lift_(*new, 3, 5.0, 5.0, **BETAS, **beside, control=control)
-        for at, old in ((0, W), (3, M), (4, V)):
-            assert torch.equal(new[at][[0, 2]], expected[at][[0, 2]])
-            assert torch.equal(new[at][1].nan_to_num(7.0), old[1].nan_to_num(7.0))
+    new = unchanged(W, P, R, M, V)
+    kernels.adam_lift_(*new, 3, 5.0, 5.0, **BETAS, **beside, control=control)
+    for at, old in ((0, W), (3, M), (4, V)):
+        assert torch.equal(new[at][[0, 2]], expected[at][[0, 2]])
+        assert torch.equal(new[at][1].nan_to_num(7.0), old[1].nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("sign", [False, True])
@@ -358,7 +355,7 @@ def test_many_coordinates_take_two_kernels():
     assert not module.on_chip(W, P, 65, True) and module.on_chip(W, P, 64, True)
     exact = [X.double() for X in (W, P, R, M, V)]
     reference.adam_lift_(*exact, 3, 0.9, -0.1, **BETAS)
-    kernels.adam_lift_(W, P, R[None], M, V, 3, 0.9, -0.1, **BETAS)
+    kernels.adam_lift_(W, P, R, M, V, 3, 0.9, -0.1, **BETAS)
     close(W, exact[0], torch.float32)
 
 
@@ -378,7 +375,6 @@ def test_nothing_is_launched_for_an_empty_batch():
     assert kernels.adam(R, M, V, 1, **BETAS).shape == (0, 5, 9)
     kernels.lift_(W, P, R, 0.9, 0.1)
     kernels.adam_lift_(W, P, R, M, V, 1, 0.9, 0.1, **BETAS)
-    assert kernels.project_parts(P, G).shape == (1, 0, 5, 9)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -440,7 +436,6 @@ def test_fake_results_and_schemas():
     check, ops = torch.library.opcheck, torch.ops.stiefel
     for squares in (False, True):
         check(ops.project, (P, G, squares), **which)
-    check(ops.project_parts, (P, G), **which)
     check(ops.adam, (R, M, V, 1.0, None, 0.9, 0.99, 1e-8, control[:, 0]), **which)
     check(ops.adam, (R, M, V, 1.0, floor, 0.9, 0.99, 1e-8, None), **which)
     check(ops.lift_, (W, P, R, 0.9, 0.1, G, None, R, 0.1, floor, control), **which)
@@ -460,7 +455,7 @@ def test_each_operation_is_one_node_of_a_compiled_graph():
         R, squares = kernels.project(P, G, True)
         N = kernels.adam(R, M, V, 2, **BETAS)
         kernels.lift_(W, P, N, 0.9, -0.1, X=G, by=squares)
-        kernels.adam_lift_(W, P, kernels.project_parts(P, G), M, V, 3, 0.9, -0.1, **BETAS)
+        kernels.adam_lift_(W, P, R, M, V, 3, 0.9, -0.1, **BETAS)
 
     W, P, G, _, M, V = problem((2, 20, 9), 5)
     expected = [X.clone() for X in (W, M, V)]
@@ -469,7 +464,7 @@ def test_each_operation_is_one_node_of_a_compiled_graph():
     assert all(torch.equal(X, Y) for X, Y in zip((W, M, V), expected, strict=True))
     names = [str(node.target) for node in graphs[0].graph.nodes if "stiefel" in str(node.target)]
     assert sorted(name.split(".")[1] for name in names) == [
-        "adam", "adam_lift_", "lift_", "project", "project_parts",
+        "adam", "adam_lift_", "lift_", "project",
     ]  # fmt: skip
 
 
@@ -488,7 +483,7 @@ def test_a_step_of_galore(dtype, turned):
     R = P.double().mT @ G.double()
     N = reference.adam(R, m, v, 3, **BETAS)
     exact = 0.99 * exact - 0.025 * P.double() @ N
-    kernels.adam_lift_(W, P, kernels.project_parts(P, G), M, V, 3, 0.99, -0.025, **BETAS)
+    kernels.adam_lift_(W, P, kernels.project(P, G)[0], M, V, 3, 0.99, -0.025, **BETAS)
     close(W, exact, dtype)
     close(M, m, torch.float32)
 
