@@ -20,6 +20,5 @@ if INTERPRETS:
 
     mend()
 elif DEVICE != "cpu":
-    # these two are about the interpreter, and optimizers of CPU weights
-    collect_ignore_glob = ["test_traffic.py", "test_optimizers.py"]
+    collect_ignore_glob = ["test_traffic.py"]  # which is about the interpreter
     torch.set_default_device(DEVICE)

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from arena import DEVICE, gaussian
 from problems import METHODS, gradients, run, same, tensors, weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,15 +53,24 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def placed(make, *args):
+    """Weights or gradients of the CPU's random numbers, where the kernels run."""
+    with torch.device("cpu"):
+        made = make(*args)
+    if isinstance(made, list):
+        return [X.to(DEVICE) for X in made]
+    return torch.nn.Parameter(made.detach().to(DEVICE))
+
+
 def trained(
     make, back_end, monkeypatch, dtype=torch.float32, wait=None, bad=(), shapes=SHAPES, **options
 ):
     """Weights after each step, the state, and the operations that were called."""
     monkeypatch.setenv("STIEFEL_KERNELS", back_end)
-    params = [weight(shape, i, dtype) for i, shape in enumerate(shapes)]
+    params = [placed(weight, shape, i, dtype) for i, shape in enumerate(shapes)]
     optimizer = make(params, **options)
     optimizer._wait = wait
-    grads = [gradients(shape, STEPS, i) for i, shape in enumerate(shapes)]
+    grads = [placed(gradients, shape, STEPS, i) for i, shape in enumerate(shapes)]
     for i, step in bad:
         grads[i][step] = grads[i][step].clone()
         grads[i][step][0, 0] = float("nan")
@@ -73,7 +83,7 @@ def trained(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_the_same_on_kernels(name, dtype, monkeypatch):
-    given = [weight(shape, i, dtype) for i, shape in enumerate(SHAPES)]
+    given = [placed(weight, shape, i, dtype) for i, shape in enumerate(SHAPES)]
     more = SPREAD.get(name, {})
     plain, state, none, _ = trained(METHODS[name], "reference", monkeypatch, dtype, **more)
     ours, kept, calls, _ = trained(METHODS[name], "triton", monkeypatch, dtype, **more)
@@ -161,12 +171,10 @@ def test_chosen_cosines_are_the_same_by_kernels_around_the_fft(dtype, monkeypatc
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_sizes_of_cosines_come_with_them(norm, monkeypatch):
     monkeypatch.setenv("STIEFEL_KERNELS", "triton")
-    G, D = (
-        torch.randn(3, 17, 200, generator=torch.Generator().manual_seed(0)),
-        Dct(norm, path="fft"),
-    )
+    G, D = gaussian(3, 17, 200), Dct(norm, path="fft")
     S, sizes = D.spectrum(G)
-    monkeypatch.setattr("stiefel.optimizers.coordinates.SPECTRUM_PANEL", 17 * 70)
+    for name in ("SPECTRUM_PANEL", "SPECTRUM_PANEL_ACCELERATOR"):
+        monkeypatch.setattr(f"stiefel.optimizers.coordinates.{name}", 17 * 70)
     parts, summed = D.spectrum(G)
     assert torch.equal(D.choose(S, 5), D.choose(S, 5, sizes=sizes))
     torch.testing.assert_close(parts, S, rtol=0, atol=1e-6)
@@ -180,5 +188,6 @@ def test_sizes_of_cosines_come_with_them(norm, monkeypatch):
     assert torch.equal(D.choose(S, 3, old, sizes=sizes), old)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="kernels are compiled there")
 def test_the_process_interprets():
     assert os.environ["TRITON_INTERPRET"] == "1"
