@@ -34,7 +34,7 @@ def adam(
         beta1: decay of M.
         beta2: decay of V.
         eps: added to the bias-corrected root.
-        ok: None, or flags (K,): where one is 0, M and V of that matrix stay as they are.
+        ok: None, or flags (K,), or (1,) for all: where one is 0, M and V of that matrix stay.
 
     Returns:
         N: (K, m, n) in R's dtype, its own storage. Where ok is 0 it means nothing.

@@ -36,7 +36,7 @@ def blend_(
         kind: ``"ema"`` or ``"sum"``.
         squares: Which sums of squares of U are wanted: None, of its ``"rows"`` (K, m, 1), of its
             ``"cols"`` (K, 1, n), or of ``"all"`` entries (K, 1, 1).
-        ok: None, or flags (K,): where one is 0, M of that matrix stays as it is.
+        ok: None, or flags (K,), or (1,) for all: where one is 0, M of that matrix stays as it is.
 
     Returns:
         U: M itself if there is no nesterov and M is as wide as U; else a new (K, m, n) in the wider

@@ -94,7 +94,7 @@ class TopK(IndexProjector):
 
     def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
         """See :class:`Projector`; a gather."""
-        return take_rows(G, state["index"])
+        return take_rows(G, state["index"]).to(work_dtype(G))
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """See :class:`Projector`."""
@@ -224,7 +224,11 @@ class Dct(IndexProjector):
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """See :class:`Projector`."""
-        return Factored(self.columns(state["index"], m, N.dtype), N)
+        return Factored(self.factor(state, m, N.dtype), N)
+
+    def factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`Projector`."""
+        return self.columns(state["index"], m, dtype)
 
     def back(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL

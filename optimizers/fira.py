@@ -60,7 +60,7 @@ class FiraRule(LowRankRule):
         phi, norm = self.residual(w, G2, R, N, a)
         if self.limiter:
             floor = None if self.published else self.limiter_floor
-            phi = phi / growth_limit(norm / c, state["limiter_norm"], self.gamma, floor)
+            phi = phi / growth_limit(norm / c, state["limiter_norm"], self.gamma, floor, w.ok)
         lift = P.lift(state, N.sub_(R.mul_(phi)).mul_(a), w.m)  # a P (N - phi R), then phi G
         return w.step(lift, Scaled(G, phi), scale=scale, decay_last=self.published)
 

@@ -79,7 +79,7 @@ class FRUGALRule(Rule):
     @property
     def guarded(self) -> bool:  # type: ignore[override]
         """Where the terms take flags."""
-        return (self.inner, self.compat) == ("adamw", None) and self.way.guarded
+        return self.compat is None and self.inner in self.way.guarded
 
     @property
     def inside(self) -> Inner:

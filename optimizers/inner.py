@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .moments import Change, adam, carry, column_squares, ema, total
+from .moments import Change, adam, blend, carry, column_squares, ema, total
 from .rule import LOCAL, Slot, Sums, check
 
 __all__ = ["INNERS", "Inner", "inner"]
@@ -36,16 +36,11 @@ class Inner:
         raise NotImplementedError
 
     def direction(
-        self,
-        state: State,
-        R: Tensor,
-        t: int | Tensor,
-        sums: Sums = LOCAL,
-        ok: Tensor | None = None,
-    ) -> Tensor:
+        self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL, ok: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """N, a new tensor like R; `t` counts updates from 1, for all of R or per row or column.
 
-        Adam leaves the state of matrices alone whose flag in `ok` (K,) is 0; the others have none.
+        `ok` is None, or flags (K,): where one is 0 the state stays, and N means nothing.
         """
         raise NotImplementedError
 
@@ -67,13 +62,8 @@ class AdamW(Inner):
         return {"exp_avg": moment, "exp_avg_sq": moment}
 
     def direction(
-        self,
-        state: State,
-        R: Tensor,
-        t: int | Tensor,
-        sums: Sums = LOCAL,
-        ok: Tensor | None = None,
-    ) -> Tensor:
+        self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL, ok: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """See :class:`Inner`."""
         (beta1, beta2), M, V = self.betas, state["exp_avg"], state["exp_avg_sq"]
         return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps, ok=ok)
@@ -93,17 +83,12 @@ class Lion(Inner):
         return {"exp_avg": _slot(axes, sizes)}
 
     def direction(
-        self,
-        state: State,
-        R: Tensor,
-        t: int | Tensor,
-        sums: Sums = LOCAL,
-        ok: Tensor | None = None,
-    ) -> Tensor:
+        self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL, ok: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """See :class:`Inner`."""
         (beta1, beta2), M = self.betas, state["exp_avg"]
         N = M.to(R.dtype).lerp(R, 1 - beta1).sign_()
-        ema(M, R, beta2)
+        ema(M, R, beta2, ok)
         return N
 
     def carry(self, policy: str, state: State, change: Change, t: int) -> None:
@@ -120,18 +105,12 @@ class SGDM(Inner):
         return {"momentum_buffer": _slot(axes, sizes)}
 
     def direction(
-        self,
-        state: State,
-        R: Tensor,
-        t: int | Tensor,
-        sums: Sums = LOCAL,
-        ok: Tensor | None = None,
-    ) -> Tensor:
+        self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL, ok: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """See :class:`Inner`."""
         B = state["momentum_buffer"]
-        moved = B.to(R.dtype).mul(self.betas[0]).add_(R)
-        B.copy_(moved)
-        return moved
+        moved = blend(B, R, self.betas[0], kind="sum", ok=ok)
+        return moved.clone() if moved is B else moved
 
     def carry(self, policy: str, state: State, change: Change, t: int) -> None:
         """See :class:`Inner`."""
@@ -164,24 +143,19 @@ class Adafactor(Inner):
         return {"exp_avg": _slot(axes, sizes), **factors} if self.betas[0] > 0.0 else factors
 
     def direction(
-        self,
-        state: State,
-        R: Tensor,
-        t: int | Tensor,
-        sums: Sums = LOCAL,
-        ok: Tensor | None = None,
-    ) -> Tensor:
+        self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL, ok: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """See :class:`Inner`."""
         check(isinstance(t, int), "Adafactor has one clock for all coordinates")
         r, n = R.shape[-2:]
         beta2 = 1 - float(t) ** self.decay_rate
         rows = sums.cols(column_squares(R.mT).mT) / n + self.floor
-        v = ema(state["exp_avg_sq_row"], rows, beta2)
-        w = ema(state["exp_avg_sq_col"], column_squares(R) / r + self.floor, beta2)
+        v = ema(state["exp_avg_sq_row"], rows, beta2, ok)
+        w = ema(state["exp_avg_sq_col"], column_squares(R) / r + self.floor, beta2, ok)
         N = R * (v / (total(v.mT) / r)).rsqrt() * w.rsqrt()
         rms = (sums.cols(total(column_squares(N))) / (r * n)).sqrt()
         N.div_((rms / self.clip_threshold).clamp(min=1.0))
-        return ema(state["exp_avg"], N, self.betas[0]).clone() if self.betas[0] > 0.0 else N
+        return ema(state["exp_avg"], N, self.betas[0], ok).clone() if self.betas[0] > 0.0 else N
 
     def carry(self, policy: str, state: State, change: Change, t: int) -> None:
         """See :class:`Inner`; the average per column belongs to no basis."""

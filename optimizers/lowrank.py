@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .inner import AdamW, Inner
 from .moments import adam_reference, bias_correction, check_policy
-from .projectors import DenseProjector, Draws, Projector, projector, rank_of, turns_right
+from .projectors import Draws, Projector, projector, rank_of, turns_right
 from .rule import AdamFactored, Member, Rule, Slot, Term, check, check_adam
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
@@ -63,9 +63,8 @@ class LowRankRule(Rule, abstract=True):
 
     @property
     def guarded(self) -> bool:  # type: ignore[override]
-        """With a dense basis on one side all is done by operations that take flags."""
-        one = isinstance(self.projector, DenseProjector) and self.proj_type != "full"
-        return one and not self.published and isinstance(self.inside, AdamW)
+        """All that moves takes flags, but in the published order."""
+        return not self.published
 
     @property
     def published(self) -> bool:
@@ -127,11 +126,11 @@ class LowRankRule(Rule, abstract=True):
 
     def lifted(self, w: Member, R: Tensor) -> tuple[Term, float]:
         """The term P N (or P N Q^T) of N = direction(R), and what still multiplies it."""
-        inside = self.inside
-        if self.guarded and isinstance(inside, AdamW):  # N is made where it is used
-            M, V = w.state["exp_avg"], w.state["exp_avg_sq"]
-            basis, t, betas, eps = w.state["basis"], self.clock(w), inside.betas, inside.eps
-            return AdamFactored(basis, R, M, V, t, betas, eps, w.ok), 1.0
+        P, inside = self.projector.factor(w.state, w.m, R.dtype), self.inside
+        if P is not None and isinstance(inside, AdamW) and not self.published:
+            M, V = w.state["exp_avg"], w.state["exp_avg_sq"]  # N is made where it is used
+            t, betas, eps = self.clock(w), inside.betas, inside.eps
+            return AdamFactored(P, R, M, V, t, betas, eps, w.ok), 1.0
         N, factor = self.direction(w, R)
         return self.projector.lift(w.state, N, w.m), factor
 

@@ -307,8 +307,9 @@ def square_scale(X: Tensor) -> Tensor:
 
 
 def growth_limit(
-    norm: Tensor, stored: Tensor, gamma: float = 1.01, floor: float | None = 1e-8
-) -> Tensor:
+    norm: Tensor, stored: Tensor, gamma: float = 1.01, floor: float | None = 1e-8,
+    ok: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """What a quantity is divided by so that its norm grows by gamma per step at most.
 
     L = max(norm / (stored + 1e-8), gamma) / gamma, and the limited norm / L is stored. A stored
@@ -320,6 +321,7 @@ def growth_limit(
         gamma: At least 1.
         floor: A stored norm up to it is absent too: L would hold the next ones down for long. None:
             as published.
+        ok: None, or flags (K,): where one is 0 nothing is stored.
 
     Returns:
         (K, 1, 1), at least 1.
@@ -327,7 +329,8 @@ def growth_limit(
     last = stored.to(norm.dtype)
     absent, good = last < 0 if floor is None else last <= floor, norm.isfinite()
     L = (norm / (last + 1e-8)).div_(gamma).clamp_(min=1.0).masked_fill_(absent, 1.0)
-    stored.copy_(torch.where(good, norm / L, last))
+    moved = good if ok is None else good & (ok.view(-1, 1, 1) != 0)
+    stored.copy_(torch.where(moved, norm / L, last))
     return L.masked_fill_(~good, math.inf)
 
 

@@ -256,6 +256,7 @@ class Bucket:
         for i, G in enumerate(grads):
             m, n = self.unit.sides(i)
             load = partial(self.load, i)
+            K = len(self.indices)  # a block has the flag of its whole parameter
             state = dict(self.states[i])
             state.update((name, self._seen(i, name, X)) for name, X in decoded[i].items())
             made.append(
@@ -272,7 +273,7 @@ class Bucket:
                     number=i,
                     turned=self.unit.turned[i],
                     store=partial(self.store, i),
-                    ok=ok,
+                    ok=ok if ok is None else ok.expand(K),
                 )
             )
         return made

@@ -20,7 +20,7 @@ from ..kernels.dispatch import pick
 from .groups import called, parameters_of, rows_of
 from .inner import AdamW, Inner
 from .moments import Match, column_squares, total
-from .projectors import KINDS, DenseProjector, Projector, projector, turns_right
+from .projectors import KINDS, Projector, projector, turns_right
 from .rule import (
     AdamFactored,
     Blocks,
@@ -88,10 +88,8 @@ def free_of(w: Member, kind: str, scale: float, threshold: float) -> Free:
 class Way:
     """How a gradient is divided: what every kind can do, for stacks (K, m, n)."""
 
-    @property
-    def guarded(self) -> bool:
-        """Whether its terms take flags, with Adam inside; see :class:`Rule`."""
-        return False
+    guarded: ClassVar[tuple[str, ...]] = ()
+    """With which inner optimizers all that moves takes flags; see :class:`Rule`."""
 
     def transpose(self, m: int, n: int) -> bool:
         """Whether an m x n weight is turned first."""
@@ -128,15 +126,12 @@ class Coordinates(Way):
         ages: Whether each counts the updates of its own.
     """
 
+    guarded: ClassVar[tuple[str, ...]] = ("adamw",)
+
     kind: str
     share: float
     ordered: bool = True
     ages: bool = False
-
-    @property
-    def guarded(self) -> bool:
-        """See :class:`Way`; ages move by themselves."""
-        return not self.ages
 
     @property
     def dim(self) -> int:
@@ -201,7 +196,8 @@ class Coordinates(Way):
         assert w.grad is not None
         clock: int | Tensor = t
         if "age" in w.state:
-            clock = w.state["age"].add_(1).unsqueeze(-1 if self.kind == "rows" else -2)
+            moved = 1 if w.ok is None else w.ok.to(torch.int32).view(-1, 1)
+            clock = w.state["age"].add_(moved).unsqueeze(-1 if self.kind == "rows" else -2)
         moments = {k: X for k, X in w.state.items() if k not in ("index", "age")}
 
         def step(R: Tensor, ks: slice, part: slice) -> Tensor:
@@ -318,8 +314,6 @@ class Split(Term):
             by.keep, by.alpha, beta1=beta1, beta2=beta2, eps=eps, free=self.free.kind,
             free_scale=self.free.scale, floor=self.free.floor, control=by.control,
         )  # fmt: skip
-        if by.control is not None and isinstance(t, Tensor):  # all of them have moved already
-            t.sub_((by.control[:, :1] == 0).to(t.dtype))
         return True
 
     def _fill(self, U: Tensor, ks: slice, rows: slice) -> None:
@@ -407,6 +401,8 @@ class Subspace(Way):
         published: LAPACK's own SVD, and signs of a residual that is round-off.
     """
 
+    guarded: ClassVar[tuple[str, ...]] = ("adamw", "lion", "sgdm")
+
     kind: str
     share: float
     proj_type: str = "std"
@@ -454,7 +450,8 @@ class Subspace(Way):
         if free.kind == "sgd" and not alone:
             by, N = R.new_full((1, 1, 1), free.scale), inner.direction(state, R, t, w.sums, w.ok)
             return P.lift(state, N.sub_(R, alpha=free.scale), m), Scaled(G, by)
-        lift = self.lifted(w, inner, R, t)
+        basis = P.factor(state, m, R.dtype)
+        lift = self.lifted(w, inner, R, t, basis)
         if alone:
             return (lift,)
         if not self.published:  # what is round-off has no sign
@@ -464,30 +461,20 @@ class Subspace(Way):
         def rest(k: slice, i: slice, j: slice) -> Tensor:
             return free(G[k, i, j] - P.back(state, R, m, k, i, j), k)
 
-        if not self.plain:
+        if basis is None:
             return lift, Blocks(rest)
-        return lift, Residual(rest, state["basis"], R, G, free.scale, free.floor)
+        return lift, Residual(rest, basis, R, G, free.scale, free.floor)
 
     def shared(self, m: int) -> Mapping[Hashable, int]:
         """See :class:`Way`."""
         return self.projector.shared(m)
 
-    @property
-    def plain(self) -> bool:
-        """Whether P is a dense basis on one side."""
-        return isinstance(self.projector, DenseProjector) and not self.full
-
-    @property
-    def guarded(self) -> bool:
-        """See :class:`Way`."""
-        return self.plain
-
-    def lifted(self, w: Member, inner: Inner, R: Tensor, t: int) -> Term:
+    def lifted(self, w: Member, inner: Inner, R: Tensor, t: int, P: Tensor | None) -> Term:
         """The term P N (or P N Q^T) of inner's direction N of R."""
         state = w.state
-        if self.plain and isinstance(inner, AdamW):  # N is made where it is used
+        if P is not None and isinstance(inner, AdamW):  # N is made where it is used
             M, V = state["exp_avg"], state["exp_avg_sq"]
-            return AdamFactored(state["basis"], R, M, V, t, inner.betas, inner.eps, w.ok)
+            return AdamFactored(P, R, M, V, t, inner.betas, inner.eps, w.ok)
         return self.projector.lift(state, inner.direction(state, R, t, w.sums, w.ok), w.m)
 
     def holds_all(self, w: Member, r: int) -> bool:

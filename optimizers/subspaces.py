@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..kernels import product
@@ -52,7 +53,7 @@ class Projector:
         raise NotImplementedError
 
     def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
-        """R, a new tensor (K, r, n) or (K, r, r), in G's dtype at least."""
+        """R, a new tensor (K, r, n) or (K, r, r), in G's dtype and at least float32."""
         raise NotImplementedError
 
     def measured(self, state: State, G: Tensor, sums: Sums = LOCAL) -> tuple[Tensor, Tensor]:
@@ -62,6 +63,10 @@ class Projector:
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """P N (or P N Q^T) as the cheapest term for a weight with m rows."""
         raise NotImplementedError
+
+    def factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor | None:
+        """P (K, m, r) if ``lift`` of an N of this dtype is a product with it, else None."""
+        return None
 
     def back(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
@@ -120,6 +125,10 @@ class DenseProjector(Projector):
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """See :class:`Projector`."""
         return Factored(state["basis"], self._right(state, N))
+
+    def factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor | None:
+        """See :class:`Projector`."""
+        return None if self.both else state["basis"]
 
     def back(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL

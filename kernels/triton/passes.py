@@ -92,7 +92,7 @@ def _blend(
         blend_kernel[(sums.down * sums.across, K)](
             M.pointer, G.pointer, u if write else None, sums.parts, ok, m, n, *M.strides,
             *G.strides, *(strides(u) if write else (0, 0, 0)),
-            0 if ok is None or K == 1 else ok.stride(0), sums.across, count, momentum,
+            0 if ok is None or len(ok) == 1 else ok.stride(0), sums.across, count, momentum,
             1 - momentum, M_TYPE=M.type, M_ALIGNED=M.aligned, G_TYPE=G.type, G_ALIGNED=G.aligned,
             WORK=ELEMENTS[work], SUM=total, NESTEROV=nesterov, WRITE=write, OK=ok is not None,
             WANTED=sums.wanted, **options(chosen),

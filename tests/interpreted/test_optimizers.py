@@ -32,9 +32,11 @@ SPREAD = {"galore-full": {"eps": 1e-3}}
 SKETCHED = ["muon-low-rank", "muon-kaczmarz"]
 """Tiny sketches draw a column twice: then one unit of round-off decides the rest of their range."""
 GUARDED = [
-    "galore", "fira", "frugal-columns", "frugal-svd", "auon", "auon-hybrid", "rownorm", "muon",
-    "muon-ns5", "muon-normuon", "muon-adamuon", "trion", "trion-l2", "dctadamw", "aro",
-    "aro-adam", "rownorm-columns", "rownorm-centred", "spectral", "spectral-published", "hybrid",
+    "muon", "muon-ns5", "muon-normuon", "muon-adamuon", "auon", "auon-hybrid", "trion", "trion-l2",
+    "galore", "galore-full", "galore-rotate", "galore-reset", "fira", "fira-paper", "dctadamw",
+    "frugal-columns", "frugal-rows", "frugal-randk", "frugal-svd", "frugal-random", "aro",
+    "aro-adam", "rownorm", "rownorm-columns", "rownorm-centred", "spectral", "spectral-published",
+    "hybrid",
 ]  # fmt: skip
 """What keeps nothing aside where the host does not wait for flags."""
 
@@ -101,25 +103,20 @@ def test_a_method_is_the_same_on_kernels(name, dtype, monkeypatch):
         assert off.max() <= 1e-3 * moved + least, (name, float(off.max()), float(moved))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def refused(*args):
+    raise AssertionError("state or a stack was copied")
+
+
 @pytest.mark.parametrize("name", GUARDED)
-def test_flags_that_arrive_late_skip_what_the_host_would_have_skipped(name, dtype, monkeypatch):
-    bad = [(0, 2), (3, 2), (1, 3)]
-    waited = trained(METHODS[name], "triton", monkeypatch, dtype, True, bad)
-    late = trained(METHODS[name], "triton", monkeypatch, dtype, False, bad)
+def test_flags_that_arrive_late_skip_what_the_host_would_have_skipped(name, monkeypatch):
+    """Gradients are narrow, so that they are seen as they are; and nothing is kept aside."""
+    given = {"dtype": torch.bfloat16, "bad": [(0, 2), (3, 2), (1, 3)]}
+    waited = trained(METHODS[name], "triton", monkeypatch, wait=True, **given)
+    monkeypatch.setattr(plan.Bucket, "copies", refused)
+    late = trained(METHODS[name], "triton", monkeypatch, wait=False, **given)
     assert waited[3] == late[3] == 3
     assert all(bool(W.isfinite().all()) for W in late[0][-1])
     assert same(waited[0], late[0]) and same(waited[1], late[1])
-
-
-@pytest.mark.parametrize("name", GUARDED)
-def test_a_guarded_rule_keeps_nothing_aside(name, monkeypatch):
-    def refused(bucket):
-        raise AssertionError("state was copied")
-
-    monkeypatch.setattr(plan.Bucket, "copies", refused)
-    weights, _, calls, skipped = trained(METHODS[name], "triton", monkeypatch, wait=False)
-    assert calls and not skipped and all(bool(W.isfinite().all()) for W in weights[-1])
 
 
 @pytest.mark.parametrize(
@@ -128,14 +125,38 @@ def test_a_guarded_rule_keeps_nothing_aside(name, monkeypatch):
 def test_weights_of_a_stack_are_written_where_they_lie(name, monkeypatch):
     shapes = [(24, 10)] * 3 + [(10, 24)] * 2
     waited = trained(METHODS[name], "triton", monkeypatch, wait=True, shapes=shapes)
-
-    def refused(*args):
-        raise AssertionError("a stack was copied")
-
     for method in ("load", "store", "gradient"):
         monkeypatch.setattr(plan.Bucket, method, refused)
     late = trained(METHODS[name], "triton", monkeypatch, wait=False, shapes=shapes)
     assert {"read", "scaled_add"} <= {*late[2]} and same(waited[0], late[0])
+
+
+INSIDE = [
+    {"projection": "dct"}, {"projection": "topk"}, {"projection": "randk"}, {"inner": "lion"},
+    {"inner": "adafactor"}, {"inner": "lion", "proj_type": "full"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", INSIDE, ids=str)
+def test_all_that_galore_is_made_of_takes_flags(options, monkeypatch):
+    given = {"dtype": torch.bfloat16, "bad": [(0, 2), (3, 3)], **options}
+    waited, late = (
+        trained(METHODS["galore"], "triton", monkeypatch, wait=wait, **given)
+        for wait in (True, False)
+    )
+    assert waited[3] == late[3] == 2
+    assert same(waited[0], late[0]) and same(waited[1], late[1])
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "muon-normuon", "frugal-rows", "dctadamw"])
+def test_a_block_waits_for_the_whole_of_its_parameter(name, monkeypatch):
+    """The entry that is bad lies in the other block, so nothing here but the flag tells."""
+    given = {"shapes": [(24, 10), (20, 8)], "bad": [(0, 2)], "view": "heads:2"}
+    waited, late = (
+        trained(METHODS[name], "triton", monkeypatch, wait=wait, **given) for wait in (True, False)
+    )
+    assert waited[3] == late[3] == 1
+    assert same(waited[0], late[0]) and same(waited[1], late[1])
 
 
 @pytest.mark.parametrize("name", ["muon-normuon", "auon", "rownorm", "trion", "dctadamw", "aro"])

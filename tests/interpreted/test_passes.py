@@ -119,6 +119,9 @@ def test_flags_leave_every_byte_and_what_is_bad_is_only_in_its_matrix():
     norm, found = kernels.blend_power_sums_(M, G, 0.9, 3, ok=ok)
     assert norm.flatten().isfinite().tolist() == [True, False, True] and found[::2].isfinite().all()
     assert torch.equal(M[1], old[1])
+    kept = M.clone()
+    kernels.blend_(M, G, 0.9, ok=torch.tensor([0.0, 9.0, 9.0])[:1])  # one for all
+    assert torch.equal(M, kept)
 
 
 @pytest.mark.parametrize("turned", [False, True])
