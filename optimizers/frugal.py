@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import splits
+from . import splits, turns, ways
 from .base import StackedOptimizer
 from .inner import Inner, inner
 from .lowrank import PROJ_TYPES, check_known
@@ -48,16 +48,16 @@ class FRUGALRule(Rule):
     # fmt: off
     def __post_init__(self) -> None:
         check_adam(self.betas, self.eps)
-        check_known(self, state_free=splits.FREE, reset=tuple(RESETS), proj_type=PROJ_TYPES,
-                    inner=("adamw", "lion", "sgdm"), block_order=splits.ORDERS,
+        check_known(self, state_free=ways.FREE, reset=tuple(RESETS), proj_type=PROJ_TYPES,
+                    inner=("adamw", "lion", "sgdm"), block_order=turns.ORDERS,
                     compat=(None, "reference"))
         if isinstance(self.block_of, str):
             check_known(self, block_of=("tensor", "layer"))
         x = self.density
         check(isinstance(x, int | float) and (0 <= x if isinstance(x, int) else 0.0 <= x <= 1.0),
               f"density must be a count (an int) or a part between 0.0 and 1.0, got {x!r}")
-        splits.check_least(self, int, update_gap=1, seed=0)
-        splits.check_least(self, object, state_free_lr_scale=0, proj_lr_scale=0, sign_threshold=0)
+        ways.check_least(self, int, update_gap=1, seed=0)
+        ways.check_least(self, object, state_free_lr_scale=0, proj_lr_scale=0, sign_threshold=0)
         check(self.split == "block" or self.block_of == "tensor",
               f"split={self.split!r} has no blocks: leave them out, or use split='block'")
         check(self.projection is None or self.split == "svd",
@@ -68,7 +68,7 @@ class FRUGALRule(Rule):
     # fmt: on
 
     @property
-    def way(self) -> splits.Way:
+    def way(self) -> ways.Way:
         """How G is divided."""
         return splits.way_of(
             self.projection or self.split, self.density, self.reset, self.inner,
@@ -94,7 +94,7 @@ class FRUGALRule(Rule):
         """One step for a stack: N of what is chosen, and the rest of G by the state-free rule."""
         assert w.grad is not None
         G, terms = w.grad, tuple[Term, ...]()
-        free = splits.free_of(w, self.state_free, self.state_free_lr_scale, self.sign_threshold)
+        free = ways.free_of(w, self.state_free, self.state_free_lr_scale, self.sign_threshold)
         if w.state:
             t = w.age + 1 if self.reset == "all" else w.t  # moments that were reset count anew
             terms = self.way.terms(w, self.inside, t, free)
@@ -129,11 +129,11 @@ class FRUGALRule(Rule):
     def holds(self, place: Place, t: int) -> int:
         """Blocks have state in the windows in which they are active."""
         way = self.way
-        return way.since(place.number, place.count, t) if isinstance(way, splits.Turns) else 1
+        return way.since(place.number, place.count, t) if isinstance(way, turns.Turns) else 1
 
     def blocks(self, names: Sequence[str | None]) -> Sequence[Hashable]:
         """What takes turns."""
-        return splits.labels_of(self.block_of, names)
+        return turns.labels_of(self.block_of, names)
 
 
 class FRUGAL(StackedOptimizer):
@@ -226,5 +226,5 @@ class FRUGAL(StackedOptimizer):
         """A group with the numbers of its blocks, if the user has listed them."""
         groups = super()._prepared(param_group)
         if self._listed is not None:
-            splits.number_blocks(groups, self.defaults, self._listed)
+            turns.number_blocks(groups, self.defaults, self._listed)
         return groups

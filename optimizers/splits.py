@@ -1,25 +1,18 @@
-"""Ways to divide a gradient in two: coordinates, subspaces, and blocks that take turns.
-
-What FRUGAL-like methods share: how the choice is drawn and kept, and one term that writes both
-parts of a step in one pass.
-"""
+"""Ways to divide a gradient in two: by coordinates, both in one pass, by subspaces, or in turns."""
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
-from typing import Any, ClassVar
+from functools import cached_property, partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..kernels.dispatch import pick
-from .groups import called, parameters_of, rows_of
 from .inner import AdamW, Inner
-from .moments import Match, column_squares, total
+from .moments import Match
 from .projectors import KINDS, Projector, projector, turns_right
 from .rule import (
     AdamFactored,
@@ -28,18 +21,16 @@ from .rule import (
     Factors,
     Member,
     Residual,
-    Rule,
     Scaled,
     Slot,
     Term,
     check,
 )
 from .sketches import Draws
+from .turns import Turns
+from .ways import ALL, Free, Way, free_of, rounded, some
 
 COORDINATES = ("columns", "rows", "randk")
-ORDERS = ("random", "ascending", "descending", "mirror")
-FREE = ("sign_sgd", "sgd", "no")
-ALL = slice(None)
 NOISE = 64.0
 """Units of round-off, relative to G's root mean square, up to which a residual has no sign."""
 PANEL = 2**19
@@ -47,68 +38,6 @@ PANEL = 2**19
 
 Step = Callable[[Tensor, slice, slice], Tensor]
 """Direction of the coordinates R of the matrices `ks`, of which `part` is asked for."""
-
-
-@dataclass(frozen=True)
-class Free:
-    """A direction that needs no state: the sign of X, X itself, or zero; times `scale`.
-
-    Attributes:
-        kind: ``"sign_sgd"``, ``"sgd"`` or ``"no"``.
-        scale: Multiplies it.
-        floor: None, or (K, 1, 1): an entry up to it in magnitude has the sign 0.
-    """
-
-    kind: str
-    scale: float = 1.0
-    floor: Tensor | None = None
-
-    def __call__(self, X: Tensor, ks: slice = ALL, out: Tensor | None = None) -> Tensor:
-        """Of X (K, m, n), rows of the matrices `ks`: a new tensor, or `out`."""
-        if self.kind == "no":
-            return torch.zeros_like(X) if out is None else out.zero_()
-        if self.kind == "sgd":
-            return torch.mul(X, self.scale, out=out)
-        U = torch.sign(X, out=out)
-        if self.floor is not None:
-            U.mul_(X.abs() > self.floor[ks])
-        return U if self.scale == 1.0 else U.mul_(self.scale)
-
-
-def free_of(w: Member, kind: str, scale: float, threshold: float) -> Free:
-    """A state-free rule; signs up to `threshold` times G's root mean square are 0."""
-    if threshold == 0.0 or kind != "sign_sgd":
-        return Free(kind, scale)
-    assert w.grad is not None
-    squares = w.sums.both(total(column_squares(w.grad)))
-    return Free(kind, scale, squares.div_(w.m * w.n).sqrt_().mul_(threshold))
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a gradient is divided: what every kind can do, for stacks (K, m, n)."""
-
-    guarded: ClassVar[tuple[str, ...]] = ()
-    """With which inner optimizers all that moves takes flags; see :class:`Rule`."""
-
-    def transpose(self, m: int, n: int) -> bool:
-        """Whether an m x n weight is turned first."""
-        return False
-
-    def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
-        """What tells the chosen part, and inner's state of it; empty if none is chosen."""
-        raise NotImplementedError
-
-    def shared(self, m: int) -> Mapping[Hashable, int]:
-        """Bytes of what all weights with as many rows share, by what it is."""
-        return {}
-
-    def renew(self, w: Member, draws: Draws, inner: Inner, policy: str) -> None:
-        """Choose anew, and take inner's state along: zeroed, left in place or moved."""
-
-    def terms(self, w: Member, inner: Inner, t: int, free: Free) -> tuple[Term, ...]:
-        """Inner's direction of the chosen part at its update t, and what is free of the rest."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -155,7 +84,7 @@ class Coordinates(Way):
         axis = "c" if self.ordered else "u"
         index = Slot(axis, dtype=torch.int32, **{axis: c})  # type: ignore[arg-type]
         told = {"index": index, "age": index} if self.ages else {"index": index}
-        return _some(c, self.share, m, n, {**told, **inner.slots(self.axes, c=c)})
+        return some(c, self.share, m, n, {**told, **inner.slots(self.axes, c=c)})
 
     def draw(self, draws: Draws, length: int, c: int) -> Tensor:
         """Numbers (K, c), every set equally likely."""
@@ -214,13 +143,6 @@ class Coordinates(Way):
         if self.kind == "randk":
             return X[ks, :, part]
         return X[ks] if X.shape[1] == 1 else X[ks, part]
-
-
-def _some(c: int, share: float, m: int, n: int, slots: dict[str, Slot]) -> dict[str, Slot]:
-    """The slots, or none where nothing is chosen."""
-    if c == 0 and share > 0:
-        warn_none(share, f"a {m} x {n} weight")
-    return slots if c else {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,21 +278,6 @@ def _put(U: Tensor, dim: int, place: Tensor, N: Tensor) -> None:
         U.scatter_(dim, place.unsqueeze(-1 if dim == -2 else -2).expand_as(N), N)
 
 
-def _rounded(share: float, length: int) -> int:
-    """A count as it is, a part to the nearest number, halves to even."""
-    return min(share, length) if isinstance(share, int) else round(share * length)
-
-
-@lru_cache(maxsize=1024)
-def warn_none(share: float, what: str) -> None:
-    """Point out, once, that a share which is not 0 is rounded to nothing."""
-    warnings.warn(
-        f"density {share} of {what} rounds to nothing, so all of it moves by the state-free rule; "
-        "raise density to change that",
-        stacklevel=2,
-    )
-
-
 def _move_(W: Tensor, U: Tensor, keep: float, alpha: float) -> None:
     """W <- keep W + alpha U, in place; for large ones in one pass, by torch's kernel of SGD.
 
@@ -428,9 +335,9 @@ class Subspace(Way):
 
     def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
         """See :class:`Way`."""
-        r = min(_rounded(self.share, min(m, n) if self.full else m), m, n)
+        r = min(rounded(self.share, min(m, n) if self.full else m), m, n)
         slots = {**self.projector.slots(m, r), **inner.slots("rr" if self.full else "rn", r=r)}
-        return _some(r, self.share, m, n, slots)
+        return some(r, self.share, m, n, slots)
 
     def renew(self, w: Member, draws: Draws, inner: Inner, policy: str) -> None:
         """See :class:`Way`."""
@@ -485,76 +392,6 @@ class Subspace(Way):
         return r == (min(w.m, w.n) if just_found else side)
 
 
-# blocks
-
-
-@dataclass(frozen=True)
-class Turns(Way):
-    """Which of several blocks are active in which window of `gap` updates, numbered from 0.
-
-    Attributes:
-        order: ``"random"``: a new set in each window; ``"ascending"``, ``"descending"``: the next
-            ones, around the end; ``"mirror"``: as many from the front as from the back.
-        share: How many blocks are active, or their part; halves are rounded to even.
-        gap: Updates in a window.
-        seed: Decides the random sets.
-        kept: Whether a block that stays active keeps its state.
-    """
-
-    order: str
-    share: float
-    gap: int
-    seed: int
-    kept: bool
-
-    def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
-        """See :class:`Way`; only an active block has them."""
-        return inner.slots("mn")
-
-    def terms(self, w: Member, inner: Inner, t: int, free: Free) -> tuple[Term, ...]:
-        """See :class:`Way`; an active block is chosen whole, its clock starts as it becomes so."""
-        assert w.grad is not None
-        if w.t == w.held:
-            for X in w.state.values():
-                X.zero_()
-        return (Dense(inner.direction(w.state, w.grad, w.t - w.held + 1)),)
-
-    def active(self, window: int, count: int) -> frozenset[int]:
-        """The active blocks among `count`."""
-        return _active(self, window, count)
-
-    def since(self, number: int, count: int, t: int) -> int:
-        """The update since which block `number` has the state that it has at update t; or 0."""
-        window = (t - 1) // self.gap
-        if number not in self.active(window, count):
-            return 0
-        if self.kept and len(self.active(window, count)) == count:
-            return 1
-        while self.kept and window > 0 and number in self.active(window - 1, count):
-            window -= 1
-        return window * self.gap + 1
-
-
-@lru_cache(maxsize=65536)
-def _active(turns: Turns, window: int, count: int) -> frozenset[int]:
-    a = _rounded(turns.share, count)
-    if a == 0 and turns.share > 0:
-        warn_none(turns.share, f"{count} blocks")
-    if turns.order == "random":
-        draw = Draws(turns.seed, (0,), window).generator(0)
-        return frozenset(torch.randperm(count, generator=draw)[:a].tolist())
-    if turns.order == "mirror":
-        check(
-            a % 2 == 0,
-            f"block_order='mirror' takes blocks in pairs, but density {turns.share} of {count} "
-            f"blocks is {a}: choose a density that gives an even number, or another order",
-        )
-        front = {(window * (a // 2) + i) % (count // 2) for i in range(a // 2)}
-        return frozenset(front | {count - 1 - i for i in front})
-    forward = {(window * a + i) % count for i in range(a)}
-    return frozenset(forward if turns.order == "ascending" else {count - 1 - i for i in forward})
-
-
 def way_of(
     split: str, share: float, reset: str, inner: str, *, proj_type: str, published: bool,
     order: str, gap: int, seed: int,
@@ -583,63 +420,3 @@ def way_of(
     if split in COORDINATES:
         return Coordinates(split, share, reset != "none", changed and inner == "adamw")
     return Subspace(split, share, proj_type, published)
-
-
-def check_least(rule: Rule, kind: type, **least: int) -> None:
-    """Refuse a field that is not of this type, or too small."""
-    for name, bound in least.items():
-        x, what = getattr(rule, name), "an int of " if kind is int else ""
-        good = isinstance(x, kind) and bool(x >= bound)  # type: ignore[operator]
-        check(good, f"{name} must be {what}at least {bound}, got {x!r}")
-
-
-def labels_of(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[Hashable]:
-    """Which block each parameter is part of; None is a block of its own.
-
-    Args:
-        blocks: ``"tensor"``, ``"layer"`` (the first whole number in a name), or a number for each
-            parameter, -1 for none.
-        names: Their names.
-    """
-    if not isinstance(blocks, str):
-        given = len(blocks)
-        check(given == len(names), f"block_of has {given} numbers for {len(names)} parameters")
-        return [None if number < 0 else number for number in blocks]
-    if blocks == "tensor":
-        return [None] * len(names)
-    check(
-        None not in names,
-        "blocks='layer' reads layers from names: pass the model or its named_parameters()",
-    )
-    found = [re.search(r"\d+", str(name)) for name in names]
-    return [int(number[0]) if number else None for number in found]
-
-
-def number_blocks(
-    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], listed: Mapping[Tensor, int]
-) -> None:
-    """Give every group the number of each parameter's block, -1 for what AdamW trains.
-
-    Args:
-        groups: Groups as users give them.
-        defaults: Values of keys that they lack.
-        listed: Block of every tensor in the user's lists.
-
-    Raises:
-        ValueError: For a matrix that is in no list.
-    """
-    for group in groups:
-        full = {**defaults, **group}
-        other = full["rule"] not in (None, "FRUGAL")
-        if other or "block_of" in group or isinstance(group["params"], set):
-            continue
-        params, names = parameters_of(group)
-        # any rule with one member: what counts is whether it is a matrix's
-        rows = rows_of({**full, "params": params, "param_names": names}, Rule())
-        group["block_of"] = tuple(listed.get(p, -1) for p in params)
-        for i, (row, number) in enumerate(zip(rows, group["block_of"], strict=True)):
-            check(
-                row.rule != "matrix" or number >= 0,
-                f"{called(names[i], params[i], i)} is in none of the lists of blocks; add it to "
-                "one, or give it a group with rule='adamw'",
-            )

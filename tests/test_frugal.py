@@ -28,8 +28,8 @@ from problems import (
     weight,
 )
 
-from stiefel.optimizers import FRUGAL, GaLore, splits, subspaces, units
-from stiefel.optimizers.splits import Turns
+from stiefel.optimizers import FRUGAL, GaLore, splits, subspaces, turns, units, ways
+from stiefel.optimizers.turns import Turns
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("frugal-*.json"))
 SPLITS = [*COORDINATES, "svd", "random", "block"]
@@ -164,7 +164,7 @@ def test_recorded_blocks(name, monkeypatch):
     params = [torch.nn.Parameter(W.clone()) for W in data["W0"]]
     active = {entry["step"] // 5: frozenset(entry["active"]) for entry in data["splits"]}
     if "random" in name:
-        monkeypatch.setattr(splits, "_active", lambda turns, window, count: active[window])
+        monkeypatch.setattr(turns, "_active", lambda _, window, count: active[window])
     optimizer = FRUGAL(params, compat="reference", **settings_of(data))
     bound = tolerance(data, "max_abs_diff_to_float64_run")
     for step, (grads, Ws) in enumerate(zip(data["grads"], data["W"], strict=True)):
@@ -871,8 +871,8 @@ def test_blocks_stacked_or_not_have_the_same_bits(reset, monkeypatch):
 
 @pytest.mark.parametrize("split", ["columns", "rows", "svd", "block"])
 def test_nothing_chosen_although_wanted_is_pointed_out_once(split):
-    splits.warn_none.cache_clear()
-    splits._active.cache_clear()
+    ways.warn_none.cache_clear()
+    turns._active.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
