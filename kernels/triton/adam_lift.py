@@ -107,15 +107,6 @@ def _adam_lift_op(
         )  # fmt: skip
 
 
-@_adam_lift_op.register_fake
-def _(
-    W: Tensor, P: Tensor, R: Tensor, M: Tensor, V: Tensor, t: float, clock: Tensor | None,
-    keep: float, alpha: float, beta1: float, beta2: float, eps: float, X: Tensor | None,
-    free: float, floor: Tensor | None, control: Tensor | None,
-) -> None:  # fmt: skip
-    return None
-
-
 def _tiles(W: Tensor, sign: bool) -> Config:
     """Of the kernel that keeps N on chip."""
     return config("adam_lift_sign" if sign else "adam_lift", W, *W.shape[1:])

@@ -151,14 +151,6 @@ def _lift_op(
         )  # fmt: skip
 
 
-@_lift_op.register_fake
-def _(
-    W: Tensor, P: Tensor, N: Tensor, keep: float, alpha: float, X: Tensor | None,
-    by: Tensor | None, R: Tensor | None, free: float, floor: Tensor | None, control: Tensor | None,
-) -> None:  # fmt: skip
-    return None
-
-
 def lift_(
     W: Tensor, P: Tensor, N: Tensor, keep: float, alpha: float, *, X: Tensor | None = None,
     by: Tensor | None = None, R: Tensor | None = None, free: float = 0.0,

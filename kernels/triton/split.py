@@ -152,15 +152,6 @@ def _split_step(
         )  # fmt: skip
 
 
-@_split_step.register_fake
-def _(
-    W: Tensor, G: Tensor, index: Tensor, kind: int, M: Tensor, V: Tensor, t: float,
-    clocks: Tensor | None, keep: float, alpha: float, beta1: float, beta2: float, eps: float,
-    free: int, scale: float, floor: Tensor | None, control: Tensor | None,
-) -> None:  # fmt: skip
-    return None
-
-
 def split_step_(
     W: Tensor, G: Tensor, index: Tensor, dim: int | None, M: Tensor, V: Tensor,
     t: float | Tensor, keep: float, alpha: float, *, beta1: float, beta2: float, eps: float,
