@@ -55,7 +55,9 @@ def write_(
     for mask in (step.decay, ok):
         if mask is not None and weight_decay != 0.0:
             # chosen, not computed, and in the accumulator's precision: the bits of a plain number
-            keep = torch.as_tensor(keep, dtype=_precision(W), device=W.device)
+            if not isinstance(keep, Tensor):  # made there: a copy would wait for the device
+                keep = torch.full((), keep, dtype=_precision(W), device=W.device)
+            keep = keep.to(W.device, _precision(W))
             keep = torch.where(mask != 0, keep, torch.ones_like(keep))
     if ok is not None:
         terms = [_flagged(term, ok) for term in terms]
