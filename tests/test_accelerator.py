@@ -9,6 +9,7 @@ import contextlib
 
 import pytest
 import torch
+from pair_problems import PAIRS
 from problems import METHODS, run
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -131,16 +132,16 @@ def rarely(optimizer):
     return optimizer
 
 
-def steady(make):
+def steady(make, shapes=SHAPES):
     """Calls of the second of two steps in the middle of a window."""
-    drawn = [torch.nn.Parameter(torch.ones(3, 4)) for _ in SHAPES]
-    run(rarely(make(drawn)), drawn, [[torch.ones(3, 4)] * 3] * len(SHAPES))  # the CPU's draws
+    drawn = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    run(rarely(make(drawn)), drawn, [[torch.ones(s)] * 3 for s in shapes])  # the CPU's draws
     with device():
-        params = [torch.nn.Parameter(torch.empty(s, device="cuda").bfloat16()) for s in SHAPES]
+        params = [torch.nn.Parameter(torch.empty(s, device="cuda").bfloat16()) for s in shapes]
         optimizer = rarely(make(params))
         optimizer.init_state()
         for p in params:
-            clocks = [k for k in optimizer.state[p] if k.startswith(("step", "refreshed"))]
+            clocks = [k for k in optimizer.state[p] if k in ("step", "refreshed")]
             optimizer.state[p].update(dict.fromkeys(clocks, 1))
             p.grad = torch.empty_like(p)
         optimizer.step()
@@ -161,6 +162,15 @@ def accelerator(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in WAITS])
 def test_a_step_waits_for_nothing(name):
     calls = steady(METHODS[name])
+    assert not calls.moves
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_step_on_pairs_waits_for_nothing(name):
+    def make(params, **options):
+        return PAIRS[name](list(zip(params[::2], params[1::2], strict=True)), **options)
+
+    calls = steady(make, [(16, 400), (300, 16)] * 2 + [(8, 200), (100, 8)])
     assert not calls.moves
 
 

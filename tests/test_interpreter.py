@@ -1,4 +1,7 @@
-"""Every kernel against its reference, in processes of their own that run Triton's interpreter."""
+"""Every kernel against its reference, in processes of their own that run Triton's interpreter.
+
+What was launched there is compiled here: the interpreter takes programs that no compiler does.
+"""
 
 import os
 import subprocess
@@ -8,13 +11,23 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="there is no triton on this platform")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+from launches import compiled, refused, variants
+from triton.backends.compiler import GPUTarget
+
 HERE = Path(__file__).parent / "interpreted"
+TARGET = GPUTarget("cuda", 90, 32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(HERE.glob("test_*.py")), ids=lambda path: path.stem[5:])
-def test_kernels_equal_their_references(path):
-    given = {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+def test_kernels_equal_their_references(path, tmp_path):
+    launches = tmp_path / "launches"
+    given = {
+        "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1", "STIEFEL_LAUNCHES": str(launches)
+    }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
     done = subprocess.run(
         command, env={**os.environ, **given}, capture_output=True, text=True, check=False,
@@ -22,3 +35,16 @@ def test_kernels_equal_their_references(path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+    errors = refused(launches, TARGET)
+    assert not errors, "\n".join(errors)
+    assert len(variants(launches)) > 1 or path.stem == "test_traffic"
+
+
+def test_what_no_compiler_takes_is_refused():
+    """A pointer that is said to be of integers cannot be added to as a float is."""
+    module = "stiefel.kernels.triton.subspace"
+    arguments = {"parts": ["type", "*fp32"], "out": ["type", "fp32"], "size": ["type", "i32"],
+                 "splits": ["type", "i32"], "BN": ["value", 32]}  # fmt: skip
+    assert "added_kernel" in str(compiled(module, "added_kernel", arguments, {}, TARGET))
+    arguments["out"] = ["type", "*fp32"]
+    assert compiled(module, "added_kernel", arguments, {"num_warps": 4}, TARGET) is None

@@ -19,6 +19,10 @@ if INTERPRETS:
     from mended import mend
 
     mend()
+    if "STIEFEL_LAUNCHES" in os.environ:
+        from launches import record
+
+        record(os.environ["STIEFEL_LAUNCHES"])
 elif DEVICE != "cpu":
     collect_ignore_glob = ["test_traffic.py"]  # which is about the interpreter
     torch.set_default_device(DEVICE)
