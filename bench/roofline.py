@@ -40,7 +40,7 @@ from peaks import PEAKS, Peaks
 from plain import PLAIN
 from tables import markdown
 from torch import Tensor, nn
-from traffic import Log, Point, Work, recorded, scaled, watched
+from traffic import LANES, Idle, Log, Point, Work, recorded, scaled, watched
 
 from stiefel import optimizers
 from stiefel.kernels import reference, sums
@@ -62,6 +62,10 @@ def least(work: Work, peaks: Peaks) -> float:
     rates = {"bf16": peaks.half, "fp16": peaks.half, "fp32": peaks.single}
     product = sum(n / rates[dtype] for dtype, n in work.products.items())
     return max(product, work.other / peaks.other, work.moved / peaks.memory) / 1e12
+
+
+Count = Callable[[int, int], Log]
+"""The log of a small m x n problem."""
 
 
 # small problems that stand for a large one --------------------------------------------------------
@@ -100,18 +104,22 @@ class Sizes:
             raise ValueError(f"{m}x{n} is not of these sizes: {self}")
         return x // self.unit, y // self.unit
 
-    def extended(
-        self, count: Callable[[int, int], Log], m: int, n: int, check: bool = False
-    ) -> Log:
-        """What `count` of an m x n problem would be; `check`: first of one more small size.
+    def extended(self, count: Count, m: int, n: int, check: Count | None = None) -> Log:
+        """What `count` of an m x n problem would be.
+
+        Args:
+            count: Of a small problem.
+            m: Shorter side.
+            n: Longer side.
+            check: Counts one more small size first, which the polynomial has to foretell.
 
         Raises:
-            ValueError: If the other size has other numbers than the polynomial.
+            ValueError: If it does not.
         """
         logs = {point: count(*self.at(point)) for point in self.points()}
-        if check:
+        if check is not None:
             point = (self.degree + 1, 0) if self.square else (1, self.degree)
-            self.compare(scaled(logs, self.degree, *point), count(*self.at(point)), point)
+            self.compare(scaled(logs, self.degree, *point), check(*self.at(point)), point)
         return scaled(logs, self.degree, *self.of(m, n))
 
     def compare(self, found: Log, real: Log, point: Point) -> None:
@@ -158,15 +166,17 @@ def as_on_a_device(kernels: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def splits_of(m: int, n: int) -> Iterator[None]:
-    """Sums of a small problem are split into as many parts as those of an m x n one on an H100.
+def chosen_for(m: int, n: int) -> Iterator[None]:
+    """What depends on the size is chosen for a small problem as for an m x n one on an H100.
+
+    That is how many parts sums are split into, and whether Adam and its lift are one kernel.
 
     Raises:
         ValueError: While it is on, where the small problem cannot be split so.
     """
-    from stiefel.kernels.triton import subspace
+    from stiefel.kernels.triton import adam_lift, subspace
 
-    real = subspace._plan
+    real, fused = subspace._plan, adam_lift.on_chip
 
     def plan(P: Tensor, G: Tensor) -> tuple[Any, int, int]:
         K, rows, _ = G.shape
@@ -178,7 +188,12 @@ def splits_of(m: int, n: int) -> Iterator[None]:
             raise ValueError(f"{rows} rows do not make {splits} splits: choose other small sizes")
         return chosen, splits, length * chosen.blocks["BM"]
 
-    with set_to((subspace, "_plan", plan), (subspace, "multiprocessors", lambda index: 132)):
+    def on_chip(W: Tensor, P: Tensor, r: int, sign: bool) -> bool:
+        with set_to((adam_lift, "INTERPRETED", False)):
+            return fused(W.new_empty(len(W), m, n, device="meta"), P, r, sign)
+
+    count = [(module, "multiprocessors", lambda index: 132) for module in (adam_lift, subspace)]
+    with set_to((subspace, "_plan", plan), (adam_lift, "on_chip", on_chip), *count):
         yield
 
 
@@ -202,10 +217,10 @@ class Method:
     degree: int = 2
     side: int = UNIT
 
-    def step(self, m: int, n: int, real: tuple[int, int] | None = None) -> Log:
+    def step(self, m: int, n: int, real: tuple[int, int] | None = None, lanes: int = LANES) -> Log:
         """What the third step of one m x n weight does, which makes no new basis.
 
-        It stands for a weight of the sides `real`.
+        It stands for a weight of the sides `real`; `lanes` are those of `recorded`.
         """
         generator = torch.Generator().manual_seed(0)
         draw = {"generator": generator, "dtype": torch.float32}
@@ -213,24 +228,25 @@ class Method:
         make = getattr(optimizers, self.name)
         optimizer = make([p], lr=1e-3, weight_decay=0.1, **self.options)
         p.grad = torch.randn(m, n, **draw).bfloat16()
-        with as_on_a_device("reference"):
+        with Idle(), as_on_a_device("reference"):
             optimizer.step()
             optimizer._wait = False
             optimizer.step()
-        split = splits_of(*sorted(real or (m, n)))
-        with as_on_a_device("triton"), split, recorded(TARGET, dry=True) as log:
+        choices = chosen_for(*sorted(real or (m, n)))
+        with Idle(), as_on_a_device("triton"), choices, recorded(TARGET, True, lanes) as log:
             optimizer.step()
         return merged(log)
 
     def count(self, m: int, n: int, check: bool = False) -> Log:
-        """The same of a weight of any size, extended."""
+        """The same of a weight of any size, extended; `check`: a size more, program by program."""
         tall, square = m > n, m == n
         sizes = Sizes(self.side, self.degree, square)
 
-        def run(short: int, long: int) -> Log:
-            return self.step(*((long, short) if tall else (short, long)), (m, n))
+        def run(short: int, long: int, lanes: int = LANES) -> Log:
+            return self.step(*((long, short) if tall else (short, long)), (m, n), lanes)
 
-        return sizes.extended(run, min(m, n), max(m, n), check)
+        alone = partial(run, lanes=1) if check else None
+        return sizes.extended(run, min(m, n), max(m, n), alone)
 
     def plain_log(self, m: int, n: int) -> Log:
         """The same step in plain torch."""
@@ -280,7 +296,7 @@ def operation_logs(operation: Operation, rank: int) -> tuple[str, Log, Log]:
 
     def count(small_m: int, small_n: int) -> Log:
         run = operation.build(kernels, torch.zeros, small_m, small_n, rank)
-        with splits_of(m, n), recorded(TARGET, dry=True) as log:
+        with chosen_for(m, n), recorded(TARGET, dry=True) as log:
             run()
         return merged(log)
 
@@ -426,7 +442,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", nargs="*", help="beginnings of names of steps and operations")
     parser.add_argument("--shapes", nargs="+", help="shapes of the layers: 4096x4096 ...")
-    parser.add_argument("--check", nargs="*", help="run one more small size of these steps, or all")
+    parser.add_argument(
+        "--check", nargs="*", help="of these steps, or all, count one more small size"
+    )
     parser.add_argument("--detail", action="store_true", help="every launch of the steps")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     args = parser.parse_args(argv)

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import copy
 import math
-import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
+import numpy as np
 import torch
+from lockstep import Lockstep, Parting, spread
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +32,8 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 Point = tuple[int, int]
+LANES = 2**20
+"""Entries of tiles that the interpreter works on at once: few batches, arrays of a few MiB."""
 
 
 @dataclass
@@ -78,6 +83,13 @@ class Work:
         names = ("read", "written", "loaded", "stored", "other")
         fields = {name: getattr(self, name) for name in names}
         return {**fields, **{f"product {dtype}": n for dtype, n in self.products.items()}}
+
+    def add(self, part: Work) -> None:
+        """Count what a part of the launch does."""
+        self.loaded += part.loaded
+        self.stored += part.stored
+        self.other += part.other
+        self.products.update(part.products)
 
     @classmethod
     def of(cls, name: str, kernel: bool, numbers: Mapping[str, int]) -> Work:
@@ -204,6 +216,33 @@ def watched(step: Callable[[], object]) -> Log:
     return log
 
 
+class Idle(TorchDispatchMode):
+    """Leaves out products and eigenvectors, for steps that only have to bring state to be.
+
+    A product is 0, or what it was to be added to; eigenvectors are those of the identity, which
+    pass for a basis: float32 products of a tensor with itself are made, so that P^T P says so.
+    """
+
+    _PRODUCTS: ClassVar = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name.split("::")[-1]
+        if name == "_linalg_eigh":
+            values = args[0].new_zeros(args[0].shape[:-1])
+            return values, torch.diag_embed(torch.ones_like(values))
+        if name not in self._PRODUCTS:
+            return func(*args, **kwargs)
+        if name.endswith("_"):
+            return args[0]
+        if "out" in kwargs:
+            return kwargs["out"].zero_()
+        left, right = args[-2:]
+        own = left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+        if own and left.dtype == torch.float32:
+            return func(*args, **kwargs)
+        return left.new_zeros(*left.shape[:-1], right.shape[-1])
+
+
 # kernels ------------------------------------------------------------------------------------------
 
 
@@ -225,9 +264,8 @@ class _Memory:
 
     def touch(self, pointers: Any, mask: Any, size: int, store: bool) -> int:
         """Mark, and the bytes that were asked for."""
-        import numpy as np
-
-        flat = pointers[mask] if not mask.all() else pointers.ravel()
+        pointers, mask = np.broadcast_arrays(pointers, mask)
+        flat = pointers.ravel() if mask.all() else pointers[mask]
         if flat.size == 0:
             return 0
         low, high = int(flat.min()), int(flat.max())
@@ -237,15 +275,14 @@ class _Memory:
             if key not in self.maps:
                 start, stop = self.spans[i]
                 self.maps[key] = np.zeros((stop - start) // size, dtype=bool)
-            self.maps[key][(flat - np.uint64(self.starts[i])) // np.uint64(size)] = True
+            at = (flat - np.uint64(self.starts[i])) >> np.uint64(size.bit_length() - 1)
+            self.maps[key][at.view(np.int64)] = True
         else:  # of several tensors, or found in a table of pointers
             self.loose.setdefault((size, store), []).append(np.unique(flat))
         return int(flat.size) * size
 
     def bytes_by_name(self) -> dict[str, tuple[int, int]]:
         """(read, written) of every argument; ``"elsewhere"`` for what is no argument's."""
-        import numpy as np
-
         found: dict[str, list[int]] = {}
         for (span, size, store), touched in self.maps.items():
             found.setdefault(self.names[span], [0, 0])[store] += size * int(touched.sum())
@@ -255,118 +292,158 @@ class _Memory:
         return {name: (pair[0], pair[1]) for name, pair in found.items()}
 
 
-class _Recorder:
-    """Wraps the interpreter's memory operations and products for as long as it is entered."""
+class _Recorder(Lockstep):
+    """Runs launches in the interpreter and counts.
 
-    def __init__(self, log: Log, watch: Watch, dry: bool) -> None:
-        self.log, self.watch, self.dry = log, watch, dry
-        self.work: Work | None = None
-        self.memory = _Memory({})
+    Args:
+        log: Gets a Work for each launch.
+        watch: Is told not to record while a launch runs.
+        dry: Tiles of floats are not read but 0, and products are left out. An address, a mask or a
+            branch that such a number decides is refused. A launch that equals one before is not run
+            again.
+        lanes: About as many entries of a tile are worked on at once, in all programs of a batch.
+    """
+
+    FLAGS = 64
+    """Tensors of up to so many entries may be flags."""
+    FLOPS: ClassVar = {"binary_op": 1, "unary_op": 1, "create_fma": 2}
+    """Flops for each float that a method of the interpreter makes."""
+
+    def __init__(self, log: Log, watch: Watch, dry: bool, lanes: int) -> None:
+        super().__init__()
+        self.log, self.watch, self.dry, self.lanes = log, watch, dry, lanes
+        self.work, self.memory, self.widest = Work(""), _Memory({}), 1
+        self.known: dict[Any, tuple[Work, dict[str, Tensor]]] = {}
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """See `Lockstep`."""
+        memory = {"create_masked_load": self.load, "create_masked_store": self.store}
+        return {**super().own, **memory, "create_dot": self.dot}
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Everything wrapped."""
-        from triton.runtime import interpreter
+        """The interpreter's methods and its launch replaced."""
 
-        builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
-        wraps = {
-            "create_masked_load": self.load, "create_masked_store": self.store,
-            "create_atomic_rmw": self.atomic, "create_atomic_cas": self.atomic,
-            "create_dot": self.dot, "binary_op": self.pointwise, "unary_op": self.pointwise,
-            "create_fma": self.fma,
-        }  # fmt: skip
-        launch, total = executor.__call__, interpreter.ReduceOps.sum
-        for name, wrap in wraps.items():
-            setattr(builder, name, types.MethodType(wrap, getattr(builder, name)))
-        executor.__call__ = lambda made, *args, **kwargs: self.launch(launch, made, args, kwargs)
-        interpreter.ReduceOps.sum = lambda made, X: self.total(total, made, X)
-        try:
+        def launched(made: Any, *args: Any, **kwargs: Any) -> None:
+            self.launch(made, args, kwargs)
+
+        executor = self.triton.GridExecutor
+        with super().installed(), mock.patch.object(executor, "__call__", launched):
             yield
-        finally:
-            executor.__call__, interpreter.ReduceOps.sum = launch, total
-            for name in wraps:
-                delattr(builder, name)
 
-    def launch(self, run: Any, made: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def launch(self, made: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """All programs of a GridExecutor's launch, or what is known of an equal one."""
         named = {**dict(zip(made.arg_names, args, strict=False)), **kwargs}
-        if self.dry and "UPCAST" in kwargs:  # the operands as a GPU has them
-            kwargs = {**kwargs, "UPCAST": False}
-        self.work, self.memory = Work(made.fn.__name__, kernel=True), _Memory(named)
+        named = {name: value for name, value in named.items() if name in made.arg_names}
+        if self.dry and "UPCAST" in named:  # the operands as a GPU has them
+            named["UPCAST"] = False
         self.watch.quiet = True
         try:
-            run(made, *args, **kwargs)
+            key = (made.fn, made.grid, *self.deciding(named))
+            if self.dry and key in self.known:
+                work, written = self.known[key]
+                for name, X in written.items():
+                    named[name].copy_(X)
+            else:
+                work, written = self.known[key] = self.counted(made, named)
         finally:
-            work, self.work, self.watch.quiet = self.work, None, False
+            self.watch.quiet = False
+        self.log.works.append(copy.deepcopy(work))
+
+    def deciding(self, named: Mapping[str, Any]) -> Iterator[Any]:
+        """What addresses and branches of a dry launch may depend on, argument by argument.
+
+        That is where tensors lie, integers, the sign of a float, and the numbers in a tensor that
+        is so small that they may be flags.
+        """
+        places: dict[int, int] = {}
+        for name, X in named.items():
+            if isinstance(X, Tensor):
+                storage = X.untyped_storage()
+                place = places.setdefault(storage.data_ptr(), len(places))
+                small = X.numel() <= self.FLAGS or not X.is_floating_point()
+                numbers = tuple(X.flatten().tolist()) if small else ()
+                lies = (place, storage.nbytes(), X.storage_offset(), X.shape, X.stride(), X.dtype)
+                yield name, *lies, numbers
+            else:
+                yield name, (X > 0) - (X < 0) if isinstance(X, float) else X
+
+    def counted(self, made: Any, named: Mapping[str, Any]) -> tuple[Work, dict[str, Tensor]]:
+        """A launch that is run, and copies of the arguments that it wrote."""
+        work, self.memory, self.widest = Work(made.fn.__name__, True), _Memory(named), 1
+        with self.prepared(made, named) as (call, ids):
+            self.batch(call, ids[:1], work)  # one program tells how wide tiles are
+            size = max(1, self.lanes // self.widest)
+            for start in range(1, len(ids), size):
+                self.batch(call, ids[start : start + size], work)
         work.tensors = self.memory.bytes_by_name()
         work.read = sum(pair[0] for pair in work.tensors.values())
         work.written = sum(pair[1] for pair in work.tensors.values())
-        self.log.works.append(work)
+        names = [name for name, (_, stored) in work.tensors.items() if stored]
+        return work, {x: named[x].clone() for name in names for x in name.split("=") if x in named}
 
-    # Each gets the method that it wraps first: they are bound to it, not to the recorder.
+    def batch(self, call: Callable[[], None], ids: Any, total: Work) -> None:
+        """Run programs (count, 3) at once; those whose ways part begin again, apart."""
+        self.ids, self.work = ids, Work("")
+        try:
+            call()
+        except Parting as parting:
+            for value in np.unique(parting.values):
+                self.batch(call, ids[parting.values == value], total)
+        else:
+            total.add(self.work)
 
-    @property
-    def load(self) -> Any:
-        def load(inner: Any, pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
-            if self.work:
-                self.work.loaded += self._touch(pointers, mask.data, False)
-            return inner(pointers, mask, *rest, **more)
+    def each(self, data: Any) -> int:
+        """Entries of an array over all programs of the batch."""
+        return data.size // len(data) * len(self.ids)
 
-        return load
+    def saw(self, name: str, out: Any) -> None:
+        """Flops of the methods that make floats entry by entry."""
+        if name in self.FLOPS and out.dtype.scalar.is_floating():
+            self.work.other += self.FLOPS[name] * self.each(out.data)
 
-    @property
-    def store(self) -> Any:
-        def store(inner: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-            if self.work:
-                self.work.stored += self._touch(pointers, mask.data, True)
-            return inner(pointers, value, mask, *rest)
+    def reduce(self, made: Any, X: Any) -> Any:
+        """A sum has a flop for each entry."""
+        if made.combine_fn is self.language.standard._sum_combine and X.dtype.is_floating():
+            self.work.other += self.each(X.handle.data)
+        return super().reduce(made, X)
 
-        return store
+    def dot(self, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        """d + a b, in a dry run d."""
+        kind = {"bf16": "bf16", "fp16": "fp16"}.get(str(a.dtype.scalar), "fp32")
+        self.work.products[kind] += 2 * self.each(d.data) * a.data.shape[-1]
+        if self.dry:
+            return self.triton.TensorHandle(d.data, d.dtype.scalar, {self.UNREAD: True})
+        return self.handle(np.matmul(a.data, b.data, dtype=d.data.dtype) + d.data, d)
 
-    @property
-    def atomic(self) -> Any:
-        def atomic(inner: Any, *operands: Any) -> Any:
-            raise NotImplementedError("atomics are not counted: no kernel of this package has any")
+    def load(self, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        """What is there; scalars and integers in a dry run too, as they may decide something."""
+        kind, shape = pointers.get_element_ty(), pointers.data.shape[1:]
+        dtype = self.triton._get_np_dtype(kind)
+        self.work.loaded += self.touch(pointers, mask, False)
+        if self.dry and kind.is_floating() and shape:
+            zeros = np.zeros((1, *shape), dtype)
+            return self.triton.TensorHandle(zeros, kind, {self.UNREAD: True})
+        beside = np.zeros(1, dtype) if other is None else other.data
+        arrays = spread(shape, pointers.data, mask.data, beside)
+        return self.triton.TensorHandle(self.triton._interpreter.load(*arrays, dtype), kind)
 
-        return atomic
+    def store(self, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        """Put it there."""
+        self.work.stored += self.touch(pointers, mask, True)
+        arrays = spread(pointers.data.shape[1:], pointers.data, value.data, mask.data)
+        return self.triton._interpreter.store(*arrays)
 
-    @property
-    def dot(self) -> Any:
-        def dot(inner: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
-            if self.work:
-                kind = {"bf16": "bf16", "fp16": "fp16"}.get(str(a.dtype.scalar), "fp32")
-                self.work.products[kind] += 2 * d.data.size * a.data.shape[-1]
-            return d if self.dry else inner(a, b, d, *rest)
-
-        return dot
-
-    @property
-    def pointwise(self) -> Any:
-        def pointwise(inner: Any, *operands: Any) -> Any:
-            out = inner(*operands)
-            if self.work and out.dtype.scalar.is_floating():
-                self.work.other += out.data.size
-            return out
-
-        return pointwise
-
-    @property
-    def fma(self) -> Any:
-        def fma(inner: Any, *operands: Any) -> Any:
-            out = inner(*operands)
-            if self.work:
-                self.work.other += 2 * out.data.size
-            return out
-
-        return fma
-
-    def total(self, inner: Any, made: Any, X: Any) -> Any:
-        if self.work and X.dtype.is_floating():
-            self.work.other += X.handle.data.size
-        return inner(made, X)
-
-    def _touch(self, pointers: Any, mask: Any, store: bool) -> int:
+    def touch(self, pointers: Any, mask: Any, store: bool) -> int:
+        """Mark what a batch asks for, and its bytes."""
+        if pointers.attr.get(self.UNREAD) or mask.attr.get(self.UNREAD):
+            raise ValueError("an address depends on numbers that a dry run does not have")
+        self.widest = max(self.widest, pointers.data[0].size)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        return self.memory.touch(pointers.data, mask, size, store)
+        alike = len(pointers.data) == len(mask.data) == 1
+        asked = self.memory.touch(pointers.data, mask.data, size, store)
+        return asked * len(self.ids) if alike else asked
 
 
 @contextlib.contextmanager
@@ -390,20 +467,25 @@ def tiles_of(target: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded(target: str | None = None, dry: bool = False) -> Iterator[Log]:
+def recorded(target: str | None = None, dry: bool = False, lanes: int = LANES) -> Iterator[Log]:
     """Record the kernels and the torch operations of a block, on CPU tensors.
 
     Args:
         target: Architecture whose tiles the kernels have, ``"sm_90"``; None: the interpreter's.
         dry: Leave products out and narrow operands narrow, so that dtypes are those of a GPU:
-            results are wrong then, but not loads and stores, as no address depends on a result.
+            results are wrong then, but not loads and stores: an address or a branch that depended
+            on one is refused.
+        lanes: Entries of tiles that are worked on at once; 1: program by program.
+
+    Raises:
+        ValueError: While it is on and dry, where such a number decides what is loaded or stored.
 
     Yields:
         The log, which fills up.
     """
     log = Log()
     watch = Watch(log)
-    with tiles_of(target), _Recorder(log, watch, dry).installed(), watch:
+    with tiles_of(target), _Recorder(log, watch, dry, lanes).installed(), watch:
         yield log
 
 

@@ -13,23 +13,31 @@ ROOFLINE = Path(__file__).resolve().parent.parent / "bench" / "roofline.py"
 STEPS = ("GaLore r 128", "Fira r 128", "FRUGAL columns 1/4", "FRUGAL svd r 128")
 SYMMETRIC = ("gram", "symmetric_poly", "scale_and_apply")
 SQUARE = 4096
+GIVEN = {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
 
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """Text and numbers of steps of square weights; a size that is not used has been checked."""
+    """Text and numbers of steps of square weights.
+
+    A size that is not used is counted too, program by program: the polynomial has to foretell it.
+    """
     out = tmp_path_factory.mktemp("roofline") / "roofline.json"
     command = [
         sys.executable, str(ROOFLINE), "--only", *STEPS, *SYMMETRIC, "--shapes", "4096x4096",
         "--check", STEPS[0], "--detail", "--json", str(out),
     ]  # fmt: skip
-    given = {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+    return run(command, out.parent), json.loads(out.read_text())
+
+
+def run(command, place):
+    """What a command that succeeds prints."""
     done = subprocess.run(
-        command, env={**os.environ, **given}, capture_output=True, text=True, check=False,
-        cwd=out.parent,
+        command, env={**os.environ, **GIVEN}, capture_output=True, text=True, check=False,
+        cwd=place,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout, json.loads(out.read_text())
+    return done.stdout
 
 
 @pytest.mark.slow

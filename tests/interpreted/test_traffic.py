@@ -34,6 +34,27 @@ def product_kernel(X, Y, out, SIDE: tl.constexpr):
     tl.store(out + place, tl.dot(tl.load(X + place), tl.trans(tl.load(Y + place))))
 
 
+@triton.jit
+def address_kernel(X, out):
+    """An entry decides where something is stored."""
+    at = tl.load(X + tl.arange(0, 16)).to(tl.int32)
+    tl.store(out + at, 1.0)
+
+
+@triton.jit
+def branch_kernel(X, out):
+    """The sum of entries decides whether something is stored."""
+    if tl.sum(tl.load(X + tl.arange(0, 16))) > 0.0:
+        tl.store(out, 1.0)
+
+
+@triton.jit
+def flag_kernel(X, out):
+    """A scalar of its own tells each program whether it stores."""
+    if tl.load(X + tl.program_id(0)) > 0.0:
+        tl.store(out + tl.program_id(0), 1.0)
+
+
 def test_bytes_are_counted_once_and_as_issued():
     X, Y, out = torch.randn(100), torch.randn(32), torch.empty(100)
     with recorded() as log:
@@ -138,3 +159,19 @@ def test_problems_of_another_kind_are_refused():
     logs[0, 1] = Log([Work("b")])
     with pytest.raises(ValueError, match="small problems differ"):
         scaled(logs, 1, 3, 3)
+
+
+@pytest.mark.parametrize("kernel", [address_kernel, branch_kernel], ids=["address", "branch"])
+def test_what_a_dry_run_does_not_compute_decides_nothing(kernel):
+    with pytest.raises(ValueError, match="a dry run does not have"), recorded(dry=True):
+        kernel[(2,)](torch.arange(16.0) % 2, torch.zeros(16))
+
+
+@pytest.mark.parametrize("lanes", [1, 2**20])
+def test_scalars_are_read_and_programs_that_part_are_counted_apart(lanes):
+    X, out = torch.arange(16.0) % 2, torch.zeros(16)
+    with recorded(dry=True, lanes=lanes) as log:
+        flag_kernel[(16,)](X, out)
+    (work,) = log.works
+    assert (work.read, work.loaded, work.written, work.stored) == (64, 64, 32, 32)
+    assert torch.equal(out, X)
