@@ -334,7 +334,9 @@ def growth_limit(
     return L.masked_fill_(~good, math.inf)
 
 
-def spike_factor(norm: Tensor, stored: Tensor, ratio: float, beta: float = 0.9) -> Tensor:
+def spike_factor(
+    norm: Tensor, stored: Tensor, ratio: float, beta: float = 0.9, ok: Tensor | None = None
+) -> Tensor:
     """What a gradient is multiplied by so that its norm is at most ratio times their average.
 
     Args:
@@ -343,6 +345,7 @@ def spike_factor(norm: Tensor, stored: Tensor, ratio: float, beta: float = 0.9) 
             that is not finite is not stored.
         ratio: Above 1.
         beta: Decay of the average.
+        ok: None, or flags (K,): where one is 0 nothing is stored.
 
     Returns:
         (K, 1, 1), at most 1.
@@ -351,7 +354,8 @@ def spike_factor(norm: Tensor, stored: Tensor, ratio: float, beta: float = 0.9) 
     seen, limit = last > 0, ratio * last
     kept = torch.where(seen, torch.minimum(norm, limit), norm)
     moved = torch.where(seen, last.lerp(kept, 1 - beta), kept)
-    stored.copy_(torch.where(kept.isfinite(), moved, last))
+    good = kept.isfinite() if ok is None else kept.isfinite() & (ok.view(-1, 1, 1) != 0)
+    stored.copy_(torch.where(good, moved, last))
     return torch.where(seen & (norm > limit), limit / norm, 1.0)
 
 

@@ -108,10 +108,9 @@ class OrthogonalRule(Rule, abstract=True):
 
     @property
     def guarded(self) -> bool:  # type: ignore[override]
-        """Where all state is moved by a momentum that takes flags, and no draw looks at G."""
+        """Where nothing is reported, and no draw looks at G."""
         drawn = self.polar == "low_rank" and self.sketch == "kaczmarz"
-        calm = self.normalize_grad or self.clip_grad_rms or self.spike_ratio or self.report_steps
-        return self.compat is None and not drawn and not calm
+        return self.compat is None and not drawn and not self.report_steps
 
     def more_slots(self) -> dict[str, Slot]:
         """The state of ``calmed`` and ``orthogonal``."""
@@ -128,8 +127,9 @@ class OrthogonalRule(Rule, abstract=True):
         clip, ratio = self.clip_grad_rms, self.spike_ratio
         if not self.normalize_grad and clip is None and ratio is None:
             return w.grad
-        c = square_scale(w.grad)  # (K, 1, 1), a power of two
-        G = w.grad * c
+        G = w.grad.to(torch.promote_types(w.grad.dtype, torch.float32))
+        c = square_scale(G)  # (K, 1, 1), a power of two
+        G = G * c
         norm = w.sums.both(total(column_squares(G))).sqrt()  # that of c times the gradient
         if self.normalize_grad:
             return G.div_(norm.clamp(min=torch.finfo(norm.dtype).tiny))
@@ -137,7 +137,7 @@ class OrthogonalRule(Rule, abstract=True):
         if clip is not None:
             by = torch.minimum(clip * math.sqrt(w.m * w.n) / norm, by)
         if ratio is not None:
-            by = by * spike_factor(norm * by, w.state["grad_norm"], ratio)
+            by = by * spike_factor(norm * by, w.state["grad_norm"], ratio, ok=w.ok)
         return G.mul_(by)
 
     def orthogonal(self, w: Member, U: Tensor) -> Tensor:

@@ -32,11 +32,11 @@ SPREAD = {"galore-full": {"eps": 1e-3}}
 SKETCHED = ["muon-low-rank", "muon-kaczmarz"]
 """Tiny sketches draw a column twice: then one unit of round-off decides the rest of their range."""
 GUARDED = [
-    "muon", "muon-ns5", "muon-normuon", "muon-adamuon", "auon", "auon-hybrid", "trion", "trion-l2",
-    "galore", "galore-full", "galore-rotate", "galore-reset", "fira", "fira-paper", "dctadamw",
-    "frugal-columns", "frugal-rows", "frugal-randk", "frugal-svd", "frugal-random", "aro",
-    "aro-adam", "rownorm", "rownorm-columns", "rownorm-centred", "spectral", "spectral-published",
-    "hybrid",
+    "muon", "muon-ns5", "muon-normuon", "muon-adamuon", "muon-spike", "auon", "auon-hybrid",
+    "trion", "trion-l2", "galore", "galore-full", "galore-rotate", "galore-reset", "fira",
+    "fira-paper", "dctadamw", "frugal-columns", "frugal-rows", "frugal-randk", "frugal-svd",
+    "frugal-random", "aro", "aro-adam", "rownorm", "rownorm-columns", "rownorm-centred", "spectral",
+    "spectral-published", "hybrid",
 ]  # fmt: skip
 """What keeps nothing aside where the host does not wait for flags."""
 
