@@ -39,6 +39,12 @@ def kernels() -> ModuleType:
     return importlib.import_module(".triton", __package__)
 
 
+@functools.cache
+def modern(index: int) -> bool:
+    """Whether a device has the instructions that kernels are tuned for: HIP's, or sm_80 and up."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index)[0] >= 8
+
+
 def pick(X: Tensor | Sequence[Tensor], work: str = "product") -> ModuleType:
     """The module whose functions act on ``X``.
 
@@ -62,7 +68,8 @@ def pick(X: Tensor | Sequence[Tensor], work: str = "product") -> ModuleType:
     X = X if isinstance(X, Tensor) else X[0]
     wish = os.environ.get("STIEFEL_KERNELS", "auto")
     if wish == "auto":
-        return kernels() if X.is_cuda and _pays(X, work) and available() else reference
+        pays = X.is_cuda and _pays(X, work) and available() and modern(X.device.index or 0)
+        return kernels() if pays else reference
     if wish == "triton":
         return _wanted(X)
     if wish != "reference":

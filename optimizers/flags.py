@@ -25,10 +25,11 @@ class LateFlags:
     def __init__(self, ok: Tensor) -> None:
         self._event = None
         if ok.is_cuda:
+            stream = torch.cuda.current_stream(ok.device)  # not that of the current device
             host = torch.empty(ok.shape, dtype=ok.dtype, pin_memory=True)
             ok = host.copy_(ok, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+            self._event.record(stream)
         self._ok = ok
 
     def read(self) -> list[bool]:

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="there is no triton on this platform")
 
-from stiefel.kernels import cosines
-from stiefel.kernels.triton import adam_lift, launch, subspace
+from stiefel.kernels import cosines, dispatch
 from stiefel.optimizers import base
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -153,10 +152,8 @@ def steady(make, shapes=SHAPES):
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch):
     monkeypatch.setattr(base, "LateFlags", Arrived)
+    monkeypatch.setattr(dispatch, "modern", lambda index: True)
     monkeypatch.delenv("STIEFEL_KERNELS", raising=False)
-    monkeypatch.setattr(launch, "architecture", lambda index: "sm_90")
-    for module in (subspace, adam_lift):
-        monkeypatch.setattr(module, "multiprocessors", lambda index: 132)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in WAITS])

@@ -930,6 +930,7 @@ def test_dispatch_by_size(monkeypatch):
     """What ``auto`` says of tensors on a GPU that need not be there."""
     monkeypatch.setenv("STIEFEL_KERNELS", "auto")
     monkeypatch.setattr(dispatch, "available", lambda: True)
+    monkeypatch.setattr(dispatch, "modern", lambda index: True)
     fast = SimpleNamespace(INTERPRETED=False)
     monkeypatch.setattr(dispatch, "kernels", lambda: fast)
 
@@ -946,9 +947,10 @@ def test_dispatch_by_size(monkeypatch):
         assert not kernels(65536, 64, 64, work="pass")  # more than a launch has
         matrices = [torch.empty(64, 64, device="cuda")] * 3
         assert dispatch.pick(matrices, "pass") is fast
-        monkeypatch.setattr(dispatch, "available", lambda: False)
-        assert not kernels(300, 300)
-        monkeypatch.setattr(dispatch, "available", lambda: True)
+        for name in ("available", "modern"):  # no triton, or an old device
+            monkeypatch.setattr(dispatch, name, lambda *_: False)
+            assert not kernels(300, 300)
+            monkeypatch.setattr(dispatch, name, lambda *_: True)
         monkeypatch.setenv("STIEFEL_KERNELS", "triton")
         assert kernels(8, 8) and not kernels(8, 8, dtype=torch.float64)
         monkeypatch.setenv("STIEFEL_KERNELS", "reference")

@@ -7,7 +7,9 @@ be, ``python bench/compiled.py --write`` stores it.
 
 import ast
 import dataclasses
+import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 
 import compiled  # noqa: E402
+import triton  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
 
+from stiefel.kernels.triton import launch  # noqa: E402
 from stiefel.kernels.triton.launch import ARCHITECTURES, SHARED, candidates_of  # noqa: E402
 from stiefel.kernels.triton.tables import TABLES, Config  # noqa: E402
 
@@ -164,6 +169,23 @@ def tables():
         yield name, mine, 4 if any(case.dot == "tf32" for case in mine) else 2
 
 
+@pytest.mark.parametrize("say", ["old", "new", "all"])
+def test_float32_is_multiplied_as_torch_may_do_it(say):
+    """However a user said it: the getter of the old interface raises after the new one was used."""
+    code = {
+        "old": "torch.backends.cuda.matmul.allow_tf32 = True",
+        "new": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "all": "torch.backends.fp32_precision = 'tf32'",
+    }[say]
+    run = (
+        "import torch; from stiefel.kernels.triton.launch import precision; "
+        "X = torch.ones(2, 2); assert precision(X) == precision() == 'tf32x3'; "
+        f"{code}; assert precision(X) == precision() == 'tf32'; "
+        "assert precision(X.bfloat16()) == 'tf32'"
+    )
+    subprocess.run([sys.executable, "-c", run], check=True)
+
+
 def test_every_table_is_used():
     for name, mine, _ in tables():
         assert mine, f"no Case takes its Config from table {name!r}"
@@ -176,7 +198,7 @@ def test_every_table_is_used():
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_candidate_fits_shared_memory(arch):
-    checked = 0
+    checked, most = 0, {**SHARED, "sm_80": 163 * 1024}[arch]  # where less fits, less is timed
     for name, _, size in tables():
         for config in candidates_of(name, arch):
             tile = config.blocks
@@ -185,6 +207,14 @@ def test_every_candidate_fits_shared_memory(arch):
             sides = [value for side, value in tile.items() if side != "BK"]
             streamed = sum(sides) if len(sides) > 1 else 2 * sides[0]
             used = config.stages * streamed * tile["BK"] * size
-            assert used <= SHARED[arch], f"{name} {config} takes {used} bytes of {SHARED[arch]}"
+            assert used <= most, f"{name} {config} takes {used} bytes of {most}"
             checked += 1
     assert checked
+
+
+def test_what_does_not_fit_a_smaller_device_is_never_chosen(monkeypatch):
+    def crowded(run, **_):
+        raise OutOfResources(114688, 101376, "shared memory")
+
+    monkeypatch.setattr(triton.testing, "do_bench", crowded)
+    assert launch._milliseconds(lambda: None) == math.inf

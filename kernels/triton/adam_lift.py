@@ -25,6 +25,8 @@ ON_CHIP = 128
 Half as many where products are split in three (tf32x3), and half again with signs: more spill, or
 leave so few columns to a program that P is read from L2 oftener than by the other two kernels.
 """
+FULL = 0.8
+"""Least share of the device that blocks of columns fill in all of their turns."""
 
 
 @triton.jit
@@ -72,14 +74,15 @@ def adam_lift_kernel(
     w = W + k * w_k + rows * w_m + cols * w_n
     for start in range(0, m, BM):
         left = tl.arange(0, BM)[:, None] < m - start
+        # asked for before the product, so that they come while it runs
+        old = tl.load(w, mask=left & good, other=0.0).to(tl.float32)
+        if SIGN:
+            g = X + k * x_k + (rows + start) * x_m + cols * x_n
+            g = tl.load(g, mask=left & good, other=0.0).to(tl.float32)
         y = tl.load(p, mask=left & (inner[None, :] < r), other=0.0).to(tl.float32)
         acc = tl.dot(y, d, input_precision=PRECISION)
         if SIGN:
-            reached = tl.dot(y, x, input_precision=RESIDUAL)
-            g = X + k * x_k + (rows + start) * x_m + cols * x_n
-            g = tl.load(g, mask=left & good, other=0.0).to(tl.float32)
-            acc += free * signs(g - reached, least)
-        old = tl.load(w, mask=left & good, other=0.0).to(tl.float32)
+            acc += free * signs(g - tl.dot(y, x, input_precision=RESIDUAL), least)
         tl.store(w, (keep * old + alpha * acc).to(W.dtype.element_ty), mask=left & good)
         p += step * p_m
         w += step * w_m
@@ -95,6 +98,13 @@ def _adam_lift_op(
         return
     refuse_overlap(W, P, R, *(() if X is None else (X,)))
     (K, m, n), r = W.shape, M.shape[-2]
+    if not on_chip(W, P, r, X is not None):
+        ok = None if control is None else control[:, 0]
+        clocked = t if clock is None else clock
+        N = adam(R, M, V, clocked, beta1=beta1, beta2=beta2, eps=eps, ok=ok)
+        beside = None if X is None else R
+        lift_(W, P, N, keep, alpha, X=X, R=beside, free=free, floor=floor, control=control)
+        return
     chosen = _tiles(W, X is not None)
     with guard(W):
         adam_lift_kernel[(triton.cdiv(n, chosen.blocks["BN"]), K)](
@@ -120,7 +130,8 @@ def on_chip(W: Tensor, P: Tensor, r: int, sign: bool) -> bool:
     if ranks(r, 2 * RANK) * (1 + sign) * (1 + (products(W, P) == "tf32x3")) > ON_CHIP:
         return False
     blocks = triton.cdiv(W.shape[-1], _tiles(W, sign).blocks["BN"])
-    return INTERPRETED or blocks >= multiprocessors(W.device.index or 0)
+    at_once = multiprocessors(W.device.index or 0)  # a block takes all of one, and is slow alone
+    return INTERPRETED or blocks >= FULL * at_once * triton.cdiv(blocks, at_once)
 
 
 def adam_lift_(
@@ -129,17 +140,10 @@ def adam_lift_(
     free: float = 0.0, floor: Tensor | None = None, control: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See :func:`stiefel.kernels.reference.adam_lift_`."""
-    X = None if free == 0.0 else X
-    if on_chip(W, P, M.shape[-2], X is not None):
-        number, clock = clocks(t)
-        _adam_lift_op(
-            W, P, R, M, V, number, clock, keep, alpha, beta1, beta2, eps, X, free, floor, control
-        )
-        return
-    ok = None if control is None else control[:, 0]
-    N = adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps, ok=ok)
-    beside = None if X is None else R
-    lift_(W, P, N, keep, alpha, X=X, R=beside, free=free, floor=floor, control=control)
+    X, (number, clock) = None if free == 0.0 else X, clocks(t)
+    _adam_lift_op(
+        W, P, R, M, V, number, clock, keep, alpha, beta1, beta2, eps, X, free, floor, control
+    )
 
 
 def _case(name: str, W: str, RB: int, sign: bool = False, **constants: Any) -> Case:

@@ -95,7 +95,7 @@ def _launch(
         )  # fmt: skip
 
     with guard(X):
-        run(tuned(table("apply", X), X, (m, n), run, batch=K > 1))
+        run(tuned(table("apply", X), X, (m, n), run, batch=K > 1, some=only is not None))
     return out
 
 

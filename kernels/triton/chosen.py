@@ -88,7 +88,8 @@ def take_kernel(
     j = ((tl.program_id(0) % tiles) * BP + tl.arange(0, BP)).to(tl.int64)[:, None]
     at = tl.load(index + batch * i_k + j * i_r, mask=j < r, other=0).to(tl.int64)
     there = (line < lines) & (j < r)
-    x = tl.load(S + batch * s_k + line * s_l + at * s_t, mask=there & (at >= 0) & (at < n))
+    known = there & (at >= 0) & (at < n)
+    x = tl.load(S + batch * s_k + line * s_l + at * s_t, mask=known, other=0.0)
     tl.store(out + batch * o_k + line * o_l + j * o_t, x, mask=there)
 
 

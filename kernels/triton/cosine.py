@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cosines import NORMS, quarter_waves
-from .launch import Case, config, guard, options, stacked, strides, workspace
+from .launch import Case, config, guard, options, scratch, stacked, strides
+from .sums import fold
 
 
 @triton.jit
@@ -112,19 +113,6 @@ def twiddle_kernel(
         tl.store(out + (n - place), tl.sum(high, 0), mask=(place >= 1) & (2 * place < n))
 
 
-@triton.jit
-def sums_kernel(partial, sums, blocks, n, BLOCK: tl.constexpr):
-    """Sums (K, n) of partial ones (K, blocks, n), always in the same order."""
-    batch = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    at = partial + batch * blocks * n + cols
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, blocks):
-        total += tl.load(at, mask=cols < n, other=0.0)
-        at += n
-    tl.store(sums + batch * n + cols, total, mask=cols < n)
-
-
 def along(X: Tensor, dim: int) -> tuple[int, int, int]:
     """Strides of the batch, of lines and along dim."""
     k, m, n = strides(X)
@@ -171,15 +159,13 @@ def _twiddle(V: Tensor, n: int, dim: int, norm: int) -> tuple[Tensor, Tensor]:
         with guard(V):
             chosen = config("cosine", V, lines, n)
             blocks = triton.cdiv(lines, chosen.blocks["BL"])
-            partial = workspace("cosine", (K, blocks, n), S, torch.float32) if norm else None
+            partial = scratch(S, K, blocks, n) if norm else None
             twiddle_kernel[grid(chosen.blocks, K, lines, n // 2 + 1)](
                 pairs, S, twiddles(n, V), partial, lines, n, *strides(pairs.flatten(2, 3))[:2],
                 *along(S, dim), NORM=norm, **options(chosen),
             )  # fmt: skip
-            if norm:
-                chosen = config("cosine_sums", sums, n)
-                wide = (triton.cdiv(n, chosen.blocks["BLOCK"]), K)
-                sums_kernel[wide](partial, sums, blocks, n, **options(chosen))
+            if partial is not None:
+                sums = fold(partial)
     return S, sums
 
 
@@ -229,8 +215,4 @@ CASES = [
     case("dct_reorder bf16 down", reorder_kernel, -2, "bf16", BACK=False, RUNS=False),
     case("dct_twiddle l2", twiddle_kernel, -1, NORM=2),
     case("dct_twiddle down", twiddle_kernel, -2, NORM=0, partial=None),
-    Case(
-        "dct sums", "cosine_sums", sums_kernel,
-        {"partial": "*fp32", "sums": "*fp32", "blocks": "i32", "n": "i32"}, load=4,
-    ),
 ]  # fmt: skip

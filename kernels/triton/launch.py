@@ -1,4 +1,4 @@
-"""What every launcher needs: tile sizes, precision, guards, workspaces, and cases to compile.
+"""What every launcher needs: tile sizes, precision, guards, scratch memory, and cases to compile.
 
 A kernel is described by its function, a table of tile sizes (``tables.py``) and static cases: what
 it is compiled with where no GPU is at hand, so that a loss of code quality shows in the tests.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +17,15 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from .tables import TABLES, Config
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Whether kernels run on CPU tensors in Triton's interpreter, for tests."""
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes of shared memory that one block may have."""
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory that one block may have; of sm_80 what 8.6, 8.9 and 12.x have too."""
 LARGE = 1024
 """Shorter side from which a matrix is of the size class "large"."""
 
@@ -51,9 +53,10 @@ def precision(*Xs: Tensor) -> str:
     """How tl.dot multiplies: narrow operands ignore it; float32 as torch is allowed to."""
     if torch.version.hip is not None or INTERPRETED:
         return "ieee"  # fast on AMD, and the only choice there
-    if any(X.dtype != torch.float32 for X in Xs) or torch.backends.cuda.matmul.allow_tf32:
+    if any(X.dtype != torch.float32 for X in Xs):
         return "tf32"
-    return "tf32x3"
+    # allow_tf32 raises where it was said by fp32_precision, which knows what either said
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def guard(X: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -92,22 +95,13 @@ def _span(X: Tensor) -> tuple[int, int]:
     return X.data_ptr(), X.data_ptr() + length * X.element_size()
 
 
-@functools.cache
-def _workspace(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, stream: int
-) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
+def scratch(X: Tensor, *shape: int) -> Tensor:
+    """Float32 memory on X's device for a while, with whatever is in it.
 
-
-def workspace(name: str, shape: tuple[int, ...], X: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scratch memory on X's device, made once per shape and stream and kept.
-
-    So its address is the same at every replay of a CUDA graph. Two kernels that use one name on one
-    stream follow each other. Its values are left over from the last use.
+    It is torch's: freed in the order of the stream, and of the graph's own pool, at one address at
+    every replay, where a CUDA graph is captured. Nothing is kept between calls.
     """
-    stream = torch.cuda.current_stream(X.device).cuda_stream if X.is_cuda else 0
-    with torch.inference_mode(False):
-        return _workspace(name, shape, dtype, X.device, stream)
+    return X.new_empty(shape, dtype=torch.float32)
 
 
 # autotuning, which nobody gets without asking -----------------------------------------------------
@@ -127,6 +121,7 @@ def tuned(
     launch: Callable[[Config], None],
     *,
     batch: bool = False,
+    some: bool = False,
 ) -> Config:
     """The shipped Config, or under STIEFEL_AUTOTUNE=1 the fastest of the table's on this device.
 
@@ -138,9 +133,10 @@ def tuned(
         sides: What the choice depends on.
         launch: Runs the kernel with a Config.
         batch: Whether there are several matrices.
+        some: Whether only some of them are worked on: that would time launches which do nothing.
     """
     shipped = config(name, X, *sides)
-    if INTERPRETED or not X.is_cuda or os.environ.get("STIEFEL_AUTOTUNE", "0") != "1":
+    if INTERPRETED or some or not X.is_cuda or os.environ.get("STIEFEL_AUTOTUNE", "0") != "1":
         return shipped
     kind = (X.dtype, X.stride(-1) == 1, batch, X.device.index)
     key = (name, tuple(map(bucket, sides)), kind)
@@ -148,9 +144,18 @@ def tuned(
         if torch.cuda.is_current_stream_capturing():
             return shipped
         candidates = candidates_of(name, architecture(X.device.index or 0))
-        times = {c: triton.testing.do_bench(functools.partial(launch, c)) for c in candidates}
+        times = {c: _milliseconds(functools.partial(launch, c)) for c in candidates}
         _TUNED[key] = min(times, key=lambda c: times[c])
     return _TUNED[key]
+
+
+def _milliseconds(launch: Callable[[], None]) -> float:
+    """The median time, infinite for what does not fit a smaller device of an architecture."""
+    try:
+        time: float = triton.testing.do_bench(launch, return_mode="median")
+    except OutOfResources:
+        return math.inf
+    return time
 
 
 def candidates_of(name: str, target: str) -> list[Config]:

@@ -21,7 +21,8 @@ from .tables import Config
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 MOST = 4096
 """How many tables are kept; the oldest goes first."""
-_TABLES: dict[Any, tuple[Tensor, Tensor]] = {}
+_TABLES: dict[Any, dict[int, tuple[Tensor, Tensor]]] = {}
+"""By addresses and device: of every stream the table there, and what it was copied from."""
 _CAPTURED: list[tuple[Tensor, Tensor]] = []
 """Tables that a CUDA graph reads again at every replay: they are never dropped."""
 
@@ -119,23 +120,30 @@ def tiles(name: str, X: Tensor, m: int, n: int) -> Config:
 
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """The addresses on the device, kept: the same matrices come at every step."""
-    on_gpu = device.type == "cuda"
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    captured = on_gpu and torch.cuda.is_current_stream_capturing()
-    key = (addresses, device, stream)
-    found = _TABLES.get(key)
-    if found is None:
+    stream, captured = 0, False
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            captured = torch.cuda.is_current_stream_capturing()
+    of_streams = _TABLES.get((addresses, device), {})
+    if captured:  # a graph reads one that was there before, of whatever stream: that has ended
+        if not of_streams:
+            raise RuntimeError(
+                "a CUDA graph is captured that reads a list of matrices for the first time: call "
+                "the operation once with the same tensors before the capture"
+            )
+        found = next(iter(of_streams.values()))
+        _CAPTURED.append(found)
+        return found[0]
+    if stream not in of_streams:
         with torch.inference_mode(False):
             host = torch.tensor(addresses, dtype=torch.int64)
-            host = host.pin_memory() if on_gpu else host
-            found = host.to(device, non_blocking=True), host
-        if not captured:  # else it is filled when the graph is replayed, not now
-            if len(_TABLES) >= MOST:
-                _TABLES.pop(next(iter(_TABLES)), None)
-            _TABLES[key] = found
-    if captured:
-        _CAPTURED.append(found)
-    return found[0]
+            host = host.pin_memory() if device.type == "cuda" else host
+            of_streams[stream] = host.to(device, non_blocking=True), host
+        if len(_TABLES) >= MOST:
+            _TABLES.pop(next(iter(_TABLES)), None)
+        _TABLES[addresses, device] = of_streams
+    return of_streams[stream][0]
 
 
 def operand_case(name: str, element: str, listed: bool) -> tuple[dict[str, str], dict[str, Any]]:

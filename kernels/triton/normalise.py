@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import normalising as plain
 from ..passes import Stack
-from .launch import INTERPRETED, Case, config, guard, options, strides, workspace
+from .launch import INTERPRETED, Case, config, guard, options, scratch, strides
 from .lists import Operand, as_list, is_wide, lies_turned, matrix
 
 _SCALE = tl.constexpr(2.0**-80)
@@ -103,8 +103,7 @@ def _inverse(Xs: Sequence[Tensor], margin: float, eps: float) -> Tensor:
     across = triton.cdiv(n, chosen.blocks["BN"])
     count = triton.cdiv(m, chosen.blocks["BM"]) * across
     count = count if INTERPRETED else _ceil(count, 16)  # those beyond X add 0, and loads are wide
-    parts = workspace("normalise parts", (K, 2, count), X.first, torch.float32)
-    inverse = workspace("normalise inverse", (K,), X.first, torch.float32)
+    parts, inverse = scratch(X.first, K, 2, count), scratch(X.first, K)
     squares_kernel[(count, K)](
         X.pointer, parts, m, n, *X.strides, across, count, TYPE=X.type, ALIGNED=X.aligned,
         **options(chosen),

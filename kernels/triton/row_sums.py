@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..rows import ROW_MODES
-from .launch import INTERPRETED, Case, config, options, strides, workspace
+from .launch import INTERPRETED, Case, config, options, scratch, strides
+from .sums import fold
 from .tables import Config
 
 HELD = 16384
@@ -79,19 +79,6 @@ def columns_kernel(
 
 
 @triton.jit
-def added_kernel(parts, out, n, blocks, scale, BN: tl.constexpr):
-    """Partial sums (K, blocks, n) added in their order, times scale; grid (tiles, matrices)."""
-    col = tl.program_id(0) * BN + tl.arange(0, BN)
-    batch = tl.program_id(1).to(tl.int64)
-    at = batch * blocks * n + col
-    acc = tl.zeros((BN,), tl.float32)
-    for _ in range(blocks):
-        acc += tl.load(parts + at, mask=col < n, other=0.0)
-        at += n
-    tl.store(out + batch * n + col, acc * scale, mask=col < n)
-
-
-@triton.jit
 def rms_kernel(squares, rms, m, scale, BN: tl.constexpr):
     """Root of the mean of all squared norms of a matrix; the grid is (1, matrices)."""
     batch = tl.program_id(1).to(tl.int64)
@@ -129,22 +116,8 @@ def split(m: int, step: int, least: int) -> tuple[int, int]:
     return length, triton.cdiv(m, length)
 
 
-def scratch(name: str, X: Tensor, *shape: int) -> Tensor:
-    """Float32 memory that kernels of rows use for a while."""
-    return workspace(f"rows {name}", shape, X, torch.float32)
-
-
-def added(parts: Tensor, name: str, scale: float) -> Tensor:
-    """The sum over the blocks of (K, blocks, n), as (K, n) that is kept under a name."""
-    K, blocks, n = parts.shape
-    out, chosen = scratch(name, parts, K, n), config("rows_added", parts, n)
-    grid = (triton.cdiv(n, chosen.blocks["BN"]), K)
-    added_kernel[grid](parts, out, n, blocks, scale, **options(chosen))
-    return out
-
-
 def columns(
-    X: Tensor, name: str, scale: float, mode: int = 0, eps: float = 0.0,
+    X: Tensor, scale: float, mode: int = 0, eps: float = 0.0,
     mean: Tensor | None = None, side: int = 1, squares: Tensor | None = None,
     rms: Tensor | None = None, square: bool = False,
 ) -> Tensor:  # fmt: skip
@@ -152,19 +125,19 @@ def columns(
     K, m, n = X.shape
     chosen = config("rows_columns", X, m, n)
     length, blocks = split(m, chosen.blocks["BM"], 4 * chosen.blocks["BM"])
-    parts = scratch("parts", X, K, blocks, n)
+    parts = scratch(X, K, blocks, n)
     columns_kernel[(blocks * triton.cdiv(n, chosen.blocks["BN"]), K)](
         X, mean, squares, rms, parts, m, n, length, *strides(X), eps,
         MODE=mode, MEAN=0 if mean is None else side, SQUARE=square,
         FACTOR=squares is not None, **options(chosen),
     )  # fmt: skip
-    return added(parts, name, scale)
+    return fold(parts, scale)
 
 
 def root_mean(squares: Tensor) -> Tensor:
     """Root of the mean of squared norms (K, m), as (K,)."""
     K, m = squares.shape
-    rms, chosen = scratch("rms", squares, K), config("rows_added", squares, m)
+    rms, chosen = scratch(squares, K), config("rows_rms", squares, m)
     rms_kernel[(1, K)](squares, rms, m, 1 / m, **options(chosen))
     return rms
 
@@ -189,10 +162,4 @@ CASES = [
     )
     for element in ("fp32", "bf16")
 ]  # fmt: skip
-CASES += [
-    case(
-        "column sums added", added_kernel, "rows_added", "fp32", "parts out", "n blocks", "scale",
-        load=4,
-    ),
-    case("row rms", rms_kernel, "rows_added", "fp32", "squares rms", "m", "scale", load=4),
-]  # fmt: skip
+CASES.append(case("row rms", rms_kernel, "rows_rms", "fp32", "squares rms", "m", "scale", load=4))

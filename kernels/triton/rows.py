@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..rows import check_mode
-from .launch import Case, config, guard, options, stacked, strides
-from .row_sums import KINDS, added, case, columns, factor, root_mean, scratch, split, tile, turned
+from .launch import Case, config, guard, options, scratch, stacked, strides
+from .row_sums import KINDS, case, columns, factor, root_mean, split, tile, turned
+from .sums import fold
 
 
 @triton.jit
@@ -116,7 +117,7 @@ def _rows(
     length, blocks = chosen.blocks["R"], triton.cdiv(m, chosen.blocks["R"])
     if sums:
         length, blocks = split(m, length, length)
-    parts = scratch("parts", X, K, blocks, n) if sums else None
+    parts = scratch(X, K, blocks, n) if sums else None
     rows_kernel[(blocks, K)](
         X, out, mean, squares, parts, m, n, length, *strides(X),
         *(strides(out) if out is not None else (0, 0, 0)), eps,
@@ -132,20 +133,20 @@ def _normed(X: Tensor, out: Tensor, eps: float, mode: int, centred: bool) -> Non
     if along and not centred and not relative:
         _rows(X, out, mode, eps)
         return
-    mean = columns(X, "mean", 1 / m) if centred else None
+    mean = columns(X, 1 / m) if centred else None
     parts = rms = after = None
     if along:
-        squares = scratch("squares", X, K, m)
+        squares = scratch(X, K, m)
         sums = centred and not relative and tile(X)[1]
         parts = _rows(X, None, mode, eps, mean, squares, sums)
     else:
-        squares = columns(X.mT, "squares", 1.0, mean=mean, side=2, square=True)
+        squares = columns(X.mT, 1.0, mean=mean, side=2, square=True)
     if relative:
         rms = root_mean(squares)
     if parts is not None:
-        after = added(parts, "after", 1 / m)
+        after = fold(parts, 1 / m)
     elif centred:
-        after = columns(X, "after", 1 / m, mode, eps, mean, 1, squares, rms)
+        after = columns(X, 1 / m, mode, eps, mean, 1, squares, rms)
     chosen = config("rows_scaled", X, m, n)
     tiles = triton.cdiv(m, chosen.blocks["BM"]) * triton.cdiv(n, chosen.blocks["BN"])
     scaled_kernel[(tiles, K)](

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ..scaling import FLOOR
-from .launch import INTERPRETED, Case, config, guard, options, stacked, strides, workspace
+from .launch import INTERPRETED, Case, config, guard, options, scratch, stacked, strides
 from .row_sums import HELD, split, turned
 from .scaling_kernels import (
     across_kernel,
@@ -52,11 +52,10 @@ class _Pass:
         self.Y, self.out = Y, out
         K, m, n = Y.shape
         self.K, self.m, self.n = K, m, n
-        self.facts = self.scratch("facts", K, 2)
-        self.along, self.across = self.scratch("along", K, m), self.scratch("across", K, n)
+        self.facts, self.along, self.across = (scratch(Y, K, length) for length in (2, m, n))
         chosen = config("scaling_measure", Y, m, n)
         tiles = triton.cdiv(m, chosen.blocks["BM"]) * triton.cdiv(n, chosen.blocks["BN"])
-        largest, sums = self.scratch("largest", K, tiles), self.scratch("sums", K, tiles)
+        largest, sums = scratch(Y, K, tiles), scratch(Y, K, tiles)
         measure_kernel[(tiles, K)](
             Y, largest, sums, m, n, *strides(Y), TINY, **options(chosen)
         )  # fmt: skip
@@ -64,9 +63,6 @@ class _Pass:
         measured_kernel[(1, K)](
             largest, sums, self.facts, tiles, 1 / (m * n), TINY, **options(chosen)
         )
-
-    def scratch(self, name: str, *shape: int) -> Tensor:
-        return workspace(f"scaling {name}", shape, self.Y, torch.float32)
 
     def lines(self, even: bool, mean: bool, out: bool = False, sums: bool = False) -> None:
         """Factors along from those across; and, if asked for, those across from them."""
@@ -76,7 +72,7 @@ class _Pass:
         held = sums and whole
         if held:
             length, blocks = split(self.m, length, length)
-        parts = self.scratch("parts", self.K, blocks, self.n) if held else None
+        parts = scratch(Y, self.K, blocks, self.n) if held else None
         lines_kernel[(blocks, self.K)](
             Y, self.out, self.facts, self.across, self.along, parts, self.m, self.n, length,
             *strides(Y), *strides(self.out), 1 / self.n, FLOOR,
@@ -91,7 +87,7 @@ class _Pass:
         """Factors across from those along."""
         Y, chosen = self.Y, config("scaling_across", self.Y, self.m, self.n)
         length, blocks = split(self.m, chosen.blocks["BM"], 4 * chosen.blocks["BM"])
-        parts = self.scratch("parts", self.K, blocks, self.n)
+        parts = scratch(Y, self.K, blocks, self.n)
         grid = (blocks * triton.cdiv(self.n, chosen.blocks["BN"]), self.K)
         across_kernel[grid](
             Y, self.facts, self.along, parts, self.m, self.n, length, *strides(Y), EVEN=even,
@@ -100,8 +96,8 @@ class _Pass:
         self._factors(parts, even, mean)
 
     def _factors(self, parts: Tensor, even: bool, mean: bool) -> None:
-        chosen = config("scaling_factors", self.Y, self.n)
-        factors_kernel[(triton.cdiv(self.n, chosen.blocks["BN"]), self.K)](
+        chosen = config("fold", self.Y, self.n)
+        factors_kernel[(triton.cdiv(self.n, chosen.blocks["BL"]), self.K)](
             parts, self.across, self.facts, self.n, parts.shape[1], 1 / self.m, FLOOR,
             EVEN=even, MEAN=mean, **options(chosen),
         )  # fmt: skip
@@ -216,7 +212,7 @@ _SMALL = [
         {**_FACTS, "largest": "*fp32", "sums": "*fp32", "tiles": "i32", "tiny": "fp32"}, load=4,
     ),
     Case(
-        "sinkhorn factors", "scaling_factors", factors_kernel,
+        "sinkhorn factors", "fold", factors_kernel,
         {
             **_FACTS, "parts": "*fp32", "out": "*fp32", "n": "i32", "blocks": "i32",
             "floor": "fp32",

@@ -7,6 +7,8 @@ across to places on a line. All of a matrix is relative to its largest entry.
 import triton
 import triton.language as tl
 
+from .sums import folded
+
 
 @triton.jit
 def inverse(largest, tiny):
@@ -155,18 +157,13 @@ def across_kernel(
 @triton.jit
 def factors_kernel(
     parts, out, facts, n, blocks, scale, floor, EVEN: tl.constexpr, MEAN: tl.constexpr,
-    BN: tl.constexpr,
+    BT: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Factors across from partial sums (K, blocks, n), in their order; grid (tiles, matrices)."""
-    col = tl.program_id(0) * BN + tl.arange(0, BN)
+    col = tl.program_id(0) * BL + tl.arange(0, BL)
     batch = tl.program_id(1).to(tl.int64)
     mean = tl.load(facts + 2 * batch + 1)
-    at = batch * blocks * n + col
-    acc = tl.zeros((BN,), tl.float32)
-    for _ in range(blocks):
-        acc += tl.load(parts + at, mask=col < n, other=0.0)
-        at += n
-    s = acc * scale
+    s = folded(parts, batch, col, blocks, n, BT, BL) * scale
     if EVEN and not MEAN:
         s /= mean
     tl.store(out + batch * n + col, unscaled(s, floor * mean if MEAN else floor), mask=col < n)

@@ -22,8 +22,8 @@ from .launch import (
     guard,
     options,
     precision,
+    scratch,
     strides,
-    workspace,
 )
 from .tables import Config
 
@@ -31,6 +31,8 @@ RANK = 256
 """Most coordinates that one program sums; above it G is read again for each so many, from L2."""
 STEPS = 4
 """Least row blocks of a split: fewer are not worth adding up."""
+ROOM = 2**24
+"""Entries of splits that are kept at a time, of as many matrices as that is."""
 
 
 @triton.jit
@@ -86,7 +88,7 @@ def added_kernel(parts, out, size, splits, BN: tl.constexpr):
     there = at < size
     acc = tl.load(parts + at, mask=there, other=0.0)
     for s in range(1, splits):
-        acc += tl.load(parts + s * size.to(tl.int64) + at, mask=there, other=0.0)
+        acc += tl.load(parts + tl.cast(size, tl.int64) * s + at, mask=there, other=0.0)
     tl.store(out + at, acc, mask=there)
 
 
@@ -150,24 +152,13 @@ def _project(P: Tensor, G: Tensor, out: Tensor, squares: Tensor | None) -> None:
         )  # fmt: skip
 
 
-def _added(parts: Tensor) -> Tensor:
+def _added(parts: Tensor, out: Tensor) -> None:
     """The splits (splits, ...) in one."""
-    if len(parts) == 1:
-        return parts[0]
-    out = parts.new_empty(parts.shape[1:])
     chosen = config("added", parts, 1)
     with guard(parts):
         added_kernel[(triton.cdiv(out.numel(), chosen.blocks["BN"]),)](
             parts, out, out.numel(), len(parts), **options(chosen)
         )
-    return out
-
-
-def _buffer(name: str, splits: int, shape: tuple[int, ...], G: Tensor) -> Tensor:
-    """Where the splits go: a single one is the result itself."""
-    if splits == 1:
-        return G.new_empty((1, *shape), dtype=torch.float32)
-    return workspace(name, (splits, *shape), G, torch.float32)
 
 
 @torch.library.custom_op("stiefel::project", mutates_args=())
@@ -178,11 +169,21 @@ def _project_op(P: Tensor, G: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
         zeros = functools.partial(G.new_zeros, dtype=torch.float32)
         return zeros(K, r, n), zeros(columns, 1, n)
     splits = _plan(P, G)[1]
-    parts = _buffer("project", splits, (K, r, n), G)
-    sums = _buffer("squares", splits, (K, 1, n), G) if squares else None
-    _project(P, G, parts, sums)
-    none = G.new_empty(0, 1, n, dtype=torch.float32)
-    return _added(parts), none if sums is None else _added(sums)
+    R, G2 = scratch(G, K, r, n), scratch(G, columns, 1, n)
+    if splits == 1:
+        _project(P, G, R[None], G2[None] if squares else None)
+        return R, G2
+    most = max(1, ROOM // (splits * r * n))
+    for start in range(0, K, most):
+        ks = slice(start, start + most)
+        g = G[ks]
+        parts = scratch(G, splits, len(g), r, n)
+        sums = scratch(G, splits, len(g), 1, n) if squares else None
+        _project(P[ks] if len(P) > 1 else P, g, parts, sums)
+        _added(parts, R[ks])
+        if sums is not None:
+            _added(sums, G2[ks])
+    return R, G2
 
 
 @_project_op.register_fake

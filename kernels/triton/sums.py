@@ -1,6 +1,6 @@
 """Sums over matrices that a pass takes by the way: of squares, of powers, of what is not finite.
 
-A tile leaves its partial sums in a workspace, and a second kernel adds those in a fixed order.
+A tile leaves its partial sums in scratch memory, and a second kernel adds those in a fixed order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Case, config, options, workspace
+from .launch import Case, config, options, scratch
 from .lists import Operand
 
 
@@ -53,17 +53,25 @@ def put_sums(
 
 
 @triton.jit
-def fold_kernel(parts, out, count, length, FLAG: tl.constexpr, BT: tl.constexpr, BL: tl.constexpr):
-    """Sum over the first side of parts (K, count, length); grid (blocks of length, matrices)."""
-    k = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * BL + tl.arange(0, BL)
+def folded(parts, k, cols, count, length, BT: tl.constexpr, BL: tl.constexpr):
+    """Sums of columns of parts (K, count, length): BT at a time, so that loads wait together."""
     rows = tl.arange(0, BT)
     acc = tl.zeros((BT, BL), tl.float32)
     for start in range(0, count, BT):
         at = (start + rows).to(tl.int64)[:, None]
         place = parts + (k * count + at) * length + cols[None, :]
         acc += tl.load(place, mask=(at < count) & (cols[None, :] < length), other=0.0)
-    found = tl.sum(acc, axis=0)
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def fold_kernel(
+    parts, out, count, length, scale, FLAG: tl.constexpr, BT: tl.constexpr, BL: tl.constexpr
+):  # fmt: skip
+    """The same, times scale; grid (blocks of length, matrices)."""
+    k = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * BL + tl.arange(0, BL)
+    found = folded(parts, k, cols, count, length, BT, BL) * scale
     if FLAG:  # of the entries that are not finite
         found = tl.where(found == 0.0, 1.0, 0.0)
     tl.store(out + k * length + cols, found, mask=cols < length)
@@ -126,7 +134,7 @@ class Sums:
         if alone:
             self.parts = self.X.new_empty(shape, dtype=torch.float32)
         else:
-            self.parts = workspace("sums", shape, self.X, torch.float32)
+            self.parts = scratch(self.X, *shape)
         self.alone = alone
 
     def __call__(self) -> tuple[Tensor, Tensor]:
@@ -147,15 +155,22 @@ class Sums:
         none = X.new_empty(0, dtype=torch.float64)
         if self.alone:
             return parts.view(K, length), none
-        out = X.new_empty(K, length, dtype=torch.float32)
-        chosen = config("fold", X, 1)
-        blocks = options(chosen)
-        if length == 1:
-            blocks["BT"], blocks["BL"] = blocks["BT"] * blocks["BL"], 1
-        fold_kernel[(triton.cdiv(length, blocks["BL"]), K)](
-            parts, out, tiles, length, FLAG=self.wanted == "finite", **blocks
-        )
-        return out, none
+        return fold(parts, flag=self.wanted == "finite"), none
+
+
+def fold(parts: Tensor, scale: float = 1.0, flag: bool = False) -> Tensor:
+    """Sums (K, length) of partial ones (K, count, length), always in the same order, times scale.
+
+    With `flag` 1 where the sum is 0, else 0. To be called where the device of parts is current.
+    """
+    K, count, length = parts.shape
+    out = parts.new_empty(K, length)
+    blocks = options(config("fold", parts, 1))
+    if length == 1:
+        blocks["BT"], blocks["BL"] = blocks["BT"] * blocks["BL"], 1
+    grid = (triton.cdiv(length, blocks["BL"]), K)
+    fold_kernel[grid](parts, out, count, length, scale, FLAG=flag, **blocks)
+    return out
 
 
 def shaped(sums: Tensor, which: str) -> Tensor:
@@ -191,7 +206,7 @@ def empty_sums(X: Tensor, K: int, wanted: str, count: int) -> tuple[Tensor, Tens
 CASES = [
     Case(
         "fold", "fold", fold_kernel, {"parts": "*fp32", "out": "*fp32", "count": "i32",
-        "length": "i32"}, {"FLAG": False}, loose=("count",), blocks=2,
+        "length": "i32", "scale": "fp32"}, {"FLAG": False}, loose=("count",), blocks=2,
     ),
     Case(
         "fold_powers", "fold_powers", fold_powers_kernel, {"parts": "*fp32", "norm": "*fp64",

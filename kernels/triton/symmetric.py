@@ -134,7 +134,7 @@ def _launch(
         )  # fmt: skip
 
     with guard(A):
-        run(tuned(table("symmetric", A), A, (m, n), run, batch=K > 1))
+        run(tuned(table("symmetric", A), A, (m, n), run, batch=K > 1, some=only is not None))
     return out
 
 

@@ -48,7 +48,7 @@ def _each(
 
 TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
     "symmetric": _each(
-        sm_80=(_of(4, 4, BM=64, BK=64), _of(8, 4, BM=128, BK=64)),
+        sm_80=(_of(4, 4, BM=64, BK=64), _of(8, 3, BM=128, BK=64)),
         sm_90=(_of(4, 4, BM=64, BK=64), _of(8, 4, BM=128, BK=64)),
         sm_100=(_of(4, 4, BM=64, BK=64), _of(8, 4, BM=128, BK=64)),
         gfx942=(_of(4, 2, BM=64, BK=64), _of(8, 2, BM=128, BK=64)),
@@ -98,7 +98,13 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
         _of(8, 2, BM=64, BN=64, BK=32),
         _of(4, 2, BM=16, BN=32, BK=16),
     ),
-    "adam_lift": _same(_of(8, 2, BM=64, BN=64), _of(8, 2, BM=64, BN=64), _of(4, 2, BM=16, BN=16)),
+    "adam_lift": _each(
+        sm_80=(_of(8, 2, BM=64, BN=64), _of(8, 2, BM=64, BN=64)),
+        sm_90=(_of(8, 3, BM=64, BN=64), _of(8, 3, BM=64, BN=64)),
+        sm_100=(_of(8, 2, BM=64, BN=64), _of(8, 2, BM=64, BN=64)),
+        gfx942=(_of(8, 2, BM=64, BN=64), _of(8, 2, BM=64, BN=64)),
+        interpreted=_of(4, 2, BM=16, BN=16),
+    ),
     "adam_lift_sign": _same(
         _of(8, 2, BM=64, BN=32), _of(8, 2, BM=64, BN=32), _of(4, 2, BM=16, BN=16)
     ),
@@ -123,7 +129,7 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
     "rows_columns": _same(
         _of(4, 1, BM=32, BN=128), _of(4, 1, BM=32, BN=128), _of(4, 1, BM=16, BN=32)
     ),
-    "rows_added": _same(_of(4, 1, BN=256), _of(4, 1, BN=256), _of(4, 1, BN=64)),
+    "rows_rms": _same(_of(4, 1, BN=256), _of(4, 1, BN=256), _of(4, 1, BN=64)),
     "rows_scaled": _same(
         _of(4, 1, BM=32, BN=128), _of(4, 1, BM=32, BN=128), _of(4, 1, BM=16, BN=32)
     ),
@@ -144,12 +150,10 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
     "scaling_across": _same(
         _of(4, 1, BM=32, BN=128), _of(4, 1, BM=32, BN=128), _of(4, 1, BM=16, BN=32)
     ),
-    "scaling_factors": _same(_of(4, 1, BN=256), _of(4, 1, BN=256), _of(4, 1, BN=64)),
     "scaling_written": _same(
         _of(4, 1, BM=32, BN=128), _of(4, 1, BM=32, BN=128), _of(4, 1, BM=16, BN=32)
     ),
     "cosine": _same(_of(4, 1, BL=32, BP=64), _of(4, 1, BL=32, BP=64), _of(4, 1, BL=8, BP=16)),
-    "cosine_sums": _same(_of(4, 1, BLOCK=128), _of(4, 1, BLOCK=128), _of(4, 1, BLOCK=32)),
     "split_places": _same(_of(4, 1, BLOCK=1024), _of(4, 1, BLOCK=1024), _of(4, 1, BLOCK=32)),
     "cosine_take": _same(_of(4, 1, BL=32, BP=64), _of(4, 1, BL=32, BP=64), _of(4, 1, BL=8, BP=16)),
     "cosine_project": _each(

@@ -1,5 +1,8 @@
 """Passes over memory in the interpreter against their references and float64."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from arena import DTYPES, LAYOUTS, SHAPES, close, gaussian, laid, nothing_beside, unchanged
@@ -174,9 +177,24 @@ def test_tables_of_addresses_are_kept_and_the_oldest_goes_first(monkeypatch):
         for Xs in kept:
             assert torch.equal(kernels.squares(Xs, None), kernels.squares(torch.stack(Xs), None))
             assert len(lists._TABLES) <= 2
-    (first, *_), (again, *_) = (lists._TABLES[key] for key in lists._TABLES)
+    (first, *_), (again, *_) = (of_streams[0] for of_streams in lists._TABLES.values())
     kernels.squares(kept[-1], None)
-    assert any(found[0] is again for found in lists._TABLES.values()) and first is not again
+    kept = [of_streams[0][0] for of_streams in lists._TABLES.values()]
+    assert any(table is again for table in kept) and first is not again
+
+
+def test_a_graph_reads_tables_that_were_there_before(monkeypatch):
+    monkeypatch.setattr(lists, "_TABLES", {})
+    monkeypatch.setattr(lists, "_CAPTURED", [])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    device = torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match="once with the same tensors before the capture"):
+        lists._table((16, 32), device)
+    made = torch.tensor([16, 32]), torch.tensor([16, 32])
+    lists._TABLES[(16, 32), device] = {3: made}  # of another stream, as a warm-up's is
+    assert lists._table((16, 32), device) is made[0] and lists._CAPTURED == [made]
 
 
 def test_a_stack_has_the_bits_of_its_matrices():
