@@ -223,4 +223,4 @@ class Lockstep:
 def spread(shape: tuple[int, ...], *Xs: Any) -> list[Any]:
     """Arrays (programs, *shape) in memory of their own, of as many programs as any has."""
     most = max(len(X) for X in Xs)
-    return [np.ascontiguousarray(np.broadcast_to(X, (most, *shape))) for X in Xs]
+    return [np.require(np.broadcast_to(X, (most, *shape)), None, ["C", "W"]) for X in Xs]

@@ -14,16 +14,22 @@ pytest.importorskip("triton", reason="there is no triton on this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
+import triton
 from launches import compiled, refused, variants
 from triton.backends.compiler import GPUTarget
 
 HERE = Path(__file__).parent / "interpreted"
 TARGET = GPUTarget("cuda", 90, 32)
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(HERE.glob("test_*.py")), ids=lambda path: path.stem[5:])
 def test_kernels_equal_their_references(path, tmp_path):
+    if VERSION < (3, 7):
+        pytest.skip("the interpreter of this triton does not take a numpy of today")
+    if VERSION < (3, 8) and path.stem == "test_traffic":
+        pytest.skip("the recorder stands in for methods that this triton does not have")
     launches = tmp_path / "launches"
     given = {
         "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1", "STIEFEL_LAUNCHES": str(launches)

@@ -55,7 +55,7 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
         interpreted=_of(4, 2, BM=16, BK=16),
     ),
     "symmetric32": _each(  # float32 takes twice the room, and three products of tf32 spill on sm_80
-        sm_80=(_of(4, 4, BM=64, BK=32), _of(4, 4, BM=64, BK=32)),
+        sm_80=(_of(4, 4, BM=64, BK=16), _of(4, 4, BM=64, BK=16)),
         sm_90=(_of(4, 4, BM=64, BK=32), _of(8, 4, BM=128, BK=32)),
         sm_100=(_of(4, 4, BM=64, BK=32), _of(8, 4, BM=128, BK=32)),
         gfx942=(_of(4, 2, BM=64, BK=32), _of(8, 2, BM=128, BK=32)),
@@ -80,23 +80,31 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
     "cast": _same(_of(4, 1, BM=64, BN=64), _of(4, 1, BM=64, BN=64), _of(4, 1, BM=16, BN=32)),
     "split": _same(_of(1, 1, BM=16, BN=256), _of(1, 1, BM=16, BN=256), _of(1, 1, BM=4, BN=32)),
     "project": _same(_of(8, 3, BM=32, BN=128), _of(8, 2, BM=32, BN=128), _of(4, 2, BM=16, BN=16)),
-    "project_wide": _same(
-        _of(8, 3, BM=32, BN=128), _of(8, 2, BM=32, BN=128), _of(4, 2, BM=16, BN=16)
+    "project_wide": _each(
+        sm_80=(_of(8, 2, BM=32, BN=128), _of(8, 2, BM=32, BN=128)),
+        sm_90=(_of(8, 3, BM=32, BN=128), _of(8, 3, BM=32, BN=128)),
+        sm_100=(_of(8, 3, BM=32, BN=128), _of(8, 3, BM=32, BN=128)),
+        gfx942=(_of(8, 2, BM=32, BN=128), _of(8, 2, BM=32, BN=128)),
+        interpreted=_of(4, 2, BM=16, BN=16),
     ),
     "project_exact": _same(
         _of(8, 3, BM=16, BN=64), _of(8, 2, BM=16, BN=64), _of(4, 2, BM=16, BN=16)
     ),
     "added": _same(_of(4, 1, BN=1024), _of(4, 1, BN=1024), _of(4, 1, BN=128)),
     "adam": _same(_of(4, 1, BM=1, BN=1024), _of(4, 1, BM=1, BN=2048), _of(4, 1, BM=16, BN=32)),
-    "lift": _same(
-        _of(8, 3, BM=128, BN=128, BK=32),
-        _of(8, 2, BM=128, BN=128, BK=32),
-        _of(4, 2, BM=16, BN=32, BK=16),
+    "lift": _each(  # BK of 16 on sm_80: products in three parts spill with more
+        sm_80=(_of(8, 2, BM=128, BN=128, BK=16), _of(8, 2, BM=128, BN=128, BK=16)),
+        sm_90=(_of(8, 3, BM=128, BN=128, BK=32), _of(8, 3, BM=128, BN=128, BK=32)),
+        sm_100=(_of(8, 3, BM=128, BN=128, BK=32), _of(8, 3, BM=128, BN=128, BK=32)),
+        gfx942=(_of(8, 2, BM=128, BN=128, BK=32), _of(8, 2, BM=128, BN=128, BK=32)),
+        interpreted=_of(4, 2, BM=16, BN=32, BK=16),
     ),
-    "lift_sign": _same(
-        _of(8, 3, BM=64, BN=64, BK=32),
-        _of(8, 2, BM=64, BN=64, BK=32),
-        _of(4, 2, BM=16, BN=32, BK=16),
+    "lift_sign": _each(
+        sm_80=(_of(8, 3, BM=64, BN=64, BK=16), _of(8, 3, BM=64, BN=64, BK=16)),
+        sm_90=(_of(8, 3, BM=64, BN=64, BK=32), _of(8, 3, BM=64, BN=64, BK=32)),
+        sm_100=(_of(8, 3, BM=64, BN=64, BK=32), _of(8, 3, BM=64, BN=64, BK=32)),
+        gfx942=(_of(8, 2, BM=64, BN=64, BK=32), _of(8, 2, BM=64, BN=64, BK=32)),
+        interpreted=_of(4, 2, BM=16, BN=32, BK=16),
     ),
     "adam_lift": _each(
         sm_80=(_of(8, 2, BM=64, BN=64), _of(8, 2, BM=64, BN=64)),
@@ -106,12 +114,12 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
         interpreted=_of(4, 2, BM=16, BN=16),
     ),
     "adam_lift_sign": _same(
-        _of(8, 2, BM=64, BN=32), _of(8, 2, BM=64, BN=32), _of(4, 2, BM=16, BN=16)
+        _of(8, 2, BM=64, BN=32), _of(8, 1, BM=64, BN=32), _of(4, 2, BM=16, BN=16)
     ),
     "pass": _each(
         sm_80=(_of(4, 1, BM=8, BN=256), _of(4, 1, BM=16, BN=256)),
         sm_90=(_of(4, 1, BM=8, BN=256), _of(4, 1, BM=16, BN=256)),
-        sm_100=(_of(4, 1, BM=8, BN=256), _of(4, 1, BM=16, BN=256)),
+        sm_100=(_of(4, 1, BM=8, BN=256), _of(4, 1, BM=8, BN=256)),
         gfx942=(_of(4, 1, BM=8, BN=256), _of(4, 1, BM=16, BN=256)),
         interpreted=_of(4, 1, BM=16, BN=32),
     ),
@@ -141,7 +149,7 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
         interpreted=_of(4, 1, R=16, BN=128),
     ),
     "scaling_long": _same(
-        _of(8, 1, R=1, BN=4096), _of(8, 1, R=1, BN=4096), _of(4, 1, R=16, BN=128)
+        _of(8, 1, R=1, BN=2048), _of(8, 1, R=1, BN=2048), _of(4, 1, R=16, BN=128)
     ),
     "scaling_measure": _same(
         _of(8, 1, BM=32, BN=256), _of(8, 1, BM=32, BN=256), _of(4, 1, BM=16, BN=64)
