@@ -55,7 +55,7 @@ def blend_(
         moved.lerp_(g, 1 - momentum)
         U = g.lerp(moved, momentum) if nesterov else moved
     else:
-        moved.mul_(momentum).add_(g)
+        moved = (moved if momentum == 1.0 else moved.mul_(momentum)).add_(g)
         U = g.add(moved, alpha=momentum) if nesterov else moved
     sums = None if squares is None else _sides(U, squares)
     if moved is not M or ok is not None:

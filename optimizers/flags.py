@@ -78,10 +78,10 @@ def _stack_and_flag(
     """A stack of gradients if there is to be one, and numbers (K,)."""
     if not stacked:  # a block of a parameter looks at the whole of it: one clock, one flag
         return None, _flag(given[0], stacked, waits)
-    alike = len({(G.stride(), G.dtype) for G in given}) == 1
-    if not waits and alike and (ops := pick(given, "pass")) is not reference:
-        G, fine = ops.cast_stack(given, given[0].dtype, finite=True)  # all in one pass
-        return G, fine.reciprocal()
+    if not waits and (ops := pick(given, "pass")) is not reference:
+        if len({(G.stride(), G.dtype) for G in given}) == 1:
+            G, fine = ops.cast_stack(given, given[0].dtype, finite=True)  # all in one pass
+            return G, fine.reciprocal()
     G = torch.stack(given)
     return G, _flag(G, stacked, waits)
 

@@ -189,13 +189,12 @@ class Bucket:
     def given(self, i: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients of member i, one per unit."""
         given = [G for unit in self.units if (G := grads[unit.positions[i]]) is not None]
-        was = self.unit.key[2 + i][0]
-        for now in {G.shape for G in given}:
-            if now != was:
-                raise RuntimeError(
-                    f"parameter of shape {tuple(was)} changed its shape to {tuple(now)}; build the "
-                    "optimizer after the model is wrapped"
-                )
+        was, now = self.unit.key[2 + i][0], given[0].shape
+        if now != was:
+            raise RuntimeError(
+                f"parameter of shape {tuple(was)} changed its shape to {tuple(now)}; build the "
+                "optimizer after the model is wrapped"
+            )
         return given
 
     def gradient(self, i: int, grads: Sequence[Tensor | None]) -> Tensor:
