@@ -94,7 +94,22 @@ def damped_inverse(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
             torch.where(some, damped(S, delta, relative, SAFE * unit), eye)
         )
         L = torch.where((info != 0).view(-1, 1, 1), safe, L)
-    return torch.cholesky_solve(eye, L) * some
+    return inverse_from(L) * some
+
+
+def inverse_from(L: Tensor, at_once: bool | None = None) -> Tensor:
+    """(L L^T)^-1 of lower triangular factors L (K, r, r).
+
+    Args:
+        L: The factors.
+        at_once: Whether by one triangular solve and one product for all of them; None: on an
+            accelerator, where torch launches a Cholesky solve for one matrix after the other.
+    """
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    if not (L.device.type != "cpu" if at_once is None else at_once):
+        return torch.cholesky_solve(eye, L)
+    Y = torch.linalg.solve_triangular(L, eye, upper=False)
+    return product(Y.mT, Y)
 
 
 def transport(S: Tensor, inverse: Tensor, C: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from stiefel.optimizers.pairs import (
     damped,
     damped_inverse,
     gram,
+    inverse_from,
     transport,
     unbiased,
 )
@@ -570,6 +571,16 @@ def test_damped_inverse_and_grams():
             torch.testing.assert_close(inverse[k] @ K, eye, rtol=0, atol=1e-12)
     for k in range(3):
         assert torch.equal(damped_inverse(S[k : k + 1], 0.3)[0], damped_inverse(S, 0.3)[k])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_both_ways_to_an_inverse_agree(dtype):
+    X = torch.randn(5, 40, 6, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    S = X.mT @ X
+    L = torch.linalg.cholesky(S).to(dtype)
+    for at_once in (False, True):  # as on a CPU, and as on an accelerator
+        found = inverse_from(L, at_once).double()
+        torch.testing.assert_close(found, S.inverse(), rtol=0, atol=1e3 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
