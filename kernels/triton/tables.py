@@ -29,13 +29,6 @@ def _of(warps: int, stages: int, **tiles: int) -> Config:
     return Config(tuple(tiles.items()), warps, stages)
 
 
-def _same(nvidia: Config, amd: Config, interpreted: Config) -> dict[str, dict[str, Config]]:
-    """One Config for both size classes: what is bound by memory hardly cares."""
-    table = {arch: {"small": nvidia, "large": nvidia} for arch in ("sm_80", "sm_90", "sm_100")}
-    amd_table = {"gfx942": {"small": amd, "large": amd}}
-    return {**table, **amd_table, "interpreted": {"small": interpreted, "large": interpreted}}
-
-
 def _each(
     sm_80: tuple[Config, Config], sm_90: tuple[Config, Config], sm_100: tuple[Config, Config],
     gfx942: tuple[Config, Config], interpreted: Config,
@@ -44,6 +37,18 @@ def _each(
     pairs = {"sm_80": sm_80, "sm_90": sm_90, "sm_100": sm_100, "gfx942": gfx942}
     table = {arch: {"small": small, "large": large} for arch, (small, large) in pairs.items()}
     return {**table, "interpreted": {"small": interpreted, "large": interpreted}}
+
+
+def _alike(
+    sm_80: Config, sm_90: Config, sm_100: Config, gfx942: Config, interpreted: Config
+) -> dict[str, dict[str, Config]]:
+    """For every architecture one Config of both size classes."""
+    return _each((sm_80,) * 2, (sm_90,) * 2, (sm_100,) * 2, (gfx942,) * 2, interpreted)
+
+
+def _same(nvidia: Config, amd: Config, interpreted: Config) -> dict[str, dict[str, Config]]:
+    """The same for all of NVIDIA's: what is bound by memory hardly cares."""
+    return _alike(nvidia, nvidia, nvidia, amd, interpreted)
 
 
 TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
@@ -80,11 +85,11 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
     "cast": _same(_of(4, 1, BM=64, BN=64), _of(4, 1, BM=64, BN=64), _of(4, 1, BM=16, BN=32)),
     "split": _same(_of(1, 1, BM=16, BN=256), _of(1, 1, BM=16, BN=256), _of(1, 1, BM=4, BN=32)),
     "project": _same(_of(8, 3, BM=32, BN=128), _of(8, 2, BM=32, BN=128), _of(4, 2, BM=16, BN=16)),
-    "project_wide": _each(
-        sm_80=(_of(8, 2, BM=32, BN=128), _of(8, 2, BM=32, BN=128)),
-        sm_90=(_of(8, 3, BM=32, BN=128), _of(8, 3, BM=32, BN=128)),
-        sm_100=(_of(8, 3, BM=32, BN=128), _of(8, 3, BM=32, BN=128)),
-        gfx942=(_of(8, 2, BM=32, BN=128), _of(8, 2, BM=32, BN=128)),
+    "project_wide": _alike(
+        sm_80=_of(8, 2, BM=32, BN=128),
+        sm_90=_of(8, 3, BM=32, BN=128),
+        sm_100=_of(8, 3, BM=32, BN=128),
+        gfx942=_of(8, 2, BM=32, BN=128),
         interpreted=_of(4, 2, BM=16, BN=16),
     ),
     "project_exact": _same(
@@ -92,25 +97,25 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
     ),
     "added": _same(_of(4, 1, BN=1024), _of(4, 1, BN=1024), _of(4, 1, BN=128)),
     "adam": _same(_of(4, 1, BM=1, BN=1024), _of(4, 1, BM=1, BN=2048), _of(4, 1, BM=16, BN=32)),
-    "lift": _each(  # BK of 16 on sm_80: products in three parts spill with more
-        sm_80=(_of(8, 2, BM=128, BN=128, BK=16), _of(8, 2, BM=128, BN=128, BK=16)),
-        sm_90=(_of(8, 3, BM=128, BN=128, BK=32), _of(8, 3, BM=128, BN=128, BK=32)),
-        sm_100=(_of(8, 3, BM=128, BN=128, BK=32), _of(8, 3, BM=128, BN=128, BK=32)),
-        gfx942=(_of(8, 2, BM=128, BN=128, BK=32), _of(8, 2, BM=128, BN=128, BK=32)),
+    "lift": _alike(  # BK of 16 on sm_80: products in three parts spill with more
+        sm_80=_of(8, 2, BM=128, BN=128, BK=16),
+        sm_90=_of(8, 3, BM=128, BN=128, BK=32),
+        sm_100=_of(8, 3, BM=128, BN=128, BK=32),
+        gfx942=_of(8, 2, BM=128, BN=128, BK=32),
         interpreted=_of(4, 2, BM=16, BN=32, BK=16),
     ),
-    "lift_sign": _each(
-        sm_80=(_of(8, 3, BM=64, BN=64, BK=16), _of(8, 3, BM=64, BN=64, BK=16)),
-        sm_90=(_of(8, 3, BM=64, BN=64, BK=32), _of(8, 3, BM=64, BN=64, BK=32)),
-        sm_100=(_of(8, 3, BM=64, BN=64, BK=32), _of(8, 3, BM=64, BN=64, BK=32)),
-        gfx942=(_of(8, 2, BM=64, BN=64, BK=32), _of(8, 2, BM=64, BN=64, BK=32)),
+    "lift_sign": _alike(
+        sm_80=_of(8, 3, BM=64, BN=64, BK=16),
+        sm_90=_of(8, 3, BM=64, BN=64, BK=32),
+        sm_100=_of(8, 3, BM=64, BN=64, BK=32),
+        gfx942=_of(8, 2, BM=64, BN=64, BK=32),
         interpreted=_of(4, 2, BM=16, BN=32, BK=16),
     ),
-    "adam_lift": _each(
-        sm_80=(_of(8, 2, BM=64, BN=64), _of(8, 2, BM=64, BN=64)),
-        sm_90=(_of(8, 3, BM=64, BN=64), _of(8, 3, BM=64, BN=64)),
-        sm_100=(_of(8, 2, BM=64, BN=64), _of(8, 2, BM=64, BN=64)),
-        gfx942=(_of(8, 2, BM=64, BN=64), _of(8, 2, BM=64, BN=64)),
+    "adam_lift": _alike(
+        sm_80=_of(8, 2, BM=64, BN=64),
+        sm_90=_of(8, 3, BM=64, BN=64),
+        sm_100=_of(8, 2, BM=64, BN=64),
+        gfx942=_of(8, 2, BM=64, BN=64),
         interpreted=_of(4, 2, BM=16, BN=16),
     ),
     "adam_lift_sign": _same(
@@ -164,11 +169,11 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
     "cosine": _same(_of(4, 1, BL=32, BP=64), _of(4, 1, BL=32, BP=64), _of(4, 1, BL=8, BP=16)),
     "split_places": _same(_of(4, 1, BLOCK=1024), _of(4, 1, BLOCK=1024), _of(4, 1, BLOCK=32)),
     "cosine_take": _same(_of(4, 1, BL=32, BP=64), _of(4, 1, BL=32, BP=64), _of(4, 1, BL=8, BP=16)),
-    "cosine_project": _each(
-        sm_80=(_of(8, 2, BL=128, BR=64, BK=32), _of(8, 2, BL=128, BR=64, BK=32)),
-        sm_90=(_of(8, 1, BL=128, BR=64, BK=16), _of(8, 1, BL=128, BR=64, BK=16)),
-        sm_100=(_of(8, 3, BL=128, BR=64, BK=16), _of(8, 3, BL=128, BR=64, BK=16)),
-        gfx942=(_of(8, 2, BL=128, BR=64, BK=32), _of(8, 2, BL=128, BR=64, BK=32)),
+    "cosine_project": _alike(
+        sm_80=_of(8, 2, BL=128, BR=64, BK=32),
+        sm_90=_of(8, 1, BL=128, BR=64, BK=16),
+        sm_100=_of(8, 3, BL=128, BR=64, BK=16),
+        gfx942=_of(8, 2, BL=128, BR=64, BK=32),
         interpreted=_of(4, 1, BL=16, BR=16, BK=16),
     ),
 }
