@@ -23,7 +23,7 @@ the primes 509 and 1021, which make no exception: ``python bench/toolkit.py --on
 """
 FFT_FROM_ACCELERATOR = 512
 """The same for accelerators, by a model: a float32 product of 60 Tflop/s against 32 bytes an entry
-at 3 TB/s meet at 320. Nobody has measured it."""
+at 3 TB/s meet at 320, and this is the power of two above. Nobody has measured it."""
 SMOOTH = 13
 """Largest prime factor of a length whose FFT is quick on an accelerator."""
 

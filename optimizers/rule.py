@@ -257,7 +257,7 @@ class Member:
         if self._store is not None:
             self._store(W)
 
-    def kept(self, new: Tensor, old: Tensor) -> Tensor:
+    def kept(self, new: Tensor, old: Tensor | float) -> Tensor:
         """New state (K, ...), but the old one of matrices whose flag in ``ok`` is 0."""
         if self.ok is None:
             return new

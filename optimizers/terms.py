@@ -74,7 +74,10 @@ class Term:
         raise NotImplementedError
 
     def kernel_(self, W: Any, by: Factors, beside: Term | None = None) -> bool:
-        """W (K, m, n) <- keep W + alpha (term + beside) by one kernel; False if there is none."""
+        """W (K, m, n) <- keep W + alpha (term + beside) by one kernel; False if there is none.
+
+        W is a list of K matrices only where all terms are ``apart``.
+        """
         return False
 
 

@@ -76,7 +76,7 @@ class TrionRule(Rule):
         A = take_rows(S, index)  # (K, r, n)
         del S  # before the iteration needs room
         P = D.columns(index, w.m, M.dtype)  # (K, m, r)
-        _subtract_(M, P, w.kept(A, torch.zeros_like(A)), 1 - self.momentum)
+        _subtract_(M, P, w.kept(A, 0.0), 1 - self.momentum)
         if M is not B:
             B.copy_(w.kept(M, B))
         sides = (w.n, w.m) if w.turned else (w.m, w.n)

@@ -60,14 +60,21 @@ def argument(x, constant):
 
 def variants(path):
     """One launch for every kernel, choice of pointers and switches; tiles and strides aside."""
-    found = {}
+    from stiefel.kernels.triton.tables import TABLES
+
+    configs = [c for table in TABLES.values() for sizes in table.values() for c in sizes.values()]
+    tiles, found = {tile for config in configs for tile in config.blocks}, {}
+
+    def is_switch(name):
+        return name.isupper() and name not in tiles
+
     with open(path) as file:
         for line in file:
             module, kernel, arguments, choice = json.loads(line)
             key = [
                 (name, what)
-                for name, what in arguments.items()
-                if (what[0] != "type" and (type(what[1]) is not int)) or str(what[1])[0] == "*"
+                for name, (_, what) in arguments.items()
+                if what is None or str(what).startswith("*") or is_switch(name)
             ]
             found.setdefault(str((module, kernel, key)), (module, kernel, arguments, choice))
     return list(found.values())

@@ -3,6 +3,7 @@
 What was launched there is compiled here: the interpreter takes programs that no compiler does.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -54,3 +55,18 @@ def test_what_no_compiler_takes_is_refused():
     assert "added_kernel" in str(compiled(module, "added_kernel", arguments, {}, TARGET))
     arguments["out"] = ["type", "*fp32"]
     assert compiled(module, "added_kernel", arguments, {"num_warps": 4}, TARGET) is None
+
+
+def test_launches_are_told_apart_by_switches_not_by_tiles(tmp_path):
+    path, lines = tmp_path / "launches", []
+    for mode, tile, pointer in (
+        (0, 16, "*fp32"),
+        (1, 16, "*fp32"),
+        (1, 32, "*fp32"),
+        (1, 32, None),
+    ):
+        given = ["type", pointer] if pointer else ["value", None]
+        arguments = {"X": given, "n": ["value", 1], "MODE": ["value", mode], "BM": ["value", tile]}
+        lines.append(json.dumps(["module", "kernel", arguments, {}]))
+    path.write_text("\n".join(lines))
+    assert len(variants(path)) == 3
