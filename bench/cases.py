@@ -59,8 +59,8 @@ from stiefel.optimizers import (
     Trion,
     pairs_to_groups,
 )
-from stiefel.optimizers.lora import PairOptimizer
-from stiefel.optimizers.projectors import top_basis
+from stiefel.optimizers._lora.pair_groups import PairOptimizer
+from stiefel.optimizers._toolkit.projectors import top_basis
 
 
 def limit(name: str, model: Model) -> Callable[[], Call]:

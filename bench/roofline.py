@@ -44,7 +44,8 @@ from traffic import LANES, Idle, Log, Point, Work, recorded, scaled, watched
 
 from stiefel import optimizers
 from stiefel.kernels import reference, sums
-from stiefel.optimizers import powers, write
+from stiefel.optimizers._driver import write
+from stiefel.optimizers._toolkit import power_sums
 
 TARGET = "sm_90"
 UNIT = 256
@@ -154,7 +155,7 @@ def as_on_a_device(kernels: str) -> Iterator[None]:
     os.environ["STIEFEL_KERNELS"] = kernels
     try:
         with set_to(
-            (write, "PANEL", write.PANEL_ACCELERATOR), (powers, "PANEL", 2**62),
+            (write, "PANEL", write.PANEL_ACCELERATOR), (power_sums, "PANEL", 2**62),
             (sums, "_PANELLED", ()),
         ):  # fmt: skip
             yield

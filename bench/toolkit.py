@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.kernels import dct
-from stiefel.optimizers import GaLore, Muon, StackedOptimizer, units
-from stiefel.optimizers.projectors import KINDS, Draws, projector
+from stiefel.optimizers import GaLore, Muon, StackedOptimizer
+from stiefel.optimizers._driver import units
+from stiefel.optimizers._toolkit.projectors import KINDS, projector
+from stiefel.optimizers._toolkit.random_keys import Draws
 
 Run = Callable[[], object]
 

@@ -26,7 +26,7 @@ from mixture import build_mixture
 from pretrain import checkpoint_path, earlier_record, positive, print_header, print_report
 
 from stiefel.optimizers import SymmetryStack
-from stiefel.optimizers.policies import POLICIES
+from stiefel.optimizers._roles.policies import POLICIES
 
 MODELS = {"dense": build_model, "mixture": build_mixture}
 # The best of a sweep at 200 steps on seed 0 of the dense model.

@@ -1,23 +1,7 @@
 """Drop-in ``torch.optim`` classes for matrix-aware and memory-lean methods."""
 
 from ..kernels import polar_report
-from .adaprelora import AdaPreLoRA
-from .altlora import AltLoRA
-from .aro import ARO
-from .auon import AuON
-from .base import StackedOptimizer
-from .dctadamw import DCTAdamW
-from .fira import Fira
-from .frugal import FRUGAL
-from .galore import GaLore
-from .hybrid import Hybrid
-from .lora import lora_param_groups, pairs_to_groups
-from .memory import MemoryReport, memory_report
-from .moments import heavy_tail_schedule
-from .muon import Muon
-from .roles import Assignment, classify
-from .rownorm import RowNorm
-from .rule import (
+from ._core.rule import (
     Blocks,
     Dense,
     Direction,
@@ -29,8 +13,23 @@ from .rule import (
     Selected,
     Slot,
 )
+from ._driver.memory import MemoryReport, memory_report
+from ._driver.optimizer import StackedOptimizer
+from ._lora.pair_groups import lora_param_groups, pairs_to_groups
+from ._lora.switching import switchlora_init_
+from ._roles.classify import Assignment, classify
+from .adaprelora import AdaPreLoRA
+from .altlora import AltLoRA
+from .aro import ARO
+from .auon import AuON
+from .dctadamw import DCTAdamW
+from .fira import Fira
+from .frugal import FRUGAL
+from .galore import GaLore
+from .hybrid import Hybrid
+from .muon import Muon, heavy_tail_schedule
+from .rownorm import RowNorm
 from .spectral import Spectral
-from .switching import switchlora_init_
 from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
 from .trion import Trion

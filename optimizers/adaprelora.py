@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from ..kernels import add_product_, product
-from .base_weights import WatchingOptimizer
-from .lora import LoRARule, Scale
-from .lowrank import check_known
-from .moments import adam, ema, total
-from .pairs import damped_inverse, gram, times, unbiased
-from .rule import Dense, Member, Slot, Steps, Together, check, check_adam
-from .tangent import tangent_cores, tangent_grams, tangent_squares
+from ._core.rule import Dense, Member, Slot, Steps, Together
+from ._core.validation import check, check_adam, check_known
+from ._lora.base_weight_hooks import WatchingOptimizer
+from ._lora.pair_algebra import damped_inverse, gram, times, unbiased
+from ._lora.pair_groups import LoRARule, Scale
+from ._lora.tangent_stats import tangent_cores, tangent_grams, tangent_squares
+from ._toolkit.moments import adam, ema, total
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 
 def tall(x: Tensor, w: Member) -> Tensor:
@@ -50,9 +50,7 @@ class AdaPreLoRARule(LoRARule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_adam(self.betas, self.eps)
-        check_known(
-            self, variant=("momentum", "sgd", "adamw"), stats=("tangent", "exact", "none")
-        )  # fmt: skip
+        check_known(self, variant=("momentum", "sgd", "adamw"), stats=("tangent", "exact", "none"))
         check(self.eps_rel >= 0.0, f"eps_rel must not be negative, got {self.eps_rel!r}")
         check(0.0 < self.floor <= 1.0, f"floor must lie in (0, 1], got {self.floor!r}")
         cap = self.max_rel_step
@@ -204,14 +202,35 @@ class AdaPreLoRA(WatchingOptimizer):
     """
 
     def __init__(
-        self, groups: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.99),
-        eps_rel: float = 1e-6, eps: float = 0.0, variant: str = "momentum", stats: str = "tangent",
-        weight_decay: float = 0.0, *, scale: Scale = None, floor: float = 1e-3,
-        rescale_visible: bool = True, scale_aware: bool = True, max_rel_step: float | None = None,
-        lr_ratio_b: float | None = None, **options: Unpack[Common],
-    ) -> None:  # fmt: skip
+        self,
+        groups: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps_rel: float = 1e-6,
+        eps: float = 0.0,
+        variant: str = "momentum",
+        stats: str = "tangent",
+        weight_decay: float = 0.0,
+        *,
+        scale: Scale = None,
+        floor: float = 1e-3,
+        rescale_visible: bool = True,
+        scale_aware: bool = True,
+        max_rel_step: float | None = None,
+        lr_ratio_b: float | None = None,
+        **options: Unpack[Common],
+    ) -> None:
         rule = AdaPreLoRARule(
-            None, lr_ratio_b, betas, eps_rel, eps, variant, stats, floor, rescale_visible,
-            scale_aware, max_rel_step,
-        )  # fmt: skip
+            None,
+            lr_ratio_b,
+            betas,
+            eps_rel,
+            eps,
+            variant,
+            stats,
+            floor,
+            rescale_visible,
+            scale_aware,
+            max_rel_step,
+        )
         super().__init__(groups, rule, lr, weight_decay, scale=scale, **options)

@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from ..kernels import add_product_, product
-from .lora import LoRARule, PairOptimizer, Scale
-from .lowrank import check_known
-from .pairs import alive, applied, cross_gram, damped_inverse, gram, transport, unbiased
-from .rule import Dense, Member, Scaled, Slot, Steps, Together, check, check_adam
+from ._core.rule import Dense, Member, Scaled, Slot, Steps, Together
+from ._core.validation import check, check_adam, check_known
+from ._lora.pair_algebra import (
+    alive,
+    applied,
+    cross_gram,
+    damped_inverse,
+    gram,
+    transport,
+    unbiased,
+)
+from ._lora.pair_groups import LoRARule, PairOptimizer, Scale
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 
 def side(x: Tensor, w: Member) -> Tensor:
@@ -48,9 +56,13 @@ class AltLoRARule(LoRARule):
         super().__post_init__()
         check_adam(self.betas, self.eps)
         check_known(
-            self, delta_mode=("absolute", "relative"), schedule=("both", "alternate"),
-            first=("A", "B"), second_moment=(None, "elementwise"), compat=(None, "reference"),
-        )  # fmt: skip
+            self,
+            delta_mode=("absolute", "relative"),
+            schedule=("both", "alternate"),
+            first=("A", "B"),
+            second_moment=(None, "elementwise"),
+            compat=(None, "reference"),
+        )
         least, cap = self.switch_every, self.max_rel_step
         check(self.delta >= 0.0, f"delta must not be negative, got {self.delta!r}")
         check(least >= 1, f"switch_every must be at least 1, got {least!r}")
@@ -203,16 +215,41 @@ class AltLoRA(PairOptimizer):
     """
 
     def __init__(
-        self, groups: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-        delta: float = 1e-5, schedule: str = "both", second_moment: str | None = None,
-        weight_decay: float = 0.0, compat: str | None = None, *, scale: Scale = None,
-        eps: float | None = None, delta_mode: str = "absolute", switch_every: int = 1,
-        first: str = "B", scale_aware: bool = True, max_rel_step: float | None = None,
-        compact_alignment: bool = False, lr_ratio_b: float | None = None,
+        self,
+        groups: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        delta: float = 1e-5,
+        schedule: str = "both",
+        second_moment: str | None = None,
+        weight_decay: float = 0.0,
+        compat: str | None = None,
+        *,
+        scale: Scale = None,
+        eps: float | None = None,
+        delta_mode: str = "absolute",
+        switch_every: int = 1,
+        first: str = "B",
+        scale_aware: bool = True,
+        max_rel_step: float | None = None,
+        compact_alignment: bool = False,
+        lr_ratio_b: float | None = None,
         **options: Unpack[Common],
-    ) -> None:  # fmt: skip
+    ) -> None:
         rule = AltLoRARule(
-            None, lr_ratio_b, betas, delta, schedule, second_moment, eps, delta_mode, switch_every,
-            first, scale_aware, max_rel_step, compact_alignment, compat,
-        )  # fmt: skip
+            None,
+            lr_ratio_b,
+            betas,
+            delta,
+            schedule,
+            second_moment,
+            eps,
+            delta_mode,
+            switch_every,
+            first,
+            scale_aware,
+            max_rel_step,
+            compact_alignment,
+            compat,
+        )
         super().__init__(groups, rule, lr, weight_decay, scale=scale, **options)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ..kernels import polar_factor
-from .base import StackedOptimizer
-from .lowrank import check_known
-from .moments import blend
-from .powers import blended, measured, terms_for, wide
-from .rule import Direction, Member, Rule, Scaled, Slot, check
+from ._core.rule import Direction, Member, Rule, Scaled, Slot
+from ._core.validation import check, check_known
+from ._driver.optimizer import StackedOptimizer
+from ._toolkit.moments import blend
+from ._toolkit.power_sums import blended, measured, terms_for, wide
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 ADJUST_LR_FNS = ("match_rms_adamw", "aspect", "none")
 TINY, TINY_R = 1e-7, 1e-8  # added to norms, and to r, where they divide
@@ -179,10 +179,18 @@ class AuON(StackedOptimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0.95, nesterov: bool = True,
-        weight_decay: float = 0.0, variant: str = "paper", gamma: float | None = None,
-        ns_steps: int = 0, adjust_lr_fn: str = "match_rms_adamw", init_norm: str = "fro",
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        variant: str = "paper",
+        gamma: float | None = None,
+        ns_steps: int = 0,
+        adjust_lr_fn: str = "match_rms_adamw",
+        init_norm: str = "fro",
         **options: Unpack[Common],
-    ) -> None:  # fmt: skip
+    ) -> None:
         rule = AuONRule(momentum, nesterov, variant, gamma, ns_steps, adjust_lr_fn, init_norm)
         super().__init__(params, rule, lr, weight_decay, **options)

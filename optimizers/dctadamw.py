@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import StackedOptimizer
-from .feedback import KINDS, feedback
-from .groups import warn_user
-from .lowrank import check_known
-from .moments import Match
-from .projectors import Dct, clear_rows_, rank_of, take_rows
-from .rule import AdamFactored, Direction, Member, Rule, Slot, check, check_adam
+from ..kernels import dequantise_rows, quantise_rows
+from ._core.rule import AdamFactored, Direction, Member, Rule, Slot
+from ._core.validation import check, check_adam, check_known, rank_of
+from ._driver.optimizer import StackedOptimizer
+from ._driver.param_groups import warn_user
+from ._toolkit.moments import Match
+from ._toolkit.projectors import Dct, clear_rows_, take_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 POLICIES = ("match", "slot", "reset", "keep_if_same")
 MOVED = ("exp_avg", "exp_avg_sq", "age")
+FEEDBACK_KINDS = (None, "full", "int8", "int4")
+_PANEL = 2**18  # entries that are coded at a time, so that no buffer of E's size is made
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,15 @@ class DCTAdamWRule(Rule):
         gap, text = self.update_proj_gap, "update_proj_gap must be an int of at least 1"
         check(isinstance(gap, int) and gap >= 1, f"{text}, got {gap!r}")
         check_known(
-            self, norm=("l1", "l2"), moments=POLICIES, error_feedback=KINDS,
-            bias_correction=("age", "global"), basis=("dct2", "dct3"),
-            transform=("auto", "matmul", "fft"), side=("auto", "left", "right"),
-        )  # fmt: skip
+            self,
+            norm=("l1", "l2"),
+            moments=POLICIES,
+            error_feedback=FEEDBACK_KINDS,
+            bias_correction=("age", "global"),
+            basis=("dct2", "dct3"),
+            transform=("auto", "matmul", "fft"),
+            side=("auto", "left", "right"),
+        )
 
     @property
     def guarded(self) -> bool:  # type: ignore[override]
@@ -129,6 +136,69 @@ class DCTAdamWRule(Rule):
         old.copy_(new)
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """A store for one matrix E (m, n) per weight: exact, or codes with a range for every row.
+
+    Attributes:
+        kind: ``"full"`` (in the state's dtype), ``"int8"`` or ``"int4"``.
+    """
+
+    kind: str
+
+    @property
+    def bits(self) -> int:
+        """Bits per entry of the quantised kinds."""
+        return 8 if self.kind == "int8" else 4
+
+    def slots(self, n: int) -> dict[str, Slot]:
+        """State of a matrix with n columns: m n floats, or m n (m n / 2) bytes and 2 m floats."""
+        if self.kind == "full":
+            return {"error": Slot("mn")}
+        row, byte = torch.float32, torch.uint8
+        codes = Slot("mn", byte) if self.kind == "int8" else Slot("mh", byte, h=(n + 1) // 2)
+        return {"error": codes, "error_low": Slot("m1", row), "error_high": Slot("m1", row)}
+
+    def load(self, state: Mapping[str, Tensor], n: int, dtype: torch.dtype) -> Tensor:
+        """E (K, m, n) in this dtype: the state itself where it is kept so, else a new tensor."""
+        E = state["error"]
+        if self.kind == "full":
+            return E.to(dtype)
+        low, high = state["error_low"], state["error_high"]
+        shape = (*E.shape[:-1], n)  # codes of 8 bits lie in memory as the weight does
+        alike = E.shape == shape
+        out = torch.empty_like(E, dtype=dtype) if alike else low.new_empty(shape, dtype=dtype)
+        for i in _panels(out):
+            part = dequantise_rows(E[:, i], low[:, i], high[:, i], self.bits, n)
+            out[:, i].copy_(part)
+        return out
+
+    def store(self, state: Mapping[str, Tensor], E: Tensor) -> None:
+        """Keep E (K, m, n); nothing happens if it is the state itself."""
+        kept = state["error"]
+        if self.kind == "full":
+            if kept is not E:
+                kept.copy_(E)
+            return
+        for i in _panels(E):
+            codes, low, high = quantise_rows(E[:, i].float(), self.bits)
+            kept[:, i].copy_(codes)
+            state["error_low"][:, i].copy_(low)
+            state["error_high"][:, i].copy_(high)
+
+
+def feedback(kind: str | None) -> Feedback | None:
+    """The store that a user names in ``error_feedback=``."""
+    return None if kind is None else Feedback(kind)
+
+
+def _panels(X: Tensor) -> list[slice]:
+    """Rows of X (K, m, n) in pieces of one size."""
+    K, m, n = X.shape
+    rows = max(1, _PANEL // (K * n))
+    return [slice(i, i + rows) for i in range(0, m, rows)]
+
+
 class DCTAdamW(StackedOptimizer):
     """DCT-AdamW: Adam's moments for r cosines of the gradient, without any factorisation.
 
@@ -193,16 +263,36 @@ class DCTAdamW(StackedOptimizer):
     _reference_key = "rank"
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8, weight_decay: float = 0.0, rank: int | float = 128,
-        update_proj_gap: int = 1, norm: str = "l1", moments: str = "match",
-        error_feedback: str | None = None, bias_correction: str = "age", basis: str = "dct2",
-        transform: str = "auto", side: str = "auto", **options: Unpack[Common],
-    ) -> None:  # fmt: skip
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        rank: int | float = 128,
+        update_proj_gap: int = 1,
+        norm: str = "l1",
+        moments: str = "match",
+        error_feedback: str | None = None,
+        bias_correction: str = "age",
+        basis: str = "dct2",
+        transform: str = "auto",
+        side: str = "auto",
+        **options: Unpack[Common],
+    ) -> None:
         rule = DCTAdamWRule(
-            betas, eps, rank, update_proj_gap, norm, moments, error_feedback, bias_correction,
-            basis, transform, side,
-        )  # fmt: skip
+            betas,
+            eps,
+            rank,
+            update_proj_gap,
+            norm,
+            moments,
+            error_feedback,
+            bias_correction,
+            basis,
+            transform,
+            side,
+        )
         super().__init__(params, rule, lr, weight_decay, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

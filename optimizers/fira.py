@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .base import StackedOptimizer
-from .lowrank import LowRankRule, check_known
-from .moments import column_squares, growth_limit, total
-from .rule import LOCAL, Direction, Member, Scaled, Slot, check
+from ._core.rule import LOCAL, Direction, Member, Scaled, Slot
+from ._core.validation import check, check_known
+from ._driver.optimizer import StackedOptimizer
+from ._toolkit.lowrank import LowRankRule
+from ._toolkit.moments import column_squares, total
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 TINY = 1e-8  # added to norms that divide, as published
 
@@ -82,6 +84,37 @@ class FiraRule(LowRankRule):
         return phi, S2.masked_fill(S2 < noise * size, 0.0).sqrt()
 
 
+def growth_limit(
+    norm: Tensor,
+    stored: Tensor,
+    gamma: float = 1.01,
+    floor: float | None = 1e-8,
+    ok: Tensor | None = None,
+) -> Tensor:
+    """What a quantity is divided by so that its norm grows by gamma per step at most.
+
+    L = max(norm / (stored + 1e-8), gamma) / gamma, and the limited norm / L is stored. A stored
+    norm below zero is absent: then L = 1. Source: Fira, arXiv 2410.01623.
+
+    Args:
+        norm: (K, 1, 1) norms of this step. One that is not finite gives L = inf and is not stored.
+        stored: (K, 1, 1) limited norms of the last step, changed in place.
+        gamma: At least 1.
+        floor: A stored norm up to it is absent too: L would hold the next ones down for long. None:
+            as published.
+        ok: None, or flags (K,): where one is 0 nothing is stored.
+
+    Returns:
+        (K, 1, 1), at least 1.
+    """
+    last = stored.to(norm.dtype)
+    absent, good = last < 0 if floor is None else last <= floor, norm.isfinite()
+    L = (norm / (last + 1e-8)).div_(gamma).clamp_(min=1.0).masked_fill_(absent, 1.0)
+    moved = good if ok is None else good & (ok.view(-1, 1, 1) != 0)
+    stored.copy_(torch.where(moved, norm / L, last))
+    return L.masked_fill_(~good, math.inf)
+
+
 class Fira(StackedOptimizer):
     """Fira: GaLore, and the residual of its projection at the scale that Adam gives the rest.
 
@@ -137,16 +170,44 @@ class Fira(StackedOptimizer):
     _reference_key = "rank"
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float | None = None, weight_decay: float = 0.0, rank: int | float = 128,
-        update_proj_gap: int = 200, alpha: float = 0.25, proj_type: str = "std",
-        variant: str = "reference", scaling: str = "column", limiter: bool = True,
-        gamma: float = 1.01, limiter_floor: float = TINY, projection: str = "svd",
-        moments: str = "keep", correct_bias: bool = True, compat: str | None = None, seed: int = 0,
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        rank: int | float = 128,
+        update_proj_gap: int = 200,
+        alpha: float = 0.25,
+        proj_type: str = "std",
+        variant: str = "reference",
+        scaling: str = "column",
+        limiter: bool = True,
+        gamma: float = 1.01,
+        limiter_floor: float = TINY,
+        projection: str = "svd",
+        moments: str = "keep",
+        correct_bias: bool = True,
+        compat: str | None = None,
+        seed: int = 0,
         **options: Unpack[Common],
-    ) -> None:  # fmt: skip
+    ) -> None:
         rule = FiraRule(
-            betas, eps, rank, update_proj_gap, proj_type, projection, moments, correct_bias, compat,
-            seed, alpha, variant, scaling, limiter, gamma, limiter_floor,
-        )  # fmt: skip
+            betas,
+            eps,
+            rank,
+            update_proj_gap,
+            proj_type,
+            projection,
+            moments,
+            correct_bias,
+            compat,
+            seed,
+            alpha,
+            variant,
+            scaling,
+            limiter,
+            gamma,
+            limiter_floor,
+        )
         super().__init__(params, rule, lr, weight_decay, **options)

@@ -8,17 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import splits, turns, ways
-from .base import StackedOptimizer
-from .inner import Inner, inner
-from .lowrank import PROJ_TYPES, check_known
-from .projectors import Draws
-from .rule import Blocks, Direction, Member, Place, Rule, Slot, Term, check, check_adam
+from ._core.rule import Blocks, Direction, Member, Place, Rule, Slot, Term
+from ._core.validation import check, check_adam, check_known, check_least
+from ._driver.optimizer import StackedOptimizer
+from ._frugal.block_schedule import ORDERS, Turns, labels_of, number_blocks
+from ._frugal.coordinates import COORDINATES, Coordinates
+from ._frugal.gradient_split import FREE, Way, free_of
+from ._frugal.subspace import Subspace
+from ._toolkit.base_optimizers import Inner, inner
+from ._toolkit.lowrank import PROJ_TYPES
+from ._toolkit.projectors import KINDS
+from ._toolkit.random_keys import Draws
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 RESETS = {"all": "reset", "changed": "rotate", "none": "keep"}  # as Inner.carry calls them
 
@@ -45,36 +50,54 @@ class FRUGALRule(Rule):
     sign_threshold: float = 0.0
     projection: str | None = None
 
-    # fmt: off
     def __post_init__(self) -> None:
         check_adam(self.betas, self.eps)
-        check_known(self, state_free=ways.FREE, reset=tuple(RESETS), proj_type=PROJ_TYPES,
-                    inner=("adamw", "lion", "sgdm"), block_order=turns.ORDERS,
-                    compat=(None, "reference"))
+        check_known(
+            self,
+            state_free=FREE,
+            reset=tuple(RESETS),
+            proj_type=PROJ_TYPES,
+            inner=("adamw", "lion", "sgdm"),
+            block_order=ORDERS,
+            compat=(None, "reference"),
+        )
         if isinstance(self.block_of, str):
             check_known(self, block_of=("tensor", "layer"))
         x = self.density
-        check(isinstance(x, int | float) and (0 <= x if isinstance(x, int) else 0.0 <= x <= 1.0),
-              f"density must be a count (an int) or a part between 0.0 and 1.0, got {x!r}")
-        ways.check_least(self, int, update_gap=1, seed=0)
-        ways.check_least(self, object, state_free_lr_scale=0, proj_lr_scale=0, sign_threshold=0)
-        check(self.split == "block" or self.block_of == "tensor",
-              f"split={self.split!r} has no blocks: leave them out, or use split='block'")
-        check(self.projection is None or self.split == "svd",
-              f"projection={self.projection!r} needs split='svd', got split={self.split!r}")
-        check(self.projection not in ("block", *splits.COORDINATES),
-              f"projection={self.projection!r} is no subspace here: name it in split")
+        check(
+            isinstance(x, int | float) and (0 <= x if isinstance(x, int) else 0.0 <= x <= 1.0),
+            f"density must be a count (an int) or a part between 0.0 and 1.0, got {x!r}",
+        )
+        check_least(self, int, update_gap=1, seed=0)
+        check_least(self, object, state_free_lr_scale=0, proj_lr_scale=0, sign_threshold=0)
+        check(
+            self.split == "block" or self.block_of == "tensor",
+            f"split={self.split!r} has no blocks: leave them out, or use split='block'",
+        )
+        check(
+            self.projection is None or self.split == "svd",
+            f"projection={self.projection!r} needs split='svd', got split={self.split!r}",
+        )
+        check(
+            self.projection not in ("block", *COORDINATES),
+            f"projection={self.projection!r} is no subspace here: name it in split",
+        )
         self.way  # noqa: B018  which refuses what does not go together
-    # fmt: on
 
     @property
-    def way(self) -> ways.Way:
+    def way(self) -> Way:
         """How G is divided."""
-        return splits.way_of(
-            self.projection or self.split, self.density, self.reset, self.inner,
-            proj_type=self.proj_type, published=self.compat == "reference",
-            order=self.block_order, gap=self.update_gap, seed=self.seed,
-        )  # fmt: skip
+        return way_of(
+            self.projection or self.split,
+            self.density,
+            self.reset,
+            self.inner,
+            proj_type=self.proj_type,
+            published=self.compat == "reference",
+            order=self.block_order,
+            gap=self.update_gap,
+            seed=self.seed,
+        )
 
     @property
     def guarded(self) -> bool:  # type: ignore[override]
@@ -94,7 +117,7 @@ class FRUGALRule(Rule):
         """One step for a stack: N of what is chosen, and the rest of G by the state-free rule."""
         assert w.grad is not None
         G, terms = w.grad, tuple[Term, ...]()
-        free = ways.free_of(w, self.state_free, self.state_free_lr_scale, self.sign_threshold)
+        free = free_of(w, self.state_free, self.state_free_lr_scale, self.sign_threshold)
         if w.state:
             t = w.age + 1 if self.reset == "all" else w.t  # moments that were reset count anew
             terms = self.way.terms(w, self.inside, t, free)
@@ -129,11 +152,49 @@ class FRUGALRule(Rule):
     def holds(self, place: Place, t: int) -> int:
         """Blocks have state in the windows in which they are active."""
         way = self.way
-        return way.since(place.number, place.count, t) if isinstance(way, turns.Turns) else 1
+        return way.since(place.number, place.count, t) if isinstance(way, Turns) else 1
 
     def blocks(self, names: Sequence[str | None]) -> Sequence[Hashable]:
         """What takes turns."""
-        return turns.labels_of(self.block_of, names)
+        return labels_of(self.block_of, names)
+
+
+def way_of(
+    split: str,
+    share: float,
+    reset: str,
+    inner: str,
+    *,
+    proj_type: str,
+    published: bool,
+    order: str,
+    gap: int,
+    seed: int,
+) -> Way:
+    """The way that a user names in ``split=``; the others say how it goes.
+
+    Raises:
+        ValueError: Unknown name, or settings that do not go together.
+    """
+    known = ("block", *COORDINATES, *KINDS)
+    check(
+        split.partition(":")[0] in known,
+        f"split must be one of {', '.join(dict.fromkeys(known))}, got {split!r}",
+    )
+    check(
+        split != "block" or reset != "none",
+        "split='block' frees state, so reset='none' has nothing to keep: use 'changed'",
+    )
+    check(
+        not published or reset != "changed",
+        "compat='reference' has reset='all' or 'none', not 'changed'",
+    )
+    changed = reset == "changed"
+    if split == "block":
+        return Turns(order, share, gap, seed, changed)
+    if split in COORDINATES:
+        return Coordinates(split, share, reset != "none", changed and inner == "adamw")
+    return Subspace(split, share, proj_type, published)
 
 
 class FRUGAL(StackedOptimizer):
@@ -204,27 +265,57 @@ class FRUGAL(StackedOptimizer):
     _listed: dict[Tensor, int] | None = None  # block of every tensor in the user's lists
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8, weight_decay: float = 0.0, density: float = 0.25,
-        split: str = "columns", update_gap: int = 200, state_free: str = "sign_sgd",
-        state_free_lr_scale: float = 1.0, proj_lr_scale: float = 1.0, reset: str = "all",
-        seed: int = 0, compat: str | None = None, inner: str = "adamw", proj_type: str = "std",
-        block_order: str = "random", blocks: str | Sequence[Sequence[Tensor]] = "tensor",
-        sign_threshold: float = 0.0, projection: str | None = None, **options: Unpack[Common],
-    ) -> None:  # fmt: skip
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        density: float = 0.25,
+        split: str = "columns",
+        update_gap: int = 200,
+        state_free: str = "sign_sgd",
+        state_free_lr_scale: float = 1.0,
+        proj_lr_scale: float = 1.0,
+        reset: str = "all",
+        seed: int = 0,
+        compat: str | None = None,
+        inner: str = "adamw",
+        proj_type: str = "std",
+        block_order: str = "random",
+        blocks: str | Sequence[Sequence[Tensor]] = "tensor",
+        sign_threshold: float = 0.0,
+        projection: str | None = None,
+        **options: Unpack[Common],
+    ) -> None:
         if not isinstance(blocks, str):
             self._listed = {p: i for i, block in enumerate(blocks) for p in block}
             check(split == "block", "lists of blocks need split='block'")
             blocks = "tensor"  # numbers per group take its place: a checkpoint holds plain values
         rule = FRUGALRule(
-            betas, eps, density, split, update_gap, state_free, state_free_lr_scale, proj_lr_scale,
-            reset, seed, compat, inner, proj_type, block_order, blocks, sign_threshold, projection,
-        )  # fmt: skip
+            betas,
+            eps,
+            density,
+            split,
+            update_gap,
+            state_free,
+            state_free_lr_scale,
+            proj_lr_scale,
+            reset,
+            seed,
+            compat,
+            inner,
+            proj_type,
+            block_order,
+            blocks,
+            sign_threshold,
+            projection,
+        )
         super().__init__(params, rule, lr, weight_decay, **options)
 
     def _prepared(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
         """A group with the numbers of its blocks, if the user has listed them."""
         groups = super()._prepared(param_group)
         if self._listed is not None:
-            turns.number_blocks(groups, self.defaults, self._listed)
+            number_blocks(groups, self.defaults, self._listed)
         return groups

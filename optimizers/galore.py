@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .base import StackedOptimizer
-from .inner import Inner, inner
-from .lowrank import LowRankRule, check_known
-from .rule import Direction, Member, check
+from ._core.rule import Direction, Member
+from ._core.validation import check, check_known
+from ._driver.optimizer import StackedOptimizer
+from ._toolkit.base_optimizers import Inner, inner
+from ._toolkit.lowrank import LowRankRule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,17 @@ class GaLore(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         rule = GaLoreRule(
-            betas, eps, rank, update_proj_gap, proj_type, projection, moments, correct_bias, compat,
-            seed, scale, inner,
-        )  # fmt: skip
+            betas,
+            eps,
+            rank,
+            update_proj_gap,
+            proj_type,
+            projection,
+            moments,
+            correct_bias,
+            compat,
+            seed,
+            scale,
+            inner,
+        )
         super().__init__(params, rule, lr, weight_decay, **options)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..kernels import row_norm
-from .base import StackedOptimizer
-from .lowrank import check_known
-from .rows import ROW_MODES, RowPolarRule, centre, row_factors, row_squares
-from .rule import LOCAL, Member
+from ._core.rule import LOCAL, Member
+from ._core.validation import check_known
+from ._driver.optimizer import StackedOptimizer
+from ._toolkit.row_rules import ROW_MODES, RowPolarRule, centre, row_factors, row_squares
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 ORDERS = ("row_then_polar", "polar_then_row")
 EPS = 1e-8
@@ -113,15 +113,38 @@ class Hybrid(StackedOptimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, weight_decay: float = 0.0,
-        momentum: float = 0.95, order: str = "row_then_polar", row_mode: str = "inverse_eps",
-        side: str = "right", centred: bool = False, axis: str = "rows", pair: str | None = None,
-        polar: str = "auto", ns_steps: int | None = None, eps: float | None = None,
-        alpha: float = 0.0, adjust_lr_fn: str = "match_rms_adamw", rms_target: float = 0.2,
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        order: str = "row_then_polar",
+        row_mode: str = "inverse_eps",
+        side: str = "right",
+        centred: bool = False,
+        axis: str = "rows",
+        pair: str | None = None,
+        polar: str = "auto",
+        ns_steps: int | None = None,
+        eps: float | None = None,
+        alpha: float = 0.0,
+        adjust_lr_fn: str = "match_rms_adamw",
+        rms_target: float = 0.2,
         **options: Unpack[Common],
-    ) -> None:  # fmt: skip
+    ) -> None:
         rule = HybridRule(
-            momentum, centred, axis, pair, adjust_lr_fn, rms_target, alpha, polar, ns_steps, eps,
-            order, row_mode, side,
-        )  # fmt: skip
+            momentum,
+            centred,
+            axis,
+            pair,
+            adjust_lr_fn,
+            rms_target,
+            alpha,
+            polar,
+            ns_steps,
+            eps,
+            order,
+            row_mode,
+            side,
+        )
         super().__init__(params, rule, lr, weight_decay, **options)

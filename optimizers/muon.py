@@ -3,23 +3,198 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from ..kernels import PolarReport
-from .base import StackedOptimizer
-from .lowrank import check_known
-from .moments import blend, entry_correction, row_correction
-from .orthogonal import OrthogonalRule, reports, with_view
-from .rule import Dense, Direction, Member, Scaled, Slot, Term, check
+from ..kernels import (
+    POLAR_METHODS,
+    SKETCHES,
+    PolarReport,
+    low_rank_size,
+    polar_factor,
+    polar_report,
+)
+from ._core.rule import Dense, Direction, Member, Rule, Scaled, Slot, Sums, Term
+from ._core.validation import check, check_known
+from ._driver.optimizer import StackedOptimizer
+from ._toolkit.moments import blend, column_squares, ema, square_scale, total
+from ._toolkit.random_keys import Draws
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
+
+ADJUST_LR_FNS = ("auto", "original", "match_rms_adamw", "spectral", "none", None)
+
+
+@dataclass(frozen=True)
+class OrthogonalRule(Rule, abstract=True):
+    """A polar step, its scale, and guards of the gradient, as Muon's docstring explains them."""
+
+    polar: str = "auto"
+    ns_steps: int | None = None
+    ns_coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None
+    eps: float = 1e-7
+    adjust_lr_fn: str | None = "auto"
+    compat: str | None = None
+    polar_norm: str | None = None
+    polar_dtype: str | None = None
+    rank: int | float = 0.125
+    oversample: int = 10
+    power: int = 1
+    sketch: str = "signs"
+    inner: str = "polar_express"
+    rank_compensate: bool = False
+    seed: int = 0
+    report_steps: int = 0
+    clip_grad_rms: float | None = None
+    normalize_grad: bool = False
+    spike_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        check(0.0 <= self.eps, f"Invalid epsilon value: {self.eps}")
+        check(
+            self.adjust_lr_fn in ADJUST_LR_FNS,
+            f"Adjust learning rate function {self.adjust_lr_fn} is not supported",
+        )
+        check(
+            self.compat in (None, "torch"), f"compat must be None or 'torch', got {self.compat!r}"
+        )
+        known = (*POLAR_METHODS, "low_rank")
+        check(
+            self.polar in ("auto", *known),
+            f"polar must be 'auto' or one of {', '.join(known)}, got {self.polar!r}",
+        )
+        check(
+            self.compat is None or self.polar in ("auto", "ns5"),
+            f"compat='torch' iterates with ns5; leave polar unset instead of {self.polar!r}",
+        )
+        check(
+            self.compat is None or self.polar_norm is None,
+            "compat='torch' divides by the Frobenius norm; leave polar_norm unset",
+        )
+        check(
+            self.compat is None or self.polar_dtype is None,
+            "compat='torch' iterates in bfloat16; leave polar_dtype unset",
+        )
+        steps = self.ns_steps
+        check(
+            steps is None or (isinstance(steps, int) and not isinstance(steps, bool)),
+            f"ns_steps must be None or an int, got {steps!r}",
+        )
+        check(
+            steps is None or 1 <= steps < 100,
+            "Number of steps must be less than 100 for computational efficiency",
+        )
+        check(
+            self.sketch in SKETCHES,
+            f"sketch must be one of {', '.join(SKETCHES)}, got {self.sketch!r}",
+        )
+        for name in ("seed", "report_steps"):
+            value = getattr(self, name)
+            check(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+                f"{name} must be an int of at least 0, got {value!r}",
+            )
+        clip, ratio = self.clip_grad_rms, self.spike_ratio
+        check(clip is None or clip > 0, f"clip_grad_rms must be above 0, got {clip}")
+        check(ratio is None or ratio > 1, f"spike_ratio must be above 1, got {ratio}")
+        check(
+            not self.normalize_grad or (clip is None and ratio is None),
+            "normalize_grad fixes the norm; leave clip_grad_rms and spike_ratio unset",
+        )
+        low_rank_size(1, 1, self.rank, self.oversample)
+        self.orthogonalize(torch.empty(1, 0, 1))  # what the kernel refuses is refused here
+
+    @property
+    def guarded(self) -> bool:  # type: ignore[override]
+        """Where nothing is reported, and no draw looks at G."""
+        drawn = self.polar == "low_rank" and self.sketch == "kaczmarz"
+        return self.compat is None and not drawn and not self.report_steps
+
+    def more_slots(self) -> dict[str, Slot]:
+        """The state of ``calmed`` and ``orthogonal``."""
+        slots = {}
+        if self.spike_ratio is not None:
+            slots["grad_norm"] = Slot("11")
+        if self.report_steps:
+            slots["polar_report"] = Slot("f", dtype=torch.float32, f=5)
+        return slots
+
+    def calmed(self, w: Member) -> Tensor:
+        """The gradient (K, m, n), normalised or limited where the rule is told so."""
+        assert w.grad is not None
+        clip, ratio = self.clip_grad_rms, self.spike_ratio
+        if not self.normalize_grad and clip is None and ratio is None:
+            return w.grad
+        G = w.grad.to(torch.promote_types(w.grad.dtype, torch.float32))
+        c = square_scale(G)  # (K, 1, 1), a power of two
+        G = G * c
+        norm = w.sums.both(total(column_squares(G))).sqrt()  # that of c times the gradient
+        if self.normalize_grad:
+            return G.div_(norm.clamp(min=torch.finfo(norm.dtype).tiny))
+        by = c.reciprocal()
+        if clip is not None:
+            by = torch.minimum(clip * math.sqrt(w.m * w.n) / norm, by)
+        if ratio is not None:
+            by = by * spike_factor(norm * by, w.state["grad_norm"], ratio, ok=w.ok)
+        return G.mul_(by)
+
+    def orthogonal(self, w: Member, U: Tensor) -> Tensor:
+        """The polar factor of U (K, m, n) for a step of w; its quality goes into the state."""
+        draws = Draws(self.seed, w.indices, w.t)
+        keys = [draws.key(k) for k in range(len(U))] if self.polar == "low_rank" else []
+
+        def whole(X: Tensor) -> Tensor:
+            O = self.orthogonalize(X, keys)
+            if self.report_steps and w.t % self.report_steps == 0:
+                rows = [_measured(M.clone(), P.clone()) for M, P in zip(X, O, strict=True)]
+                w.state["polar_report"].copy_(torch.tensor(rows))
+            return O
+
+        return w.sums.whole(whole, U)
+
+    def orthogonalize(self, U: Tensor, keys: Sequence[int] = ()) -> Tensor:
+        """The polar factor of every matrix of U (K, m, n); ``keys`` for their sketches."""
+        factor = partial(
+            polar_factor, steps=self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps
+        )
+        if self.compat == "torch":
+            O = factor(U, "ns5", dtype=torch.bfloat16, exact=True)
+            # torch adds the factor of a tall matrix as a transposed view; bfloat16 weights round
+            # such a sum otherwise
+            return O if U.shape[-2] <= U.shape[-1] else O.mT.contiguous().mT
+        options: dict[str, Any] = {}
+        if self.polar_norm is not None:
+            options["norm"] = self.polar_norm
+        if self.polar_dtype is not None:
+            options["dtype"] = getattr(torch, self.polar_dtype, None) or self.polar_dtype
+        if self.polar == "low_rank":
+            for name in ("rank", "oversample", "power", "sketch", "inner"):
+                options[name] = getattr(self, name)
+            options["key"] = keys or 0
+        return factor(U, self.polar, **options)
+
+    def ratio(self, m: int, n: int) -> float:
+        """What multiplies lr in the update, never in the decay."""
+        name = self.adjust_lr_fn
+        if name == "auto":
+            name = "original" if self.compat else "match_rms_adamw"
+        ratio = {
+            "match_rms_adamw": 0.2 * math.sqrt(max(m, n)),
+            "spectral": math.sqrt(m / n),
+            "none": 1.0,
+        }.get(name or "original", math.sqrt(max(1, m / n)))
+        if self.rank_compensate and self.polar == "low_rank":
+            ratio *= math.sqrt(min(m, n) / low_rank_size(m, n, self.rank, self.oversample))
+        return ratio
 
 
 @dataclass(frozen=True)
@@ -38,9 +213,11 @@ class MuonRule(OrthogonalRule):
         check(0.0 <= self.momentum, f"momentum should be >= 0 but is: {self.momentum}")
         super().__post_init__()
         check_known(
-            self, momentum_kind=("ema", "sum"), second_moment=(None, "normuon", "adamuon"),
+            self,
+            momentum_kind=("ema", "sum"),
+            second_moment=(None, "normuon", "adamuon"),
             decay_schedule=("lr", "lr2"),
-        )  # fmt: skip
+        )
         check(0.0 <= self.decay2 < 1.0, f"beta2 must lie in [0, 1), got {self.decay2}")
         twice = self.rank_compensate and self.second_moment == "adamuon"
         check(not twice, "second_moment='adamuon' has an exact RMS; leave rank_compensate unset")
@@ -84,9 +261,206 @@ class MuonRule(OrthogonalRule):
         decay = O * w.value.to(O.dtype) >= 0 if self.cautious else None
         power = 2 if self.decay_schedule == "lr2" else 1
         return w.step(
-            term, scale=self.ratio(w.m, w.n), decay=decay, decay_power=power,
+            term,
+            scale=self.ratio(w.m, w.n),
+            decay=decay,
+            decay_power=power,
             exact=self.compat == "torch",
-        )  # fmt: skip
+        )
+
+
+def spike_factor(
+    norm: Tensor, stored: Tensor, ratio: float, beta: float = 0.9, ok: Tensor | None = None
+) -> Tensor:
+    """What a gradient is multiplied by so that its norm is at most ratio times their average.
+
+    Args:
+        norm: (K, 1, 1) norms of this step.
+        stored: (K, 1, 1) the average of the limited norms, changed in place; 0: none yet. A norm
+            that is not finite is not stored.
+        ratio: Above 1.
+        beta: Decay of the average.
+        ok: None, or flags (K,): where one is 0 nothing is stored.
+
+    Returns:
+        (K, 1, 1), at most 1.
+    """
+    last = stored.to(norm.dtype)
+    seen, limit = last > 0, ratio * last
+    kept = torch.where(seen, torch.minimum(norm, limit), norm)
+    moved = torch.where(seen, last.lerp(kept, 1 - beta), kept)
+    good = kept.isfinite() if ok is None else kept.isfinite() & (ok.view(-1, 1, 1) != 0)
+    stored.copy_(torch.where(good, moved, last))
+    return torch.where(seen & (norm > limit), limit / norm, 1.0)
+
+
+def row_correction(
+    O: Tensor,
+    second_moment: Tensor,
+    beta2: float,
+    sums: Sums,
+    n: int,
+    eps: float = 1e-10,
+    ok: Tensor | None = None,
+) -> Tensor:
+    """NorMuon's: rows of O divided by their own running size, ||O||_F kept.
+
+    v <- beta2 v + (1 - beta2) mean over columns of O*O; O' = O / (sqrt(v) + eps), then scaled to
+    the norm of O. A bias of v is one factor for all rows, so it cancels. Both norms come from the
+    squares of the rows of O. Source: NorMuon, arXiv 2510.05491.
+
+    Args:
+        O: (K, m, n), not changed.
+        second_moment: v, (K, m, 1), changed in place.
+        beta2: Decay of v.
+        sums: Sums over the weight's indices.
+        n: Columns of the whole weight.
+        eps: Added to the root and to the norm of O'.
+        ok: As for :func:`blend`.
+
+    Returns:
+        (K, m, 1), by which the rows of O are multiplied.
+    """
+    squares = sums.cols(column_squares(O.mT).mT)
+    by = ema(second_moment, squares / n, beta2, ok).sqrt().add(eps).reciprocal()
+    old, new = (sums.rows(total(x.mT)).sqrt() for x in (squares, squares * by * by))
+    return by * (old / (new + eps))
+
+
+def entry_correction(
+    O: Tensor,
+    second_moment: Tensor,
+    beta2: float,
+    sums: Sums,
+    norm: float,
+    eps: float = 1e-8,
+    ok: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """AdaMuon's: entries of O divided by their own running size, then scaled to a given norm.
+
+    V <- beta2 V + (1 - beta2) O*O; O' = O / (sqrt(V) + eps), without bias correction, which would
+    cancel. Source: AdaMuon, arXiv 2507.11005.
+
+    Args:
+        O: (K, m, n), not changed.
+        second_moment: V, (K, m, n), changed in place.
+        beta2: Decay of V.
+        sums: Sums over the weight's indices.
+        norm: The Frobenius norm to scale to.
+        eps: Added to the root and to the norm of O'.
+        ok: As for :func:`blend`.
+
+    Returns:
+        O' (K, m, n), a new tensor, and what it is to be multiplied by, (K, 1, 1).
+    """
+    V = ema(second_moment, O.square(), beta2, ok)
+    scaled = O / V.sqrt().add_(eps)
+    size = sums.both(total(column_squares(scaled))).sqrt()
+    return scaled, norm / (size + eps)
+
+
+def _measured(M: Tensor, O: Tensor) -> list[float]:
+    """The five figures of a report; zeros for a zero matrix, which has none."""
+    try:
+        found = polar_report(M, O)
+    except ValueError:
+        return [0.0] * 5
+    return [getattr(found, name) for name in PolarReport.__dataclass_fields__]
+
+
+def reports(
+    groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
+) -> dict[str, list[PolarReport | None]]:
+    """The last recorded report of every matrix, by the parameter's name or else its position."""
+    found: dict[str, list[PolarReport | None]] = {}
+    params = [
+        (p, name)
+        for group in groups
+        for p, name in zip(
+            group["params"],
+            chain(group.get("param_names") or (), repeat(None)),  # some were appended later
+            strict=False,
+        )
+    ]
+    for i, (p, name) in enumerate(params):
+        for key, rows in state.get(p, {}).items():
+            if key.partition(".")[0] == "polar_report":
+                for row in rows.view(-1, 5).tolist():
+                    made = PolarReport(*row) if any(row) else None
+                    found.setdefault(name or str(i), []).append(made)
+    return found
+
+
+def with_view(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with Muon's words for shapes put into ``view``'s: see ``views.py``.
+
+    ``matrix_view="flatten" | "batch" | "auto"`` is taken as it is, ``split_sizes=(a, b, c)`` is
+    ``rows:a,b,c`` and ``num_heads=h`` is ``heads:h``.
+    """
+    settings = dict(settings)
+    given = {
+        name: value
+        for name in ("matrix_view", "split_sizes", "num_heads")
+        if (value := settings.pop(name, None)) is not None
+    }
+    if not given:
+        return settings
+    named = [*given, *(["view"] if "view" in settings else [])]
+    check(len(named) == 1, f"{' and '.join(named)} exclude each other: pass one of them")
+    ((name, value),) = given.items()
+    if name == "matrix_view":
+        check(
+            value in ("auto", "flatten", "batch"),
+            f"matrix_view must be 'auto', 'flatten' or 'batch', got {value!r}",
+        )
+        settings["view"] = value
+    elif name == "split_sizes":
+        fits = isinstance(value, Iterable) and not isinstance(value, str)
+        sizes = list(value) if fits else []
+        check(
+            bool(sizes) and all(map(_is_count, sizes)),
+            f"split_sizes must be a list of ints of at least 1, got {value!r}",
+        )
+        settings["view"] = "rows:" + ",".join(map(str, sizes))
+    else:
+        check(_is_count(value), f"num_heads must be an int of at least 1, got {value!r}")
+        settings["view"] = f"heads:{value}"
+    return settings
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def heavy_tail_schedule(T: int, alpha: float | None = None) -> tuple[float, float]:
+    """Learning rate multiplier and momentum for T steps of gradients with heavy-tailed noise.
+
+    Of noise only the moment E ||noise||^alpha is finite, 1 < alpha <= 2. What balances the drift,
+    bias and noise terms lr / (1 - mu) + (1 - mu)^((alpha - 1) / alpha) + 1 / (lr T) is
+
+        1 - mu = T^(-alpha / (3 alpha - 2)),    lr ~ T^(-(2 alpha - 1) / (3 alpha - 2)).
+
+    The balance is our own, the rate T^(-(alpha - 1) / (3 alpha - 2)) that of arXiv 2605.06884.
+
+    Args:
+        T: Number of steps, at least 1.
+        alpha: The moment; None: not known, then the exponents are 1/2 and 3/4, which are those of
+            alpha = 2, at the rate T^(-(alpha - 1) / (2 alpha)).
+
+    Returns:
+        (what the learning rate is multiplied by, momentum).
+
+    Raises:
+        ValueError: T or alpha is out of range.
+    """
+    if T < 1:
+        raise ValueError(f"T must be at least 1, got {T}")
+    if alpha is None:
+        alpha = 2.0
+    if not 1.0 < alpha <= 2.0:
+        raise ValueError(f"alpha must lie in (1, 2], got {alpha}: pass None if it is not known")
+    d = 3 * alpha - 2
+    return T ** (-(2 * alpha - 1) / d), 1 - T ** (-alpha / d)
 
 
 class Muon(StackedOptimizer):
@@ -210,11 +584,33 @@ class Muon(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         rule = MuonRule(
-            polar, ns_steps, ns_coefficients, eps, adjust_lr_fn, compat, polar_norm, polar_dtype,
-            rank, oversample, power, sketch, inner, rank_compensate, seed, report_steps,
-            clip_grad_rms, normalize_grad, spike_ratio, momentum, nesterov, momentum_kind,
-            second_moment, beta2, cautious, decay_schedule,
-        )  # fmt: skip
+            polar,
+            ns_steps,
+            ns_coefficients,
+            eps,
+            adjust_lr_fn,
+            compat,
+            polar_norm,
+            polar_dtype,
+            rank,
+            oversample,
+            power,
+            sketch,
+            inner,
+            rank_compensate,
+            seed,
+            report_steps,
+            clip_grad_rms,
+            normalize_grad,
+            spike_ratio,
+            momentum,
+            nesterov,
+            momentum_kind,
+            second_moment,
+            beta2,
+            cautious,
+            decay_schedule,
+        )
         shape = {"matrix_view": matrix_view, "split_sizes": split_sizes, "num_heads": num_heads}
         super().__init__(params, rule, lr, weight_decay, **with_view({**options, **shape}))
 

@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from ..kernels import row_norm
-from .base import StackedOptimizer
-from .lowrank import check_known
-from .rows import ROW_MODES, RowRule, RowStep, folded, row_factors, row_squares, unfolded
-from .rule import LOCAL, Direction, Member, Scaled, Term, check
+from ._core.rule import LOCAL, Direction, Member, Scaled, Term
+from ._core.validation import check, check_known
+from ._driver.optimizer import StackedOptimizer
+from ._toolkit.row_rules import (
+    ROW_MODES,
+    RowRule,
+    RowStep,
+    folded,
+    row_factors,
+    row_squares,
+    unfolded,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 
 @dataclass(frozen=True)
@@ -138,12 +146,19 @@ class RowNorm(StackedOptimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, weight_decay: float = 0.0,
-        momentum: float = 0.95, row_mode: str = "inverse_eps", centred: bool = False,
-        axis: str = "rows", pair: str | None = None, eps: float = 1e-8,
-        adjust_lr_fn: str = "match_rms_adamw", rms_target: float = 0.2, **options: Unpack[Common],
-    ) -> None:  # fmt: skip
-        rule = RowNormRule(
-            momentum, centred, axis, pair, adjust_lr_fn, rms_target, row_mode, eps
-        )  # fmt: skip
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        row_mode: str = "inverse_eps",
+        centred: bool = False,
+        axis: str = "rows",
+        pair: str | None = None,
+        eps: float = 1e-8,
+        adjust_lr_fn: str = "match_rms_adamw",
+        rms_target: float = 0.2,
+        **options: Unpack[Common],
+    ) -> None:
+        rule = RowNormRule(momentum, centred, axis, pair, adjust_lr_fn, rms_target, row_mode, eps)
         super().__init__(params, rule, lr, weight_decay, **options)

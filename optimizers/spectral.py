@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .base import StackedOptimizer
-from .lowrank import check_known
-from .rows import RowPolarRule
-from .rule import Member
+from ._core.rule import Member
+from ._core.validation import check_known
+from ._driver.optimizer import StackedOptimizer
+from ._toolkit.row_rules import RowPolarRule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,34 @@ class Spectral(StackedOptimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, weight_decay: float = 0.0,
-        momentum: float = 0.95, side: str = "right", centred: bool = False, axis: str = "rows",
-        pair: str | None = None, polar: str = "auto", ns_steps: int | None = None,
-        eps: float | None = None, alpha: float = 0.0, adjust_lr_fn: str = "match_rms_adamw",
-        rms_target: float = 0.2, **options: Unpack[Common],
-    ) -> None:  # fmt: skip
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        side: str = "right",
+        centred: bool = False,
+        axis: str = "rows",
+        pair: str | None = None,
+        polar: str = "auto",
+        ns_steps: int | None = None,
+        eps: float | None = None,
+        alpha: float = 0.0,
+        adjust_lr_fn: str = "match_rms_adamw",
+        rms_target: float = 0.2,
+        **options: Unpack[Common],
+    ) -> None:
         rule = SpectralRule(
-            momentum, centred, axis, pair, adjust_lr_fn, rms_target, alpha, polar, ns_steps, eps,
+            momentum,
+            centred,
+            axis,
+            pair,
+            adjust_lr_fn,
+            rms_target,
+            alpha,
+            polar,
+            ns_steps,
+            eps,
             side,
-        )  # fmt: skip
+        )
         super().__init__(params, rule, lr, weight_decay, **options)

@@ -10,17 +10,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .lora import LoRARule, Scale
-from .lowrank import check_known
-from .moments import adam
-from .pools import CHOICE, POOLS, ROUNDING, Pool, TripleOptimizer, begin_, pool_slots, room, streams
-from .rule import Dense, Direction, Member, Slot, check, check_adam
-from .switching import exchange_, fold_, forget_, switch_rate
+from ._core.rule import Dense, Direction, Member, Slot
+from ._core.validation import check, check_adam, check_known
+from ._lora.pair_groups import LoRARule, Scale
+from ._lora.switching import exchange_, fold_, forget_, switch_rate
+from ._lora.vector_pools import (
+    CHOICE,
+    POOLS,
+    ROUNDING,
+    Pool,
+    TripleOptimizer,
+    begin_,
+    pool_slots,
+    room,
+    streams,
+)
+from ._toolkit.moments import adam
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,17 @@ class SwitchLoRARule(LoRARule):
         check_known(self, rounding=("accumulate", "stochastic"), choice=("fifo", "random"))
         T, ratio, N, interval = self.total_steps, self.ratio, self.freeze_steps, self.interval0
         check(ratio is None or ratio > 0.0, f"ratio must be positive or None, got {ratio!r}")
-        check(ratio is None or (T is not None and T >= 1),
-              f"total_steps must be the number of updates of the whole run, got {T!r}; leave it "
-              "out only with ratio=None, which never slows switching down")  # fmt: skip
+        check(
+            ratio is None or (T is not None and T >= 1),
+            f"total_steps must be the number of updates of the whole run, got {T!r}; leave it "
+            "out only with ratio=None, which never slows switching down",
+        )
         check(N >= -1, f"freeze_steps must be -1 or more, got {N!r}")
-        check(interval > 0 and interval >= 2 * N,
-              f"interval0 must be positive and at least 2 * freeze_steps = {2 * N}, got "
-              f"{interval!r}: else vectors would be switched while they are frozen")  # fmt: skip
+        check(
+            interval > 0 and interval >= 2 * N,
+            f"interval0 must be positive and at least 2 * freeze_steps = {2 * N}, got "
+            f"{interval!r}: else vectors would be switched while they are frozen",
+        )
 
     @property
     def every(self) -> int:
@@ -187,15 +201,39 @@ class SwitchLoRA(TripleOptimizer):
     """
 
     def __init__(
-        self, groups: Any, lr: float | Tensor = 1e-3, total_steps: int | None = None,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-        interval0: float = 40, ratio: float | None = 0.1, freeze_steps: int = 5,
-        rounding: str = "accumulate", seed: int = 0, *, scale: Scale = None, choice: str = "fifo",
-        count_frozen_steps: bool = False, save_pools: bool = True, lr_ratio_b: float | None = None,
+        self,
+        groups: Any,
+        lr: float | Tensor = 1e-3,
+        total_steps: int | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        interval0: float = 40,
+        ratio: float | None = 0.1,
+        freeze_steps: int = 5,
+        rounding: str = "accumulate",
+        seed: int = 0,
+        *,
+        scale: Scale = None,
+        choice: str = "fifo",
+        count_frozen_steps: bool = False,
+        save_pools: bool = True,
+        lr_ratio_b: float | None = None,
         **options: Unpack[Common],
-    ) -> None:  # fmt: skip
+    ) -> None:
         rule = SwitchLoRARule(
-            None, lr_ratio_b, total_steps, betas, eps, interval0, ratio, freeze_steps, rounding,
-            seed, choice, count_frozen_steps, save_pools,
-        )  # fmt: skip
+            None,
+            lr_ratio_b,
+            total_steps,
+            betas,
+            eps,
+            interval0,
+            ratio,
+            freeze_steps,
+            rounding,
+            seed,
+            choice,
+            count_frozen_steps,
+            save_pools,
+        )
         super().__init__(groups, rule, lr, weight_decay, scale=scale, **options)

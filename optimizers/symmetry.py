@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import hybrid, muon, rownorm, spectral  # noqa: F401  policies call their rules by name
-from .base import StackedOptimizer
-from .groups import parameters_of, rows_of, rule_of
-from .policies import (
+from ._core.rule import Direction, Member, Rule
+from ._core.validation import check
+from ._driver.optimizer import StackedOptimizer
+from ._driver.param_groups import parameters_of, rows_of, rule_of
+from ._roles.classify import Assignment, classify, route
+from ._roles.policies import (
     PAPER_LRS,
     Settings,
     StackAssignment,
@@ -20,13 +22,11 @@ from .policies import (
     grouped,
     rule_choice,
 )
-from .roles import Assignment, classify, route
-from .rule import Direction, Member, Rule, check
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,15 @@ class SymmetryStack(StackedOptimizer):
     _scale = "match_rms_adamw"
 
     def __init__(
-        self, params: Any, lr: float | Tensor = 1e-3, policy: str | Mapping[str, Any] = "symmetry",
-        overrides: Any = None, adjust_lr_fn: str = "match_rms_adamw", weight_decay: float = 0.0,
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        policy: str | Mapping[str, Any] = "symmetry",
+        overrides: Any = None,
+        adjust_lr_fn: str = "match_rms_adamw",
+        weight_decay: float = 0.0,
         **options: Unpack[Common],
-    ) -> None:  # fmt: skip
+    ) -> None:
         check_policy(policy)
         scales = ("match_rms_adamw", "paper", *(f"paper:{name}" for name in PAPER_LRS))
         check(
@@ -195,13 +200,16 @@ class SymmetryStack(StackedOptimizer):
                 adamw = not matrix and group["adamw_weight_decay"] is not None
                 table.append(
                     StackRow(
-                        row.name, row.shape, row.role,
+                        row.name,
+                        row.shape,
+                        row.role,
                         rule.method() if rule is not None and matrix else "adamw",
-                        why, group["view"] if matrix else "auto",
+                        why,
+                        group["view"] if matrix else "auto",
                         centred=bool(matrix and group.get("centred")),
                         layout=" ".join(x for x in layout if x not in (None, "rows")),
                         lr=float(group["lr"]),
                         decay=group["adamw_weight_decay" if adamw else "weight_decay"],
                     )
-                )  # fmt: skip
+                )
         return StackAssignment(tuple(table))

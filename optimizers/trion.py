@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from ..kernels import POLAR_METHODS, add_product_, polar_factor
-from .base import StackedOptimizer
-from .lowrank import check_known
-from .moments import blend
-from .projectors import Dct, rank_of, take_rows
-from .rule import Direction, Factored, Member, Rule, Slot, check
+from ._core.rule import Direction, Factored, Member, Rule, Slot
+from ._core.validation import check, check_known, rank_of
+from ._driver.optimizer import StackedOptimizer
+from ._toolkit.moments import blend
+from ._toolkit.projectors import Dct, take_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .groups import Common
+    from ._driver.param_groups import Common
 
 ADJUST_LR_FNS = ("match_rms_adamw", "kj", "dion", "kimi", "none")
 

@@ -10,8 +10,8 @@ import types
 import torch
 from torch import nn
 
-from stiefel.optimizers import role_table
-from stiefel.optimizers.roles import classify
+from stiefel.optimizers._roles import role_table
+from stiefel.optimizers._roles.classify import classify
 
 _COUNTS = {name for names in role_table.COUNTS.values() for name in names}
 _SWITCHES = {"is_transposed", "is_concatenated", *role_table.SCORES}

@@ -28,9 +28,9 @@ from stiefel.optimizers import (
     StackedOptimizer,
     SymmetryStack,
     Trion,
-    subspaces,
 )
-from stiefel.optimizers.moments import ema
+from stiefel.optimizers._toolkit import dense_projectors
+from stiefel.optimizers._toolkit.moments import ema
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 TALL, WIDE, SQUARE, ODD, ROW, COLUMN = (24, 10), (10, 24), (16, 16), (17, 5), (1, 7), (9, 1)
@@ -119,7 +119,7 @@ def fed(data, monkeypatch):
         B = torch.tensor(basis, dtype=torch.float32)
         return (B.mT[None] if turned else B[None],)
 
-    monkeypatch.setattr(subspaces.Svd, "find", find)
+    monkeypatch.setattr(dense_projectors.Svd, "find", find)
     return stored
 
 

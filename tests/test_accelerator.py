@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton", reason="there is no triton on this platform")
 
 from stiefel.kernels import cosines, dispatch
-from stiefel.optimizers import base
+from stiefel.optimizers._driver import optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 aten = torch.ops.aten
@@ -151,7 +151,7 @@ def steady(make, shapes=SHAPES):
 
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch):
-    monkeypatch.setattr(base, "LateFlags", Arrived)
+    monkeypatch.setattr(optimizer, "LateFlags", Arrived)
     monkeypatch.setattr(dispatch, "modern", lambda index: True)
     monkeypatch.delenv("STIEFEL_KERNELS", raising=False)
 

@@ -11,7 +11,7 @@ from pair_problems import DOUBLE, SHAPES, LeastSquares, factors, follow, pair_gr
 from problems import run, same, tensors, weight
 
 from stiefel.optimizers import AdaPreLoRA, memory_report, pairs_to_groups
-from stiefel.optimizers.tangent import tangent_cores, tangent_grams, tangent_squares
+from stiefel.optimizers._lora.tangent_stats import tangent_cores, tangent_grams, tangent_squares
 
 BRUTE = [(7, 6, 2, 1.7), (12, 9, 3, 0.5), (5, 20, 4, 2.0)]
 """(m, n, r, s) of the sheet's dense check."""

@@ -23,7 +23,6 @@ from problems import (
     weight,
 )
 
-import stiefel.optimizers.frames as frames
 from stiefel.kernels import (
     cholesky_qr,
     eigenbasis,
@@ -35,7 +34,9 @@ from stiefel.kernels import (
     rotated,
     sinkhorn,
 )
-from stiefel.optimizers import ARO, units
+from stiefel.optimizers import ARO
+from stiefel.optimizers import aro as frames
+from stiefel.optimizers._driver import units
 
 DOUBLE = torch.float64
 BASES = ("sinkhorn", "row_norm", "sign", "adam")

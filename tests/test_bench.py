@@ -12,8 +12,8 @@ import torch
 from allocations import AllocationCounter
 
 from stiefel import optimizers
-from stiefel.optimizers.lora import PairOptimizer
-from stiefel.optimizers.projectors import KINDS
+from stiefel.optimizers._lora.pair_groups import PairOptimizer
+from stiefel.optimizers._toolkit.projectors import KINDS
 
 BENCH = Path(__file__).resolve().parent.parent / "bench" / "run.py"
 

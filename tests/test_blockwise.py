@@ -16,7 +16,7 @@ from stiefel.kernels import (
     quantise_blocks,
 )
 from stiefel.optimizers import GaLore, Muon
-from stiefel.optimizers.units import CODED_LEAST
+from stiefel.optimizers._driver.units import CODED_LEAST
 
 BLOCK = 256
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from problems import gradients, run, same, tensors, weight
 
-from stiefel.optimizers import ARO, FRUGAL, DCTAdamW, Fira, GaLore, Muon, units
+from stiefel.optimizers import ARO, FRUGAL, DCTAdamW, Fira, GaLore, Muon
+from stiefel.optimizers._driver import units
 
 SHAPE = (80, 64)
 LOW = {"rank": 60, "update_proj_gap": 4, "lr": 0.01}

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from stiefel.kernels import dct, dct_basis, dct_path, idct
 from stiefel.kernels.cosines import quarter_waves
 from stiefel.kernels.dct import FFT_FROM
-from stiefel.optimizers.coordinates import Dct
-from stiefel.optimizers.moments import Match, Turn, carry
-from stiefel.optimizers.projectors import Draws, projector
+from stiefel.optimizers._toolkit.index_projectors import Dct
+from stiefel.optimizers._toolkit.moments import Match, Turn, carry
+from stiefel.optimizers._toolkit.projectors import projector
+from stiefel.optimizers._toolkit.random_keys import Draws
 
 LENGTHS = [1, 2, 3, 4, 5, 8, 13, 17, 64, 97, 100, 255, 256, 257, 1000, 1024]
 lengths = pytest.mark.parametrize("n", LENGTHS)
@@ -319,11 +320,11 @@ def test_dct_14_a_single_cosine_is_found(norm, m, j):
 
 def test_scores_come_from_panels(monkeypatch):
     """No copy of a large gradient: columns are transformed a panel at a time."""
-    from stiefel.optimizers import bases
+    from stiefel.optimizers._toolkit import svd
 
     G = gaussian(1, 40, 200)
     whole = chosen(G, 9)[1]["index"]
-    monkeypatch.setattr(bases, "_PANEL", 2**11)
+    monkeypatch.setattr(svd, "_PANEL", 2**11)
     assert torch.equal(chosen(G, 9)[1]["index"], whole)
     scores = (oracle.cosine_matrix(40) @ G[0].double().numpy()) ** 2
     assert whole[0].tolist() == oracle.choose(scores.sum(1).tolist(), 9)

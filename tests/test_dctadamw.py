@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stiefel.kernels import dct, dct_basis, dequantise_rows, idct, quantise_rows
 from stiefel.optimizers import DCTAdamW, GaLore
-from stiefel.optimizers import coordinates as module
-from stiefel.optimizers.feedback import Feedback
+from stiefel.optimizers._toolkit import index_projectors as module
+from stiefel.optimizers.dctadamw import Feedback
 
 DOUBLE = torch.float64
 FED = [None, "full", "int8", "int4"]
@@ -310,7 +310,7 @@ def test_feedback_is_kept_in_panels(kind, monkeypatch):
     }
     store.store(state, E)
     whole, kept = store.load(state, 13, DOUBLE), {k: v.clone() for k, v in state.items()}
-    monkeypatch.setattr("stiefel.optimizers.feedback._PANEL", 52)
+    monkeypatch.setattr("stiefel.optimizers.dctadamw._PANEL", 52)
     store.store(state, E)
     assert same(state, kept) and torch.equal(store.load(state, 13, DOUBLE), whole)
     assert (whole - E).abs().max() <= {"full": 0.0, "int8": 0.02, "int4": 0.3}[kind]

@@ -29,11 +29,13 @@ from problems import (
 )
 
 from stiefel.kernels import sums
-from stiefel.optimizers import Fira, GaLore, units
+from stiefel.optimizers import Fira, GaLore
 from stiefel.optimizers import fira as module
-from stiefel.optimizers.moments import column_squares, growth_limit, total
-from stiefel.optimizers.projectors import KINDS
-from stiefel.optimizers.write import PANEL
+from stiefel.optimizers._driver import units
+from stiefel.optimizers._driver.write import PANEL
+from stiefel.optimizers._toolkit.moments import column_squares, total
+from stiefel.optimizers._toolkit.projectors import KINDS
+from stiefel.optimizers.fira import growth_limit
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("fira-*.json"))
 SIDES = ["std", "reverse_std", "right", "left", "full"]

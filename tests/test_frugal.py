@@ -28,8 +28,11 @@ from problems import (
     weight,
 )
 
-from stiefel.optimizers import FRUGAL, GaLore, splits, subspaces, turns, units, ways
-from stiefel.optimizers.turns import Turns
+from stiefel.optimizers import FRUGAL, GaLore
+from stiefel.optimizers._driver import units
+from stiefel.optimizers._frugal import block_schedule, coordinates, gradient_split
+from stiefel.optimizers._frugal.block_schedule import Turns
+from stiefel.optimizers._toolkit import dense_projectors
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("frugal-*.json"))
 SPLITS = [*COORDINATES, "svd", "random", "block"]
@@ -110,7 +113,7 @@ def feed_splits(drawn, monkeypatch):
         assert len(index) == c
         return torch.tensor([index], dtype=torch.int64)
 
-    monkeypatch.setattr(splits.Coordinates, "draw", draw)
+    monkeypatch.setattr(coordinates.Coordinates, "draw", draw)
     return stored
 
 
@@ -126,7 +129,7 @@ def test_recorded_trajectory(name, monkeypatch):
     if "bases" in data:
         data["settings"]["group"]["proj_type"] = settings["proj_type"]
         stored = fed(data, monkeypatch)
-        monkeypatch.setattr(subspaces.Random, "find", subspaces.Svd.find)
+        monkeypatch.setattr(dense_projectors.Random, "find", dense_projectors.Svd.find)
     else:
         drawn = [entry["indices"] for entry in data["splits"] if entry["indices"]]
         stored = feed_splits(drawn, monkeypatch)
@@ -164,7 +167,7 @@ def test_recorded_blocks(name, monkeypatch):
     params = [torch.nn.Parameter(W.clone()) for W in data["W0"]]
     active = {entry["step"] // 5: frozenset(entry["active"]) for entry in data["splits"]}
     if "random" in name:
-        monkeypatch.setattr(turns, "_active", lambda _, window, count: active[window])
+        monkeypatch.setattr(block_schedule, "_active", lambda _, window, count: active[window])
     optimizer = FRUGAL(params, compat="reference", **settings_of(data))
     bound = tolerance(data, "max_abs_diff_to_float64_run")
     for step, (grads, Ws) in enumerate(zip(data["grads"], data["W"], strict=True)):
@@ -871,8 +874,8 @@ def test_blocks_stacked_or_not_have_the_same_bits(reset, monkeypatch):
 
 @pytest.mark.parametrize("split", ["columns", "rows", "svd", "block"])
 def test_nothing_chosen_although_wanted_is_pointed_out_once(split):
-    ways.warn_none.cache_clear()
-    turns._active.cache_clear()
+    gradient_split.warn_none.cache_clear()
+    block_schedule._active.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -930,13 +933,13 @@ def test_panels_do_not_matter(split, reset, inner, monkeypatch):
     torch.testing.assert_close(made(), usual, rtol=0, atol=NEAR)
     monkeypatch.undo()
     monkeypatch.setitem(units.STACK, "cpu", 0)
-    monkeypatch.setattr(splits, "PANEL", 5 * 21)
+    monkeypatch.setattr(coordinates, "PANEL", 5 * 21)
     torch.testing.assert_close(made(), usual, rtol=0, atol=NEAR)
 
 
 @pytest.mark.parametrize("split", COORDINATES)
 def test_a_batch_of_large_matrices_is_cut_one_by_one(split, monkeypatch):
-    monkeypatch.setattr(splits, "PANEL", 64)
+    monkeypatch.setattr(coordinates, "PANEL", 64)
     shape = (3, 24, 10)
     p, grads = weight(shape), gradients(shape, 5)
     settings = {"lr": 0.02, "density": 0.5, "update_gap": 2, "split": split}
@@ -964,7 +967,7 @@ def test_panels_of_a_cut_weight_do_not_touch_its_neighbours(split, view, monkeyp
         return trajectory(make, (24, 20), 4)[-1]
 
     whole = moved()
-    monkeypatch.setattr(splits, "PANEL", 40)
+    monkeypatch.setattr(coordinates, "PANEL", 40)
     torch.testing.assert_close(moved(), whole, rtol=0, atol=NEAR)
 
 
@@ -978,7 +981,7 @@ def test_a_step_needs_panels_only(split, shape):
     with AllocationCounter() as counter:
         optimizer.step()
     numbers = 8 * optimizer.state[p]["index"].numel()  # int64, as scatter wants them
-    assert counter.peak <= 3 * 4 * splits.PANEL + 2 * numbers
+    assert counter.peak <= 3 * 4 * coordinates.PANEL + 2 * numbers
 
 
 @pytest.mark.parametrize("split", [*COORDINATES, "svd"])

@@ -28,7 +28,9 @@ from problems import (
     weight,
 )
 
-from stiefel.optimizers import GaLore, inner, subspaces, units
+from stiefel.optimizers import GaLore
+from stiefel.optimizers._driver import units
+from stiefel.optimizers._toolkit import base_optimizers, dense_projectors
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("galore-*.json"))
 KINDS = ["std", "reverse_std", "right", "left", "full"]
@@ -278,14 +280,14 @@ def test_galore_08_update_is_linear_in_scale_and_free_of_the_gradients_size():
 def test_galore_09_refreshes_come_at_multiples_and_keep_touches_no_moment(monkeypatch):
     p, grads, gap = weight(WIDE), gradients(WIDE, 11), 4
     optimizer = GaLore([p], rank=3, update_proj_gap=gap)
-    carried, original = [], inner.carry
+    carried, original = [], base_optimizers.carry
 
     def spy(policy, M, V, change, **clock):
         before = M.clone(), V.clone()
         original(policy, M, V, change, **clock)
         carried.append(torch.equal(M, before[0]) and torch.equal(V, before[1]))
 
-    monkeypatch.setattr(inner, "carry", spy)
+    monkeypatch.setattr(base_optimizers, "carry", spy)
     last, changes = None, []
     for step, G in enumerate(grads):
         p.grad = G
@@ -298,10 +300,10 @@ def test_galore_09_refreshes_come_at_multiples_and_keep_touches_no_moment(monkey
 
 
 def test_galore_10_signs_before_the_first_refresh_do_not_matter(monkeypatch):
-    original = subspaces.top_basis
+    original = dense_projectors.top_basis
     a = trajectory(lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=6), WIDE, 6)
     flips = torch.tensor([1.0, -1.0, -1.0, 1.0])
-    monkeypatch.setattr(subspaces, "top_basis", lambda *x, **k: original(*x, **k) * flips)
+    monkeypatch.setattr(dense_projectors, "top_basis", lambda *x, **k: original(*x, **k) * flips)
     b = trajectory(lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=6), WIDE, 6)
     torch.testing.assert_close(a[-1], b[-1], rtol=0, atol=1e-6)
 
@@ -309,7 +311,7 @@ def test_galore_10_signs_before_the_first_refresh_do_not_matter(monkeypatch):
 @pytest.mark.parametrize("change", ["same", "signs", "order"])
 def test_galore_10_rotate_follows_the_basis(monkeypatch, change):
     """With the same span written in other coordinates, rotate gives the same weights."""
-    first, original, calls = [], subspaces.top_basis, []
+    first, original, calls = [], dense_projectors.top_basis, []
     flips = torch.tensor([1.0, -1.0, -1.0, 1.0])
     order = torch.tensor([2, 0, 3, 1])
 
@@ -322,10 +324,10 @@ def test_galore_10_rotate_follows_the_basis(monkeypatch, change):
             return P.clone()
         return P * flips if change == "signs" else P[..., order].contiguous()
 
-    monkeypatch.setattr(subspaces, "top_basis", fixed)
+    monkeypatch.setattr(dense_projectors, "top_basis", fixed)
     make = lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=2, moments="rotate")  # noqa: E731
     a = trajectory(make, WIDE, 8)
-    monkeypatch.setattr(subspaces, "top_basis", lambda *x, **k: first[0].clone())
+    monkeypatch.setattr(dense_projectors, "top_basis", lambda *x, **k: first[0].clone())
     b = trajectory(lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=10**6), WIDE, 8)
     assert len(calls) == 4
     torch.testing.assert_close(a[-1], b[-1], rtol=0, atol=2e-6)

@@ -8,7 +8,7 @@ from problems import SQUARE, TALL, WIDE, PairRule, driver, gradients, run, same,
 from torch import nn
 
 from stiefel.optimizers import GaLore, Muon, StackedOptimizer
-from stiefel.optimizers.groups import read
+from stiefel.optimizers._driver.param_groups import read
 from stiefel.optimizers.muon import MuonRule
 
 BOTH = pytest.mark.parametrize("cls", [Muon, GaLore])

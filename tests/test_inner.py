@@ -8,8 +8,8 @@ from peers import Missing, galore_torch
 from problems import ODD, SHAPES, TALL, WIDE, gradients, run, same, weight
 
 from stiefel.optimizers import GaLore
-from stiefel.optimizers.inner import INNERS, inner
-from stiefel.optimizers.moments import Match, Turn, adam
+from stiefel.optimizers._toolkit.base_optimizers import INNERS, inner
+from stiefel.optimizers._toolkit.moments import Match, Turn, adam
 
 B = (0.9, 0.99)
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from stiefel.kernels import product
 from stiefel.optimizers import AltLoRA, lora_param_groups, pairs_to_groups
-from stiefel.optimizers.lora import LoRARule, PairOptimizer
-from stiefel.optimizers.pairs import (
+from stiefel.optimizers._core.rule import Dense
+from stiefel.optimizers._lora.pair_algebra import (
     alive,
     cross_gram,
     damped,
@@ -23,7 +23,7 @@ from stiefel.optimizers.pairs import (
     transport,
     unbiased,
 )
-from stiefel.optimizers.rule import Dense
+from stiefel.optimizers._lora.pair_groups import LoRARule, PairOptimizer
 
 NO_PEFT = not importlib.util.find_spec("peft")
 needs_peft = pytest.mark.skipif(NO_PEFT, reason="peft is not installed (pip install stiefel[hf])")

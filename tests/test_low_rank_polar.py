@@ -10,7 +10,7 @@ from problems import FIXTURES, tolerance
 
 from stiefel.kernels import low_rank_size, polar_factor, polar_report
 from stiefel.kernels.hashing import random_signs, splitmix
-from stiefel.optimizers.sketches import Draws, splitmix64
+from stiefel.optimizers._toolkit.random_keys import Draws, splitmix64
 
 kernel = importlib.import_module("stiefel.kernels.low_rank")  # the name is the function's too
 SHAPES = [(120, 80), (80, 120), (60, 60)]

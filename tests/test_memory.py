@@ -7,7 +7,7 @@ from problems import gradients, weight
 
 from stiefel.kernels import POLAR_METHODS
 from stiefel.optimizers import GaLore, Muon
-from stiefel.optimizers.write import PANEL
+from stiefel.optimizers._driver.write import PANEL
 
 WIDE, TALL = (256, 1024), (1024, 256)
 MATRIX = 256 * 1024 * 4
@@ -55,11 +55,11 @@ def test_muon_needs_five_matrices_at_most(shape, polar):
 
 @pytest.mark.parametrize("make", [Muon, lambda ps: GaLore(ps, rank=16)])
 def test_stacks_stay_within_their_budget(make, monkeypatch):
-    from stiefel.optimizers import plan
+    from stiefel.optimizers._driver import buckets
 
     params = [weight((64, 64), k) for k in range(64)]
     one = 64 * 64 * 4
-    monkeypatch.setitem(plan.CHUNK, "cpu", 8 * one)
+    monkeypatch.setitem(buckets.CHUNK, "cpu", 8 * one)
     optimizer = make(params)
     assert peak(optimizer, params) <= 9 * 8 * one
     assert max(len(bucket.units) for bucket in optimizer._plan.buckets) == 8

@@ -29,7 +29,7 @@ from problems import (
 
 from stiefel.kernels import polar_factor, polar_report
 from stiefel.optimizers import Muon, heavy_tail_schedule
-from stiefel.optimizers import orthogonal as toolkit
+from stiefel.optimizers import muon as toolkit
 
 VARIANTS = {
     "sum": ({"momentum_kind": "sum"}, {"kind": "sum"}),

@@ -30,8 +30,9 @@ from problems import (
 )
 from torch import nn
 
-from stiefel.optimizers import Dense, GaLore, Muon, Rule, Slot, StackedOptimizer, plan, units
-from stiefel.optimizers.views import blocks
+from stiefel.optimizers import Dense, GaLore, Muon, Rule, Slot, StackedOptimizer
+from stiefel.optimizers._driver import buckets, units
+from stiefel.optimizers._driver.views import blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -172,7 +173,7 @@ def test_units_that_fell_apart_join_again():
 def test_chunks_bound_a_stack_and_keep_the_bits(monkeypatch):
     params, grads = several(SQUARE, 5)
     a = run(METHODS["galore"](params), params, grads)
-    monkeypatch.setitem(plan.CHUNK, "cpu", 2 * 16 * 16 * 4)
+    monkeypatch.setitem(buckets.CHUNK, "cpu", 2 * 16 * 16 * 4)
     params, grads = several(SQUARE, 5)
     optimizer = METHODS["galore"](params)
     b = run(optimizer, params, grads)

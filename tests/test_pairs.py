@@ -9,7 +9,7 @@ import torch
 from pair_problems import DOUBLE, PAIRS, SHAPES, factors, flat, pair_gradients
 from problems import run, same, tensors
 
-from stiefel.optimizers import units
+from stiefel.optimizers._driver import units
 
 methods = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS.keys())
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

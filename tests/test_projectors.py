@@ -17,19 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stiefel.optimizers import bases as factor
-from stiefel.optimizers import moments
-from stiefel.optimizers.moments import Match, Turn, adam, adam_reference, blend, ema
-from stiefel.optimizers.projectors import (
-    KINDS,
-    Draws,
-    fix_signs,
-    projector,
-    rank_of,
-    top_bases,
-    top_basis,
-)
-from stiefel.optimizers.sketches import splitmix64
+from stiefel.optimizers._core.validation import rank_of
+from stiefel.optimizers._toolkit import moments
+from stiefel.optimizers._toolkit import svd as factor
+from stiefel.optimizers._toolkit.moments import Match, Turn, adam, adam_reference, blend, ema
+from stiefel.optimizers._toolkit.projectors import KINDS, fix_signs, projector, top_bases, top_basis
+from stiefel.optimizers._toolkit.random_keys import Draws, splitmix64
 
 SVDS = factor.SVDS
 SHAPES = {
@@ -1116,7 +1109,7 @@ def test_sketches_fall_back(monkeypatch, real_eigh, kind):
 
 IN_A_NEW_PROCESS = """
 import hashlib, torch
-from stiefel.optimizers.projectors import Draws, projector
+from stiefel.optimizers._toolkit.projectors import Draws, projector
 torch.set_num_threads(1)
 G = torch.arange(1.0, 2 * 9 * 14 + 1).reshape(2, 9, 14).sin()
 for kind in ("random", "randk", "range", "power"):

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from stiefel import optimizers
-from stiefel.optimizers.base import StackedOptimizer
-from stiefel.optimizers.roles import Assignment, classify, route
-from stiefel.optimizers.rule import Dense, Rule
-from stiefel.optimizers.views import blocks
+from stiefel.optimizers._core.rule import Dense, Rule
+from stiefel.optimizers._driver.optimizer import StackedOptimizer
+from stiefel.optimizers._driver.views import blocks
+from stiefel.optimizers._roles.classify import Assignment, classify, route
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "fixtures" / "roles"

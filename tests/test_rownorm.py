@@ -213,8 +213,8 @@ def test_property_05_a_stale_row_moves_at_full_speed_until_eps_stops_it():
 
 
 def test_property_07_centring_commutes_with_permutations_and_right_maps_and_not_with_left_signs():
-    from stiefel.optimizers.rows import centre
-    from stiefel.optimizers.rule import LOCAL
+    from stiefel.optimizers._core.rule import LOCAL
+    from stiefel.optimizers._toolkit.row_rules import centre
 
     X = doubles((7, 5), 1)[0]
     C = lambda Y: centre(Y[None], LOCAL, len(Y))[0]  # noqa: E731
@@ -423,7 +423,7 @@ def test_a_half_without_a_gradient_sits_out():
 @pytest.mark.parametrize("layout", ["halves", "interleaved", None])
 @pytest.mark.parametrize("r, d", [(1, 1), (3, 5), (7, 2)])
 def test_folding_and_unfolding_round_trip(layout, r, d):
-    from stiefel.optimizers.rows import folded, unfolded
+    from stiefel.optimizers._toolkit.row_rules import folded, unfolded
 
     X = torch.arange(2.0 * 2 * r * d).view(2, 2 * r, d)
     Y = folded(X, layout)

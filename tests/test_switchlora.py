@@ -24,15 +24,14 @@ from stiefel.optimizers import (
     lora_param_groups,
     memory_report,
     pairs_to_groups,
-    pools,
-    switching,
     switchlora_init_,
-    units,
 )
-from stiefel.optimizers.pools import room
-from stiefel.optimizers.switching import exchange_, fold_, spreads, switch_rate
+from stiefel.optimizers._driver import units
+from stiefel.optimizers._driver.write import PANEL
+from stiefel.optimizers._lora import switching, vector_pools
+from stiefel.optimizers._lora.switching import exchange_, fold_, spreads, switch_rate
+from stiefel.optimizers._lora.vector_pools import room
 from stiefel.optimizers.switchlora import SwitchLoRARule
-from stiefel.optimizers.write import PANEL
 
 SHAPE = (10, 7, 3)
 OFTEN = {"interval0": 4, "freeze_steps": 2, "ratio": None}
@@ -1117,5 +1116,5 @@ def test_triples_that_cannot_be_switched_are_refused():
 
 
 def test_the_modules_list_what_they_have():
-    for module in (pools, switching):
+    for module in (vector_pools, switching):
         assert all(hasattr(module, name) for name in module.__all__)

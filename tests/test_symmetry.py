@@ -32,8 +32,8 @@ from stiefel.optimizers import (
     SymmetryStack,
     Trion,
 )
+from stiefel.optimizers._roles.policies import PAPER_LRS
 from stiefel.optimizers.galore import GaLoreRule
-from stiefel.optimizers.policies import PAPER_LRS
 
 DOUBLE = torch.float64
 EXAMPLES = str(Path(__file__).parent.parent / "examples")

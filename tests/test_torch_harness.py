@@ -28,7 +28,7 @@ from torch.testing._internal.common_optimizers import (
 )
 from torch.testing._internal.common_utils import TestCase, parametrize
 
-from stiefel.optimizers.rule import RULES
+from stiefel.optimizers._core.rule import RULES
 
 every = optims(INFOS, dtypes=[torch.float32])
 both_layouts = parametrize("contiguous", [True, False])

@@ -8,8 +8,8 @@ from arena import DEVICE, gaussian
 from problems import METHODS, gradients, run, same, tensors, weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stiefel.optimizers import plan
-from stiefel.optimizers.projectors import Dct
+from stiefel.optimizers._driver import buckets
+from stiefel.optimizers._toolkit.projectors import Dct
 
 SHAPES = [(24, 10), (10, 24), (17, 5), (24, 10)]
 STEPS = 4
@@ -112,7 +112,7 @@ def test_flags_that_arrive_late_skip_what_the_host_would_have_skipped(name, monk
     """Gradients are narrow, so that they are seen as they are; and nothing is kept aside."""
     given = {"dtype": torch.bfloat16, "bad": [(0, 2), (3, 2), (1, 3)]}
     waited = trained(METHODS[name], "triton", monkeypatch, wait=True, **given)
-    monkeypatch.setattr(plan.Bucket, "copies", refused)
+    monkeypatch.setattr(buckets.Bucket, "copies", refused)
     late = trained(METHODS[name], "triton", monkeypatch, wait=False, **given)
     assert waited[3] == late[3] == 3
     assert all(bool(W.isfinite().all()) for W in late[0][-1])
@@ -126,7 +126,7 @@ def test_weights_of_a_stack_are_written_where_they_lie(name, monkeypatch):
     shapes = [(24, 10)] * 3 + [(10, 24)] * 2
     waited = trained(METHODS[name], "triton", monkeypatch, wait=True, shapes=shapes)
     for method in ("load", "store", "gradient"):
-        monkeypatch.setattr(plan.Bucket, method, refused)
+        monkeypatch.setattr(buckets.Bucket, method, refused)
     late = trained(METHODS[name], "triton", monkeypatch, wait=False, shapes=shapes)
     assert {"read", "scaled_add"} <= {*late[2]} and same(waited[0], late[0])
 
@@ -195,7 +195,7 @@ def test_sizes_of_cosines_come_with_them(norm, monkeypatch):
     G, D = gaussian(3, 17, 200), Dct(norm, path="fft")
     S, sizes = D.spectrum(G)
     for name in ("SPECTRUM_PANEL", "SPECTRUM_PANEL_ACCELERATOR"):
-        monkeypatch.setattr(f"stiefel.optimizers.coordinates.{name}", 17 * 70)
+        monkeypatch.setattr(f"stiefel.optimizers._toolkit.index_projectors.{name}", 17 * 70)
     parts, summed = D.spectrum(G)
     assert torch.equal(D.choose(S, 5), D.choose(S, 5, sizes=sizes))
     torch.testing.assert_close(parts, S, rtol=0, atol=1e-6)

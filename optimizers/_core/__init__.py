@@ -1,0 +1,1 @@
+"""What a method is written in: rules, members, slots, directions, terms, and checks."""

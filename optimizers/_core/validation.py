@@ -1,0 +1,72 @@
+"""Checks of hyper-parameters: each raises ValueError with one sentence that names the parameter."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with message unless condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_adam(betas: tuple[float, float], eps: float | None) -> None:
+    """Adam's range checks, with torch's texts."""
+    check(eps is None or eps >= 0.0, f"Invalid epsilon value: {eps}")
+    for i, beta in enumerate(betas):
+        check(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")
+
+
+def check_known(rule: Any, **choices: tuple[str | None, ...]) -> None:
+    """Refuse a field whose value is not among its choices."""
+    for name, known in choices.items():
+        value = getattr(rule, name)
+        check(value in known, f"{name} must be one of {known}, got {value!r}")
+
+
+def check_counts(rule: Any, *names: str) -> None:
+    """Refuse fields that are no ints of at least 1."""
+    for name in names:
+        count = getattr(rule, name)
+        fits = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+        check(fits, f"{name} must be an int of at least 1, got {count!r}")
+
+
+def check_decays(rule: Any, *names: str) -> None:
+    """Refuse fields that are no decay of a running average, nor None."""
+    for name in names:
+        beta = getattr(rule, name)
+        check(beta is None or 0.0 <= beta < 1.0, f"{name} must be in [0, 1), got {beta}")
+
+
+def check_least(rule: Any, kind: type, **least: int) -> None:
+    """Refuse a field that is not of this type, or too small."""
+    for name, bound in least.items():
+        x, what = getattr(rule, name), "an int of " if kind is int else ""
+        good = isinstance(x, kind) and bool(x >= bound)  # type: ignore[operator]
+        check(good, f"{name} must be {what}at least {bound}, got {x!r}")
+
+
+def check_rank(r: int, largest: int) -> None:
+    """Raise ValueError unless 1 <= r <= largest."""
+    if not 1 <= r <= largest:
+        raise ValueError(f"rank must be from 1 to {largest}, got {r}")
+
+
+def rank_of(rank: int | float, d: int) -> int:
+    """Turns the option ``rank`` into a count of columns, 1 <= r <= d.
+
+    Args:
+        rank: an int is a count, a float a fraction of d; 1 is rank one and 1.0 all of d.
+        d: the projected dimension.
+
+    Raises:
+        ValueError: not a number, a bool, not positive, or a fraction above 1.
+    """
+    if isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and rank > 0:
+        return min(int(rank), d)
+    if isinstance(rank, float) and 0.0 < rank <= 1.0:
+        return min(max(1, round(rank * d)), d)
+    raise ValueError(f"rank must be a positive int or a fraction in (0, 1], got rank={rank!r}")

@@ -1,0 +1,1 @@
+"""The driver: groups, views, units, buckets, finite flags, clocks, the write, checkpoints."""

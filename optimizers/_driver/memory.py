@@ -1,0 +1,230 @@
+"""How many bytes a method keeps, before anything is allocated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import adamw
+from .buckets import Plan
+from .optimizer import StackedOptimizer
+from .units import Unit
+
+__all__ = ["MemoryReport", "MemoryRow", "memory_report"]
+
+
+class MemoryRow(NamedTuple):
+    """One parameter; all sizes in bytes.
+
+    Attributes:
+        name: Its name, or its position where it has none.
+        shape: Its shape.
+        rule: What trains it.
+        weight: Size of the parameter.
+        gradient: Size of its gradient, 0 if it is frozen.
+        state: What the optimizer keeps for it.
+        adamw: What ``torch.optim.AdamW`` would keep for it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rule: str
+    weight: int
+    gradient: int
+    state: int
+    adamw: int
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What :func:`memory_report` returns; it prints as a table.
+
+    Attributes:
+        method: Name of the optimizer.
+        rows: One per parameter.
+        shared: Bytes that all weights of a device share and no checkpoint holds, such as a basis
+            of cosines.
+    """
+
+    method: str
+    rows: tuple[MemoryRow, ...]
+    shared: int = 0
+
+    @classmethod
+    def of(cls, optimizer: StackedOptimizer) -> MemoryReport:
+        """Count what this optimizer keeps once it has stepped; it is not changed."""
+        plan = optimizer._current()
+        state = _state_bytes(plan, optimizer)
+        rows = [
+            MemoryRow(
+                row.name or f"parameter {i}",
+                tuple(p.shape),
+                row.rule,
+                _bytes(p),
+                _bytes(p) if p.requires_grad else 0,
+                state.get(i, 0) if p.requires_grad else 0,
+                _adamw_bytes(p, optimizer.param_groups[0]) if p.requires_grad else 0,
+            )
+            for i, (p, row) in enumerate(zip(plan.flat, optimizer.assignment().rows, strict=True))
+        ]
+        shared: dict[Hashable, int] = {}
+        for unit in plan.units:
+            rule = plan.rules[unit.group]
+            assert rule is not None
+            for i in range(len(unit.params)):
+                shared.update(rule.shared(*unit.sides(i)))
+        return cls(type(optimizer).__name__, tuple(rows), sum(shared.values()))
+
+    @cached_property
+    def weight(self) -> int:
+        """Bytes of all weights."""
+        return sum(row.weight for row in self.rows)
+
+    @cached_property
+    def gradient(self) -> int:
+        """Bytes of all gradients."""
+        return sum(row.gradient for row in self.rows)
+
+    @cached_property
+    def state(self) -> int:
+        """Bytes of all state, what is shared included."""
+        return sum(row.state for row in self.rows) + self.shared
+
+    @cached_property
+    def adamw(self) -> int:
+        """Bytes of AdamW's state for the same parameters."""
+        return sum(row.adamw for row in self.rows)
+
+    def layers(self) -> list[tuple[str, int, MemoryRow]]:
+        """Parameters that differ in the numbers of their names only, together: (name, count, sum).
+
+        Layers that are treated differently, as blocks are by FRUGAL, stay apart.
+        """
+        alike: dict[Hashable, list[MemoryRow]] = {}
+        for row in self.rows:
+            name = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+            alike.setdefault((name, row.shape, row.rule, row.state), []).append(row)
+        made = []
+        for (name, *_), rows in alike.items():  # type: ignore[misc]
+            first = rows[0] if len(rows) == 1 else rows[0]._replace(name=name)
+            sums = {key: sum(getattr(row, key) for row in rows) for key in MemoryRow._fields[3:]}
+            made.append((first.name, len(rows), first._replace(**sums)))
+        return made
+
+    def __str__(self) -> str:
+        """The table: a line per kind of layer, then the totals."""
+        head = ["parameter", "shape", "rule", "weights", "gradients", self.method, "AdamW"]
+        lines = [head]
+        for name, count, row in self.layers():
+            shape = "x".join(map(str, row.shape)) + (f" ({count})" if count > 1 else "")
+            sizes = (row.weight, row.gradient, row.state, row.adamw)
+            lines.append([name, shape, row.rule, *map(_size, sizes)])
+        if self.shared:
+            lines.append(["shared on each device", "", "", "", "", _size(self.shared), ""])
+        sizes = (self.weight, self.gradient, self.state, self.adamw)
+        lines.append(["total", "", "", *map(_size, sizes)])
+        both = [sum(sizes[:3]), self.weight + self.gradient + self.adamw]
+        lines.append(["weights + gradients + state", "", "", "", "", *map(_size, both)])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(
+                text.ljust(width) if i < 3 else text.rjust(width)
+                for i, (text, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in powers of 1024."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def memory_report(
+    params: Any, optimizer_class: type[StackedOptimizer], **options: Any
+) -> MemoryReport:
+    """Count what a method would keep for a model, from shapes alone.
+
+    Nothing is allocated, so a model on the meta device will do:
+    ``with torch.device("meta"): model = ...``.
+
+    Args:
+        params: A module, or whatever else the optimizer takes as ``params``.
+        optimizer_class: A class of this package.
+        **options: Its keywords.
+
+    Returns:
+        Bytes of weights, gradients (in the dtype of the weights) and state per parameter and in
+        all, beside AdamW's; of what the optimizer trains, so not of a module's frozen weights.
+        State that comes and goes (FRUGAL's blocks) is that of the first window. Temporary memory
+        is not in it; see each class.
+
+    Raises:
+        TypeError: If ``optimizer_class`` is none of this package.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import GaLore, memory_report
+        >>> with torch.device("meta"):
+        ...     model = torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.Linear(4096, 10))
+        >>> report = memory_report(model, GaLore, rank=0.25)
+        >>> report.state / report.adamw < 0.3
+        True
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, StackedOptimizer)):
+        raise TypeError(
+            f"optimizer_class must be an optimizer of this package, got {optimizer_class!r}; "
+            "AdamW's state stands beside every report"
+        )
+    return MemoryReport.of(optimizer_class(params, **options))
+
+
+def _bytes(p: Tensor) -> int:
+    return p.numel() * p.element_size()
+
+
+def _adamw_bytes(p: Tensor, group: dict[str, Any]) -> int:
+    """What torch's AdamW keeps, by letting it allocate on the meta device."""
+    entry: dict[str, Any] = {}
+    adamw.allocate(p.detach().to("meta"), {**group, "fused": None, "capturable": False}, entry)
+    return sum(_bytes(value) for value in entry.values())
+
+
+def _state_bytes(plan: Plan, optimizer: StackedOptimizer) -> dict[int, int]:
+    """Bytes of state by the flat position of the parameter."""
+    sizes: dict[tuple[int, str], int] = {}
+    for unit in plan.units:
+        for i, position in enumerate(unit.positions):
+            for key, size in _slot_bytes(plan, unit, i).items():
+                sizes[position, key] = (
+                    size  # blocks of one parameter share what is laid out like it
+                )
+    for group, positions in zip(optimizer.param_groups, plan.vectors, strict=True):
+        for position in positions:
+            sizes[position, "adamw"] = _adamw_bytes(plan.flat[position], group)
+    total: dict[int, int] = {}
+    for (position, _), size in sizes.items():
+        total[position] = total.get(position, 0) + size
+    return total
+
+
+def _slot_bytes(plan: Plan, unit: Unit, i: int) -> dict[str, int]:
+    rule = plan.rules[unit.group]
+    assert rule is not None
+    if not rule.holds(unit.place, 1):
+        return {}
+    return {
+        key: torch.Size(shape).numel() * dtype.itemsize
+        for key, (_, shape, dtype) in unit.expected(i).items()
+    }

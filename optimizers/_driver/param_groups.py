@@ -1,0 +1,447 @@
+"""Parameter groups: every form they come in, their checks, and where each parameter goes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import zip_longest
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from .._core.rule import RULES, Rule
+from .._roles.classify import Row, classify, route
+from .units import views_of
+from .views import blocks
+
+
+class Common(TypedDict, total=False):
+    """Keywords of every optimizer; :class:`StackedOptimizer` says what they do."""
+
+    adamw_lr: float | Tensor | None
+    adamw_betas: tuple[float, float] | None
+    adamw_eps: float
+    adamw_weight_decay: float | None
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+    nonfinite: str
+    view: str | Sequence[str]
+    state_dtype: str | None
+    stagger: bool
+
+
+COMMON: dict[str, Any] = {
+    "adamw_lr": None,
+    "adamw_betas": None,
+    "adamw_eps": 1e-8,
+    "adamw_weight_decay": None,
+    "maximize": False,
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+    "nonfinite": "skip",
+    "view": "auto",
+    "state_dtype": None,
+    "stagger": False,
+}
+"""Keywords of every optimizer, with their defaults; each is a group key too."""
+FOREIGN = frozenset(
+    ("param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+)
+"""Keys that schedulers and trainers add to groups."""
+OWN = frozenset(("params", "lr", "weight_decay", "rule", "method", "roles", "reasons"))
+WIDE = 16384
+"""A side above which a matrix without a name is more likely an embedding."""
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> str | None:
+    """One sentence about the first unknown name, with the nearest known one; None if all known."""
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            return f"{what} {name!r} is unknown{hint}"
+    return None
+
+
+def rule_class(name: str) -> type[Rule]:
+    """The rule class that a group's ``rule`` names."""
+    if name not in RULES:
+        raise ValueError(
+            f"group key 'rule' must be 'adamw' or one of {', '.join(sorted(RULES))}, got {name!r}"
+        )
+    return RULES[name]
+
+
+def rule_of(group: Mapping[str, Any], own: type[Rule]) -> Rule | None:
+    """The rule that a group's values describe, or None for an AdamW group."""
+    name = group.get("rule")
+    if name == "adamw":
+        return None
+    cls = own if name is None else rule_class(name)
+    return cls(**{f.name: group[f.name] for f in fields(cls) if f.name in group})
+
+
+def defaults_of(cls: type[Rule]) -> dict[str, Any]:
+    """Group keys of a rule with their defaults."""
+    return {f.name: f.default for f in fields(cls)}
+
+
+def settings_of(rule: Rule) -> dict[str, Any]:
+    """A rule's fields as group values."""
+    return {f.name: getattr(rule, f.name) for f in fields(rule)}
+
+
+def read(
+    params: Any, rule: Rule, reference_key: str | None, view: str | Sequence[str] = "auto"
+) -> Any:
+    """Turn what a user passes as ``params`` into what ``torch.optim.Optimizer`` takes.
+
+    Args:
+        params: A module, named parameters, parameters, or groups.
+        rule: The optimizer's rule as its arguments set it.
+        reference_key: Group key by which the reference package marks its matrix groups.
+        view: The optimizer's view as its arguments set it.
+
+    Returns:
+        Groups, or the input itself where torch has an error text of its own for it.
+
+    Raises:
+        ValueError: If a module's weights have other views than the one given.
+    """
+    if isinstance(params, nn.Module):
+        return _from_module(params, rule, view)
+    if isinstance(params, Tensor):
+        return params
+    items = list(params)
+    if not items or not isinstance(items[0], Mapping):
+        return [{"params": items}] if items else items
+    marked = reference_key is not None and any(reference_key in group for group in items)
+    groups = []
+    for group in items:
+        group = dict(group)
+        if marked and "rule" not in group and group.get(reference_key) is None:
+            group["rule"] = "adamw"
+        groups.append(group)
+    return groups
+
+
+def _from_module(
+    model: nn.Module, own: Rule, view: str | Sequence[str] = "auto"
+) -> list[dict[str, Any]]:
+    """Groups of a classified model: one per rule, view and side, frozen parameters left out."""
+    named = dict(model.named_parameters())
+    rows = [row for row in classify(model) if row.name and named[row.name].requires_grad]
+    matrices = [row for row in rows if row.rule == "matrix"]
+    _refuse_view(view, matrices)
+    sides = _sides(matrices, own)
+    made: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        assert row.name is not None
+        matrix = row.rule == "matrix"
+        rule, cut = (own.method(), row.view) if matrix else ("adamw", "auto")
+        side = sides.get(row.name)
+        asked = {} if side is None else {"side": side}
+        group: dict[str, Any] = made.setdefault(
+            (rule, cut, side),
+            {"params": [], "rule": rule, "view": cut, "roles": [], "reasons": [], **asked},
+        )
+        group["params"].append((row.name, named[row.name]))
+        group["roles"].append(row.role)
+        group["reasons"].append(row.why)
+    return sorted(made.values(), key=lambda group: group["rule"] == "adamw")
+
+
+def _refuse_view(view: str | Sequence[str], rows: Iterable[Row]) -> None:
+    """A model has a view for every weight; one for all of them must not say something else."""
+    for row in rows if view != "auto" else ():
+        if _plain_view(view, row) != _plain_view(row.view, row):
+            raise ValueError(
+                f"view {view!r} is not that of {row.name!r} in the model, {row.view!r}; leave out "
+                "view (matrix_view, split_sizes, num_heads), or pass groups, each with its view"
+            )
+
+
+def _plain_view(view: str | Sequence[str], row: Row) -> str | Sequence[str]:
+    """Another name of a view for weights of this shape, the same for all that mean the same."""
+    if view == "auto" or (view == "flatten" and len(row.shape) == 2):
+        return "batch" if len(row.shape) <= 3 else "flatten"
+    return view
+
+
+def _sides(rows: Sequence[Row], rule: Rule) -> dict[str | None, str | tuple[str, ...]]:
+    """The field ``side`` of each matrix's group, by name, where the model tells it.
+
+    One rotation for several weights has a side for each of them: every run of weights that share it
+    has a tuple. Runs with another tuple are of another group.
+    """
+    if len(rule.members) == 1:
+        told = {row.name: short_side(row) for row in rows if asks_side(rule)}
+        return {name: side for name, side in told.items() if side is not None}
+    found: dict[str | None, str | tuple[str, ...]] = {}
+    if getattr(rule, "side", None) != "auto":
+        return found
+    for view in {row.view: None for row in rows}:
+        alike = [row for row in rows if row.view == view]
+        size = len(rule.members) or len(alike)
+        for start in range(0, len(alike), size):
+            run = alike[start : start + size]
+            side = _shared_side(run)
+            if side is not None and len(run) == size and _takes(rule, side):
+                found.update(dict.fromkeys([row.name for row in run], side))
+    return found
+
+
+def _shared_side(run: Sequence[Row]) -> str | tuple[str, ...] | None:
+    """The residual side of each of some weights, None if none is known or it is not the shortest.
+
+    Where it is not known it is the side of that length, and the rows if both are. One word says it
+    if it is the same for all.
+    """
+    cuts = [blocks(row.view, row.shape) for row in run]
+    if any(len(cut) > 1 for cut in cuts):
+        return None  # which several members cannot follow
+    sizes = [(cut[0].m, cut[0].n) for cut in cuts]
+    known = {
+        m if row.side == "rows" else n for row, (m, n) in zip(run, sizes, strict=True) if row.side
+    }
+    shared = set(sizes[0]).intersection(*sizes)
+    if not shared or known != {min(shared)}:
+        return None
+    sides = tuple(
+        row.side or ("rows" if {m} == known else "cols")
+        for row, (m, _) in zip(run, sizes, strict=True)
+    )
+    return sides if len(set(sides)) > 1 else sides[0]
+
+
+def _takes(rule: Rule, side: Any) -> bool:
+    """Whether the field ``side`` of a rule can have this value."""
+    try:
+        replace(rule, **{"side": side})
+        return True
+    except ValueError:  # sides of another kind
+        return False
+
+
+def asks_side(rule: Rule) -> bool:
+    """Whether the rule has a field ``side`` that takes "rows" and "cols" and was left at "auto".
+
+    A unit of several weights has a side for each of them, which is not for one row to say.
+    """
+    if getattr(rule, "side", None) != "auto" or len(rule.members) != 1:
+        return False
+    return _takes(rule, "rows") and _takes(rule, "cols")
+
+
+def short_side(row: Row) -> str | None:
+    """The residual side of a matrix; None if it is not known, or is the longer one.
+
+    What a rule keeps for a side has that side twice: on the longer one it costs more than the
+    weight, and no gradient has the rank to settle it.
+    """
+    cut = blocks(row.view, row.shape)
+    fits = all((b.m <= b.n) if row.side == "rows" else (b.n <= b.m) for b in cut)
+    return row.side if fits else None
+
+
+def rows_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
+    """Where each parameter of a group goes and why; ``rule`` is ``matrix`` or ``adamw``.
+
+    A pure function of the group's values, so that it can be taken again after a load or a copy.
+    """
+    names = group.get("param_names") or ()
+    roles, reasons = group.get("roles"), group.get("reasons")
+    rows = []
+    # a parameter appended to the group's list later has no name
+    for i, (p, name) in enumerate(zip_longest(group["params"], names[: len(group["params"])])):
+        row = route(name, tuple(p.shape))
+        if roles and reasons and i < len(roles):
+            row = replace(row, role=roles[i], why=reasons[i])
+        if rule is None:
+            row = replace(row, rule="adamw", why=row.why if roles else "group rule 'adamw'")
+        elif len(rule.members) > 1:
+            row = replace(row, rule="matrix", why=f"member {rule.members[i % len(rule.members)]}")
+        elif group.get("rule") is not None and p.ndim >= 2 and p.numel():
+            why = row.why if roles else f"group rule {group['rule']!r}"
+            row = replace(row, rule="matrix", why=why)
+        rows.append(row)
+    return rows
+
+
+def routed(
+    group: Mapping[str, Any], rule: Rule | None, position: int
+) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
+    """Matrices and AdamW parameters of a group, each with its flat position.
+
+    Args:
+        group: The group.
+        rule: Its rule, None for an AdamW group.
+        position: Flat position of the group's first parameter.
+    """
+    matrices: list[tuple[int, Tensor]] = []
+    vectors: list[tuple[int, Tensor]] = []
+    for j, (row, p) in enumerate(zip(rows_of(group, rule), group["params"], strict=True)):
+        (matrices if row.rule == "matrix" else vectors).append((position + j, p))
+    return matrices, vectors
+
+
+def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]]:
+    """Parameters and names of a group that torch has not read yet."""
+    params = group["params"]
+    items = [params] if isinstance(params, Tensor) else list(params)
+    given = group.get("param_names") or [None] * len(items)
+    if len(given) != len(items):
+        raise ValueError(f"param_names has {len(given)} names for {len(items)} parameters")
+    pairs = [
+        item if isinstance(item, tuple) else (name, item)
+        for name, item in zip(given, items, strict=True)
+    ]
+    return [p for _, p in pairs], [name for name, _ in pairs]
+
+
+def called(name: str | None, p: Tensor, position: int) -> str:
+    """How a message names a parameter."""
+    return f"parameter {name!r}" if name else f"parameter {position} of shape {tuple(p.shape)}"
+
+
+def check_values(group: Mapping[str, Any]) -> None:
+    """Range checks of what is not a field of the rule, with torch's texts where it has them."""
+    for key in ("lr", "adamw_lr"):
+        lr = group[key]
+        if isinstance(lr, Tensor):
+            if group["foreach"] and not group["capturable"]:
+                raise ValueError(
+                    "lr as a Tensor is not supported for capturable=False and foreach=True"
+                )
+            if lr.numel() != 1:
+                raise ValueError("Tensor lr must be 1-element")
+        if lr is not None and not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}")
+    for key in ("weight_decay", "adamw_weight_decay"):
+        if group[key] is not None and not group[key] >= 0.0:
+            raise ValueError(f"Invalid {key} value: {group[key]}")
+    if not group["adamw_eps"] >= 0.0:
+        raise ValueError(f"Invalid adamw_eps value: {group['adamw_eps']}")
+    for i, beta in enumerate(group["adamw_betas"] or ()):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid adamw_betas parameter at index {i}: {beta}")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if group["differentiable"]:
+        raise ValueError("differentiable=True is not supported; differentiate the loss instead")
+    if group["nonfinite"] not in ("skip", "raise"):
+        raise ValueError(f"nonfinite must be 'skip' or 'raise', got {group['nonfinite']!r}")
+    name = group["state_dtype"]
+    dtype: Any = getattr(torch, name, None) if isinstance(name, str) else None
+    # what cannot hold small squares makes a second moment zero, and a step of it without bound
+    wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    wide = wide and torch.finfo(dtype).tiny < 1e-30
+    if name not in (None, "int8") and not wide:
+        raise ValueError(
+            f"state_dtype must be None, 'int8' or 'bfloat16', 'float32' or 'float64', got {name!r}"
+        )
+
+
+def _check_whole(p: Tensor, text: str, method: str) -> None:
+    """Refuse weights whose matrix a wrapper has hidden."""
+    if hasattr(p, "ds_id") or hasattr(p, "ds_shape") or getattr(p, "_is_flat_param", False):
+        raise ValueError(
+            f"{text} is flattened or partitioned (DeepSpeed ZeRO or FSDP1), which hides its matrix "
+            f"from {method}; use DDP with ZeroRedundancyOptimizer, or a group with rule='adamw'"
+        )
+
+
+def check_matrix(p: Tensor, text: str, method: str) -> None:
+    """Refuse what no matrix rule can train, naming the way around."""
+    if hasattr(p, "device_mesh"):
+        raise ValueError(
+            f"{text} is a DTensor, which {method} does not shard yet; use DDP with "
+            "ZeroRedundancyOptimizer, or put it in a group with rule='adamw'"
+        )
+    _check_whole(p, text, method)
+    if p.is_complex():
+        raise RuntimeError(f"{method} does not support complex parameters; {text} is complex")
+
+
+def check_group(group: Mapping[str, Any], own: type[Rule], *, reference: bool = False) -> None:
+    """Every check of a group before torch adds it; changes nothing.
+
+    Args:
+        group: A group with all defaults filled in.
+        own: The optimizer's rule class.
+        reference: Whether the group is written in the reference package's format, in which other
+            parameters than matrices are trained by AdamW, with one warning.
+    """
+    check_values(group)
+    rule = rule_of(group, own)
+    params, names = parameters_of(group)
+    if rule is None or any(not isinstance(p, Tensor) for p in params):
+        return  # torch refuses what is no tensor, with its own text
+    method = rule.method()
+    if group["stagger"] and rule.together:
+        raise ValueError(
+            f"stagger=True does not go with {method} as set here, whose windows begin for all "
+            "weights at once; leave stagger out"
+        )
+    rows = rows_of({**group, "params": params, "param_names": names}, rule)
+    moved = []
+    for i, (p, name, row) in enumerate(zip(params, names, rows, strict=True)):
+        text = called(name, p, i)
+        if row.rule == "matrix":
+            check_matrix(p, text, method)
+            _check_shape(p, name, text, group, rule, method)
+            continue
+        _check_whole(p, text, method)
+        if reference:
+            moved.append(text)
+        elif group.get("rule") is not None:
+            _refuse_vector(p, text, method)
+    if group["capturable"] and any(row.rule == "matrix" for row in rows):
+        raise ValueError(
+            f"capturable=True is not supported by {method}; set it on AdamW groups only"
+        )
+    if moved:
+        warn_user(f"{', '.join(moved)}: no matrix, so AdamW trains it instead of {method}")
+
+
+def _refuse_vector(p: Tensor, text: str, method: str) -> None:
+    raise ValueError(
+        f"{text} has shape {tuple(p.shape)} but rule {method!r} needs matrices; move it to a group "
+        "with rule='adamw' (flattened weights, as DeepSpeed ZeRO and FSDP1 make, are no matrices)"
+    )
+
+
+def _check_shape(
+    p: Tensor, name: str | None, text: str, group: Mapping[str, Any], rule: Rule, method: str
+) -> None:
+    """The view must fit, and a very wide matrix without a name is pointed out."""
+    if p.ndim < 2 or p.numel() == 0:
+        _refuse_vector(p, text, method)
+    if len(rule.members) == 1:
+        blocks(views_of(group["view"], rule)[0], tuple(p.shape))
+    if p.ndim == 2 and max(p.shape) > WIDE and name is None and group.get("rule") is None:
+        warn_user(
+            f"{text} has a side above {WIDE} and goes to {method}; if it is an embedding or a "
+            "head, pass the model or its named_parameters(), or give it rule='adamw'"
+        )
+
+
+def warn_user(text: str) -> None:
+    """Warn at the line of the user's code that led here."""
+    level, frame = 2, sys._getframe(1)
+    package = os.path.dirname(os.path.dirname(__file__))  # the folder above _driver
+    ours = (package, os.path.dirname(torch.__file__))
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

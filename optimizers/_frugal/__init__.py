@@ -1,0 +1,1 @@
+"""How FRUGAL splits a gradient: by coordinates, by a subspace, or by blocks in turn."""

@@ -1,0 +1,140 @@
+"""Blocks of parameters that take turns: in a window some have state, the others move without."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core.rule import Dense, Member, Rule, Slot, Term
+from .._core.validation import check
+from .._driver.param_groups import called, parameters_of, rows_of
+from .._toolkit.base_optimizers import Inner
+from .._toolkit.random_keys import Draws
+from .gradient_split import Free, Way, rounded, warn_none
+
+ORDERS = ("random", "ascending", "descending", "mirror")
+
+
+@dataclass(frozen=True)
+class Turns(Way):
+    """Which of several blocks are active in which window of `gap` updates, numbered from 0.
+
+    Attributes:
+        order: ``"random"``: a new set in each window; ``"ascending"``, ``"descending"``: the next
+            ones, around the end; ``"mirror"``: as many from the front as from the back.
+        share: How many blocks are active, or their part; halves are rounded to even.
+        gap: Updates in a window.
+        seed: Decides the random sets.
+        kept: Whether a block that stays active keeps its state.
+    """
+
+    order: str
+    share: float
+    gap: int
+    seed: int
+    kept: bool
+
+    def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
+        """See :class:`Way`; only an active block has them."""
+        return inner.slots("mn")
+
+    def terms(self, w: Member, inner: Inner, t: int, free: Free) -> tuple[Term, ...]:
+        """See :class:`Way`; an active block is chosen whole, its clock starts as it becomes so."""
+        assert w.grad is not None
+        if w.t == w.held:
+            for X in w.state.values():
+                X.zero_()
+        return (Dense(inner.direction(w.state, w.grad, w.t - w.held + 1)),)
+
+    def active(self, window: int, count: int) -> frozenset[int]:
+        """The active blocks among `count`."""
+        return _active(self, window, count)
+
+    def since(self, number: int, count: int, t: int) -> int:
+        """The update since which block `number` has the state that it has at update t; or 0."""
+        window = (t - 1) // self.gap
+        if number not in self.active(window, count):
+            return 0
+        if self.kept and len(self.active(window, count)) == count:
+            return 1
+        while self.kept and window > 0 and number in self.active(window - 1, count):
+            window -= 1
+        return window * self.gap + 1
+
+
+@lru_cache(maxsize=65536)
+def _active(turns: Turns, window: int, count: int) -> frozenset[int]:
+    a = rounded(turns.share, count)
+    if a == 0 and turns.share > 0:
+        warn_none(turns.share, f"{count} blocks")
+    if turns.order == "random":
+        draw = Draws(turns.seed, (0,), window).generator(0)
+        return frozenset(torch.randperm(count, generator=draw)[:a].tolist())
+    if turns.order == "mirror":
+        check(
+            a % 2 == 0,
+            f"block_order='mirror' takes blocks in pairs, but density {turns.share} of {count} "
+            f"blocks is {a}: choose a density that gives an even number, or another order",
+        )
+        front = {(window * (a // 2) + i) % (count // 2) for i in range(a // 2)}
+        return frozenset(front | {count - 1 - i for i in front})
+    forward = {(window * a + i) % count for i in range(a)}
+    return frozenset(forward if turns.order == "ascending" else {count - 1 - i for i in forward})
+
+
+def labels_of(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[Hashable]:
+    """Which block each parameter is part of; None is a block of its own.
+
+    Args:
+        blocks: ``"tensor"``, ``"layer"`` (the first whole number in a name), or a number for each
+            parameter, -1 for none.
+        names: Their names.
+    """
+    if not isinstance(blocks, str):
+        given = len(blocks)
+        check(given == len(names), f"block_of has {given} numbers for {len(names)} parameters")
+        return [None if number < 0 else number for number in blocks]
+    if blocks == "tensor":
+        return [None] * len(names)
+    check(
+        None not in names,
+        "blocks='layer' reads layers from names: pass the model or its named_parameters()",
+    )
+    found = [re.search(r"\d+", str(name)) for name in names]
+    return [int(number[0]) if number else None for number in found]
+
+
+def number_blocks(
+    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], listed: Mapping[Tensor, int]
+) -> None:
+    """Give every group the number of each parameter's block, -1 for what AdamW trains.
+
+    Args:
+        groups: Groups as users give them.
+        defaults: Values of keys that they lack.
+        listed: Block of every tensor in the user's lists.
+
+    Raises:
+        ValueError: For a matrix that is in no list.
+    """
+    for group in groups:
+        full = {**defaults, **group}
+        other = full["rule"] not in (None, "FRUGAL")
+        if other or "block_of" in group or isinstance(group["params"], set):
+            continue
+        params, names = parameters_of(group)
+        # any rule with one member: what counts is whether it is a matrix's
+        rows = rows_of({**full, "params": params, "param_names": names}, Rule())
+        group["block_of"] = tuple(listed.get(p, -1) for p in params)
+        for i, (row, number) in enumerate(zip(rows, group["block_of"], strict=True)):
+            check(
+                row.rule != "matrix" or number >= 0,
+                f"{called(names[i], params[i], i)} is in none of the lists of blocks; add it to "
+                "one, or give it a group with rule='adamw'",
+            )

@@ -1,0 +1,1 @@
+"""LoRA pairs and triples: finding them, their algebra, and what SwitchLoRA exchanges."""

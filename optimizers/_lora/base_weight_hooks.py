@@ -1,0 +1,194 @@
+"""What the frozen weights under LoRA pairs tell about their gradient, by hooks.
+
+A factor's gradient shows a part of G only. Whoever wants row and column energies of all of it has
+to let autograd form G: each base weight gets a gradient, which a hook reads and drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .._core.validation import check
+from .._driver.param_groups import parameters_of
+from .._driver.views import Block, blocks
+from .._toolkit.moments import column_squares
+from .pair_groups import KINDS, PairOptimizer, lora_param_groups
+
+__all__ = ["BaseWeights", "WatchingOptimizer"]
+
+
+class BaseWeights:
+    """Hooks that leave row and column sums of G*G in the state of pairs.
+
+    Args:
+        source: The model, or groups of triples ``[A, B, W0, ...]``, as ``pairs_to_groups`` makes.
+        pairs: {A: B} of those that are wanted.
+        optimizer: Whose ``state[A]["seen"]`` and ``state[B]["seen"]`` the sums go to.
+        reduce: None, or what averages a vector over processes, in place.
+
+    Raises:
+        ValueError: If a wanted pair has no base weight there, or one that trains.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module | Iterable[Mapping[str, Any]],
+        pairs: Mapping[Tensor, Tensor],
+        optimizer: Optimizer,
+        reduce: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        self._optimizer, self._reduce = optimizer, reduce  # its state is replaced when it loads
+        self._above: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
+        self._blocks: dict[Tensor, Block] = {}
+        self._times: dict[Tensor, int] = {}  # by W0: backward passes since the last step
+        self._base: dict[Tensor, Tensor] = {}
+        for A, B, W, view in _triples(source):
+            if pairs.get(A) is B:
+                check(
+                    not W.requires_grad,
+                    f"a base weight of shape {tuple(W.shape)} trains; freeze it, or use another "
+                    "kind of stats",
+                )
+                self._above.setdefault(W, []).append((A, B))
+                self._blocks[W], self._base[A] = blocks(view, tuple(W.shape))[0], W
+        for A in pairs:
+            check(
+                A in self._base,
+                f"the pair whose A has shape {tuple(A.shape)} has no base weight here; give the "
+                "model, or pairs_to_groups([(A, B, W0), ...])",
+            )
+        for W in self._above:
+            W.requires_grad_(True)
+        self._handles = [
+            W.register_post_accumulate_grad_hook(self._look)  # type: ignore[no-untyped-call]
+            for W in self._above
+        ]
+
+    def _look(self, W: Tensor) -> None:
+        """After each backward pass: the mean of the sums so far; the gradient is dropped."""
+        assert W.grad is not None
+        G, W.grad = self._blocks[W].take(W.grad), None
+        G = G if G.dtype == torch.float64 else G.float()
+        k = self._times[W] = self._times.get(W, 0) + 1
+        columns, rows = column_squares(G), column_squares(G.mT).mT
+        for A, B in self._above[W]:
+            for p, x in ((A, columns), (B, rows)):
+                seen = self._optimizer.state[p]["seen"]
+                seen.lerp_(x.view_as(seen).to(seen.dtype), 1 / k)
+
+    def knows(self, A: Tensor) -> bool:
+        """Whether a backward pass has come by since the last step."""
+        return self._base.get(A) in self._times
+
+    def average(self) -> None:
+        """Average what was seen over processes."""
+        if self._reduce is not None:
+            seen = self._seen()
+            flat = torch.cat([x.flatten() for x in seen])
+            self._reduce(flat)
+            for x, part in zip(seen, torch.split(flat, [x.numel() for x in seen]), strict=True):
+                x.copy_(part.view_as(x))
+
+    def clear(self) -> None:
+        """Begin anew: the step has been made, or left out."""
+        self._times.clear()
+        torch._foreach_zero_(self._seen())
+
+    def remove(self) -> None:
+        """Take the hooks away; base weights need no gradient again."""
+        for handle in self._handles:
+            handle.remove()
+        for W in self._above:
+            W.requires_grad_(False)
+
+    def _seen(self) -> list[Tensor]:
+        pairs = [pair for above in self._above.values() for pair in above]
+        return [self._optimizer.state[p]["seen"] for pair in pairs for p in pair]
+
+
+class WatchingOptimizer(PairOptimizer):
+    """An optimizer of pairs whose groups may take statistics from base weights.
+
+    Those with ``stats="exact"`` do; their rule finds the mean sums of G*G of this step in ``seen``.
+    """
+
+    _base: BaseWeights | None = None
+
+    def watch(self, source: Any, reduce: Callable[[Tensor], Any] | None = None) -> None:
+        """Let the base weights of ``stats="exact"`` have gradients, which hooks read and drop.
+
+        Costs for each such weight of m x n and N tokens 2 N m n operations more in the backward
+        pass, and one gradient of m x n, which is gone before the next one comes. Call it after
+        parameters were gathered for this or another optimizer, after wrappers and copies, and
+        again after loading into a new optimizer. Squares are averaged over the backward passes
+        between two steps. What scales gradients afterwards, as a GradScaler or clipping does, is
+        not seen, so a constant scale changes what lr means.
+
+        Args:
+            source: The model, or ``pairs_to_groups([(A, B, W0), ...], scale=...)``.
+            reduce: For data parallelism: averages a vector over processes, in place.
+
+        Raises:
+            ValueError: If a pair's base weight is not there, or trains.
+        """
+        self.unwatch()
+        self.init_state()
+        self._base = BaseWeights(source, self._exact(), self, reduce)
+
+    def unwatch(self) -> None:
+        """Take the hooks away; the base weights are frozen again."""
+        if self._base is not None:
+            self._base.remove()
+        self._base = None
+
+    def _exact(self) -> dict[Tensor, Tensor]:
+        """{A: B} of pairs whose statistics come from base weights."""
+        own = [
+            g["params"]
+            for g in self.param_groups
+            if g["rule"] in (None, self._own.method()) and g["stats"] == "exact"
+        ]
+        return {A: B for params in own for A, B in zip(params[::2], params[1::2], strict=True)}
+
+    def _update(self) -> None:
+        exact, base = self._exact(), self._base
+        if not exact:
+            return super()._update()
+        for i, (A, B) in enumerate(exact.items()):
+            if A.grad is not None or B.grad is not None:
+                if base is None or not base.knows(A):
+                    raise RuntimeError(
+                        f"stats='exact' has seen no gradient of the base weight of pair {i}; call "
+                        "optimizer.watch(model) once before the first backward pass"
+                    )
+        try:
+            if base is not None:
+                base.average()
+            super()._update()
+        finally:
+            if base is not None:
+                base.clear()
+
+
+def _triples(
+    source: nn.Module | Iterable[Mapping[str, Any]],
+) -> Iterable[tuple[Tensor, Tensor, Tensor, str]]:
+    """(A, B, W0, the view of W0) of all pairs."""
+    if isinstance(source, nn.Module):
+        source = lora_param_groups(
+            source, scale=1.0, kinds=KINDS, base_weight=True, unpaired="fallback"
+        )
+    for group in source:
+        if group.get("rule") == "adamw":
+            continue
+        params, view = parameters_of(group)[0], group.get("view", "auto")
+        check(len(params) % 3 == 0, "base weights are read from triples [A, B, W0, ...]")
+        last = view if isinstance(view, str) else view[2]
+        for i in range(0, len(params), 3):
+            A, B, W = params[i : i + 3]
+            yield A, B, W, last

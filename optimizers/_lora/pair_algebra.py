@@ -1,0 +1,141 @@
+"""The algebra of LoRA pairs: Grams of the factors, damped inverses, and carrying a momentum along.
+
+A step dA of one factor moves W = W0 + s B A by s B dA, so what a pair's formulas solve is
+
+    min_D |s X D - Y|^2 + s^2 delta |D|^2,   D = (X^T X + delta I)^-1 X^T Y / s,
+
+with X the other factor (B, or A^T for the transposed problem). Everything that is not a product
+with a factor is r x r, and all functions take stacks: (K, m, r) and (K, r, r).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...kernels import product
+
+__all__ = [
+    "alive",
+    "applied",
+    "cross_gram",
+    "damped",
+    "damped_inverse",
+    "gram",
+    "times",
+    "transport",
+    "unbiased",
+]
+
+FLOOR = 4.0
+"""Least damping in units of r * eps * mean eigenvalue, about the round-off of a Gram matrix."""
+SAFE = 256.0
+"""The same where Cholesky's factorisation fails."""
+
+
+def gram(X: Tensor, weight: Tensor | None = None) -> Tensor:
+    """X^T X, or X^T diag(weight) X.
+
+    Args:
+        X: (K, m, r).
+        weight: None, or (K, m, 1).
+
+    Returns:
+        (K, r, r).
+    """
+    return product(X.mT, X if weight is None else X * weight)
+
+
+def cross_gram(X: Tensor, Y: Tensor) -> Tensor:
+    """X^T Y of two (K, m, r): how the columns of Y look in those of X. (K, r, r)."""
+    return product(X.mT, Y)
+
+
+def applied(T: Tensor, M: Tensor) -> Tensor:
+    """T M for T (K, r, r) and M (K, r, n), laid out as M is, so that nothing is turned."""
+    return times(M.mT, T.mT).mT
+
+
+def alive(S: Tensor) -> Tensor:
+    """Whether each Gram matrix (K, r, r) is not zero, as (K, 1, 1)."""
+    return (S.diagonal(dim1=-2, dim2=-1).amax(-1) > 0).view(-1, 1, 1)
+
+
+def damped(S: Tensor, delta: float, relative: float = 0.0, least: float = 0.0) -> Tensor:
+    """S + d I, d = delta + relative * mean eigenvalue, at least `least` of it: a new tensor."""
+    K = S.clone()
+    diagonal = K.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    diagonal.add_(torch.maximum(delta + relative * mean, least * mean))
+    return K
+
+
+def damped_inverse(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
+    """(S + (delta + relative * mean eigenvalue) I)^-1 by Cholesky; zero where S is zero.
+
+    Damping is never below the round-off of the Gram matrix, so that a singular one does not fill
+    the result with noise, and more where the factorisation fails; no device is waited for.
+
+    Args:
+        S: (K, r, r), symmetric, no negative eigenvalues beyond round-off.
+        delta: Absolute damping.
+        relative: Damping relative to the mean eigenvalue.
+
+    Returns:
+        (K, r, r).
+    """
+    some, unit = alive(S), S.shape[-1] * torch.finfo(S.dtype).eps
+    K = damped(S, delta, relative, FLOOR * unit)
+    eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device).expand_as(K)
+    K = torch.where(some, K, eye)
+    L, info = torch.linalg.cholesky_ex(K)
+    if K.device.type != "cpu" or bool(info.any()):
+        safe, _ = torch.linalg.cholesky_ex(
+            torch.where(some, damped(S, delta, relative, SAFE * unit), eye)
+        )
+        L = torch.where((info != 0).view(-1, 1, 1), safe, L)
+    return inverse_from(L) * some
+
+
+def inverse_from(L: Tensor, at_once: bool | None = None) -> Tensor:
+    """(L L^T)^-1 of lower triangular factors L (K, r, r).
+
+    Args:
+        L: The factors.
+        at_once: Whether by one triangular solve and one product for all of them; None: on an
+            accelerator, where torch launches a Cholesky solve for one matrix after the other.
+    """
+    eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    if not (L.device.type != "cpu" if at_once is None else at_once):
+        return torch.cholesky_solve(eye, L)
+    Y = torch.linalg.solve_triangular(L, eye, upper=False)
+    return product(Y.mT, Y)
+
+
+def transport(S: Tensor, inverse: Tensor, C: Tensor) -> Tensor:
+    """What carries a momentum M of X_old D over to X: M <- T M is the nearest in W-space.
+
+    Where X has not moved T is I exactly: damping would shrink M step by step.
+
+    Args:
+        S: X^T X, (K, r, r).
+        inverse: (S + delta I)^-1.
+        C: X^T X_old.
+
+    Returns:
+        T = inverse C, (K, r, r).
+    """
+    still = (S == C).all(-1, keepdim=True).all(-2, keepdim=True)
+    eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    return torch.where(still, eye, product(inverse, C))
+
+
+def unbiased(count: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+    """1 / (1 - beta^count) for counts (K, 1, 1) that live on the device; 1 / (1 - beta) for 0."""
+    return (1 / (1 - beta ** count.clamp(min=1).double())).to(dtype)
+
+
+def times(X: Tensor, K: Tensor) -> Tensor:
+    """X K of X (K, m, r) and K (K, r, r), a new tensor laid out as X is."""
+    turned = X.stride(-1) != 1 and X.stride(-2) == 1
+    return product(K.mT, X.mT).mT if turned else product(X, K)

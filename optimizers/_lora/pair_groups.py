@@ -1,0 +1,503 @@
+"""LoRA pairs: which factors of a model belong together, their scales, and the groups they form.
+
+A layer with a pair has the weight W = W0 + s B A: A is (r, n), B is (m, r), s a number that its
+module knows. Nothing here needs peft; names and attributes are enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._core.rule import Rule
+from .._core.validation import check
+from .._driver.optimizer import StackedOptimizer
+from .._driver.param_groups import called, parameters_of, warn_user
+
+__all__ = ["LoRARule", "PairOptimizer", "lora_param_groups", "pairs_to_groups"]
+
+KINDS = ("linear", "conv", "embedding", "expert")
+OTHER = {
+    "lora_A": "lora_B",
+    "lora_B": "lora_A",
+    "lora_embedding_A": "lora_embedding_B",
+    "lora_embedding_B": "lora_embedding_A",
+}
+FIRST = ("lora_A", "lora_embedding_A")
+
+Scale = float | Mapping[str, float] | Callable[[str], float] | None
+
+
+@dataclass(frozen=True)
+class LoRARule(Rule, abstract=True):
+    """A rule on pairs A (r, n), B (m, r), flat in their group, of W = W0 + scale B A."""
+
+    members = ("A", "B")
+    scale: float | None = None
+    lr_ratio_b: float | None = None
+
+    def __post_init__(self) -> None:
+        check(
+            self.scale is None or _is_scale(self.scale),
+            f"scale must be a positive finite number, got {self.scale!r}",
+        )
+        check(
+            self.lr_ratio_b is None or self.lr_ratio_b >= 0.0,
+            f"lr_ratio_b must not be negative, got {self.lr_ratio_b!r}",
+        )
+
+    @property
+    def s(self) -> float:
+        """The scale; the optimizer has seen to it that there is one."""
+        return 1.0 if self.scale is None else self.scale
+
+    @property
+    def ratio_b(self) -> float:
+        """By what the learning rate of B is multiplied."""
+        return 1.0 if self.lr_ratio_b is None else self.lr_ratio_b
+
+
+class PairOptimizer(StackedOptimizer):
+    """What optimizers of LoRA pairs share: how pairs reach them, and the checks of a group.
+
+    Args:
+        params: A module, which goes through :func:`lora_param_groups`; its named parameters, which
+            do so too and need ``scale``; or groups, of which those without ``rule="adamw"`` hold
+            ``[A1, B1, A2, B2, ...]`` and a ``scale``.
+        rule: The method; a third member is the base weight.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        scale: The scale of pairs whose group or module names none.
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        rule: LoRARule,
+        lr: Any,
+        weight_decay: float = 0.0,
+        *,
+        scale: Scale = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(_read(params, rule, scale), rule, lr, weight_decay, **options)
+
+    def _prepared(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+        """Check pair by pair before the driver checks the rest."""
+        if isinstance(param_group, dict) and isinstance(param_group.get("params"), (list, tuple)):
+            full = {**self.defaults, **param_group}
+            if full["rule"] in (None, self._own.method()):
+                _check_group(full, len(self._own.members))
+        return super()._prepared(param_group)
+
+
+def _read(params: Any, rule: LoRARule, scale: Scale) -> Any:
+    """Groups from a module or its named parameters; groups and torch's errors as they are."""
+    base = len(rule.members) == 3
+    if isinstance(params, nn.Module):
+        return lora_param_groups(params, scale=scale, base_weight=base)
+    if isinstance(params, Tensor):
+        return params
+    items = list(params)
+    if items and isinstance(items[0], tuple):
+        return lora_param_groups(items, scale=scale, base_weight=base)
+    if items and isinstance(items[0], Tensor):
+        raise ValueError(
+            f"{rule.method()} cannot tell which of these tensors are pairs; pass the model, "
+            "lora_param_groups(model) or pairs_to_groups([(A1, B1), ...], scale=...)"
+        )
+    if isinstance(scale, (int, float)):
+        items = [
+            {"scale": scale, **group}
+            if isinstance(group, Mapping) and group.get("rule") in (None, rule.method())
+            else group
+            for group in items
+        ]
+    return items
+
+
+def _check_group(group: Mapping[str, Any], size: int) -> None:
+    """Cut a group in pairs (triples) and look at each."""
+    params, names = parameters_of(group)
+    wanted = "[A1, B1, A2, B2, ...]" if size == 2 else "[A1, B1, W1, A2, B2, W2, ...]"
+    check(
+        len(params) % size == 0,
+        f"a group of LoRA pairs needs {wanted} (triples with the base weight), "
+        f"got {len(params)} parameters",
+    )
+    if not all(isinstance(p, Tensor) for p in params):
+        return  # torch refuses what is no tensor, with its own text
+    check(_is_scale(group.get("scale")), _no_scale(group.get("scale")))
+    texts = [called(name, p, i) for i, (name, p) in enumerate(zip(names, params, strict=True))]
+    views = group["view"]
+    turned = not isinstance(views, str) and [*views[:2]] == ["transposed", "transposed"]
+    for i in range(0, len(params), size):
+        A, B = params[i : i + 2]
+        sides = (A.mT, B.mT) if (turned or views == "transposed") and A.ndim > 1 else (A, B)
+        _check_pair(*sides, *texts[i : i + 2])
+
+
+# the pairs of a model -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Two names that differ in one component, lora_A and lora_B."""
+
+    module: str
+    adapter: str | None
+    embedding: bool
+    a: str
+    b: str
+
+
+def _counterparts(name: str) -> Iterator[tuple[str, int, str]]:
+    """What the other factor of this parameter may be called: by the last such component first."""
+    parts = name.split(".")
+    for i in reversed(range(len(parts))):
+        if parts[i] in OTHER:
+            yield ".".join([*parts[:i], OTHER[parts[i]], *parts[i + 1 :]]), i, parts[i]
+
+
+def _find(names: Iterable[str]) -> tuple[list[_Found], dict[str, str]]:
+    """Pairs in the order of their A, and names without a counterpart with what that would be."""
+    known = dict.fromkeys(names)
+    found: list[_Found] = []
+    taken: set[str] = set()
+    lonely: dict[str, str] = {}
+    for name in known:
+        options = list(_counterparts(name))
+        if not options or name in taken:
+            continue
+        matches = [(other, i, word) for other, i, word in options if other in known]
+        if not matches:
+            lonely[name] = OTHER[options[0][2]]
+            continue
+        other, i, word = matches[0]
+        a, b = (name, other) if word in FIRST else (other, name)
+        taken |= {a, b}
+        parts, embedding = name.split("."), "embedding" in word
+        suffix = parts[i + 1 :]
+        if suffix[-1:] == ["weight"] and not embedding:
+            suffix = suffix[:-1]
+        adapter = ".".join(suffix) or None
+        found.append(_Found(".".join(parts[:i]), adapter, embedding, a, b))
+    order = {name: i for i, name in enumerate(known)}
+    return sorted(found, key=lambda pair: order[pair.a]), lonely
+
+
+def lora_param_groups(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+    *,
+    scale: Scale = None,
+    adapter: str | None = None,
+    kinds: Sequence[str] = ("linear", "conv", "expert"),
+    fallback: Mapping[str, Any] | None = None,
+    base_weight: bool = False,
+    unpaired: str = "error",
+    lr: float | None = None,
+    lr_ratio_b: float | None = None,
+    **group_options: Any,
+) -> list[dict[str, Any]]:
+    """Parameter groups of a model with LoRA factors: pairs by scale, and AdamW for the rest.
+
+    Pairs are found by name: two parameters whose names differ in one component, ``lora_A`` and
+    ``lora_B`` (``lora_embedding_A``, ``lora_embedding_B``), in whatever order they come. So models
+    of peft, with DoRA, rsLoRA, convolutions, embeddings, several adapters or ``modules_to_save``,
+    and plain modules with such attributes are read alike. Call it after adapters are injected.
+
+    Args:
+        model: A module, or its named parameters, of which only names are used.
+        scale: s of W = W0 + s B A. None reads ``scaling`` of the module that owns the pair, a
+            number or a dict by adapter; a number is taken for all, a dict by the longest prefix of
+            the module's name, a callable is asked with the module's name.
+        adapter: Name of the only adapter to pair; None: all that train. Two adapters of a module
+            are two pairs.
+        kinds: Which pairs are wanted of ``"linear"``, ``"conv"``, ``"expert"`` (factors stacked in
+            three dimensions) and ``"embedding"``; others go with the rest.
+        fallback: Keys of the group of the rest, such as its ``lr``.
+        base_weight: Whether groups hold triples ``[A, B, W0]``.
+        unpaired: What becomes of a trainable factor without its other: ``"error"``, or
+            ``"fallback"`` for AdamW.
+        lr: Learning rate of pairs; None: the optimizer's.
+        lr_ratio_b: Multiplies the learning rate of B; None: 1.
+        **group_options: More keys for every group of pairs.
+
+    Returns:
+        Groups for a method of pairs: one for each scale and view, then ``rule="adamw"`` for every
+        other trainable parameter. A pair with one frozen factor is a pair; only the other moves.
+
+    Raises:
+        ValueError: If there is no pair, no scale, or factors that do not fit.
+        TypeError: If ``base_weight`` meets a quantised weight.
+        NotImplementedError: For factors that are DTensors.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import lora_param_groups
+        >>> class LoRA(torch.nn.Linear):
+        ...     def __init__(self, n, m, r=4, alpha=8):
+        ...         super().__init__(n, m)
+        ...         self.weight.requires_grad_(False)
+        ...         self.lora_A = torch.nn.Parameter(torch.randn(r, n))
+        ...         self.lora_B = torch.nn.Parameter(torch.zeros(m, r))
+        ...         self.scaling = alpha / r
+        >>> pairs, rest = lora_param_groups(torch.nn.Sequential(LoRA(6, 5), LoRA(5, 4)))
+        >>> [name for name, _ in pairs["params"]], pairs["scale"]
+        (['0.lora_A', '0.lora_B', '1.lora_A', '1.lora_B'], 2.0)
+        >>> [name for name, _ in rest["params"]], rest["rule"]
+        (['0.bias', '1.bias'], 'adamw')
+    """
+    unknown = set(kinds) - {*KINDS}
+    check(not unknown, f"kinds must be among {KINDS}, got {sorted(unknown)}")
+    check(
+        unpaired in ("error", "fallback"),
+        f"unpaired must be 'error' or 'fallback', got {unpaired!r}",
+    )
+    modules: dict[str, nn.Module] = {}
+    named: dict[str, Tensor]
+    if isinstance(model, nn.Module):
+        named = {**dict(model.named_parameters(remove_duplicate=False))}
+        modules = dict(model.named_modules(remove_duplicate=False))
+    else:
+        named = dict(model)
+    found, lonely = _find(named)
+    for name, other in lonely.items():
+        if named[name].requires_grad and unpaired == "error":
+            raise ValueError(
+                f"'{name}' has no matching {other}; rename it, freeze it or pass "
+                "unpaired='fallback'"
+            )
+    pairs: list[tuple[Any, ...]] = []
+    views: list[list[str]] = []
+    used: dict[int, tuple[int, int]] = {}
+    for pair in found:
+        A, B = named[pair.a], named[pair.b]
+        if not (A.requires_grad or B.requires_grad) or adapter not in (None, pair.adapter):
+            continue
+        owner = modules.get(pair.module)
+        kind, view = _kind(A, B, pair.a, pair.b, pair.embedding)
+        base = getattr(owner, "base_layer", owner)
+        if kind == "conv" and getattr(base, "groups", 1) != 1:
+            warn_user(f"'{pair.a}' belongs to a convolution in groups, which is no pair: AdamW")
+            continue
+        if kind not in kinds:
+            continue
+        mine = (id(A), id(B))
+        if mine in used.values():
+            continue  # a tied module, reached by another name
+        for p, name in ((A, pair.a), (B, pair.b)):
+            check(id(p) not in used, f"'{name}' is shared by two pairs; give each its own factors")
+        used.update(dict.fromkeys(mine, mine))
+        s = _scale_of(scale, owner, pair)
+        members: tuple[Any, ...] = ((pair.a, A), (pair.b, B))
+        if (
+            pair.embedding
+        ):  # the table is (V, d): its pair is A^T (V, r), which starts at 0, and B^T
+            members = members[::-1]
+        if base_weight:
+            members = (*members, _base(owner, base, pair))
+            view = [
+                *view,
+                "transposed" if _turned(owner, base) else "flatten" if kind == "conv" else "auto",
+            ]
+        pairs.append((*members, s))
+        views.append(view)
+    if not pairs:
+        raise ValueError(
+            "no trainable lora_A/lora_B pair found; pass (A, B) tuples or check that the adapter "
+            "is active"
+        )
+    if base_weight:
+        group_options = {"rule": "SwitchLoRA", **group_options}
+    made = _groups(pairs, views, lr, lr_ratio_b, group_options)
+    rest = {
+        id(p): (name, p)
+        for name, p in reversed(named.items())
+        if p.requires_grad and id(p) not in used
+    }
+    if rest:
+        own = dict(fallback or {})
+        if "betas" not in own:
+            own.setdefault("adamw_betas", (0.9, 0.999))
+        made.append({"params": [*rest.values()][::-1], "rule": "adamw", **own})
+    return made
+
+
+def pairs_to_groups(
+    pairs: Iterable[Sequence[Any]],
+    scale: float | None = None,
+    *,
+    lr: float | None = None,
+    lr_ratio_b: float | None = None,
+    **group_options: Any,
+) -> list[dict[str, Any]]:
+    """Parameter groups of factors that are known as such, one group for each scale and view.
+
+    Args:
+        pairs: ``(A, B)`` or ``(A, B, s)``, with the base weight ``(A, B, W0)`` or
+            ``(A, B, W0, s)``; a factor may be ``(name, tensor)``. A is (r, n) and B (m, r), both
+            stacked in a first dimension, or those of a convolution.
+        scale: s of W = W0 + s B A where a pair names none.
+        lr: Learning rate of pairs; None: the optimizer's.
+        lr_ratio_b: Multiplies the learning rate of B; None: 1.
+        **group_options: More keys for every group.
+
+    Returns:
+        Groups of a method of pairs.
+
+    Raises:
+        ValueError: If a pair has no scale or its factors do not fit.
+    """
+    made: list[tuple[Any, ...]] = []
+    views: list[list[str]] = []
+    used: set[int] = set()
+    for i, given in enumerate(pairs):
+        *members, last = given
+        s = scale
+        if isinstance(last, (Tensor, tuple)):
+            members.append(last)
+        else:
+            s = last
+        check(
+            len(members) in (2, 3),
+            f"pair {i} must be (A, B), (A, B, scale), (A, B, W0) or (A, B, W0, scale), "
+            f"got {len(given)} entries",
+        )
+        check(_is_scale(s), _no_scale(s))
+        tensors = [p[1] if isinstance(p, tuple) else p for p in members]
+        names = [
+            f"'{p[0]}'" if isinstance(p, tuple) else f"{letter} of pair {i}"
+            for p, letter in zip(members, ("A", "B", "W0"), strict=False)
+        ]
+        _, view = _kind(*tensors[:2], *names[:2])
+        for p, name in zip(tensors, names, strict=True):
+            check(id(p) not in used, f"{name} is shared by two pairs; give each its own factors")
+            used.add(id(p))
+        made.append((*members, s))
+        views.append([*view, *view[:1]][: len(members)])
+    if not made:
+        raise ValueError(
+            "no trainable lora_A/lora_B pair found; pass (A, B) tuples or check that the adapter "
+            "is active"
+        )
+    return _groups(made, views, lr, lr_ratio_b, group_options)
+
+
+def _groups(
+    pairs: Sequence[tuple[Any, ...]],
+    views: Sequence[list[str]],
+    lr: float | None,
+    lr_ratio_b: float | None,
+    options: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """One group for each scale and view, in order of their first pairs."""
+    shared = {"lr": lr, "lr_ratio_b": lr_ratio_b}
+    given = {key: value for key, value in shared.items() if value is not None}
+    made: dict[Any, dict[str, Any]] = {}
+    for (*members, s), view in zip(pairs, views, strict=True):
+        same = view[0] if len(set(view)) == 1 else view
+        key = (float(s), tuple(view))
+        group = made.setdefault(
+            key, {"params": [], "scale": float(s), "view": same, **given, **options}
+        )
+        group["params"] += members
+    return [*made.values()]
+
+
+# checks and what modules tell ---------------------------------------------------------------------
+
+
+def _is_scale(s: Any) -> bool:
+    return isinstance(s, (int, float)) and not isinstance(s, bool) and 0 < s < math.inf
+
+
+def _no_scale(s: Any) -> str:
+    return f"scale must be a positive finite number, got {s!r}; it is alpha / r of the adapter"
+
+
+def _kind(A: Tensor, B: Tensor, a: str, b: str, embedding: bool = False) -> tuple[str, list[str]]:
+    """What kind of pair two factors are, and their views; refuses what is none."""
+    _check_pair(A, B, a, b)
+    if embedding:
+        return "embedding", ["transposed", "transposed"]
+    if _is_conv(A, B):
+        return "conv", ["flatten", "flatten"]
+    return ("linear" if A.ndim == 2 else "expert"), ["auto", "auto"]
+
+
+def _is_conv(A: Tensor, B: Tensor) -> bool:
+    point = all(side == 1 for side in B.shape[2:])
+    return A.ndim == B.ndim > 2 and point and A.shape[0] == B.shape[1]
+
+
+def _check_pair(A: Tensor, B: Tensor, a: str, b: str) -> None:
+    """Refuse factors that do not belong together, with what to do."""
+    for p, name in ((A, a), (B, b)):
+        if hasattr(p, "device_mesh"):
+            raise NotImplementedError(
+                f"{name}: factors must be whole tensors on each rank; gather them or exclude them"
+            )
+        if p.is_complex():
+            raise RuntimeError(f"complex parameters are not supported: {name}")
+    if _is_conv(A, B):
+        A, B = A.flatten(1), B.flatten(1)
+    stacked = A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0]
+    for p, name in ((A, a), (B, b)):
+        check(
+            p.ndim == 2 or stacked,
+            f"expected 2-D (or conv 4-D, expert 3-D) factors, got {tuple(p.shape)} for {name}",
+        )
+    r, n, m = A.shape[-2], A.shape[-1], B.shape[-2]
+    if B.shape[-1] != r:
+        hint = "; swapped order?" if n == m else ""
+        raise ValueError(f"rank mismatch: {a} has r={r} but {b} has r={B.shape[-1]}{hint}")
+    check(A.device == B.device, f"{a} is on {A.device} but {b} on {B.device}; keep a pair together")
+    if r > min(m, n):
+        warn_user(
+            f"{a} has r={r} > min(m, n)={min(m, n)}: Gram matrices are singular, damping is used"
+        )
+
+
+def _scale_of(scale: Scale, owner: nn.Module | None, pair: _Found) -> float:
+    """The scale of one pair, from where the caller says."""
+    found: Any = scale
+    if scale is None:
+        found = getattr(owner, "scaling", None)
+        if isinstance(found, Mapping):
+            found = found.get(pair.adapter)
+        if isinstance(found, Tensor) and found.numel() == 1:
+            found = float(found)
+    elif isinstance(scale, Mapping):
+        fitting = [
+            prefix for prefix in scale if f"{pair.module}.".startswith(f"{prefix}.") or not prefix
+        ]
+        found = scale[max(fitting, key=len)] if fitting else None
+    elif callable(scale):
+        found = scale(pair.module)
+    where = f"module '{pair.module}' tells none, so pass scale=alpha/r"
+    check(_is_scale(found), f"scale must be a positive finite number, got {found!r} ({where})")
+    return float(found)
+
+
+def _base(owner: Any, base: Any, pair: _Found) -> tuple[str, Tensor]:
+    """The weight under a pair, by name."""
+    W = getattr(base, "weight", None)
+    if not isinstance(W, Tensor):
+        raise ValueError(f"module '{pair.module}' has no base weight; pass (A, B, W0) tuples")
+    if not W.is_floating_point() or hasattr(W, "quant_state"):
+        raise TypeError(
+            f"base weight of '{pair.module}' is quantised; SwitchLoRA needs a floating point weight"
+        )
+    path = [pair.module, "" if base is owner else "base_layer", "weight"]
+    return ".".join(filter(None, path)), W
+
+
+def _turned(owner: nn.Module | None, base: nn.Module | None) -> bool:
+    """Whether the base weight is stored (in, out), as GPT-2's Conv1D does."""
+    return bool(getattr(owner, "fan_in_fan_out", False)) or type(base).__name__ == "Conv1D"

@@ -1,0 +1,198 @@
+"""Exchanging vectors of LoRA factors: the schedule, what W0 takes over, initialisation, export.
+
+W = W0 + s B A, with row i of A and column i of B each other's counterpart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._core.rule import Factored, Member
+from .._core.validation import check
+from .._driver.param_groups import called, parameters_of
+from .._driver.views import blocks
+from .._driver.write import write_
+
+if TYPE_CHECKING:
+    from .._driver.buckets import Plan
+
+__all__ = [
+    "check_triples",
+    "exchange_",
+    "fold_",
+    "forget_",
+    "merged",
+    "spreads",
+    "switch_rate",
+    "switchlora_init_",
+]
+
+
+def switch_rate(t: int, horizon: float) -> float:
+    """0.3^(t / horizon), never below 1e-8: by what update t (from 1) slows switching down."""
+    return max(math.pow(0.3, t / horizon), 1e-8)
+
+
+def exchange_(
+    A: Tensor, B: Tensor, I: Tensor, C: Tensor, J: Tensor, D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A[I] <- C, then B[:, J] <- D^T, in place, and what the product loses by it.
+
+    Args:
+        A: (r, n).
+        B: (m, r).
+        I: (k,) rows of A that leave; J may name the same.
+        C: (k, n) vectors that enter.
+        J: (l,) columns of B that leave.
+        D: (l, m) vectors that enter, as rows.
+
+    Returns:
+        P (m, k + l) and N (k + l, n) with (B A before) = (B A after) + P N, at least float32.
+    """
+    work = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    old, kept = A[I].to(work), B[:, I].to(work)
+    A[I] = C
+    gone = B[:, J].to(work)
+    B[:, J] = D.mT
+    P = torch.cat([kept, gone - D.mT.to(work)], 1)
+    return P, torch.cat([old - C.to(work), A[J].to(work)])
+
+
+def fold_(W: Tensor, P: Tensor, N: Tensor, s: float) -> None:
+    """W (m, n) <- W + s P N, panel by panel in at least float32 and rounded once."""
+    m, n = W.shape
+    w = Member(None, lambda: W, {}, t=0, refreshed=0, m=m, n=n, indices=(0,))
+    write_(W[None], w.step(Factored(P[None], N[None]), scale=-s), 1.0, 0.0)
+
+
+def forget_(w: Member, j: int, at: Tensor, freeze: int) -> None:
+    """Vectors `at` of matrix j lose what they learned beside their old counterparts, and freeze."""
+    to = {"exp_avg": 0, "exp_avg_sq": 0, "count": 0, "frozen": max(freeze, 0)}
+    for key, value in to.items():
+        X = w.state[key][j]
+        X.index_fill_(w.number, at.to(X.device), value)
+
+
+# initialisation -----------------------------------------------------------------------------------
+
+
+def spreads(m: int, n: int, r: int, s: float) -> tuple[float, float]:
+    """Standard deviations of the entries of A and of B.
+
+    So that s B A has entries as ``torch.nn.Linear`` draws them, gain / sqrt(n) with gain
+    1 / sqrt(3), and a step of A changes W as much as a step of B.
+    """
+    both = math.sqrt(1 / (math.sqrt(3) * s * math.sqrt(r * n)))
+    return both * (m / n) ** 0.125, both * (n / m) ** 0.125
+
+
+@torch.no_grad()
+def switchlora_init_(
+    W0: Tensor, A: Tensor, B: Tensor, scale: float, generator: torch.Generator | None = None
+) -> None:
+    """Draw both factors as SwitchLoRA has them, and take s B A from W0: the layer's weight stays.
+
+    The optimizer draws its pools from the same distribution.
+
+    Args:
+        W0: (m, n), changed in place; ``weight.mT`` of a layer that stores it transposed.
+        A: (r, n), overwritten by uniform numbers.
+        B: (m, r), likewise.
+        scale: s of W = W0 + s B A; 1 / r in the published runs.
+        generator: Of the factors' device; None: torch's global one.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import switchlora_init_
+        >>> W = torch.randn(6, 8)
+        >>> W0, A, B = W.clone(), torch.empty(2, 8), torch.empty(6, 2)
+        >>> switchlora_init_(W0, A, B, scale=0.5)
+        >>> torch.allclose(W0 + 0.5 * B @ A, W, atol=1e-6)
+        True
+    """
+    (r, n), m = A.shape, B.shape[0]
+    check(
+        B.shape[1] == r and W0.shape == (m, n),
+        f"W0, A and B must be (m, n), (r, n) and (m, r), got {tuple(W0.shape)}, {tuple(A.shape)} "
+        f"and {tuple(B.shape)}",
+    )
+    for X, std in zip((A, B), spreads(m, n, r, scale), strict=True):
+        X.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
+    work = torch.promote_types(A.dtype, torch.float32)
+    fold_(W0, B.to(work), A.to(work), -scale)
+
+
+# export -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merged(plan: Plan, names: Sequence[str | None]) -> dict[str | int, Tensor]:
+    """W0 + s B A of every triple, by W0's name or, without one, its position."""
+    made: dict[str | int, Tensor] = {}
+    for unit in plan.units:
+        rule, at = plan.rules[unit.group], unit.positions[-1]
+        if rule is None or rule.members != ("A", "B", "W0"):
+            continue
+        W = unit.params[2].detach().clone()
+        A, B, X = (
+            block.take(p.detach())
+            for block, p in zip(unit.blocks, (*unit.params[:2], W), strict=True)
+        )
+        work = torch.promote_types(A.dtype, torch.float32)
+        for a, b, x in zip(A, B, X, strict=True):
+            fold_(x, b.to(work), a.to(work), rule.scale)  # type: ignore[attr-defined]
+        made[names[at] or at] = unit.blocks[2].back(X, tuple(W.shape))
+    return made
+
+
+# checks -------------------------------------------------------------------------------------------
+
+
+def check_triples(group: Mapping[str, Any]) -> None:
+    """Refuse triples A, B, W0 that cannot be switched; pairs of factors are checked already."""
+    params, names = parameters_of(group)
+    views = [group["view"]] * 3 if isinstance(group["view"], str) else list(group["view"])
+    used: set[int] = set()
+    for i in range(0, len(params), 3):
+        a, b, base = (called(names[i + k], params[i + k], i + k) for k in range(3))
+        A, B, W = params[i : i + 3]
+        if not W.is_floating_point() or hasattr(W, "quant_state"):
+            raise TypeError(
+                f"base weight of {a} is quantised; SwitchLoRA needs a floating point weight"
+            )
+        for p, text in ((A, a), (B, b)):
+            check(
+                p.requires_grad,
+                f"{text} is frozen, but SwitchLoRA trains both factors; set requires_grad or leave "
+                "the triple out",
+            )
+        check(
+            not W.requires_grad,
+            f"{base} is a base weight, which SwitchLoRA writes itself; call requires_grad_(False)",
+        )
+        check(
+            id(W) not in used,
+            f"{base} is the base weight of two pairs; only one of them can be switched",
+        )
+        used.add(id(W))
+        x, y, w = (
+            blocks(view, tuple(p.shape))[0] for view, p in zip(views, (A, B, W), strict=True)
+        )
+        check(
+            (w.k, w.m, w.n) == (x.k, y.m, x.n),
+            f"{base} must hold {x.k} matrices of {y.m} x {x.n} for its factors, got shape "
+            f"{tuple(W.shape)}; give it view 'transposed' if it is stored (in, out)",
+        )
+        check(
+            x.m >= 2,
+            f"{a} has rank 1, but switching needs rank 2 at least: a vector stays still while its "
+            "counterpart is new",
+        )

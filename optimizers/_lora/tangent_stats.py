@@ -1,0 +1,84 @@
+"""What both gradients of a LoRA pair show of the full one: sums of squares of its rows and columns.
+
+With a = A^T (n x r), b = B (m x r) and P orthogonal projectors on what their columns span, the
+gradients Ga = s G^T b and Gb = s G a show the projection of G on the moves that the pair can make,
+
+    G_T = P_b G + G P_a - P_b G P_a.
+
+It is never formed: each sum is a quadratic form of a row of the gradient and of the factor. A
+gradient that is missing, or belongs to a zero factor, shows nothing; the others' share stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...kernels import add_product_, product
+from .pair_algebra import alive, cross_gram, damped_inverse, gram, times
+
+__all__ = ["tangent_cores", "tangent_grams", "tangent_squares"]
+
+
+def tangent_grams(X: Sequence[Tensor], G: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """All that has to be known of whole factors.
+
+    Args:
+        X: a (K, n, r) and b (K, m, r).
+        G: Their gradients, of which one may be None.
+
+    Returns:
+        Gram matrices (K, r, r) of a and b; of Ga and Gb; and of a with Ga, b with Gb. Zero for
+        what is missing, and for a factor whose other one has no gradient.
+    """
+    K, _, r = X[0].shape
+    none = X[0].new_zeros(K, r, r) if any(g is None for g in G) else X[0]
+    own = [none if h is None else gram(x) for x, h in zip(X, G[::-1], strict=True)]
+    squares = [none if g is None else gram(g) for g in G]
+    cross = [none if g is None else cross_gram(x, g) for x, g in zip(X, G, strict=True)]
+    return *own, *squares, *cross
+
+
+def tangent_cores(
+    Sa: Tensor, Sb: Tensor, Na: Tensor, Nb: Tensor, Ca: Tensor, Cb: Tensor, n: Tensor, m: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All that is r x r, of many pairs.
+
+    Args:
+        Sa: What :func:`tangent_grams` returns, in its order:
+        Sb: of b,
+        Na: of Ga,
+        Nb: of Gb,
+        Ca: of a with Ga,
+        Cb: of b with Gb.
+        n: Rows of a, (K, 1, 1), and
+        m: of b.
+
+    Returns:
+        For squares of columns the cores of Ga and of a, for those of rows the cores of Gb and b;
+        and the share of ||G||^2 that is visible where G has no direction, (K, 1, 1), or 1 for 0.
+    """
+    S, r = torch.cat([Sa, Sb]), Sa.shape[-1]
+    Ja, Jb = damped_inverse(S, 0.0).chunk(2)
+    seen = alive(S).to(S.dtype) * (r / torch.cat([n, m])).clamp_(max=1.0)
+    fa, fb = seen.chunk(2)
+    share = fa + fb - fa * fb
+    Na = Na - product(Ca.mT, product(Ja, Ca))
+    Nb = Nb - product(Cb.mT, product(Jb, Cb))
+    Ka, Kb = product(product(Ja, Nb), Ja), product(product(Jb, Na), Jb)
+    return Jb, Ka, Ja, Kb, torch.where(share > 0, share, 1.0)
+
+
+def tangent_squares(g: Tensor | None, J: Tensor, x: Tensor, N: Tensor) -> Tensor:
+    """Rows of g (K, m, r) in the form J plus those of x in the form N: (K, m, 1), at least 0."""
+    if g is None:
+        return times(x, N).mul_(x).sum(-1, keepdim=True).clamp_(min=0.0)
+    work = times(g, J)
+    sums = work.mul_(g).sum(-1, keepdim=True)
+    if work.stride(-1) == 1:  # x N in the same memory
+        add_product_(work, x, N, beta=0.0)
+    else:
+        add_product_(work.mT, N.mT, x.mT, beta=0.0)
+    return sums.add_(work.mul_(x).sum(-1, keepdim=True)).clamp_(min=0.0)

@@ -1,0 +1,1 @@
+"""Which parameter of a model gets which rule, and why."""

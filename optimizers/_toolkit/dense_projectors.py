@@ -1,0 +1,213 @@
+"""What a projector is, and the kinds that store a dense basis."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...kernels import product
+from ...kernels.dispatch import pick
+from .._core.rule import LOCAL, Factored, Slot, Sums, Term
+from .._core.validation import check
+from .moments import Change, Turn, column_squares
+from .random_keys import Draws
+from .range_finder import power_bases, random_bases, range_bases
+from .svd import top_bases, top_basis
+
+State = Mapping[str, Tensor]
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Projector:
+    """What every kind can do, for stacks (K, m, n) whose rows are projected.
+
+    R = P^T G has shape (K, r, n); with a basis on both sides R = P^T G Q is (K, r, r). Gradients
+    are finite and not zero where ``find`` sees them, and never changed. Each matrix of a stack has
+    the bits that it has alone.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    """State keys, in the order of ``slots``."""
+    moves: ClassVar[bool] = False
+    """Whether a new basis only moves coordinates (see :class:`Change`)."""
+
+    def slots(self, m: int, r: int) -> dict[str, Slot]:
+        """State tensors of one matrix with m rows."""
+        raise NotImplementedError
+
+    def find(
+        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+    ) -> tuple[Tensor, ...]:
+        """New state tensors, in the order of ``names``.
+
+        Args:
+            G: (K, m, n), any strides.
+            *old: The state tensors as they are (K, ...): zeros before the first refresh. Their
+                shape tells r; nothing is changed in place.
+            draws: Seed and keys of random numbers.
+            turned: Whether the weight was stored transposed; decides LAPACK's signs only.
+        """
+        raise NotImplementedError
+
+    def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
+        """R, a new tensor (K, r, n) or (K, r, r), in G's dtype and at least float32."""
+        raise NotImplementedError
+
+    def measured(self, state: State, G: Tensor, sums: Sums = LOCAL) -> tuple[Tensor, Tensor]:
+        """R, and the sums of squares of the columns of G (K, 1, n)."""
+        return self.down(state, G, sums), sums.rows(column_squares(G))
+
+    def lift(self, state: State, N: Tensor, m: int) -> Term:
+        """P N (or P N Q^T) as the cheapest term for a weight with m rows."""
+        raise NotImplementedError
+
+    def factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor | None:
+        """P (K, m, r) if ``lift`` of an N of this dtype is a product with it, else None."""
+        return None
+
+    def back(
+        self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
+    ) -> Tensor:
+        """Rows i and columns j of P R for the matrices k, as ``Blocks`` asks for them.
+
+        For residuals G - P R that are never whole.
+        """
+        raise NotImplementedError
+
+    def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Change:
+        """The change of basis C = P_new^T P_old, computed when a policy needs it."""
+        raise NotImplementedError
+
+    def shared(self, m: int) -> Mapping[Hashable, int]:
+        """Bytes of what all matrices with m rows on a device share, by what it is."""
+        return {}
+
+    def held(self, state: State) -> tuple[Tensor, ...]:
+        """This projector's tensors among a rule's state, in the order of ``names``."""
+        return tuple(state[name] for name in self.names)
+
+    def install(self, state: State, new: tuple[Tensor, ...]) -> None:
+        """Put what ``find`` returned into the state, in place."""
+        for name, X in zip(self.names, new, strict=True):
+            state[name].copy_(X)
+
+
+@dataclass(frozen=True)
+class DenseProjector(Projector):
+    """P is stored (K, m, r), orthonormal columns; with ``both`` sides also Q (K, n, r)."""
+
+    both: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See :class:`Projector`."""
+        return ("basis", "basis_right") if self.both else ("basis",)
+
+    def slots(self, m: int, r: int) -> dict[str, Slot]:
+        """See :class:`Projector`."""
+        return dict(zip(self.names, (Slot("mr", r=r), Slot("nr", r=r)), strict=False))
+
+    def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
+        """See :class:`Projector`."""
+        R = sums.rows(pick(G).project(state["basis"], G)[0])
+        return sums.cols(product(R, state["basis_right"])) if self.both else R
+
+    def measured(self, state: State, G: Tensor, sums: Sums = LOCAL) -> tuple[Tensor, Tensor]:
+        """See :class:`Projector`; one read of G for both."""
+        if self.both:
+            return super().measured(state, G, sums)
+        R, squares = pick(G).project(state["basis"], G, squares=True)
+        return sums.rows(R), sums.rows(squares)
+
+    def lift(self, state: State, N: Tensor, m: int) -> Term:
+        """See :class:`Projector`."""
+        return Factored(state["basis"], self._right(state, N))
+
+    def factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor | None:
+        """See :class:`Projector`."""
+        return None if self.both else state["basis"]
+
+    def back(
+        self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
+    ) -> Tensor:
+        """See :class:`Projector`."""
+        if self.both:
+            Q = state["basis_right"][k, j]
+            return product(state["basis"][k, i], product(R[k], Q.mT))
+        return product(state["basis"][k, i], R[k, :, j])
+
+    def _right(self, state: State, N: Tensor) -> Tensor:
+        return product(N, state["basis_right"].mT) if self.both else N
+
+    def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Change:
+        """See :class:`Projector`."""
+        return Turn(*(P for pair in zip(old, new, strict=True) for P in pair))
+
+
+@dataclass(frozen=True)
+class Svd(DenseProjector):
+    """The r leading singular vectors of G, by falling singular value; see :func:`top_basis`."""
+
+    exact: bool = False
+    lapack_signs: bool = False
+
+    def find(
+        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+    ) -> tuple[Tensor, ...]:
+        """See :class:`Projector`."""
+        kind, r = "svd_full" if self.exact else "svd", old[0].shape[-1]
+        if self.both:
+            return top_bases(G, r, kind, lapack_signs=self.lapack_signs, old=(old[0], old[1]))
+        if self.lapack_signs and turned:  # LAPACK's signs belong to the matrix as it was stored
+            return top_bases(G.mT, r, kind, lapack_signs=True)[1:]
+        return (top_basis(G, r, kind, lapack_signs=self.lapack_signs, old=old[0]),)
+
+
+@dataclass(frozen=True)
+class Range(DenseProjector):
+    """Nearly the same by random sampling; see :func:`range_bases`."""
+
+    oversample: int = 8
+    iterations: int = 1
+
+    def __post_init__(self) -> None:
+        check(min(self.oversample, self.iterations) >= 0, "oversample and iterations must be >= 0")
+
+    def find(
+        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+    ) -> tuple[Tensor, ...]:
+        """See :class:`Projector`."""
+        p, q = self.oversample, self.iterations
+        return range_bases(G, old[0].shape[-1], draws, old, oversample=p, iterations=q)
+
+
+@dataclass(frozen=True)
+class Power(DenseProjector):
+    """One step of subspace iteration from the old basis; see :func:`power_bases`."""
+
+    probes: int = 8
+
+    def __post_init__(self) -> None:
+        check(self.probes >= 0, f"probes must be >= 0, got {self.probes}")
+
+    def find(
+        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+    ) -> tuple[Tensor, ...]:
+        """See :class:`Projector`."""
+        return power_bases(G, old[0].shape[-1], draws, old, probes=self.probes)
+
+
+@dataclass(frozen=True)
+class Random(DenseProjector):
+    """Haar-distributed, blind to G; see :func:`random_bases`."""
+
+    def find(
+        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+    ) -> tuple[Tensor, ...]:
+        """See :class:`Projector`."""
+        return random_bases(G, old[0].shape[-1], draws, old)

@@ -1,0 +1,242 @@
+"""Projectors that choose vectors of a fixed orthonormal system and store their numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...kernels import DCT_PATHS, dct_basis, idct, product
+from ...kernels.dct import sized_dct
+from ...kernels.dispatch import pick
+from .._core.rule import LOCAL, Factored, Selected, Slot, Sums, Term
+from .._core.validation import check, check_rank
+from .dense_projectors import ALL, Projector, State
+from .moments import Change, Match
+from .random_keys import Draws
+from .svd import exact_products, panels, work_dtype
+
+BASES = ("dct2", "dct3")
+SPECTRUM_PANEL = 2**18
+"""Entries of G that are transformed at a time on a CPU: they stay in the cache."""
+SPECTRUM_PANEL_ACCELERATOR = 2**26
+"""The same on accelerators, where it only bounds what the transform needs beside its result."""
+
+
+def spectrum_panels(X: Tensor) -> list[slice]:
+    """The columns of X (K, m, n) that are transformed at a time."""
+    size = SPECTRUM_PANEL if X.device.type == "cpu" else SPECTRUM_PANEL_ACCELERATOR
+    width = max(64, size // max(1, X.shape[-2]))
+    return [slice(j, j + width) for j in range(0, max(1, X.shape[-1]), width)]
+
+
+def take_rows(X: Tensor, index: Tensor) -> Tensor:
+    """Rows of X (K, m, n) by their numbers (K, r), a new tensor (K, r, n)."""
+    rows: Tensor = pick(X, "pass").dct_take(X, index, -2)
+    return rows
+
+
+def clear_rows_(X: Tensor, index: Tensor) -> Tensor:
+    """Rows of X (K, m, n) by their numbers (K, r) become zero, in place."""
+    if len(X) == 1:
+        X[0].index_fill_(0, index[0].long(), 0.0)
+        return X
+    where = index.long().unsqueeze(-1).expand(-1, -1, X.shape[-1])
+    return X.scatter_(-2, where, 0.0)
+
+
+@dataclass(frozen=True)
+class IndexProjector(Projector):
+    """P is r columns of a fixed orthonormal system; stored are their numbers, ascending."""
+
+    names: ClassVar[tuple[str, ...]] = ("index",)
+    moves: ClassVar[bool] = True
+
+    def slots(self, m: int, r: int) -> dict[str, Slot]:
+        """See :class:`Projector`."""
+        return {"index": Slot("r", dtype=torch.int32, r=r)}
+
+    def find(
+        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+    ) -> tuple[Tensor, ...]:
+        """See :class:`Projector`."""
+        r = old[0].shape[-1]
+        check_rank(r, G.shape[-2])
+        with exact_products(G.device):
+            chosen = [self._choose(X, r, draws, k) for k, X in enumerate(G)]
+        return (torch.stack(chosen).sort(dim=-1).values.to(G.device, torch.int32),)
+
+    def _choose(self, G: Tensor, r: int, draws: Draws, k: int) -> Tensor:
+        """Numbers of r different rows of one matrix G (m, n)."""
+        scores = torch.zeros(G.shape[0], dtype=work_dtype(G), device=G.device)
+        for _, X in panels(G, work_dtype(G)):
+            scores += self._scores(X)
+        # a stable sort takes the lowest number among equal scores; topk takes any
+        return scores.sort(descending=True, stable=True).indices[:r]
+
+    def _scores(self, X: Tensor) -> Tensor:
+        """One number per row for some columns X (m, w) of G / max|G|; panels add up."""
+        raise NotImplementedError
+
+    def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Change:
+        """See :class:`Projector`."""
+        return Match(old[0], new[0])
+
+
+@dataclass(frozen=True)
+class TopK(IndexProjector):
+    """The rows of largest l2 norm: no other choice of r rows captures more of G."""
+
+    def _scores(self, X: Tensor) -> Tensor:
+        return X.square().sum(-1)
+
+    def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
+        """See :class:`Projector`; a gather."""
+        return take_rows(G, state["index"]).to(work_dtype(G))
+
+    def lift(self, state: State, N: Tensor, m: int) -> Term:
+        """See :class:`Projector`."""
+        return Selected(-2, state["index"], N)
+
+    def back(
+        self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
+    ) -> Tensor:
+        """See :class:`Projector`; a scatter into zeros."""
+        start, stop, _ = i.indices(m)
+        R, place = R[k, :, j], state["index"][k].long() - start
+        inside = (place >= 0) & (place < stop - start)
+        place = torch.where(inside, place, stop - start)  # the others meet in one row too many
+        out = R.new_zeros(len(R), stop - start + 1, R.shape[-1])
+        return out.scatter_(-2, place.unsqueeze(-1).expand_as(R), R)[:, :-1]
+
+
+@dataclass(frozen=True)
+class RandK(TopK):
+    """Random rows, each set equally likely: E[P P^T] = (r / m) I."""
+
+    def _choose(self, G: Tensor, r: int, draws: Draws, k: int) -> Tensor:
+        return torch.randperm(G.shape[0], generator=draws.generator(k))[:r]
+
+
+@dataclass(frozen=True)
+class Dct(IndexProjector):
+    """P = D[:, I]: the cosines (columns of D) whose coefficients in G are largest.
+
+    ``norm`` "l2" captures most of G among all choices of r cosines, at least the share r / m; "l1"
+    is the published default and usually chooses alike, without that bound. ``basis`` "dct2" is
+    D = C^T, "dct3" is D = C, with C of :func:`dct_basis`; ``path`` is that of :func:`dct`.
+    Source: arXiv 2505.17967.
+    """
+
+    norm: str = "l2"
+    basis: str = "dct2"
+    path: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, known in (("norm", ("l1", "l2")), ("basis", BASES), ("path", DCT_PATHS)):
+            value = getattr(self, name)
+            check(value in known, f"{name} must be one of {known}, got {value!r}")
+
+    def transform(self, G: Tensor, onto: Tensor | None = None) -> Tensor:
+        """S = D^T G, all coefficients (K, m, n).
+
+        Made a panel of columns at a time; added onto a tensor in place if there is one, else new.
+        """
+        if onto is None:
+            return self.spectrum(G)[0]
+        for j in spectrum_panels(G):
+            onto[..., j].add_(self._turned(G[..., j])[0])
+        return onto
+
+    def spectrum(self, G: Tensor) -> tuple[Tensor, Tensor | None]:
+        """S = D^T G, a new tensor (K, m, n), and sizes for :meth:`choose` (K, m).
+
+        There are sizes where a kernel finds them while it writes S, and the norm is "l1": squares
+        need a scale that is known only when S is.
+        """
+        panels = spectrum_panels(G)
+        if len(panels) == 1:
+            return self._turned(G)
+        S, sizes = torch.empty_like(G, dtype=work_dtype(G)), list[Tensor]()
+        for j in panels:
+            X, found = self._turned(G[..., j])
+            S[..., j].copy_(X)
+            sizes += [] if found is None else [found]
+        return S, torch.stack(sizes).sum(0) if sizes else None
+
+    def choose(
+        self,
+        S: Tensor,
+        r: int,
+        old: Tensor | None = None,
+        sums: Sums = LOCAL,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        """Numbers (K, r) int32, ascending, of the rows of S (K, m, n) with the largest scores.
+
+        Of equal scores the lowest number is taken. A matrix of zeros keeps its ``old`` numbers, if
+        there are any: nothing waits for a device to know it. ``sizes`` are those of ``spectrum``.
+        """
+        check_rank(r, S.shape[-2])
+        if sizes is None:
+            top = sums.cols(torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1)))).view(-1, 1, 1)
+            scale = top.masked_fill(top == 0, 1.0)  # squares then neither overflow nor vanish
+            sizes = S.new_zeros(S.shape[:-1])
+            for j in spectrum_panels(S):
+                sizes += self._sizes(S[..., j] / scale)
+        scores = sums.cols(sizes)
+        # a stable sort takes the lowest number among equal scores; topk takes any
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        new = order[:, :r].sort(dim=-1).values.to(torch.int32)
+        return new if old is None else torch.where(scores.amax(-1, keepdim=True) > 0, new, old)
+
+    def columns(self, index: Tensor, m: int, dtype: torch.dtype, i: slice = ALL) -> Tensor:
+        """Rows i of P = D[:, I], (K, |i|, r)."""
+        C = dct_basis(m, dtype, index.device)
+        C = C.mT if self.basis == "dct3" else C
+        return C[:, i].index_select(0, index.flatten()).view(*index.shape, -1).mT
+
+    def chosen(self, G: Tensor, index: Tensor) -> Tensor:
+        """P^T G of chosen cosines (K, r, n), at least float32, without the other coefficients."""
+        if self.basis == "dct2":
+            R: Tensor = pick(G, "pass").dct_project(G, index, -2)
+            return R
+        return product(self.columns(index, G.shape[-2], work_dtype(G)).mT, G)
+
+    def _turned(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The transform of some columns, and the sizes of its rows if they cost nothing."""
+        if self.basis == "dct3":
+            return idct(X, -2, self.path), None
+        return sized_dct(X, -2, self.path, "l1" if self.norm == "l1" else None)
+
+    def _sizes(self, S: Tensor) -> Tensor:
+        """One number per row for some columns of S / max|S|; panels add up."""
+        return S.abs().sum(-1) if self.norm == "l1" else S.square().sum(-1)
+
+    def _scores(self, X: Tensor) -> Tensor:
+        return self._sizes(self._turned(X)[0])
+
+    def shared(self, m: int) -> Mapping[Hashable, int]:
+        """See :class:`Projector`; the cosines, in float32."""
+        return {("cosines", m): 4 * m * m}
+
+    def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
+        """See :class:`Projector`."""
+        return sums.rows(self.chosen(G, state["index"]))
+
+    def lift(self, state: State, N: Tensor, m: int) -> Term:
+        """See :class:`Projector`."""
+        return Factored(self.factor(state, m, N.dtype), N)
+
+    def factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor:
+        """See :class:`Projector`."""
+        return self.columns(state["index"], m, dtype)
+
+    def back(
+        self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
+    ) -> Tensor:
+        """See :class:`Projector`."""
+        return product(self.columns(state["index"][k], m, R.dtype, i), R[k, :, j])

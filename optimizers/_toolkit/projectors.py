@@ -1,0 +1,110 @@
+"""Projectors: how a low-rank method finds, stores and uses a basis P of the rows of a matrix.
+
+One frozen, stateless object per kind; everything it knows between steps is in the state tensors
+that its slots declare. A rule makes one with :func:`projector` and talks to nothing else.
+
+| ``projection=`` | basis | state, bytes | refresh / thin SVD |
+|---|---|---|---|
+| ``"svd"`` | top singular vectors, by the Gram matrix and eigh | 4 m r | 0.109 |
+| ``"svd_full"`` | the same, by the thin SVD | 4 m r | 1 |
+| ``"range"``, ``"range:8,1"`` | randomized range finder | 4 m r | 0.079 |
+| ``"power"``, ``"power:8"`` | one warm step of subspace iteration | 4 m r | 0.042 |
+| ``"random"`` | Haar, blind to G | 4 m r | 0.0056 |
+| ``"randk"`` | random rows, blind to G | 4 r | 0.0001 |
+| ``"topk"`` | rows of largest norm | 4 r | 0.0025 |
+| ``"dct"``, ``"dct:l1"`` | cosines of largest coefficients | 4 r | 0.014 |
+
+Ratios: one float32 1024 x 4096 matrix, r = 256, one CPU thread, +-15 %, as ``python
+bench/toolkit.py --only subspaces`` prints them. What they buy, as a share of the energy that the
+SVD captures, where sigma_i = i^-0.5 and singular vectors are random: svd, svd_full and (warm) power
+1.00, range 0.97 (0.85 without a power iteration, 0.99 with two), topk 0.41, dct 0.40, randk and
+random 0.31. So range is no bargain beside svd on a CPU, and power is one only while gradients
+change slowly between refreshes. Rows and cosines are cheap to keep, not good subspaces, unless
+single rows or neighbouring rows matter. dct keeps one basis of 4 m^2 bytes for all matrices with m
+rows, and gathers m x r of it in every step.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+from .._core.validation import check, rank_of
+from .dense_projectors import DenseProjector, Power, Projector, Random, Range, Svd
+from .index_projectors import Dct, IndexProjector, RandK, TopK, clear_rows_, take_rows
+from .random_keys import Draws
+from .svd import fix_signs, top_bases, top_basis
+
+__all__ = [
+    "KINDS",
+    "Dct",
+    "DenseProjector",
+    "Draws",
+    "IndexProjector",
+    "Projector",
+    "clear_rows_",
+    "fix_signs",
+    "projector",
+    "rank_of",
+    "take_rows",
+    "top_bases",
+    "top_basis",
+    "turns_right",
+]
+
+# name: the projector with its defaults, and the fields that may follow a colon
+_TABLE: dict[str, tuple[Projector, tuple[str, ...]]] = {
+    "svd": (Svd(), ()),
+    "svd_full": (Svd(exact=True), ()),
+    "range": (Range(), ("oversample", "iterations")),
+    "power": (Power(), ("probes",)),
+    "random": (Random(), ()),
+    "randk": (RandK(), ()),
+    "topk": (TopK(), ()),
+    "dct": (Dct(), ("norm",)),
+}
+KINDS = tuple(_TABLE)
+
+
+def turns_right(proj_type: str, m: int, n: int) -> bool:
+    """Whether `proj_type` projects the right side of an m x n weight, which is then turned."""
+    right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False, "full": False}
+    return right[proj_type]
+
+
+@functools.lru_cache(maxsize=256)
+def projector(projection: str, *, both: bool = False, lapack_signs: bool = False) -> Projector:
+    """The projector that a user names in ``projection=``.
+
+    Args:
+        projection: One of ``KINDS``; options follow a colon: ``"range:8,1"`` (oversampling, power
+            iterations), ``"power:8"`` (probes), ``"dct:l1"`` or ``"dct:l2"`` (score).
+        both: A basis on both sides; dense kinds only.
+        lapack_signs: Leave signs as LAPACK gives them; ``"svd"`` and ``"svd_full"`` only.
+
+    Raises:
+        ValueError: Unknown kind or options, or both sides of a kind that has only one.
+    """
+    name, colon, text = str(projection).partition(":")
+    if name not in _TABLE:
+        raise ValueError(f"projection must be one of {', '.join(KINDS)}, got {projection!r}")
+    found, options = _TABLE[name]
+    given = text.split(",") if colon else []
+    check(
+        len(given) <= len(options),
+        f"projection {projection!r}: {name!r} takes {', '.join(options) or 'no options'}",
+    )
+    check(
+        not both or isinstance(found, DenseProjector),
+        f"projection {projection!r} chooses rows and has no second side: use one side of it, or a "
+        "kind with a dense basis",
+    )
+    flags = {"both": both, "lapack_signs": lapack_signs}
+    fields: dict[str, Any] = {key: True for key, wanted in flags.items() if wanted}
+    try:
+        for key, value in zip(options, given, strict=False):
+            fields[key] = type(getattr(found, key))(value)
+        return replace(found, **fields)
+    except ValueError as error:
+        raise ValueError(f"projection {projection!r}: {error}") from None

@@ -1,0 +1,58 @@
+"""Keys of random draws: every draw follows from the seed, the matrix and the update, nothing else.
+
+Draws are made on the CPU from a generator of their own, so they are equal on every device, in every
+process and after a resume, and never touch the global generator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .svd import work_dtype
+
+_WORD = 2**64 - 1
+
+
+def splitmix64(x: int) -> int:
+    """One output of the splitmix64 generator in state x: a good hash of 64-bit integers.
+
+    Source: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
+    """
+    x = (x + 0x9E3779B97F4A7C15) & _WORD
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What decides the random numbers of one refresh of a stack.
+
+    Attributes:
+        seed: The rule's ``seed``.
+        indices: One key per matrix (``Member.indices``).
+        t: Number of the update that refreshes.
+    """
+
+    seed: int
+    indices: tuple[int, ...]
+    t: int
+
+    def key(self, k: int) -> int:
+        """64 random bits for matrix k of the stack."""
+        key = self.seed
+        for part in (self.indices[k], self.t):
+            key = splitmix64(key) ^ part
+        return splitmix64(key)
+
+    def generator(self, k: int) -> torch.Generator:
+        """A new CPU generator for matrix k of the stack."""
+        return torch.Generator().manual_seed(self.key(k) % 2**63)
+
+    def gaussian(self, k: int, G: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
+        """Independent normal matrices of these shapes, fp32 draws in the work dtype of G."""
+        draw = self.generator(k)
+        return [torch.randn(shape, generator=draw).to(work_dtype(G)) for shape in shapes]

@@ -1,0 +1,180 @@
+"""Bases by random draws: range finder, warm power step, Haar; and the keys of every draw.
+
+As in ``bases``: rows are projected, P is (K, m, r), each matrix of a stack is worked on by itself.
+Draws are made on the CPU from a generator of their own, so they are equal on every device, in every
+process and after a resume, and never touch the global generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .random_keys import Draws
+from .svd import Attempt, lifted, panels, sound_bases, svd_attempts, work_dtype
+
+__all__ = ["power_bases", "random_bases", "range_bases"]
+
+
+def range_bases(
+    G: Tensor,
+    r: int,
+    draws: Draws,
+    old: Sequence[Tensor | None] = (None,),
+    *,
+    oversample: int = 8,
+    iterations: int = 1,
+) -> tuple[Tensor, ...]:
+    """Nearly the leading left singular vectors, by the randomized range finder.
+
+    Y = G Omega with r + oversample Gaussian columns; each power iteration replaces it by
+    G (G^T orth(Y)); inside Q = orth(Y) the best r directions come from an eigendecomposition of
+    (Q^T G)(Q^T G)^T. Without iterations the expected error ||G - Q Q^T G||_F is at most
+    sqrt(1 + r / (oversample - 1)) of the optimum; iterations improve it.
+    Source: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.3 and 4.4, theorem 10.5.
+
+    Args:
+        G: (K, m, n), finite and not zero, any strides.
+        r: number of columns, at most min(m, n).
+        draws: keys of the random numbers.
+        old: what to keep if all fails, one entry per side; its length is the number of sides.
+        oversample: extra columns p.
+        iterations: power iterations q.
+
+    Returns:
+        P: (K, m, r) by falling singular value, signs fixed, and for two sides Q = orth(G^T P).
+    """
+    m, n = G.shape[-2:]
+
+    def attempts(k: int, X: Tensor) -> Sequence[Attempt]:
+        (Omega,) = draws.gaussian(k, X, (n, min(r + oversample, m)))
+        find = partial(_range, X, r, Omega, iterations)
+        return _chain(X, r, find, len(old))
+
+    return sound_bases(G, r, old, attempts)
+
+
+def _chain(
+    G: Tensor, r: int, find: Callable[[torch.dtype], Tensor], sides: int
+) -> Sequence[Attempt]:
+    """``find`` in the work dtype, in fp64, then what "svd" would try; other sides follow P."""
+
+    def attempt(dtype: torch.dtype) -> Sequence[Tensor]:
+        P = find(dtype)
+        return (P, lifted(G, P)) if sides == 2 else (P,)
+
+    own = [partial(attempt, dtype) for dtype in (work_dtype(G), torch.float64)]
+    return [*own, *svd_attempts(G, r, "svd", sides)]
+
+
+def _range(G: Tensor, r: int, Omega: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
+    """One matrix G (m, n), Omega (n, k) -> P (m, r)."""
+    Omega = Omega.to(G.device, dtype)
+    Y = Omega.new_zeros(G.shape[0], Omega.shape[1])
+    for columns, X in panels(G, Omega.dtype):
+        Y.addmm_(X, Omega[columns])
+    Q = torch.linalg.qr(Y).Q
+    for _ in range(iterations):
+        Q = torch.linalg.qr(_twice(G, Q)).Q
+    S = Q.new_zeros(Q.shape[1], Q.shape[1])
+    for _, X in panels(G, Q.dtype):
+        B = Q.mT @ X
+        S.addmm_(B, B.mT)
+    W = torch.linalg.eigh(S).eigenvectors[:, -r:].flip(-1)  # they come in rising order
+    P: Tensor = Q @ W
+    return P
+
+
+def _twice(G: Tensor, P: Tensor) -> Tensor:
+    """G (G^T P) for one matrix, up to scale: one pass over G, and G^T P is never whole."""
+    Y = torch.zeros_like(P)
+    for _, X in panels(G, P.dtype):
+        Y.addmm_(X, X.mT @ P)
+    return Y
+
+
+def power_bases(
+    G: Tensor, r: int, draws: Draws, old: Sequence[Tensor], *, probes: int = 8
+) -> tuple[Tensor, ...]:
+    """One step of subspace iteration from the old basis; from a truncated SVD if there is none.
+
+    With K = G G^T and S = [P_old, W], W random directions outside P_old, the new P are the r
+    leading eigenvectors of the Nystrom approximation (K S)(S^T K S)^+ (K S)^T. Without probes
+    that is orth(K P_old), the plain step, in the order of the singular values. The captured energy
+    never falls on a fixed G, and a top singular space stays. The plain step cannot find what its
+    start has lost; a probe has some of every direction, and K enlarges the strong ones, so a
+    direction that outweighs the weakest column comes back within one or a few refreshes.
+    Sources: LDAdam, arXiv 2410.16103 (the warm step); Tropp, Yurtsever, Udell, Cevher, arXiv
+    1706.05736 (Nystrom, shifted for stability).
+
+    Args:
+        G: (K, m, n), finite and not zero, any strides.
+        r: number of columns, at most min(m, n).
+        draws: keys of the random numbers.
+        old: the bases (K, m, r)[, (K, n, r)] to start from; zeros where there is none yet. The
+            second side is not a start but follows: Q = orth(G^T P).
+        probes: random directions added to the start.
+
+    Returns:
+        P: (K, m, r) by falling singular value, signs fixed, and for two sides Q.
+    """
+    m = G.shape[-2]
+
+    def attempts(k: int, X: Tensor) -> Sequence[Attempt]:
+        if not bool(old[0][k].any()):
+            return svd_attempts(X, r, "svd", len(old))
+        (W,) = draws.gaussian(k, X, (m, min(probes, m - r)))
+        return _chain(X, r, partial(_power, X, old[0][k], W), len(old))
+
+    return sound_bases(G, r, old, attempts)
+
+
+def _power(G: Tensor, P: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+    """One matrix G (m, n), old basis P (m, r), Gaussian probes W (m, p) -> new basis (m, r)."""
+    r = P.shape[1]
+    P, W = P.to(G.device, dtype), W.to(G.device, dtype)
+    W = torch.linalg.qr(W - P @ (P.mT @ W)).Q
+    S = torch.cat([P, W], dim=1)
+    Y = _twice(G, S)
+    Y = Y + torch.finfo(Y.dtype).eps * torch.linalg.matrix_norm(Y) * S  # Y^T S > 0 to rounding too
+    M = S.mT @ Y
+    L = torch.linalg.cholesky((M + M.mT) / 2)
+    B = torch.linalg.solve_triangular(L, Y.mT, upper=False).mT  # B B^T is the approximation of K
+    V = torch.linalg.eigh(B.mT @ B).eigenvectors[:, -r:].flip(-1)
+    found: Tensor = torch.linalg.qr(B @ V).Q
+    return found
+
+
+def random_bases(
+    G: Tensor, r: int, draws: Draws, old: Sequence[Tensor | None] = (None,)
+) -> tuple[Tensor, ...]:
+    """Haar-distributed bases that do not look at G: E[P P^T] = (r / m) I.
+
+    P = Q sign(diag T) from the QR factors Q T of a Gaussian matrix. Drawn and factored on the CPU,
+    and drawn in fp32 also for fp64, so that all devices and widths have the same subspace.
+
+    Args:
+        G: (K, m, n), for shape, dtype and device only.
+        r: number of columns, at most m (and n, for two sides).
+        draws: keys of the random numbers.
+        old: one entry per side; its length is the number of sides.
+
+    Returns:
+        P: (K, m, r), and for two sides an independent (K, n, r).
+    """
+    sides = G.shape[-2:][: len(old)]
+
+    def attempts(k: int, X: Tensor) -> Sequence[Attempt]:
+        drawn = draws.gaussian(k, X, *((d, r) for d in sides))
+        return [lambda: [_haar(A) for A in drawn], lambda: [_haar(A.double()) for A in drawn]]
+
+    return sound_bases(G, r, old, attempts, signs=None)
+
+
+def _haar(A: Tensor) -> Tensor:
+    Q, T = torch.linalg.qr(A)
+    P: Tensor = Q * torch.where(T.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
+    return P
