@@ -17,7 +17,8 @@ from torch import Tensor
 from ...kernels import dequantise_blocks, quantise_blocks, reference
 from ...kernels.dispatch import pick
 from .._core.rule import Member, Rule
-from .units import State, Unit, drops, is_part, labels_of, scale_of
+from .units import State, Unit, is_part, scale_of
+from .windows import drops, labels_of
 
 CHUNK = {"cpu": 64 * 2**20}
 """Largest stack in bytes, so that stacking never costs what low rank saved."""
@@ -331,7 +332,7 @@ class Plan:
 
     Attributes:
         flat: All parameters, group after group.
-        values: Per group, the values its rule and units were made from.
+        settings: Per group, what its rule and units were made from.
         rules: Per group, its rule; None for an AdamW group.
         orders: Per group, the order of AdamW's steps beside the method, see ``Rule.adamw_order``.
         units: All units.
@@ -342,7 +343,7 @@ class Plan:
     """
 
     flat: list[Tensor]
-    values: list[tuple[Any, ...]]
+    settings: list[dict[str, Any]]
     rules: list[Rule | None]
     orders: list[tuple[bool, float] | None]
     units: list[Unit]

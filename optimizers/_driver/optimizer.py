@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from operator import is_
 from typing import Any, ClassVar, overload
@@ -16,7 +16,6 @@ from .._roles.classify import Assignment
 from . import adamw, checkpoint
 from .batched_calls import Meeting, Run, Written
 from .buckets import Bucket, Plan
-from .changes import follow
 from .finite import LateFlags, look, read_flags
 from .param_groups import (
     COMMON,
@@ -35,8 +34,13 @@ from .param_groups import (
     rule_of,
     settings_of,
 )
-from .units import Unit, place, stagger, units_of
+from .settings import refuse_state_changes
+from .units import Unit, units_of
+from .windows import place, stagger
 from .write import write_, write_apart_
+
+UNIT_SETTINGS = ("rule", "view", "state_dtype", "stagger")
+"""Settings beside the rule's fields from which units are made."""
 
 
 class StackedOptimizer(Optimizer):
@@ -76,9 +80,9 @@ class StackedOptimizer(Optimizer):
         TypeError: For an unknown keyword.
 
     State: the rule's slots per parameter, and the host ints ``step`` and ``refreshed``. A value of
-    a group may change in the middle of a run: state that it adds starts anew, state that it drops
-    is freed, and where a basis or index is replaced that weight begins anew. What would reshape
-    state (``rank``) is refused at the next step.
+    a group that shapes no state (``lr``, ``momentum``, ``update_proj_gap``) may change at any step.
+    One that would add, drop or reshape state (``rank``, ``state_dtype``) raises ValueError at the
+    next step, with nothing changed.
 
     Temporary memory that the classes state is for float32 weights and state. A gradient of lower
     precision, ``maximize`` and ``state_dtype`` add a copy of the gradient or the state of one
@@ -224,27 +228,45 @@ class StackedOptimizer(Optimizer):
 
     # plan -----------------------------------------------------------------------------------------
 
-    def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+    def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What a group's rule and units are made from; a rule's own default where no key says."""
         cls = self._own if group["rule"] in (None, "adamw") else rule_class(group["rule"])
-        return (
-            group["rule"],
-            group["view"],
-            group["state_dtype"],
-            group["stagger"],
-            *[group[f.name] for f in fields(cls)],
-        )
+        return {
+            **{name: group[name] for name in UNIT_SETTINGS},
+            **{field.name: group.get(field.name, field.default) for field in fields(cls)},
+        }
 
     def _current(self) -> Plan:
-        """The plan's lasting part: rules and units, made anew only when groups changed."""
+        """The plan's lasting part: rules and units, made anew only when groups changed.
+
+        Raises:
+            ValueError: If settings changed that shape the state of a parameter; nothing has changed
+                then.
+        """
         flat = [p for group in self.param_groups for p in group["params"]]
-        values = [self._values(group) for group in self.param_groups]
+        settings = [self._settings(group) for group in self.param_groups]
         old = self._plan
         if old is not None and len(old.flat) == len(flat) and all(map(is_, old.flat, flat)):
-            if old.values == values or self._adopt(old, values):
+            if old.settings == settings or self._adopt(old, settings):
                 return old
+        plan = self._build_plan(flat, settings)
+        if old is not None:  # settings changed, or a group came
+            refuse_state_changes(
+                old.units,
+                [old.flat[i] for positions in old.vectors for i in positions],
+                plan.units,
+                [flat[i] for positions in plan.vectors for i in positions],
+                self.state,
+                self._changes(old.settings, settings),
+            )
+        self._plan = plan
+        return plan
+
+    def _build_plan(self, flat: list[Tensor], settings: list[dict[str, Any]]) -> Plan:
+        """Rules and units of the groups as they are now."""
         rules = [rule_of(group, self._own) for group in self.param_groups]
         orders = [self._order(group) for group in self.param_groups]
-        plan = Plan(flat, values, rules, orders, [], [])
+        plan = Plan(flat, settings, rules, orders, [], [])
         position, first = 0, dict[Tensor, int]()  # torch only warns about a parameter given twice
         for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
             matrices, vectors = (
@@ -259,11 +281,22 @@ class StackedOptimizer(Optimizer):
                 plan.units += units_of(i, group, rule, matrices)
         place(plan.units, rules, self.param_groups)
         stagger(plan.units, rules, self.param_groups)
-        if old is not None:  # settings changed, or a group came
-            aside = [old.flat[i] for positions in old.vectors for i in positions]
-            follow(old.units, aside, plan.units, rules, flat, self.state)
-        self._plan = plan
         return plan
+
+    @staticmethod
+    def _changes(
+        old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+    ) -> dict[int, str]:
+        """Per group whose settings changed, the changed ones as a message names them."""
+        texts = {}
+        for i, (before, after) in enumerate(zip(old, new, strict=False)):
+            if before == after:
+                continue
+            # another rule has other fields, so its name says it all
+            names = ["rule"] if before["rule"] != after["rule"] else list(after)
+            changed = [f"{name}={after[name]!r}" for name in names if before[name] != after[name]]
+            texts[i] = f"{', '.join(changed)} in parameter group {i}"
+        return texts
 
     def _order(self, group: dict[str, Any]) -> tuple[bool, float] | None:
         """How AdamW parameters of a group are stepped: as the optimizer's method has it."""
@@ -271,16 +304,18 @@ class StackedOptimizer(Optimizer):
         rule = rule_of({**group, "rule": None if named == "adamw" else named}, self._own)
         return None if rule is None else rule.adamw_order()
 
-    def _adopt(self, plan: Plan, values: list[tuple[Any, ...]]) -> bool:
+    def _adopt(self, plan: Plan, settings: list[dict[str, Any]]) -> bool:
         """Follow hyper-parameters that a scheduler rewrote without making units anew."""
-        for i, (old, new) in enumerate(zip(plan.values, values, strict=False)):
+        for i, (old, new) in enumerate(zip(plan.settings, settings, strict=False)):
             if old != new:
                 group = self.param_groups[i]
                 rule = rule_of(group, self._own)
-                if old[:4] != new[:4] or (rule is not None and not plan.adopt(i, rule, group)):
+                if any(old[name] != new[name] for name in UNIT_SETTINGS):
                     return False
-                plan.values[i], plan.orders[i] = new, self._order(group)
-        return len(plan.values) == len(values)
+                if rule is not None and not plan.adopt(i, rule, group):
+                    return False
+                plan.settings[i], plan.orders[i] = new, self._order(group)
+        return len(plan.settings) == len(settings)
 
     def init_state(self) -> None:
         """Allocate all state of trainable parameters now; shapes and keys as after a step."""
@@ -486,18 +521,9 @@ class StackedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and groups as torch gives them: tensors, numbers and plain values only."""
         self._settle()
-        before = self._plan
-        if before is not None and self._current() is not before:
-            self._catch_up()  # settings changed since the last step: a load checks state by them
+        if self._plan is not None:
+            self._current()  # refuses settings that do not fit the state, as a step does
         return super().state_dict()
-
-    def _catch_up(self) -> None:
-        """Make what is missing in the state of parameters that have some."""
-        plan = self._current()
-        for unit in plan.units:
-            rule = plan.rules[unit.group]
-            if rule is not None and any(self.state.get(p) for p in unit.params):
-                unit.allocate(self.state, rule)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, of ``torch.optim.Muon`` or ``AdamW`` where it fits.

@@ -6,7 +6,7 @@ A unit is a weight, a block of one, or several weights of a rule with several me
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ...kernels import blockwise_scales
 from .._core.rule import Place, Rule, Slot, Slots
 from .views import Block, blocks
+from .windows import drops
 
 STACK = {"cpu": 2**15}
 """Largest matrix, in elements, that is stacked: below it calls saved outweigh the copies.
@@ -284,59 +285,3 @@ def units_of(
                 )
             )
     return units
-
-
-def place(
-    units: Sequence[Unit], rules: Sequence[Rule | None], groups: Sequence[Mapping[str, Any]]
-) -> None:
-    """Tell the units of rules that drop state by blocks which block they are, over all groups."""
-    numbers: dict[str, dict[Hashable, int]] = {}
-    labels: list[Hashable] = []
-    for group, rule in zip(groups, rules, strict=True):
-        labels += labels_of(group, rule)
-    kept = [unit for unit in units if drops(rules[unit.group])]
-    for unit in kept:
-        own, position = numbers.setdefault(_method(rules, unit), {}), unit.positions[0]
-        label = labels[position]
-        key = ("own", position) if label is None else ("shared", label)
-        unit.place = Place(own.setdefault(key, len(own)))
-    for unit in kept:
-        unit.place = Place(unit.place.number, len(numbers[_method(rules, unit)]))
-
-
-def labels_of(group: Mapping[str, Any], rule: Rule | None) -> list[Hashable]:
-    """The label of every parameter of a group."""
-    count = len(group["params"])
-    names = [*group.get("param_names", ())][:count]
-    names += [None] * (count - len(names))  # appended to the group's list later
-    return [None] * count if rule is None else list(rule.blocks(names))
-
-
-def drops(rule: Rule | None) -> bool:
-    """Whether a rule keeps state for some windows only."""
-    return rule is not None and type(rule).holds is not Rule.holds
-
-
-def _method(rules: Sequence[Rule | None], unit: Unit) -> str:
-    rule = rules[unit.group]
-    assert rule is not None
-    return rule.method()
-
-
-def stagger(
-    units: Sequence[Unit], rules: Sequence[Rule | None], groups: Sequence[Mapping[str, Any]]
-) -> None:
-    """Spread refreshes evenly over the window where a group asks for it.
-
-    What may run as one stack stays together: small matrices, which stall nothing.
-    """
-    shifts: dict[Hashable, list[Unit]] = {}
-    for unit in units:
-        rule = rules[unit.group]
-        if rule is not None and rule.every and groups[unit.group]["stagger"]:
-            shifts.setdefault(unit.key if unit.stackable else id(unit), []).append(unit)
-    for i, alike in enumerate(shifts.values()):
-        for unit in alike:
-            rule = rules[unit.group]
-            assert rule is not None
-            unit.shift = i * rule.every // len(shifts)
