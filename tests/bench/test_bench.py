@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from allocations import AllocationCounter
+from helpers.allocations import AllocationCounter
+from helpers.paths import BENCH
 
 from stiefel import optimizers
 from stiefel.optimizers.lora import PairOptimizer
 from stiefel.optimizers.projectors import KINDS
 
-BENCH = Path(__file__).resolve().parent.parent / "bench" / "run.py"
-
 
 def bench(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCH), "--out", str(out), *flags]
+    command = [sys.executable, str(BENCH / "run.py"), "--out", str(out), *flags]
     return subprocess.run(command, capture_output=True, text=True, cwd=out, timeout=120)
 
 
@@ -46,7 +45,7 @@ def flagged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
 def test_environment_says_what_figures_depend_on(results):
     assert results["environment"]["threads"] == 1
     assert torch.__version__.startswith(results["environment"]["versions"]["torch"])
-    for line in (BENCH.parent / "cases.py").read_text().partition("CASES: ")[2].splitlines():
+    for line in (BENCH / "cases.py").read_text().partition("CASES: ")[2].splitlines():
         if ": Case(" in line:
             assert line.split('"')[1] in results["cases"]
     assert len(results["cases"]) >= 7
@@ -125,7 +124,7 @@ def test_shapes_replace_those_of_the_cases(flagged):
     "flags", [("--shapes", "3x"), ("--shapes", "8"), ("--only", "speed"), ("--threads", "0")]
 )
 def test_flags_that_make_no_sense_are_refused(monkeypatch, capsys, flags):
-    monkeypatch.syspath_prepend(str(BENCH.parent))
+    monkeypatch.syspath_prepend(str(BENCH))
     import run
 
     with pytest.raises(SystemExit):
@@ -134,7 +133,7 @@ def test_flags_that_make_no_sense_are_refused(monkeypatch, capsys, flags):
 
 
 def test_labels_are_read_back(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH.parent))
+    monkeypatch.syspath_prepend(str(BENCH))
     from contests import label, parse_model
 
     for text in ("1024x4096", "512x512x12", "96x96x16+256x96x8+96x256"):
@@ -163,7 +162,7 @@ def test_counter_sees_new_storages_and_their_end():
 
 
 def test_the_toolkits_figures_have_a_command_that_runs(tmp_path):
-    script = Path(__file__).parent.parent / "bench" / "toolkit.py"
+    script = BENCH / "toolkit.py"
     command = [sys.executable, str(script), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -5,16 +5,14 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.paths import BENCH, ROOT
 
 from stiefel.kernels import reference
 
-ROOT = Path(__file__).resolve().parent.parent
-BENCH = ROOT / "bench"
 sys.path.append(str(BENCH))
 SPEC = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
 bench = importlib.util.module_from_spec(SPEC)  # "kernels" is the name of a folder

@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.paths import EXAMPLES
 from torch import Tensor
 
 from stiefel.optimizers import AdaPreLoRA, AltLoRA, SwitchLoRA, lora_param_groups
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import adapters  # noqa: E402
-import common  # noqa: E402
-import lora  # noqa: E402
-import methods  # noqa: E402
-import pretrain  # noqa: E402
-import report  # noqa: E402
+import adapters
+import common
+import lora
+import methods
+import pretrain
+import report
 
 SHAPE = {"d": 32, "layers": 1, "heads": 2, "seq": 32, "batch": 4}
 TINY = [f"--{key}={value}" for key, value in SHAPE.items()]

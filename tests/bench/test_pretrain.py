@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.paths import EXAMPLES
 from torch import Tensor
 
 import stiefel.optimizers
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import common  # noqa: E402
-import methods  # noqa: E402
-import pretrain  # noqa: E402
-import report  # noqa: E402
+import common
+import methods
+import pretrain
+import report
 
 NAMES = [
     "adamw",

@@ -11,18 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.paths import BENCH, EXAMPLES
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / "bench"
-sys.path += [str(ROOT / "examples"), str(BENCH)]
+sys.path += [str(EXAMPLES), str(BENCH)]
 
-import common  # noqa: E402
-import quality  # noqa: E402
-import synthetic  # noqa: E402
-from methods import UserError  # noqa: E402
-from quality import Contender, Measured, Outcome, Sweep  # noqa: E402
-from synthetic import PROBLEMS, RANK, N, solve  # noqa: E402
+import common
+import quality
+import synthetic
+from methods import UserError
+from quality import Contender, Measured, Outcome, Sweep
+from synthetic import PROBLEMS, RANK, N, solve
 
 
 def best(problem, name, lrs, **options):

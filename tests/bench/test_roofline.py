@@ -4,15 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import BENCH
 
 triton = pytest.importorskip("triton", reason="there is no triton on this platform")
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
     reason = "the recorder stands in for methods that this triton does not have"
     pytest.skip(reason, allow_module_level=True)
-ROOFLINE = Path(__file__).resolve().parent.parent / "bench" / "roofline.py"
+ROOFLINE = BENCH / "roofline.py"
 STEPS = ("GaLore r 128", "Fira r 128", "FRUGAL columns 1/4", "FRUGAL svd r 128")
 SYMMETRIC = ("gram", "symmetric_poly", "scale_and_apply")
 SQUARE = 4096

@@ -9,8 +9,9 @@ import contextlib
 
 import pytest
 import torch
-from pair_problems import PAIRS
-from problems import METHODS, run
+from helpers.methods import METHODS
+from helpers.pair_problems import PAIRS
+from helpers.problems import run
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from problems import gradients, run, same, tensors, weight
+from helpers.problems import gradients, run, same, tensors, weight
 
 from stiefel.optimizers import ARO, FRUGAL, DCTAdamW, Fira, GaLore, Muon, units
 

@@ -7,22 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from problems import (
-    METHODS,
-    SQUARE,
-    TALL,
-    WIDE,
-    FoldRule,
-    PairRule,
-    PickRule,
-    WindowRule,
-    driver,
-    gradients,
-    run,
-    same,
-    tensors,
-    weight,
-)
+from helpers.methods import METHODS
+from helpers.problems import SQUARE, TALL, WIDE, gradients, run, same, tensors, weight
+from helpers.rules import FoldRule, PairRule, PickRule, WindowRule, driver
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from problems import SQUARE, TALL, WIDE, PairRule, driver, gradients, run, same, tensors, weight
+from helpers.problems import SQUARE, TALL, WIDE, gradients, run, same, tensors, weight
+from helpers.rules import PairRule, driver
 from torch import nn
 
 from stiefel.optimizers import GaLore, Muon, StackedOptimizer

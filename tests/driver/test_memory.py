@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from allocations import AllocationCounter
-from problems import gradients, weight
+from helpers.allocations import AllocationCounter
+from helpers.problems import gradients, weight
 
 from stiefel.kernels import POLAR_METHODS
 from stiefel.optimizers import GaLore, Muon

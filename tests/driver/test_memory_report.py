@@ -4,8 +4,8 @@ import time
 
 import pytest
 import torch
-from llama import SIZES, Llama
-from problems import METHODS
+from helpers.llama import SIZES, Llama
+from helpers.methods import METHODS
 
 from stiefel.optimizers import FRUGAL, Fira, GaLore, MemoryReport, Muon, memory_report
 

@@ -5,22 +5,15 @@ import math
 
 import pytest
 import torch
-from problems import (
+from helpers.methods import METHODS
+from helpers.problems import (
     COLUMN,
-    METHODS,
     ODD,
     ROW,
     SHAPES,
     SQUARE,
     TALL,
     WIDE,
-    FoldRule,
-    PairRule,
-    PickRule,
-    PlainRule,
-    RowsRule,
-    WindowRule,
-    driver,
     gradients,
     run,
     same,
@@ -28,6 +21,7 @@ from problems import (
     trajectory,
     weight,
 )
+from helpers.rules import FoldRule, PairRule, PickRule, PlainRule, RowsRule, WindowRule, driver
 from torch import nn
 
 from stiefel.optimizers import Dense, GaLore, Muon, Rule, Slot, StackedOptimizer, plan, units

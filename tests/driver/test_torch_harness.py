@@ -11,9 +11,9 @@ from copy import deepcopy
 from unittest.mock import patch
 
 import torch
-from allocations import AllocationCounter
-from harness import INFOS, NOT_APPLICABLE, SCHEDULERS, SHARED, TORCH_TESTS, matrix
-from problems import same, tensors
+from helpers.allocations import AllocationCounter
+from helpers.harness import INFOS, NOT_APPLICABLE, SCHEDULERS, SHARED, TORCH_TESTS, matrix
+from helpers.problems import same, tensors
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import (

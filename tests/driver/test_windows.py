@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from problems import PickRule, driver, gradients, run, same, tensors, weight
+from helpers.problems import gradients, run, same, tensors, weight
+from helpers.rules import PickRule, driver
 
 from stiefel.optimizers import FRUGAL, Dense, GaLore, Place, Rule, Slot, StackedOptimizer
 

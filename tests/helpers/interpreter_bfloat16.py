@@ -19,6 +19,6 @@ def _rounded(data, source, target, mode):
     return kept.astype(np.uint16).reshape(data.shape)
 
 
-def mend():
+def round_like_a_device():
     """Put the right rounding in place."""
     interpreter._convert_float = _rounded

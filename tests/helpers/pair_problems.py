@@ -1,8 +1,8 @@
 """Shared material of tests on LoRA pairs, and the table of methods that the general ones run."""
 
 import torch
-from problems import gradients, weight
 
+from helpers.problems import gradients, weight
 from stiefel.optimizers import AdaPreLoRA, AltLoRA, pairs_to_groups
 
 DOUBLE = torch.float64

@@ -5,9 +5,10 @@ import io
 
 import pytest
 import torch
+from helpers.methods import METHODS
+from helpers.problems import gradients, run, same, tensors, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import METHODS, gradients, run, same, tensors, weight
 
 from stiefel.kernels import (
     blockwise_levels,

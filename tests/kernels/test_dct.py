@@ -4,12 +4,12 @@ import itertools
 import math
 
 import numpy as np
-import projector_oracles as oracle
 import pytest
 import scipy.fft
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import projectors as oracle
 
 from stiefel.kernels import dct, dct_basis, dct_path, idct
 from stiefel.kernels.cosines import quarter_waves

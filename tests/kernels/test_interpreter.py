@@ -16,7 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 import triton
-from launches import compiled, refused, variants
+from helpers.launches import compiled, refused, variants
+from helpers.paths import ROOT
 from triton.backends.compiler import GPUTarget
 
 HERE = Path(__file__).parent / "interpreted"
@@ -38,7 +39,7 @@ def test_kernels_equal_their_references(path, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
     done = subprocess.run(
         command, env={**os.environ, **given}, capture_output=True, text=True, check=False,
-        cwd=HERE.parents[1],
+        cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from problems import FIXTURES, tolerance
+from helpers.paths import FIXTURES
+from helpers.recordings import tolerance
 
 from stiefel.kernels import low_rank_size, polar_factor, polar_report
 from stiefel.kernels.hashing import random_signs, splitmix

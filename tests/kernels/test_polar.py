@@ -4,17 +4,17 @@ import math
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from allocations import AllocationCounter
+from helpers.allocations import AllocationCounter
+from helpers.paths import BENCH
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from polar_oracles import (
+from oracles.polar import (
     newton_schulz,
     row_scaled,
     schatten4,
@@ -737,7 +737,7 @@ def test_qdwh_of_a_rank_deficient_matrix(shape, dtype):
 
 
 def test_bench_prints_and_writes_one_table(tmp_path):
-    bench = Path(__file__).resolve().parent.parent / "bench" / "polar.py"
+    bench = BENCH / "polar.py"
     command = [sys.executable, str(bench), "--quick", "--out", str(tmp_path / "table.md")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -11,24 +11,23 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import BENCH, ROOT
 
 pytest.importorskip("triton", reason="there is no triton on this platform")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "bench"))
+sys.path.append(str(BENCH))
 
-import compiled  # noqa: E402
-import triton  # noqa: E402
-from triton.runtime.errors import OutOfResources  # noqa: E402
+import compiled
+import triton
+from triton.runtime.errors import OutOfResources
 
-from stiefel.kernels.triton import launch  # noqa: E402
-from stiefel.kernels.triton.launch import ARCHITECTURES, SHARED, candidates_of  # noqa: E402
-from stiefel.kernels.triton.tables import TABLES, Config  # noqa: E402
+from stiefel.kernels.triton import launch
+from stiefel.kernels.triton.launch import ARCHITECTURES, SHARED, candidates_of
+from stiefel.kernels.triton.tables import TABLES, Config
 
 pytestmark = pytest.mark.slow
 CASES = compiled.cases()

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from pair_problems import DOUBLE, LeastSquares, factors, pair_gradients
-from problems import FIXTURES, gradients, run, same, tensors, weight
+from helpers.pair_problems import DOUBLE, LeastSquares, factors, pair_gradients
+from helpers.paths import FIXTURES
+from helpers.problems import gradients, run, same, tensors, weight
 from torch import nn
 
 from stiefel.kernels import product

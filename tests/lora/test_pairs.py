@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from pair_problems import DOUBLE, PAIRS, SHAPES, factors, flat, pair_gradients
-from problems import run, same, tensors
+from helpers.pair_problems import DOUBLE, PAIRS, SHAPES, factors, flat, pair_gradients
+from helpers.problems import run, same, tensors
 
 from stiefel.optimizers import units
 

@@ -5,10 +5,10 @@ import io
 
 import pytest
 import torch
-from adaprelora_oracle import Metric, adaprelora, dense_visible, inv, solution, visible
-from allocations import AllocationCounter
-from pair_problems import DOUBLE, SHAPES, LeastSquares, factors, follow, pair_gradients
-from problems import run, same, tensors, weight
+from helpers.allocations import AllocationCounter
+from helpers.pair_problems import DOUBLE, SHAPES, LeastSquares, factors, follow, pair_gradients
+from helpers.problems import run, same, tensors, weight
+from oracles.adaprelora import Metric, adaprelora, dense_visible, inv, solution, visible
 
 from stiefel.optimizers import AdaPreLoRA, memory_report, pairs_to_groups
 from stiefel.optimizers.tangent import tangent_cores, tangent_grams, tangent_squares

@@ -5,16 +5,10 @@ import json
 
 import pytest
 import torch
-from altlora_oracle import altlora
-from pair_problems import (
-    DOUBLE,
-    SHAPES,
-    LeastSquares,
-    factors,
-    follow,
-    pair_gradients,
-)
-from problems import FIXTURES, run, same, weight
+from helpers.pair_problems import DOUBLE, SHAPES, LeastSquares, factors, follow, pair_gradients
+from helpers.paths import FIXTURES
+from helpers.problems import run, same, weight
+from oracles.altlora import altlora
 
 from stiefel.optimizers import AltLoRA, memory_report, pairs_to_groups
 

@@ -3,13 +3,12 @@
 import io
 import json
 
-import aro_oracle as oracle
 import pytest
 import torch
-from allocations import AllocationCounter
-from problems import (
+from helpers.allocations import AllocationCounter
+from helpers.paths import FIXTURES
+from helpers.problems import (
     COLUMN,
-    FIXTURES,
     ODD,
     ROW,
     SHAPES,
@@ -22,6 +21,7 @@ from problems import (
     tensors,
     weight,
 )
+from oracles import aro as oracle
 
 import stiefel.optimizers.frames as frames
 from stiefel.kernels import (

@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from allocations import AllocationCounter
-from auon_oracle import QUINTIC, auon, crms, direction
-from problems import (
+from helpers.allocations import AllocationCounter
+from helpers.paths import FIXTURES
+from helpers.problems import (
     COLUMN,
-    FIXTURES,
     ODD,
     ROW,
     SHAPES,
@@ -24,6 +23,7 @@ from problems import (
     trajectory,
     weight,
 )
+from oracles.auon import QUINTIC, auon, crms, direction
 
 from stiefel.optimizers import AuON, powers
 from stiefel.optimizers.powers import Series, Whole, slabs, terms_for

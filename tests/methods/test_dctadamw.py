@@ -6,29 +6,28 @@ import json
 import math
 import warnings
 
-import dct_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from allocations import AllocationCounter
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from problems import (
+from helpers.allocations import AllocationCounter
+from helpers.paths import FIXTURES
+from helpers.problems import (
     COLUMN,
-    FIXTURES,
     ODD,
     ROW,
     SQUARE,
     TALL,
     WIDE,
-    fixture,
     gradients,
     run,
     same,
     tensors,
-    tolerance,
     weight,
 )
+from helpers.recordings import fixture, tolerance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import dctadamw as oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stiefel.kernels import dct, dct_basis, dequantise_rows, idct, quantise_rows

@@ -6,27 +6,25 @@ import math
 
 import pytest
 import torch
-from allocations import AllocationCounter
-from fira_oracle import fira, side
-from peers import Missing, fira_adamw
-from problems import (
+from helpers.allocations import AllocationCounter
+from helpers.paths import FIXTURES
+from helpers.peers import Missing, fira_adamw
+from helpers.problems import (
     COLUMN,
-    FIXTURES,
     ODD,
     ROW,
     SQUARE,
     TALL,
     WIDE,
-    fed,
-    fixture,
     gradients,
     run,
     same,
     tensors,
-    tolerance,
     trajectory,
     weight,
 )
+from helpers.recordings import fed, fixture, tolerance
+from oracles.fira import fira, side
 
 from stiefel.kernels import sums
 from stiefel.optimizers import Fira, GaLore, units

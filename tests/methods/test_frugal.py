@@ -7,26 +7,24 @@ import warnings
 
 import pytest
 import torch
-from allocations import AllocationCounter
-from frugal_oracle import COORDINATES, down, frugal, leading, up
-from problems import (
+from helpers.allocations import AllocationCounter
+from helpers.paths import FIXTURES
+from helpers.problems import (
     COLUMN,
-    FIXTURES,
     ODD,
     ROW,
     SQUARE,
     TALL,
     WIDE,
-    fed,
-    fixture,
     gradients,
     run,
     same,
     tensors,
-    tolerance,
     trajectory,
     weight,
 )
+from helpers.recordings import fed, fixture, tolerance
+from oracles.frugal import COORDINATES, down, frugal, leading, up
 
 from stiefel.optimizers import FRUGAL, GaLore, splits, subspaces, turns, units, ways
 from stiefel.optimizers.turns import Turns

@@ -5,28 +5,27 @@ import io
 import math
 from functools import partial
 
-import oracles
 import pytest
 import torch
-from peers import Missing, galore_torch_adamw
-from problems import (
+from helpers.paths import FIXTURES
+from helpers.peers import Missing, galore_torch_adamw
+from helpers.problems import (
     COLUMN,
-    FIXTURES,
     ODD,
     ROW,
     SQUARE,
     TALL,
     WIDE,
-    fed,
-    fixture,
     gradients,
     run,
     same,
     tensors,
-    tolerance,
     trajectory,
     weight,
 )
+from helpers.recordings import fed, fixture, tolerance
+from oracles.common import adamw
+from oracles.galore import galore
 
 from stiefel.optimizers import GaLore, inner, subspaces, units
 
@@ -133,7 +132,7 @@ def test_galore_01_equals_the_oracle(shape, kind, moments, reference):
         if step % 4 == 0:
             state = optimizer.state[p]
             bases.append((state["basis"].clone(), state.get("basis_right", state["basis"]).clone()))
-    theirs = oracles.galore(
+    theirs = galore(
         p.detach() * 0 + weight(shape, dtype=torch.float64).detach(),
         grads,
         eps=1e-6,
@@ -144,9 +143,7 @@ def test_galore_01_equals_the_oracle(shape, kind, moments, reference):
     for W, R in zip(ours, theirs, strict=True):
         torch.testing.assert_close(W, R, rtol=0, atol=1e-9)
     if not reference:
-        free = oracles.galore(
-            weight(shape, dtype=torch.float64).detach(), grads, eps=1e-6, **settings
-        )
+        free = galore(weight(shape, dtype=torch.float64).detach(), grads, eps=1e-6, **settings)
         worst = max(float((W - R).abs().max()) for W, R in zip(ours, free, strict=True))
         assert worst < (1e-6 if kind == "full" else 1e-7), worst
 
@@ -158,7 +155,7 @@ def test_galore_01_narrow_dtypes_follow_the_oracle(shape, dtype, atol):
     settings = {"lr": 0.02, "rank": 3, "update_proj_gap": 4, "scale": 0.5}
     ours = trajectory(lambda ps: GaLore(ps, **settings), shape, 7, dtype=dtype)
     grads = [G.to(dtype) for G in gradients(shape, 7)]
-    theirs = oracles.galore(weight(shape, dtype=dtype).detach(), grads, **settings)
+    theirs = galore(weight(shape, dtype=dtype).detach(), grads, **settings)
     torch.testing.assert_close(ours[-1].double(), theirs[-1], rtol=0, atol=atol)
 
 
@@ -173,7 +170,7 @@ def test_galore_02_full_rank_is_adam_in_rotated_coordinates(shape):
     W0 = weight(shape).detach().double()
     Z0 = left.T @ W0 if wide else W0 @ right.T
     projected = [(left.T @ G.double()) if wide else (G.double() @ right.T) for G in grads]
-    Z = oracles.adamw(Z0, projected, 0.02)[-1]
+    Z = adamw(Z0, projected, 0.02)[-1]
     torch.testing.assert_close(
         out[-1][0].double(), left @ Z if wide else Z @ right, rtol=0, atol=1e-4
     )

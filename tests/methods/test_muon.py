@@ -6,27 +6,27 @@ The properties of the polar factor itself (section 12 numbers 3 to 9) are in tes
 import copy
 import math
 
-import oracles
 import pytest
 import torch
-from problems import (
+from helpers.paths import FIXTURES
+from helpers.problems import (
     COLUMN,
-    FIXTURES,
     ODD,
     ROW,
     SHAPES,
     SQUARE,
     TALL,
     WIDE,
-    fixture,
     gradients,
     run,
     same,
     tensors,
-    tolerance,
     trajectory,
     weight,
 )
+from helpers.recordings import fixture, tolerance
+from oracles.common import newton_schulz
+from oracles.muon import muon
 
 from stiefel.kernels import POLAR_METHODS
 from stiefel.optimizers import Muon
@@ -128,7 +128,7 @@ def test_muon_12_02_equals_pytorch_optimizer(shape, nesterov):
 def test_equals_the_oracle_with_an_exact_factor(shape, nesterov):
     p, grads = weight(shape, dtype=torch.float64), gradients(shape, 6, dtype=torch.float64)
     out = run(Muon([p], lr=0.02, nesterov=nesterov, polar="svd"), [p], [grads])
-    want = oracles.muon(weight(shape, dtype=torch.float64).detach(), grads, 0.02, nesterov=nesterov)
+    want = muon(weight(shape, dtype=torch.float64).detach(), grads, nesterov=nesterov)
     for W, R in zip(out, want, strict=True):
         torch.testing.assert_close(W[0], R, rtol=0, atol=1e-9)
 
@@ -141,7 +141,7 @@ def test_equals_the_oracle_with_newton_schulz(shape, dtype, atol, scale):
     ratio = {"rms": "match_rms_adamw", "original": "original"}[scale]
     out = run(Muon([p], lr=0.02, polar="ns5", adjust_lr_fn=ratio), [p], [grads])
     start = weight(shape, dtype=dtype).detach()
-    want = oracles.muon(start, grads, 0.02, factor=oracles.newton_schulz, scale=scale)
+    want = muon(start, grads, factor=newton_schulz, scale=scale)
     torch.testing.assert_close(out[-1][0].double(), want[-1], rtol=0, atol=atol)
 
 

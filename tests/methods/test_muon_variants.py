@@ -6,26 +6,25 @@ import math
 
 import pytest
 import torch
-from allocations import AllocationCounter
-from muon_oracle import muon
-from problems import (
+from helpers.allocations import AllocationCounter
+from helpers.paths import FIXTURES
+from helpers.problems import (
     COLUMN,
-    FIXTURES,
     ODD,
     ROW,
     SHAPES,
     SQUARE,
     TALL,
     WIDE,
-    fixture,
     gradients,
     run,
     same,
     tensors,
-    tolerance,
     trajectory,
     weight,
 )
+from helpers.recordings import fixture, tolerance
+from oracles.muon import muon
 
 from stiefel.kernels import polar_factor, polar_report
 from stiefel.optimizers import Muon, heavy_tail_schedule

@@ -5,88 +5,45 @@ import math
 from itertools import pairwise
 
 import pytest
-import symmetry_oracle as oracle
 import torch
-from allocations import AllocationCounter
-from problems import FIXTURES, ODD, ROW, SHAPES, TALL, WIDE, gradients, run, same, weight
+from helpers.allocations import AllocationCounter
+from helpers.paths import FIXTURES
+from helpers.problems import (
+    DOUBLE,
+    ODD,
+    ROW,
+    SHAPES,
+    TALL,
+    WIDE,
+    change,
+    doubles,
+    gradients,
+    permutation,
+    replay,
+    rotation,
+    run,
+    same,
+    weight,
+)
+from helpers.recordings import symmetry_cases
+from oracles import symmetry as oracle
 
 from stiefel.optimizers import Hybrid, Muon, RowNorm, Spectral
-
-DOUBLE = torch.float64
-PAIRED = {
-    "gpt_oss_gate_up_pair": {"pair": "interleaved", "view": "transposed"},
-    "olmoe_gate_up_pair": {"pair": "halves"},
-}
-
-
-def cases(name):
-    """Recorded cases: settings under our names, weight, gradients, weights after each step."""
-    data = json.loads((FIXTURES / f"symmetry_{name}_reference.json").read_text())
-    found = []
-    for case in data["cases"]:
-        given, theirs = data["inputs"][case["input"]], case["settings"]
-        orientation = theirs.get("orientation", "row")
-        settings = {
-            "lr": theirs["lr"],
-            "momentum": theirs["beta"],
-            "weight_decay": theirs["weight_decay"],
-            "eps": theirs["eps"],
-            "centred": theirs["center_rows"],
-            "adjust_lr_fn": "none",
-            **PAIRED.get(orientation, {"axis": "cols" if orientation == "col" else "rows"}),
-            **{key: theirs[key] for key in ("row_mode", "order", "alpha") if key in theirs},
-        }
-        if "num_steps" in theirs:
-            left = theirs.get("left", name.startswith("left"))
-            settings |= {
-                "polar": "inverse_root",
-                "ns_steps": theirs["num_steps"],
-                "side": "left" if left else "right",
-            }
-        W, G = (torch.tensor(given[key], dtype=DOUBLE) for key in ("W0", "G"))
-        found.append((settings, W, list(G), case))
-    return found
-
-
-def replay(cls, settings, W, grads):
-    p = torch.nn.Parameter(W.clone())
-    return torch.stack([V for (V,) in run(cls([p], **settings), [p], [grads])])
-
-
-def doubles(shape, steps=4, seed=0):
-    return gradients(shape, steps, seed, DOUBLE)
-
-
-def step(cls, W, grads, **options):
-    """The change of one weight over these gradients, in the weight's dtype."""
-    p = torch.nn.Parameter(W.clone())
-    run(cls([p], lr=0.1, **options), [p], [grads])
-    return p.detach() - W
-
-
-def rotation(n, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=DOUBLE))[0]
-
-
-def permutation(n, seed=0):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
 
 # the recorded steps
 
 
 @pytest.mark.parametrize("case", range(38))
 def test_recorded_rownorm(case):
-    settings, W, grads, recorded = cases("rownorm")[case]
+    settings, W, grads, recorded = symmetry_cases("rownorm")[case]
     expected = torch.tensor(recorded["W"], dtype=DOUBLE)
     torch.testing.assert_close(replay(RowNorm, settings, W, grads), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", range(len(cases("hybrid"))))
+@pytest.mark.parametrize("case", range(len(symmetry_cases("hybrid"))))
 def test_recorded_hybrid(case):
     """Both orders; where the published alpha sums over experts, ours is beside it."""
-    settings, W, grads, recorded = cases("hybrid")[case]
+    settings, W, grads, recorded = symmetry_cases("hybrid")[case]
     expected = torch.tensor(recorded["W_promoted"], dtype=DOUBLE)
     out = replay(Hybrid, settings, W, grads)
     if W.ndim == 2 or settings["alpha"] == 0.0 or settings["order"] == "polar_then_row":
@@ -103,7 +60,7 @@ def test_property_08_alpha_of_an_expert_is_its_own(
     """Fact 8: the published nu is one for all experts; ours is that of each taken alone."""
     if settings is None:
         settings, W, grads, recorded = next(
-            c for c in cases("hybrid") if c[1].ndim == 3 and c[0]["alpha"] == 1.0
+            c for c in symmetry_cases("hybrid") if c[1].ndim == 3 and c[0]["alpha"] == 1.0
         )
         expected = torch.tensor(recorded["W_promoted"], dtype=DOUBLE)
     ours = replay(Hybrid, settings, W, grads)
@@ -230,7 +187,7 @@ def test_centring_needs_both_projections():
     X = oracle.centred(doubles((7, 5), 1)[0])
     assert oracle.row_norm(X).mean(0).norm() > 1e-2
     W = weight((7, 5), dtype=DOUBLE).detach()
-    assert step(RowNorm, W, doubles((7, 5), 3), centred=True).mean(0).abs().max() < 1e-16
+    assert change(RowNorm, W, doubles((7, 5), 3), centred=True).mean(0).abs().max() < 1e-16
 
 
 MAPS = {
@@ -267,7 +224,7 @@ def test_property_06_equivariance_table(name):
         options["eps"] = 1e-300  # the table is of the map without it
     G = torch.randn(7, 5, dtype=DOUBLE, generator=torch.Generator().manual_seed(3))
     W = torch.zeros(7, 5, dtype=DOUBLE)
-    T = lambda X: step(cls, W, [X], **options)  # noqa: E731
+    T = lambda X: change(cls, W, [X], **options)  # noqa: E731
     U = T(G)
     L, P, Q = rotation(7, 1), permutation(7, 2), rotation(5, 3)
     s = torch.linspace(0.5, 2.0, 7, dtype=DOUBLE)[:, None]

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from oracles import polar
-from problems import FIXTURES, gradients, run, weight
-from test_rownorm import cases, doubles, replay, step
+from helpers.paths import FIXTURES
+from helpers.problems import change, doubles, gradients, replay, rotation, run, weight
+from helpers.recordings import symmetry_cases
+from oracles.common import polar
 
 from stiefel.kernels import gram_polar, inverse_root
 from stiefel.optimizers import Muon, Spectral
@@ -19,7 +20,7 @@ BACKENDS = json.loads((FIXTURES / "symmetry_polar_backends_reference.json").read
 @pytest.mark.parametrize("case", range(18))
 def test_recorded_spectral(side, case):
     """The published iteration in float64; as shipped, in float32, its first step is near."""
-    settings, W, grads, recorded = cases(f"{side}_spectral")[case]
+    settings, W, grads, recorded = symmetry_cases(f"{side}_spectral")[case]
     out = replay(Spectral, settings, W, grads)
     expected = torch.tensor(recorded["W_promoted"], dtype=DOUBLE)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
@@ -31,7 +32,7 @@ def test_recorded_spectral(side, case):
 
 
 def test_there_are_eighteen_cases():
-    assert all(len(cases(f"{side}_spectral")) == 18 for side in ("left", "right"))
+    assert all(len(symmetry_cases(f"{side}_spectral")) == 18 for side in ("left", "right"))
 
 
 def test_property_01_left_right_and_polar_are_one_matrix():
@@ -45,7 +46,7 @@ def test_property_01_left_right_and_polar_are_one_matrix():
             torch.testing.assert_close(O, U, rtol=0, atol=1e-9 if small else 1e-4)
         W, G = torch.zeros(shape, dtype=DOUBLE), [X]
         for name in ("svd", "inverse_root"):
-            left, right = (step(Spectral, W, G, side=s, polar=name) for s in ("left", "right"))
+            left, right = (change(Spectral, W, G, side=s, polar=name) for s in ("left", "right"))
             assert torch.equal(left, right)
 
 
@@ -63,12 +64,12 @@ def test_property_02_damping_follows_the_size_of_the_gradient():
             {"polar": "eigh"},
             {"polar": "inverse_root", "ns_steps": 12},
         ):
-            s = torch.linalg.svdvals(step(Spectral, W, G, **options, **polar_)) / 0.1
+            s = torch.linalg.svdvals(change(Spectral, W, G, **options, **polar_)) / 0.1
             torch.testing.assert_close(s[:2], torch.ones(2, dtype=DOUBLE), rtol=0, atol=1e-4)
             assert s[2] < 1e-5  # the mean that was taken off
         theirs = {"polar": "inverse_root", "ns_steps": 12, "eps": 1e-8}
         old.append(
-            float((torch.linalg.svdvals(step(Spectral, W, G, **options, **theirs)) / 0.1)[1])
+            float((torch.linalg.svdvals(change(Spectral, W, G, **options, **theirs)) / 0.1)[1])
         )
     exact = [
         float(s / (s * s + 1e-8).sqrt())
@@ -102,7 +103,7 @@ def test_property_04_alpha_makes_huge_steps(alpha, size):
     G = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     options = {"polar": "eigh", "alpha": alpha, "momentum": 0.0}
     options["adjust_lr_fn"] = "none" if alpha else "match_rms_adamw"
-    moved = step(Hybrid, torch.zeros(m, n), [G], **options) / 0.1
+    moved = change(Hybrid, torch.zeros(m, n), [G], **options) / 0.1
     rms = float(moved.square().mean().sqrt())
     if size is None:
         assert rms == pytest.approx(0.2, rel=1e-3)
@@ -152,12 +153,10 @@ def test_is_muon_without_nesterov_where_the_rms_is_that_of_the_shape():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equivariance_in_low_precision(polar_, dtype):
     """Rotations of either side to 2e-2 where weights and gradients are rounded, in any backend."""
-    from test_rownorm import rotation
-
     L, Q = rotation(12, 1).float(), rotation(7, 2).float()
     G = gradients((12, 7), 1)[0]
     W = torch.zeros(12, 7, dtype=dtype)
     G = torch.linalg.qr(G)[0] @ torch.diag(torch.linspace(1, 0.3, 7))  # no direction in rounding
-    a = L @ step(Spectral, W, [G.to(dtype)], polar=polar_).float() @ Q
-    b = step(Spectral, W, [(L @ G @ Q).to(dtype)], polar=polar_).float()
+    a = L @ change(Spectral, W, [G.to(dtype)], polar=polar_).float() @ Q
+    b = change(Spectral, W, [(L @ G @ Q).to(dtype)], polar=polar_).float()
     assert (a - b).norm() < 2e-2 * b.norm()

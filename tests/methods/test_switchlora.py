@@ -11,11 +11,12 @@ import warnings
 
 import numpy as np
 import pytest
-import switchlora_oracle
 import torch
-from allocations import AllocationCounter
-from pair_problems import DOUBLE, LeastSquares, factors, follow, pair_gradients
-from problems import FIXTURES, run, same, tensors, weight
+from helpers.allocations import AllocationCounter
+from helpers.pair_problems import DOUBLE, LeastSquares, factors, follow, pair_gradients
+from helpers.paths import FIXTURES
+from helpers.problems import run, same, tensors, weight
+from oracles import switchlora as switchlora_oracle
 
 from stiefel.optimizers import (
     AltLoRA,

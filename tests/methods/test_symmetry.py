@@ -9,13 +9,12 @@ import os
 import pickle
 import sys
 from functools import partial
-from pathlib import Path
 
-import families
 import pytest
 import torch
-from problems import FIXTURES, gradients, run, same, tensors, weight
-from test_rownorm import permutation, replay, rotation
+from helpers import families
+from helpers.paths import EXAMPLES, FIXTURES
+from helpers.problems import gradients, permutation, replay, rotation, run, same, tensors, weight
 from torch import nn
 
 from stiefel.optimizers import (
@@ -36,16 +35,15 @@ from stiefel.optimizers.galore import GaLoreRule
 from stiefel.optimizers.policies import PAPER_LRS
 
 DOUBLE = torch.float64
-EXAMPLES = str(Path(__file__).parent.parent / "examples")
 
 
 def examples(name):
     """A module of the examples, which are no package."""
-    sys.path.insert(0, EXAMPLES)
+    sys.path.insert(0, str(EXAMPLES))
     try:
         return importlib.import_module(name)
     finally:
-        sys.path.remove(EXAMPLES)
+        sys.path.remove(str(EXAMPLES))
 
 
 def dense(seed=0):
@@ -78,9 +76,8 @@ def weights(model):
 
 # who gets what
 
-HERE = Path(__file__).parent
-STACKS = HERE / "fixtures" / "stacks"
-REBUILT = {p.stem: p.read_text() for p in sorted((HERE / "fixtures" / "roles").glob("hf-*.md"))}
+STACKS = FIXTURES / "stacks"
+REBUILT = {p.stem: p.read_text() for p in sorted((FIXTURES / "roles").glob("hf-*.md"))}
 
 
 def built(name):

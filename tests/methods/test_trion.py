@@ -5,26 +5,25 @@ import math
 
 import pytest
 import torch
-from allocations import AllocationCounter
-from problems import (
+from helpers.allocations import AllocationCounter
+from helpers.paths import FIXTURES
+from helpers.problems import (
     COLUMN,
-    FIXTURES,
     ODD,
     ROW,
     SHAPES,
     SQUARE,
     TALL,
     WIDE,
-    fixture,
     gradients,
     run,
     same,
     tensors,
-    tolerance,
     trajectory,
     weight,
 )
-from trion_oracle import chosen, cosines, exact, ns5, ratio, trion
+from helpers.recordings import fixture, tolerance
+from oracles.trion import chosen, cosines, exact, ns5, ratio, trion
 
 from stiefel.kernels import dct_basis, polar_factor
 from stiefel.optimizers import Muon, Trion

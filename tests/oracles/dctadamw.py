@@ -3,7 +3,8 @@
 import math
 
 import numpy as np
-from projector_oracles import choose, cosine_matrix
+
+from oracles.projectors import choose, cosine_matrix
 
 
 def quantised(row, bits):

@@ -3,7 +3,8 @@
 import math
 
 import torch
-from oracles import signs
+
+from oracles.common import signs
 
 TINY = 1e-8
 

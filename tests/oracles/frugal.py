@@ -1,7 +1,8 @@
 """FRUGAL once, naively: one matrix, float64, whole residuals. What frugal.py is judged by."""
 
 import torch
-from oracles import signs
+
+from oracles.common import signs
 
 COORDINATES = ("columns", "rows", "randk")
 

@@ -1,13 +1,10 @@
-"""Muon and its variants for one matrix in float64, in plain loops, with an exact polar factor."""
+"""Muon and its variants for one matrix in float64, in plain loops, with any polar factor."""
 
 import math
 
 import torch
 
-
-def polar(U):
-    P, s, Qh = torch.linalg.svd(U, full_matrices=False)
-    return P[:, s > 1e-12] @ Qh[s > 1e-12]
+from oracles.common import polar
 
 
 def muon(
@@ -26,10 +23,13 @@ def muon(
     clip=None,
     normalize=False,
     spike=None,
+    factor=polar,
+    scale="rms",
 ):
     """The weight after each step; lr may be a list."""
     W = W.double().clone()
     m, n = W.shape
+    ratio = 0.2 * math.sqrt(max(m, n)) if scale == "rms" else math.sqrt(max(1, m / n))
     B, V, rows, average = torch.zeros_like(W), torch.zeros_like(W), [0.0] * m, None
     out = []
     for t, G in enumerate(grads):
@@ -54,12 +54,12 @@ def muon(
             B = mu * B + (1 - mu) * G
             U = (1 - mu) * G + mu * B if nesterov else B
         if second_moment == "adamuon":
-            O = polar(U.sign())
+            O = factor(U.sign())
             V = beta2 * V + (1 - beta2) * O**2
             O = O / (V.sqrt() + 1e-8)
             step = O * (0.2 * math.sqrt(m * n) / O.norm())
         else:
-            O = polar(U)
+            O = factor(U)
             if second_moment == "normuon":
                 before = O.norm()
                 O = O.clone()
@@ -67,7 +67,7 @@ def muon(
                     rows[i] = beta2 * rows[i] + (1 - beta2) * float((O[i] ** 2).mean())
                     O[i] = O[i] / (math.sqrt(rows[i]) + 1e-10)
                 O = O * (before / O.norm())
-            step = 0.2 * math.sqrt(max(m, n)) * O
+            step = ratio * O
         keep = torch.full_like(W, 1 - eta**decay_power * weight_decay)
         if cautious:
             keep[step * W < 0] = 1.0

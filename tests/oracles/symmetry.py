@@ -3,7 +3,8 @@
 import math
 
 import torch
-from oracles import polar
+
+from oracles.common import polar
 
 
 def centred(X):

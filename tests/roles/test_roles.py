@@ -12,9 +12,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import families
 import pytest
 import torch
+from helpers import families
+from helpers.paths import EXAMPLES, FIXTURES
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -24,13 +25,12 @@ from stiefel.optimizers.roles import Assignment, classify, route
 from stiefel.optimizers.rule import Dense, Rule
 from stiefel.optimizers.views import blocks
 
-HERE = Path(__file__).parent
-GOLDEN = HERE / "fixtures" / "roles"
+GOLDEN = FIXTURES / "roles"
 
 
 def byte_model(d=96):
     """The model of the examples, loaded from its file: the examples are no package."""
-    folder = str(HERE.parent / "examples")
+    folder = str(EXAMPLES)
     spec = importlib.util.spec_from_file_location(
         "stiefel_example_common", Path(folder) / "common.py"
     )
@@ -86,7 +86,7 @@ def torch_transformer():
 
 GOLDEN_MODELS = {"byte-model": byte_model, "gpt2": gpt2, "torch-transformer": torch_transformer}
 GOLDEN_MODELS |= families.OWN_FAMILIES
-FIXTURES = {path.stem: path for path in sorted(GOLDEN.glob("hf-*.md"))}
+TABLES = {path.stem: path for path in sorted(GOLDEN.glob("hf-*.md"))}
 HF = ("llama", "qwen3", "qwen2-moe", "qwen3-moe", "gemma2", "gemma3", "olmoe", "mixtral", "gpt-oss")
 HF += ("phi3", "gpt2", "vit", "t5", "t5-gated")
 
@@ -123,7 +123,7 @@ def test_every_parameter_once_and_in_order(name):
 
 @pytest.mark.parametrize("name", [f"hf-{name}" for name in HF])
 def test_golden_table_of_a_rebuilt_model(name):
-    text = FIXTURES[name].read_text()
+    text = TABLES[name].read_text()
     table = classify(families.rebuild(text), strict=True)
     assert table.to_markdown() == families.table_of(text)
     matrices = [row for row in table if row.rule == "matrix"]
@@ -147,7 +147,7 @@ def test_fixtures_are_the_real_models(real_models, name):
     text = families.describe(model, f"tiny, of transformers {transformers.__version__}")
     if os.environ.get("STIEFEL_WRITE_GOLDEN") == "1":
         (GOLDEN / f"{name}.md").write_text(text)
-    stored = FIXTURES[name].read_text()
+    stored = TABLES[name].read_text()
     assert families.table_of(text) == families.table_of(stored)
     again = classify(families.rebuild(text))
     assert again == classify(model), "the rebuilt tree lacks something that decides"
@@ -839,7 +839,7 @@ def test_partners_under_wrapped_names():
     ],
 )
 def test_where_centring_is_right(fixture, name, settings, centred):
-    model = families.rebuild(FIXTURES[fixture].read_text())
+    model = families.rebuild(TABLES[fixture].read_text())
     vars(model.config).update(settings)
     assert by_name(model)[name].centred == centred
 
@@ -1005,7 +1005,7 @@ def test_shared_sides_that_are_not_known():
 )
 def test_one_rotation_of_the_residual_stream(sharing):
     """q reads the stream as k, v, gate and up do: square, its shape cannot tell."""
-    model = families.rebuild(FIXTURES["hf-llama"].read_text()).to_empty(device="cpu")
+    model = families.rebuild(TABLES["hf-llama"].read_text()).to_empty(device="cpu")
     sides = {row.name: row.side for row in classify(model) if row.rule == "matrix"}
     optimizer = optimizers.ARO(model, **sharing)
     names = {id(p): name for name, p in model.named_parameters()}

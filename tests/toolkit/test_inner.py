@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from peers import Missing, galore_torch
-from problems import ODD, SHAPES, TALL, WIDE, gradients, run, same, weight
+from helpers.peers import Missing, galore_torch
+from helpers.problems import ODD, SHAPES, TALL, WIDE, gradients, run, same, weight
 
 from stiefel.optimizers import GaLore
 from stiefel.optimizers.inner import INNERS, inner

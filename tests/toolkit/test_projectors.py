@@ -9,12 +9,12 @@ import sys
 import warnings
 
 import numpy as np
-import projector_oracles as oracle
 import pytest
 import torch
-from allocations import AllocationCounter
+from helpers.allocations import AllocationCounter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import projectors as oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stiefel.optimizers import bases as factor

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from arena import DTYPES, LAYOUTS, SHAPES, close, gaussian, holes, laid, nothing_beside, unchanged
+from helpers.kernel_operands import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    close,
+    gaussian,
+    holes,
+    laid,
+    nothing_beside,
+    unchanged,
+)
 
 from stiefel.kernels import reference
 from stiefel.kernels.triton import apply

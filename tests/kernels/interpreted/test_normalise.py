@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from arena import DTYPES, LAYOUTS, SHAPES, close, gaussian, holes, laid, nothing_beside
+from helpers.kernel_operands import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    close,
+    gaussian,
+    holes,
+    laid,
+    nothing_beside,
+)
 
 from stiefel.kernels import reference
 from stiefel.kernels.triton import normalise

@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
-from arena import DEVICE, gaussian
-from problems import METHODS, gradients, run, same, tensors, weight
+from helpers.kernel_operands import DEVICE, gaussian
+from helpers.methods import METHODS
+from helpers.problems import gradients, run, same, tensors, weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stiefel.optimizers import plan

@@ -5,7 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from arena import DTYPES, LAYOUTS, SHAPES, close, gaussian, laid, nothing_beside, unchanged
+from helpers.kernel_operands import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    close,
+    gaussian,
+    laid,
+    nothing_beside,
+    unchanged,
+)
 
 from stiefel.kernels import passes as plain
 from stiefel.kernels import triton as kernels

@@ -2,8 +2,18 @@
 
 import pytest
 import torch
-from arena import DTYPES, LAYOUTS, SHAPES, close, gaussian, holes, laid, nothing_beside, unchanged
-from problems import gradients, run, weight
+from helpers.kernel_operands import (
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    close,
+    gaussian,
+    holes,
+    laid,
+    nothing_beside,
+    unchanged,
+)
+from helpers.problems import gradients, run, weight
 
 from stiefel.kernels import rows as plain
 from stiefel.kernels.triton import row_step, rows

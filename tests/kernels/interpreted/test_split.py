@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from arena import DEVICE, DTYPES, LAYOUTS, SHAPES, close, gaussian, laid, nothing_beside
+from helpers.kernel_operands import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    SHAPES,
+    close,
+    gaussian,
+    laid,
+    nothing_beside,
+)
 
 from stiefel.kernels import reference
 from stiefel.kernels.triton import split, split_step_

@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from arena import DTYPES, LAYOUTS, close, gaussian, laid, nothing_beside, unchanged
+from helpers.kernel_operands import (
+    DTYPES,
+    LAYOUTS,
+    close,
+    gaussian,
+    laid,
+    nothing_beside,
+    unchanged,
+)
 
 from stiefel.kernels import reference
 from stiefel.kernels import triton as kernels

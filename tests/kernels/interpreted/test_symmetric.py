@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from arena import (
+from helpers.kernel_operands import (
     DTYPES,
     LAYOUTS,
     SHAPES,

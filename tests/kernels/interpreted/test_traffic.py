@@ -1,18 +1,18 @@
 """The recorder of the roofline: what a kernel moves and multiplies, to the byte."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from arena import gaussian
+from helpers.kernel_operands import gaussian
+from helpers.paths import BENCH
 
 from stiefel.kernels.triton import symmetric
 from stiefel.kernels.triton.tables import TABLES
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+sys.path.insert(0, str(BENCH))
 from traffic import Log, Work, extended, recorded, scaled, triangle, watched
 
 
