@@ -248,7 +248,7 @@ def test_values_under_the_floor_are_equal():
     assert quality.difference(1e-6, 0.0, "decades") == pytest.approx(2)
 
 
-def test_protocol_sweeps_on_seed_0_and_pairs_the_rest():
+def test_protocol_sweeps_on_the_first_seed_and_pairs_the_rest():
     said: list[str] = []
     task = Fake(
         {

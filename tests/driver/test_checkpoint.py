@@ -125,7 +125,7 @@ def test_dtypes_survive_loading(method, dtype, state_dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_indices_above_256_and_2_to_the_24_survive(dtype):
+def test_indices_survive_above_what_bfloat16_and_float32_can_count(dtype):
     p = nn.Parameter(torch.zeros(2, 300, dtype=dtype))
     optimizer = driver(PickRule(count=4))([p])
     optimizer.init_state()

@@ -1,4 +1,4 @@
-"""What a step allocates and what stays: bounds of the docstrings, state by the sheets' formulas."""
+"""What a step allocates, and what stays: the bounds of docstrings, the papers' formulas of state."""
 
 import pytest
 import torch

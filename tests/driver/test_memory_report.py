@@ -106,7 +106,7 @@ def test_llama_totals_of_frugal(size, columns, none, svd):
         svd: memory_report(llama(size), FRUGAL, density=0.25, split="svd"),
     }
     for gib, report in made.items():
-        # chosen columns are counted in the report and left out in the sheet: 4 bytes each
+        # chosen columns are counted in the report and left out in the formula: 4 bytes each
         index = sum(4 * (row.shape[1] // 4) for row in report.rows if row.rule == "FRUGAL")
         index = index if gib == columns else 0
         assert round((report.state - index) / GIB, 2) == gib

@@ -1,4 +1,4 @@
-"""The cosine transform and the dct projector; numbers are those of the properties they check."""
+"""The cosine transform, and the projector that chooses among its basis vectors."""
 
 import itertools
 import math
@@ -49,12 +49,12 @@ def share(G, r, norm="l2"):
     return (find.down(state, G).double().norm() ** 2 / G.double().norm() ** 2).item()
 
 
-# The basis and the transform: 1 to 4.
+# The basis and the transform.
 
 
 @pytest.mark.parametrize("n", [*LENGTHS, 4096])
 @dtypes
-def test_dct_01_basis_is_orthonormal(n, dtype):
+def test_the_cosine_basis_is_orthonormal(n, dtype):
     C = dct_basis(n, dtype)
     rows = (C if n <= 1024 else C[:: n // 128]).double()  # a float32 product has errors of its own
     E = rows @ rows.mT - torch.eye(len(rows), dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_dct_01_basis_is_orthonormal(n, dtype):
     assert largest(C[0] - math.sqrt(1 / n)) <= 1e-7
 
 
-def test_dct_01_phases_are_exact_at_16384():
+def test_phases_are_exact_for_long_sides():
     """Rows one by one from a table of 4 n cosines: the matrix would be a gigabyte."""
     n, j = 16384, torch.arange(16384)
     wave = torch.cos(torch.arange(4 * n).double() * math.pi / (2 * n))
@@ -75,14 +75,14 @@ def test_dct_01_phases_are_exact_at_16384():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 17])
-def test_dct_01_basis_is_the_written_formula(n):
+def test_basis_is_the_written_formula(n):
     assert np.abs(dct_basis(n, torch.float64).numpy() - oracle.cosine_matrix(n)).max() <= 1e-14
 
 
 @lengths
 @paths
 @dtypes
-def test_dct_02_equals_scipy(n, path, dtype):
+def test_the_transform_equals_scipys(n, path, dtype):
     X = gaussian(3, n, dtype=dtype)
     want = scipy.fft.dct(X.double().numpy(), 2, norm="ortho", axis=1)
     back = scipy.fft.idct(X.double().numpy(), 2, norm="ortho", axis=1)
@@ -96,7 +96,7 @@ def test_dct_02_equals_scipy(n, path, dtype):
 
 
 @pytest.mark.parametrize("n", [*LENGTHS, 4096])
-def test_dct_03_paths_agree_and_the_order_is_a_bijection(n):
+def test_paths_agree_and_the_order_is_a_bijection(n):
     X = gaussian(5, n)
     assert largest(dct(X, path="fft") - dct(X, path="matmul")) <= 5e-6
     order, place, _ = quarter_waves(n, torch.float32, "cpu")
@@ -106,7 +106,7 @@ def test_dct_03_paths_agree_and_the_order_is_a_bijection(n):
 
 @lengths
 @paths
-def test_dct_04_parseval(n, path):
+def test_the_transform_keeps_the_norm(n, path):
     X = gaussian(7, n)
     for dim in (-1, -2):
         assert abs(dct(X, dim, path).norm() - X.norm()) <= 1e-6 * X.norm() * 2
@@ -174,7 +174,7 @@ def test_bad_arguments_are_one_sentence(call, text):
         call()
 
 
-# The projector: 5 to 14. Rows are projected, so n of the sheet is m here.
+# The projector. Rows are projected: the basis has m vectors.
 
 
 @st.composite
@@ -187,7 +187,7 @@ def problems(draw):
 
 @settings(max_examples=80, deadline=None)
 @given(problems())
-def test_dct_05_l2_captures_its_share(problem):
+def test_l2_captures_its_share(problem):
     G, r = problem
     for X in G:
         assert share(X[None], r) >= r / G.shape[1] - 1e-5
@@ -195,7 +195,7 @@ def test_dct_05_l2_captures_its_share(problem):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(0, 2**20), st.data())
-def test_dct_05_l2_is_the_best_of_all_subsets(m, n, seed, data):
+def test_l2_is_the_best_of_all_subsets(m, n, seed, data):
     r, G = data.draw(st.integers(1, m)), gaussian(1, m, n, seed=seed)
     S = oracle.cosine_matrix(m) @ G[0].double().numpy()
     energy = (S**2).sum(1)
@@ -205,14 +205,14 @@ def test_dct_05_l2_is_the_best_of_all_subsets(m, n, seed, data):
 
 @settings(max_examples=60, deadline=None)
 @given(problems())
-def test_dct_06_l1_has_a_weaker_bound(problem):
+def test_l1_has_a_weaker_bound(problem):
     G, r = problem
     m, n = G.shape[1:]
     for X in G:
         assert share(X[None], r, "l1") >= r / (r + n * (m - r)) - 1e-5
 
 
-def test_dct_06_l1_falls_below_the_share_of_l2():
+def test_l1_falls_below_the_share_of_l2():
     """r spread rows of l1 norm 1 against rows with one entry just under 1."""
     n, m, r = 256, 64, 8
     S = torch.zeros(m, n, dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_dct_06_l1_falls_below_the_share_of_l2():
 
 
 @norms
-def test_dct_07_never_above_the_svd(norm):
+def test_captured_energy_is_never_above_that_of_the_svd(norm):
     for seed in range(10):
         G = gaussian(1, 12, 20, seed=seed)
         best = torch.linalg.svdvals(G)[0, :5].square().sum() / G.square().sum()
@@ -232,7 +232,7 @@ def test_dct_07_never_above_the_svd(norm):
 
 
 @norms
-def test_dct_08_is_an_orthogonal_projection(norm):
+def test_the_projector_is_orthogonal(norm):
     G = gaussian(2, 12, 20)
     find, state = chosen(G, 5, norm)
     P = find.lift(state, torch.eye(5).expand(2, 5, 5), 12).P
@@ -245,7 +245,7 @@ def test_dct_08_is_an_orthogonal_projection(norm):
 
 
 @pytest.mark.parametrize("m", [1, 7, 300])
-def test_dct_09_full_rank_is_exact(m):
+def test_full_rank_loses_nothing(m):
     G = gaussian(1, m, 9)
     find, state = chosen(G, m)
     R = find.down(state, G)
@@ -255,7 +255,7 @@ def test_dct_09_full_rank_is_exact(m):
 
 @norms
 @pytest.mark.parametrize("m, n", [(6, 17), (300, 9), (9, 9)])
-def test_dct_10_a_turned_matrix_is_the_transposed_problem(norm, m, n):
+def test_a_turned_matrix_is_the_transposed_problem(norm, m, n):
     G = gaussian(1, m, n)
     stored = G.mT.contiguous()
     find, state = chosen(G, 4, norm)
@@ -264,7 +264,7 @@ def test_dct_10_a_turned_matrix_is_the_transposed_problem(norm, m, n):
     assert largest(find.down(state, G) - find.down(turned, stored.mT)) <= 5e-6
 
 
-def test_dct_11_overlap_is_the_match_matrix():
+def test_overlap_is_the_match_matrix():
     m, r = 10, 4
     find = projector("dct")
     old, new = torch.tensor([[0, 3, 5, 8]]).int(), torch.tensor([[0, 4, 5, 9]]).int()
@@ -284,7 +284,7 @@ def test_dct_11_overlap_is_the_match_matrix():
 
 
 @norms
-def test_dct_12_ties_take_the_lowest_and_the_order_ascends(norm, monkeypatch):
+def test_ties_take_the_lowest_and_the_order_ascends(norm, monkeypatch):
     G = gaussian(2, 40, 9)
     first, second = chosen(G, 7, norm)[1]["index"], chosen(G, 7, norm)[1]["index"]
     assert torch.equal(first, second) and torch.equal(first, first.sort(-1).values)
@@ -294,7 +294,7 @@ def test_dct_12_ties_take_the_lowest_and_the_order_ascends(norm, monkeypatch):
 
 @norms
 @pytest.mark.parametrize("m", [12, 300])
-def test_dct_13_scale_and_turns(norm, m):
+def test_the_choice_depends_on_neither_scale_nor_a_rotation_of_columns(norm, m):
     G = gaussian(1, m, 20)
     find, state = chosen(G, 5, norm)
     R = find.down(state, G)
@@ -310,7 +310,7 @@ def test_dct_13_scale_and_turns(norm, m):
 
 @norms
 @pytest.mark.parametrize("m, j", [(8, 0), (17, 5), (300, 299), (1024, 257)])
-def test_dct_14_a_single_cosine_is_found(norm, m, j):
+def test_a_single_cosine_is_found(norm, m, j):
     G = torch.outer(dct_basis(m)[j], gaussian(11))[None]
     find, state = chosen(G, 1, norm)
     assert state["index"].tolist() == [[j]]

@@ -1,4 +1,4 @@
-"""The randomized low-rank polar factor: section 7 and number 10 of section 12 of the Muon sheet."""
+"""The randomized low-rank polar factor: rank, alignment, keys, and what power steps gain."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def decaying(m, n, low=-2.0, seed=0):
 
 
 def oracle(M, Omega, power, turned):
-    """Section 7 for one matrix in float64 with exact factors: Q polar(Q^T M)."""
+    """One matrix in float64 with exact factors: Q polar(Q^T M)."""
     X = M.double().mT if turned else M.double()
     Y = X @ Omega.double()
     for _ in range(power):
@@ -51,7 +51,7 @@ def oracle(M, Omega, power, turned):
 
 @pytest.mark.parametrize("sketch", SKETCHES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_muon_12_10_full_rank_equals_the_full_factor(shape, sketch):
+def test_full_rank_equals_the_full_factor(shape, sketch):
     M = gaussian(*shape)
     for options in ({"rank": min(shape)}, {"rank": 1.0}, {"rank": min(shape) - 3, "oversample": 9}):
         O = polar_factor(M, "low_rank", sketch=sketch, inner="svd", **options)
@@ -61,7 +61,7 @@ def test_muon_12_10_full_rank_equals_the_full_factor(shape, sketch):
 @pytest.mark.parametrize("sketch", SKETCHES)
 @pytest.mark.parametrize("power", [0, 1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_muon_12_10_alignment_is_the_nuclear_norm_inside_the_sketch(shape, power, sketch):
+def test_alignment_is_the_nuclear_norm_inside_the_sketch(shape, power, sketch):
     M = decaying(*shape)
     O = polar_factor(
         M, "low_rank", rank=8, oversample=4, power=power, sketch=sketch, inner="svd", key=7
@@ -75,7 +75,7 @@ def test_muon_12_10_alignment_is_the_nuclear_norm_inside_the_sketch(shape, power
 @pytest.mark.parametrize("sketch", SKETCHES)
 @pytest.mark.parametrize("inner", ["svd", "polar_express", "zolo"])
 @pytest.mark.parametrize("shape", [*SHAPES, (33, 17), (17, 33)])
-def test_muon_12_10_rank_is_at_most_r_and_nothing_lies_beside_the_sketch(shape, inner, sketch):
+def test_rank_is_at_most_r_and_nothing_lies_beside_the_sketch(shape, inner, sketch):
     O = polar_factor(decaying(*shape), "low_rank", rank=5, oversample=2, sketch=sketch, inner=inner)
     s = torch.linalg.svdvals(O)
     drawn = 7 if sketch != "kaczmarz" else 3  # with replacement: some columns come twice
@@ -84,7 +84,7 @@ def test_muon_12_10_rank_is_at_most_r_and_nothing_lies_beside_the_sketch(shape, 
 
 
 @pytest.mark.parametrize("sketch", SKETCHES)
-def test_muon_12_10_same_key_same_result_and_another_key_another(sketch):
+def test_same_key_same_result_and_another_key_another(sketch):
     M, options = decaying(90, 50), {"rank": 6, "sketch": sketch}
     O = polar_factor(M, "low_rank", key=3, **options)
     torch.rand(5)  # the global generator plays no part
@@ -117,8 +117,8 @@ def test_matches_the_oracle_in_float64(shape, power):
     torch.testing.assert_close(O, want, rtol=0, atol=1e-9)
 
 
-def test_muon_7_quality_of_power_steps():
-    """120 x 80, singular values 1 .. 1e-2: the alignments that the sheet states."""
+def test_power_steps_raise_the_alignment():
+    """120 x 80, singular values 1 .. 1e-2: what each power step gains."""
     M = decaying(120, 80)
     nuclear = torch.linalg.svdvals(M).sum()
 

@@ -1,4 +1,4 @@
-"""Polar factors. Names carry the property numbers of the method sheet: muon, section 12."""
+"""Polar factors: equivariance, maps of singular values, schedules, stacks, edges."""
 
 import math
 import subprocess
@@ -82,12 +82,12 @@ def relative(A: torch.Tensor, B: torch.Tensor) -> float:
     return float((A.double() - B.double()).norm() / B.double().norm())
 
 
-# --- 3 to 9: the properties of the sheet ---
+# --- equivariance, maps of singular values, schedules, stacks ---
 
 
 @pytest.mark.parametrize("method", EQUIVARIANT)
 @pytest.mark.parametrize("shape", [(40, 72), (72, 40), (32, 32)])
-def test_muon_12_03_left_right_equivariance(method, shape):
+def test_left_right_equivariance(method, shape):
     m, n = shape
     M = gaussian(m, n)
     if m == n:  # a Gaussian square is too near to singular for a bound of 1e-10
@@ -96,7 +96,7 @@ def test_muon_12_03_left_right_equivariance(method, shape):
     assert relative(polar_factor(Q @ M @ R, method), Q @ polar_factor(M, method) @ R) < 1e-10
 
 
-def test_muon_12_03_turbo_is_right_but_not_left_equivariant():
+def test_turbo_is_right_but_not_left_equivariant():
     M = gaussian(64, 256)
     M[32:] = 1e-2 * (M[:32] + 0.3 * M[32:])  # correlated rows of unequal scale
     Q, R = orthogonal(64, 3), orthogonal(256, 4)
@@ -107,14 +107,14 @@ def test_muon_12_03_turbo_is_right_but_not_left_equivariant():
 
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
-def test_muon_12_04_scale_invariance(method, scale):
+def test_scale_invariance(method, scale):
     M = gaussian(48, 80, dtype=torch.float32)
     assert relative(polar_factor(M * scale, method), polar_factor(M, method)) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_muon_12_05_transpose(method, shape):
+def test_a_transposed_matrix_has_the_transposed_factor(method, shape):
     M = gaussian(*shape)
     if method == "turbo" and shape[0] == shape[1]:
         pytest.skip("turbo scales the rows of a square matrix, so its transpose is another problem")
@@ -127,7 +127,7 @@ def test_muon_12_05_transpose(method, shape):
     ("method", "steps"), [("svd", None), ("qdwh", None), ("polar_express", 12), ("gram", 12)]
 )
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60), (50, 50)])
-def test_muon_12_06_matches_scipy_polar(method, steps, shape):
+def test_matches_scipy_polar(method, steps, shape):
     M = with_spectrum(torch.logspace(0, -3, min(shape)), *shape)
     side = "left" if shape[0] < shape[1] else "right"
     P = torch.from_numpy(scipy.linalg.polar(M.numpy(), side=side)[0])
@@ -153,7 +153,7 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("method", "steps", "factor", "wide", "narrow", "slope"), GOLDEN)
-def test_muon_12_07_composite_map_table(method, steps, factor, wide, narrow, slope):
+def test_singular_values_go_where_the_table_says(method, steps, factor, wide, narrow, slope):
     for l, band in ((1e-3, wide), (1e-2, narrow)):
         x = torch.logspace(math.log10(l), 0, 200_001, dtype=torch.float64)
         phi = composite_map(method, x / factor, steps)
@@ -172,7 +172,7 @@ DIRECT = [
 
 
 @pytest.mark.parametrize(("method", "wide", "narrow"), DIRECT)
-def test_muon_12_07_map_of_the_direct_methods(method, wide, narrow):
+def test_map_of_the_direct_methods(method, wide, narrow):
     for l, band in ((1e-3, wide), (1e-2, narrow)):
         s = torch.logspace(math.log10(l), 0, 400, dtype=torch.float64)
         if method == "zolo":
@@ -182,11 +182,11 @@ def test_muon_12_07_map_of_the_direct_methods(method, wide, narrow):
         assert (round(float(phi.min()), 4), round(float(phi.max()), 4)) == band
 
 
-def test_muon_12_07_every_method_has_a_line():
+def test_every_method_has_a_line():
     assert {line[0] for line in (*GOLDEN, *DIRECT)} == set(METHODS)
 
 
-def test_muon_12_07_zolo_band():
+def test_zolo_maps_into_its_band():
     x = torch.logspace(math.log10(3e-3), 0, 200_001, dtype=torch.float64)
     phi = composite_map("zolo", x)
     assert (round(float(phi.min()), 4), round(float(phi.max()), 4)) == (0.8709, 1.1291)
@@ -197,14 +197,14 @@ def test_muon_12_07_zolo_band():
     assert f"{lists.odd_rational(three, 1e-9) / 1e-9:.0f}" == "1322"
 
 
-def test_muon_12_08_generator_reproduces_polar_express():
+def test_generator_reproduces_polar_express():
     made = np.array(polar_express_schedule(1e-3, 8))
     assert np.abs(made[:7] - np.array(lists.POLAR_EXPRESS_RAW[:7])).max() < 1e-10
     # The last published entry is the limit of the rule, not its eighth step.
     assert np.abs(made[7] - np.array(lists.POLAR_EXPRESS_RAW[7])).max() < 5e-9
 
 
-def test_muon_12_08_generator_reproduces_the_safe_list():
+def test_generator_reproduces_the_safe_list():
     made = polar_express_schedule(1e-3, 5, cushion=0.02, safety=1.02)
     assert np.abs(np.array(made) - np.array(lists.POLAR_EXPRESS_SAFE)).max() < 1e-10
     fifth = polar_express_schedule(1e-3, 9, cushion=0.02, safety=1.02)[4]
@@ -214,7 +214,7 @@ def test_muon_12_08_generator_reproduces_the_safe_list():
 
 
 @pytest.mark.parametrize(("l", "r"), [(3e-3, 2), (1e-3, 3), (0.02, 5), (0.1, 1)])
-def test_muon_12_08_zolotarev_generator(l, r):
+def test_zolotarev_generator_finds_shifts_weights_and_scale(l, r):
     # scipy takes 1 - l^2, whose rounding alone moves the nodes by 1e-10 at l = 1e-3.
     shifts, weights, scale = zolotarev_step(l, r)
     made = zolotarev(l, r)
@@ -224,7 +224,7 @@ def test_muon_12_08_zolotarev_generator(l, r):
 
 
 @pytest.mark.parametrize(("l", "r"), [(3e-3, 2), (1e-5, 6), (1e-7, 8)])
-def test_muon_12_08_zolotarev_equioscillates(l, r):
+def test_zolotarev_equioscillates(l, r):
     x = torch.logspace(math.log10(l), 0, 400_001, dtype=torch.float64)
     error = lists.odd_rational(zolotarev(l, r), x) - 1
     turns = (error[1:-1] - error[:-2]) * (error[2:] - error[1:-1]) < 0
@@ -233,7 +233,7 @@ def test_muon_12_08_zolotarev_equioscillates(l, r):
     assert extremes.abs().max() / extremes.abs().min() < 1 + 1e-4
 
 
-def test_muon_12_08_cheb_cubic_errors():
+def test_cheb_cubic_errors():
     x = torch.logspace(-3, 0, 200_001, dtype=torch.float64)
     errors = []
     for step in lists.cheb_cubic_schedule(1e-3, 10):
@@ -243,14 +243,14 @@ def test_muon_12_08_cheb_cubic_errors():
     assert errors == pytest.approx(stated, rel=2e-2)
 
 
-def test_muon_12_08_zolotarev_literals():
+def test_zolotarev_literals():
     made = zolotarev(3e-3, 2)
     assert made.shifts == pytest.approx(lists.ZOLO.shifts, rel=1e-10)
     assert made.weights == pytest.approx(lists.ZOLO.weights, rel=1e-10)
     assert made.scale == pytest.approx(lists.ZOLO.scale, rel=1e-10)
 
 
-# schedule, its restarts, their score: those of the sheet of kernels, section (e)
+# schedule, its restarts, their score
 RESTARTS = [
     (lists.at_step(lists.GRAM, 5), (2,), 85),
     (lists.at_step(lists.NS5, 5), (3,), 62),
@@ -263,13 +263,13 @@ RESTARTS = [
 
 
 @pytest.mark.parametrize(("schedule", "restarts", "score"), RESTARTS)
-def test_muon_12_08_restarts_of_the_gram_form(schedule, restarts, score):
+def test_restarts_of_the_gram_form_and_their_score(schedule, restarts, score):
     assert gram_restarts(schedule) == restarts
     assert restart_score(schedule, restarts) == pytest.approx(score, rel=0.01)
     assert restart_score(schedule, ()) >= restart_score(schedule, restarts)
 
 
-def test_muon_12_08_weights_of_qdwh():
+def test_weights_of_qdwh():
     for l, steps in ((1e-2, 4), (1e-8, 5), (1e-14, 6)):
         schedule = qdwh_schedule(l)
         assert len(schedule) == steps
@@ -287,7 +287,7 @@ def test_muon_12_08_weights_of_qdwh():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(48, 48), (17, 5), (5, 3), (1, 7), (2, 2), (33, 70), (130, 260)])
 @pytest.mark.parametrize("method", METHODS)
-def test_muon_12_09_batched_equals_loop(method, shape, dtype):
+def test_batched_equals_loop(method, shape, dtype):
     X = gaussian(5, *shape, dtype=dtype)
     stacked = polar_factor(X, method)
     assert torch.equal(stacked, torch.stack([polar_factor(x.clone(), method) for x in X]))
@@ -296,19 +296,19 @@ def test_muon_12_09_batched_equals_loop(method, shape, dtype):
 
 
 @pytest.mark.parametrize("method", ["zolo", "ns5"])
-def test_muon_12_09_batches_of_a_long_stack_equal_the_loop(method):
+def test_batches_of_a_long_stack_equal_the_loop(method):
     X = gaussian(700, 40, 39, dtype=torch.float32)  # two batches
     picked = [0, 1, 350, 698, 699]
     alone = torch.stack([polar_factor(X[i], method) for i in picked])
     assert torch.equal(polar_factor(X, method)[picked], alone)
 
 
-# --- 11: edges ---
+# --- edges ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ALL)
-def test_muon_12_11_zero_gives_exactly_zero(method, dtype):
+def test_zero_gives_exactly_zero(method, dtype):
     for shape in SHAPES:
         O = polar_factor(torch.zeros(shape, dtype=dtype), method)
         assert O.dtype == dtype and O.shape == shape and torch.equal(O, torch.zeros_like(O))
@@ -318,13 +318,13 @@ def test_muon_12_11_zero_gives_exactly_zero(method, dtype):
 
 @pytest.mark.parametrize("method", [*EXACT, "auto"])
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1)])
-def test_muon_12_11_single_row_is_divided_by_its_norm(method, shape):
+def test_single_row_is_divided_by_its_norm(method, shape):
     M = gaussian(*shape, dtype=torch.float32)
     assert relative(polar_factor(M, method), M / M.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("method", [k for k in EQUIVARIANT if k != "qdwh"])
-def test_muon_12_11_rank_one_keeps_its_direction(method):
+def test_rank_one_keeps_its_direction(method):
     u, v = gaussian(30), gaussian(50, seed=1)
     M = torch.outer(u, v)
     # x = 1 is the only nonzero singular value, but for the margin and the rank cut.
@@ -335,7 +335,7 @@ def test_muon_12_11_rank_one_keeps_its_direction(method):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("method", ALL)
-def test_muon_12_11_non_finite_gives_nan_and_spares_its_neighbours(method, bad):
+def test_non_finite_gives_nan_and_spares_its_neighbours(method, bad):
     X = gaussian(3, 20, 30, dtype=torch.float32)
     clean = polar_factor(X, method)
     X[1, 3, 4] = bad
@@ -349,7 +349,7 @@ def test_muon_12_11_non_finite_gives_nan_and_spares_its_neighbours(method, bad):
 
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_muon_12_11_input_is_not_modified(method, dtype):
+def test_input_is_not_modified(method, dtype):
     for shape in [(20, 30), (30, 20), (3, 8, 5), (300, 60)]:
         X = gaussian(*shape, dtype=dtype).requires_grad_()
         before = X.detach().clone()
@@ -359,13 +359,13 @@ def test_muon_12_11_input_is_not_modified(method, dtype):
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_muon_12_11_empty_input(method):
+def test_empty_input_gives_empty_output(method):
     for shape in [(0, 4, 5), (3, 0, 5), (0, 5), (5, 0)]:
         assert polar_factor(torch.zeros(shape), method).shape == shape
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_muon_12_11_finite_entries_with_overflowing_squares(method):
+def test_finite_entries_with_overflowing_squares(method):
     M = gaussian(20, 30, dtype=torch.float32)
     assert relative(polar_factor(M * 3e32, method), polar_factor(M, method)) < 1e-5
     wide = gaussian(200, 300, dtype=torch.float32)

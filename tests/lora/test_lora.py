@@ -77,10 +77,10 @@ def named(**tensors_by_name):
     return [(name.replace("__", "."), p) for name, p in tensors_by_name.items()]
 
 
-# 1 to 6: names, order, the rest, scales
+# names, order, the rest, scales
 
 
-def test_property_01_pairs_in_order_scales_and_every_parameter_once():
+def test_pairs_in_order_scales_and_every_parameter_once():
     net = model()
     pairs, rest = lora_param_groups(net)
     assert names(pairs) == [
@@ -97,12 +97,12 @@ def test_property_01_pairs_in_order_scales_and_every_parameter_once():
 
 
 @pytest.mark.parametrize("adapter", ["lora_A", "lora_B", "default", "my"])
-def test_property_02_whatever_the_adapter_is_called(adapter):
+def test_whatever_the_adapter_is_called(adapter):
     pairs, _ = lora_param_groups(model(adapters=(adapter,)))
     assert names(pairs)[:2] == [f"0.lora_{x}.{adapter}.weight" for x in ("A", "B")]
 
 
-def test_property_03_order_of_parameters_does_not_matter():
+def test_order_of_parameters_does_not_matter():
     given = [(n, p) for n, p in model(dora=True).named_parameters() if p.requires_grad]
     want, _ = lora_param_groups(given, scale=2.0)
     order = torch.randperm(len(given), generator=torch.Generator().manual_seed(0)).tolist()
@@ -113,7 +113,7 @@ def test_property_03_order_of_parameters_does_not_matter():
     assert cut[0] == cut[1]
 
 
-def test_property_04_the_rest_follows_torch_bit_for_bit():
+def test_the_rest_follows_torch_bit_for_bit():
     net = model(dora=True)
     *_, rest = lora_param_groups(net, fallback={"lr": 0.01, "weight_decay": 0.1})
     assert any("magnitude" in name for name in names(rest))
@@ -128,7 +128,7 @@ def test_property_04_the_rest_follows_torch_bit_for_bit():
     assert same([p.detach() for _, p in rest["params"]], [q.detach() for q in twins])
 
 
-def test_property_05_the_scale_is_read():
+def test_the_scale_is_read_from_the_adapter():
     net = nn.Sequential(Wrapped(6, 5, r=4, alpha=16.0), Plain(5, 4, scaling=3.0))
     net[0].scaling["default"] = 8 / 4**0.5  # as rsLoRA has it
     first, second, _ = lora_param_groups(net)
@@ -140,7 +140,7 @@ def test_property_05_the_scale_is_read():
 
 
 @pytest.mark.parametrize("scale", [0, float("nan"), -1.0, float("inf")])
-def test_property_06_a_scale_must_be_positive_and_finite(scale):
+def test_a_scale_must_be_positive_and_finite(scale):
     A, B = factors(5, 6, 2)
     text = "scale must be a positive finite number, got"
     for make in (
@@ -154,7 +154,7 @@ def test_property_06_a_scale_must_be_positive_and_finite(scale):
             make()
 
 
-def test_property_06_a_scale_must_be_there():
+def test_a_scale_must_be_there():
     A, B = factors(5, 6, 2)
     for make in (
         lambda: lora_param_groups(Plain(6, 5)),
@@ -167,10 +167,10 @@ def test_property_06_a_scale_must_be_there():
     assert AltLoRA([{"params": [A, B]}], scale=2.0).param_groups[0]["scale"] == 2.0
 
 
-# 7: errors
+# errors
 
 
-def test_property_07_no_pair():
+def test_a_model_without_a_pair_is_refused():
     text = "no trainable lora_A/lora_B pair found; pass"
     for make in (lambda: lora_param_groups(nn.Linear(3, 3)), lambda: pairs_to_groups([])):
         with pytest.raises(ValueError, match=text):
@@ -181,7 +181,7 @@ def test_property_07_no_pair():
         lora_param_groups(net)
 
 
-def test_property_07_a_factor_alone():
+def test_a_factor_alone_is_refused():
     A, B = factors(5, 6, 2)
     given = [("x.lora_A", A), ("x.lora_B", B), ("y.lora_A", weight((2, 6)))]
     with pytest.raises(ValueError, match=r"'y.lora_A' has no matching lora_B; rename it, freeze"):
@@ -192,7 +192,7 @@ def test_property_07_a_factor_alone():
     assert len(lora_param_groups(given, scale=1.0)) == 1
 
 
-def test_property_07_ranks_that_differ():
+def test_ranks_that_differ_are_refused():
     A, B = weight((2, 6)), weight((5, 3))
     with pytest.raises(ValueError, match=r"rank mismatch: x.lora_A has r=2 but x.lora_B has r=3$"):
         lora_param_groups([("x.lora_A", A), ("x.lora_B", B)], scale=1.0)
@@ -203,18 +203,18 @@ def test_property_07_ranks_that_differ():
         AltLoRA([{"params": [A, weight((5, 3))], "scale": 1.0}])
 
 
-def test_property_07_a_rank_above_both_sides_is_pointed_out():
+def test_a_rank_above_both_sides_is_pointed_out():
     with pytest.warns(UserWarning, match="r=4 > min.* Gram matrices are singular, damping is used"):
         pairs_to_groups([factors(3, 6, 4)], scale=1.0)
 
 
 @pytest.mark.parametrize("shapes", [((6,), (5, 2)), ((2, 6, 1, 1), (5, 2)), ((3, 2, 6), (4, 5, 2))])
-def test_property_07_shapes_that_are_no_factors(shapes):
+def test_shapes_that_are_no_factors_are_refused(shapes):
     with pytest.raises(ValueError, match=r"expected 2-D .or conv 4-D, expert 3-D. factors, got"):
         pairs_to_groups([tuple(map(weight, shapes))], scale=1.0)
 
 
-def test_property_07_groups_that_are_no_pairs():
+def test_groups_that_are_no_pairs_are_refused():
     A, B = factors(5, 6, 2)
     with pytest.raises(ValueError, match=r"needs \[A1, B1, A2, B2, ...\] .* got 3 parameters"):
         AltLoRA([{"params": [A, B, weight((2, 6))], "scale": 1.0}])
@@ -230,7 +230,7 @@ def test_property_07_groups_that_are_no_pairs():
         pairs_to_groups([(A,)], scale=1.0)
 
 
-def test_property_07_complex_sharded_and_apart():
+def test_complex_sharded_and_separated_factors_are_refused():
     A = weight((2, 6), dtype=torch.complex64)
     with pytest.raises(RuntimeError, match="complex parameters are not supported"):
         pairs_to_groups([(A, weight((5, 2)))], scale=1.0)
@@ -242,7 +242,7 @@ def test_property_07_complex_sharded_and_apart():
         pairs_to_groups([(A, B)], scale=1.0)
 
 
-def test_property_07_unknown_options():
+def test_unknown_options_are_refused():
     with pytest.raises(ValueError, match="kinds must be among"):
         lora_param_groups(model(), kinds=("linears",))
     with pytest.raises(ValueError, match="unpaired must be"):
@@ -289,7 +289,7 @@ def test_triples_name_the_base_weight_and_how_it_is_stored():
     assert pairs_to_groups([(A, B, W)], scale=3.0)[0]["scale"] == 3.0
 
 
-# 8, 9: convolutions and embeddings
+# convolutions and embeddings
 
 
 class Conv(nn.Module):
@@ -302,7 +302,7 @@ class Conv(nn.Module):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_property_08_convolutions_are_their_flattened_pairs(layout):
+def test_convolutions_are_their_flattened_pairs(layout):
     net = Conv().to(DOUBLE)
     (group,) = lora_param_groups(net)
     assert group["view"] == "flatten"
@@ -337,7 +337,7 @@ class Embedded(nn.Module):
         self.scaling = {"default": 2.0}
 
 
-def test_property_09_embeddings_start_with_the_other_factor():
+def test_embeddings_start_with_the_other_factor():
     net = nn.Sequential(Embedded(), Plain(5, 4, scaling=2.0))
     _, rest = lora_param_groups(net)
     assert names(rest) == ["0.lora_embedding_A.default", "0.lora_embedding_B.default"]
@@ -353,11 +353,11 @@ def test_property_09_embeddings_start_with_the_other_factor():
         assert bool(A.detach().any()) and torch.equal(B.detach(), before) == (step == 0)
 
 
-# 10, 11: what is frozen or has no gradient
+# what is frozen or has no gradient
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_property_10_a_frozen_factor_stays(frozen):
+def test_a_frozen_factor_stays(frozen):
     A, B = factors(5, 6, 2)
     pair = (A, B)
     pair[frozen].requires_grad_(False)
@@ -371,7 +371,7 @@ def test_property_10_a_frozen_factor_stays(frozen):
     assert not torch.equal(pair[1 - frozen].detach(), before[1 - frozen])
 
 
-def test_property_11_a_pair_without_gradients_has_no_state():
+def test_a_pair_without_gradients_has_no_state():
     pairs = [factors(5, 6, 2, seed) for seed in (0, 1)]
     optimizer = AltLoRA(pairs_to_groups(pairs, scale=2.0))
     GA, GB = pair_gradients(5, 6, 2, 2)
@@ -380,10 +380,10 @@ def test_property_11_a_pair_without_gradients_has_no_state():
     assert optimizer.state[pairs[1][0]]["step"] == 2
 
 
-# 13: sharing
+# sharing
 
 
-def test_property_13_a_shared_factor_is_refused_and_a_tied_module_is_one_pair():
+def test_a_shared_factor_is_refused_and_a_tied_module_is_one_pair():
     A, B = factors(5, 6, 2)
     C = weight((5, 2), 7)
     given = [("x.lora_A", A), ("x.lora_B", B), ("y.lora_A", A), ("y.lora_B", C)]
@@ -396,11 +396,11 @@ def test_property_13_a_shared_factor_is_refused_and_a_tied_module_is_one_pair():
     assert [names(group) for group in pairs] == [["0.lora_A", "0.lora_B"]]
 
 
-# 14, 15: checkpoints
+# checkpoints
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_property_14_15_groups_and_state_survive_a_checkpoint(dtype):
+def test_groups_and_state_survive_a_checkpoint(dtype):
     net = nn.Sequential(model(dora=True), Conv()).to(dtype)
     optimizer = AltLoRA(net, lr=0.01)
     for step in range(2):
@@ -424,10 +424,10 @@ def test_property_14_15_groups_and_state_survive_a_checkpoint(dtype):
     assert again.state[pair]["exp_avg"].dtype == torch.float32
 
 
-# 17: what the scale means
+# what the scale means
 
 
-def test_property_17_factor_gradients_are_those_of_the_dense_weight():
+def test_factor_gradients_are_those_of_the_dense_weight():
     layer = Wrapped(6, 5, bias=False).to(DOUBLE)
     x, y = (torch.randn(8, k, dtype=DOUBLE) for k in (6, 5))
     (layer(x) - y).square().sum().backward()
@@ -461,7 +461,7 @@ def test_wrappers_and_adapters():
     assert names(lora_param_groups(holder)[0])[0].startswith("_orig_mod.0.lora_A")
 
 
-# 16: real peft
+# real peft
 
 
 class Net(nn.Module):
@@ -502,7 +502,7 @@ def check_once(net, groups):
     ],
     ids=["linear", "rslora", "dora", "modules_to_save", "embedding"],
 )  # fmt: skip
-def test_property_16_peft(options, pairs, scale, rest):
+def test_pairs_of_real_peft_models(options, pairs, scale, rest):
     net = adapted(**options)
     groups = lora_param_groups(net)
     check_once(net, groups)
@@ -521,7 +521,7 @@ def test_property_16_peft(options, pairs, scale, rest):
 
 
 @needs_peft
-def test_property_16_peft_convolutions_embeddings_and_two_adapters():
+def test_pairs_of_peft_convolutions_embeddings_and_two_adapters():
     import peft
 
     net = adapted(target_modules=["conv", "emb", "q"])

@@ -1,4 +1,4 @@
-"""AdaPreLoRA: the properties of its sheet, a naive oracle, the hooks on base weights."""
+"""AdaPreLoRA: its least squares problem, an oracle, changes of basis, hooks on base weights."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from stiefel.optimizers import AdaPreLoRA, memory_report, pairs_to_groups
 from stiefel.optimizers.tangent import tangent_cores, tangent_grams, tangent_squares
 
 BRUTE = [(7, 6, 2, 1.7), (12, 9, 3, 0.5), (5, 20, 4, 2.0)]
-"""(m, n, r, s) of the sheet's dense check."""
+"""(m, n, r, s) of the dense check."""
 FREE = {"eps_rel": 0.0, "eps": 0.0}
 
 
@@ -105,11 +105,11 @@ def test_oracle(variant, stats, zero, extra):
             torch.testing.assert_close(b, d, rtol=1e-7, atol=1e-9)
 
 
-# 1 to 5: the least squares problem and its member
+# the least squares problem and its member
 
 
 @pytest.mark.parametrize(("m", "n", "r", "s"), BRUTE)
-def test_property_01_brute_force(m, n, r, s):
+def test_steps_equal_the_dense_solution(m, n, r, s):
     """Least squares by lstsq, its null space by an SVD, the least imbalance by a second lstsq."""
     A, B, G, p, q = draws(m, n, r)
     p = normalised(p)
@@ -137,7 +137,7 @@ def test_property_01_brute_force(m, n, r, s):
 
 
 @pytest.mark.parametrize(("m", "n", "r", "s"), BRUTE)
-def test_property_02_without_a_metric_steps_are_projections(m, n, r, s):
+def test_without_a_metric_steps_are_projections(m, n, r, s):
     A, B, G, *_ = draws(m, n, r)
     dA, dB = planted(A, B, s, G)
     PB, PA = B @ torch.linalg.pinv(B), torch.linalg.pinv(A) @ A
@@ -145,7 +145,7 @@ def test_property_02_without_a_metric_steps_are_projections(m, n, r, s):
 
 
 @pytest.mark.parametrize(("m", "n", "r", "s"), BRUTE)
-def test_property_03_stationary_along_the_null_space(m, n, r, s):
+def test_stationary_along_the_null_space(m, n, r, s):
     A, B, G, p, q = draws(m, n, r)
     p = normalised(p)
     dA, dB = planted(A, B, s, G, p, q)
@@ -165,7 +165,7 @@ def test_property_03_stationary_along_the_null_space(m, n, r, s):
 
 
 @pytest.mark.parametrize(("m", "n", "r", "s"), BRUTE)
-def test_property_04_energy_split(m, n, r, s):
+def test_the_energy_of_a_gradient_splits_in_two(m, n, r, s):
     A, B, G, p, q = draws(m, n, r)
     p = normalised(p)
     dA, dB = planted(A, B, s, G, p, q)
@@ -183,7 +183,7 @@ def test_property_04_energy_split(m, n, r, s):
 
 
 @pytest.mark.parametrize(("m", "n", "r", "s"), BRUTE)
-def test_property_05_both_forms_agree(m, n, r, s):
+def test_both_forms_agree(m, n, r, s):
     A, B, G, p, q = draws(m, n, r)
     p = normalised(p)
     dA, dB = planted(A, B, s, G, p, q)
@@ -197,12 +197,12 @@ def test_property_05_both_forms_agree(m, n, r, s):
     close(KP @ (GA @ A.mT) @ KQ, KP @ (B.mT @ GB) @ KQ, 1e-9)
 
 
-# 6: what the factors show of G
+# what the factors show of G
 
 
 @pytest.mark.parametrize(("m", "n", "r", "s"), [*BRUTE, (9, 11, 3, 1.3), (3, 8, 3, 1.0)])
 @pytest.mark.parametrize("case", ["both", "no A", "no B", "B = 0", "A = 0"])
-def test_property_06_tangent_sums(m, n, r, s, case):
+def test_row_and_column_sums_of_the_tangent_gradient(m, n, r, s, case):
     A, B, G, *_ = draws(m, n, r)
     A, B = (
         (torch.zeros_like(A) if case == "A = 0" else A),
@@ -229,7 +229,7 @@ def test_property_06_tangent_sums(m, n, r, s, case):
     close(c2.flatten() / s**2 / float(share), oracle[1], 1e-9)
 
 
-def test_property_06_share_of_a_gradient_without_direction():
+def test_share_of_a_gradient_without_direction():
     m, n, r = 9, 11, 3
     draw, shares = torch.Generator().manual_seed(0), []
     for _ in range(2000):
@@ -261,7 +261,7 @@ def test_a_rank_above_a_side_shows_everything_at_most():
     assert 0 < float(moved.norm()) < 1e-3 * 2 * (3 * 8) ** 0.5 and float((moved * G).sum()) > 0
 
 
-# 7: how W is split into factors
+# how W is split into factors
 
 
 def invertible(r, seed=3):
@@ -322,22 +322,22 @@ def gap(stats, variant, steps=10, **settings):
 @pytest.mark.parametrize("stats", ["tangent", "exact", "none"])
 @pytest.mark.parametrize("variant", ["momentum", "sgd"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_property_07_any_change_of_basis_leaves_w_alone(stats, variant, weight_decay):
+def test_any_change_of_basis_leaves_w_alone(stats, variant, weight_decay):
     assert gap(stats, variant, weight_decay=weight_decay, **FREE) <= 1e-8
 
 
-def test_property_07_adamw_and_damping_depend_on_it():
+def test_adamw_and_damping_depend_on_it():
     assert gap("tangent", "adamw", **FREE) > 1e-6
     assert gap("tangent", "momentum", eps=1e-3) > 1e-6
 
 
-# 8: a factor that is zero
+# a factor that is zero
 
 
 @pytest.mark.parametrize("stats", ["tangent", "none"])
 @pytest.mark.parametrize("variant", ["momentum", "sgd"])
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16], ids=str)
-def test_property_08_beside_a_zero_factor_the_other_waits(stats, variant, dtype):
+def test_beside_a_zero_factor_the_other_waits(stats, variant, dtype):
     m, n, r, s = 10, 7, 3, 2.0
     for zero in (0, 1):
         pair = factors(m, n, r, dtype=dtype)
@@ -365,12 +365,12 @@ def test_property_08_beside_a_zero_factor_the_other_waits(stats, variant, dtype)
         assert not torch.equal(pair[other].detach().double(), (A, B)[other])
 
 
-# 9, 10: what Adafactor's metric does
+# what Adafactor's metric does
 
 
 @pytest.mark.parametrize("stats", ["tangent", "exact"])
 @pytest.mark.parametrize("variant", ["momentum", "sgd"])
-def test_property_09_the_scale_of_gradients_cancels(stats, variant):
+def test_the_scale_of_gradients_cancels(stats, variant):
     out = []
     Gs = [draws(10, 7, 3, seed)[2] for seed in range(10)]
     for c in (1.0, 100.0):
@@ -389,7 +389,7 @@ def test_property_09_the_scale_of_gradients_cancels(stats, variant):
     close(out[0], out[1], 1e-9)
 
 
-def test_property_10_scaled_rows_are_scaled_back():
+def test_scaled_rows_are_scaled_back():
     """Full rank factors show the whole of T; of a rank one |G| it is the sign of G."""
     m, n, s = 5, 5, 2.0
     A, B, G, p, q = draws(m, n, 5)
@@ -409,12 +409,12 @@ def test_property_10_scaled_rows_are_scaled_back():
         assert 0.5 < float(rows[1] / rows[0]) < 2.0
 
 
-# 11: one factor alone
+# one factor alone
 
 
 @pytest.mark.parametrize(("m", "n", "r", "s"), BRUTE)
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_property_11_one_sided_steps_are_least_squares(m, n, r, s, frozen):
+def test_one_sided_steps_are_least_squares(m, n, r, s, frozen):
     A, B, G, p, q = draws(m, n, r)
     p = normalised(p)
     T, root = (G / (p[:, None] * q)).reshape(-1, 1), torch.kron(p, q).sqrt()[:, None]
@@ -427,7 +427,7 @@ def test_property_11_one_sided_steps_are_least_squares(m, n, r, s, frozen):
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_property_11_a_frozen_factor_keeps_its_bits(frozen):
+def test_a_frozen_factor_keeps_its_bits(frozen):
     pair = factors(10, 7, 3)
     pair[frozen].requires_grad_(False)
     optimizer = made(*pair, lr=0.05, weight_decay=0.1)
@@ -440,11 +440,11 @@ def test_property_11_a_frozen_factor_keeps_its_bits(frozen):
     assert not torch.equal(pair[1 - frozen].detach(), before[1 - frozen])
 
 
-# 12: the scale of the adapter
+# the scale of the adapter
 
 
 @pytest.mark.parametrize("stats", ["tangent", "none"])
-def test_property_12_alpha_does_not_change_the_first_step_of_w(stats):
+def test_alpha_does_not_change_the_first_step_of_w(stats):
     problem, moves = LeastSquares(12, 9), {}
     for aware in (True, False):
         for s in (2.0, 4.0):
@@ -456,7 +456,7 @@ def test_property_12_alpha_does_not_change_the_first_step_of_w(stats):
     close(moves[False, 4.0], 4 * moves[False, 2.0], 1e-10)
 
 
-# 13: state
+# state
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_property_12_alpha_does_not_change_the_first_step_of_w(stats):
     ids=["momentum", "sgd", "adamw", "none", "exact"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_property_13_state_is_what_the_sheet_counts(settings, count, clocks, dtype):
+def test_state_is_what_the_sheet_counts(settings, count, clocks, dtype):
     m, n, r = 40, 30, 4
     A, B = factors(m, n, r, dtype=dtype)
     optimizer = made(A, B, **settings)
@@ -480,7 +480,7 @@ def test_property_13_state_is_what_the_sheet_counts(settings, count, clocks, dty
     assert report.state == 4 * (numbers + clocks)
 
 
-def test_property_13_exact_statistics_resume_bit_for_bit():
+def test_exact_statistics_resume_bit_for_bit():
     Gs = [draws(10, 7, 3, seed)[2].float() for seed in range(8)]
     layer = Layer(*factors(10, 7, 3), lr=0.02)
     for G in Gs[:4]:
@@ -511,11 +511,11 @@ def test_temporaries_are_what_the_docstring_says(settings):
     assert counter.peak - begun <= most * 4 * B.numel()
 
 
-# 14: low precision
+# low precision
 
 
 @pytest.mark.parametrize("variant", ["momentum", "sgd", "adamw"])
-def test_property_14_bf16_factors_take_the_float32_step(variant):
+def test_bf16_factors_take_the_float32_step(variant):
     low = factors(40, 30, 4, dtype=torch.bfloat16)
     high = [torch.nn.Parameter(p.detach().float()) for p in low]
     GA, GB = pair_gradients(40, 30, 4, 1, dtype=torch.bfloat16)
@@ -527,11 +527,11 @@ def test_property_14_bf16_factors_take_the_float32_step(variant):
         assert bool(a.isfinite().all()) and float((a * b).sum() / (a.norm() * b.norm())) > 0.99
 
 
-# 15: hooks on base weights
+# hooks on base weights
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16], ids=str)
-def test_property_15_the_hook_sees_dense_sums_and_leaves_nothing(dtype):
+def test_the_hook_sees_dense_sums_and_leaves_nothing(dtype):
     G = draws(10, 7, 3)[2].to(dtype)
     W0 = torch.randn(10, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
     layer = Layer(*factors(10, 7, 3, dtype=dtype), W0=W0, lr=0.02)

@@ -1,4 +1,4 @@
-"""AltLoRA: the properties of its sheet, the recorded trajectories, its bounds."""
+"""AltLoRA: its projections, changes of basis, alignment, the recorded trajectories, its bounds."""
 
 import itertools
 import json
@@ -44,12 +44,12 @@ def close(x, y, bound):
     torch.testing.assert_close(x, y, rtol=0, atol=bound)
 
 
-# 8: the published code
+# the published code
 
 
 @pytest.mark.parametrize(("case", "plus"), [*recorded("alt", "plus")])
 @pytest.mark.parametrize("fed", [True, False], ids=["fed", "recomputed"])
-def test_property_08_recorded_trajectory(case, plus, fed):
+def test_recorded_trajectory(case, plus, fed):
     A, B = start(case)
     problem = LeastSquares.recorded(case)
     eps = {"eps": case["settings"]["eps"]} if plus else {}
@@ -71,7 +71,7 @@ def test_property_08_recorded_trajectory(case, plus, fed):
 
 @pytest.mark.parametrize(("case", "plus"), [*recorded("alternate")])
 @pytest.mark.parametrize("both_given", [True, False])
-def test_property_08_recorded_alternation(case, plus, both_given):
+def test_recorded_alternation(case, plus, both_given):
     """By the schedule, whatever gradient the idle factor has; and by leaving gradients out."""
     given = case["settings"]
     A, B = start(case)
@@ -128,7 +128,7 @@ def test_oracle(compat, plus, zero, extra):
             torch.testing.assert_close(b, d, rtol=1e-6, atol=1e-8)
 
 
-# 1, 2: the projection
+# the projection
 
 
 def steps_at(A, B, G, s, **settings):
@@ -146,7 +146,7 @@ def steps_at(A, B, G, s, **settings):
 
 
 @pytest.mark.parametrize("shape", [(10, 7, 3), (6, 9, 4), (5, 5, 1)], ids=str)
-def test_property_01_steps_are_projections_of_the_full_gradient(shape):
+def test_steps_are_projections_of_the_full_gradient(shape):
     A, B = (x.detach() for x in factors(*shape, dtype=DOUBLE))
     G, s = weight(shape[:2], 9, DOUBLE).detach(), 1.7
     dA, dB = steps_at(A, B, G, s, delta=0.0)
@@ -156,7 +156,7 @@ def test_property_01_steps_are_projections_of_the_full_gradient(shape):
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.3])
-def test_property_02_steps_solve_the_least_squares_problem(delta):
+def test_steps_solve_the_least_squares_problem(delta):
     m, n, r = 6, 5, 2
     A, B = (x.detach() for x in factors(m, n, r, dtype=DOUBLE))
     G, s = weight((m, n), 9, DOUBLE).detach(), 1.7
@@ -172,7 +172,7 @@ def test_property_02_steps_solve_the_least_squares_problem(delta):
         close(D.flatten(), want.flatten(), 1e-9)
 
 
-# 3, 4: how the product is split into factors
+# how the product is split into factors
 
 
 def invertible(r, orthogonal=False, seed=3):
@@ -199,20 +199,20 @@ def gap(Q, steps=20, momentum=True, **settings):
 @pytest.mark.parametrize("schedule", ["both", "alternate"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("compact", [False, True])
-def test_property_03_any_change_of_basis_leaves_w_alone(schedule, weight_decay, compact):
+def test_any_change_of_basis_leaves_w_alone(schedule, weight_decay, compact):
     options = {"schedule": schedule, "weight_decay": weight_decay, "compact_alignment": compact}
     far, moment = gap(invertible(3), delta=0.0, **options)
     assert far <= 1e-8 and moment <= 1e-8
 
 
-def test_property_04_damping_leaves_orthogonal_changes_alone_only():
+def test_damping_leaves_orthogonal_changes_alone_only():
     assert gap(invertible(3, orthogonal=True), delta=1e-3)[0] <= 1e-8
     assert gap(invertible(3), delta=1e-3)[0] > 1e-6
     assert gap(invertible(3), delta=0.0, **PLUS)[0] > 1e-6
     assert gap(invertible(3, orthogonal=True), delta=0.0, **PLUS)[0] > 1e-6
 
 
-# 5: the momentum that is carried along
+# the momentum that is carried along
 
 
 def carried(move, delta=0.0, **settings):
@@ -228,32 +228,32 @@ def carried(move, delta=0.0, **settings):
     return M, old, optimizer.state[A]["exp_avg"] / 0.5, B.detach()
 
 
-def test_property_05_alignment_is_least_squares():
+def test_alignment_is_least_squares():
     M, old, new, B = carried(lambda B: B + 0.3 * torch.ones_like(B).cumsum(0))
     want = torch.linalg.lstsq(B, old @ M).solution
     close(new, want, 1e-10)
 
 
-def test_property_05_a_change_of_basis_is_followed_exactly():
+def test_a_change_of_basis_is_followed_exactly():
     N = invertible(3)
     M, _, new, _ = carried(lambda B: B @ torch.linalg.inv(N))
     close(new, N @ M, 1e-10)
 
 
-def test_property_05_a_factor_that_did_not_move_does_not_shrink_the_momentum():
+def test_a_factor_that_did_not_move_does_not_shrink_the_momentum():
     M, _, new, _ = carried(lambda B: B, delta=1.0)
     close(new, M, 1e-15)
     M, _, new, _ = carried(lambda B: B, delta=1.0, compat="reference")
     assert float(new.norm()) < 0.99 * float(M.norm())
 
 
-# 6: B = 0
+# B = 0
 
 
 @pytest.mark.parametrize("delta", [0.0, 1e-5])
 @pytest.mark.parametrize("plus", [{}, PLUS], ids=["altlora", "plus"])
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16], ids=str)
-def test_property_06_while_b_is_zero_a_waits(delta, plus, dtype):
+def test_while_b_is_zero_a_waits(delta, plus, dtype):
     A, B = factors(10, 7, 3, dtype=dtype, zero=True)
     GA, GB = pair_gradients(10, 7, 3, 3)
     optimizer = made(A, B, lr=0.02, delta=delta, **plus)
@@ -266,7 +266,7 @@ def test_property_06_while_b_is_zero_a_waits(delta, plus, dtype):
     assert int(optimizer.state[A]["count"]) == 2 and not torch.equal(A.detach(), before)
 
 
-def test_property_06_noise_in_a_gradient_does_not_move_a_while_b_is_zero():
+def test_noise_in_a_gradient_does_not_move_a_while_b_is_zero():
     A, B = factors(10, 7, 3, zero=True)
     before = A.detach().clone()
     A.grad = torch.ones_like(A)
@@ -274,10 +274,10 @@ def test_property_06_noise_in_a_gradient_does_not_move_a_while_b_is_zero():
     assert torch.equal(A.detach(), before)
 
 
-# 7: the scale
+# the scale
 
 
-def test_property_07_alpha_does_not_change_the_first_step_of_w():
+def test_alpha_does_not_change_the_first_step_of_w():
     problem, moves = LeastSquares(12, 9), {}
     for aware in (True, False):
         for s in (2.0, 4.0):
@@ -289,10 +289,10 @@ def test_property_07_alpha_does_not_change_the_first_step_of_w():
     close(moves[False, 4.0], 4 * moves[False, 2.0], 1e-10)
 
 
-# 9: schedulers
+# schedulers
 
 
-def test_property_09_lr_zero_moves_the_momentum_only():
+def test_lr_zero_moves_the_momentum_only():
     A, B = factors(10, 7, 3)
     optimizer = made(A, B, lr=0.1)
     before, (GA, GB) = [A.detach().clone(), B.detach().clone()], pair_gradients(10, 7, 3, 2)
@@ -314,11 +314,11 @@ def test_lr_ratio_b_multiplies_the_step_of_b():
     close(moved[1][1], 4 * moved[0][1], 1e-14)
 
 
-# 10: low precision
+# low precision
 
 
 @pytest.mark.parametrize("plus", [{}, PLUS], ids=["altlora", "plus"])
-def test_property_10_bf16_factors_take_the_float32_step(plus):
+def test_bf16_factors_take_the_float32_step(plus):
     low = factors(40, 30, 4, dtype=torch.bfloat16)
     high = [torch.nn.Parameter(p.detach().float()) for p in low]
     GA, GB = pair_gradients(40, 30, 4, 1, dtype=torch.bfloat16)
@@ -331,12 +331,12 @@ def test_property_10_bf16_factors_take_the_float32_step(plus):
         assert float((a * b).sum() / (a.norm() * b.norm())) > 0.99
 
 
-# 11: alternation
+# alternation
 
 
 @pytest.mark.parametrize("switch_every", [1, 3])
 @pytest.mark.parametrize("first", ["A", "B"])
-def test_property_11_the_idle_factor_and_its_state_stay(switch_every, first):
+def test_the_idle_factor_and_its_state_stay(switch_every, first):
     A, B = factors(10, 7, 3)
     optimizer = made(A, B, lr=0.05, weight_decay=0.1, schedule="alternate",
                      switch_every=switch_every, first=first)  # fmt: skip
@@ -355,12 +355,12 @@ def test_property_11_the_idle_factor_and_its_state_stay(switch_every, first):
         assert not torch.equal(moving, (B if idle is A else A).detach())
 
 
-# 12: compact alignment
+# compact alignment
 
 
 @pytest.mark.parametrize("plus", [{}, PLUS], ids=["altlora", "plus"])
 @pytest.mark.parametrize("schedule", ["both", "alternate"])
-def test_property_12_compact_alignment_is_the_same(plus, schedule):
+def test_compact_alignment_is_the_same(plus, schedule):
     problem, outs = LeastSquares(12, 9), []
     for compact in (False, True):
         A, B = factors(12, 9, 3, dtype=DOUBLE)
@@ -371,7 +371,7 @@ def test_property_12_compact_alignment_is_the_same(plus, schedule):
         close(b, d, 1e-10)
 
 
-# 14: memory
+# memory
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_property_12_compact_alignment_is_the_same(plus, schedule):
     ids=["altlora", "plus", "compact"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_property_14_state_is_what_the_sheet_counts(settings, extra, dtype):
+def test_state_is_what_the_sheet_counts(settings, extra, dtype):
     m, n, r = 40, 30, 4
     A, B = factors(m, n, r, dtype=dtype)
     GA, GB = pair_gradients(m, n, r, 1)
@@ -393,11 +393,11 @@ def test_property_14_state_is_what_the_sheet_counts(settings, extra, dtype):
     assert report.state == 4 * count + 2 * 4
 
 
-# 15: it trains
+# it trains
 
 
 @pytest.mark.parametrize("schedule", ["both", "alternate"])
-def test_property_15_the_loss_falls(schedule):
+def test_the_loss_falls(schedule):
     problem = LeastSquares(30, 40)
     A, B = factors(30, 40, 4, dtype=DOUBLE, zero=True)
     before = problem.loss(A.detach(), B.detach())
@@ -418,7 +418,7 @@ def test_the_step_can_be_held_to_a_share_of_the_factor():
 
 
 @pytest.mark.parametrize("settings", [{}, PLUS, {"compact_alignment": True}], ids=str)
-def test_lora_12_experts_are_pairs_of_their_own(settings):
+def test_experts_are_pairs_of_their_own(settings):
     E, m, n, r = 3, 8, 6, 2
     A, B = weight((E, r, n), 0, DOUBLE), weight((E, m, r), 1, DOUBLE)
     apart = [[torch.nn.Parameter(x[e].detach().clone()) for x in (A, B)] for e in range(E)]

@@ -1,4 +1,4 @@
-"""ARO: recorded steps, the special cases, and what its sheet says should be tested."""
+"""ARO: recorded steps, the special cases, equivariance, the rotation that is kept."""
 
 import io
 import json
@@ -229,11 +229,11 @@ def test_special_case_eigenbasis_with_row_norm_is_muon():
     torch.testing.assert_close(start - p.detach(), want, rtol=0, atol=1e-9)
 
 
-# The sheet's tests, in its order
+# What the rotation and its steps must satisfy
 
 
 @pytest.mark.parametrize("base", ["sign", "row_norm", "sinkhorn"])
-def test_idea_01_polar_never_lowers_the_objective(base):
+def test_polar_never_lowers_the_objective(base):
     """For sign and row_norm by the proof; sinkhorn is no exact dual map, so only measured."""
     f = MAPS[base]
     ups = downs = 0
@@ -252,7 +252,7 @@ def test_idea_01_polar_never_lowers_the_objective(base):
     assert downs > 0 and ups > 0  # QR is no ascent, and no descent
 
 
-def test_idea_02_row_norm_with_qr_becomes_muon_on_a_steady_gradient():
+def test_row_norm_with_qr_becomes_muon_on_a_steady_gradient():
     U, _, Vh = torch.linalg.svd(gaussian(8, 14), full_matrices=False)
     M = (U * 0.6 ** torch.arange(8)) @ Vh
     p = torch.nn.Parameter(torch.zeros(8, 14, dtype=DOUBLE))
@@ -266,7 +266,7 @@ def test_idea_02_row_norm_with_qr_becomes_muon_on_a_steady_gradient():
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("rotation", ["qr", "polar"])
-def test_idea_03_a_turned_problem_takes_turned_steps(base, rotation):
+def test_a_turned_problem_takes_turned_steps(base, rotation):
     """If the first R is turned along, or is taken from the first M; from the identity not."""
     Q, grads = orthogonal(10), doubles(WIDE, 5)
 
@@ -290,7 +290,7 @@ def test_idea_03_a_turned_problem_takes_turned_steps(base, rotation):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_idea_04_signs_of_the_columns_do_not_matter(base):
+def test_signs_of_the_columns_do_not_matter(base):
     def steps(signs):
         p = torch.nn.Parameter(torch.zeros(WIDE, dtype=DOUBLE))
         optimizer = ARO([p], lr=0.1, base=base, weight_decay=0.0)
@@ -304,7 +304,7 @@ def test_idea_04_signs_of_the_columns_do_not_matter(base):
 
 
 @pytest.mark.parametrize("condition", [1.0, 10.0, 1e2, 1e3, 1e4, 1e5, 1e6])
-def test_idea_05_cholesky_qr_by_condition(condition):
+def test_cholesky_qr_by_condition(condition):
     """One pass is far from orthogonal, two are good to 1e4; what we hand out always is."""
     A = torch.stack([conditioned(32, condition, seed) for seed in (0, 7)]).float()
     old = torch.stack([orthogonal(32, 3), orthogonal(32, 4)]).float()
@@ -324,7 +324,7 @@ def test_idea_05_cholesky_qr_by_condition(condition):
         assert defect(Q) < 1e-5
 
 
-def test_idea_05_flags_and_the_shift_are_of_each_matrix():
+def test_flags_and_the_shift_are_of_each_matrix():
     A = torch.stack(
         [
             torch.zeros(8, 8),
@@ -343,7 +343,7 @@ def test_idea_05_flags_and_the_shift_are_of_each_matrix():
         assert max(map(defect, R)) < 1e-3 and torch.equal(R[0], old[0])
 
 
-def test_idea_06_the_right_side_is_solved():
+def test_the_right_side_is_solved():
     """A L^-1 with A^T A = L L^T is not orthogonal; A L^-T is."""
     A = conditioned(32, 10.0)[None]
     L = torch.linalg.cholesky(A.mT @ A)
@@ -354,7 +354,7 @@ def test_idea_06_the_right_side_is_solved():
 
 @pytest.mark.parametrize("rotation", ["qr", "polar", "eigh"])
 @pytest.mark.parametrize("base", BASES)
-def test_idea_07_more_rows_than_columns_keep_a_rotation(rotation, base):
+def test_more_rows_than_columns_keep_a_rotation(rotation, base):
     p = weight(TALL)
     optimizer = ARO([p], lr=0.02, base=base, rotation=rotation, side="rows")
     run(optimizer, [p], [gradients(TALL, 5)])
@@ -362,7 +362,7 @@ def test_idea_07_more_rows_than_columns_keep_a_rotation(rotation, base):
     assert R.shape == (24, 24) and defect(R) < 1e-5 and p.isfinite().all()
 
 
-def test_idea_07_what_a_leaves_open_stays_the_old_direction():
+def test_what_a_leaves_open_stays_the_old_direction():
     A, old = gaussian(12, 12)[None], orthogonal(12, 3)[None]
     A[..., 5:] = 0.0
     R = rotated(A, old)
@@ -376,7 +376,7 @@ def test_idea_07_what_a_leaves_open_stays_the_old_direction():
 
 @pytest.mark.parametrize("rotation", ["qr", "polar", "eigh"])
 @pytest.mark.parametrize("base", BASES)
-def test_idea_08_a_zero_gradient_keeps_the_rotation_and_moves_nothing(rotation, base):
+def test_a_zero_gradient_keeps_the_rotation_and_moves_nothing(rotation, base):
     p = weight(WIDE)
     start = p.detach().clone()
     optimizer = ARO([p], base=base, rotation=rotation, weight_decay=0.0)
@@ -393,7 +393,7 @@ def test_idea_08_a_zero_gradient_keeps_the_rotation_and_moves_nothing(rotation, 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("shape", [COLUMN, ROW, (1, 1)])
-def test_idea_09_vectors_move_by_the_target(base, shape):
+def test_vectors_move_by_the_target(base, shape):
     for side in ("auto", "rows", "cols"):
         p = torch.nn.Parameter(torch.zeros(shape))
         run(ARO([p], lr=1.0, base=base, side=side), [p], [gradients(shape, 1)])
@@ -401,7 +401,7 @@ def test_idea_09_vectors_move_by_the_target(base, shape):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_idea_10_bfloat16_weights(base):
+def test_bfloat16_weights(base):
     p, q = weight(WIDE, dtype=torch.bfloat16), weight(WIDE, dtype=torch.bfloat16)
     q = torch.nn.Parameter(q.detach().float())
     grads = [G.bfloat16() for G in gradients(WIDE, 4)]
@@ -421,7 +421,7 @@ def test_idea_10_bfloat16_weights(base):
         {"rotation_sharing": "chain", "layer": 2},
     ],
 )
-def test_idea_11_checkpoints_keep_the_rotation_in_float32(stop, dtype, settings):
+def test_checkpoints_keep_the_rotation_in_float32(stop, dtype, settings):
     def make():
         params = [weight(TALL, 0, dtype), weight(WIDE, 1, dtype)]
         return params, ARO(params, lr=0.02, **settings)
@@ -446,7 +446,7 @@ def test_idea_11_checkpoints_keep_the_rotation_in_float32(stop, dtype, settings)
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_idea_12_sinkhorn_has_exact_columns(shape, scale):
+def test_sinkhorn_has_exact_columns(shape, scale):
     X = scale * gaussian(2, *shape, dtype=torch.float32)
     F = sinkhorn(X)
     torch.testing.assert_close(F.square().sum(-2), torch.full((2, shape[1]), float(shape[0])))
@@ -457,7 +457,7 @@ def test_idea_12_sinkhorn_has_exact_columns(shape, scale):
         )
 
 
-def test_idea_12_sinkhorn_takes_rows_and_columns_in_turn():
+def test_sinkhorn_takes_rows_and_columns_in_turn():
     """Both at once would swap a diagonal matrix with its inverse."""
     X = torch.diag(torch.tensor([4.0, 1.0, 0.25]))[None]
     torch.testing.assert_close(sinkhorn(X), 3**0.5 * torch.eye(3)[None])

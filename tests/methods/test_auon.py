@@ -1,4 +1,4 @@
-"""AuON and its hybrid: the ideas of its sheet, the recorded trajectories, the sums it rests on."""
+"""AuON and its hybrid: invariances and bounds, recorded trajectories, the sums they rest on."""
 
 import io
 import json
@@ -124,7 +124,7 @@ def test_recorded_script2025(case):
         torch.testing.assert_close(V, flat(S), rtol=0, atol=2e-2 * lr)
 
 
-# the ideas of the sheet
+# invariances and bounds
 
 
 @kinds
@@ -138,7 +138,7 @@ def test_equals_the_oracle(shape, kind):
 
 
 @pytest.mark.parametrize("kind", [{}, {"ns_steps": 1}, {"ns_steps": 1, "adjust_lr_fn": "none"}])
-def test_idea_01_scale_invariance_of_the_paper(kind):
+def test_scale_invariance_of_the_paper(kind):
     """step(c G) = step(G) from a fresh state, up to what 1e-7 beside the norm leaves."""
     G = doubles(WIDE, 1)[0]
     G, steps = 1e3 * G / G.norm(), []
@@ -150,7 +150,7 @@ def test_idea_01_scale_invariance_of_the_paper(kind):
         torch.testing.assert_close(step, steps[0], rtol=0, atol=2e-7 * float(step.norm()))
 
 
-def test_idea_01_repo2026_is_proportional():
+def test_repo2026_is_proportional():
     G, steps = doubles(WIDE, 1)[0], []
     for c in (1.0, 1e3):
         p = torch.nn.Parameter(torch.zeros(WIDE, dtype=DOUBLE))
@@ -161,7 +161,7 @@ def test_idea_01_repo2026_is_proportional():
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_idea_02_the_direction_is_that_of_the_momentum(shape, nesterov):
+def test_the_direction_is_that_of_the_momentum(shape, nesterov):
     """U is a positive multiple of V, so nothing is reconditioned."""
     p, M, mu = torch.nn.Parameter(torch.zeros(shape, dtype=DOUBLE)), 0.0, 0.9
     optimizer = AuON([p], lr=1.0, momentum=mu, nesterov=nesterov)
@@ -174,7 +174,7 @@ def test_idea_02_the_direction_is_that_of_the_momentum(shape, nesterov):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_idea_03_the_step_is_inside_the_unit_ball(shape):
+def test_the_step_is_inside_the_unit_ball(shape):
     """||U||_F < 1, since r > 1."""
     p = torch.nn.Parameter(torch.zeros(shape, dtype=DOUBLE))
     run(AuON([p], lr=1.0, adjust_lr_fn="none"), [p], [[G] for G in [doubles(shape, 1)[0]]])
@@ -183,7 +183,7 @@ def test_idea_03_the_step_is_inside_the_unit_ball(shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 2), ODD, TALL, (64, 64)])
-def test_idea_04_bounds_of_r(shape):
+def test_r_stays_inside_its_bounds(shape):
     """The flat matrix has cosh(1 / sqrt(N)), one spike sqrt(1 + sinh(1)^2 / N)."""
     N = shape[0] * shape[1]
     spike = torch.zeros(shape, dtype=DOUBLE)
@@ -202,7 +202,7 @@ def test_idea_04_bounds_of_r(shape):
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD])
-def test_idea_05_the_hybrid_keeps_singular_vectors_and_maps_the_values(shape):
+def test_the_hybrid_keeps_singular_vectors_and_maps_the_values(shape):
     a, b, c = QUINTIC
     G = doubles(shape, 1)[0]
     p = torch.nn.Parameter(torch.zeros(shape, dtype=DOUBLE))
@@ -221,7 +221,7 @@ def test_idea_05_the_hybrid_keeps_singular_vectors_and_maps_the_values(shape):
 @pytest.mark.parametrize(
     "kind", [{"adjust_lr_fn": "none", **kind} for kind in KINDS if "adjust_lr_fn" not in kind]
 )
-def test_idea_06_a_transposed_gradient_gives_the_transposed_step(kind):
+def test_a_transposed_gradient_gives_the_transposed_step(kind):
     for shape in (TALL, ODD, COLUMN):
         p = weight(shape, dtype=DOUBLE)
         q = torch.nn.Parameter(p.detach().mT.clone(memory_format=torch.contiguous_format))
@@ -235,7 +235,7 @@ def test_idea_06_a_transposed_gradient_gives_the_transposed_step(kind):
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 @pytest.mark.parametrize("shape", [*SHAPES, (400, 400)])
-def test_idea_07_a_zero_gradient_only_decays(shape, dtype, kind):
+def test_a_zero_gradient_only_decays(shape, dtype, kind):
     p = weight(shape, dtype=dtype)
     before = p.detach().clone()
     optimizer = AuON([p], lr=0.1, weight_decay=0.5, **kind)
@@ -245,7 +245,7 @@ def test_idea_07_a_zero_gradient_only_decays(shape, dtype, kind):
 
 
 @kinds
-def test_idea_08_gradients_stay(kind):
+def test_gradients_are_not_changed(kind):
     for shape in (TALL, (400, 400)):
         p = weight(shape)
         p.grad = gradients(shape, 1)[0]
@@ -255,7 +255,7 @@ def test_idea_08_gradients_stay(kind):
 
 
 @kinds
-def test_idea_09_bfloat16_weights_sum_in_float32(kind):
+def test_bfloat16_weights_sum_in_float32(kind):
     """The step of bfloat16 weights is that of the same numbers in float32, rounded once."""
     p, q = weight(TALL, dtype=torch.bfloat16), None
     q = torch.nn.Parameter(p.detach().float())
@@ -269,7 +269,7 @@ def test_idea_09_bfloat16_weights_sum_in_float32(kind):
 
 
 @kinds
-def test_idea_09_resume_is_bitwise(kind):
+def test_resume_is_bitwise(kind):
     shapes = (TALL, WIDE)
     grads = [gradients(s, 8, i) for i, s in enumerate(shapes)]
     params = [weight(s, i) for i, s in enumerate(shapes)]
@@ -338,7 +338,7 @@ def matrices():
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 @pytest.mark.parametrize("gamma", [1.0, 1.5, 3.0])
 @pytest.mark.parametrize("name", [name for name, _ in matrices()])
-def test_r_in_panels_is_right_to_1e_7(name, gamma, dtype):
+def test_r_in_panels_is_exact_to_float32(name, gamma, dtype):
     """Against sinh of every entry in float64; the bound holds at twice the least size too."""
     X = dict(matrices())[name]
     for size in (1.0, 1e-15, 1e15):
@@ -353,7 +353,7 @@ def test_r_in_panels_is_right_to_1e_7(name, gamma, dtype):
 
 
 @pytest.mark.parametrize("spikes", [0, 1, 3])
-def test_r_of_a_large_layer_is_right_to_1e_7(spikes):
+def test_r_of_a_large_layer_is_exact_to_float32(spikes):
     """1024 x 4096, where the norm alone is summed: r - 1 is below what float32 tells from 1."""
     X = torch.full((1024, 4096), 1e-6)
     for k in range(spikes):

@@ -1,4 +1,4 @@
-"""DCT-AdamW: recorded trajectories, a naive oracle, and the numbered properties of its method."""
+"""DCT-AdamW: recorded trajectories, a naive oracle, and error feedback and its codes."""
 
 import io
 import itertools
@@ -150,12 +150,12 @@ def test_equals_the_oracle_in_narrow_weights(shape, dtype, near):
     assert optimizer.state[p]["exp_avg"].dtype == torch.float32
 
 
-# 15 and 16: error feedback
+# error feedback
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
 @pytest.mark.parametrize("gap", [1, 4])
-def test_property_15_feedback_in_coefficients_is_feedback_in_space(shape, gap):
+def test_feedback_in_coefficients_is_feedback_in_space(shape, gap):
     """The oracle keeps E = A - D a; ours is D^T E with exact zeros in the rows just used."""
     p, grads = weight(shape), noise(shape, 20)
     want, notes = oracle.dctadamw(
@@ -175,7 +175,7 @@ def test_property_15_feedback_in_coefficients_is_feedback_in_space(shape, gap):
 @pytest.mark.parametrize("shape", [TALL, WIDE, ODD])
 @pytest.mark.parametrize("gap", [1, 4])
 @pytest.mark.parametrize("fed", ["full", "int8", "int4"])
-def test_property_16_feedback_conserves_the_gradient(shape, gap, fed, monkeypatch):
+def test_feedback_conserves_the_gradient(shape, gap, fed, monkeypatch):
     """All that was applied and the last E are the sum of all G, but for the quantiser's halves."""
     used, slack, original = [], [], module.take_rows
 
@@ -247,7 +247,7 @@ def test_feedback_at_every_step_warns_once_at_the_users_line():
         DCTAdamW([group], error_feedback="full", moments="match", update_proj_gap=1)
 
 
-# 17: the quantiser
+# the quantiser
 
 
 @settings(max_examples=150, deadline=None)
@@ -255,7 +255,7 @@ def test_feedback_at_every_step_warns_once_at_the_users_line():
     st.integers(1, 4), st.integers(1, 3), st.integers(1, 33), st.sampled_from([8, 4]),
     st.integers(-30, 30), st.integers(0, 2**20), st.booleans(),
 )  # fmt: skip
-def test_property_17_quantiser(K, m, n, bits, power, seed, flipped):
+def test_codes_are_right_to_half_a_step(K, m, n, bits, power, seed, flipped):
     X = (noise((K, n, m) if flipped else (K, m, n), 1, seed)[0] + 0.5) * 10.0**power
     X = X.mT if flipped else X
     codes, low, high = quantise_rows(X, bits)
@@ -279,7 +279,7 @@ def test_property_17_quantiser(K, m, n, bits, power, seed, flipped):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("n", [1, 2, 7, 8])
-def test_property_17_constant_rows_are_exact_and_codes_survive_packing(bits, n):
+def test_constant_rows_are_exact_and_codes_survive_packing(bits, n):
     X = torch.tensor([0.0, -3.3, 1e-40, 7e30]).unsqueeze(-1).expand(4, n).clone()
     assert torch.equal(dequantise_rows(*quantise_rows(X, bits), bits, n), X)
     whole = torch.arange(2**bits).float().roll(3)[: max(n, 2)].repeat(3, 1)
@@ -315,13 +315,13 @@ def test_feedback_is_kept_in_panels(kind, monkeypatch):
     assert (whole - E).abs().max() <= {"full": 0.0, "int8": 0.02, "int4": 0.3}[kind]
 
 
-# 19 to 21
+# full rank, gradients, resuming
 
 
 @pytest.mark.parametrize("gap", [1, 3])
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ROW, COLUMN])
 @pytest.mark.parametrize("basis", ["dct2", "dct3"])
-def test_property_19_full_rank_is_adamw_in_rotated_coordinates(shape, basis, gap):
+def test_full_rank_is_adamw_in_rotated_coordinates(shape, basis, gap):
     p, grads = weight(shape, dtype=DOUBLE), gradients(shape, 8, dtype=DOUBLE)
     C = dct_basis(min(shape), DOUBLE)
     C = C.mT if basis == "dct3" else C
@@ -339,7 +339,7 @@ def test_property_19_full_rank_is_adamw_in_rotated_coordinates(shape, basis, gap
 @feedbacks
 @pytest.mark.parametrize("gap", [1, 2])
 @pytest.mark.parametrize("shape", [TALL, WIDE])
-def test_property_20_the_gradient_is_not_changed(fed, gap, shape):
+def test_the_gradient_is_not_changed(fed, gap, shape):
     p = weight(shape)
     optimizer = DCTAdamW([p], rank=3, error_feedback=fed, update_proj_gap=gap)
     for G in gradients(shape, 5):
@@ -352,7 +352,7 @@ def test_property_20_the_gradient_is_not_changed(fed, gap, shape):
 @feedbacks
 @pytest.mark.parametrize("gap", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_property_21_resume_is_bit_identical_mid_window_too(fed, gap, dtype):
+def test_resume_is_bit_identical_mid_window_too(fed, gap, dtype):
     def make():
         params = [weight(TALL, 0, dtype), weight(WIDE, 1, dtype), weight((4,), 2, dtype)]
         return params, DCTAdamW(params, lr=0.02, rank=3, update_proj_gap=gap, error_feedback=fed)
@@ -377,7 +377,7 @@ def test_property_21_resume_is_bit_identical_mid_window_too(fed, gap, dtype):
         assert same(tensors(straight), tensors(second))
 
 
-def test_indices_above_256_survive_bfloat16_weights():
+def test_indices_survive_bfloat16_weights_above_what_bfloat16_can_count():
     p = weight((600, 600), dtype=torch.bfloat16)
     optimizer = DCTAdamW([p], rank=500)
     run(optimizer, [p], [noise((600, 600), 1)])
@@ -513,7 +513,7 @@ def test_temporaries_are_as_the_docstring_says(shape, gap, fed):
     assert whole == 0 or counter.peak >= whole
 
 
-# Beyond the sheet
+# Beyond the method
 
 
 @pytest.mark.parametrize("shape", [(300, 400), (400, 300)])

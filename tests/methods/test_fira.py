@@ -1,4 +1,4 @@
-"""Fira: the sixteen properties of its sheet, the recorded trajectories, its bounds."""
+"""Fira: its residual, its growth limit, the recorded trajectories, its bounds."""
 
 import io
 import itertools
@@ -80,11 +80,11 @@ def steps_of(shape, steps=9, grads=None, **settings):
     return out
 
 
-# 1: the published code, and the oracle
+# the published code, and the oracle
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_fira_01_recorded_trajectory(name, monkeypatch):
+def test_recorded_trajectory(name, monkeypatch):
     """Weights and stored norms of the package fira 1.0.2 over 2T + 3 steps, its bases fed."""
     data = fixture(name)
     p = torch.nn.Parameter(data["W0"].clone())
@@ -100,7 +100,7 @@ def test_fira_01_recorded_trajectory(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_fira_01_recorded_bases_are_ours_up_to_signs(name):
+def test_recorded_bases_are_ours_up_to_signs(name):
     data = fixture(name)
     p = torch.nn.Parameter(data["W0"].clone())
     group = data["settings"]["group"]
@@ -119,7 +119,7 @@ def test_fira_01_recorded_bases_are_ours_up_to_signs(name):
 
 @pytest.mark.parametrize("kind", ["std", "reverse_std", "right", "left"])
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-def test_fira_01_live_package(shape, kind):
+def test_equals_the_published_package(shape, kind):
     """The installed package, step by step over two windows: LAPACK is the same for both."""
     try:
         theirs = fira_adamw()
@@ -142,7 +142,7 @@ def test_fira_01_live_package(shape, kind):
 @pytest.mark.parametrize(
     "form", [{}, {"variant": "paper"}, {"compat": "reference"}, {"limiter": False}]
 )
-def test_fira_01_equals_the_oracle(shape, kind, scaling, form):
+def test_equals_the_oracle(shape, kind, scaling, form):
     """And the stored norms: 12, one lift and a norm in closed form against two lifts."""
     p, grads = weight(shape, dtype=DOUBLE), doubles(shape, 9)
     settings = {**BASE, "alpha": 0.7, "weight_decay": 0.1, "proj_type": kind, "eps": 1e-6,
@@ -168,7 +168,7 @@ def test_fira_01_equals_the_oracle(shape, kind, scaling, form):
 @variants
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-5), (torch.bfloat16, 7 * 2**-7)])
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD])
-def test_fira_01_narrow_dtypes_follow_the_oracle(shape, dtype, atol, variant):
+def test_narrow_dtypes_follow_the_oracle(shape, dtype, atol, variant):
     settings = {**BASE, "alpha": 0.5, "variant": variant}
     ours = trajectory(lambda ps: Fira(ps, **settings), shape, 7, dtype=dtype)
     grads = [G.to(dtype) for G in gradients(shape, 7)]
@@ -176,26 +176,26 @@ def test_fira_01_narrow_dtypes_follow_the_oracle(shape, dtype, atol, variant):
     torch.testing.assert_close(ours[-1].double(), theirs[-1]["W"], rtol=0, atol=atol)
 
 
-# 2 to 4: the residual of both variants
+# the residual of both variants
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
 @pytest.mark.parametrize("form", [{"variant": "paper"}, {"alpha": 1.0}])
 @pytest.mark.parametrize("limiter", [False, True])
-def test_fira_02_the_residual_is_orthogonal_to_the_subspace(shape, form, limiter):
+def test_the_residual_is_orthogonal_to_the_subspace(shape, form, limiter):
     for e in steps_of(shape, limiter=limiter, **form):
         assert float((e["P"].mT @ e["S"]).norm()) <= 1e-5 * float(e["S"].norm())
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-def test_fira_03_as_published_it_keeps_a_share_of_the_projected_gradient(shape):
+def test_as_published_it_keeps_a_share_of_the_projected_gradient(shape):
     for e in steps_of(shape, alpha=0.25):
         kept = 0.75 * e["phi"] * e["R"] / e["L"]
         torch.testing.assert_close(e["P"].mT @ e["S"], kept, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE])
-def test_fira_04_variants_agree_at_alpha_1_without_limiter(shape):
+def test_variants_agree_at_alpha_1_without_limiter(shape):
     def moved(variant, limiter):
         return [e["W"] for e in steps_of(shape, alpha=1.0, variant=variant, limiter=limiter)]
 
@@ -206,12 +206,12 @@ def test_fira_04_variants_agree_at_alpha_1_without_limiter(shape):
     assert float((a[-1] - b[-1]).abs().max()) > 1e-3
 
 
-# 5 to 7: the limiter
+# the limiter
 
 
 @variants
 @pytest.mark.parametrize("shape", [TALL, WIDE])
-def test_fira_05_the_residual_grows_by_one_percent_at_most(shape, variant):
+def test_the_residual_grows_by_one_percent_at_most(shape, variant):
     entries = steps_of(shape, 20, variant=variant)
     assert any(e["L"] > 1.001 for e in entries)
     for last, e in itertools.pairwise(entries):
@@ -220,7 +220,7 @@ def test_fira_05_the_residual_grows_by_one_percent_at_most(shape, variant):
         assert math.isclose(float(e["S"].norm()), e["stored"], rel_tol=1e-9)
 
 
-def test_fira_05_falling_norms_pass_and_a_jump_is_spread_over_70_steps():
+def test_falling_norms_pass_and_a_jump_is_spread_over_seventy_steps():
     stored = torch.full((1, 1, 1), -1.0, dtype=DOUBLE)
 
     def limited(norm):
@@ -237,25 +237,25 @@ def test_fira_05_falling_norms_pass_and_a_jump_is_spread_over_70_steps():
 
 
 @variants
-def test_fira_06_the_limiter_keeps_the_direction(variant):
+def test_the_limiter_keeps_the_direction(variant):
     for e in steps_of(WIDE, 12, variant=variant):
         torch.testing.assert_close(e["S"], e["raw"] / e["L"], rtol=0, atol=1e-9)
 
 
 @variants
-def test_fira_07_the_first_step_is_free_and_no_limiter_is_an_infinite_gamma(variant):
+def test_the_first_step_is_free_and_no_limiter_is_an_infinite_gamma(variant):
     assert math.isclose(steps_of(WIDE, 1, variant=variant)[0]["L"], 1.0, rel_tol=1e-9)
     a = steps_of(WIDE, variant=variant, limiter=False)
     b = steps_of(WIDE, variant=variant, gamma=math.inf)
     assert all(torch.equal(x["W"], y["W"]) for x, y in zip(a, b, strict=True))
 
 
-# 8 to 12: special cases and symmetries
+# special cases and symmetries
 
 
 @pytest.mark.parametrize("form", [{"variant": "paper"}, {"alpha": 1.0}])
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-def test_fira_08_at_full_rank_it_is_galore(shape, form):
+def test_at_full_rank_it_is_galore(shape, form):
     alpha = form.get("alpha", 0.25)
     settings = {"lr": 0.02, "rank": 1.0, "update_proj_gap": 5}
     ours = trajectory(lambda ps: Fira(ps, **settings, **form), shape, 12)
@@ -265,14 +265,14 @@ def test_fira_08_at_full_rank_it_is_galore(shape, form):
 
 
 @variants
-def test_fira_09_after_a_zero_residual_it_recovers_in_one_step(variant):
+def test_after_a_zero_residual_it_recovers_in_one_step(variant):
     grads = [torch.zeros(WIDE, dtype=DOUBLE), *doubles(WIDE, 50)]
     ours = steps_of(WIDE, grads=grads, variant=variant)
     assert ours[0]["stored"] == 0.0
     assert math.isclose(ours[1]["L"], 1.0, rel_tol=1e-9)
 
 
-def test_fira_09_as_published_it_starves():
+def test_as_published_it_starves():
     grads = [torch.zeros(WIDE), *gradients(WIDE, 50)]
     p, q = weight(WIDE), weight(WIDE)
     exact = Fira([p], rank=3, compat="reference")
@@ -285,7 +285,7 @@ def test_fira_09_as_published_it_starves():
 
 
 @variants
-def test_fira_10_one_column_has_one_factor(variant):
+def test_one_column_has_one_factor(variant):
     settings = {"proj_type": "left", "variant": variant, **BASE}
     a = trajectory(lambda ps: Fira(ps, scaling="column", **settings), COLUMN, 9)
     b = trajectory(lambda ps: Fira(ps, scaling="matrix", **settings), COLUMN, 9)
@@ -295,7 +295,7 @@ def test_fira_10_one_column_has_one_factor(variant):
 
 @variants
 @pytest.mark.parametrize("scaling", ["column", "matrix"])
-def test_fira_11_the_gradients_size_does_not_matter(variant, scaling):
+def test_the_gradients_size_does_not_matter(variant, scaling):
     def moved(c):
         grads = [c * G for G in doubles(WIDE, 9)]
         return steps_of(WIDE, grads=grads, variant=variant, scaling=scaling, eps=1e-300)[-1]["W"]
@@ -305,7 +305,7 @@ def test_fira_11_the_gradients_size_does_not_matter(variant, scaling):
 
 @variants
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (DOUBLE, 1e-12)])
-def test_fira_12_one_lift_is_two(variant, dtype, atol, monkeypatch):
+def test_one_shared_lift_equals_two(variant, dtype, atol, monkeypatch):
     """The direction itself, and the norm in closed form, against phi (G - a P R) made whole."""
     p, seen, original = weight(WIDE, dtype=dtype), [], module.FiraRule.update
     optimizer, paper = Fira([p], variant=variant, **BASE), variant == "paper"
@@ -330,12 +330,12 @@ def test_fira_12_one_lift_is_two(variant, dtype, atol, monkeypatch):
         assert math.isclose(float(state["limiter_norm"]), norm, rel_tol=10 * atol)
 
 
-# 13 to 16: state, sides, bad gradients, convergence
+# state, sides, bad gradients, convergence
 
 
 @pytest.mark.parametrize("kind", SIDES)
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-def test_fira_13_state_elements_equal_the_table(shape, kind):
+def test_state_elements_equal_the_table(shape, kind):
     r, small, large = 3, min(shape), max(shape)
     p, q = weight(shape), weight(shape)
     want = {
@@ -356,7 +356,7 @@ def test_fira_13_state_elements_equal_the_table(shape, kind):
 @variants
 @pytest.mark.parametrize("stop", [1, 3, 4, 5, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fira_13_resume_is_bit_identical_mid_window_too(stop, dtype, variant):
+def test_resume_is_bit_identical_mid_window_too(stop, dtype, variant):
     def make():
         params = [weight(TALL, 0, dtype), weight(WIDE, 1, dtype), weight((4,), 2, dtype)]
         return params, Fira(params, variant=variant, **BASE)
@@ -383,7 +383,7 @@ def test_fira_13_resume_is_bit_identical_mid_window_too(stop, dtype, variant):
 @variants
 @pytest.mark.parametrize("scaling", ["column", "matrix"])
 @pytest.mark.parametrize("kinds", [("std", "std"), ("reverse_std",) * 2, ("left", "right")])
-def test_fira_14_sides_are_symmetric(variant, scaling, kinds):
+def test_sides_are_symmetric(variant, scaling, kinds):
     p = weight(TALL)
     q = torch.nn.Parameter(p.detach().mT.contiguous())
     settings = {"variant": variant, "scaling": scaling, **BASE}
@@ -396,7 +396,7 @@ def test_fira_14_sides_are_symmetric(variant, scaling, kinds):
 
 
 @variants
-def test_fira_15_a_bad_gradient_poisons_no_norm(variant):
+def test_a_bad_gradient_poisons_no_norm(variant):
     """A NaN never gets here; squares that overflow do, and are not stored."""
     p, grads = weight(WIDE), gradients(WIDE, 3)
     optimizer = Fira([p], variant=variant, rank=3)
@@ -415,7 +415,7 @@ def test_fira_15_a_bad_gradient_poisons_no_norm(variant):
 
 
 @variants
-def test_fira_16_a_fixed_subspace_does_not_stall(variant):
+def test_a_fixed_subspace_does_not_stall(variant):
     """On a quadratic with a full-rank gradient GaLore stops at what its first basis misses."""
     draw = torch.Generator().manual_seed(3)
     target = torch.randn(16, 24, generator=draw)
@@ -436,7 +436,7 @@ def test_fira_16_a_fixed_subspace_does_not_stall(variant):
     assert galore > 0.3 and ours < 0.1 * galore
 
 
-# Beyond the sheet
+# Beyond the paper
 
 
 def test_rmsprop_form_is_betas_without_the_first_and_without_correction():

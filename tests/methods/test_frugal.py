@@ -1,4 +1,4 @@
-"""FRUGAL: the sixteen properties of its sheet, the recorded trajectories, its bounds."""
+"""FRUGAL: its two parts, windows and draws, the recorded trajectories, its bounds."""
 
 import copy
 import io
@@ -277,12 +277,12 @@ def test_narrow_dtypes_follow_the_oracle(split, dtype, atol):
     torch.testing.assert_close(ours[-1].double(), theirs[-1], rtol=0, atol=atol)
 
 
-# 1 to 3: the ends of the density
+# the ends of the density
 
 
 @pytest.mark.parametrize("split", [*COORDINATES, "block"])
 @pytest.mark.parametrize("shape", [TALL, WIDE, ODD, ROW, COLUMN])
-def test_property_01_density_1_is_torchs_adamw(split, shape):
+def test_density_1_is_torchs_adamw(split, shape):
     p, q = weight(shape), weight(shape)
     ours = FRUGAL([p], density=1.0, split=split, lr=0.01, weight_decay=0.1)
     theirs = torch.optim.AdamW([q], lr=0.01, weight_decay=0.1)
@@ -293,7 +293,7 @@ def test_property_01_density_1_is_torchs_adamw(split, shape):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-def test_property_02_density_0_is_sign_descent(split, dtype):
+def test_density_0_is_sign_descent(split, dtype):
     p = weight(WIDE, dtype=dtype)
     optimizer = FRUGAL([p], density=0.0, split=split, lr=0.01)
     optimizer.init_state()
@@ -307,7 +307,7 @@ def test_property_02_density_0_is_sign_descent(split, dtype):
 @pytest.mark.parametrize("kind", ["std", "left", "right"])
 @pytest.mark.parametrize("split", ["svd", "random", "dct", "topk"])
 @pytest.mark.parametrize("state_free", ["sign_sgd", "sgd"])
-def test_property_03_at_full_rank_nothing_is_left_over(kind, split, state_free):
+def test_at_full_rank_nothing_is_left_over(kind, split, state_free):
     """Adam in a rotated basis, without signs of round-off."""
     p, grads = weight(SQUARE), gradients(SQUARE, 6)
     q = weight(SQUARE)
@@ -322,12 +322,12 @@ def test_property_03_at_full_rank_nothing_is_left_over(kind, split, state_free):
         assert float((loud - q).detach().abs().max()) > 0.01
 
 
-# 4 to 7: the two parts
+# the two parts
 
 
 @pytest.mark.parametrize("split", COORDINATES)
 @pytest.mark.parametrize("shape", [TALL, WIDE, ODD])
-def test_property_04_the_parts_are_disjoint_and_cover_the_weight(split, shape):
+def test_the_parts_are_disjoint_and_cover_the_weight(split, shape):
     p = weight(shape, dtype=DOUBLE)
     optimizer = FRUGAL([p], split=split, state_free_lr_scale=0.5, proj_lr_scale=0.25, lr=0.1)
     for G in doubles(shape, 4):
@@ -343,7 +343,7 @@ def test_property_04_the_parts_are_disjoint_and_cover_the_weight(split, shape):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", SIDES)
-def test_property_05_the_parts_add_up_to_the_gradient(split, kind):
+def test_the_parts_add_up_to_the_gradient(split, kind):
     """Seen through lr 1, no momentum and the rule sgd: the step is up(down(G)) + res."""
     p = weight(WIDE)
     optimizer = FRUGAL([p], split=split, lr=1.0, inner="sgdm", betas=(0.0, 0.9), proj_type=kind,
@@ -360,7 +360,7 @@ def test_property_05_the_parts_add_up_to_the_gradient(split, kind):
 
 @pytest.mark.parametrize("split", COORDINATES)
 @pytest.mark.parametrize("off", [{"state_free_lr_scale": 0.0}, {"state_free": "no"}])
-def test_property_06_without_the_free_part_only_decay_moves_the_rest(split, off):
+def test_without_the_state_free_part_only_decay_moves_the_rest(split, off):
     p = weight(TALL)
     optimizer = FRUGAL([p], split=split, weight_decay=0.1, lr=0.1, **off)
     for G in gradients(TALL, 3):
@@ -374,7 +374,7 @@ def test_property_06_without_the_free_part_only_decay_moves_the_rest(split, off)
 
 @pytest.mark.parametrize("kind", SIDES)
 @pytest.mark.parametrize("shape", [TALL, WIDE])
-def test_property_06_svd_without_the_rest_is_galore(kind, shape):
+def test_svd_without_the_rest_is_galore(kind, shape):
     """With scale 1, eps on the corrected root and decay first, as both have it by default."""
     rank = 5
     side = max(shape) if kind == "reverse_std" else min(shape)
@@ -389,7 +389,7 @@ def test_property_06_svd_without_the_rest_is_galore(kind, shape):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_property_06_blocks_without_the_rest_are_badam():
+def test_blocks_without_the_rest_are_badam():
     """One block is trained by AdamW from fresh moments, the others are frozen."""
     shapes = [TALL, WIDE, SQUARE]
     params = [weight(s, k) for k, s in enumerate(shapes)]
@@ -409,7 +409,7 @@ def test_property_06_blocks_without_the_rest_are_badam():
 
 
 @pytest.mark.parametrize("split", [*COORDINATES, "svd"])
-def test_property_07_sgd_is_linear_and_signs_are_blind_to_size(split):
+def test_sgd_is_linear_and_signs_are_blind_to_size(split):
     def moved(state_free, c):
         p = weight(WIDE, dtype=DOUBLE)
         optimizer = FRUGAL([p], split=split, state_free=state_free, density=0.5, lr=0.1)
@@ -423,11 +423,11 @@ def test_property_07_sgd_is_linear_and_signs_are_blind_to_size(split):
     torch.testing.assert_close(moved("sign_sgd", 4.0), moved("sign_sgd", 1.0), rtol=0, atol=1e-12)
 
 
-# 8 to 10: windows
+# windows
 
 
 @pytest.mark.parametrize("split", [*COORDINATES, "svd", "block"])
-def test_property_08_after_a_reset_the_first_step_is_fresh(split):
+def test_after_a_reset_the_first_step_is_fresh(split):
     p, lr, eps = weight(WIDE, dtype=DOUBLE), 0.1, 1e-3
     optimizer = FRUGAL([p], split=split, state_free="no", density=1.0 if split == "block" else 0.5,
                        update_gap=3, lr=lr, eps=eps)  # fmt: skip
@@ -450,7 +450,7 @@ def test_property_08_after_a_reset_the_first_step_is_fresh(split):
 @pytest.mark.parametrize("split", [*COORDINATES, "svd", "random"])
 @pytest.mark.parametrize("density", [0.0, 0.3, 0.5, 0.99, 1.0])
 @pytest.mark.parametrize("shape", [TALL, WIDE, ODD])
-def test_property_09_draws_and_counts(split, density, shape):
+def test_the_density_says_how_many_are_drawn_and_the_gap_when(split, density, shape):
     p, (m, n) = weight(shape), shape
     optimizer = FRUGAL([p], split=split, density=density, update_gap=3)
     seen = []
@@ -466,7 +466,7 @@ def test_property_09_draws_and_counts(split, density, shape):
     assert density_of(optimizer, p) == want
 
 
-def test_property_09_ranks_and_blocks_round_half_to_even():
+def test_ranks_and_blocks_round_half_to_even():
     for side, want in ((5, 2), (7, 4), (9, 4)):
         p = weight((side, 12))
         optimizer = FRUGAL([p], split="svd", density=0.5)
@@ -475,7 +475,7 @@ def test_property_09_ranks_and_blocks_round_half_to_even():
         assert len(Turns("ascending", 0.5, 1, 0, False).active(0, side)) == want
 
 
-def test_property_09_a_new_choice_is_another_one():
+def test_a_new_choice_is_another_one():
     p = weight((40, 40))
     optimizer = FRUGAL([p], update_gap=2, density=0.5)
     drawn = []
@@ -494,21 +494,21 @@ TRACES = {
 
 
 @pytest.mark.parametrize("order, a", list(TRACES))
-def test_property_10_orders_follow_the_published_traces(order, a):
+def test_orders_follow_the_published_traces(order, a):
     turns = Turns(order, a / 10, 200, 0, False)
     assert [turns.active(w, 10) for w in range(len(TRACES[order, a]))] == TRACES[order, a]
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])
 @pytest.mark.parametrize("count, a", [(10, 3), (7, 2), (5, 5), (6, 1)])
-def test_property_10_every_block_has_its_turn(order, count, a):
+def test_every_block_has_its_turn(order, count, a):
     turns, windows = Turns(order, a / count, 1, 0, False), math.ceil(count / a)
     for start in range(5):
         seen = frozenset().union(*(turns.active(start + w, count) for w in range(windows)))
         assert seen == frozenset(range(count))
 
 
-def test_property_10_mirror_needs_pairs_and_random_draws_by_window():
+def test_mirror_needs_pairs_and_random_draws_by_window():
     params = [weight(SQUARE, k) for k in range(6)]
     optimizer = FRUGAL(params, split="block", block_order="mirror", density=0.5)
     with pytest.raises(ValueError, match=r"of 6 blocks is 3: choose a density"):
@@ -519,7 +519,7 @@ def test_property_10_mirror_needs_pairs_and_random_draws_by_window():
     assert sets == [Turns("random", 0.5, 1, 7, False).active(w, 12) for w in range(30)]
 
 
-def test_property_10_blocks_in_the_optimizer_follow_their_order():
+def test_blocks_in_the_optimizer_follow_their_order():
     params = [weight((4, 4 + k), k) for k in range(5)]
     optimizer = FRUGAL(params, split="block", block_order="ascending", density=0.4, update_gap=2)
     for t in range(8):
@@ -528,12 +528,12 @@ def test_property_10_blocks_in_the_optimizer_follow_their_order():
         assert active == {(2 * (t // 2)) % 5, (2 * (t // 2) + 1) % 5}
 
 
-# 11 to 13: determinism, memory, missing gradients
+# determinism, memory, missing gradients
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("reset", ["all", "changed"])
-def test_property_11_draws_depend_on_the_seed_alone(split, reset):
+def test_draws_depend_on_the_seed_alone(split, reset):
     def made(disturb, seed=0):
         params = [weight(TALL), weight(WIDE, 1), weight(SQUARE, 2), weight(SQUARE, 3)]
         optimizer = FRUGAL(params, split=split, density=0.5, update_gap=2, reset=reset, seed=seed,
@@ -558,7 +558,7 @@ def test_property_11_draws_depend_on_the_seed_alone(split, reset):
 @pytest.mark.parametrize("reset", ["all", "changed", "none"])
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_property_11_resume_is_bit_identical(split, reset, stop, dtype):
+def test_resume_is_bit_identical(split, reset, stop, dtype):
     if split == "block" and reset == "none":
         return
 
@@ -594,7 +594,7 @@ def held_bytes(optimizer, p):
 @pytest.mark.parametrize("shape", [TALL, WIDE, ODD])
 @pytest.mark.parametrize("density", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("reset", ["all", "changed"])
-def test_property_12_state_bytes_of_coordinates(shape, density, reset):
+def test_state_bytes_of_coordinates(shape, density, reset):
     (m, n), ages = shape, 1 if reset == "changed" else 0
     for split in COORDINATES:
         p = weight(shape)
@@ -608,7 +608,7 @@ def test_property_12_state_bytes_of_coordinates(shape, density, reset):
 @pytest.mark.parametrize("shape", [TALL, WIDE, ODD])
 @pytest.mark.parametrize("kind", SIDES)
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
-def test_property_12_state_bytes_of_subspaces(shape, kind, density):
+def test_state_bytes_of_subspaces(shape, kind, density):
     m, n = shape
     side = {"std": min(m, n), "reverse_std": max(m, n), "right": n, "left": m, "full": min(m, n)}
     r = min(round(density * side[kind]), m, n)
@@ -621,7 +621,7 @@ def test_property_12_state_bytes_of_subspaces(shape, kind, density):
         assert held_bytes(optimizer, p) == 4 * want
 
 
-def test_property_12_inactive_blocks_hold_nothing():
+def test_inactive_blocks_hold_nothing():
     shapes = [TALL, WIDE, SQUARE, ODD]  # none is stacked with another, whose storage it shared
     params = [weight(s, k) for k, s in enumerate(shapes)]
     optimizer = FRUGAL(params, split="block", block_order="ascending", density=0.5, update_gap=2)
@@ -633,7 +633,7 @@ def test_property_12_inactive_blocks_hold_nothing():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_property_13_missing_and_late_gradients(split):
+def test_missing_and_late_gradients(split):
     """Each weight has its own clock: what one lacks does not matter to another."""
     shapes = [TALL, SQUARE, SQUARE]
     settings = {**BASE, "split": split, "density": 1.0 if split == "block" else 0.5}
@@ -653,11 +653,11 @@ def test_property_13_missing_and_late_gradients(split):
     assert optimizer.state[extra]["step"] == 1
 
 
-# 14 to 16
+# zero gradients, resets, convergence
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_property_14_a_zero_gradient_leaves_decay_and_momentum(split):
+def test_a_zero_gradient_leaves_decay_and_momentum(split):
     p = weight(WIDE, dtype=DOUBLE)
     density = 1.0 if split == "block" else 0.5
     optimizer = FRUGAL([p], split=split, density=density, lr=0.1, weight_decay=0.1)
@@ -674,7 +674,7 @@ def test_property_14_a_zero_gradient_leaves_decay_and_momentum(split):
 
 @pytest.mark.parametrize("split", [*COORDINATES, "block"])
 @pytest.mark.parametrize("shape", [TALL, ODD])
-def test_property_15_changed_keeps_what_stays(split, shape):
+def test_reset_changed_at_density_one_is_adamw(split, shape):
     p, q = weight(shape), weight(shape)
     grads = gradients(shape, 17)
     ours = FRUGAL([p], density=1.0, split=split, lr=0.01, update_gap=3, reset="changed",
@@ -688,7 +688,7 @@ def test_property_15_changed_keeps_what_stays(split, shape):
     assert float((again - q).detach().abs().max()) > 1e-3  # "all" departs from AdamW
 
 
-def test_property_15_ages_count_the_updates_of_each_coordinate():
+def test_ages_count_the_updates_of_each_coordinate():
     p, ages = weight((6, 20)), torch.zeros(20)
     optimizer, last = FRUGAL([p], density=0.5, update_gap=2, reset="changed"), set()
     for t, G in enumerate(gradients((6, 20), 9)):
@@ -703,7 +703,7 @@ def test_property_15_ages_count_the_updates_of_each_coordinate():
     assert len(set(state["age"].tolist())) > 1
 
 
-def test_property_15_blocks_that_stay_active_keep_their_moments():
+def test_blocks_that_stay_active_keep_their_moments():
     params = [weight((4, 4 + k), k) for k in range(3)]
     optimizer = FRUGAL(params, split="block", block_order="ascending", density=0.67, update_gap=2,
                        reset="changed")  # fmt: skip
@@ -719,7 +719,7 @@ def test_property_15_blocks_that_stay_active_keep_their_moments():
 
 
 @pytest.mark.parametrize("kind", SIDES)
-def test_property_15_in_a_basis_changed_turns_the_moments(kind):
+def test_reset_changed_rotates_the_moments_of_a_basis(kind):
     """At full rank a turned first moment is the moment of the turned gradient."""
     p = weight(SQUARE, dtype=DOUBLE)
     optimizer = FRUGAL([p], split="random", density=1.0, update_gap=2, reset="changed",
@@ -759,7 +759,7 @@ def trained(**settings):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_property_16_the_free_part_helps(split):
+def test_the_state_free_part_lowers_the_loss(split):
     ours = trained(split=split)
     assert ours < trained(split=split, state_free="no")
     assert ours < 1.1 * trained(split=split, density=0.0)
@@ -1046,7 +1046,7 @@ def test_projection_names_the_subspace_of_the_split_svd(kind):
 
 
 @pytest.mark.parametrize("kind", ["svd", "random", "range", "power", "dct", "topk"])
-def test_property_03_round_off_of_a_low_rank_gradient_has_no_sign(kind):
+def test_round_off_of_a_low_rank_gradient_has_no_sign(kind):
     """A gradient inside the subspace, and rows without a gradient: nothing else moves."""
     p = weight((64, 96))
     draw = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""GaLore: the fifteen properties of its sheet, the recorded trajectories, the published package."""
+"""GaLore: bases, refreshes, moments, resuming, the recorded trajectories, the published package."""
 
 import copy
 import io
@@ -81,8 +81,8 @@ def published():
 
 @pytest.mark.parametrize("kind", ["std", "reverse_std", "right", "left", "full"])
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-def test_galore_01_reference_equals_the_published_package(shape, kind):
-    """Property 1, live: matrices and vectors over 2T + 3 steps."""
+def test_reference_equals_the_published_package(shape, kind):
+    """The published package, live: matrices and vectors over 2T + 3 steps."""
     theirs = published()
     p, v = weight(shape, 0), weight((5,), 1)
     q, u = weight(shape, 0), weight((5,), 1)
@@ -111,8 +111,8 @@ def test_galore_01_reference_equals_the_published_package(shape, kind):
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD])
 @pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
 @pytest.mark.parametrize("reference", [False, True])
-def test_galore_01_equals_the_oracle(shape, kind, moments, reference):
-    """Property 1 against the naive float64 loop, which takes our bases at later refreshes."""
+def test_equals_the_oracle(shape, kind, moments, reference):
+    """Against the naive float64 loop, which takes our bases at later refreshes."""
     p, grads = weight(shape, dtype=torch.float64), gradients(shape, 9, dtype=torch.float64)
     settings = {
         "lr": 0.02,
@@ -151,7 +151,7 @@ def test_galore_01_equals_the_oracle(shape, kind, moments, reference):
 # bfloat16: seven roundings of weights below 4, half a unit of 2^-6 each
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-5), (torch.bfloat16, 7 * 2**-7)])
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD, ROW, COLUMN])
-def test_galore_01_narrow_dtypes_follow_the_oracle(shape, dtype, atol):
+def test_narrow_dtypes_follow_the_oracle(shape, dtype, atol):
     settings = {"lr": 0.02, "rank": 3, "update_proj_gap": 4, "scale": 0.5}
     ours = trajectory(lambda ps: GaLore(ps, **settings), shape, 7, dtype=dtype)
     grads = [G.to(dtype) for G in gradients(shape, 7)]
@@ -160,7 +160,7 @@ def test_galore_01_narrow_dtypes_follow_the_oracle(shape, dtype, atol):
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL])
-def test_galore_02_full_rank_is_adam_in_rotated_coordinates(shape):
+def test_full_rank_is_adam_in_rotated_coordinates(shape):
     grads = gradients(shape, 12)
     side = min(shape)
     p = weight(shape)
@@ -177,7 +177,7 @@ def test_galore_02_full_rank_is_adam_in_rotated_coordinates(shape):
 
 
 @pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}])
-def test_galore_03_without_rank_it_is_torch_adamw_exactly(flags):
+def test_without_rank_it_is_torch_adamw_exactly(flags):
     p, q, r = weight(TALL), weight(TALL), weight(WIDE)
     ours = GaLore(
         [{"params": [p]}, {"params": [r], "rank": 2}],
@@ -197,7 +197,7 @@ def test_galore_03_without_rank_it_is_torch_adamw_exactly(flags):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-def test_galore_04_basis_is_orthonormal_and_the_update_lies_in_it(shape, kind):
+def test_basis_is_orthonormal_and_the_update_lies_in_it(shape, kind):
     p, grads = weight(shape), gradients(shape, 6)
     optimizer = GaLore([p], lr=0.1, rank=3, update_proj_gap=4, proj_type=kind)
     m, n = shape
@@ -220,7 +220,7 @@ def test_galore_04_basis_is_orthonormal_and_the_update_lies_in_it(shape, kind):
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE])
-def test_galore_05_first_step_is_a_lifted_sign(shape):
+def test_first_step_is_a_lifted_sign(shape):
     p, G = weight(shape, dtype=torch.float64), gradients(shape, 1, dtype=torch.float64)[0]
     optimizer = GaLore([p], lr=0.3, rank=4, scale=0.5, eps=1e-300)
     before, p.grad = p.detach().clone(), G
@@ -234,7 +234,7 @@ def test_galore_05_first_step_is_a_lifted_sign(shape):
 
 @pytest.mark.parametrize("projection", ["svd", "svd_full"])
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD])
-def test_galore_06_a_refresh_keeps_the_top_energy(shape, projection):
+def test_a_refresh_keeps_the_top_energy(shape, projection):
     p, grads = weight(shape), gradients(shape, 5)
     optimizer = GaLore([p], rank=3, update_proj_gap=2, projection=projection)
     for step, G in enumerate(grads):
@@ -248,7 +248,7 @@ def test_galore_06_a_refresh_keeps_the_top_energy(shape, projection):
 
 
 @pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
-def test_galore_07_transpose_symmetry(moments):
+def test_transpose_symmetry(moments):
     p = weight(TALL)
     q = torch.nn.Parameter(p.detach().mT.contiguous())
     grads = gradients(TALL, 9)
@@ -259,7 +259,7 @@ def test_galore_07_transpose_symmetry(moments):
         torch.testing.assert_close(x[0], y[0].mT, rtol=0, atol=2e-6)
 
 
-def test_galore_08_update_is_linear_in_scale_and_free_of_the_gradients_size():
+def test_update_is_linear_in_scale_and_free_of_the_gradients_size():
     def moved(scale=0.25, c=1.0):
         p = weight(WIDE, dtype=torch.float64)
         start = p.detach().clone()
@@ -272,7 +272,7 @@ def test_galore_08_update_is_linear_in_scale_and_free_of_the_gradients_size():
     torch.testing.assert_close(moved(c=1e-3), moved(), rtol=0, atol=1e-9)
 
 
-def test_galore_09_refreshes_come_at_multiples_and_keep_touches_no_moment(monkeypatch):
+def test_refreshes_come_at_multiples_and_keep_touches_no_moment(monkeypatch):
     p, grads, gap = weight(WIDE), gradients(WIDE, 11), 4
     optimizer = GaLore([p], rank=3, update_proj_gap=gap)
     carried, original = [], inner.carry
@@ -294,7 +294,7 @@ def test_galore_09_refreshes_come_at_multiples_and_keep_touches_no_moment(monkey
     assert changes == [0, gap, 2 * gap] and carried == [True, True]
 
 
-def test_galore_10_signs_before_the_first_refresh_do_not_matter(monkeypatch):
+def test_signs_before_the_first_refresh_do_not_matter(monkeypatch):
     original = subspaces.top_basis
     a = trajectory(lambda ps: GaLore(ps, lr=0.02, rank=4, update_proj_gap=6), WIDE, 6)
     flips = torch.tensor([1.0, -1.0, -1.0, 1.0])
@@ -304,7 +304,7 @@ def test_galore_10_signs_before_the_first_refresh_do_not_matter(monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["same", "signs", "order"])
-def test_galore_10_rotate_follows_the_basis(monkeypatch, change):
+def test_rotate_follows_the_basis(monkeypatch, change):
     """With the same span written in other coordinates, rotate gives the same weights."""
     first, original, calls = [], subspaces.top_basis, []
     flips = torch.tensor([1.0, -1.0, -1.0, 1.0])
@@ -330,7 +330,7 @@ def test_galore_10_rotate_follows_the_basis(monkeypatch, change):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-def test_galore_11_state_elements_equal_the_table(shape, kind):
+def test_state_elements_equal_the_table(shape, kind):
     r, small, large = 3, min(shape), max(shape)
     p, v = weight(shape), weight((5,))
     optimizer = GaLore([p, v], rank=r, proj_type=kind)
@@ -350,7 +350,7 @@ def test_galore_11_state_elements_equal_the_table(shape, kind):
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_galore_12_resume_is_bit_identical_mid_window_too(stop, dtype):
+def test_resume_is_bit_identical_mid_window_too(stop, dtype):
     def make():
         params = [weight(TALL, 0, dtype), weight(WIDE, 1, dtype), weight((4,), 2, dtype)]
         return params, GaLore(params, lr=0.02, rank=3, update_proj_gap=4)
@@ -373,7 +373,7 @@ def test_galore_12_resume_is_bit_identical_mid_window_too(stop, dtype):
     assert same(tensors(straight), tensors(second))
 
 
-def test_galore_13_runs_repeat_bit_for_bit_and_leave_gradients_alone():
+def test_runs_repeat_bit_for_bit_and_leave_gradients_alone():
     make = lambda ps: GaLore(ps, lr=0.02, rank=3, update_proj_gap=3)  # noqa: E731
     assert same(trajectory(make, WIDE, 8), trajectory(make, WIDE, 8))
     p, G = weight(WIDE), gradients(WIDE, 1)[0]
@@ -392,7 +392,7 @@ def test_galore_13_runs_repeat_bit_for_bit_and_leave_gradients_alone():
     "shape", [TALL, WIDE, SQUARE, ODD, ROW, COLUMN, (1, 1), (3, 6, 5), (4, 3, 2, 2)]
 )
 @pytest.mark.parametrize("projection", ["svd", "svd_full"])
-def test_galore_14_no_shape_rank_or_zero_gradient_crashes(shape, kind, projection):
+def test_no_shape_rank_or_zero_gradient_crashes(shape, kind, projection):
     p, v = weight(shape), weight((4,))
     optimizer = GaLore(
         [p, v], lr=0.02, rank=50, update_proj_gap=2, proj_type=kind, projection=projection
@@ -402,7 +402,7 @@ def test_galore_14_no_shape_rank_or_zero_gradient_crashes(shape, kind, projectio
     assert p.isfinite().all() and v.isfinite().all()
 
 
-def test_galore_15_rank_and_refreshes_decide_how_far_a_quadratic_is_solved():
+def test_rank_and_refreshes_decide_how_far_a_quadratic_is_solved():
     """A rank-4 target: r >= 4 reaches Adam's loss, r < 4 in a fixed subspace stalls above it."""
     draw = torch.Generator().manual_seed(3)
     target = torch.randn(16, 4, generator=draw) @ torch.randn(4, 24, generator=draw)
@@ -485,7 +485,7 @@ def test_deepcopy_goes_on_alone():
     assert same(run(optimizer, [p], [rest]), run(twin, [q], [rest]))
 
 
-# Every projection. The sheets' numbers: projectors 5, 9, 22; state and refresh as their tables.
+# Every projection: orientation, resuming, draws, state and refreshes.
 
 DENSE = ["svd", "svd_full", "range", "power", "random"]
 INDEX = ["randk", "topk", "dct", "dct:l1"]
@@ -542,7 +542,7 @@ def test_state_bytes_of_every_projection(projection, kind, shape):
 
 @projections
 @pytest.mark.parametrize("shape", [TALL, WIDE])
-def test_projectors_05_a_turned_weight_is_the_transposed_problem(projection, shape):
+def test_a_turned_weight_is_the_transposed_problem(projection, shape):
     p = weight(shape)
     q = torch.nn.Parameter(p.detach().mT.contiguous())
     grads = gradients(shape, 9)
@@ -556,7 +556,7 @@ def test_projectors_05_a_turned_weight_is_the_transposed_problem(projection, sha
 @projections
 @pytest.mark.parametrize("moments", ["keep", "ldadam"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_projectors_09_resume_of_every_projection(projection, moments, dtype):
+def test_resume_of_every_projection(projection, moments, dtype):
     """In the middle of a window, in the step of a refresh, and right after one."""
     settings = {"lr": 0.02, "rank": 3, "update_proj_gap": 4, "seed": 5, "moments": moments}
     shape = (40, 300)  # indices above 256 do not survive bfloat16
@@ -623,7 +623,7 @@ def test_views_equal_the_stack_for_every_projection(projection, monkeypatch):
 
 
 @pytest.mark.parametrize("projection", ["random", "randk", "range"])
-def test_projectors_22_seed_and_position_decide_the_draws(projection):
+def test_seed_and_position_decide_the_draws(projection):
     def bases(seed):
         params = [weight(WIDE, 0), weight(WIDE, 0)]
         optimizer = GaLore(params, rank=3, projection=projection, update_proj_gap=1, seed=seed)
@@ -642,7 +642,7 @@ def test_projectors_22_seed_and_position_decide_the_draws(projection):
 
 
 @pytest.mark.parametrize("moments", ["rotate", "match", "ldadam"])
-def test_projectors_30_policies_agree_where_indices_move(moments):
+def test_policies_agree_where_indices_move(moments):
     settings = {"lr": 0.02, "rank": 4, "update_proj_gap": 2, "projection": "topk"}
     make = lambda policy: lambda ps: GaLore(ps, moments=policy, **settings)  # noqa: E731
     assert same(trajectory(make(moments), WIDE, 9), trajectory(make("match"), WIDE, 9))

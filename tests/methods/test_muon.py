@@ -1,6 +1,6 @@
 """Muon: torch's bits under compat="torch", the oracle without, the recorded trajectories, options.
 
-The properties of the polar factor itself (section 12 numbers 3 to 9) are in test_polar.py.
+What holds for the polar factor itself is in tests/kernels/test_polar.py.
 """
 
 import copy
@@ -37,8 +37,8 @@ RECORDED = sorted(path.stem for path in FIXTURES.glob("muon-torch-*.json"))
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("ratio", ["original", "match_rms_adamw", None, "unset"])
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64), (17, 5), (48, 48), (1, 7)])
-def test_muon_12_01_bits_of_torch(shape, ratio, nesterov):
-    """Property 1 against the installed torch, float32 weights."""
+def test_compat_torch_has_the_bits_of_torch(shape, ratio, nesterov):
+    """The installed torch, float32 weights."""
     p, q, flags = weight(shape), weight(shape), {} if ratio == "unset" else {"adjust_lr_fn": ratio}
     ours = Muon([p], lr=0.02, nesterov=nesterov, compat="torch", **flags)
     theirs = torch.optim.Muon([q], lr=0.02, nesterov=nesterov, **flags)
@@ -51,7 +51,7 @@ def test_muon_12_01_bits_of_torch(shape, ratio, nesterov):
 
 
 @pytest.mark.parametrize("shape", [(32, 16), (16, 32), (17, 5)])
-def test_muon_12_01_bits_of_torch_with_bfloat16_weights(shape):
+def test_compat_torch_has_the_bits_of_torch_with_bfloat16_weights(shape):
     """With Nesterov; without it torch spoils its own buffer, which we do not copy."""
     p, q = weight(shape, dtype=torch.bfloat16), weight(shape, dtype=torch.bfloat16)
     ours = Muon([p], lr=0.02, compat="torch")
@@ -65,7 +65,7 @@ def test_muon_12_01_bits_of_torch_with_bfloat16_weights(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_12_01_a_stack_has_torchs_bits_and_steps_coefficients_pass(dtype):
+def test_a_stack_has_torchs_bits_and_steps_coefficients_pass(dtype):
     params, twins = ([weight(ODD, k, dtype) for k in range(4)] for _ in range(2))
     flags = {"ns_steps": 3, "ns_coefficients": (3.0, -4.0, 2.0), "eps": 1e-6, "momentum": 0.8}
     ours, theirs = Muon(params, compat="torch", **flags), torch.optim.Muon(twins, **flags)
@@ -108,8 +108,8 @@ def test_recorded_trajectory_in_bfloat16(name):
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-def test_muon_12_02_equals_pytorch_optimizer(shape, nesterov):
-    """Property 2, live."""
+def test_equals_pytorch_optimizer(shape, nesterov):
+    """The installed package, live."""
     package = pytest.importorskip("pytorch_optimizer", reason="pytorch-optimizer is not installed")
     p, q = weight(shape), weight(shape)
     ours = Muon([p], lr=0.02, weight_decay=0.1, nesterov=nesterov, compat="torch")
@@ -191,8 +191,8 @@ def test_match_rms_of_an_exact_factor_is_a_fifth():
 
 
 @pytest.mark.parametrize("polar", [*POLAR_METHODS, "auto"])
-def test_muon_12_11_zero_rank_one_row_and_nan(polar):
-    """Property 11: no NaN from any of them; a NaN gradient leaves all as it is."""
+def test_zero_rank_one_row_and_nan(polar):
+    """No NaN from any of them; a NaN gradient leaves all as it is."""
     p = weight((8, 6))
     before, p.grad = p.detach().clone(), torch.zeros(8, 6)
     Muon([p], polar=polar, weight_decay=0.0).step()
@@ -225,8 +225,8 @@ def test_muon_12_11_zero_rank_one_row_and_nan(polar):
 @pytest.mark.parametrize("compat", [None, "torch"])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_12_11_buffer_is_the_average_and_the_gradient_unchanged(dtype, nesterov, compat):
-    """Property 11: normalising must work on a copy, whatever the dtypes."""
+def test_buffer_is_the_average_and_the_gradient_unchanged(dtype, nesterov, compat):
+    """Normalizing must work on a copy, whatever the dtypes."""
     p, G = weight(SQUARE, dtype=dtype), gradients(SQUARE, 1)[0].to(dtype)
     p.grad = G.clone()
     optimizer = Muon([p], nesterov=nesterov, compat=compat, momentum=0.9)
@@ -239,7 +239,7 @@ def test_muon_12_11_buffer_is_the_average_and_the_gradient_unchanged(dtype, nest
 
 @pytest.mark.parametrize("stop", [1, 3])
 @pytest.mark.parametrize("compat", [None, "torch"])
-def test_muon_12_12_state_dict_round_trip_is_bit_equal(stop, compat):
+def test_state_dict_round_trip_is_bit_equal(stop, compat):
     def make():
         params = [weight(TALL, 0), weight(TALL, 1), weight((4,), 2)]
         return params, Muon(params, lr=0.02, compat=compat)

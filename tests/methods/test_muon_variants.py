@@ -184,12 +184,12 @@ def test_recorded_language_model_direction(name, monkeypatch):
     torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], buffer, rtol=1e-5, atol=1e-6)
 
 
-# --- Section 2: shapes ---
+# --- shapes ---
 
 
 @pytest.mark.parametrize("sizes", [(8, 4, 4), (6, 10), (16,)])
 @pytest.mark.parametrize("second_moment", [None, "normuon", "adamuon"])
-def test_muon_12_12_split_sizes_equal_separate_parameters(second_moment, sizes):
+def test_split_sizes_equal_separate_parameters(second_moment, sizes):
     options = {"lr": 0.02, "second_moment": second_moment}
     whole, grads = weight((16, 12)), gradients((16, 12), 5)
     parts = [torch.nn.Parameter(x.clone()) for x in whole.detach().split(sizes)]
@@ -255,7 +255,7 @@ def test_words_for_shapes_become_the_view():
 # --- Momentum and decay ---
 
 
-def test_muon_12_12_ema_and_sum_agree():
+def test_ema_and_sum_agree():
     for nesterov, shape in itertools.product((True, False), (TALL, WIDE, SQUARE)):
         a, b = (
             trajectory(lambda ps, k=kind, n=nesterov: Muon(ps, lr=0.02, polar="ns5",
@@ -417,7 +417,7 @@ def test_low_rank_of_full_rank_is_the_inner_method():
 @pytest.mark.parametrize(
     "options", [LOW, {"second_moment": "normuon", "spike_ratio": 2.0}, {"second_moment": "adamuon"}]
 )
-def test_muon_12_12_round_trip_of_the_variants(options, stop):
+def test_round_trip_of_the_variants(options, stop):
     def make():
         params = [weight(TALL, 0), weight(WIDE, 1)]
         return params, Muon(params, lr=0.02, report_steps=2, **options)
@@ -436,7 +436,7 @@ def test_muon_12_12_round_trip_of_the_variants(options, stop):
     assert same(tensors(straight), tensors(second))
 
 
-# --- Section 9: heavy tails ---
+# --- heavy tails ---
 
 
 def test_a_spike_spoils_the_buffer_less():
@@ -533,7 +533,7 @@ def test_heavy_tail_schedule_refuses(bad):
         heavy_tail_schedule(*bad)
 
 
-# --- Section 8: reports ---
+# --- reports ---
 
 
 @pytest.mark.parametrize("options", [{}, {"polar": "low_rank"}, {"second_moment": "adamuon"}])

@@ -1,4 +1,4 @@
-"""RowNorm and Hybrid: the sheet's facts, equivariance, pairs, and the recorded steps."""
+"""RowNorm and Hybrid: stale rows, equivariance, pairs, and the recorded steps."""
 
 import json
 import math
@@ -51,12 +51,10 @@ def test_recorded_hybrid(case):
         atol = 1e-9 if W.ndim == 2 or settings["alpha"] == 0.0 else 1e-8
         torch.testing.assert_close(out, expected, rtol=0, atol=atol)
     else:
-        test_property_08_alpha_of_an_expert_is_its_own(settings, W, grads, expected)
+        test_alpha_of_an_expert_is_its_own(settings, W, grads, expected)
 
 
-def test_property_08_alpha_of_an_expert_is_its_own(
-    settings=None, W=None, grads=None, expected=None
-):
+def test_alpha_of_an_expert_is_its_own(settings=None, W=None, grads=None, expected=None):
     """Fact 8: the published nu is one for all experts; ours is that of each taken alone."""
     if settings is None:
         settings, W, grads, recorded = next(
@@ -145,10 +143,10 @@ def test_equals_the_oracle(kind, shape):
         torch.testing.assert_close(V, R, rtol=0, atol=1e-10)
 
 
-# the facts of the sheet
+# stale rows and centring
 
 
-def test_property_05_a_stale_row_moves_at_full_speed_until_eps_stops_it():
+def test_a_stale_row_moves_at_full_speed_until_eps_stops_it():
     """225 steps from a momentum row of 1e-3, 135 from 1e-5; ``relative`` lets it fade at once."""
     for start, steps in ((1e-3, 225), (1e-5, 135)):
         assert math.log(start / 1e-8) / -math.log(0.95) == pytest.approx(steps, abs=1)
@@ -169,7 +167,7 @@ def test_property_05_a_stale_row_moves_at_full_speed_until_eps_stops_it():
         assert last < first / 100 and 0.9 < sizes[1]
 
 
-def test_property_07_centring_commutes_with_permutations_and_right_maps_and_not_with_left_signs():
+def test_centring_commutes_with_permutations_and_right_maps_and_not_with_left_signs():
     from stiefel.optimizers.rows import centre
     from stiefel.optimizers.rule import LOCAL
 
@@ -201,7 +199,7 @@ MAPS = {
     "zolo": (Spectral, {"polar": "zolo"}),
     "hybrid zolo": (Hybrid, {"polar": "zolo"}),
 }
-# left O(m), left S_m, right O(n), row scaling, shift: whether the sheet's table has 0 (or "yes")
+# left O(m), left S_m, right O(n), row scaling, shift: whether the step commutes with the map
 TABLE = {
     "polar": (True, True, True, False, False),
     "row-norm": (False, True, True, True, False),
@@ -216,8 +214,8 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_property_06_equivariance_table(name):
-    """Zero entries of the sheet's table to 1e-10, and what is not zero there is not here."""
+def test_equivariance_is_as_the_table_says(name):
+    """What commutes does so to 1e-10, and what does not is seen not to."""
     cls, options = MAPS[name]
     options = {"adjust_lr_fn": "none", "momentum": 0.0, **options}
     if cls is not Spectral:

@@ -35,7 +35,7 @@ def test_there_are_eighteen_cases():
     assert all(len(symmetry_cases(f"{side}_spectral")) == 18 for side in ("left", "right"))
 
 
-def test_property_01_left_right_and_polar_are_one_matrix():
+def test_left_right_and_polar_are_one_matrix():
     """For full rank; the smaller Gram matrix is taken whatever the name."""
     for shape in ((9, 6), (6, 10), (8, 8)):
         X = torch.randn(shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
@@ -50,7 +50,7 @@ def test_property_01_left_right_and_polar_are_one_matrix():
             assert torch.equal(left, right)
 
 
-def test_property_02_damping_follows_the_size_of_the_gradient():
+def test_damping_follows_the_size_of_the_gradient():
     """Published: with |Mc| = 1e-3 the second singular value is 0.93, at 1e-5 0.10. Ours: 1."""
     X = torch.randn(3, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     X = X - X.mean(0)
@@ -79,7 +79,7 @@ def test_property_02_damping_follows_the_size_of_the_gradient():
     assert old[0] > 0.9 and old[1] < 0.75 and old[2] < 0.12
 
 
-def test_property_03_five_steps_are_not_converged_and_eight_are():
+def test_five_steps_are_not_converged_and_eight_are():
     """The error of the published five is above a percent, of eight far below."""
     for side, shape in (("left", (3, 4)), ("right", (9, 6))):
         draw = torch.Generator().manual_seed(0)
@@ -94,7 +94,7 @@ def test_property_03_five_steps_are_not_converged_and_eight_are():
 
 
 @pytest.mark.parametrize("alpha, size", [(1.0, 30.6), (0.0, None)])
-def test_property_04_alpha_makes_huge_steps(alpha, size):
+def test_alpha_makes_huge_steps(alpha, size):
     """RMS 30.6 for a 3072 x 1024 Gaussian with alpha 1, against 0.03 for row norm; ours 0.2."""
     from stiefel.optimizers import Hybrid
 

@@ -1,4 +1,4 @@
-"""SwitchLoRA: the properties of its sheet, the recorded trajectories, pools and checkpoints."""
+"""SwitchLoRA: what a switch changes and keeps, recorded trajectories, pools, checkpoints."""
 
 import copy
 import io
@@ -194,14 +194,14 @@ def test_oracle(shape, extra):
     assert (oracle.switches > 2) == (r < size)
 
 
-# 1: the identity
+# the identity
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(DOUBLE, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
     ("I", "J"), [([0, 3], []), ([], [1, 2, 4]), ([0, 2], [1, 4]), ([0, 1, 2], [1, 2, 3])], ids=str
 )
-def test_property_01_exchanges_leave_the_function_alone(dtype, bound, I, J):
+def test_exchanges_leave_the_function_alone(dtype, bound, I, J):
     m, n, r, s = 12, 9, 5, 1.7
     A, B, W0 = (p.detach() for p in triple(m, n, r, dtype=dtype))
     x, before = weight((n, 6), 5, dtype).detach(), W_of(A, B, W0, s)
@@ -219,7 +219,7 @@ def test_property_01_exchanges_leave_the_function_alone(dtype, bound, I, J):
 
 @pytest.mark.parametrize("choice", ["fifo", "random"])
 @pytest.mark.parametrize(("dtype", "bound"), [(DOUBLE, 1e-12), (torch.float32, 1e-5)])
-def test_property_01_the_function_does_not_jump_in_500_updates(choice, dtype, bound):
+def test_the_function_does_not_jump_in_many_updates(choice, dtype, bound):
     """lr 0 and gradients that are not: whatever moves W is a switch."""
     m, n, r = 16, 20, 4
     A, B, W0 = triple(m, n, r, dtype=dtype)
@@ -245,7 +245,7 @@ def test_property_01_the_function_does_not_jump_in_500_updates(choice, dtype, bo
     assert W0.grad is None and float((W0 - begun).abs().max()) > 0.1
 
 
-def test_property_01_a_low_precision_base_rounds_once_per_switch(monkeypatch):
+def test_a_low_precision_base_rounds_once_per_switch(monkeypatch):
     A, B, W0 = triple(16, 20, 4, dtype=torch.bfloat16)
     optimizer = made((A, B, W0), lr=0.0, **OFTEN)
     before, exact = W0.detach().clone(), W_of(A, B, W0)
@@ -257,10 +257,10 @@ def test_property_01_a_low_precision_base_rounds_once_per_switch(monkeypatch):
     assert same(W0.detach(), want.float().to(torch.bfloat16))
 
 
-# 2, 3: what a switch does to the state, and for how long
+# what a switch does to the state, and for how long
 
 
-def test_property_02_state_of_the_switched_stays_and_of_its_counterpart_goes(monkeypatch):
+def test_state_of_the_switched_stays_and_of_its_counterpart_goes(monkeypatch):
     m, n, r = 12, 15, 4
     A, B, W0 = triple(m, n, r)
     GA, GB = pair_gradients(m, n, r, 7)
@@ -292,7 +292,7 @@ def test_property_02_state_of_the_switched_stays_and_of_its_counterpart_goes(mon
 
 @pytest.mark.parametrize("N", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_property_03_counterparts_stay_still_for_exactly_n_updates(N, dtype, monkeypatch):
+def test_counterparts_stay_still_for_exactly_n_updates(N, dtype, monkeypatch):
     m, n, r = 12, 15, 4
     A, B, W0 = triple(m, n, r, dtype=dtype)
     optimizer = made((A, B, W0), lr=0.1, weight_decay=0.5, interval0=10, freeze_steps=N, ratio=None)
@@ -322,10 +322,10 @@ def test_freezing_can_be_left_out(monkeypatch):
     assert int(optimizer.state[B]["count"][0, 0]) == 1
 
 
-# 4, 5, 6: the schedule
+# the schedule
 
 
-def test_property_04_without_switching_it_is_adamw():
+def test_without_switching_it_is_adamw():
     A, B, W0 = triple(*SHAPE, dtype=DOUBLE)
     twin = [torch.nn.Parameter(p.detach().clone()) for p in (A, B)]
     kept = W0.detach().clone()
@@ -341,7 +341,7 @@ def test_property_04_without_switching_it_is_adamw():
     assert same(W0.detach(), kept)
 
 
-def test_property_05_the_rate():
+def test_the_switch_rate_falls_and_short_intervals_are_refused():
     assert switch_rate(int(0.1 * 1000), 0.1 * 1000) == 0.3
     rates = [switch_rate(t, 0.1 * 300) for t in range(1, 600)]
     assert all(x >= y for x, y in itertools.pairwise(rates)) and rates[-1] == 1e-8
@@ -367,14 +367,14 @@ def rounded(rounding, steps, r, **settings):
 
 
 @pytest.mark.parametrize(("r", "interval0"), [(256, 40), (4, 40), (3, 7), (5, 5)])
-def test_property_06_accumulated_rounding_is_never_off_by_one(r, interval0):
+def test_accumulated_rounding_is_never_off_by_one(r, interval0):
     got, want = rounded("accumulate", 2000, r, interval0=interval0, total_steps=2000)
     off = np.cumsum(got) - np.cumsum(want)
     assert abs(off).max() < 1 and sum(got) > 10
 
 
 @pytest.mark.parametrize(("r", "interval0"), [(256, 40), (4, 40)])
-def test_property_06_stochastic_rounding_has_the_mean(r, interval0):
+def test_stochastic_rounding_has_the_mean(r, interval0):
     got, want = rounded("stochastic", 2000, r, interval0=interval0, ratio=None)
     k = want[0]
     assert set(got) == {math.floor(k), math.floor(k) + 1}
@@ -386,10 +386,10 @@ def test_property_06_stochastic_rounding_has_the_mean(r, interval0):
     )
 
 
-# 7, 8, 9: pools and slots
+# pools and slots
 
 
-def test_property_07_first_out_is_first_in_again_as_it_was_trained(monkeypatch):
+def test_first_out_is_first_in_again_as_it_was_trained(monkeypatch):
     m, n, r = 9, 12, 4
     A, B, W0 = triple(m, n, r)
     optimizer = made((A, B, W0), interval0=4, freeze_steps=0, ratio=None)
@@ -418,7 +418,7 @@ def test_property_07_first_out_is_first_in_again_as_it_was_trained(monkeypatch):
     assert entered == [t % m for t in range(25)]
 
 
-def test_property_08_slots_stay_injective_and_frozen_vectors_stay():
+def test_slots_stay_injective_and_frozen_vectors_stay():
     draw = random.Random(0)
     total = 0
     for trial in range(8):
@@ -485,7 +485,7 @@ def test_never_more_than_the_pool_has(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 3), (8, 3, 3), (4, 4, 4)], ids=str)
-def test_property_09_full_rank_never_switches(shape):
+def test_full_rank_never_switches(shape):
     A, B, W0 = triple(*shape)
     optimizer, kept = made((A, B, W0), **OFTEN), W0.detach().clone()
     run(optimizer, [A, B], pair_gradients(*shape, 30))
@@ -494,7 +494,7 @@ def test_property_09_full_rank_never_switches(shape):
     assert not optimizer.state[B]["frozen"].any() and int(optimizer.state[A]["count"][0]) == 30
 
 
-def test_property_09_rank_one_and_more_than_full_rank():
+def test_rank_one_and_more_than_full_rank():
     with pytest.raises(ValueError, match="rank 1, but switching needs rank 2"):
         made(triple(5, 6, 1), total_steps=10)
     with pytest.warns(UserWarning, match="r=6 > min"):
@@ -505,10 +505,10 @@ def test_property_09_rank_one_and_more_than_full_rank():
     assert same(W0.detach(), kept)
 
 
-# 10, 11: rank and initialisation
+# rank and initialisation
 
 
-def test_property_10_the_rank_of_the_change_grows():
+def test_the_rank_of_the_change_grows():
     m, n, r, s = 24, 30, 3, 1 / 3
     changes = []
     for interval0 in (math.inf, 4):
@@ -531,7 +531,7 @@ def test_property_10_the_rank_of_the_change_grows():
 
 @pytest.mark.parametrize("shape", [(300, 250, 200), (256, 1024, 200), (900, 600, 40)], ids=str)
 @pytest.mark.parametrize("s", [None, 2.0])
-def test_property_11_initialisation(shape, s):
+def test_the_initial_product_has_the_spread_of_a_linear_layer(shape, s):
     m, n, r = shape
     s = s or 1 / r
     W0, A, B = weight((m, n), 3).detach(), torch.empty(r, n), torch.empty(m, r)
@@ -570,7 +570,7 @@ def test_initialisation_refuses_what_does_not_fit_and_draws_from_the_global_gene
     assert same(*drawn)
 
 
-# 12: checkpoints
+# checkpoints
 
 
 def reload(optimizer, again, **settings):
@@ -590,7 +590,7 @@ def reload(optimizer, again, **settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("choice", ["fifo", "random"])
 @pytest.mark.parametrize("at", [1, 3, 7, 8])
-def test_property_12_resuming_has_the_bits_of_not_stopping(dtype, choice, at):
+def test_resuming_has_the_bits_of_not_stopping(dtype, choice, at):
     """Right after a switch with frozen vectors, in between, and before one."""
     shapes = [(10, 12, 3), (8, 6, 4)]
     settings = {**OFTEN, "choice": choice, "rounding": "stochastic", "weight_decay": 0.1}
@@ -617,7 +617,7 @@ def test_property_12_resuming_has_the_bits_of_not_stopping(dtype, choice, at):
                for each, old in zip(triples, slots, strict=True))  # fmt: skip
 
 
-def test_property_12_the_checkpoint_can_have_frozen_vectors_and_a_cursor_in_mid_pool():
+def test_the_checkpoint_can_have_frozen_vectors_and_a_cursor_in_mid_pool():
     shape = (10, 12, 4)
     one = triple(*shape)
     optimizer, grads = made(one, **OFTEN), series([shape], 25)
@@ -740,10 +740,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused():
         )  # fmt: skip
 
 
-# 13, 14, 15
+# gradients, seeds, the end of a freeze
 
 
-def test_property_13_gradients_are_not_touched_and_the_base_has_none():
+def test_gradients_are_not_touched_and_the_base_has_none():
     A, B, W0 = triple(*SHAPE)
     optimizer = made((A, B, W0), **OFTEN)
     for GA, GB in zip(*pair_gradients(*SHAPE, 9), strict=True):
@@ -757,7 +757,7 @@ def test_property_13_gradients_are_not_touched_and_the_base_has_none():
 
 
 @pytest.mark.parametrize("choice", ["fifo", "random"])
-def test_property_14_the_same_seed_makes_the_same_switches(choice):
+def test_the_same_seed_makes_the_same_switches(choice):
     outs = []
     for seed in (0, 0, 1):
         one = triple(16, 20, 4)
@@ -785,7 +785,7 @@ def test_units_draw_their_own_pools_and_are_never_stacked():
     ("counted", "length"),
     [(True, (0.1 / (1 - 0.9**6)) / math.sqrt(0.001 / (1 - 0.999**6))), (False, 1.0)],
 )
-def test_property_15_the_first_step_after_the_freeze(counted, length, monkeypatch):
+def test_the_first_step_after_the_freeze(counted, length, monkeypatch):
     A, B, W0 = triple(12, 15, 4, dtype=DOUBLE)
     lr = 0.01
     optimizer = made((A, B, W0), lr=lr, eps=0.0, ratio=None, count_frozen_steps=counted)

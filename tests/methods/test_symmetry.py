@@ -371,7 +371,7 @@ def test_a_stack_of_one_role_is_the_single_optimizer_bit_for_bit(name):
 
 
 @every_model
-def test_muon_and_adamw_is_muon_on_the_model_bit_for_bit(make):
+def test_adamw_is_muon_on_the_model_bit_for_bit(make):
     a, b = make(), make()
     train(a, Muon(a, lr=1e-2), batches(4))
     train(b, SymmetryStack(b, 1e-2, policy="muon+adamw", weight_decay=0.1), batches(4))

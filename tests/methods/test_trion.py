@@ -1,4 +1,4 @@
-"""Trion: the identities of its sheet, the recorded trajectories, its bounds."""
+"""Trion: its identities, the recorded trajectories, its bounds."""
 
 import io
 import math
@@ -135,13 +135,13 @@ def test_published_groups_work_as_they_are():
     assert "momentum_buffer" in optimizer.state[hidden] and "exp_avg" in optimizer.state[rest]
 
 
-# 18 and section 5: the oracle and the identities
+# the oracle and the identities
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("basis", ["dct2", "dct3"])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_property_18_equals_the_oracle(shape, norm, basis):
+def test_equals_the_oracle(shape, norm, basis):
     r, grads = rank_for(shape), doubles(shape, 9)
     p = weight(shape, dtype=DOUBLE)
     theirs = trion(p.detach(), grads, r, 0.02, wd=0.1, norm=norm, basis=basis)
@@ -153,7 +153,7 @@ def test_property_18_equals_the_oracle(shape, norm, basis):
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE, (300, 40), (270, 280)])
-def test_property_18_equals_the_oracle_in_float32_and_past_the_fft(shape):
+def test_equals_the_oracle_in_float32_and_past_the_fft(shape):
     """With the transform of 270 rows an FFT; few steps, so that no choice hangs on rounding."""
     grads, p = gradients(shape, 3), weight(shape)
     theirs = trion(p.detach(), grads, 4, 0.02)
@@ -163,7 +163,7 @@ def test_property_18_equals_the_oracle_in_float32_and_past_the_fft(shape):
 
 @pytest.mark.parametrize("name", ADJUST_LR_FNS)
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-def test_property_18_step_scale(shape, name):
+def test_the_step_is_scaled_by_the_shape(shape, name):
     """c of R rows and C columns, also where the weight is turned."""
     r, G = 3, doubles(shape, 1)[0]
     p = torch.nn.Parameter(torch.zeros(shape, dtype=DOUBLE))
@@ -181,7 +181,7 @@ def test_match_rms_adamw_moves_by_a_fifth(shape, rank):
     assert math.isclose(float(p.detach().square().mean().sqrt()), 0.2, rel_tol=1e-9)
 
 
-def test_property_18_zero_momentum_steps_nowhere():
+def test_zero_momentum_steps_nowhere():
     """NS5(0) = 0: the weight decays by exactly 1 - lr wd."""
     for shape in SHAPES:
         for dtype in (torch.float32, DOUBLE):
@@ -193,7 +193,7 @@ def test_property_18_zero_momentum_steps_nowhere():
             assert not q.state[p]["momentum_buffer"].any()
 
 
-def test_section_5_the_small_factor_is_enough():
+def test_the_small_factor_is_enough():
     """NS5(a) P^T = NS5(a P^T) for P with orthonormal columns."""
     draw = torch.Generator().manual_seed(1)
     a = torch.randn(1, 24, 5, generator=draw, dtype=DOUBLE)
@@ -203,7 +203,7 @@ def test_section_5_the_small_factor_is_enough():
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE])
-def test_section_5_full_rank_is_muon_without_nesterov(shape):
+def test_full_rank_is_muon_without_nesterov(shape):
     """M = mu B with B <- mu B + G, and U = NS5(B), in whatever basis."""
     grads, mu = doubles(shape, 8), 0.9
     p, q = weight(shape, dtype=DOUBLE), weight(shape, dtype=DOUBLE)
@@ -218,7 +218,7 @@ def test_section_5_full_rank_is_muon_without_nesterov(shape):
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD])
-def test_section_5_the_step_has_rank_r_and_unit_singular_values(shape):
+def test_the_step_has_rank_r_and_unit_singular_values(shape):
     p, r = torch.nn.Parameter(torch.zeros(shape, dtype=DOUBLE)), 3
     optimizer = Trion([p], lr=1.0, rank=r, polar="svd", adjust_lr_fn="none")
     before = p.detach().clone()
@@ -229,7 +229,7 @@ def test_section_5_the_step_has_rank_r_and_unit_singular_values(shape):
         before = W
 
 
-def test_section_5_what_is_never_chosen_grows_as_its_sum_and_is_chosen_in_the_end():
+def test_what_is_never_chosen_grows_as_its_sum_and_is_chosen_in_the_end():
     """A constant gradient G = sum of cosines of sizes 5, 1, 1, 1: the small ones wait, then go."""
     D = cosines(4)
     G = torch.diag(torch.tensor([5.0, 1.0, 1.0, 1.0], dtype=DOUBLE)) @ D.T
@@ -249,7 +249,7 @@ def test_section_5_what_is_never_chosen_grows_as_its_sum_and_is_chosen_in_the_en
     assert set(taken) == {0, 1, 2, 3}
 
 
-def test_section_5_a_constant_gradient_of_equal_cosines_goes_round():
+def test_a_constant_gradient_of_equal_cosines_goes_round():
     G, p = cosines(4).T.clone(), torch.nn.Parameter(torch.zeros(4, 4, dtype=DOUBLE))
     optimizer = Trion([p], lr=1.0, rank=1, momentum=0.0, adjust_lr_fn="none", polar="svd")
     taken, D = [], cosines(4)
@@ -263,7 +263,7 @@ def test_section_5_a_constant_gradient_of_equal_cosines_goes_round():
 # the choice
 
 
-def test_property_10_left_on_g_is_right_on_its_transpose():
+def test_left_on_g_is_right_on_its_transpose():
     """The shorter side is transformed, so a weight and its transpose step alike."""
     for shape in (TALL, ODD):
         p, q = weight(shape, dtype=DOUBLE), None
@@ -276,7 +276,7 @@ def test_property_10_left_on_g_is_right_on_its_transpose():
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_property_12_ties_take_the_lowest_numbers(norm):
+def test_ties_take_the_lowest_numbers(norm):
     """Equal scores choose 0..r-1, ascending; so does a matrix of zeros."""
     cosine = module.Dct(norm=norm)
     S = torch.eye(4).repeat(1, 3)[None] * torch.tensor([1.0, -1.0, -1.0, 1.0]).view(-1, 1)
@@ -287,13 +287,13 @@ def test_property_12_ties_take_the_lowest_numbers(norm):
     ).tolist() == [[0, 2]]  # the second row has cancelled
 
 
-def test_property_12_two_runs_agree_bitwise():
+def test_two_runs_agree_bitwise():
     first, second = (trajectory(lambda p: Trion(p, rank=2), SQUARE) for _ in range(2))
     assert same(first, second)
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_property_13_a_scaled_gradient_steps_alike(norm):
+def test_a_scaled_gradient_steps_alike(norm):
     """G -> c G leaves I; for c a power of two M scales and W is the same bit for bit."""
     grads, p, q = gradients(WIDE, 6), weight(WIDE), weight(WIDE)
     one, two = (Trion([x], lr=0.02, rank=3, norm=norm) for x in (p, q))
@@ -305,7 +305,7 @@ def test_property_13_a_scaled_gradient_steps_alike(norm):
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE])
-def test_property_14_one_cosine_is_found(shape):
+def test_a_gradient_of_one_cosine_selects_that_cosine(shape):
     n, draw = min(shape), torch.Generator().manual_seed(5)
     u = torch.randn(max(shape), generator=draw, dtype=DOUBLE)
     for j in (0, 4, n - 1):
@@ -389,7 +389,7 @@ def test_narrow_state_is_worked_on_in_float32():
     assert float((out[-1][0] - fine[-1]).abs().max()) < 0.1
 
 
-def test_property_20_gradients_stay():
+def test_gradients_are_not_changed():
     p = weight(TALL)
     p.grad = gradients(TALL, 1)[0]
     before = p.grad.clone()
@@ -397,7 +397,7 @@ def test_property_20_gradients_stay():
     assert torch.equal(p.grad, before)
 
 
-def test_property_21_resume_is_bitwise():
+def test_resume_is_bitwise():
     grads = [gradients(s, 8, i) for i, s in enumerate((TALL, WIDE))]
     params = [weight(TALL), weight(WIDE, 1)]
     optimizer = Trion(params, lr=0.02, rank=2)

@@ -62,7 +62,7 @@ class Metric:
 
 
 def solution(A, B, MA, MB, p, q, s, eps_rel=0.0, eps=0.0):
-    """Section 3's (dA, dB); MA or MB None: the other factor alone."""
+    """The preconditioned steps (dA, dB); MA or MB None: the other factor alone."""
     KP = inv(B.T @ torch.diag(p) @ B, eps_rel, eps)
     KQ = inv(A @ torch.diag(q) @ A.T, eps_rel, eps)
     half = 0.5 if MA is not None and MB is not None else 0.0

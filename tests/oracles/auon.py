@@ -1,4 +1,4 @@
-"""AuON in float64, written from its sheet: mean of cosh^2 and all."""
+"""AuON in float64, from the paper's formula: mean of cosh^2 and all."""
 
 import math
 

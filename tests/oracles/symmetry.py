@@ -1,4 +1,4 @@
-"""Row norm, spectral and hybrid steps in float64, written from their sheet in plain loops."""
+"""Row norm, spectral and hybrid steps in float64, in plain loops."""
 
 import math
 

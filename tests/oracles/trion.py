@@ -1,4 +1,4 @@
-"""Trion in float64, written from its sheet in plain loops over the columns of a tall matrix."""
+"""Trion in float64, in plain loops over the columns of a tall matrix."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Bases and moments against naive float64; the numbers are those of the properties they check."""
+"""Bases and moments against naive float64: every kind of projector, every policy of moments."""
 
 import contextlib
 import io
@@ -114,7 +114,7 @@ def problems(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from(SVDS))
-def test_projectors_01_to_04_orthogonal_projection(problem, kind):
+def test_projections_are_orthogonal(problem, kind):
     G, r = problem
     for X, P in zip((G, G.mT), top_bases(G, r, kind), strict=True):
         low = P.mT @ X
@@ -167,7 +167,7 @@ def test_lapack_signs_are_those_of_one_call():
 
 @shapes
 @kinds
-def test_projectors_06_strides_do_not_matter(m, n, r, kind):
+def test_strides_do_not_matter(m, n, r, kind):
     G = gaussian(1, m, n)
     turned = G.mT.contiguous().mT
     sparse = torch.zeros(1, 2 * m, 3 * n)[:, ::2, ::3].copy_(G)
@@ -198,7 +198,7 @@ def test_sizes_of_real_layers(monkeypatch, m, n):
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_projectors_07_narrow_input_is_worked_on_in_fp32(kind, dtype):
+def test_narrow_input_is_worked_on_in_fp32(kind, dtype):
     G = gaussian(2, 6, 17, dtype=dtype)
     P = top_basis(G, 3, kind)
     assert P.dtype == torch.float32
@@ -207,7 +207,7 @@ def test_projectors_07_narrow_input_is_worked_on_in_fp32(kind, dtype):
 
 @shapes
 @kinds
-def test_projectors_10_gradient_is_not_modified(m, n, r, kind):
+def test_gradient_is_not_modified(m, n, r, kind):
     G = gaussian(1, m, n)
     before = G.clone()
     top_bases(G, r, kind)
@@ -218,20 +218,20 @@ def test_projectors_10_gradient_is_not_modified(m, n, r, kind):
     "rank, d, r",
     [(1, 8, 1), (1.0, 8, 8), (0.25, 8, 2), (128, 8, 8), (0.001, 8, 1), (0.5, 7, 4), (5, 1, 1)],
 )
-def test_projectors_11_rank_is_clamped(rank, d, r):
+def test_rank_is_clamped(rank, d, r):
     assert rank_of(rank, d) == r
     assert rank_of(np.int64(3), 8) == 3
 
 
 @pytest.mark.parametrize("rank", [0, -1, 0.0, -0.5, 1.5, True, float("nan"), "8", None])
-def test_projectors_11_rank_that_means_nothing(rank):
+def test_a_rank_that_means_nothing_is_refused(rank):
     with pytest.raises(ValueError, match="rank"):
         rank_of(rank, 8)
 
 
 @kinds
 @dtypes
-def test_projectors_11_full_rank_leaves_no_residual(kind, dtype):
+def test_full_rank_leaves_no_residual(kind, dtype):
     G = gaussian(2, 7, 12, dtype=dtype)
     P = top_basis(G, 7, kind)
     assert (G - P @ (P.mT @ G)).norm() <= 1e-5 * G.norm()
@@ -250,14 +250,14 @@ def test_unknown_kind_lists_the_kinds():
 
 @shapes
 @pytest.mark.parametrize("power", [-60, 7, 60])
-def test_projectors_12_power_of_two_changes_no_bit(m, n, r, power):
+def test_power_of_two_changes_no_bit(m, n, r, power):
     G = gaussian(1, m, n)
     for P, scaled in zip(top_bases(G, r), top_bases(G * 2.0**power, r), strict=True):
         assert torch.equal(P, scaled)
 
 
 @pytest.mark.parametrize("power", [-140, 120], ids=["subnormal", "huge"])
-def test_projectors_12_extreme_scales(power):
+def test_bases_of_extreme_scales_are_found(power):
     G = planted(6, 17, [1.5**-i for i in range(6)])
     extreme = (G.double() * 2.0**power).float()  # squares are far out of range
     assert largest(span(top_basis(extreme, 3)) - span(top_basis(G, 3))) <= 1e-2
@@ -265,7 +265,7 @@ def test_projectors_12_extreme_scales(power):
 
 @shapes
 @dtypes
-def test_projectors_13_captured_energy_and_agreement(m, n, r, dtype):
+def test_captured_energy_and_agreement(m, n, r, dtype):
     sigma = [1.3**-i for i in range(min(m, n, 40))]
     G = planted(m, n, sigma, dtype)
     r = min(r, 8)
@@ -282,7 +282,7 @@ def test_projectors_13_captured_energy_and_agreement(m, n, r, dtype):
 @kinds
 @dtypes
 @pytest.mark.parametrize("m, n", [(12, 31), (31, 12), (20, 20)])
-def test_projectors_14_exact_rank_is_captured(m, n, kind, dtype):
+def test_exact_rank_is_captured(m, n, kind, dtype):
     for sigma, near in (([1.0, 0.7, 0.3, 0.05], 1e-5), ([1.0, 0.1, 1e-4, 1e-5], 1e-3)):
         G = planted(m, n, sigma, dtype)
         for X, P in zip((G, G.mT), top_bases(G, 4, kind), strict=True):
@@ -292,7 +292,7 @@ def test_projectors_14_exact_rank_is_captured(m, n, kind, dtype):
 @kinds
 @dtypes
 @pytest.mark.parametrize("m, n", [(8, 19), (19, 8), (9, 9)])
-def test_projectors_15_basis_turns_with_the_gradient(m, n, kind, dtype):
+def test_basis_turns_with_the_gradient(m, n, kind, dtype):
     G = planted(m, n, [1.5**-i for i in range(min(m, n))], torch.float64)
     Q1, Q2 = orthonormal(m, m, seed=5), orthonormal(n, n, seed=6)
     P = top_basis(G.to(dtype), 4, kind)
@@ -303,7 +303,7 @@ def test_projectors_15_basis_turns_with_the_gradient(m, n, kind, dtype):
 
 @kinds
 @pytest.mark.parametrize("m, n", [(8, 19), (19, 8), (9, 9)])
-def test_projectors_16_signs_are_reproducible(m, n, kind):
+def test_signs_are_reproducible(m, n, kind):
     G = planted(m, n, [1.5**-i for i in range(min(m, n))])
     P = top_basis(G, 4, kind)
     assert torch.equal(top_basis(G.clone(), 4, kind), P)
@@ -314,7 +314,7 @@ def test_projectors_16_signs_are_reproducible(m, n, kind):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**20))
-def test_projectors_16_sign_rule(m, r, seed):
+def test_the_largest_entry_of_a_direction_is_positive(m, r, seed):
     P = gaussian(2, m, r, seed=seed).round()  # many ties, zeros too
     fixed = fix_signs(P)
     for k in range(2):
@@ -393,7 +393,7 @@ def test_full_svd_falls_back_to_the_gram(monkeypatch, real_eigh):
     assert largest(top_basis(G, 3, "svd_full") - expected) <= 1e-5
 
 
-def test_projectors_08_nothing_works_keeps_the_old_basis(monkeypatch, real_eigh):
+def test_nothing_works_keeps_the_old_basis(monkeypatch, real_eigh):
     G, old = gaussian(2, 6, 17), bases(2, 6, 3)
     before = old.clone()
     monkeypatch.setattr(torch.linalg, "eigh", raiser)
@@ -410,7 +410,7 @@ def test_projectors_08_nothing_works_keeps_the_old_basis(monkeypatch, real_eigh)
     assert len(record) == 1
 
 
-def test_projectors_08_one_failure_leaves_the_others(monkeypatch, real_eigh):
+def test_one_failure_leaves_the_others(monkeypatch, real_eigh):
     G, old = gaussian(3, 6, 17), bases(3, 6, 3)
     expected = top_basis(G, 3)
     calls = []
@@ -578,7 +578,7 @@ def moments_of(K, r, n, dtype=torch.float32, seed=3):
 
 @pytest.mark.parametrize("policy", ["keep", "rotate", "ldadam"])
 @dtypes
-def test_projectors_26_same_basis_changes_nothing(policy, dtype):
+def test_same_basis_changes_nothing(policy, dtype):
     P = bases(2, 9, 4, dtype)
     M, V = moments_of(2, 4, 6, dtype)
     before = M.clone(), V.clone()
@@ -596,7 +596,9 @@ def test_projectors_26_same_basis_changes_nothing(policy, dtype):
     st.integers(0, 2**20),
     st.booleans(),
 )
-def test_projectors_27_28_never_negative_never_longer(policy, K, d, n, seed, both):
+def test_carried_second_moments_are_never_negative_and_first_ones_never_longer(
+    policy, K, d, n, seed, both
+):
     r, q = (d + 1) // 2, (n + 1) // 2
     M, V = moments_of(K, r, q if both else n, seed=seed)
     sides = [bases(K, d, r, seed=seed), bases(K, d, r, seed=seed + 9)]
@@ -608,7 +610,7 @@ def test_projectors_27_28_never_negative_never_longer(policy, K, d, n, seed, bot
     assert (M.norm(dim=(1, 2)) <= lengths * (1 + 1e-5)).all()
 
 
-def test_projectors_29_signs_flip_the_first_moment_only():
+def test_signs_flip_the_first_moment_only():
     P = bases(2, 9, 4)
     signs = torch.tensor([1.0, -1.0, -1.0, 1.0])
     M, V = moments_of(2, 4, 6)
@@ -618,7 +620,7 @@ def test_projectors_29_signs_flip_the_first_moment_only():
     assert largest(V - before[1]) <= 1e-5
 
 
-def test_projectors_30_permuted_columns_permute_the_moments():
+def test_permuted_columns_permute_the_moments():
     P = bases(2, 9, 4)
     order = torch.tensor([2, 0, 3, 1])
     M, V = moments_of(2, 4, 6)
@@ -629,7 +631,7 @@ def test_projectors_30_permuted_columns_permute_the_moments():
 
 
 @pytest.mark.parametrize("policy", ["rotate", "ldadam"])
-def test_projectors_31_orthogonal_spans_forget(policy):
+def test_orthogonal_spans_forget(policy):
     Q = bases(2, 9, 8)
     M, V = moments_of(2, 4, 6)
     carry(policy, M, V, Q[..., :4], Q[..., 4:])
@@ -637,7 +639,7 @@ def test_projectors_31_orthogonal_spans_forget(policy):
 
 
 @pytest.mark.parametrize("policy", ["rotate", "ldadam"])
-def test_projectors_33_turned_basis_of_one_span_lifts_to_the_same(policy):
+def test_turned_basis_of_one_span_lifts_to_the_same(policy):
     P = bases(2, 9, 4)
     P_new = P @ bases(2, 4, 4, seed=7)
     M, V = moments_of(2, 4, 6)
@@ -710,7 +712,7 @@ def test_ldadam_on_both_sides_turns_mean_and_variance():
     assert largest(V - c2 * (variance + mean**2).abs()) <= 1e-12
 
 
-def test_projectors_32_ldadam_with_signs_or_without_a_mean():
+def test_ldadam_with_signs_or_without_a_mean():
     P, signs = bases(2, 9, 4, torch.float64), torch.tensor([1.0, -1.0, -1.0, 1.0]).double()
     M, V = moments_of(2, 4, 6, torch.float64)
     before = M.clone(), V.clone()
@@ -746,7 +748,7 @@ def one_hot(index, m):
 
 @settings(max_examples=60, deadline=None)
 @given(choices(), st.sampled_from(["match", "rotate", "ldadam"]))
-def test_projectors_26_to_30_match_is_the_rotation_of_one_hot_bases(problem, policy):
+def test_match_is_the_rotation_of_one_hot_bases(problem, policy):
     m, old, new, (M, V) = problem
     want_M, want_V = M.clone(), V.clone()
     carry("rotate", want_M, want_V, one_hot(old, m), one_hot(new, m))
@@ -777,7 +779,7 @@ def test_match_moves_integers_too_and_reset_and_keep_stay():
     assert not M.any() and not V.any()
 
 
-def test_projectors_31_disjoint_choices_forget():
+def test_disjoint_choices_forget():
     M, V = moments_of(1, 2, 4)
     moments.carry("match", M, V, Match(torch.tensor([[0, 3]]), torch.tensor([[1, 2]])))
     assert not M.any() and not V.any()
@@ -842,7 +844,7 @@ def dense(find, state, m, dtype=torch.float32):
 
 @settings(max_examples=80, deadline=None)
 @given(problems(), st.sampled_from([*DENSE, *INDEX]))
-def test_projectors_01_to_04_every_kind_projects(problem, kind):
+def test_every_kind_projects(problem, kind):
     G, r = problem
     m, n = G.shape[-2:]
     find, state = found(kind, G, r)
@@ -920,7 +922,7 @@ def test_stack_has_the_bits_of_its_matrices_for_every_kind(problem, kind, turned
 
 @every_kind
 @shapes
-def test_projectors_05_06_10_12_strides_scales_and_the_gradient(m, n, r, kind):
+def test_strides_scales_and_the_gradient(m, n, r, kind):
     """A transposed view, any strides and any power of two give the bits of the plain matrix."""
     G = gaussian(1, m, n)
     before = G.clone()
@@ -938,7 +940,7 @@ def test_projectors_05_06_10_12_strides_scales_and_the_gradient(m, n, r, kind):
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_projectors_07_narrow_gradients_for_every_kind(kind, dtype):
+def test_narrow_gradients_for_every_kind(kind, dtype):
     G = gaussian(2, 6, 17, dtype=dtype)
     for narrow, wide in zip(
         found(kind, G, 3)[1].values(), found(kind, G.float(), 3)[1].values(), strict=True
@@ -947,7 +949,7 @@ def test_projectors_07_narrow_gradients_for_every_kind(kind, dtype):
 
 
 @every_kind
-def test_projectors_11_full_rank_for_every_kind(kind):
+def test_full_rank_for_every_kind(kind):
     G = gaussian(2, 7, 12)
     find, state = found(kind, G, 7)
     assert (G - find.back(state, find.down(state, G), 7)).norm() <= 1e-5 * G.norm()
@@ -960,7 +962,7 @@ def test_projectors_11_full_rank_for_every_kind(kind):
 
 @pytest.mark.parametrize("kind", ["power", "range"])
 @pytest.mark.parametrize("power", [-140, 120], ids=["subnormal", "huge"])
-def test_projectors_12_extreme_scales_of_sketches(kind, power):
+def test_extreme_scales_of_sketches(kind, power):
     G = planted(6, 17, [1.5**-i for i in range(6)])
     extreme = (G.double() * 2.0**power).float()
     old = [top_basis(G, 3)]
@@ -987,11 +989,11 @@ def test_no_kind_touches_the_global_generator():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-# range: 17, 18.
+# range
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_projectors_17_range_meets_its_bound(exponent):
+def test_range_meets_its_bound(exponent):
     """r + p columns without power iterations; cutting to r columns costs no more here."""
     sigma = [float(i + 1) ** -exponent for i in range(30)]
     G, r, p = planted(30, 40, sigma, torch.float64), 6, 4
@@ -1006,7 +1008,7 @@ def test_projectors_17_range_meets_its_bound(exponent):
 
 
 @dtypes
-def test_projectors_18_power_iterations_help_on_average(dtype):
+def test_power_iterations_help_on_average(dtype):
     G = planted(30, 40, [(i + 1) ** -0.5 for i in range(30)], dtype)
     means = []
     for q in range(4):
@@ -1027,12 +1029,12 @@ def test_range_of_low_rank_is_exact():
         assert (G - find.back(state, find.down(state, G), m)).norm() <= 1e-5 * G.norm()
 
 
-# power: 19, 20, and a lost direction.
+# power, and a lost direction
 
 
 @dtypes
 @pytest.mark.parametrize("probes", [0, 1, 8])
-def test_projectors_19_power_gains_on_a_fixed_gradient(dtype, probes):
+def test_power_gains_on_a_fixed_gradient(dtype, probes):
     G, kind = planted(30, 40, [(i + 1) ** -1.0 for i in range(30)], dtype), f"power:{probes}"
     best = sum((i + 1) ** -2.0 for i in range(6))
     state, energies = {"basis": bases(1, 30, 6, dtype)}, []
@@ -1046,7 +1048,7 @@ def test_projectors_19_power_gains_on_a_fixed_gradient(dtype, probes):
 
 @dtypes
 @pytest.mark.parametrize("m, n", [(12, 20), (20, 12)])
-def test_projectors_20_a_top_singular_space_stays(dtype, m, n):
+def test_a_top_singular_space_stays(dtype, m, n):
     G = planted(m, n, [1.5**-i for i in range(12)], dtype)
     P = top_basis(G, 4)
     turned = P @ bases(1, 4, 4, dtype, seed=3)
@@ -1112,7 +1114,7 @@ def test_sketches_fall_back(monkeypatch, real_eigh, kind):
     assert torch.equal(kept, old[0])
 
 
-# random, randk: 22, 23, 25.
+# random, randk: draws
 
 IN_A_NEW_PROCESS = """
 import hashlib, torch
@@ -1128,7 +1130,7 @@ for kind in ("random", "randk", "range", "power"):
 """
 
 
-def test_projectors_22_draws_are_equal_in_a_new_process():
+def test_draws_are_equal_in_a_new_process():
     own = io.StringIO()
     with contextlib.redirect_stdout(own):
         exec(IN_A_NEW_PROCESS, {})
@@ -1140,7 +1142,7 @@ def test_projectors_22_draws_are_equal_in_a_new_process():
 
 
 @pytest.mark.parametrize("kind", ["random", "randk", "range"])
-def test_projectors_22_seed_matrix_and_refresh_decide(kind):
+def test_seed_matrix_and_refresh_decide(kind):
     G = gaussian(1, 40, 50)
 
     def drawn(**keys):
@@ -1161,7 +1163,7 @@ def test_splitmix64_is_the_published_generator():
 
 
 @pytest.mark.parametrize("kind", ["random", "randk"])
-def test_projectors_23_the_mean_projector_is_a_multiple_of_the_identity(kind):
+def test_the_mean_projector_is_a_multiple_of_the_identity(kind):
     d, r, draws = 6, 2, 500
     G = gaussian(1, d, 4).expand(draws, d, 4)
     find, state = found(kind, G, r)
@@ -1179,12 +1181,12 @@ def test_fp32_and_fp64_draw_the_same_subspace():
     assert wide.dtype == torch.float64 and largest(wide - narrow) <= 1e-5
 
 
-# randk, topk: 24, 25.
+# randk, topk: chosen rows
 
 
 @pytest.mark.parametrize("kind", ["randk", "topk"])
 @dtypes
-def test_projectors_24_chosen_rows_come_back_bitwise(kind, dtype):
+def test_chosen_rows_come_back_bitwise(kind, dtype):
     G = gaussian(3, 9, 14, dtype=dtype)
     for X in (G, G.mT.contiguous().mT, G[:1]):
         find, state = found(kind, X, 4)
@@ -1195,7 +1197,7 @@ def test_projectors_24_chosen_rows_come_back_bitwise(kind, dtype):
             assert torch.equal(back[k, chosen], X[k, chosen]) and not back[k, rest].any()
 
 
-def test_projectors_25_randk_visits_every_row():
+def test_randk_visits_every_row():
     G = gaussian(1, 20, 3).expand(60, 20, 3)
     index = found("randk", G, 3)[1]["index"]
     assert set(index.flatten().tolist()) == set(range(20))

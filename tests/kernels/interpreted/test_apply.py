@@ -104,7 +104,7 @@ def test_empty_stacks_and_unlike_factors():
         apply.scale_and_apply(torch.ones(4, 7), torch.ones(4, 4).bfloat16(), 1.0)
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_int32():
     """Steps of 2^30 elements, in a buffer of which only these pages exist."""
     step = 2**30
     try:

@@ -122,7 +122,7 @@ def test_project_makes_the_basis_itself(n, dim):
     close(one[1:], reference.dct_project(X[1:].double(), index[:1], dim), torch.float32, 0.5)
 
 
-def test_generated_cosines_are_exact_to_rounding_where_products_pass_24_bits():
+def test_generated_cosines_are_exact_to_rounding_where_products_pass_the_mantissa_of_float32():
     n = 3001  # (2 j + 1) k goes up to 1.8e7; rows of the identity show entries of the basis
     rows = torch.tensor([0, 1, 1500, 2998, 3000])
     index = torch.tensor([[0, 1, 2, 1499, 1501, 2999, 3000]], dtype=torch.int32)
@@ -184,7 +184,7 @@ def test_stacks_repeats_and_empty_ones(dim):
         assert ours.dct_project(empty, index, dim).shape == ours.dct_take(empty, index, dim).shape
 
 
-def test_offsets_beyond_31_bits():
+def test_offsets_beyond_int32():
     memory = gaussian(1, 40)[0]
     for strides in ((2**40, 2**34, 1), (2**40, 1, 2**34)):
         shape = (1, 1, 40) if strides[2] == 1 else (1, 40, 1)

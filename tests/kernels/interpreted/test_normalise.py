@@ -114,7 +114,7 @@ def test_empty_float64_and_unequal():
         normalised([torch.ones(2, 3), torch.ones(3, 2)], torch.float16)
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_int32():
     """Steps of 2^30 elements, in a buffer of which only these pages exist."""
     step = 2**30
     try:

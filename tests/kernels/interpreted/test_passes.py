@@ -324,7 +324,7 @@ def test_ragged_results_are_the_crop_of_padded_ones():
     assert torch.equal(V, U[:, :45, :50]) and torch.equal(crop, found[:, :45])
 
 
-def test_offsets_beyond_31_bits():
+def test_offsets_beyond_int32():
     """A stack of stride 2^31 + 8 in memory that is never touched between its matrices."""
     far = 2**31 + 8
     whole = torch.empty(far + 64, dtype=torch.bfloat16)

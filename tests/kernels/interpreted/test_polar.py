@@ -63,7 +63,7 @@ def test_every_shape(method, shape):
     dtype = METHODS[method].fast
     O = polar_factor(X, method, dtype=dtype)
     assert O.shape == X.shape and O.is_contiguous()
-    bound = 4e-2 if method == "gram" else BOUNDS[dtype]  # twice the error of the sheet's table
+    bound = 4e-2 if method == "gram" else BOUNDS[dtype]  # twice the largest error below
     assert relative(O, polar_factor(X.double(), method)) < bound
 
 
@@ -161,7 +161,7 @@ def test_when_the_norm_is_free(monkeypatch):
 
 
 def test_gram_in_float16_keeps_to_the_table():
-    """Errors of the method sheet for a linear spectrum: 2.0e-2 with a restart, 2e-3 plain."""
+    """Errors for a linear spectrum: 2.0e-2 with a restart, 2e-3 plain."""
     X = with_spectrum(torch.linspace(1, 0.01, 32), 32, 128).float()
     exact = polar_factor(X.double(), "gram")
     assert relative(polar_factor(X, "gram", dtype=torch.float16), exact) < 4e-2

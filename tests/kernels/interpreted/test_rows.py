@@ -143,7 +143,7 @@ def test_nothing_to_do():
     row_step.row_step_(*(torch.empty(0, 3, 4) for _ in "WMG"), 0.9, 1e-8, "unit", 1.0, -1.0)
 
 
-def test_offsets_beyond_31_bits():
+def test_offsets_beyond_int32():
     """Matrices 2^30 entries apart, of which only the used ones exist: all at the same place."""
     X = gaussian(1, 20, 33)
     far = X.expand(5, 20, 33)

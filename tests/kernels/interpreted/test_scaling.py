@@ -117,7 +117,7 @@ def test_nothing_to_do():
             assert theirs(torch.empty(shape), iterations).shape == shape
 
 
-def test_offsets_beyond_31_bits():
+def test_offsets_beyond_int32():
     X = gaussian(1, 9, 20)
     assert torch.equal(ours(X.expand(4, 9, 20), 2), ours(X, 2).expand(4, 9, 20))
     wide = torch.empty(3 * 2**30, dtype=torch.bfloat16)  # untouched pages take no memory

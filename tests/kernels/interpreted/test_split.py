@@ -191,7 +191,7 @@ def test_empty_stacks_and_sides():
     none.step()
 
 
-def test_offsets_beyond_31_bits():
+def test_offsets_beyond_int32():
     """A stride of 2^32 elements that stays in memory, as there is one row, or that row again."""
     memory = torch.zeros(64)
     x = Weight((1, 20), -1)

@@ -403,7 +403,7 @@ def test_what_is_not_finite_spreads(bad):
     assert W[0, :, 4].isnan().all() and W[1].isfinite().all() and not M[0, :, 4].isfinite().any()
 
 
-def test_offsets_are_wider_than_32_bits():
+def test_offsets_are_wider_than_int32():
     far = torch.empty(2**31 + 2**20, dtype=torch.float16)  # never touched but for a few entries
     _, P, G, R, M, V = problem((2, 3, 20), 2, torch.float16)
 

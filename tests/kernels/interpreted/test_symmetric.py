@@ -146,7 +146,7 @@ def test_only_some_are_computed():
     assert torch.equal(symmetric.gram(S, only=only)[1], symmetric.gram(S[1]))
 
 
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_int32():
     """Steps of 2^30 elements, in a buffer of which only these pages exist."""
     step = 2**30
     try:
