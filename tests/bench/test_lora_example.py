@@ -7,12 +7,12 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import content, same_bits
 from helpers.paths import EXAMPLES
 from torch import Tensor
 
@@ -42,14 +42,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return made[0], made[1]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def command(texts: tuple[Path, Path], out: Path, *more: object) -> list[str]:
     source, target = texts
     words = [*TINY, "--base-corpus", source, "--corpus", target, "--out", out, *more]
@@ -70,24 +62,6 @@ def base() -> dict[str, Tensor]:
     return dict(common.build_model(32, 1, 2, 32, seed=5).state_dict())
 
 
-def content(path: Path) -> dict[str, Any]:
-    """A checkpoint without the two clocks that measure this machine."""
-    saved: dict[str, Any] = torch.load(path, weights_only=True)
-    for key in ("optimizer_seconds", "step_seconds"):
-        del saved["record"][key]
-    return saved
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
 # ----------------------------------------------------------------------------------- protocol
 
 
@@ -105,7 +79,7 @@ def test_every_method_starts_from_the_base_with_the_same_adapters_and_batches(
         torch.testing.assert_close(run.model(batch[:, :-1]), expected, rtol=0, atol=2e-6)
         assert torch.equal(run.generator.get_state(), first.generator.get_state())
     start = runs["adamw"].model.state_dict()
-    assert all(same(dict(run.model.state_dict()), dict(start)) for run in runs.values())
+    assert all(same_bits(dict(run.model.state_dict()), dict(start)) for run in runs.values())
     factors = [p for name, p in first.model.named_parameters() if p.requires_grad]
     assert len(factors) == 14 and all(p.detach().abs().max() > 0 for p in factors)
     other, _ = plan_of(texts, tmp_path, "--seed", 1)
@@ -248,7 +222,7 @@ def test_interrupted_runs_end_bit_identical(
     files = sorted(p.name for p in (tmp_path / "whole").glob("*.pt"))
     assert len(files) == 2 and path in files
     for file in files:
-        assert same(content(tmp_path / "whole" / file), content(tmp_path / "ended" / file))
+        assert same_bits(content(tmp_path / "whole" / file), content(tmp_path / "ended" / file))
     refused = [*words, "--resume", "--lr", "0.5"]
     assert lora.main(refused) == 2
 
@@ -321,11 +295,11 @@ def test_trainer_takes_the_optimizer_both_ways(
     whole.train()
     other = trainer("class", "b")
     other.train()
-    assert same(ended(whole), ended(other)) and not same(ended(whole), start)
+    assert same_bits(ended(whole), ended(other)) and not same_bits(ended(whole), start)
     steps = whole.optimizer.state_dict()["state"][0]["step"]
     assert int(steps) == 4
     if switch:
         return  # the Trainer saves adapters only, and SwitchLoRA writes base weights too
     resumed = trainer("class", "a")
     resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
-    assert same(ended(resumed), ended(whole))
+    assert same_bits(ended(resumed), ended(whole))

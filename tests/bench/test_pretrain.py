@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import content, same_bits
 from helpers.paths import EXAMPLES
-from torch import Tensor
 
 import stiefel.optimizers
 
@@ -56,40 +56,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The thread count of the protocol; results repeat bit for bit for one count only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def settings(name: str, **changes: Any) -> common.Settings:
     values: dict[str, Any] = {**SHAPE, "seed": 0, "steps": 12, "val_every": 5, "threads": 1}
     values |= {"lr": methods.default_lr(name), "options": methods.method_options(name, 32, {})}
     return common.Settings(method=name, corpus="text", corpus_hash="0", **(values | changes))
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal bit for bit, through every level of a checkpoint."""
-    if isinstance(a, Tensor):
-        equal = isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape
-        bits = (t.contiguous().flatten().view(torch.uint8) for t in (a, b))
-        return equal and torch.equal(*bits)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
-def content(path: Path) -> dict[str, Any]:
-    """A checkpoint without the two clocks that measure this machine."""
-    saved: dict[str, Any] = torch.load(path, weights_only=True)
-    for key in ("optimizer_seconds", "step_seconds"):
-        del saved["record"][key]
-    return saved
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -237,8 +207,8 @@ def test_aux_parameters_are_trained_alike(name: str, text: Path) -> None:
 def test_same_start_and_same_batches(name: str, text: Path) -> None:
     corpus = common.load_corpus(str(text), 32)
     a, b = (common.Run(settings(n), corpus) for n in ("adamw", name))
-    assert same(dict(a.model.state_dict()), dict(b.model.state_dict()))
-    assert same(a.validation, b.validation) and len(a.validation) == 16
+    assert same_bits(dict(a.model.state_dict()), dict(b.model.state_dict()))
+    assert same_bits(a.validation, b.validation) and len(a.validation) == 16
     for run in (a, b):
         run.train_step()
     assert a.record.train == b.record.train
@@ -254,7 +224,7 @@ def test_seeds_differ_in_start_and_batches(text: Path) -> None:
     a, b = (common.Run(settings("adamw", seed=seed), corpus) for seed in (0, 1))
     assert not torch.equal(a.model.head.weight, b.model.head.weight)
     assert not torch.equal(a.generator.get_state(), b.generator.get_state())
-    assert same(a.validation, b.validation)
+    assert same_bits(a.validation, b.validation)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -263,7 +233,7 @@ def test_runs_repeat_bit_for_bit(name: str, text: Path, tmp_path: Path) -> None:
     for path in ("a", "b"):
         common.Run(settings(name), corpus).train(tmp_path / path, 50, lambda record: None)
     a, b = content(tmp_path / "a"), content(tmp_path / "b")
-    assert same(a, b)
+    assert same_bits(a, b)
     assert a["record"]["step"] == 12 and [step for step, _ in a["record"]["val"]] == [5, 10, 12]
 
 
@@ -567,4 +537,4 @@ def test_killed_runs_end_bit_identical(
     made = common.Settings(**torch.load(path, weights_only=True)["settings"])
     whole = common.Run(made, common.load_corpus(str(text), 32))
     whole.train(tmp_path / "whole", 10 * steps, lambda record: None)
-    assert same(content(tmp_path / "whole"), content(path))
+    assert same_bits(content(tmp_path / "whole"), content(path))

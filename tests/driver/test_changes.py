@@ -1,10 +1,9 @@
 """Settings of a group that change in the middle of a run: what the state does, and resuming."""
 
-import io
-
 import pytest
 import torch
-from helpers.problems import gradients, run, same, tensors, weight
+from helpers.checkpoints import through_a_file
+from helpers.problems import gradients, refreshes, run, same, tensors, weight
 
 from stiefel.optimizers import ARO, FRUGAL, DCTAdamW, Fira, GaLore, Muon, units
 
@@ -54,12 +53,10 @@ def trained(cls, options, steps, seed=0):
 
 def reload(cls, options, changes, optimizer, params):
     """The same run from a file, into an optimizer that is built with the new values."""
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
+    saved = through_a_file(optimizer.state_dict())
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
     fresh = cls(copies, **{**options, **changes})
-    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    fresh.load_state_dict(saved)
     return fresh, copies
 
 
@@ -215,14 +212,7 @@ def test_stagger_where_the_host_does_not_wait(make, wait):
     params = [weight((256, 160), i) for i in range(3)]
     optimizer = make(params)
     optimizer._wait = wait
-    found = [[] for _ in params]
-    for step in range(1, 21):
-        for i, p in enumerate(params):
-            p.grad = gradients(p.shape, 1, seed=100 * step + i)[0]
-        optimizer.step()
-        for at, p in zip(found, params, strict=True):
-            if optimizer.state[p]["refreshed"] == step:
-                at.append(step)
+    found = refreshes(optimizer, params, 20)
     assert found == [[1, 7, 13, 19], [1, 5, 11, 17], [1, 3, 9, 15]]
 
 

@@ -1,15 +1,16 @@
 """Saving, loading, copies: dtypes, bits, and the refusal of what does not fit."""
 
 import copy
-import io
 import pickle
 from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.checkpoints import through_a_file
 from helpers.methods import METHODS
-from helpers.problems import SQUARE, TALL, WIDE, gradients, run, same, tensors, weight
+from helpers.problems import gradients, run, same, tensors, weight
 from helpers.rules import FoldRule, PairRule, PickRule, WindowRule, driver
+from helpers.shapes import SQUARE, TALL, WIDE
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -36,15 +37,8 @@ def series(steps=9):
     return [*grads[:3], [G.view(-1) for G in grads[3]]]
 
 
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True, map_location="cpu")
-
-
 def by_file(optimizer, fresh):
-    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    fresh.load_state_dict(through_a_file(optimizer.state_dict(), map_location="cpu"))
     return fresh
 
 
@@ -152,7 +146,7 @@ def test_state_is_tensors_and_numbers_under_readable_keys(method):
 def test_loading_does_not_change_what_was_given(method):
     params, optimizer = build(method)
     run(optimizer, params, series(3))
-    saved = through_a_file(optimizer.state_dict())
+    saved = through_a_file(optimizer.state_dict(), map_location="cpu")
     kept = copy.deepcopy(saved)
     _, fresh = build(method)
     fresh.load_state_dict(saved)
@@ -187,7 +181,7 @@ def test_weights_of_another_dtype_keep_the_states_precision(method):
     params, optimizer = build(method, torch.float32)
     run(optimizer, params, series(3))
     narrow_params, narrow = build(method, torch.bfloat16)
-    narrow.load_state_dict(through_a_file(optimizer.state_dict()))
+    narrow.load_state_dict(through_a_file(optimizer.state_dict(), map_location="cpu"))
     own = [k for k in tensors(narrow) if k[0] < 3]
     assert all(same(tensors(narrow)[k], tensors(optimizer)[k]) for k in own)
     run(narrow, narrow_params, series(2))

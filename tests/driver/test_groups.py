@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
-from helpers.problems import SQUARE, TALL, WIDE, gradients, run, same, tensors, weight
+from helpers.problems import gradients, run, same, tensors, weight
 from helpers.rules import PairRule, driver
+from helpers.shapes import SQUARE, TALL, WIDE
 from torch import nn
 
 from stiefel.optimizers import GaLore, Muon, StackedOptimizer

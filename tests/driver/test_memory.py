@@ -1,8 +1,8 @@
-"""What a step allocates, and what stays: the bounds of docstrings, the papers' formulas of state."""
+"""What a step allocates, and what stays: docstrings' bounds, the papers' formulas of state."""
 
 import pytest
 import torch
-from helpers.allocations import AllocationCounter
+from helpers.allocations import count_step
 from helpers.problems import gradients, weight
 
 from stiefel.kernels import POLAR_METHODS
@@ -21,8 +21,7 @@ def peak(optimizer, params, warm=1):
         if step == warm:
             break
         optimizer.step()
-    with AllocationCounter() as counter:
-        optimizer.step()
+    counter = count_step(optimizer)
     return counter.peak
 
 

@@ -83,7 +83,7 @@ def test_report_of_a_meta_model_allocates_nothing_and_takes_less_than_two_second
     ],
 )
 @pytest.mark.parametrize("cls", [GaLore, Fira])
-def test_llama_totals_of_the_sheets(cls, size, rank, galore, adamw):
+def test_llama_totals_of_the_papers(cls, size, rank, galore, adamw):
     report = memory_report(llama(size), cls, rank=rank)
     assert round(report.state / GIB, 2) == galore
     assert round(report.adamw / GIB, 2) == adamw
@@ -99,7 +99,7 @@ def test_llama_totals_of_the_sheets(cls, size, rank, galore, adamw):
     ],
 )
 def test_llama_totals_of_frugal(size, columns, none, svd):
-    """Density a quarter, zero, and a stored basis of a quarter; as frugal.md prints them."""
+    """Density a quarter, zero, and a stored basis of a quarter, in GiB."""
     made = {
         columns: memory_report(llama(size), FRUGAL, density=0.25),
         none: memory_report(llama(size), FRUGAL, density=0.0),

@@ -6,22 +6,9 @@ import math
 import pytest
 import torch
 from helpers.methods import METHODS
-from helpers.problems import (
-    COLUMN,
-    ODD,
-    ROW,
-    SHAPES,
-    SQUARE,
-    TALL,
-    WIDE,
-    gradients,
-    run,
-    same,
-    tensors,
-    trajectory,
-    weight,
-)
+from helpers.problems import gradients, run, same, tensors, trajectory, weight
 from helpers.rules import FoldRule, PairRule, PickRule, PlainRule, RowsRule, WindowRule, driver
+from helpers.shapes import COLUMN, ODD, ROW, SHAPES, SQUARE, TALL, WIDE
 from torch import nn
 
 from stiefel.optimizers import Dense, GaLore, Muon, Rule, Slot, StackedOptimizer, plan, units

@@ -5,13 +5,13 @@ Names are those of torch's tests where it has one; ``harness.py`` lists what doe
 
 import contextlib
 import gc
-import io
 import weakref
 from copy import deepcopy
 from unittest.mock import patch
 
 import torch
-from helpers.allocations import AllocationCounter
+from helpers.allocations import count_step
+from helpers.checkpoints import through_a_file
 from helpers.harness import INFOS, NOT_APPLICABLE, SCHEDULERS, SHARED, TORCH_TESTS, matrix
 from helpers.problems import same, tensors
 from torch.nn import Parameter
@@ -113,10 +113,7 @@ def needs_cuda(test, device):
 
 def saved_and_read(optimizer):
     """Its checkpoint as it comes back from a file, read without running code."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    return through_a_file(optimizer.state_dict())
 
 
 def test_harness_covers_torchs_list():
@@ -446,8 +443,7 @@ class TestOptimizers(TestCase):
             params = [matrix(size, device=device) for _ in range(count)]
             optimizer = optim_info.optim_cls(params, foreach=foreach)
             optimizer.step()
-            with AllocationCounter() as counter:
-                optimizer.step()
+            counter = count_step(optimizer)
             peaks[foreach] = counter.peak / (4 * size)
         self.assertLess(peaks[False], 4)
         self.assertLess(peaks[True], count + 4)

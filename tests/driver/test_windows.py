@@ -1,30 +1,17 @@
 """When refreshes come, and which blocks keep state when: staggering, windows, places."""
 
-import io
 import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.problems import gradients, run, same, tensors, weight
+from helpers.checkpoints import through_a_file
+from helpers.problems import gradients, refreshes, run, same, tensors, weight
 from helpers.rules import PickRule, driver
 
 from stiefel.optimizers import FRUGAL, Dense, GaLore, Place, Rule, Slot, StackedOptimizer
 
 LARGE = (256, 160)  # above the limit of stacks
-
-
-def refreshes(optimizer, params, steps):
-    """At which steps (from 1) each parameter was refreshed."""
-    found = [[] for _ in params]
-    for step in range(1, steps + 1):
-        for i, p in enumerate(params):
-            p.grad = gradients(p.shape, 1, seed=100 * step + i)[0]
-        optimizer.step()
-        for at, p in zip(found, params, strict=True):
-            if optimizer.state[p]["refreshed"] == step:
-                at.append(step)
-    return found
 
 
 def galore(params, **options):
@@ -75,12 +62,10 @@ def test_stagger_changes_only_when_a_weight_refreshes():
     grads = [gradients(LARGE, 9, i) for i in range(2)]
     optimizer = galore(params, stagger=True)
     run(optimizer, params, [g[:5] for g in grads])
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
+    saved = through_a_file(optimizer.state_dict())
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
     resumed = galore(copies, stagger=True)
-    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    resumed.load_state_dict(saved)
     a = run(optimizer, params, [g[5:] for g in grads])
     assert same(a, run(resumed, copies, [g[5:] for g in grads]))
     assert same(tensors(optimizer), tensors(resumed))

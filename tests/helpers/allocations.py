@@ -7,6 +7,7 @@ inside itself (workspaces of LAPACK, a packed operand of a matrix product) are n
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,3 +59,21 @@ class AllocationCounter(TorchDispatchMode):
 def _key(x: torch.Tensor) -> int:
     """Identity of the storage: two tensors share it if and only if they are views of one."""
     return x.untyped_storage()._cdata
+
+
+def count_step(optimizer: Any) -> AllocationCounter:
+    """What one step allocates."""
+    with AllocationCounter() as counter:
+        optimizer.step()
+    return counter
+
+
+def count_second_step(optimizer: Any, gradient: Callable[[Any, int], torch.Tensor]) -> Any:
+    """What the second step allocates; ``gradient(p, seed)`` is called anew for both steps."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(2):
+        for k, p in enumerate(params):
+            p.grad = gradient(p, step + k)
+        if step == 0:
+            optimizer.step()
+    return count_step(optimizer)

@@ -75,8 +75,20 @@ def follow(optimizer, A, B, problem, steps):
     return out
 
 
+def close(x, y, bound):
+    torch.testing.assert_close(x, y, rtol=0, atol=bound)
+
+
+def invertible(r, orthogonal=False, seed=3):
+    """A change of basis of r directions; unless orthogonal, its condition number is 6."""
+    draw = torch.Generator().manual_seed(seed)
+    U, _ = torch.linalg.qr(torch.randn(r, r, generator=draw, dtype=DOUBLE))
+    V, _ = torch.linalg.qr(torch.randn(r, r, generator=draw, dtype=DOUBLE))
+    return U if orthogonal else U @ torch.diag(torch.linspace(0.5, 3, r, dtype=DOUBLE)) @ V
+
+
 def flat(pairs):
-    """[A1, B1, A2, ...]."""
+    """[A1, B1, A2, ...], or whatever else the tuples hold, in their order."""
     return [p for pair in pairs for p in pair]
 
 

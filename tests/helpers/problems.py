@@ -1,10 +1,11 @@
 """Shared material of the tests: weights, gradients, runs, and what compares them."""
 
+import pytest
 import torch
 
+from helpers.shapes import TALL, WIDE
+
 DOUBLE = torch.float64
-TALL, WIDE, SQUARE, ODD, ROW, COLUMN = (24, 10), (10, 24), (16, 16), (17, 5), (1, 7), (9, 1)
-SHAPES = [TALL, WIDE, SQUARE, ODD, ROW, COLUMN]
 
 
 def gradients(shape, steps, seed=0, dtype=torch.float32):
@@ -81,6 +82,12 @@ def change(cls, W, grads, **options):
     return p.detach() - W
 
 
+def gaussian(*shape, seed=0, dtype=torch.float32):
+    """Standard normal numbers, the same in every dtype but for rounding."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=draw, dtype=DOUBLE).to(dtype)
+
+
 def rotation(n, seed=0):
     draw = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=DOUBLE))[0]
@@ -88,3 +95,39 @@ def rotation(n, seed=0):
 
 def permutation(n, seed=0):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def unsolved(make, target, steps=400):
+    """Share of 0.5 |W - target|^2 that is left, from W = 0, with a rate that falls to zero."""
+    p = torch.nn.Parameter(torch.zeros_like(target))
+    optimizer = make([p])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(steps):
+        p.grad = p.detach() - target
+        optimizer.step()
+        schedule.step()
+    return float((p.detach() - target).square().sum() / target.square().sum())
+
+
+def refreshes(optimizer, params, steps):
+    """At which steps (from 1) each parameter was refreshed."""
+    found = [[] for _ in params]
+    for step in range(1, steps + 1):
+        for i, p in enumerate(params):
+            p.grad = gradients(p.shape, 1, seed=100 * step + i)[0]
+        optimizer.step()
+        for at, p in zip(found, params, strict=True):
+            if optimizer.state[p]["refreshed"] == step:
+                at.append(step)
+    return found
+
+
+def check_refusal(cls, bad, text):
+    """The constructor and ``add_param_group`` refuse a setting alike, in one sentence."""
+    with pytest.raises(ValueError, match=text) as caught:
+        cls([weight(WIDE)], **bad)
+    assert "\n" not in str(caught.value)
+    optimizer = cls([weight(WIDE)])
+    with pytest.raises(ValueError, match=text):
+        optimizer.add_param_group({"params": [weight(TALL)], **bad})
+    assert len(optimizer.param_groups) == 1

@@ -1,10 +1,10 @@
 """Eight bits per number: levels, rounding, and optimizers whose moments are kept so."""
 
 import copy
-import io
 
 import pytest
 import torch
+from helpers.checkpoints import through_a_file
 from helpers.methods import METHODS
 from helpers.problems import gradients, run, same, tensors, weight
 from hypothesis import given, settings
@@ -196,12 +196,10 @@ def test_resume_is_bit_identical(method):
     params, whole = build(method)
     grads = series(params, 9)
     run(whole, params, [g[:5] for g in grads])
-    buffer = io.BytesIO()
-    torch.save(whole.state_dict(), buffer)
-    buffer.seek(0)
+    saved = through_a_file(whole.state_dict())
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
     resumed = METHODS[method](copies, state_dtype="int8")
-    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    resumed.load_state_dict(saved)
     cloned = copy.deepcopy(whole)
     W = run(whole, params, [g[5:] for g in grads])
     assert same(W, run(resumed, copies, [g[5:] for g in grads]))

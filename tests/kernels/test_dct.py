@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
+from helpers.problems import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import projectors as oracle
@@ -23,11 +24,6 @@ lengths = pytest.mark.parametrize("n", LENGTHS)
 paths = pytest.mark.parametrize("path", ["fft", "matmul"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 norms = pytest.mark.parametrize("norm", ["l1", "l2"])
-
-
-def gaussian(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def largest(X):

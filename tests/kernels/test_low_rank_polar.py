@@ -3,9 +3,11 @@
 import importlib
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
+from helpers import problems
 from helpers.paths import FIXTURES
 from helpers.recordings import tolerance
 
@@ -24,9 +26,7 @@ def load(name):
     return json.loads((FIXTURES / f"{name}.json").read_text())
 
 
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+gaussian = partial(problems.gaussian, dtype=torch.float64)
 
 
 def decaying(m, n, low=-2.0, seed=0):

@@ -3,13 +3,14 @@
 import math
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from helpers import problems
 from helpers.allocations import AllocationCounter
 from helpers.paths import BENCH
 from hypothesis import given, settings
@@ -44,16 +45,6 @@ from stiefel.kernels.polar import METHODS
 from stiefel.kernels.polynomial import _gaussian, polynomial, power_bound
 from stiefel.kernels.qdwh import lower_bound
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads cost more than they give on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 ALL = [*METHODS, "auto"]
 EXACT = ["svd", "eigh", "qdwh"]
 NORMS = ["frobenius", "schatten4", "rowsum", "aol", "power:4"]
@@ -63,9 +54,7 @@ SHAPES = [(48, 80), (80, 48), (33, 17), (17, 33), (24, 24), (1, 7), (7, 1), (130
 NS5 = (3.4445, -4.7750, 2.0315)
 
 
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+gaussian = partial(problems.gaussian, dtype=torch.float64)
 
 
 def orthogonal(n: int, seed: int) -> torch.Tensor:

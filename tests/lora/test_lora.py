@@ -1,11 +1,11 @@
 """Which factors are pairs, with which scale, in which groups; the algebra that pairs share."""
 
 import importlib.util
-import io
 import json
 
 import pytest
 import torch
+from helpers.checkpoints import through_a_file
 from helpers.pair_problems import DOUBLE, LeastSquares, factors, pair_gradients
 from helpers.paths import FIXTURES
 from helpers.problems import gradients, run, same, tensors, weight
@@ -408,11 +408,9 @@ def test_groups_and_state_survive_a_checkpoint(dtype):
             for i, p in enumerate(group["params"]):
                 p.grad = gradients((1, *p.shape), 1, step + i)[0][0].to(p.dtype)
         optimizer.step()
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
+    saved = through_a_file(optimizer.state_dict())
     again = AltLoRA(net, lr=0.5)
-    again.load_state_dict(torch.load(buffer, weights_only=True))
+    again.load_state_dict(saved)
     assert same(tensors(again), tensors(optimizer))
     keys = ("lr", "scale", "view", "param_names", "rule", "betas")
     for a, b in zip(optimizer.param_groups, again.param_groups, strict=True):

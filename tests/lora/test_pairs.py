@@ -1,11 +1,11 @@
 """What every method of LoRA pairs must do, whatever it computes."""
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
+from helpers.checkpoints import through_a_file
 from helpers.pair_problems import DOUBLE, PAIRS, SHAPES, factors, flat, pair_gradients
 from helpers.problems import run, same, tensors
 
@@ -53,10 +53,7 @@ def test_resuming_has_the_bits_of_not_stopping(make, dtype, shape):
     pairs, grads = several(shapes, dtype, zero=True), series(shapes, 9)
     optimizer = make(pairs)
     run(optimizer, flat(pairs), [G[:5] for G in grads])
-    buffer = io.BytesIO()
-    torch.save([optimizer.state_dict(), [p.detach() for p in flat(pairs)]], buffer)
-    buffer.seek(0)
-    saved, weights = torch.load(buffer, weights_only=True)
+    saved, weights = through_a_file([optimizer.state_dict(), [p.detach() for p in flat(pairs)]])
     want = run(optimizer, flat(pairs), [G[5:] for G in grads])
     again = several(shapes, dtype)
     for p, W in zip(flat(again), weights, strict=True):

@@ -1,12 +1,20 @@
 """AdaPreLoRA: its least squares problem, an oracle, changes of basis, hooks on base weights."""
 
 import copy
-import io
 
 import pytest
 import torch
 from helpers.allocations import AllocationCounter
-from helpers.pair_problems import DOUBLE, SHAPES, LeastSquares, factors, follow, pair_gradients
+from helpers.checkpoints import through_a_file
+from helpers.pair_problems import (
+    DOUBLE,
+    SHAPES,
+    LeastSquares,
+    factors,
+    follow,
+    invertible,
+    pair_gradients,
+)
 from helpers.problems import run, same, tensors, weight
 from oracles.adaprelora import Metric, adaprelora, dense_visible, inv, solution, visible
 
@@ -264,13 +272,6 @@ def test_a_rank_above_a_side_shows_everything_at_most():
 # how W is split into factors
 
 
-def invertible(r, seed=3):
-    draw = torch.Generator().manual_seed(seed)
-    U, _ = torch.linalg.qr(torch.randn(r, r, generator=draw, dtype=DOUBLE))
-    V, _ = torch.linalg.qr(torch.randn(r, r, generator=draw, dtype=DOUBLE))
-    return U @ torch.diag(torch.linspace(0.5, 3, r, dtype=DOUBLE)) @ V
-
-
 class Layer:
     """A frozen weight under a pair; its backward pass has a given gradient of W."""
 
@@ -467,7 +468,7 @@ def test_alpha_does_not_change_the_first_step_of_w(stats):
     ids=["momentum", "sgd", "adamw", "none", "exact"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_state_is_what_the_sheet_counts(settings, count, clocks, dtype):
+def test_state_is_as_many_numbers_as_the_docstring_counts(settings, count, clocks, dtype):
     m, n, r = 40, 30, 4
     A, B = factors(m, n, r, dtype=dtype)
     optimizer = made(A, B, **settings)
@@ -485,10 +486,7 @@ def test_exact_statistics_resume_bit_for_bit():
     layer = Layer(*factors(10, 7, 3), lr=0.02)
     for G in Gs[:4]:
         layer.step(G)
-    buffer = io.BytesIO()
-    torch.save([layer.optimizer.state_dict(), layer.A.detach(), layer.B.detach()], buffer)
-    buffer.seek(0)
-    saved, A, B = torch.load(buffer, weights_only=True)
+    saved, A, B = through_a_file([layer.optimizer.state_dict(), layer.A.detach(), layer.B.detach()])
     again = Layer(A, B, lr=0.02)  # watches before it loads
     again.optimizer.load_state_dict(saved)
     for G in Gs[4:]:

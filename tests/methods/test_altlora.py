@@ -5,7 +5,16 @@ import json
 
 import pytest
 import torch
-from helpers.pair_problems import DOUBLE, SHAPES, LeastSquares, factors, follow, pair_gradients
+from helpers.pair_problems import (
+    DOUBLE,
+    SHAPES,
+    LeastSquares,
+    close,
+    factors,
+    follow,
+    invertible,
+    pair_gradients,
+)
 from helpers.paths import FIXTURES
 from helpers.problems import run, same, weight
 from oracles.altlora import altlora
@@ -38,10 +47,6 @@ def settings_of(case):
     given = case["settings"]
     return {"lr": given["lr"], "betas": tuple(given["betas"]), "delta": given["reg"],
             "weight_decay": given["weight_decay"], "s": given["s"]}  # fmt: skip
-
-
-def close(x, y, bound):
-    torch.testing.assert_close(x, y, rtol=0, atol=bound)
 
 
 # the published code
@@ -173,13 +178,6 @@ def test_steps_solve_the_least_squares_problem(delta):
 
 
 # how the product is split into factors
-
-
-def invertible(r, orthogonal=False, seed=3):
-    draw = torch.Generator().manual_seed(seed)
-    U, _ = torch.linalg.qr(torch.randn(r, r, generator=draw, dtype=DOUBLE))
-    V, _ = torch.linalg.qr(torch.randn(r, r, generator=draw, dtype=DOUBLE))
-    return U if orthogonal else U @ torch.diag(torch.linspace(0.5, 3, r, dtype=DOUBLE)) @ V
 
 
 def gap(Q, steps=20, momentum=True, **settings):
@@ -380,7 +378,7 @@ def test_compact_alignment_is_the_same(plus, schedule):
     ids=["altlora", "plus", "compact"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_state_is_what_the_sheet_counts(settings, extra, dtype):
+def test_state_is_as_many_numbers_as_the_docstring_counts(settings, extra, dtype):
     m, n, r = 40, 30, 4
     A, B = factors(m, n, r, dtype=dtype)
     GA, GB = pair_gradients(m, n, r, 1)

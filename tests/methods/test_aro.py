@@ -1,26 +1,14 @@
 """ARO: recorded steps, the special cases, equivariance, the rotation that is kept."""
 
-import io
 import json
 
 import pytest
 import torch
-from helpers.allocations import AllocationCounter
+from helpers.allocations import count_second_step
+from helpers.checkpoints import check_resume
 from helpers.paths import FIXTURES
-from helpers.problems import (
-    COLUMN,
-    ODD,
-    ROW,
-    SHAPES,
-    SQUARE,
-    TALL,
-    WIDE,
-    gradients,
-    run,
-    same,
-    tensors,
-    weight,
-)
+from helpers.problems import gradients, run, same, tensors, weight
+from helpers.shapes import COLUMN, ODD, ROW, SHAPES, SQUARE, TALL, WIDE
 from oracles import aro as oracle
 
 import stiefel.optimizers.frames as frames
@@ -426,22 +414,10 @@ def test_checkpoints_keep_the_rotation_in_float32(stop, dtype, settings):
         params = [weight(TALL, 0, dtype), weight(WIDE, 1, dtype)]
         return params, ARO(params, lr=0.02, **settings)
 
-    grads = [gradients(TALL, 7, 0), gradients(WIDE, 7, 1)]
-    params, straight = make()
-    run(straight, params, grads)
-    others, first = make()
-    run(first, others, [series[:stop] for series in grads])
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    fresh, second = make()
-    for p, q in zip(fresh, others, strict=True):
-        p.data.copy_(q.data)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    assert second.state[fresh[0]]["rotation"].dtype == torch.float32
-    run(second, fresh, [series[stop:] for series in grads])
-    assert same([p.detach() for p in params], [p.detach() for p in fresh])
-    assert same(tensors(straight), tensors(second))
+    def loaded(optimizer, params):
+        assert optimizer.state[params[0]]["rotation"].dtype == torch.float32
+
+    check_resume(make, [gradients(TALL, 7, 0), gradients(WIDE, 7, 1)], stop, loaded=loaded)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -785,13 +761,7 @@ def test_bases_by_svd_and_eigenvectors():
 def test_temporaries_of_a_step(shape):
     params = [weight(shape, k) for k in range(2)]
     optimizer = ARO(params)
-    for step in range(2):
-        for k, p in enumerate(params):
-            p.grad = gradients(shape, 1, step + k)[0]
-        if step == 0:
-            optimizer.step()
-    with AllocationCounter() as counter:
-        optimizer.step()
+    counter = count_second_step(optimizer, lambda p, seed: gradients(p.shape, 1, seed)[0])
     assert counter.peak <= 4 * (2 * shape[0] * shape[1] + 3 * min(shape) ** 2)
 
 

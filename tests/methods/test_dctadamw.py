@@ -1,6 +1,5 @@
 """DCT-AdamW: recorded trajectories, a naive oracle, and error feedback and its codes."""
 
-import io
 import itertools
 import json
 import math
@@ -9,22 +8,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers.allocations import AllocationCounter
+from helpers.allocations import count_second_step
+from helpers.checkpoints import check_resume
 from helpers.paths import FIXTURES
-from helpers.problems import (
-    COLUMN,
-    ODD,
-    ROW,
-    SQUARE,
-    TALL,
-    WIDE,
-    gradients,
-    run,
-    same,
-    tensors,
-    weight,
-)
+from helpers.problems import check_refusal, gradients, run, same, unsolved, weight
 from helpers.recordings import fixture, tolerance
+from helpers.shapes import COLUMN, ODD, ROW, SQUARE, TALL, WIDE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import dctadamw as oracle
@@ -357,24 +346,12 @@ def test_resume_is_bit_identical_mid_window_too(fed, gap, dtype):
         params = [weight(TALL, 0, dtype), weight(WIDE, 1, dtype), weight((4,), 2, dtype)]
         return params, DCTAdamW(params, lr=0.02, rank=3, update_proj_gap=gap, error_feedback=fed)
 
+    def loaded(optimizer, params):
+        assert optimizer.state[params[0]]["index"].dtype == torch.int32
+
     grads = [gradients(TALL, 9, 0), gradients(WIDE, 9, 1), [torch.ones(4)] * 9]
-    params, straight = make()
-    run(straight, params, grads)
     for stop in (1, 2, 3, 5):
-        others, first = make()
-        run(first, others, [series[:stop] for series in grads])
-        file = io.BytesIO()
-        torch.save({"weights": [p.detach() for p in others], "optimizer": first.state_dict()}, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        fresh, second = make()
-        for p, W in zip(fresh, saved["weights"], strict=True):
-            p.data.copy_(W)
-        second.load_state_dict(saved["optimizer"])
-        assert second.state[fresh[0]]["index"].dtype == torch.int32
-        run(second, fresh, [series[stop:] for series in grads])
-        assert same([p.detach() for p in params], [p.detach() for p in fresh])
-        assert same(tensors(straight), tensors(second))
+        check_resume(make, grads, stop, loaded=loaded)
 
 
 def test_indices_survive_bfloat16_weights_above_what_bfloat16_can_count():
@@ -499,13 +476,7 @@ def test_state_bytes_equal_the_formula(shape, fed, extra):
 def test_temporaries_are_as_the_docstring_says(shape, gap, fed):
     params = [weight(shape, k) for k in range(2)]
     optimizer = DCTAdamW(params, rank=64, update_proj_gap=gap, error_feedback=fed, moments="slot")
-    for step in range(2):
-        for k, p in enumerate(params):
-            p.grad = noise(shape, 1, step + k)[0]
-        if step == 0:
-            optimizer.step()
-    with AllocationCounter() as counter:
-        optimizer.step()
+    counter = count_second_step(optimizer, lambda p, seed: noise(p.shape, 1, seed)[0])
     buffers, panels, S = 4 * 64 * (2 * 2048 + 512), 8 * 4 * 2**18, 4 * 512 * 2048
     made = gap == 1 or fed is not None
     whole = S if made and fed != "full" else 0
@@ -573,20 +544,12 @@ def test_a_schedule_that_changes_to_every_step_and_back():
 def test_a_moving_choice_solves_what_a_fixed_subspace_cannot(fed):
     draw = torch.Generator().manual_seed(3)
     target = torch.randn(16, 24, generator=draw)
-
-    def left(make):
-        p = torch.nn.Parameter(torch.zeros(16, 24))
-        optimizer = make([p])
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
-        for _ in range(400):
-            p.grad = p.detach() - target
-            optimizer.step()
-            schedule.step()
-        return float((p.detach() - target).square().sum() / target.square().sum())
-
-    kept = left(lambda ps: GaLore(ps, lr=0.1, rank=4, scale=1.0, update_proj_gap=10**6))
+    settings = {"lr": 0.1, "rank": 4}
+    fixed = {"scale": 1.0, "update_proj_gap": 10**6}
+    kept = unsolved(lambda ps: GaLore(ps, **settings, **fixed), target)
     gap = 1 if fed is None else 10
-    ours = left(lambda ps: DCTAdamW(ps, lr=0.1, rank=4, update_proj_gap=gap, error_feedback=fed))
+    moving = {"update_proj_gap": gap, "error_feedback": fed}
+    ours = unsolved(lambda ps: DCTAdamW(ps, **settings, **moving), target)
     assert kept > 0.3 and ours < 0.05
 
 
@@ -608,12 +571,7 @@ def test_a_moving_choice_solves_what_a_fixed_subspace_cannot(fed):
     ],
 )
 def test_bad_settings_are_one_sentence_for_constructor_and_group(bad, text):
-    with pytest.raises(ValueError, match=text):
-        DCTAdamW([weight(WIDE)], **bad)
-    optimizer = DCTAdamW([weight(WIDE)])
-    with pytest.raises(ValueError, match=text):
-        optimizer.add_param_group({"params": [weight(TALL)], **bad})
-    assert len(optimizer.param_groups) == 1
+    check_refusal(DCTAdamW, bad, text)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

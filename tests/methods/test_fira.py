@@ -1,29 +1,27 @@
 """Fira: its residual, its growth limit, the recorded trajectories, its bounds."""
 
-import io
 import itertools
 import math
 
 import pytest
 import torch
-from helpers.allocations import AllocationCounter
+from helpers.allocations import count_second_step
+from helpers.checkpoints import check_resume
 from helpers.paths import FIXTURES
 from helpers.peers import Missing, fira_adamw
 from helpers.problems import (
-    COLUMN,
-    ODD,
-    ROW,
-    SQUARE,
-    TALL,
-    WIDE,
+    check_refusal,
+    doubles,
     gradients,
     run,
     same,
     tensors,
     trajectory,
+    unsolved,
     weight,
 )
 from helpers.recordings import fed, fixture, tolerance
+from helpers.shapes import COLUMN, ODD, ROW, SQUARE, TALL, WIDE
 from oracles.fira import fira, side
 
 from stiefel.kernels import sums
@@ -40,10 +38,6 @@ DOUBLE = torch.float64
 BASE = {"lr": 0.02, "rank": 3, "update_proj_gap": 4}
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def doubles(shape, steps, seed=0):
-    return gradients(shape, steps, seed, DOUBLE)
 
 
 def steps_of(shape, steps=9, grads=None, **settings):
@@ -361,23 +355,11 @@ def test_resume_is_bit_identical_mid_window_too(stop, dtype, variant):
         params = [weight(TALL, 0, dtype), weight(WIDE, 1, dtype), weight((4,), 2, dtype)]
         return params, Fira(params, variant=variant, **BASE)
 
+    def loaded(optimizer, params):
+        assert "limiter_norm" in optimizer.state[params[0]]
+
     grads = [gradients(TALL, 9, 0), gradients(WIDE, 9, 1), [torch.ones(4)] * 9]
-    params, straight = make()
-    run(straight, params, grads)
-    others, first = make()
-    run(first, others, [series[:stop] for series in grads])
-    file = io.BytesIO()
-    torch.save({"weights": [p.detach() for p in others], "optimizer": first.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    fresh, second = make()
-    for p, W in zip(fresh, saved["weights"], strict=True):
-        p.data.copy_(W)
-    second.load_state_dict(saved["optimizer"])
-    assert "limiter_norm" in second.state[fresh[0]]
-    run(second, fresh, [series[stop:] for series in grads])
-    assert same([p.detach() for p in params], [p.detach() for p in fresh])
-    assert same(tensors(straight), tensors(second))
+    check_resume(make, grads, stop, loaded=loaded)
 
 
 @variants
@@ -419,20 +401,9 @@ def test_a_fixed_subspace_does_not_stall(variant):
     """On a quadratic with a full-rank gradient GaLore stops at what its first basis misses."""
     draw = torch.Generator().manual_seed(3)
     target = torch.randn(16, 24, generator=draw)
-
-    def left(make):
-        p = torch.nn.Parameter(torch.zeros(16, 24))
-        optimizer = make([p])
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
-        for _ in range(400):
-            p.grad = p.detach() - target
-            optimizer.step()
-            schedule.step()
-        return float((p.detach() - target).square().sum() / target.square().sum())
-
     settings = {"lr": 0.1, "rank": 4, "update_proj_gap": 10**6}
-    galore = left(lambda ps: GaLore(ps, scale=1.0, **settings))
-    ours = left(lambda ps: Fira(ps, alpha=1.0, variant=variant, **settings))
+    galore = unsolved(lambda ps: GaLore(ps, scale=1.0, **settings), target)
+    ours = unsolved(lambda ps: Fira(ps, alpha=1.0, variant=variant, **settings), target)
     assert galore > 0.3 and ours < 0.1 * galore
 
 
@@ -542,13 +513,7 @@ def test_views_equal_the_stack_for_every_projection(projection, shape, dtype, va
 def test_a_step_needs_two_buffers_and_panels(shape, form):
     params = [weight(shape, k) for k in range(3)]
     optimizer = Fira(params, rank=64, **form)
-    for step in range(2):
-        for k, p in enumerate(params):
-            p.grad = gradients(shape, 1, step + k)[0]
-        if step == 0:
-            optimizer.step()
-    with AllocationCounter() as counter:
-        optimizer.step()
+    counter = count_second_step(optimizer, lambda p, seed: gradients(p.shape, 1, seed)[0])
     assert counter.peak <= 2 * 64 * 1024 * 4 + 2 * PANEL * 4
     assert counter.largest <= max(64 * 1024, PANEL) * 4
 
@@ -559,16 +524,9 @@ def test_training_with_every_projection(projection, variant):
     """A quadratic is solved in a quarter of its rank."""
     draw = torch.Generator().manual_seed(3)
     target = torch.randn(16, 24, generator=draw)
-    p = torch.nn.Parameter(torch.zeros(16, 24))
-    optimizer = Fira(
-        [p], lr=0.1, alpha=1.0, rank=4, update_proj_gap=20, projection=projection, variant=variant
-    )
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 300)
-    for _ in range(300):
-        p.grad = p.detach() - target
-        optimizer.step()
-        schedule.step()
-    assert float((p.detach() - target).square().sum() / target.square().sum()) < 0.01
+    settings = {"lr": 0.1, "alpha": 1.0, "rank": 4, "update_proj_gap": 20, "variant": variant}
+    make = lambda params: Fira(params, projection=projection, **settings)  # noqa: E731
+    assert unsolved(make, target, 300) < 0.01
 
 
 def test_every_matrix_of_a_batch_has_a_limiter_of_its_own():
@@ -627,9 +585,4 @@ def test_groups_of_the_published_package_work_as_they_are():
     ],
 )
 def test_bad_settings_are_one_sentence_for_constructor_and_group(bad, text):
-    with pytest.raises(ValueError, match=text):
-        Fira([weight(WIDE)], **bad)
-    optimizer = Fira([weight(WIDE)])
-    with pytest.raises(ValueError, match=text):
-        optimizer.add_param_group({"params": [weight(TALL)], **bad})
-    assert len(optimizer.param_groups) == 1
+    check_refusal(Fira, bad, text)

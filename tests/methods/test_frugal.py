@@ -1,21 +1,17 @@
 """FRUGAL: its two parts, windows and draws, the recorded trajectories, its bounds."""
 
 import copy
-import io
 import math
 import warnings
 
 import pytest
 import torch
-from helpers.allocations import AllocationCounter
+from helpers.allocations import count_step
+from helpers.checkpoints import check_resume, through_a_file
 from helpers.paths import FIXTURES
 from helpers.problems import (
-    COLUMN,
-    ODD,
-    ROW,
-    SQUARE,
-    TALL,
-    WIDE,
+    check_refusal,
+    doubles,
     gradients,
     run,
     same,
@@ -24,6 +20,7 @@ from helpers.problems import (
     weight,
 )
 from helpers.recordings import fed, fixture, tolerance
+from helpers.shapes import COLUMN, ODD, ROW, SQUARE, TALL, WIDE
 from oracles.frugal import COORDINATES, down, frugal, leading, up
 
 from stiefel.optimizers import FRUGAL, GaLore, splits, subspaces, turns, units, ways
@@ -37,10 +34,6 @@ BASE = {"lr": 0.02, "update_gap": 4, "density": 0.4}
 NEAR = 4e-6  # eight roundings of weights below 4
 
 pytestmark = pytest.mark.filterwarnings("ignore:density .* rounds to nothing")
-
-
-def doubles(shape, steps, seed=0):
-    return gradients(shape, steps, seed, DOUBLE)
 
 
 def choice_of(optimizer, p):
@@ -561,29 +554,14 @@ def test_draws_depend_on_the_seed_alone(split, reset):
 def test_resume_is_bit_identical(split, reset, stop, dtype):
     if split == "block" and reset == "none":
         return
+    shapes = (TALL, WIDE, SQUARE, SQUARE)
 
     def make():
-        shapes = (TALL, WIDE, SQUARE, SQUARE)
         params = [weight(s, k, dtype) for k, s in enumerate(shapes)] + [weight((4,), 9, dtype)]
         return params, FRUGAL(params, split=split, density=0.5, update_gap=3, reset=reset, lr=0.02)
 
-    params, straight = make()
-    grads = [gradients(tuple(p.shape), 8, k) for k, p in enumerate(params[:4])]
-    grads.append([torch.ones(4)] * 8)
-    run(straight, params, grads)
-    others, first = make()
-    run(first, others, [series[:stop] for series in grads])
-    file = io.BytesIO()
-    torch.save({"weights": [p.detach() for p in others], "optimizer": first.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    fresh, second = make()
-    for p, W in zip(fresh, saved["weights"], strict=True):
-        p.data.copy_(W)
-    second.load_state_dict(saved["optimizer"])
-    run(second, fresh, [series[stop:] for series in grads])
-    assert same([p.detach() for p in params], [p.detach() for p in fresh])
-    assert same(tensors(straight), tensors(second))
+    grads = [gradients(shape, 8, k) for k, shape in enumerate(shapes)]
+    check_resume(make, [*grads, [torch.ones(4)] * 8], stop)
 
 
 def held_bytes(optimizer, p):
@@ -824,11 +802,9 @@ def test_listed_tensors_become_numbers_and_survive_a_checkpoint():
     assert active_of(optimizer) == [0, 3]
     step_with_ones(optimizer)
     assert active_of(optimizer) == [1, 2]
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
+    saved = through_a_file(optimizer.state_dict())
     again = make(model.named_parameters())
-    again.load_state_dict(torch.load(file, weights_only=True))
+    again.load_state_dict(saved)
     step_with_ones(again)
     assert active_of(again) == [0, 3]
     grown = copy.deepcopy(optimizer)
@@ -896,11 +872,7 @@ def test_nothing_chosen_although_wanted_is_pointed_out_once(split):
     ],
 )
 def test_bad_settings_are_one_sentence(bad, text):
-    with pytest.raises(ValueError, match=text):
-        FRUGAL([weight(WIDE)], **bad)
-    optimizer = FRUGAL([weight(WIDE)])
-    with pytest.raises(ValueError, match=text):
-        optimizer.add_param_group({"params": [weight(TALL)], **bad})
+    check_refusal(FRUGAL, bad, text)
     with pytest.raises(ValueError, match="stagger"):
         FRUGAL([weight(WIDE)], split="block", stagger=True)
 
@@ -973,8 +945,7 @@ def test_a_step_needs_panels_only(split, shape):
     optimizer = FRUGAL([p], split=split)
     p.grad = torch.ones(shape)
     optimizer.step()
-    with AllocationCounter() as counter:
-        optimizer.step()
+    counter = count_step(optimizer)
     numbers = 8 * optimizer.state[p]["index"].numel()  # int64, as scatter wants them
     assert counter.peak <= 3 * 4 * splits.PANEL + 2 * numbers
 

@@ -1,29 +1,26 @@
 """GaLore: bases, refreshes, moments, resuming, the recorded trajectories, the published package."""
 
 import copy
-import io
 import math
 from functools import partial
 
 import pytest
 import torch
+from helpers.checkpoints import check_resume
 from helpers.paths import FIXTURES
 from helpers.peers import Missing, galore_torch_adamw
 from helpers.problems import (
-    COLUMN,
-    ODD,
-    ROW,
-    SQUARE,
-    TALL,
-    WIDE,
+    check_refusal,
     gradients,
     run,
     same,
     tensors,
     trajectory,
+    unsolved,
     weight,
 )
 from helpers.recordings import fed, fixture, tolerance
+from helpers.shapes import COLUMN, ODD, ROW, SQUARE, TALL, WIDE
 from oracles.common import adamw
 from oracles.galore import galore
 
@@ -356,21 +353,7 @@ def test_resume_is_bit_identical_mid_window_too(stop, dtype):
         return params, GaLore(params, lr=0.02, rank=3, update_proj_gap=4)
 
     grads = [gradients(TALL, 9, 0), gradients(WIDE, 9, 1), [torch.ones(4)] * 9]
-    params, straight = make()
-    run(straight, params, grads)
-    others, first = make()
-    run(first, others, [series[:stop] for series in grads])
-    file = io.BytesIO()
-    torch.save({"weights": [p.detach() for p in others], "optimizer": first.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    fresh, second = make()
-    for p, W in zip(fresh, saved["weights"], strict=True):
-        p.data.copy_(W)
-    second.load_state_dict(saved["optimizer"])
-    run(second, fresh, [series[stop:] for series in grads])
-    assert same([p.detach() for p in params], [p.detach() for p in fresh])
-    assert same(tensors(straight), tensors(second))
+    check_resume(make, grads, stop)
 
 
 def test_runs_repeat_bit_for_bit_and_leave_gradients_alone():
@@ -407,18 +390,8 @@ def test_rank_and_refreshes_decide_how_far_a_quadratic_is_solved():
     draw = torch.Generator().manual_seed(3)
     target = torch.randn(16, 4, generator=draw) @ torch.randn(4, 24, generator=draw)
 
-    def once(make):
-        p = torch.nn.Parameter(torch.zeros(16, 24))
-        optimizer = make([p])
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
-        for _ in range(400):
-            p.grad = p.detach() - target
-            optimizer.step()
-            schedule.step()
-        return float((p.detach() - target).square().sum() / target.square().sum())
-
     def loss(make):
-        return min(once(partial(make, lr)) for lr in (0.1, 0.3))
+        return min(unsolved(partial(make, lr), target) for lr in (0.1, 0.3))
 
     def galore(rank, gap):
         return loss(lambda lr, ps: GaLore(ps, lr=lr, scale=1.0, rank=rank, update_proj_gap=gap))
@@ -457,12 +430,7 @@ def test_reset_restarts_the_bias_correction():
     ],
 )
 def test_bad_settings_are_one_sentence_for_constructor_and_group(bad, text):
-    with pytest.raises(ValueError, match=text):
-        GaLore([weight(WIDE)], **bad)
-    optimizer = GaLore([weight(WIDE)])
-    with pytest.raises(ValueError, match=text):
-        optimizer.add_param_group({"params": [weight(TALL)], **bad})
-    assert len(optimizer.param_groups) == 1
+    check_refusal(GaLore, bad, text)
 
 
 def test_fractional_rank_is_of_the_projected_side():
@@ -496,14 +464,8 @@ def final_loss(gap=10, **settings):
     """Share of a quadratic's loss that is left after 300 steps from zero; full-rank target."""
     draw = torch.Generator().manual_seed(3)
     target = torch.randn(16, 24, generator=draw)
-    p = torch.nn.Parameter(torch.zeros(16, 24))
-    optimizer = GaLore([p], lr=0.1, scale=1.0, rank=8, update_proj_gap=gap, **settings)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 300)
-    for _ in range(300):
-        p.grad = p.detach() - target
-        optimizer.step()
-        schedule.step()
-    return float((p.detach() - target).square().sum() / target.square().sum())
+    settings |= {"lr": 0.1, "scale": 1.0, "rank": 8, "update_proj_gap": gap}
+    return unsolved(lambda params: GaLore(params, **settings), target, 300)
 
 
 @projections
@@ -566,26 +528,12 @@ def test_resume_of_every_projection(projection, moments, dtype):
         kind = "reverse_std" if projection in INDEX else "std"
         return params, GaLore(params, projection=projection, proj_type=kind, **settings)
 
-    grads = [gradients(shape, 9, 0), gradients(WIDE, 9, 1)]
-    params, straight = make()
-    run(straight, params, grads)
+    def loaded(optimizer, params):
+        index = optimizer.state[params[0]].get("index")
+        assert index.dtype == torch.int32 if projection in INDEX else index is None
+
     for stop in (2, 4, 5):
-        others, first = make()
-        run(first, others, [series[:stop] for series in grads])
-        file = io.BytesIO()
-        torch.save({"weights": [p.detach() for p in others], "state": first.state_dict()}, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        fresh, second = make()
-        for p, W in zip(fresh, saved["weights"], strict=True):
-            p.data.copy_(W)
-        second.load_state_dict(saved["state"])
-        assert same(tensors(first), tensors(second))
-        run(second, fresh, [series[stop:] for series in grads])
-        assert same([p.detach() for p in params], [p.detach() for p in fresh])
-        assert same(tensors(straight), tensors(second))
-    if projection in INDEX:
-        assert straight.state[params[0]]["index"].dtype == torch.int32
+        check_resume(make, [gradients(shape, 9, 0), gradients(WIDE, 9, 1)], stop, loaded=loaded)
 
 
 @projections

@@ -6,24 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers.allocations import AllocationCounter
+from helpers.allocations import count_step
+from helpers.checkpoints import check_resume
 from helpers.paths import FIXTURES
-from helpers.problems import (
-    COLUMN,
-    ODD,
-    ROW,
-    SHAPES,
-    SQUARE,
-    TALL,
-    WIDE,
-    gradients,
-    run,
-    same,
-    tensors,
-    trajectory,
-    weight,
-)
+from helpers.problems import check_refusal, gradients, run, same, trajectory, weight
 from helpers.recordings import fixture, tolerance
+from helpers.shapes import COLUMN, ODD, ROW, SHAPES, SQUARE, TALL, WIDE
 from oracles.muon import muon
 
 from stiefel.kernels import polar_factor, polar_report
@@ -422,18 +410,7 @@ def test_round_trip_of_the_variants(options, stop):
         params = [weight(TALL, 0), weight(WIDE, 1)]
         return params, Muon(params, lr=0.02, report_steps=2, **options)
 
-    grads = [gradients(TALL, 6, 0), gradients(WIDE, 6, 1)]
-    params, straight = make()
-    run(straight, params, grads)
-    others, first = make()
-    run(first, others, [series[:stop] for series in grads])
-    fresh, second = make()
-    for p, q in zip(fresh, others, strict=True):
-        p.data.copy_(q.data)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    run(second, fresh, [series[stop:] for series in grads])
-    assert same([p.detach() for p in params], [p.detach() for p in fresh])
-    assert same(tensors(straight), tensors(second))
+    check_resume(make, [gradients(TALL, 6, 0), gradients(WIDE, 6, 1)], stop, through=copy.deepcopy)
 
 
 # --- heavy tails ---
@@ -604,8 +581,7 @@ def test_peak_of_temporaries(shape, options, most):
     optimizer = Muon([p], **options)
     for _ in range(2):
         p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        with AllocationCounter() as counter:
-            optimizer.step()
+        counter = count_step(optimizer)
     assert counter.peak <= 1.01 * most * p.nbytes
 
 
@@ -671,10 +647,4 @@ def test_polar_dtype_is_that_of_the_iteration(name):
     ],
 )
 def test_bad_settings_are_one_sentence(bad, text):
-    with pytest.raises(ValueError, match=text) as caught:
-        Muon([weight(TALL)], **bad)
-    assert "\n" not in str(caught.value)
-    optimizer = Muon([weight(WIDE)])
-    with pytest.raises(ValueError, match=text):
-        optimizer.add_param_group({"params": [weight(TALL)], **bad})
-    assert len(optimizer.param_groups) == 1
+    check_refusal(Muon, bad, text)

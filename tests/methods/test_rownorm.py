@@ -6,15 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers.allocations import AllocationCounter
+from helpers.allocations import count_second_step
 from helpers.paths import FIXTURES
 from helpers.problems import (
     DOUBLE,
-    ODD,
-    ROW,
-    SHAPES,
-    TALL,
-    WIDE,
     change,
     doubles,
     gradients,
@@ -26,6 +21,7 @@ from helpers.problems import (
     weight,
 )
 from helpers.recordings import symmetry_cases
+from helpers.shapes import ODD, ROW, SHAPES, TALL, WIDE
 from oracles import symmetry as oracle
 
 from stiefel.optimizers import Hybrid, Muon, RowNorm, Spectral
@@ -329,12 +325,8 @@ def test_a_zero_gradient_moves_nothing(cls, centred):
 def test_temporaries_are_those_of_the_docstring(cls, options, most, shape):
     p = torch.nn.Parameter(torch.zeros(shape))
     optimizer = cls([p], **options)
-    for step in range(2):
-        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
-        if step == 0:
-            optimizer.step()
-    with AllocationCounter() as counter:
-        optimizer.step()
+    draw = lambda p, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    counter = count_second_step(optimizer, draw)
     vectors = 8 * sum(shape)
     assert counter.peak <= 4 * (most * p.numel() + vectors)
 

@@ -12,8 +12,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers.allocations import AllocationCounter
-from helpers.pair_problems import DOUBLE, LeastSquares, factors, follow, pair_gradients
+from helpers.allocations import count_step
+from helpers.pair_problems import DOUBLE, LeastSquares, close, factors, flat, follow, pair_gradients
 from helpers.paths import FIXTURES
 from helpers.problems import run, same, tensors, weight
 from oracles import switchlora as switchlora_oracle
@@ -59,10 +59,6 @@ def series(shapes, steps, dtype=torch.float32):
     return out
 
 
-def flat(triples):
-    return [p for each in triples for p in each]
-
-
 def W_of(A, B, W0, s=0.5):
     return (W0.double() + s * B.double() @ A.double()).detach()
 
@@ -77,10 +73,6 @@ def give(optimizer, A, B, pool_a, pool_b, slots=None):
         state["pool"].copy_(vectors)
         state["slots"].copy_(torch.tensor(at))
         state["cursor"].fill_(cursor)
-
-
-def close(x, y, bound):
-    torch.testing.assert_close(x, y, rtol=0, atol=bound)
 
 
 def feed(monkeypatch, numbers):
@@ -1004,8 +996,7 @@ def test_temporary_memory_is_bounded_by_the_factors(dtype):
     for G, H in zip(*grads, strict=True):
         A.grad, B.grad = G.to(dtype), H.to(dtype)
         slots = optimizer.state[A]["slots"].tolist()
-        with AllocationCounter() as counter:
-            optimizer.step()
+        counter = count_step(optimizer)
         assert optimizer.state[A]["slots"].tolist() != slots
         # what travels: k = 3 or 4 vectors of both factors, a few times over
         assert counter.peak <= (6 if low else 4) * factor + 2 * low * PANEL * 4 + 40 * (m + n) * 4

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import io
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import families
+from helpers.checkpoints import through_a_file
 from helpers.paths import EXAMPLES, FIXTURES
 from helpers.problems import gradients, permutation, replay, rotation, run, same, tensors, weight
 from torch import nn
@@ -625,10 +625,7 @@ def test_saving_loading_and_resuming_is_bit_identical(make):
     train(straight, one, data)
     half = SymmetryStack(stopped, 1e-2, **options)
     train(stopped, half, data[:3])
-    buffer = io.BytesIO()
-    torch.save({"model": stopped.state_dict(), "optimizer": half.state_dict()}, buffer)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
+    saved = through_a_file({"model": stopped.state_dict(), "optimizer": half.state_dict()})
     fresh = make(seed=1)
     fresh.load_state_dict(saved["model"])
     rest = SymmetryStack(fresh, 1e-2, **options)

@@ -1,28 +1,15 @@
 """Trion: its identities, the recorded trajectories, its bounds."""
 
-import io
 import math
 
 import pytest
 import torch
-from helpers.allocations import AllocationCounter
+from helpers.allocations import count_step
+from helpers.checkpoints import check_resume
 from helpers.paths import FIXTURES
-from helpers.problems import (
-    COLUMN,
-    ODD,
-    ROW,
-    SHAPES,
-    SQUARE,
-    TALL,
-    WIDE,
-    gradients,
-    run,
-    same,
-    tensors,
-    trajectory,
-    weight,
-)
+from helpers.problems import doubles, gradients, run, same, trajectory, weight
 from helpers.recordings import fixture, tolerance
+from helpers.shapes import COLUMN, ODD, ROW, SHAPES, SQUARE, TALL, WIDE
 from oracles.trion import chosen, cosines, exact, ns5, ratio, trion
 
 from stiefel.kernels import dct_basis, polar_factor
@@ -34,10 +21,6 @@ CLASSES = sorted(path.stem for path in FIXTURES.glob("trion-class-*.json"))
 FUNCTIONS = sorted(path.stem for path in FIXTURES.glob("trion-ma*.json"))
 DOUBLE = torch.float64
 PUBLISHED = {"kj": "kj", "dion": "dion", "kimi": "kimi", "none": "none"}
-
-
-def doubles(shape, steps, seed=0):
-    return gradients(shape, steps, seed, DOUBLE)
 
 
 def basis_of(data):
@@ -65,17 +48,22 @@ def rank_for(shape, rank=3):
 # the recorded trajectories
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_recorded_weights(name):
-    """The published class, its iteration in float32."""
-    data = fixture(name)
+def replayed(data):
+    """Weights after each step with the settings and gradients of a recording."""
     group = data["settings"]["group"]
     p = torch.nn.Parameter(data["W0"].clone())
     optimizer = Trion(
         [p], lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"],
         rank=group["rank"], adjust_lr_fn=PUBLISHED[group["scaling_type"]], basis=basis_of(data),
     )  # fmt: skip
-    out = run(optimizer, [p], [list(data["grads"])])
+    return run(optimizer, [p], [list(data["grads"])])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_recorded_weights(name):
+    """The published class, its iteration in float32."""
+    data = fixture(name)
+    out = replayed(data)
     bound = tolerance(data, "float32_polar_vs_float64")
     assert len(out) == len(data["W_float32_polar"]) == 13
     for (W,), R in zip(out, data["W_float32_polar"], strict=True):
@@ -85,13 +73,7 @@ def test_recorded_weights(name):
 @pytest.mark.parametrize("name", CLASSES)
 def test_recorded_weights_of_the_shipped_bfloat16_iteration(name):
     data = fixture(name)
-    group = data["settings"]["group"]
-    p = torch.nn.Parameter(data["W0"].clone())
-    optimizer = Trion(
-        [p], lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"],
-        rank=group["rank"], adjust_lr_fn=PUBLISHED[group["scaling_type"]], basis=basis_of(data),
-    )  # fmt: skip
-    out = run(optimizer, [p], [list(data["grads"])])
+    out = replayed(data)
     worst = max(float((W[0] - R).abs().max()) for W, R in zip(out, data["W"], strict=True))
     assert worst <= 4 * data["noise"]["bf16_vs_float64"]
 
@@ -398,20 +380,11 @@ def test_gradients_are_not_changed():
 
 
 def test_resume_is_bitwise():
-    grads = [gradients(s, 8, i) for i, s in enumerate((TALL, WIDE))]
-    params = [weight(TALL), weight(WIDE, 1)]
-    optimizer = Trion(params, lr=0.02, rank=2)
-    run(optimizer, params, [g[:4] for g in grads])
-    file = io.BytesIO()
-    torch.save([optimizer.state_dict(), [p.detach() for p in params]], file)
-    whole = run(optimizer, params, [g[4:] for g in grads])
-    file.seek(0)
-    saved, weights = torch.load(file, weights_only=True)
-    again = [torch.nn.Parameter(W) for W in weights]
-    other = Trion(again, lr=0.02, rank=2)
-    other.load_state_dict(saved)
-    assert same(run(other, again, [g[4:] for g in grads]), whole)
-    assert same(tensors(other), tensors(optimizer))
+    def make():
+        params = [weight(TALL), weight(WIDE, 1)]
+        return params, Trion(params, lr=0.02, rank=2)
+
+    check_resume(make, [gradients(TALL, 8), gradients(WIDE, 8, 1)], 4)
 
 
 def test_state_is_the_buffer_alone():
@@ -429,8 +402,7 @@ def test_temporaries(shape, rank):
     optimizer = Trion([p], rank=rank)
     p.grad = gradients(shape, 1)[0]
     optimizer.step()
-    with AllocationCounter() as counter:
-        optimizer.step()
+    counter = count_step(optimizer)
     m, n = sorted(shape)
     S, P, A, panel = m * n, m * rank, rank * n, 2**18
     assert counter.peak <= 4 * (max(S + 6 * panel, S + P + 2 * A, P + 6 * A) + 2**17)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from helpers.peers import Missing, galore_torch
-from helpers.problems import ODD, SHAPES, TALL, WIDE, gradients, run, same, weight
+from helpers.problems import gradients, run, same, weight
+from helpers.shapes import ODD, SHAPES, TALL, WIDE
 
 from stiefel.optimizers import GaLore
 from stiefel.optimizers.inner import INNERS, inner

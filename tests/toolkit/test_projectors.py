@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.allocations import AllocationCounter
+from helpers.problems import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import projectors as oracle
@@ -73,11 +74,6 @@ class Sizes(TorchDispatchMode):
         if isinstance(out, torch.Tensor) and not out._is_view():
             self.made.append(out.numel())
         return out
-
-
-def gaussian(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def orthonormal(d, r, seed=0):

@@ -9,7 +9,7 @@ import pkgutil
 
 import pytest
 import torch
-from helpers.kernel_operands import DEVICE
+from helpers.operands import DEVICE
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETS and DEVICE != "cpu":

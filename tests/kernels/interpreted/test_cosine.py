@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.kernel_operands import DTYPES, LAYOUTS, close, gaussian, laid, nothing_beside
+from helpers.operands import DTYPES, LAYOUTS, close, gaussian, laid, nothing_beside
 
 from stiefel.kernels import dct, idct, reference
 from stiefel.kernels import triton as ours

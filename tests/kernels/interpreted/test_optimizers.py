@@ -4,8 +4,8 @@ import os
 
 import pytest
 import torch
-from helpers.kernel_operands import DEVICE, gaussian
 from helpers.methods import METHODS
+from helpers.operands import DEVICE, gaussian
 from helpers.problems import gradients, run, same, tensors, weight
 from torch.utils._python_dispatch import TorchDispatchMode
 

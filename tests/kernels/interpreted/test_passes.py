@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.kernel_operands import (
+from helpers.operands import (
     DTYPES,
     LAYOUTS,
     SHAPES,

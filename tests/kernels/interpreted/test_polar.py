@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.kernel_operands import gaussian, laid, unchanged
+from helpers.operands import gaussian, laid, unchanged
 
 from stiefel.kernels import coefficients as lists
 from stiefel.kernels import dispatch, gram_space, polar_factor, reference, stacking

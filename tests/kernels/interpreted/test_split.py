@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.kernel_operands import (
+from helpers.operands import (
     DEVICE,
     DTYPES,
     LAYOUTS,

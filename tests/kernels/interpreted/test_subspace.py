@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers.kernel_operands import (
+from helpers.operands import (
     DTYPES,
     LAYOUTS,
     close,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers.kernel_operands import gaussian
+from helpers.operands import gaussian
 from helpers.paths import BENCH
 
 from stiefel.kernels.triton import symmetric
