@@ -1,12 +1,11 @@
 """Which file may import which: read from the sources, so that nothing has to be imported."""
 
 import ast
-import pathlib
 import sys
 
 import pytest
+from helpers.paths import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 TOOLKIT = {
     "frames",
     "rule",

@@ -1,0 +1,422 @@
+"""Every form that parameters come in, every refusal, and where each parameter goes."""
+
+import warnings
+
+import pytest
+import torch
+from helpers.problems import gradients, run, same, tensors, weight
+from helpers.rules import PairRule, driver
+from helpers.shapes import SQUARE, TALL, WIDE
+from torch import nn
+
+from stiefel.optimizers import GaLore, Muon, StackedOptimizer
+from stiefel.optimizers._driver.param_groups import read
+from stiefel.optimizers.muon import MuonRule
+
+BOTH = pytest.mark.parametrize("cls", [Muon, GaLore])
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 11))
+
+
+def rules(optimizer):
+    return [row.rule for row in optimizer.assignment()]
+
+
+# The table of torch.optim.Optimizer ---------------------------------------------------------------
+
+
+def refusals():
+    p = weight(SQUARE)
+    return [
+        ("empty", [], ValueError, "optimizer got an empty parameter list"),
+        ("bare tensor", weight(SQUARE), TypeError, "iterable of Tensors or dicts, but got"),
+        ("set", [{"params": {p}}], TypeError, "optimizer parameters need to be organized"),
+        ("no tensor", [p, 3], TypeError, "optimizer can only optimize Tensors"),
+        ("non-leaf", [p * 2], ValueError, "can't optimize a non-leaf Tensor"),
+        ("twice", [{"params": [p]}, {"params": [p]}], ValueError, "more than one parameter group"),
+        ("half named", [("a", p), weight(TALL)], ValueError, "with/without names"),
+        ("names later", [{"params": [("a", p)]}, {"params": [weight(TALL)]}], ValueError,
+         "with/without names"),
+        ("two lrs", [{"params": [p], "lr": torch.ones(2)}], ValueError, "must be 1-element"),
+        ("negative lr", [{"params": [p], "lr": -1.0}], ValueError, "Invalid learning rate: -1.0"),
+        ("nan lr", [{"params": [p], "lr": float("nan")}], ValueError, "Invalid learning rate"),
+        ("typo", [{"params": [p], "weigth_decay": 1}], ValueError, "did you mean 'weight_decay'"),
+        ("no params", [{"lr": 0.1}], ValueError, "needs the key 'params'"),
+        ("vector", [{"params": [weight((3,))], "rule": "Muon"}], ValueError, "needs matrices"),
+        ("scalar", [{"params": [weight(())], "rule": "GaLore"}], ValueError, "needs matrices"),
+        ("nothing", [{"params": [weight((0, 3))], "rule": "Muon"}], ValueError, "needs matrices"),
+        ("rule", [{"params": [p], "rule": "SGD"}], ValueError, "group key 'rule' must be"),
+        ("decay", [{"params": [p], "weight_decay": -0.1}], ValueError, "Invalid weight_decay"),
+        ("nonfinite", [{"params": [p], "nonfinite": "ignore"}], ValueError, "nonfinite must be"),
+        ("dtype", [{"params": [p], "state_dtype": "int32"}], ValueError, "state_dtype must be"),
+        ("capturable", [{"params": [p], "capturable": True}], ValueError, "capturable=True"),
+        ("through", [{"params": [p], "differentiable": True}], ValueError, "differentiable"),
+        ("both", [{"params": [p], "fused": True, "foreach": True}], RuntimeError, "cannot be"),
+        ("tensor foreach", [{"params": [p], "lr": torch.tensor(0.1), "foreach": True}], ValueError,
+         "lr as a Tensor is not supported"),
+        ("adamw_betas", [{"params": [p], "adamw_betas": (0.9, 1.0)}], ValueError, "adamw_betas"),
+        ("view", [{"params": [p], "view": "rows:3,4"}], ValueError, "add up"),
+        ("views", [{"params": [p], "view": ("auto", "auto")}], ValueError, "must be one string"),
+        ("names", [{"params": [p], "param_names": ["a", "b"]}], ValueError, "2 names for 1 param"),
+        ("complex", [nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))], RuntimeError,
+         "does not support complex"),
+    ]  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("case", [case[0] for case in refusals()])
+def test_refusal_at_construction(cls, case):
+    _, params, error, text = next(c for c in refusals() if c[0] == case)
+    with pytest.raises(error, match=text):
+        cls(params)
+
+
+@BOTH
+@pytest.mark.parametrize("case", [c[0] for c in refusals() if c[0] not in ("empty", "bare tensor")])
+def test_refusal_in_add_param_group_changes_nothing(cls, case):
+    _, params, error, text = next(c for c in refusals() if c[0] == case)
+    groups = params if isinstance(params[0], dict) else [{"params": params}]
+    first = weight(TALL, 3)
+    named = case in ("half named", "names later", "names")
+    optimizer = cls([("first", first)] if named else [first])
+    run(optimizer, [first], [gradients(TALL, 1)])
+    before, keys = tensors(optimizer), [dict(g) for g in optimizer.param_groups]
+    W = first.detach().clone()
+    with pytest.raises(error, match=text):
+        for group in groups:
+            optimizer.add_param_group(group)
+            keys = [dict(g) for g in optimizer.param_groups]
+    assert len(optimizer.param_groups) == len(keys)
+    assert all(g.keys() == k.keys() for g, k in zip(optimizer.param_groups, keys, strict=True))
+    assert torch.equal(first, W) and all(k in tensors(optimizer) for k in before)
+    first.grad = gradients(TALL, 1)[0]
+    optimizer.step()
+    assert first.isfinite().all()
+
+
+@BOTH
+def test_constructor_refuses_unknown_keywords_and_bad_values_before_the_parameters(cls):
+    with pytest.raises(TypeError, match="'weight_deacy' is unknown; did you mean 'weight_decay'"):
+        cls([weight(SQUARE)], weight_deacy=0.1)
+    for bad in ({"lr": torch.ones(2)}, {"lr": -1.0}, {"weight_decay": -1.0}):
+        with pytest.raises(ValueError):
+            cls(None, **bad)
+
+
+@BOTH
+def test_a_parameter_twice_in_one_group_warns_and_steps_once(cls):
+    p, q = weight(SQUARE), weight(SQUARE)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        twice = cls([p, p])
+    run(twice, [p], [gradients(SQUARE, 3)])
+    run(cls([q]), [q], [gradients(SQUARE, 3)])
+    assert torch.equal(p, q) and twice.state[p]["step"] == 3
+    assert [len(bucket.units) for bucket in twice._plan.buckets] == [1]
+
+
+@BOTH
+def test_generators_tuples_and_one_element_lrs_are_fine(cls):
+    ps = [weight(SQUARE, k) for k in range(2)]
+    assert len(cls(p for p in ps).param_groups[0]["params"]) == 2
+    assert len(cls(tuple(ps)).param_groups[0]["params"]) == 2
+    optimizer = cls([{"params": (p for p in ps), "lr": torch.tensor([0.1])}])
+    run(optimizer, ps, [gradients(SQUARE, 1), gradients(SQUARE, 1)])
+    user = {"params": [weight(TALL)]}
+    optimizer.add_param_group(user)
+    assert set(user) == {"params"}
+
+
+# What wrappers hide -------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("attribute", ["ds_id", "ds_shape", "_is_flat_param"])
+def test_partitioned_and_flattened_weights_are_refused(cls, attribute):
+    p = nn.Parameter(torch.zeros(0) if attribute != "_is_flat_param" else torch.zeros(12))
+    setattr(p, attribute, (4, 3) if attribute == "ds_shape" else True)
+    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO or FSDP1.*rule='adamw'"):
+        cls([p])
+    assert rules(cls([{"params": [p], "rule": "adamw"}])) == ["adamw"]
+
+
+@BOTH
+def test_dtensor_is_refused_naming_the_way_around(cls):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        p = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Replicate()]))
+        with pytest.raises(ValueError, match=r"DTensor.*ZeroRedundancyOptimizer"):
+            cls([p])
+        assert rules(cls([{"params": [p], "rule": "adamw"}])) == ["adamw"]
+        q = weight((4, 4))
+        late = cls([q])
+        late.param_groups[0]["params"] = [p]  # as the Trainer swaps them after construction
+        with pytest.raises(ValueError, match="DTensor"):
+            late.step()
+    finally:
+        dist.destroy_process_group()
+
+
+# Forms --------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_module_form_routes_by_module_and_leaves_frozen_parameters_out(cls):
+    net = model()
+    net[1].bias.requires_grad_(False)
+    optimizer = cls(net)
+    table = {row.name: row.rule for row in optimizer.assignment()}
+    assert table == {
+        "1.weight": cls.__name__,
+        "0.weight": "adamw",
+        "2.weight": "adamw",
+        "2.bias": "adamw",
+        "3.weight": "adamw",
+        "3.bias": "adamw",
+    }
+    assert [g["rule"] for g in optimizer.param_groups] == [cls.__name__, "adamw"]
+    assert "nn.Embedding" in str(optimizer.assignment())
+    net(torch.tensor([[1, 2, 3]])).square().mean().backward()
+    optimizer.step()
+
+
+def test_module_form_uses_the_views_of_the_model():
+    attention = nn.MultiheadAttention(8, 2)
+    optimizer = Muon(attention)
+    assert {g["view"] for g in optimizer.param_groups} >= {"rows:8,8,8", "auto"}
+    attention(*[torch.randn(3, 1, 8)] * 3)[0].square().mean().backward()
+    optimizer.step()
+    assert {"step.0", "step.1", "step.2"} <= set(optimizer.state[attention.in_proj_weight])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_heads": 4},
+        {"split_sizes": (8, 8)},
+        {"view": "heads:4"},
+        {"view": "transposed"},
+        {"matrix_view": "flatten"},
+    ],
+    ids=str,
+)
+def test_a_view_for_a_whole_model_must_not_contradict_it(options):
+    net = nn.Module()
+    net.q, net.experts = nn.Linear(8, 16), nn.Parameter(torch.zeros(3, 8, 6))
+    text = r"is not that of '(q\.weight|experts)' in the model, .*num_heads.*each with its view"
+    with pytest.raises(ValueError, match=text):
+        Muon(net, **options)
+    with pytest.raises(ValueError, match=text):
+        read(net, MuonRule(), None, "rows:8,8")
+    group = {"params": [net.q.weight], "view": "heads:4"}
+    assert Muon([group]).param_groups[0]["view"] == "heads:4"
+
+
+def test_a_view_that_says_what_the_model_does_is_fine():
+    linear = nn.Sequential(nn.Linear(8, 16))
+    for view in ("auto", "batch", "flatten"):
+        assert Muon(linear, matrix_view=view).param_groups[0]["view"] == "auto"
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 16))
+    assert Muon(convolution, view="flatten").param_groups[0]["view"] == "flatten"
+    with pytest.raises(ValueError, match=r"view 'batch' is not that of '0\.weight'"):
+        Muon(convolution, view="batch")
+
+
+@BOTH
+def test_names_route_as_far_as_they_go(cls):
+    named = [
+        ("tok_embeddings.weight", weight((40, 8))),
+        ("layers.0.wq.weight", weight((8, 8))),
+        ("norm.weight", weight((8,))),
+        ("lm_head.weight", weight((40, 8))),
+    ]
+    optimizer = cls(named)
+    assert rules(optimizer) == ["adamw", cls.__name__, "adamw", "adamw"]
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in named]
+    assert rules(cls([p for _, p in named])) == [cls.__name__, cls.__name__, "adamw", cls.__name__]
+
+
+@BOTH
+def test_shape_alone_warns_about_a_very_long_side(cls):
+    wide = nn.Parameter(torch.zeros(16385, 2))
+    with pytest.warns(UserWarning, match=r"side above 16384.*rule='adamw'"):
+        cls([wide])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cls([("layer.weight", wide)])
+        cls([{"params": [wide], "rule": "adamw"}])
+        cls([weight((1, 7)), weight((3, 4, 5)), weight((2, 3, 4, 4)), weight(())])
+
+
+@BOTH
+def test_zero_elements_and_scalars_are_no_ops_and_adamw(cls):
+    params = [nn.Parameter(torch.zeros(0, 5)), nn.Parameter(torch.zeros(())), weight((1, 6))]
+    optimizer = cls(params)
+    assert rules(optimizer) == ["adamw", "adamw", cls.__name__]
+    run(optimizer, params, [[torch.zeros(0, 5)], [torch.ones(())], gradients((1, 6), 1)])
+
+
+@BOTH
+def test_group_overrides_of_any_field(cls):
+    field, value = ("momentum", 0.5) if cls is Muon else ("rank", 2)
+    p, q = weight(SQUARE, 0), weight(SQUARE, 1)
+    mixed = cls([{"params": [p]}, {"params": [q], field: value, "lr": 0.05}], lr=0.02)
+    out = run(mixed, [p, q], [gradients(SQUARE, 4, 0), gradients(SQUARE, 4, 1)])
+    q2 = weight(SQUARE, 1)
+    alone = run(cls([q2], lr=0.05, **{field: value}), [q2], [gradients(SQUARE, 4, 1)])
+    if cls is GaLore:  # its format: where one group names rank, the others are AdamW
+        assert rules(mixed) == ["adamw", "GaLore"]
+    assert same([W[1] for W in out], [W[0] for W in alone])
+
+
+def test_galore_torchs_format():
+    p, v, bias = weight(WIDE, 0), weight((4,), 1), weight((4,), 2)
+    group = {"rank": 4, "update_proj_gap": 7, "scale": 0.5, "proj_type": "reverse_std"}
+    optimizer = GaLore([{"params": [v, weight(TALL)]}, {"params": [p], **group}])
+    assert rules(optimizer) == ["adamw", "adamw", "GaLore"]
+    with pytest.warns(UserWarning, match="AdamW trains it instead of GaLore") as seen:
+        GaLore([{"params": [("w", p), ("b", bias)], **group}])
+    assert len(seen) == 1 and "'b'" in str(seen[0].message)
+    late = GaLore([p])
+    with pytest.warns(UserWarning, match="AdamW trains it"):
+        late.add_param_group({"params": [bias], **group})
+    assert rules(late) == ["GaLore", "adamw"]
+
+
+def test_keys_of_trainers_pass():
+    keys = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+    optimizer = Muon([{"params": [weight(SQUARE)], **dict.fromkeys(keys, 0.1)}])
+    assert optimizer.param_groups[0]["swa_lr"] == 0.1
+    with pytest.raises(ValueError, match="use_muon"):
+        GaLore([{"params": [weight(SQUARE)], "use_muon": True}])
+
+
+@BOTH
+def test_explicit_adamw_group_takes_matrices_and_its_own_lr(cls):
+    p = weight(SQUARE)
+    optimizer = cls([{"params": [p], "rule": "adamw"}], lr=0.1, adamw_lr=0.01)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    own = cls([{"params": [weight(SQUARE)], "rule": "adamw", "lr": 0.5}], lr=0.1, adamw_lr=0.01)
+    assert own.param_groups[0]["lr"] == 0.5
+
+
+def test_module_form_with_adamw_lr_keeps_roles_and_names_beside_their_parameters():
+    optimizer = Muon(model(), lr=0.02, adamw_lr=0.003)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.02, 0.003]
+    named = Muon(model().named_parameters(), lr=0.02, adamw_lr=0.003)
+    for group in (*optimizer.param_groups, *named.param_groups):
+        assert len(group["param_names"]) == len(group["params"])
+        assert "roles" not in group or len(group["roles"]) == len(group["params"])
+    assert [len(g["params"]) for g in named.param_groups] == [3, 4]
+
+
+@BOTH
+def test_assignment_prints_one_row_per_parameter(cls):
+    table = cls(model()).assignment()
+    text = str(table)
+    assert all(row.name in text for row in table) and cls.__name__ in text.splitlines()[-1]
+    unnamed = cls([weight(SQUARE), weight((3,))]).assignment()
+    assert [row.name for row in unnamed] == [None, None] and str(unnamed)
+
+
+@BOTH
+def test_optimizer_prints_its_groups(cls):
+    text = repr(cls(model()))
+    assert text.startswith(cls.__name__) and "weight_decay" in text
+
+
+@BOTH
+def test_late_group_trains_beside_the_old_ones(cls):
+    p, q = weight(SQUARE, 0), weight(WIDE, 1)
+    optimizer = cls([p], lr=0.02)
+    grads = [gradients(SQUARE, 6, 0), gradients(WIDE, 6, 1)]
+    run(optimizer, [p], [grads[0][:3]])
+    optimizer.add_param_group({"params": [q]})
+    out = run(optimizer, [p, q], [grads[0][3:], grads[1][3:]])
+    p2, q2 = weight(SQUARE, 0), weight(WIDE, 1)
+    a = run(cls([p2], lr=0.02), [p2], [grads[0]])
+    b = run(cls([q2], lr=0.02), [q2], [grads[1][3:]])
+    assert same([W[0] for W in out], [W[0] for W in a[3:]])
+    assert same([W[1] for W in out], [W[0] for W in b])
+
+
+def test_capturable_is_fine_for_adamw_groups_only():
+    group = {"params": [weight((3,))], "rule": "adamw", "capturable": True}
+    assert Muon([group]).param_groups[0]["capturable"]
+    assert Muon([weight(SQUARE)], fused=False, foreach=None).defaults["fused"] is False
+
+
+def test_several_members_take_flat_pairs():
+    pairs = [weight((3, 8), 0), weight((6, 3), 1), weight((3, 8), 2), weight((6, 3), 3)]
+    optimizer = driver(PairRule())(pairs)
+    assert isinstance(optimizer, StackedOptimizer)
+    assert [row.why for row in optimizer.assignment()] == ["member A", "member B"] * 2
+
+
+def test_names_given_as_a_group_key_route_like_pairs():
+    named = {
+        "h.weight": weight(SQUARE, 0),
+        "h.bias": weight((4,), 1),
+        "lm_head.weight": weight(TALL),
+    }
+    group = {"params": list(named.values()), "param_names": list(named)}
+    for options in ({}, {"adamw_lr": 1e-4}):
+        optimizer = Muon([group], lr=0.02, **options)
+        table = {row.name: row.rule for row in optimizer.assignment()}
+        assert table == {"h.weight": "Muon", "h.bias": "adamw", "lm_head.weight": "adamw"}
+        for g in optimizer.param_groups:
+            assert [named[name] is p for name, p in zip(g["param_names"], g["params"], strict=True)]
+
+
+def test_reference_keys_mean_what_they_say():
+    late = Muon([{"params": [weight(SQUARE)], "use_muon": True}])
+    late.add_param_group({"params": [weight(TALL)], "use_muon": False})
+    assert rules(late) == ["Muon", "adamw"]
+    with pytest.raises(ValueError, match="rank"):
+        GaLore([{"params": [weight(SQUARE)], "rank": 0}, {"params": [weight(TALL)], "rank": 2}])
+
+
+def test_torchs_names_mean_adamws_values_in_an_adamw_group():
+    """The group of Keller Jordan's README, and eps."""
+    v, w = weight((4,), 0), weight((4,), 0)
+    settings = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.01, "eps": 0.1}
+    ours = Muon([{"params": [weight(SQUARE)], "use_muon": True},
+                 {"params": [v], "use_muon": False, **settings}])  # fmt: skip
+    galore = GaLore([{"params": [w], "rule": "adamw", **settings}])
+    for optimizer, p in ((ours, v), (galore, w)):
+        q = weight((4,), 0)
+        theirs = torch.optim.AdamW([q], **settings)
+        for step in range(3):
+            p.grad = q.grad = torch.tensor([1.0, -2.0, 0.5, 3.0]) * (step + 1)
+            optimizer.step()
+            theirs.step()
+        assert torch.equal(p, q)
+
+
+def test_a_warning_names_the_users_line():
+    wide = nn.Parameter(torch.zeros(16385, 2))
+    optimizer = Muon([weight(SQUARE)])
+    for warn in (
+        lambda: Muon([wide]),
+        lambda: optimizer.add_param_group({"params": [wide]}),
+        lambda: Muon([{"params": [weight((3,))], "use_muon": True}]),
+    ):
+        with pytest.warns(UserWarning) as seen:
+            warn()
+        assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_a_parameter_appended_to_a_named_group_is_trained_without_a_name():
+    p, late = weight(SQUARE, 0), weight(SQUARE, 1)
+    optimizer = Muon([("layer.weight", p)])
+    optimizer.param_groups[0]["params"].append(late)
+    run(optimizer, [p, late], [gradients(SQUARE, 1, 0), gradients(SQUARE, 1, 1)])
+    assert optimizer.state[late]["step"] == 1

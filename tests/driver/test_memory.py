@@ -1,0 +1,91 @@
+"""What a step allocates, and what stays: docstrings' bounds, the papers' formulas of state."""
+
+import pytest
+import torch
+from helpers.allocations import count_step
+from helpers.problems import gradients, weight
+
+from stiefel.kernels import POLAR_METHODS
+from stiefel.optimizers import GaLore, Muon
+from stiefel.optimizers._driver.write import PANEL
+
+WIDE, TALL = (256, 1024), (1024, 256)
+MATRIX = 256 * 1024 * 4
+
+
+def peak(optimizer, params, warm=1):
+    """Live bytes of new storages at their peak in one step, after `warm` steps."""
+    for step in range(warm + 1):
+        for k, p in enumerate(params):
+            p.grad = gradients(tuple(p.shape), 1, step + k, p.dtype)[0]
+        if step == warm:
+            break
+        optimizer.step()
+    counter = count_step(optimizer)
+    return counter.peak
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_galore_needs_two_buffers_and_panels(shape, decay):
+    """r x n buffers and panels only, both ways, however many weights there are."""
+    params = [weight(shape, k) for k in range(3)]
+    optimizer = GaLore(params, rank=64, weight_decay=decay)
+    buffers = 2 * 64 * 1024 * 4
+    assert peak(optimizer, params) <= buffers + PANEL * 4
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_galore_refresh_makes_no_copy_of_the_gradient(shape):
+    p = weight(shape)
+    optimizer = GaLore([p], rank=64, update_proj_gap=1)
+    gram = 256 * 256 * 4
+    assert peak(optimizer, [p]) <= 6 * gram + 2 * 64 * 1024 * 4 + 2**20 * 4 // 2
+
+
+@pytest.mark.parametrize("polar", ["auto", *POLAR_METHODS])
+@pytest.mark.parametrize("shape", [WIDE, TALL, (512, 512)])
+def test_muon_needs_five_matrices_at_most(shape, polar):
+    params = [weight(shape, k) for k in range(3)]
+    bound = 5 if polar != "qdwh" else 8  # a QR of two stacked matrices, as its docstring says
+    size, vectors = shape[0] * shape[1] * 4, 8 * sum(shape) * 4  # norms, singular values
+    assert peak(Muon(params, polar=polar), params) <= bound * size + vectors
+
+
+@pytest.mark.parametrize("make", [Muon, lambda ps: GaLore(ps, rank=16)])
+def test_stacks_stay_within_their_budget(make, monkeypatch):
+    from stiefel.optimizers._driver import buckets
+
+    params = [weight((64, 64), k) for k in range(64)]
+    one = 64 * 64 * 4
+    monkeypatch.setitem(buckets.CHUNK, "cpu", 8 * one)
+    optimizer = make(params)
+    assert peak(optimizer, params) <= 9 * 8 * one
+    assert max(len(bucket.units) for bucket in optimizer._plan.buckets) == 8
+
+
+def test_bfloat16_weights_add_one_float32_gradient():
+    p = weight(WIDE, dtype=torch.bfloat16)
+    optimizer = GaLore([p], rank=64)
+    assert peak(optimizer, [p]) <= MATRIX + 2 * 64 * 1024 * 4 + 3 * PANEL * 4
+
+
+def test_adamw_parameters_allocate_what_torch_does():
+    p, q = weight(WIDE), weight(WIDE)
+    ours = peak(Muon([{"params": [p], "rule": "adamw"}]), [p])
+    assert ours <= peak(torch.optim.AdamW([q]), [q]) + 4096
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_state_bytes_equal_the_formulas(shape):
+    p, q = weight(shape), weight(shape)
+    muon, galore = Muon([p]), GaLore([q], rank=32)
+    for optimizer in (muon, galore):
+        optimizer.init_state()
+
+    def held(optimizer, p):
+        values = optimizer.state[p].values()
+        return sum(x.untyped_storage().nbytes() for x in values if isinstance(x, torch.Tensor))
+
+    assert held(muon, p) == MATRIX
+    assert held(galore, q) == 4 * 32 * (256 + 2 * 1024)

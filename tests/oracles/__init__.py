@@ -1,0 +1,1 @@
+"""Each method once more: one matrix, float64, plain loops, nothing shared with the package."""
