@@ -1,4 +1,4 @@
-"""Which file may import which: read from the sources, so that nothing has to be imported."""
+"""Which folder may import which, read from the sources, so that nothing has to be imported."""
 
 import ast
 import sys
@@ -6,156 +6,36 @@ import sys
 import pytest
 from helpers.paths import ROOT
 
-TOOLKIT = {
-    "frames",
-    "rule",
-    "base",
-    "moments",
-    "projectors",
-    "groups",
-    "lowrank",
-    "feedback",
-    "orthogonal",
-    "inner",
-    "splits",
-    "turns",
-    "ways",
-    "powers",
-    "rows",
-    "lora",
-    "pairs",
-    "base_weights",
-    "tangent",
-    "pools",
-    "switching",
-}
 FLOORS = {
-    "views": set(),
-    "role_table": set(),
-    "roles": {"role_table"},
-    "moments": {"kernels", "rule"},
-    "terms": {"kernels"},
-    "rule": {"terms"},
-    "bases": set(),
-    "sketches": {"bases"},
-    "subspaces": {"bases", "kernels", "moments", "rule", "sketches"},
-    "coordinates": {"bases", "kernels", "moments", "rule", "sketches", "subspaces"},
-    "projectors": {"bases", "coordinates", "rule", "sketches", "subspaces"},
-    "policies": {"groups", "role_table", "roles", "rule"},
-    "symmetry": {
-        "base",
-        "groups",
-        "hybrid",
-        "muon",
-        "policies",
-        "roles",
-        "rownorm",
-        "rule",
-        "spectral",
-    },
-    "powers": {"kernels", "moments", "rule"},
-    "rows": {"kernels", "lowrank", "moments", "rule"},
-    "adamw": set(),
-    "write": {"kernels", "rule"},
-    "units": {"kernels", "rule", "views"},
-    "plan": {"kernels", "rule", "units"},
-    "inner": {"moments", "rule"},
-    "memory": {"adamw", "base", "plan", "units"},
-    "groups": {"roles", "rule", "units", "views"},
-    "checkpoint": {"adamw", "groups", "rule", "units"},
-    "orthogonal": {"kernels", "moments", "rule", "sketches"},
-    "ways": {"inner", "moments", "rule", "sketches"},
-    "turns": {"groups", "inner", "rule", "sketches", "ways"},
-    "splits": {"inner", "kernels", "moments", "projectors", "rule", "sketches", "turns", "ways"},
-    "frames": {"groups", "kernels", "lowrank", "moments", "rule", "units"},
-    "lowrank": {"inner", "moments", "projectors", "rule"},
-    "changes": {"kernels", "rule", "units"},
-    "base": {
-        "changes",
-        "adamw",
-        "checkpoint",
-        "flags",
-        "groups",
-        "plan",
-        "units",
-        "roles",
-        "rule",
-        "together",
-        "write",
-    },
-    "together": {"rule"},
-    "flags": {"kernels", "plan", "rule", "units", "write"},
-    "feedback": {"kernels", "rule"},
-    "tangent": {"kernels", "pairs"},
-    "base_weights": {"groups", "lora", "moments", "rule", "views"},
-    "pairs": {"kernels"},
-    "lora": {"base", "groups", "rule"},
-    "switching": {"groups", "plan", "rule", "views", "write"},
-    "pools": {"groups", "lora", "plan", "rule", "sketches", "switching", "units"},
+    "optimizers/_core": {"kernels"},
+    "optimizers/_toolkit": {"kernels", "_core"},
+    "optimizers/_roles": {"_core"},
+    "optimizers/_driver": {"kernels", "_core", "_roles"},
+    "optimizers/_frugal": {"kernels", "_core", "_toolkit", "_driver"},
+    "optimizers/_lora": {"kernels", "_core", "_toolkit", "_driver"},
+    "optimizers": {"kernels", "_core", "_toolkit", "_roles", "_driver", "_frugal", "_lora"},
+    "kernels/reference": set(),
+    "kernels/triton": {"reference"},
+    "kernels/polar": {"dispatch", "ops", "random", "reference"},
+    "kernels": {"polar", "reference"},
 }
-METHODS = {
-    "adaprelora",
-    "altlora",
-    "aro",
-    "auon",
-    "dctadamw",
-    "fira",
-    "frugal",
-    "galore",
-    "hybrid",
-    "muon",
-    "rownorm",
-    "spectral",
-    "switchlora",
-    "trion",
-}
-KERNELS = {
-    "reference": {
-        "adam",
-        "cosines",
-        "normalising",
-        "passes",
-        "products",
-        "rows",
-        "scaling",
-        "sums",
-    },
-    "adam": set(),
-    "passes": {"sums"},
-    "sums": set(),
-    "blockwise": set(),
-    "quantise": set(),
-    "coefficients": set(),
-    "products": set(),
-    "cosines": {"products"},
-    "dct": {"cosines", "dispatch", "products", "reference"},
-    "dispatch": {"reference"},
-    "normalising": {"passes"},
-    "stacking": {"dispatch", "reference"},
-    "direct": {"coefficients", "dispatch"},
-    "hashing": set(),
-    "low_rank": {"hashing", "products"},
-    "polynomial": {"coefficients", "dispatch", "hashing", "reference"},
-    "gram_space": {"coefficients", "direct", "dispatch", "polynomial", "reference"},
-    "qdwh": {"coefficients", "direct", "dispatch"},
-    "polar": {"coefficients", "direct", "gram_space", "low_rank", "polynomial", "qdwh", "stacking"},
-    "report": {"polar", "reference"},
-    "inverse_root": {"coefficients", "products"},
-    "rotation": {"polar", "products"},
-    "sinkhorn": {"dispatch"},
-    "scaling": {"products"},
-    "rows": {"passes", "products", "sums"},
-    "rownorm": {"dispatch"},
-}
+"""Per folder, the other folders (or files beside it) that its files may import."""
+METHODS = {path.stem for path in ROOT.glob("optimizers/*.py")} - {"__init__"}
+SOURCES = sorted([*ROOT.glob("optimizers/**/*.py"), *ROOT.glob("kernels/**/*.py")])
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
 
 
 def imports(path):
-    """Names of the house's modules that a file imports, and outside packages, at module level."""
+    """Modules of the package that a file imports, as path parts below ROOT, and outside packages."""
     inside, outside = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            module = (node.module or "").split(".")[0]
-            inside |= {module} if module else {alias.name for alias in node.names}
+            folder = path.parents[node.level - 1].relative_to(ROOT).parts
+            parts = (*folder, *(node.module or "").split(".")) if node.module else folder
+            inside |= {parts} if node.module else {(*parts, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             outside.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
@@ -163,55 +43,39 @@ def imports(path):
     return inside, outside
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("optimizers/*.py")), ids=lambda p: p.stem)
-def test_optimizers_import_only_lower_floors(path):
-    if path.stem == "__init__":
-        return
-    inside, _ = imports(path)
-    allowed = TOOLKIT | {"kernels"} if path.stem in METHODS else FLOORS[path.stem]
-    assert inside <= allowed, f"{path.name} imports {sorted(inside - allowed)}"
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_folder_imports_only_what_lies_below_it(path):
+    own = path.parent.relative_to(ROOT).parts
+    allowed = FLOORS["/".join(own)]
+    for parts in imports(path)[0]:
+        if parts[: len(own)] == own and len(parts) <= len(own) + 1:
+            continue  # the same folder; that methods keep apart is the next test
+        names = set(parts) & {*allowed, parts[0] if parts[0] != own[0] else ""}
+        assert names & allowed, f"{name_of(path)} imports {'.'.join(parts)}"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/*.py")), ids=lambda p: p.stem)
-def test_kernels_import_only_lower_floors(path):
-    if path.stem == "__init__":
-        return
-    inside, _ = imports(path)
-    assert inside <= KERNELS[path.stem], (
-        f"{path.name} imports {sorted(inside - KERNELS[path.stem])}"
-    )
+def test_no_method_imports_another_method():
+    for name in METHODS - {"symmetry"}:
+        inside, _ = imports(ROOT / "optimizers" / f"{name}.py")
+        found = {parts[1] for parts in inside if parts[0] == "optimizers"} & METHODS
+        assert not found, f"{name}.py imports {sorted(found)}"
 
 
 def test_only_triton_files_import_triton_and_nothing_heavy_is_imported():
-    for path in [*ROOT.glob("optimizers/*.py"), *ROOT.glob("kernels/*.py")]:
+    for path in SOURCES:
         _, outside = imports(path)
-        assert "triton" not in outside or path.stem.startswith("triton_")
-        assert not outside & {"scipy", "matplotlib", "transformers", "stiefel"}, path.name
+        assert "triton" not in outside or path.parent.name == "triton", path
+        assert outside <= {"torch", "triton", "typing_extensions", *sys.stdlib_module_names}, path
 
 
-REFERENCES = {"cosines", "normalising", "passes", "rows", "scaling"}
-"""Plain torch beside which a kernel stands: names, checks and tables that both need."""
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/triton/*.py")), ids=lambda p: p.stem)
-def test_a_back_end_knows_neither_who_calls_it_nor_how_it_was_picked(path):
-    inside, outside = imports(path)
-    own = {other.stem for other in ROOT.glob("kernels/triton/*.py")}
-    assert inside <= own | REFERENCES, f"{path.name} imports {sorted(inside - own - REFERENCES)}"
-    assert outside <= {"triton", "torch"} | set(sys.stdlib_module_names)
-
-
-def test_no_rule_asks_which_back_end_runs():
-    for name in METHODS:
-        inside = (ROOT / "optimizers" / f"{name}.py").read_text()
-        assert "dispatch" not in inside and "reference." not in inside, name
+def test_no_optimizer_chooses_or_names_a_back_end():
+    back_end = {"dispatch", "reference", "triton", "backend_for"}
+    for path in ROOT.glob("optimizers/**/*.py"):
+        for parts in imports(path)[0]:
+            assert not set(parts) & back_end, f"{name_of(path)} imports {'.'.join(parts)}"
+        names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
+        assert not names & back_end, f"{name_of(path)} names {sorted(names & back_end)}"
 
 
 def test_no_package_file_above_both_packages():
     assert not (ROOT / "__init__.py").exists() and not (ROOT / "stiefel").exists()
-
-
-def test_method_files_stay_short():
-    for name in METHODS:
-        most = 230  # a docstring with every option takes half of that
-        assert len((ROOT / "optimizers" / f"{name}.py").read_text().splitlines()) <= most

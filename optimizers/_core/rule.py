@@ -7,7 +7,7 @@ state, missing and bad gradients, learning rate, decay, the write) belongs to th
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +49,9 @@ __all__ = [
     "Sums",
     "Term",
     "Together",
+    "defaults_of",
+    "rule_class",
+    "settings_of",
 ]
 
 Scalar = float | Tensor
@@ -406,3 +409,22 @@ class Rule:
     def splits(self, m: int, n: int) -> frozenset[str]:
         """Dimensions along which shards are exact because every sum goes through ``sums``."""
         return frozenset()
+
+
+def rule_class(name: str) -> type[Rule]:
+    """The rule class that a group's ``rule`` names."""
+    if name not in RULES:
+        raise ValueError(
+            f"group key 'rule' must be 'adamw' or one of {', '.join(sorted(RULES))}, got {name!r}"
+        )
+    return RULES[name]
+
+
+def defaults_of(cls: type[Rule]) -> dict[str, Any]:
+    """Group keys of a rule with their defaults."""
+    return {f.name: f.default for f in fields(cls)}
+
+
+def settings_of(rule: Rule) -> dict[str, Any]:
+    """A rule's fields as group values."""
+    return {f.name: getattr(rule, f.name) for f in fields(rule)}

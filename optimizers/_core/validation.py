@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -70,3 +72,14 @@ def rank_of(rank: int | float, d: int) -> int:
     if isinstance(rank, float) and 0.0 < rank <= 1.0:
         return min(max(1, round(rank * d)), d)
     raise ValueError(f"rank must be a positive int or a fraction in (0, 1], got rank={rank!r}")
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> str | None:
+    """One sentence about the first unknown name, with the nearest known one; None if all known."""
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            return f"{what} {name!r} is unknown{hint}"
+    return None

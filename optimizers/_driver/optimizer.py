@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._core.rule import RULES, Rule, Together
+from .._core.rule import RULES, Rule, Together, defaults_of, rule_class, settings_of
+from .._core.validation import refuse_unknown
 from .._roles.classify import Assignment
 from . import adamw, checkpoint
 from .batched_calls import Meeting, Run, Written
@@ -24,15 +25,11 @@ from .param_groups import (
     check_group,
     check_matrix,
     check_values,
-    defaults_of,
     parameters_of,
     read,
-    refuse_unknown,
     routed,
     rows_of,
-    rule_class,
     rule_of,
-    settings_of,
 )
 from .settings import refuse_state_changes
 from .units import Unit, units_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import warnings
@@ -14,10 +13,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from .._core.rule import RULES, Rule
+from .._core.rule import Rule, rule_class
+from .._core.views import blocks
 from .._roles.classify import Row, classify, route
+from .._roles.residual_sides import sides_of
 from .units import views_of
-from .views import blocks
 
 
 class Common(TypedDict, total=False):
@@ -63,26 +63,6 @@ WIDE = 16384
 """A side above which a matrix without a name is more likely an embedding."""
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> str | None:
-    """One sentence about the first unknown name, with the nearest known one; None if all known."""
-    known = sorted(known)
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-            return f"{what} {name!r} is unknown{hint}"
-    return None
-
-
-def rule_class(name: str) -> type[Rule]:
-    """The rule class that a group's ``rule`` names."""
-    if name not in RULES:
-        raise ValueError(
-            f"group key 'rule' must be 'adamw' or one of {', '.join(sorted(RULES))}, got {name!r}"
-        )
-    return RULES[name]
-
-
 def rule_of(group: Mapping[str, Any], own: type[Rule]) -> Rule | None:
     """The rule that a group's values describe, or None for an AdamW group."""
     name = group.get("rule")
@@ -90,16 +70,6 @@ def rule_of(group: Mapping[str, Any], own: type[Rule]) -> Rule | None:
         return None
     cls = own if name is None else rule_class(name)
     return cls(**{f.name: group[f.name] for f in fields(cls) if f.name in group})
-
-
-def defaults_of(cls: type[Rule]) -> dict[str, Any]:
-    """Group keys of a rule with their defaults."""
-    return {f.name: f.default for f in fields(cls)}
-
-
-def settings_of(rule: Rule) -> dict[str, Any]:
-    """A rule's fields as group values."""
-    return {f.name: getattr(rule, f.name) for f in fields(rule)}
 
 
 def read(
@@ -144,7 +114,7 @@ def _from_module(
     rows = [row for row in classify(model) if row.name and named[row.name].requires_grad]
     matrices = [row for row in rows if row.rule == "matrix"]
     _refuse_view(view, matrices)
-    sides = _sides(matrices, own)
+    sides = sides_of(matrices, own)
     made: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         assert row.name is not None
@@ -177,82 +147,6 @@ def _plain_view(view: str | Sequence[str], row: Row) -> str | Sequence[str]:
     if view == "auto" or (view == "flatten" and len(row.shape) == 2):
         return "batch" if len(row.shape) <= 3 else "flatten"
     return view
-
-
-def _sides(rows: Sequence[Row], rule: Rule) -> dict[str | None, str | tuple[str, ...]]:
-    """The field ``side`` of each matrix's group, by name, where the model tells it.
-
-    One rotation for several weights has a side for each of them: every run of weights that share it
-    has a tuple. Runs with another tuple are of another group.
-    """
-    if len(rule.members) == 1:
-        told = {row.name: short_side(row) for row in rows if asks_side(rule)}
-        return {name: side for name, side in told.items() if side is not None}
-    found: dict[str | None, str | tuple[str, ...]] = {}
-    if getattr(rule, "side", None) != "auto":
-        return found
-    for view in {row.view: None for row in rows}:
-        alike = [row for row in rows if row.view == view]
-        size = len(rule.members) or len(alike)
-        for start in range(0, len(alike), size):
-            run = alike[start : start + size]
-            side = _shared_side(run)
-            if side is not None and len(run) == size and _takes(rule, side):
-                found.update(dict.fromkeys([row.name for row in run], side))
-    return found
-
-
-def _shared_side(run: Sequence[Row]) -> str | tuple[str, ...] | None:
-    """The residual side of each of some weights, None if none is known or it is not the shortest.
-
-    Where it is not known it is the side of that length, and the rows if both are. One word says it
-    if it is the same for all.
-    """
-    cuts = [blocks(row.view, row.shape) for row in run]
-    if any(len(cut) > 1 for cut in cuts):
-        return None  # which several members cannot follow
-    sizes = [(cut[0].m, cut[0].n) for cut in cuts]
-    known = {
-        m if row.side == "rows" else n for row, (m, n) in zip(run, sizes, strict=True) if row.side
-    }
-    shared = set(sizes[0]).intersection(*sizes)
-    if not shared or known != {min(shared)}:
-        return None
-    sides = tuple(
-        row.side or ("rows" if {m} == known else "cols")
-        for row, (m, _) in zip(run, sizes, strict=True)
-    )
-    return sides if len(set(sides)) > 1 else sides[0]
-
-
-def _takes(rule: Rule, side: Any) -> bool:
-    """Whether the field ``side`` of a rule can have this value."""
-    try:
-        replace(rule, **{"side": side})
-        return True
-    except ValueError:  # sides of another kind
-        return False
-
-
-def asks_side(rule: Rule) -> bool:
-    """Whether the rule has a field ``side`` that takes "rows" and "cols" and was left at "auto".
-
-    A unit of several weights has a side for each of them, which is not for one row to say.
-    """
-    if getattr(rule, "side", None) != "auto" or len(rule.members) != 1:
-        return False
-    return _takes(rule, "rows") and _takes(rule, "cols")
-
-
-def short_side(row: Row) -> str | None:
-    """The residual side of a matrix; None if it is not known, or is the longer one.
-
-    What a rule keeps for a side has that side twice: on the longer one it costs more than the
-    weight, and no gradient has the rank to settle it.
-    """
-    cut = blocks(row.view, row.shape)
-    fits = all((b.m <= b.n) if row.side == "rows" else (b.n <= b.m) for b in cut)
-    return row.side if fits else None
 
 
 def rows_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:

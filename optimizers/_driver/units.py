@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...kernels import blockwise_scales
 from .._core.rule import Place, Rule, Slot, Slots
-from .views import Block, blocks
+from .._core.views import Block, blocks
 from .windows import drops
 
 STACK = {"cpu": 2**15}

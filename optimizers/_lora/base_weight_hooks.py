@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._core.validation import check
+from .._core.views import Block, blocks
 from .._driver.param_groups import parameters_of
-from .._driver.views import Block, blocks
 from .._toolkit.moments import column_squares
 from .pair_groups import KINDS, PairOptimizer, lora_param_groups
 

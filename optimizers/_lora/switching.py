@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .._core.rule import Factored, Member
 from .._core.validation import check
+from .._core.views import blocks
 from .._driver.param_groups import called, parameters_of
-from .._driver.views import blocks
 from .._driver.write import write_
 
 if TYPE_CHECKING:

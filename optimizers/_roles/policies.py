@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.rule import RULES, Rule
-from .._core.validation import check
-from .._driver.param_groups import asks_side, refuse_unknown, rule_class, settings_of, short_side
+from .._core.rule import RULES, Rule, rule_class, settings_of
+from .._core.validation import check, refuse_unknown
 from .classify import Assignment, Row
+from .residual_sides import asks_side, short_side
 from .role_table import PARTS
 from .role_table import RULES as ROLES
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from stiefel.optimizers import Dense, GaLore, Muon, Rule, Slot, StackedOptimizer
 from stiefel.optimizers._driver import buckets, units
-from stiefel.optimizers._driver.views import blocks
+from stiefel.optimizers._core.views import blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,87 @@
+"""Which side of a weight is the residual stream, for rules that ask: a field ``side`` at "auto"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from .._core.rule import Rule
+from .._core.views import blocks
+from .classify import Row
+
+
+def sides_of(rows: Sequence[Row], rule: Rule) -> dict[str | None, str | tuple[str, ...]]:
+    """The field ``side`` of each matrix's group, by name, where the model tells it.
+
+    One rotation for several weights has a side for each of them: every run of weights that share it
+    has a tuple. Runs with another tuple are of another group.
+    """
+    if len(rule.members) == 1:
+        told = {row.name: short_side(row) for row in rows if asks_side(rule)}
+        return {name: side for name, side in told.items() if side is not None}
+    found: dict[str | None, str | tuple[str, ...]] = {}
+    if getattr(rule, "side", None) != "auto":
+        return found
+    for view in {row.view: None for row in rows}:
+        alike = [row for row in rows if row.view == view]
+        size = len(rule.members) or len(alike)
+        for start in range(0, len(alike), size):
+            run = alike[start : start + size]
+            side = _shared_side(run)
+            if side is not None and len(run) == size and _takes(rule, side):
+                found.update(dict.fromkeys([row.name for row in run], side))
+    return found
+
+
+def _shared_side(run: Sequence[Row]) -> str | tuple[str, ...] | None:
+    """The residual side of each of some weights, None if none is known or it is not the shortest.
+
+    Where it is not known it is the side of that length, and the rows if both are. One word says it
+    if it is the same for all.
+    """
+    cuts = [blocks(row.view, row.shape) for row in run]
+    if any(len(cut) > 1 for cut in cuts):
+        return None  # which several members cannot follow
+    sizes = [(cut[0].m, cut[0].n) for cut in cuts]
+    known = {
+        m if row.side == "rows" else n for row, (m, n) in zip(run, sizes, strict=True) if row.side
+    }
+    shared = set(sizes[0]).intersection(*sizes)
+    if not shared or known != {min(shared)}:
+        return None
+    sides = tuple(
+        row.side or ("rows" if {m} == known else "cols")
+        for row, (m, _) in zip(run, sizes, strict=True)
+    )
+    return sides if len(set(sides)) > 1 else sides[0]
+
+
+def _takes(rule: Rule, side: Any) -> bool:
+    """Whether the field ``side`` of a rule can have this value."""
+    try:
+        replace(rule, **{"side": side})
+        return True
+    except ValueError:  # sides of another kind
+        return False
+
+
+def asks_side(rule: Rule) -> bool:
+    """Whether the rule has a field ``side`` that takes "rows" and "cols" and was left at "auto".
+
+    A unit of several weights has a side for each of them, which is not for one row to say.
+    """
+    if getattr(rule, "side", None) != "auto" or len(rule.members) != 1:
+        return False
+    return _takes(rule, "rows") and _takes(rule, "cols")
+
+
+def short_side(row: Row) -> str | None:
+    """The residual side of a matrix; None if it is not known, or is the longer one.
+
+    What a rule keeps for a side has that side twice: on the longer one it costs more than the
+    weight, and no gradient has the rank to settle it.
+    """
+    cut = blocks(row.view, row.shape)
+    fits = all((b.m <= b.n) if row.side == "rows" else (b.n <= b.m) for b in cut)
+    return row.side if fits else None
