@@ -1,6 +1,7 @@
 """Drop-in ``torch.optim`` classes for matrix-aware and memory-lean methods."""
 
 from ..kernels import polar_report
+from . import _aliases
 from ._core.rule import (
     Blocks,
     Dense,
@@ -71,3 +72,5 @@ __all__ = [
     "polar_report",
     "switchlora_init_",
 ]
+
+_aliases.register()

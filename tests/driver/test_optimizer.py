@@ -12,8 +12,8 @@ from helpers.shapes import COLUMN, ODD, ROW, SHAPES, SQUARE, TALL, WIDE
 from torch import nn
 
 from stiefel.optimizers import Dense, GaLore, Muon, Rule, Slot, StackedOptimizer
-from stiefel.optimizers._driver import buckets, units
 from stiefel.optimizers._core.views import blocks
+from stiefel.optimizers._driver import buckets, units
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -21,8 +21,8 @@ from torch.nn.utils import parametrizations
 
 from stiefel import optimizers
 from stiefel.optimizers._core.rule import Dense, Rule
-from stiefel.optimizers._driver.optimizer import StackedOptimizer
 from stiefel.optimizers._core.views import blocks
+from stiefel.optimizers._driver.optimizer import StackedOptimizer
 from stiefel.optimizers._roles.classify import Assignment, classify, route
 
 GOLDEN = FIXTURES / "roles"
