@@ -155,7 +155,7 @@ def as_on_a_device(kernels: str) -> Iterator[None]:
     os.environ["STIEFEL_KERNELS"] = kernels
     try:
         with set_to(
-            (write, "PANEL", write.PANEL_ACCELERATOR), (power_sums, "PANEL", 2**62),
+            (write, "WRITE_PANEL", write.WRITE_PANEL_ACCELERATOR), (power_sums, "POWER_SUM_PANEL", 2**62),
             (sums, "_PANELLED", ()),
         ):  # fmt: skip
             yield

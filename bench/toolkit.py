@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from stiefel.kernels import dct
 from stiefel.optimizers import GaLore, Muon, StackedOptimizer
 from stiefel.optimizers._driver import units
-from stiefel.optimizers._toolkit.projectors import KINDS, projector
-from stiefel.optimizers._toolkit.random_keys import Draws
+from stiefel.optimizers._toolkit.projectors import PROJECTION_KINDS, make_projector
+from stiefel.optimizers._toolkit.random_keys import StackRNG
 
 Run = Callable[[], object]
 
@@ -52,20 +52,20 @@ def subspaces(quick: bool) -> None:
     best = s[:r].square().sum()
     runs: dict[str, Run] = {"thin SVD": lambda: torch.linalg.svd(G[0], full_matrices=False)}
     kept = {}
-    for kind in (*KINDS, "range:8,0", "range:8,2"):
-        P = projector(kind)
+    for kind in (*PROJECTION_KINDS, "range:8,0", "range:8,2"):
+        P = make_projector(kind)
         slots = P.slots(m, r)
         state = {
             name: torch.zeros(1, *slot.shape(m, n), dtype=slot.dtype or torch.float32)  # type: ignore[arg-type]
             for name, slot in slots.items()
         }
-        find = partial(P.find, G, draws=Draws(0, (0,), 1))
-        P.install(state, find(*P.held(state)))
+        find = partial(P.find, G, rng=StackRNG(0, (0,), 1))
+        P.install(state, find(*P.state_tensors(state)))
         if kind.startswith("power"):
             for _ in range(2):  # warm
-                P.install(state, find(*P.held(state)))
-        kept[kind] = float(P.down(state, G).square().sum() / best)
-        runs[kind] = partial(find, *P.held(state))
+                P.install(state, find(*P.state_tensors(state)))
+        kept[kind] = float(P.project(state, G).square().sum() / best)
+        runs[kind] = partial(find, *P.state_tensors(state))
     print(f"refresh / thin SVD and kept energy, {m}x{n}, rank {r}, singular values i^-0.5")
     for name, ratio in ratios(runs, "thin SVD", 1 if quick else 5).items():
         print(f"  {name:<12} {ratio:8.4f}   {kept.get(name, 1.0):.2f}")
@@ -94,17 +94,17 @@ def made(name: str, shapes: Sequence[tuple[int, int]]) -> StackedOptimizer:
 
 def stack(quick: bool) -> None:
     """A step with other limits of stacking, as a ratio to 2**13 elements."""
-    kept = units.STACK["cpu"]
+    kept = units.MAX_STACKED_NUMEL["cpu"]
     print("step / step with a limit of 2^13 elements")
     for model, shapes in MODELS.items():
         for name in METHODS:
             runs: dict[str, Run] = {}
             for power in (13, 14, 15, 16):
-                units.STACK["cpu"] = 2**power
+                units.MAX_STACKED_NUMEL["cpu"] = 2**power
                 runs[f"2^{power}"] = made(name, shapes[::4] if quick else shapes).step
             found = ratios(runs, "2^13", 1 if quick else 15)
             print(f"  {model:<15} {name:<7}", {k: round(v, 2) for k, v in found.items()})
-    units.STACK["cpu"] = kept
+    units.MAX_STACKED_NUMEL["cpu"] = kept
 
 
 def transforms(quick: bool) -> None:

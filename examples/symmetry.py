@@ -26,7 +26,7 @@ from mixture import build_mixture
 from pretrain import checkpoint_path, earlier_record, positive, print_header, print_report
 
 from stiefel.optimizers import SymmetryStack
-from stiefel.optimizers._roles.policies import POLICIES
+from stiefel.optimizers._roles.policies import ROLE_POLICIES
 
 MODELS = {"dense": build_model, "mixture": build_mixture}
 # The best of a sweep at 200 steps on seed 0 of the dense model.
@@ -55,7 +55,7 @@ class StackRun(Run):
         policy: Any = settings.method
         if policy in ONLY:
             roles = dict.fromkeys(("embedding", "head", "hidden", "expert", "router"), "adamw")
-            policy = {**roles, **{part: POLICIES["symmetry"][part] for part in ONLY[policy]}}
+            policy = {**roles, **{part: ROLE_POLICIES["symmetry"][part] for part in ONLY[policy]}}
         return SymmetryStack(model, settings.lr, policy=policy)
 
 

@@ -3,12 +3,12 @@
 from ..kernels import polar_report
 from . import _aliases
 from ._core.rule import (
-    Blocks,
+    BlockPosition,
     Dense,
     Direction,
     Factored,
     Member,
-    Place,
+    PanelTerm,
     Rule,
     Scaled,
     Selected,
@@ -42,7 +42,7 @@ __all__ = [
     "AltLoRA",
     "Assignment",
     "AuON",
-    "Blocks",
+    "BlockPosition",
     "DCTAdamW",
     "Dense",
     "Direction",
@@ -53,7 +53,7 @@ __all__ = [
     "Member",
     "MemoryReport",
     "Muon",
-    "Place",
+    "PanelTerm",
     "RowNorm",
     "Rule",
     "Scaled",

@@ -1,4 +1,4 @@
-"""Module paths of version 0.1, importable for one release: pickles of public records name them."""
+"""Public names and module paths of version 0.1, kept for one release: pickles name them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,17 @@ MOVED = {
 """Old module below ``stiefel.optimizers`` -> where its public names are now."""
 
 
+RENAMED = {"Blocks": "PanelTerm", "Place": "BlockPosition"}
+"""Old public name -> its successor, the same class."""
+
+
 def register() -> None:
-    """Let ``import stiefel.optimizers.OLD`` give the module that took OLD's public names."""
-    package = __package__ or "stiefel.optimizers"
+    """Make old names attributes of the package and ``stiefel.optimizers.OLD`` importable."""
+    package = sys.modules[__package__ or "stiefel.optimizers"]
+    rule = importlib.import_module("._core.rule", package.__name__)
+    for old, new in RENAMED.items():
+        setattr(rule, old, getattr(rule, new))
+        setattr(package, old, getattr(rule, new))
     for old, new in MOVED.items():
-        sys.modules[f"{package}.{old}"] = importlib.import_module(f".{new}", package)
+        module = importlib.import_module(f".{new}", package.__name__)
+        sys.modules[f"{package.__name__}.{old}"] = module

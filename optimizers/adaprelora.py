@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import add_product_, product
-from ._core.rule import Dense, Member, Slot, Steps, Together
-from ._core.validation import check, check_adam, check_known
+from ._core.rule import BatchedCall, Dense, Member, Slot, Steps
+from ._core.validation import check, check_adam, check_choices
 from ._lora.base_weight_hooks import WatchingOptimizer
-from ._lora.pair_algebra import damped_inverse, gram, times, unbiased
+from ._lora.pair_algebra import damped_inverse, debias_factor, gram, right_matmul
 from ._lora.pair_groups import LoRARule, Scale
 from ._lora.tangent_stats import tangent_cores, tangent_grams, tangent_squares
 from ._toolkit.moments import adam, ema, total
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ._driver.param_groups import Common
 
 
-def tall(x: Tensor, w: Member) -> Tensor:
+def as_tall(x: Tensor, w: Member) -> Tensor:
     """A^T and B have the same formulas: (K, n, r) and (K, m, r), energies (K, n, 1), (K, m, 1)."""
     return x if w.number else x.mT
 
@@ -36,7 +36,7 @@ class AdaPreLoRARule(LoRARule):
     U is the gradient times the other factor's damped (X^T diag(y) X)^-1, K is its own one.
     """
 
-    meets = True
+    yields_batched_calls = True
     betas: tuple[float, float] = (0.9, 0.99)
     eps_rel: float = 1e-6
     eps: float = 0.0
@@ -50,7 +50,9 @@ class AdaPreLoRARule(LoRARule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_adam(self.betas, self.eps)
-        check_known(self, variant=("momentum", "sgd", "adamw"), stats=("tangent", "exact", "none"))
+        check_choices(
+            self, variant=("momentum", "sgd", "adamw"), stats=("tangent", "exact", "none")
+        )
         check(self.eps_rel >= 0.0, f"eps_rel must not be negative, got {self.eps_rel!r}")
         check(0.0 < self.floor <= 1.0, f"floor must lie in (0, 1], got {self.floor!r}")
         cap = self.max_rel_step
@@ -69,76 +71,83 @@ class AdaPreLoRARule(LoRARule):
     def update(self, A: Member, B: Member) -> Steps:
         """Both steps from the old factors: they are one solution."""
         ws, steps = (A, B), []
-        G = [None if w.grad is None else tall(w.grad, w) for w in ws]
+        G = [None if w.grad is None else as_tall(w.grad, w) for w in ws]
         dtype = next(g.dtype for g in G if g is not None)
-        X = [tall(w.value, w).to(dtype) for w in ws]
+        X = [as_tall(w.value, w).to(dtype) for w in ws]
         Y = [None, None]
         if self.stats != "none":
             E = yield from self.energies(ws, X, G)
-            Y = yield Together(self.weights, (*E,))
-        M, clocks = zip(*map(self.average, ws), strict=True)
+            Y = yield BatchedCall(self.weights, (*E,))
+        M, clocks = zip(*map(self.averaged_grad, ws), strict=True)
         S = map(gram, X, Y)
-        *own, K_a, K_b = yield Together(self.inverses, (*S, *clocks))
-        for w, m, K, x, y, k in zip(ws, M, (K_a, K_b), X, Y, own, strict=True):
+        *own_inverses, K_a, K_b = yield BatchedCall(self.inverses, (*S, *clocks))
+        for w, m, K, x, y, k in zip(ws, M, (K_a, K_b), X, Y, own_inverses, strict=True):
             if m is None:
                 continue
-            U = times(m, K)
+            U = right_matmul(m, K)
             C = product(k, product(x.mT, U))
-            D = tall(U if y is None else U.div_(y), w)
+            D = as_tall(U if y is None else U.div_(y), w)
             if all(g is not None for g in G):  # what both can do is halved: least imbalance
                 add_product_(D, *((x, C) if w.number else (C.mT, x.mT)), alpha=-0.5)
             if self.variant == "adamw":
                 v, t, (b1, b2) = w.state["exp_avg_sq"], w.state["count"].add_(1), self.betas
                 D = adam(D, w.state["exp_avg"], v, t, beta1=b1, beta2=b2, eps=1e-8)
-            ratio = self.ratio_b if w.number else 1.0
-            steps.append(w.step(Dense(D), scale=ratio, cap=self.max_rel_step))
+            lr_factor = self.lr_factor_b if w.number else 1.0
+            steps.append(w.step(Dense(D), lr_factor=lr_factor, max_rel_norm=self.max_rel_step))
         yield from steps
 
-    def average(self, w: Member) -> tuple[Tensor | None, Tensor]:
+    def averaged_grad(self, w: Member) -> tuple[Tensor | None, Tensor]:
         """What is preconditioned, and the clock by which its bias is corrected."""
         if w.grad is None or self.variant != "momentum":
             M, clock = w.grad, torch.ones_like(w.value[:, :1, :1], dtype=torch.int32)
         else:
             M, clock = ema(w.state["exp_avg"], w.grad, self.betas[0]), w.state["count"].add_(1)
-        return None if M is None else tall(M, w), clock
+        return None if M is None else as_tall(M, w), clock
 
     def inverses(self, S_a: Tensor, S_b: Tensor, *clocks: Tensor) -> tuple[Tensor, ...]:
         """K_Q, K_P, zero for a zero factor; and what M_A, M_B are multiplied by."""
         K_Q, K_P = damped_inverse(torch.cat([S_a, S_b]), self.eps, self.eps_rel).chunk(2)
         beta1 = self.betas[0] if self.variant == "momentum" else 0.0
-        c_a, c_b = (unbiased(clock, beta1, S_a.dtype) for clock in clocks)
+        c_a, c_b = (debias_factor(clock, beta1, S_a.dtype) for clock in clocks)
         s2 = self.s**2 if self.scale_aware else 1.0
         return K_Q, K_P, K_P * (c_a / s2), K_Q * (c_b / s2)
 
     def energies(
         self, ws: Sequence[Member], X: Sequence[Tensor], G: Sequence[Tensor | None]
-    ) -> Generator[Together, Any, list[Tensor]]:
+    ) -> Generator[BatchedCall, Any, list[Tensor]]:
         """R (K, n, 1) and L (K, m, 1); the bias of L is left, as only its shape matters."""
-        sides, made, beta2 = [x.new_full((len(x), 1, 1), x.shape[-2]) for x in X], [], self.betas[1]
+        sides, results, beta2 = (
+            [x.new_full((len(x), 1, 1), x.shape[-2]) for x in X],
+            [],
+            self.betas[1],
+        )
         if self.stats == "tangent":
-            c = yield Together(self.cores, (*tangent_grams(X, G), *sides))
+            c = yield BatchedCall(self.cores, (*tangent_grams(X, G), *sides))
             means = [*map(tangent_squares, G, c[::2], X, c[1::2])]
         else:
-            means = [tall(w.state["seen"], w) / k for w, k in zip(ws, sides[::-1], strict=True)]
+            means = [as_tall(w.state["seen"], w) / k for w, k in zip(ws, sides[::-1], strict=True)]
         for w, x in zip(ws, means, strict=True):
-            E = tall(ema(w.state["energy"], tall(x, w).to(X[0].dtype), beta2), w)
-            made.append(E if w.number else E / (1 - beta2**w.t))
-        return made
+            E = as_tall(ema(w.state["energy"], as_tall(x, w).to(X[0].dtype), beta2), w)
+            results.append(E if w.number else E / (1 - beta2**w.t))
+        return results
 
     def cores(self, *grams_and_sides: Tensor) -> tuple[Tensor, ...]:
         """Those of the means of squares of columns and rows."""
-        *made, share = tangent_cores(*grams_and_sides)
-        by, (n, m) = self.s**-2 / (share if self.rescale_visible else 1.0), grams_and_sides[-2:]
-        return tuple(K * (by / k) for K, k in zip(made, (m, m, n, n), strict=True))
+        *results, share = tangent_cores(*grams_and_sides)
+        core_scale, (n, m) = (
+            self.s**-2 / (share if self.rescale_visible else 1.0),
+            grams_and_sides[-2:],
+        )
+        return tuple(K * (core_scale / k) for K, k in zip(results, (m, m, n, n), strict=True))
 
     def weights(self, R: Tensor, L: Tensor) -> tuple[Tensor, ...]:
         """Of sqrt(V) = p q^T, V = L R / mean(L): q (K, n, 1) and p (K, m, 1)."""
-        made = []
+        results = []
         for E in (R, L / (total(L.mT) / L.shape[-2])):
-            most = E.amax(-2, keepdim=True)
-            y = torch.maximum(E, most * self.floor**2).sqrt_()
-            made.append(torch.where(most > 0, y, 1.0))  # no gradient so far: nothing to weigh
-        return tuple(made)
+            largest = E.amax(-2, keepdim=True)
+            y = torch.maximum(E, largest * self.floor**2).sqrt_()
+            results.append(torch.where(largest > 0, y, 1.0))  # no gradient so far: nothing to weigh
+        return tuple(results)
 
 
 class AdaPreLoRA(WatchingOptimizer):

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ..kernels import add_product_, product
-from ._core.rule import Dense, Member, Scaled, Slot, Steps, Together
-from ._core.validation import check, check_adam, check_known
+from ._core.rule import BatchedCall, Dense, Member, Scaled, Slot, Steps
+from ._core.validation import check, check_adam, check_choices
 from ._lora.pair_algebra import (
-    alive,
-    applied,
     cross_gram,
     damped_inverse,
+    debias_factor,
     gram,
+    is_nonzero,
+    left_matmul,
     transport,
-    unbiased,
 )
 from ._lora.pair_groups import LoRARule, PairOptimizer, Scale
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ._driver.param_groups import Common
 
 
-def side(x: Tensor, w: Member) -> Tensor:
+def as_A(x: Tensor, w: Member) -> Tensor:
     """Formulas are those of A; B's are the same for the transposed W, whose pair is B^T, A^T."""
     return x.mT if w.number else x
 
@@ -38,7 +38,7 @@ def side(x: Tensor, w: Member) -> Tensor:
 class AltLoRARule(LoRARule):
     """M <- b1 T M + (1 - b1) K G_A / s^2, K = (B^T B + delta I)^-1; B's half mirrors it."""
 
-    meets = True
+    yields_batched_calls = True
     betas: tuple[float, float] = (0.9, 0.999)
     delta: float = 1e-5
     schedule: str = "both"
@@ -55,7 +55,7 @@ class AltLoRARule(LoRARule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_adam(self.betas, self.eps)
-        check_known(
+        check_choices(
             self,
             delta_mode=("absolute", "relative"),
             schedule=("both", "alternate"),
@@ -67,8 +67,8 @@ class AltLoRARule(LoRARule):
         check(self.delta >= 0.0, f"delta must not be negative, got {self.delta!r}")
         check(least >= 1, f"switch_every must be at least 1, got {least!r}")
         check(cap is None or cap > 0.0, f"max_rel_step must be positive, got {cap!r}")
-        plain = not (self.published and self.compact_alignment)
-        check(plain, "compat='reference' keeps the old factors; leave compact_alignment out")
+        compatible = not (self.published and self.compact_alignment)
+        check(compatible, "compat='reference' keeps the old factors; leave compact_alignment out")
 
     @property
     def published(self) -> bool:
@@ -78,25 +78,25 @@ class AltLoRARule(LoRARule):
     def state(self, *sides: tuple[int, int]) -> tuple[dict[str, Slot], ...]:
         """Momentum and its clock; the factor as the other half last saw it, or T itself."""
         slots = {"exp_avg": Slot("mn"), "count": Slot("11", dtype=torch.int32)}
-        kept = Slot("rr", fill="eye", r=sides[0][0]) if self.compact_alignment else Slot("mn")
-        slots["carry" if self.compact_alignment else "ref"] = kept
-        more = {"exp_avg_sq": Slot("mn")} if self.second_moment else {}
-        return {**slots, **more}, {**slots, **more}
+        ref_slot = Slot("rr", fill="eye", r=sides[0][0]) if self.compact_alignment else Slot("mn")
+        slots["carry" if self.compact_alignment else "ref"] = ref_slot
+        second_moment_slots = {"exp_avg_sq": Slot("mn")} if self.second_moment else {}
+        return {**slots, **second_moment_slots}, {**slots, **second_moment_slots}
 
     def update(self, A: Member, B: Member) -> Steps:
         """A first; then B, with the new A but the gradient that was taken at the old one."""
         for w, other in ((A, B), (B, A)):
-            if w.grad is None or not self.active(w):
+            if w.grad is None or not self.is_active(w):
                 continue
-            old = side(w.value, other).clone() if self.compact_alignment else None
-            yield from self.half(w, other)
+            old = as_A(w.value, other).clone() if self.compact_alignment else None
+            yield from self.factor_step(w, other)
             if old is not None:  # the other momentum has to follow this factor
-                X, carry = side(w.value, other).to(w.grad.dtype), other.state["carry"]
+                X, carry = as_A(w.value, other).to(w.grad.dtype), other.state["carry"]
                 S = gram(X)
                 T = transport(S, self.inverse(S), cross_gram(X, old.to(X.dtype)))
                 carry.copy_(product(T, carry))
 
-    def active(self, w: Member) -> bool:
+    def is_active(self, w: Member) -> bool:
         """Whether it is this factor's turn."""
         if self.schedule == "both":
             return True
@@ -108,52 +108,60 @@ class AltLoRARule(LoRARule):
         relative = self.delta_mode == "relative"
         return damped_inverse(S, 0.0 if relative else self.delta, self.delta if relative else 0.0)
 
-    def half(self, w: Member, other: Member) -> Steps:
+    def factor_step(self, w: Member, other: Member) -> Steps:
         """The step of one factor, in A's letters: w is A (r, n), X is B (m, r)."""
         assert w.grad is not None
         state = w.state
-        G, M = side(w.grad, w), side(state["exp_avg"], w)  # (K, r, n)
-        X = side(other.value, w).to(G.dtype)  # (K, m, r)
+        G, M = as_A(w.grad, w), as_A(state["exp_avg"], w)  # (K, r, n)
+        X = as_A(other.value, w).to(G.dtype)  # (K, m, r)
         S = gram(X)
         if self.compact_alignment:
             C = state["carry"].clone()
             state["carry"].copy_(torch.eye(len(C[0]), dtype=C.dtype, device=C.device))
         else:
-            ref = side(other.state["ref"], w)
+            ref = as_A(other.state["ref"], w)
             C = cross_gram(X, ref)
             ref.copy_(X)
-        T, K, clock, some, by = yield Together(self.small, (S, C, state["count"]))
+        T, K, clock, nonzero, debias = yield BatchedCall(self.small_solves, (S, C, state["count"]))
         state["count"].copy_(clock)
         if self.second_moment is None:
-            N = applied(T, M)
+            N = left_matmul(T, M)
             add_product_(N, K, G)
             U = M.copy_(N)
         else:
-            U, by = self.plus(w, M, applied(K, G), T, clock), some
-        U, ratio = side(U, w), self.ratio_b if w.number else 1.0
-        term = Scaled(U, by) if self.max_rel_step is None else Dense(U * by)
-        yield w.step(term, scale=ratio, decay_last=self.published, cap=self.max_rel_step)
+            U, debias = self.adam_direction(w, M, left_matmul(K, G), T, clock), nonzero
+        U, lr_factor = as_A(U, w), self.lr_factor_b if w.number else 1.0
+        term = Scaled(U, debias) if self.max_rel_step is None else Dense(U * debias)
+        yield w.step(
+            term, lr_factor=lr_factor, decay_last=self.published, max_rel_norm=self.max_rel_step
+        )
 
-    def small(self, S: Tensor, C: Tensor, count: Tensor) -> tuple[Tensor, ...]:
+    def small_solves(self, S: Tensor, C: Tensor, count: Tensor) -> tuple[Tensor, ...]:
         """All that is r x r, of many pairs: b1 T, (1 - b1) K / s^2, the clock, its correction."""
         b1 = self.betas[0]
-        inverse, some = self.inverse(S), alive(S)
-        moved = product if self.published else partial(transport, S)
-        T = C if self.compact_alignment else moved(inverse, C)
-        clock = count + (1 if self.published else some.to(count.dtype))
-        some = some.to(S.dtype)  # a bool times 0.9 is a float32
+        inverse, nonzero = self.inverse(S), is_nonzero(S)
+        transport_fn = product if self.published else partial(transport, S)
+        T = C if self.compact_alignment else transport_fn(inverse, C)
+        clock = count + (1 if self.published else nonzero.to(count.dtype))
+        nonzero = nonzero.to(S.dtype)  # a bool times 0.9 is a float32
         s2 = self.s**2 if self.scale_aware and not self.published else 1.0
         share = 1.0 if self.second_moment else 1 - b1
-        return T * (some * b1), inverse * (share / s2), clock, some, unbiased(clock, b1, S.dtype)
+        return (
+            T * (nonzero * b1),
+            inverse * (share / s2),
+            clock,
+            nonzero,
+            debias_factor(clock, b1, S.dtype),
+        )
 
-    def plus(self, w: Member, M: Tensor, Z: Tensor, T: Tensor, clock: Tensor) -> Tensor:
+    def adam_direction(self, w: Member, M: Tensor, Z: Tensor, T: Tensor, clock: Tensor) -> Tensor:
         """AltLoRA+: Adam's direction of Z, the first moment carried along, the second not."""
-        (b1, b2), V = self.betas, side(w.state["exp_avg_sq"], w)
-        N = applied(T, M).add_(Z, alpha=1 - b1)
+        (b1, b2), V = self.betas, as_A(w.state["exp_avg_sq"], w)
+        N = left_matmul(T, M).add_(Z, alpha=1 - b1)
         # the published code carries M for the step only, and does not correct V
         M.mul_(b1).add_(Z, alpha=1 - b1) if self.published else M.copy_(N)
         V.mul_(b2).add_(Z.square(), alpha=1 - b2)
-        c1, c2 = unbiased(clock, b1, Z.dtype), unbiased(clock, b2, Z.dtype)
+        c1, c2 = debias_factor(clock, b1, Z.dtype), debias_factor(clock, b2, Z.dtype)
         eps = self.eps if self.eps is not None else 1e-4 if self.published else 1e-8
         return N.mul_(c1).div_((V if self.published else V * c2).sqrt().add_(eps))
 

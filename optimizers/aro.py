@@ -21,25 +21,25 @@ from ..kernels import (
     sinkhorn,
 )
 from ._core.rule import Dense, Direction, Factored, Member, Rule, Slot
-from ._core.validation import check, check_counts, check_decays, check_known
+from ._core.validation import check, check_choices, check_counts, check_decays
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import routed, rule_of
 from ._driver.units import units_of
-from ._toolkit.moments import blend, column_squares, ema, square_scale, total
+from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._driver.param_groups import Common
 
-BASES = ("sinkhorn", "row_norm", "sign", "adam")
+BASE_MAPS = ("sinkhorn", "row_norm", "sign", "adam")
 ROTATIONS = ("qr", "polar", "eigh", "none")
-SHARINGS = ("per_param", "chain", "global")
-SIDES = ("auto", "rows", "cols")
+ROTATION_SHARINGS = ("per_param", "chain", "global")
+ROTATED_SIDES = ("auto", "rows", "cols")
 
 
 @dataclass(frozen=True)
-class FrameRule(Rule, abstract=True):
+class RotationRule(Rule, abstract=True):
     """The fields that say how a rotation is found and shared; ARO's docstring explains them."""
 
     rotation: str = "qr"
@@ -51,7 +51,9 @@ class FrameRule(Rule, abstract=True):
     gram_beta: float | None = None
 
     def __post_init__(self) -> None:
-        check_known(self, rotation=ROTATIONS, rotation_sharing=SHARINGS, init=("identity", "svd"))
+        check_choices(
+            self, rotation=ROTATIONS, rotation_sharing=ROTATION_SHARINGS, init=("identity", "svd")
+        )
         check_counts(self, "rotation_every", "layer")
         check_decays(self, "gram_beta")
         check(
@@ -69,11 +71,11 @@ class FrameRule(Rule, abstract=True):
             "gram_beta averages what rotation='eigh' takes; leave it out",
         )
         check(
-            self.side in SIDES
+            self.side in ROTATED_SIDES
             if isinstance(self.side, str)
             else self.rotation_sharing != "per_param" and {*self.side} <= {"rows", "cols"},
-            f"side must be one of {SIDES}, or 'rows' or 'cols' for each weight that shares a "
-            f"rotation, got {self.side!r}",
+            f"side must be one of {ROTATED_SIDES}, or 'rows' or 'cols' for each weight that shares "
+            f"a rotation, got {self.side!r}",
         )
 
     @property
@@ -84,21 +86,23 @@ class FrameRule(Rule, abstract=True):
         return ("W",) if self.rotation_sharing == "per_param" else ()
 
     @property
-    def guarded(self) -> bool:  # type: ignore[override]
+    def handles_nonfinite(self) -> bool:  # type: ignore[override]
         """Where no factorisation has to wait, and no average of gradients is kept beside M."""
-        waits = self.rotation not in ("qr", "none") or self.init == "svd"
-        return not waits and self.gram_beta is None
+        factorization_waits = self.rotation not in ("qr", "none") or self.init == "svd"
+        return not factorization_waits and self.gram_beta is None
 
     @property
-    def every(self) -> int:
+    def refresh_interval(self) -> int:
         """A rotation of every step needs no refresh, for which the host would wait."""
         return 0 if self.rotation_every == 1 else self.rotation_every
 
-    def turns(self, sides: Sequence[tuple[int, int]]) -> tuple[bool, ...]:
+    def transposed_members(self, sides: Sequence[tuple[int, int]]) -> tuple[bool, ...]:
         """Bring the side that is rotated to the rows: of all that share it the shortest."""
         if not isinstance(self.side, str):
-            fits = len(self.side) == len(sides)
-            check(fits, f"side has {len(self.side)} entries for the {len(sides)} weights of a unit")
+            valid = len(self.side) == len(sides)
+            check(
+                valid, f"side has {len(self.side)} entries for the {len(sides)} weights of a unit"
+            )
             return tuple(side == "cols" for side in self.side)
         if self.side != "auto":
             return (self.side == "cols",) * len(sides)
@@ -113,12 +117,12 @@ class FrameRule(Rule, abstract=True):
     def state(self, *sides: Any) -> Any:
         """Slots of the members; see :meth:`Rule.state`."""
         if isinstance(sides[0], int):
-            return self.tensors(True)
+            return self.member_slots(True)
         rows = sorted({m for m, _ in sides})
         check(len(rows) == 1, f"one rotation cannot turn sides of {rows}; set side or layer")
-        return tuple(self.tensors(i == 0) for i in range(len(sides)))
+        return tuple(self.member_slots(i == 0) for i in range(len(sides)))
 
-    def tensors(self, first: bool) -> dict[str, Slot]:
+    def member_slots(self, first: bool) -> dict[str, Slot]:
         """Slots of one member; the rotation lies with the first."""
         slots = {"momentum_buffer": Slot("mn")}
         if first and self.rotation != "none":
@@ -127,15 +131,15 @@ class FrameRule(Rule, abstract=True):
             slots["gram"] = Slot("mm")
         return slots
 
-    def due_now(self, first: Member) -> bool:
+    def rotation_due(self, first: Member) -> bool:
         """Whether the rotation of this unit is found anew in this update."""
-        return self.rotation != "none" and (self.every == 0 or first.age == 0)
+        return self.rotation != "none" and (self.refresh_interval == 0 or first.age == 0)
 
-    def averaged(self, gram: Tensor, S: Tensor) -> Tensor:
+    def updated_gram(self, gram: Tensor, S: Tensor) -> Tensor:
         """The average of G G^T moved by S (K, m, m), unless that is too large to be added."""
         assert self.gram_beta is not None
-        top = torch.maximum(-S.amin((-2, -1)), S.amax((-2, -1))).view(-1, 1, 1)
-        return ema(gram, torch.where(top <= most(gram, S), S, gram), self.gram_beta)
+        largest = torch.maximum(-S.amin((-2, -1)), S.amax((-2, -1))).view(-1, 1, 1)
+        return ema(gram, torch.where(largest <= max_safe_value(gram, S), S, gram), self.gram_beta)
 
     def next_rotation(self, A: Tensor, R: Tensor) -> Tensor:
         """The rotation that A (K, m, m) asks for; R (K, m, m) where it leaves it open."""
@@ -143,11 +147,11 @@ class FrameRule(Rule, abstract=True):
             return eigenbasis(A, R)
         if self.rotation == "polar":
             return nearest_rotation(A, R)
-        return rotated(A, R, wait=self.every > 0)
+        return rotated(A, R, wait=self.refresh_interval > 0)
 
 
 @dataclass(frozen=True)
-class ARORule(FrameRule):
+class ARORule(RotationRule):
     """A = sum of M f(R^T M)^T over the unit; R <- Q factor of A; each W along R f(R^T M)."""
 
     momentum: float = 0.95
@@ -161,7 +165,7 @@ class ARORule(FrameRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_known(self, base=BASES, adjust_lr_fn=(None, "match_rms_adamw"))
+        check_choices(self, base=BASE_MAPS, adjust_lr_fn=(None, "match_rms_adamw"))
         check_decays(self, "momentum", "beta2")
         check_counts(self, "iterations")
         check(0.0 <= self.eps, f"Invalid epsilon value: {self.eps}")
@@ -172,98 +176,106 @@ class ARORule(FrameRule):
             "rms_target scales the update already; set it to None to use adjust_lr_fn",
         )
 
-    def tensors(self, first: bool) -> dict[str, Slot]:
+    def member_slots(self, first: bool) -> dict[str, Slot]:
         """Adam's second moment lives in the rotated frame and is not turned with it."""
-        return super().tensors(first) | ({"exp_avg_sq": Slot("mn")} if self.base == "adam" else {})
+        return super().member_slots(first) | (
+            {"exp_avg_sq": Slot("mn")} if self.base == "adam" else {}
+        )
 
     def update(self, *members: Member) -> Iterator[Direction]:
         """One step for a stack of units; a member without a gradient sits out."""
-        check_stacks([len(w.state["momentum_buffer"]) for w in members])
+        check_equal_stacks([len(w.state["momentum_buffer"]) for w in members])
         ws = [w for w in members if w.grad is not None]
-        Ms = [self.moved(w) for w in ws]  # (K, m, n) each
+        Ms = [self.momentum_of(w) for w in ws]  # (K, m, n) each
         R, cs = None, [torch.ones(())] * len(ws)
         if self.rotation != "none":
-            cs = [square_scale(M) for M in Ms]  # (K, 1, 1) each, times which nothing overflows
-            R = self.turned(members[0], ws, Ms, cs)  # (K, m, m)
+            cs = [safe_square_scale(M) for M in Ms]  # (K, 1, 1) each, times which nothing overflows
+            R = self.current_rotation(members[0], ws, Ms, cs)  # (K, m, m)
         for w, M, c in zip(ws, Ms, cs, strict=True):
-            F = self.mapped(w, M, R, c, keep=True)
+            F = self.base_map(w, M, R, c, store_moment=True)
             if self.rms_target is not None:  # the mean square of R F is that of F
-                mean = w.sums.both(total(column_squares(F))).div_(w.m * w.n)
+                mean = w.reductions.both(total(column_squares(F))).div_(w.m * w.n)
                 F.mul_(torch.where(mean > 0, self.rms_target * mean.rsqrt(), 0.0))
-            scale = 0.2 * math.sqrt(max(w.m, w.n)) if self.adjust_lr_fn else 1.0
-            yield w.step(Dense(F) if R is None else Factored(R, F), scale=scale)
+            lr_factor = 0.2 * math.sqrt(max(w.m, w.n)) if self.adjust_lr_fn else 1.0
+            yield w.step(Dense(F) if R is None else Factored(R, F), lr_factor=lr_factor)
 
-    def moved(self, w: Member) -> Tensor:
+    def momentum_of(self, w: Member) -> Tensor:
         """M (K, m, n)."""
         assert w.grad is not None
-        return blend(w.state["momentum_buffer"], w.grad, self.momentum, self.nesterov, ok=w.ok)
+        return momentum_step(
+            w.state["momentum_buffer"], w.grad, self.momentum, self.nesterov, finite=w.finite
+        )
 
-    def turned(
+    def current_rotation(
         self, first: Member, ws: Sequence[Member], Ms: Sequence[Tensor], cs: Sequence[Tensor]
     ) -> Tensor:
         """The rotation R (K, m, m) of this step, found anew if that is due."""
         stored = first.state["rotation"]
         R = stored.to(Ms[0].dtype)
         if self.init == "svd" and first.t == 1:
-            R = first.sums.once(left_basis, torch.cat(list(Ms), -1))
+            R = first.reductions.on_one_rank(left_basis, torch.cat(list(Ms), -1))
         if self.gram_beta is not None:  # averaged in every step
             Gs = [w.grad for w in ws if w.grad is not None]
-            A = self.averaged(first.state["gram"], _summed(ws, zip(Gs, Gs, strict=True)))
-        if self.due_now(first):
+            A = self.updated_gram(
+                first.state["gram"], _cross_gram_sum(ws, zip(Gs, Gs, strict=True))
+            )
+        if self.rotation_due(first):
             c = reduce(torch.minimum, cs)  # that of the largest: R does not know the scale of A
             if self.rotation != "eigh":
-                Fs = (self.mapped(w, M, R, k) for w, M, k in zip(ws, Ms, cs, strict=True))
-                A = _summed(ws, ((M, F.mul_(c)) for M, F in zip(Ms, Fs, strict=True)))
+                Fs = (self.base_map(w, M, R, k) for w, M, k in zip(ws, Ms, cs, strict=True))
+                A = _cross_gram_sum(ws, ((M, F.mul_(c)) for M, F in zip(Ms, Fs, strict=True)))
             elif self.gram_beta is None:
-                A = _summed(ws, ((N, N) for N in (M * c for M in Ms)))
-            R = first.sums.once(self.next_rotation, A, R)
+                A = _cross_gram_sum(ws, ((N, N) for N in (M * c for M in Ms)))
+            R = first.reductions.on_one_rank(self.next_rotation, A, R)
         if R is not stored:
-            stored.copy_(first.kept(R, stored))
+            stored.copy_(first.where_finite(R, stored))
         return R
 
-    def mapped(
-        self, w: Member, M: Tensor, R: Tensor | None, c: Tensor, keep: bool = False
+    def base_map(
+        self, w: Member, M: Tensor, R: Tensor | None, c: Tensor, store_moment: bool = False
     ) -> Tensor:
         """F = f(R^T M) (K, m, n), a new tensor; `keep` stores the second moment that saw it."""
-        X = M if R is None else w.sums.rows(product((R * c).mT, M))
+        X = M if R is None else w.reductions.rows(product((R * c).mT, M))
         if self.base != "adam":
             if self.base == "sinkhorn":
-                return w.sums.whole(partial(sinkhorn, iterations=self.iterations), X)
-            return w.sums.whole(torch.sign if self.base == "sign" else equal_rows, X)
+                return w.reductions.on_full_matrix(partial(sinkhorn, iterations=self.iterations), X)
+            return w.reductions.on_full_matrix(torch.sign if self.base == "sign" else equal_rows, X)
         if R is not None:
             X.div_(c)  # V knows the scale
         stored = w.state["exp_avg_sq"]
-        V = stored.to(X.dtype, copy=not keep or w.ok is not None).mul_(self.beta2)
+        V = stored.to(X.dtype, copy=not store_moment or w.finite is not None).mul_(self.beta2)
         V.add_((X * X).mul_(1 - self.beta2))  # addcmul_ rounds by layout, stacks would differ
-        V.clamp_(max=most(stored, V))
-        if keep and V is not stored:
-            stored.copy_(w.kept(V, stored))
+        V.clamp_(max=max_safe_value(stored, V))
+        if store_moment and V is not stored:
+            stored.copy_(w.where_finite(V, stored))
         bound = 2 / math.sqrt(1 - self.beta2)  # F is within half of it, where V could follow X
         return (X / V.sqrt().add_(self.eps)).clamp_(-bound, bound)
 
 
-def _summed(ws: Sequence[Member], pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def _cross_gram_sum(ws: Sequence[Member], pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """The sum of M F^T (K, m, m) over the members and their pairs (M, F)."""
-    parts = (w.sums.cols(product(M, F.mT)) for w, (M, F) in zip(ws, pairs, strict=True))
+    parts = (w.reductions.cols(product(M, F.mT)) for w, (M, F) in zip(ws, pairs, strict=True))
     return reduce(Tensor.add_, parts)
 
 
-def check_units(groups: list[dict[str, Any]], first: int, own: type[Rule]) -> None:
+def check_shared_rotations(
+    groups: list[dict[str, Any]], first: int, default_rule: type[Rule]
+) -> None:
     """Refuse and take out groups from a first one on if weights cannot share their rotations."""
     try:
         for i, group in enumerate(groups[first:], first):
-            rule = rule_of(group, own)
+            rule = rule_of(group, default_rule)
             if rule is None:
                 continue
             matrices = {p: (j, p) for j, p in routed(group, rule, 0)[0]}  # a double counts once
             for unit in units_of(i, group, rule, list(matrices.values())):
-                check_stacks([block.k for block in unit.blocks])
+                check_equal_stacks([view.k for view in unit.views])
     except ValueError:
         del groups[first:]
         raise
 
 
-def check_stacks(counts: Sequence[int]) -> None:
+def check_equal_stacks(counts: Sequence[int]) -> None:
     """Refuse members of one unit that are stacks of different numbers of matrices."""
     check(
         len({*counts}) == 1,
@@ -272,7 +284,7 @@ def check_stacks(counts: Sequence[int]) -> None:
     )
 
 
-def most(*Xs: Tensor) -> float:
+def max_safe_value(*Xs: Tensor) -> float:
     """What all of these dtypes hold, and a difference of two such."""
     return min(torch.finfo(X.dtype).max for X in Xs) / 4
 
@@ -386,4 +398,4 @@ class ARO(StackedOptimizer):
         """See :class:`StackedOptimizer`; weights that cannot share a rotation are refused."""
         count = len(self.param_groups)
         super().add_param_group(param_group)
-        check_units(self.param_groups, count, self._own)
+        check_shared_rotations(self.param_groups, count, self._default_rule)

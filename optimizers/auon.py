@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..kernels import polar_factor
 from ._core.rule import Direction, Member, Rule, Scaled, Slot
-from ._core.validation import check, check_known
+from ._core.validation import check, check_choices
 from ._driver.optimizer import StackedOptimizer
-from ._toolkit.moments import blend
-from ._toolkit.power_sums import blended, measured, terms_for, wide
+from ._toolkit.moments import momentum_step
+from ._toolkit.power_sums import momentum_norms, norms_of, series_length, to_float64
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from ._driver.param_groups import Common
 
 ADJUST_LR_FNS = ("match_rms_adamw", "aspect", "none")
-TINY, TINY_R = 1e-7, 1e-8  # added to norms, and to r, where they divide
-BOUND = 1.21  # of the singular values of Y: the quintic is below it on [0, BOUND]
+NORM_EPS, RMS_EPS = 1e-7, 1e-8  # added to norms, and to r, where they divide
+QUINTIC_BOUND = 1.21  # of the singular values of Y: the quintic is below it on [0, QUINTIC_BOUND]
 
 
 @dataclass(frozen=True)
 class AuONRule(Rule):
     """M <- mu M + (1-mu) G; V = (1-mu) G + mu M; step along V / |V| / rms(cosh(V / |V|))."""
 
-    guarded: ClassVar[bool] = True
+    handles_nonfinite: ClassVar[bool] = True
 
     momentum: float = 0.95
     nesterov: bool = True
@@ -50,7 +50,7 @@ class AuONRule(Rule):
             isinstance(self.ns_steps, int) and 0 <= self.ns_steps < 100,
             f"ns_steps must be an int from 0 to 99, got {self.ns_steps!r}",
         )
-        check_known(
+        check_choices(
             self,
             variant=("paper", "repo2026"),
             adjust_lr_fn=ADJUST_LR_FNS,
@@ -62,7 +62,7 @@ class AuONRule(Rule):
         )
 
     @property
-    def curve(self) -> float:
+    def cosh_scale(self) -> float:
         """What multiplies the argument of cosh."""
         return self.gamma or (1.0 if self.variant == "paper" else 1.5)
 
@@ -78,52 +78,64 @@ class AuONRule(Rule):
         mu, B, G = self.momentum, w.state["momentum_buffer"], w.grad
         work = torch.promote_types(torch.promote_types(B.dtype, G.dtype), torch.float32)
         M = B.to(work)  # (K, m, n), the buffer itself where it is as wide
-        terms = terms_for(w.m * w.n, self.curve)
-        V = blended(M, G, mu, self.nesterov, terms, w.ok)  # its sums; it need not be whole
+        terms = series_length(w.m * w.n, self.cosh_scale)
+        V = momentum_norms(
+            M, G, mu, self.nesterov, terms, w.finite
+        )  # its sums; it need not be whole
         if M is not B:
             B.copy_(M)
-        size = V.norm(w.sums) + TINY
-        by = 1.0 / (self.rms(V.sinh_squares(self.curve / size, w.sums), w) + TINY_R)
+        size = V.norm(w.reductions) + NORM_EPS
+        step_scale = 1.0 / (
+            self.rms_cosh(V.sinh_squares(self.cosh_scale / size, w.reductions), w) + RMS_EPS
+        )
         if self.variant == "paper":  # the other variant divides V itself by rms(cosh)
-            by = by * self.ratio(w.m, w.n) / size
+            step_scale = step_scale * self.lr_factor(w.m, w.n) / size
         if not self.nesterov:
-            return w.step(Scaled(M, by.to(M.dtype)))
-        share = (by * (1 - mu)).to(M.dtype), (by * mu).to(M.dtype)
-        return w.step(Scaled(G, share[0]), Scaled(M, share[1]))
+            return w.step(Scaled(M, step_scale.to(M.dtype)))
+        shares = (step_scale * (1 - mu)).to(M.dtype), (step_scale * mu).to(M.dtype)
+        return w.step(Scaled(G, shares[0]), Scaled(M, shares[1]))
 
     def hybrid(self, w: Member) -> Direction:
         """The same with Newton-Schulz steps on V / |V|, which need V whole."""
         assert w.grad is not None
         B = w.state["momentum_buffer"]
-        V = blend(B, w.grad, self.momentum, self.nesterov, ok=w.ok)  # (K, m, n)
-        half = (measured(V, 1).norm(w.sums) + TINY).rsqrt().to(V.dtype)
-        X = V.mul_(half) if self.nesterov else V * half  # then again, since 1 / |V| may vanish
+        V = momentum_step(B, w.grad, self.momentum, self.nesterov, finite=w.finite)  # (K, m, n)
+        inverse_sqrt_norm = (norms_of(V, 1).norm(w.reductions) + NORM_EPS).rsqrt().to(V.dtype)
+        X = (
+            V.mul_(inverse_sqrt_norm) if self.nesterov else V * inverse_sqrt_norm
+        )  # then again, since 1 / |V| may vanish
         del V
-        Y = w.sums.whole(self.whiten, X.mul_(half))
+        Y = w.reductions.on_full_matrix(self.whiten, X.mul_(inverse_sqrt_norm))
         del X
-        paper, many = self.variant == "paper", min(w.m, w.n)
+        paper, max_square_sum = self.variant == "paper", min(w.m, w.n)
         if paper and self.adjust_lr_fn == "match_rms_adamw":  # rms(cosh) would cancel
-            by = self.ratio(w.m, w.n) / (measured(Y, 1).norm(w.sums) + TINY)
+            step_scale = self.lr_factor(w.m, w.n) / (norms_of(Y, 1).norm(w.reductions) + NORM_EPS)
         elif paper:
-            sizes = measured(Y, terms_for(w.m * w.n, BOUND * self.curve, many))
-            c = torch.full_like(wide(Y[:, :1, :1]), self.curve)
-            by = self.ratio(w.m, w.n) / (self.rms(sizes.sinh_squares(c, w.sums), w) + TINY_R)
+            power_sums = norms_of(
+                Y, series_length(w.m * w.n, QUINTIC_BOUND * self.cosh_scale, max_square_sum)
+            )
+            c = torch.full_like(to_float64(Y[:, :1, :1]), self.cosh_scale)
+            step_scale = self.lr_factor(w.m, w.n) / (
+                self.rms_cosh(power_sums.sinh_squares(c, w.reductions), w) + RMS_EPS
+            )
         else:
-            sizes = measured(Y, terms_for(w.m * w.n, self.curve))
-            c = self.curve / (sizes.norm(w.sums) + TINY)
-            by = 1.0 / (self.rms(sizes.sinh_squares(c, w.sums), w) + TINY_R)
-        return w.step(Scaled(Y, by.to(Y.dtype)))
+            power_sums = norms_of(Y, series_length(w.m * w.n, self.cosh_scale))
+            c = self.cosh_scale / (power_sums.norm(w.reductions) + NORM_EPS)
+            step_scale = 1.0 / (
+                self.rms_cosh(power_sums.sinh_squares(c, w.reductions), w) + RMS_EPS
+            )
+        return w.step(Scaled(Y, step_scale.to(Y.dtype)))
 
     def whiten(self, X: Tensor) -> Tensor:
         """Newton-Schulz on X (K, m, n) of norm 1 at most, which eps=1 leaves as it is."""
         norm = "frobenius" if self.init_norm == "fro" else "rowsum"
         return polar_factor(X, "ns5", steps=self.ns_steps, eps=1.0, norm=norm)
 
-    def rms(self, sinh_squares: Tensor, w: Member) -> Tensor:
+    def rms_cosh(self, sinh_squares: Tensor, w: Member) -> Tensor:
         """The root mean square of cosh, from cosh^2 = 1 + sinh^2 so that no digit is lost."""
         return (1.0 + sinh_squares / (w.m * w.n)).sqrt()
 
-    def ratio(self, m: int, n: int) -> float:
+    def lr_factor(self, m: int, n: int) -> float:
         """What multiplies lr in the update, never in the decay."""
         if self.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(m * n)

@@ -11,21 +11,21 @@ from torch import Tensor
 
 from ..kernels import dequantise_rows, quantise_rows
 from ._core.rule import AdamFactored, Direction, Member, Rule, Slot
-from ._core.validation import check, check_adam, check_known, rank_of
+from ._core.validation import check, check_adam, check_choices, resolve_rank
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import warn_user
-from ._toolkit.moments import Match
-from ._toolkit.projectors import Dct, clear_rows_, take_rows
+from ._toolkit.moments import IndexBasisChange
+from ._toolkit.projectors import DctProjector, clear_rows_, take_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._driver.param_groups import Common
 
-POLICIES = ("match", "slot", "reset", "keep_if_same")
-MOVED = ("exp_avg", "exp_avg_sq", "age")
+DCT_MOMENT_POLICIES = ("match", "slot", "reset", "keep_if_same")
+CARRIED_KEYS = ("exp_avg", "exp_avg_sq", "age")
 FEEDBACK_KINDS = (None, "full", "int8", "int4")
-_PANEL = 2**18  # entries that are coded at a time, so that no buffer of E's size is made
+_CODED_PANEL = 2**18  # entries that are coded at a time, so that no buffer of E's size is made
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class DCTAdamWRule(Rule):
     transform: str = "auto"
     side: str = "auto"
 
-    phase = 1
+    refresh_offset = 1
 
     def __post_init__(self) -> None:
         check_adam(self.betas, self.eps)
-        rank_of(self.rank, 2**62)  # raises for what is neither a count nor a fraction
+        resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
         gap, text = self.update_proj_gap, "update_proj_gap must be an int of at least 1"
         check(isinstance(gap, int) and gap >= 1, f"{text}, got {gap!r}")
-        check_known(
+        check_choices(
             self,
             norm=("l1", "l2"),
-            moments=POLICIES,
+            moments=DCT_MOMENT_POLICIES,
             error_feedback=FEEDBACK_KINDS,
             bias_correction=("age", "global"),
             basis=("dct2", "dct3"),
@@ -69,19 +69,19 @@ class DCTAdamWRule(Rule):
         )
 
     @property
-    def guarded(self) -> bool:  # type: ignore[override]
+    def handles_nonfinite(self) -> bool:  # type: ignore[override]
         """Without error feedback, whose stores know no flags."""
         return self.error_feedback is None
 
     @property
-    def every(self) -> int:
+    def refresh_interval(self) -> int:
         """Updates between two choices, for the driver to count; 0 where every update chooses."""
         return self.update_proj_gap if self.update_proj_gap > 1 else 0
 
     @property
-    def cosines(self) -> Dct:
+    def cosines(self) -> DctProjector:
         """The system D, one for all matrices of a size."""
-        return Dct(self.norm, self.basis, self.transform)
+        return DctProjector(self.norm, self.basis, self.transform)
 
     def transpose(self, m: int, n: int) -> bool:
         """The shorter side is transformed; of a square, as published, the columns."""
@@ -89,13 +89,13 @@ class DCTAdamWRule(Rule):
 
     def state(self, m: int, n: int) -> dict[str, Slot]:
         """Numbers instead of a basis; -1 where none was chosen yet."""
-        r = rank_of(self.rank, m)
+        r = resolve_rank(self.rank, m)
         slots = {"index": Slot("r", torch.int32, fill=-1, r=r)}
         if self.bias_correction == "age":
             slots["age"] = Slot("r1", torch.int32, r=r)
         slots |= {"exp_avg": Slot("rn", r=r), "exp_avg_sq": Slot("rn", r=r)}
-        store = feedback(self.error_feedback)
-        return slots if store is None else slots | store.slots(n)
+        feedback = make_error_feedback(self.error_feedback)
+        return slots if feedback is None else slots | feedback.slots(n)
 
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         """The cosines."""
@@ -104,40 +104,50 @@ class DCTAdamWRule(Rule):
     def update(self, w: Member) -> Direction:
         """One step for a stack; after turning, rows are transformed."""
         assert w.grad is not None
-        G, D, state, store = w.grad, self.cosines, w.state, feedback(self.error_feedback)
-        chooses, S, sizes = not self.every or w.age == 0, None, None
-        if store is not None:  # E waits as coefficients: nothing is lifted to be subtracted
-            S = D.transform(G, onto=store.load(state, w.n, G.dtype))  # (K, m, n), D^T G + E
-        elif chooses:
-            S, sizes = D.spectrum(G)
-        if chooses and S is not None:
-            self.choose(w, D, S, sizes)
+        G, D, state, feedback = (
+            w.grad,
+            self.cosines,
+            w.state,
+            make_error_feedback(self.error_feedback),
+        )
+        choose_now, S, row_scores = not self.refresh_interval or w.age == 0, None, None
+        if feedback is not None:  # E waits as coefficients: nothing is lifted to be subtracted
+            S = D.transform(G, onto=feedback.load(state, w.n, G.dtype))  # (K, m, n), D^T G + E
+        elif choose_now:
+            S, row_scores = D.spectrum(G)
+        if choose_now and S is not None:
+            self.choose(w, D, S, row_scores)
         index = state["index"].clamp(min=0)
-        R = w.sums.rows(D.chosen(G, index)) if S is None else take_rows(S, index)  # (K, r, n)
-        P = D.columns(index, w.m, R.dtype)  # (K, m, r)
-        if store is not None and S is not None:
-            store.store(state, clear_rows_(S, index))
-        moved = 1 if w.ok is None else w.ok.to(torch.int32).view(-1, 1, 1)
-        t: int | Tensor = state["age"].add_(moved) if self.bias_correction == "age" else w.t
+        R = (
+            w.reductions.rows(D.project_onto(G, index)) if S is None else take_rows(S, index)
+        )  # (K, r, n)
+        P = D.selected_columns(index, w.m, R.dtype)  # (K, m, r)
+        if feedback is not None and S is not None:
+            feedback.store(state, clear_rows_(S, index))
+        counted = 1 if w.finite is None else w.finite.to(torch.int32).view(-1, 1, 1)
+        t: int | Tensor = state["age"].add_(counted) if self.bias_correction == "age" else w.t
         M, V = state["exp_avg"], state["exp_avg_sq"]
-        return w.step(AdamFactored(P, R, M, V, t, self.betas, self.eps, w.ok))
+        return w.step(AdamFactored(P, R, M, V, t, self.betas, self.eps, w.finite))
 
-    def choose(self, w: Member, D: Dct, S: Tensor, sizes: Tensor | None) -> None:
+    def choose(self, w: Member, D: DctProjector, S: Tensor, row_scores: Tensor | None) -> None:
         """A new index; moments and ages follow theirs, and start at 0 where one enters."""
         state, old = w.state, w.state["index"]
-        new = w.kept(D.choose(S, old.shape[-1], old, w.sums, sizes), old)
-        change, rows = Match(old, new), [X for X in map(state.get, MOVED) if X is not None]
-        least = {"reset": 2.0, "keep_if_same": 0.5}.get(self.moments, 0.0)  # share to stay
-        few = (change.source >= 0).sum(-1) < least * old.shape[-1]
-        for X in rows if self.moments != "slot" else ():
-            X.copy_(change.turn(X).masked_fill_(few.view(-1, 1, 1), 0))
+        new = w.where_finite(D.choose(S, old.shape[-1], old, w.reductions, row_scores), old)
+        change, carried_rows = (
+            IndexBasisChange(old, new),
+            [X for X in map(state.get, CARRIED_KEYS) if X is not None],
+        )
+        min_share = {"reset": 2.0, "keep_if_same": 0.5}.get(self.moments, 0.0)  # share to stay
+        too_few_stay = (change.source >= 0).sum(-1) < min_share * old.shape[-1]
+        for X in carried_rows if self.moments != "slot" else ():
+            X.copy_(change.apply(X).masked_fill_(too_few_stay.view(-1, 1, 1), 0))
         if "age" in state:  # a slot that was empty begins now, whatever the policy
             state["age"].masked_fill_((old < 0).unsqueeze(-1), 0)
         old.copy_(new)
 
 
 @dataclass(frozen=True)
-class Feedback:
+class ErrorFeedback:
     """A store for one matrix E (m, n) per weight: exact, or codes with a range for every row.
 
     Attributes:
@@ -166,37 +176,39 @@ class Feedback:
             return E.to(dtype)
         low, high = state["error_low"], state["error_high"]
         shape = (*E.shape[:-1], n)  # codes of 8 bits lie in memory as the weight does
-        alike = E.shape == shape
-        out = torch.empty_like(E, dtype=dtype) if alike else low.new_empty(shape, dtype=dtype)
-        for i in _panels(out):
+        weight_shaped = E.shape == shape
+        out = (
+            torch.empty_like(E, dtype=dtype) if weight_shaped else low.new_empty(shape, dtype=dtype)
+        )
+        for i in _row_panels(out):
             part = dequantise_rows(E[:, i], low[:, i], high[:, i], self.bits, n)
             out[:, i].copy_(part)
         return out
 
     def store(self, state: Mapping[str, Tensor], E: Tensor) -> None:
         """Keep E (K, m, n); nothing happens if it is the state itself."""
-        kept = state["error"]
+        stored = state["error"]
         if self.kind == "full":
-            if kept is not E:
-                kept.copy_(E)
+            if stored is not E:
+                stored.copy_(E)
             return
-        for i in _panels(E):
+        for i in _row_panels(E):
             codes, low, high = quantise_rows(E[:, i].float(), self.bits)
-            kept[:, i].copy_(codes)
+            stored[:, i].copy_(codes)
             state["error_low"][:, i].copy_(low)
             state["error_high"][:, i].copy_(high)
 
 
-def feedback(kind: str | None) -> Feedback | None:
+def make_error_feedback(kind: str | None) -> ErrorFeedback | None:
     """The store that a user names in ``error_feedback=``."""
-    return None if kind is None else Feedback(kind)
+    return None if kind is None else ErrorFeedback(kind)
 
 
-def _panels(X: Tensor) -> list[slice]:
+def _row_panels(X: Tensor) -> list[slice]:
     """Rows of X (K, m, n) in pieces of one size."""
     K, m, n = X.shape
-    rows = max(1, _PANEL // (K * n))
-    return [slice(i, i + rows) for i in range(0, m, rows)]
+    carried_rows = max(1, _CODED_PANEL // (K * n))
+    return [slice(i, i + carried_rows) for i in range(0, m, carried_rows)]
 
 
 class DCTAdamW(StackedOptimizer):
@@ -300,8 +312,11 @@ class DCTAdamW(StackedOptimizer):
         before = len(self.param_groups)
         super().add_param_group(param_group)
         for group in self.param_groups[before:]:
-            policy, fed = group["moments"], group["error_feedback"] and group["rule"] != "adamw"
-            if fed and group["update_proj_gap"] == 1 and policy not in ("slot", "reset"):
+            policy, has_feedback = (
+                group["moments"],
+                group["error_feedback"] and group["rule"] != "adamw",
+            )
+            if has_feedback and group["update_proj_gap"] == 1 and policy not in ("slot", "reset"):
                 warn_user(
                     "error_feedback with update_proj_gap=1 chooses other cosines at every step, so "
                     f"moments={policy!r} empties them; use update_proj_gap >= 10"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._core.rule import LOCAL, Direction, Member, Scaled, Slot
-from ._core.validation import check, check_known
+from ._core.rule import LOCAL_REDUCTIONS, Direction, Member, Scaled, Slot
+from ._core.validation import check, check_choices
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.lowrank import LowRankRule
 from ._toolkit.moments import column_squares, total
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ._driver.param_groups import Common
 
-TINY = 1e-8  # added to norms that divide, as published
+NORM_EPS = 1e-8  # added to norms that divide, as published
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class FiraRule(LowRankRule):
     scaling: str = "column"
     limiter: bool = True
     gamma: float = 1.01
-    limiter_floor: float = TINY
+    limiter_floor: float = NORM_EPS
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_known(self, variant=("reference", "paper"), scaling=("column", "matrix"))
+        check_choices(self, variant=("reference", "paper"), scaling=("column", "matrix"))
         for name, least in (("gamma", 1.0), ("limiter_floor", 0.0)):
             value = getattr(self, name)
             check(value >= least, f"{name} must be at least {least}, got {value!r}")
@@ -54,42 +54,50 @@ class FiraRule(LowRankRule):
         """P N + S in one lift: phi scales columns and so commutes with it."""
         assert w.grad is not None
         P, G, state = self.projector, w.grad, w.state
-        R, G2 = P.measured(state, G, w.sums)  # (K, r, n), (K, 1, n); P^T G Q is (K, r, r)
+        R, G2 = P.project_with_squares(
+            state, G, w.reductions
+        )  # (K, r, n), (K, 1, n); P^T G Q is (K, r, r)
         N, factor = self.direction(w, R)
-        N, c = N.mul_(factor) if factor != 1.0 else N, self.correction(w)
+        N, c = N.mul_(factor) if factor != 1.0 else N, self.bias_factor(w)
         # the published code has alpha inside the residual, not before it, and c after the limiter
-        a, scale, c = (1.0, self.alpha, 1.0) if self.variant == "paper" else (self.alpha, 1.0, c)
-        phi, norm = self.residual(w, G2, R, N, a)
+        a, lr_factor, c = (
+            (1.0, self.alpha, 1.0) if self.variant == "paper" else (self.alpha, 1.0, c)
+        )
+        phi, norm = self.residual_scale(w, G2, R, N, a)
         if self.limiter:
             floor = None if self.published else self.limiter_floor
-            phi = phi / growth_limit(norm / c, state["limiter_norm"], self.gamma, floor, w.ok)
+            phi = phi / norm_growth_limiter(
+                norm / c, state["limiter_norm"], self.gamma, floor, w.finite
+            )
         lift = P.lift(state, N.sub_(R.mul_(phi)).mul_(a), w.m)  # a P (N - phi R), then phi G
-        return w.step(lift, Scaled(G, phi), scale=scale, decay_last=self.published)
+        return w.step(lift, Scaled(G, phi), lr_factor=lr_factor, decay_last=self.published)
 
-    def residual(self, w: Member, G2: Tensor, R: Tensor, N: Tensor, a: float) -> tuple[Tensor, ...]:
+    def residual_scale(
+        self, w: Member, G2: Tensor, R: Tensor, N: Tensor, a: float
+    ) -> tuple[Tensor, ...]:
         """Phi (K, 1, n) and |phi (G - a P R)| (K, 1, 1) by Pythagoras, without that difference."""
         guard, full = self.compat is None, self.proj_type == "full"
         R2, N2 = column_squares(R), column_squares(N)
-        cols = LOCAL.cols if full else w.sums.cols  # with two sides R is whole
-        r2, n2, g2 = cols(total(R2)), cols(total(N2)), w.sums.cols(total(G2))
-        phi = n2.sqrt() / (r2.sqrt() + TINY)  # where all of R is round-off it tells no scale:
+        cols = LOCAL_REDUCTIONS.cols if full else w.reductions.cols  # with two sides R is whole
+        r2, n2, g2 = cols(total(R2)), cols(total(N2)), w.reductions.cols(total(G2))
+        phi = n2.sqrt() / (r2.sqrt() + NORM_EPS)  # where all of R is round-off it tells no scale:
         phi = phi.where(r2 > 1e-12 * g2, 0.0) if guard else phi
         if full or self.scaling == "matrix":
-            R2, G2, cols = r2, g2, LOCAL.cols
+            R2, G2, cols = r2, g2, LOCAL_REDUCTIONS.cols
         else:
-            columns = N2.sqrt() / (R2.sqrt() + TINY)  # R may miss a column that N remembers:
-            phi = columns.where(R2 > TINY**2 * r2, phi) if guard else columns
-        S2, size = (cols(total(phi.square() * x)) for x in ((G2 - (2 * a - a * a) * R2), G2))
+            columns = N2.sqrt() / (R2.sqrt() + NORM_EPS)  # R may miss a column that N remembers:
+            phi = columns.where(R2 > NORM_EPS**2 * r2, phi) if guard else columns
+        S2, norm_now = (cols(total(phi.square() * x)) for x in ((G2 - (2 * a - a * a) * R2), G2))
         noise = 64 * torch.finfo(S2.dtype).eps if guard else 0.0  # what cancelled is no residual
-        return phi, S2.masked_fill(S2 < noise * size, 0.0).sqrt()
+        return phi, S2.masked_fill(S2 < noise * norm_now, 0.0).sqrt()
 
 
-def growth_limit(
+def norm_growth_limiter(
     norm: Tensor,
     stored: Tensor,
     gamma: float = 1.01,
     floor: float | None = 1e-8,
-    ok: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> Tensor:
     """What a quantity is divided by so that its norm grows by gamma per step at most.
 
@@ -102,17 +110,17 @@ def growth_limit(
         gamma: At least 1.
         floor: A stored norm up to it is absent too: L would hold the next ones down for long. None:
             as published.
-        ok: None, or flags (K,): where one is 0 nothing is stored.
+        finite: None, or flags (K,): where one is 0 nothing is stored.
 
     Returns:
         (K, 1, 1), at least 1.
     """
-    last = stored.to(norm.dtype)
-    absent, good = last < 0 if floor is None else last <= floor, norm.isfinite()
-    L = (norm / (last + 1e-8)).div_(gamma).clamp_(min=1.0).masked_fill_(absent, 1.0)
-    moved = good if ok is None else good & (ok.view(-1, 1, 1) != 0)
-    stored.copy_(torch.where(moved, norm / L, last))
-    return L.masked_fill_(~good, math.inf)
+    previous = stored.to(norm.dtype)
+    absent, finite = previous < 0 if floor is None else previous <= floor, norm.isfinite()
+    L = (norm / (previous + 1e-8)).div_(gamma).clamp_(min=1.0).masked_fill_(absent, 1.0)
+    updated = finite if finite is None else finite & (finite.view(-1, 1, 1) != 0)
+    stored.copy_(torch.where(updated, norm / L, previous))
+    return L.masked_fill_(~finite, math.inf)
 
 
 class Fira(StackedOptimizer):
@@ -184,7 +192,7 @@ class Fira(StackedOptimizer):
         scaling: str = "column",
         limiter: bool = True,
         gamma: float = 1.01,
-        limiter_floor: float = TINY,
+        limiter_floor: float = NORM_EPS,
         projection: str = "svd",
         moments: str = "keep",
         correct_bias: bool = True,

@@ -8,24 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ._core.rule import Blocks, Direction, Member, Place, Rule, Slot, Term
-from ._core.validation import check, check_adam, check_known, check_least
+from ._core.rule import BlockPosition, Direction, Member, PanelTerm, Rule, Slot, Term
+from ._core.validation import check, check_adam, check_at_least, check_choices
 from ._driver.optimizer import StackedOptimizer
-from ._frugal.block_schedule import ORDERS, Turns, labels_of, number_blocks
-from ._frugal.coordinates import COORDINATES, Coordinates
-from ._frugal.gradient_split import FREE, Way, free_of
-from ._frugal.subspace import Subspace
-from ._toolkit.base_optimizers import Inner, inner
+from ._frugal.block_schedule import BLOCK_ORDERS, BlockSchedule, assign_block_numbers, block_labels
+from ._frugal.coordinates import COORDINATE_KINDS, CoordinateSplit
+from ._frugal.gradient_split import STATE_FREE_KINDS, GradientSplit, make_state_free
+from ._frugal.subspace import SubspaceSplit
+from ._toolkit.base_optimizers import BaseOptimizer, make_base_optimizer
 from ._toolkit.lowrank import PROJ_TYPES
-from ._toolkit.projectors import KINDS
-from ._toolkit.random_keys import Draws
+from ._toolkit.projectors import PROJECTION_KINDS
+from ._toolkit.random_keys import StackRNG
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._driver.param_groups import Common
 
-RESETS = {"all": "reset", "changed": "rotate", "none": "keep"}  # as Inner.carry calls them
+RESET_POLICIES = {
+    "all": "reset",
+    "changed": "rotate",
+    "none": "keep",
+}  # as BaseOptimizer.carry_state calls them
 
 
 @dataclass(frozen=True)
@@ -52,24 +56,24 @@ class FRUGALRule(Rule):
 
     def __post_init__(self) -> None:
         check_adam(self.betas, self.eps)
-        check_known(
+        check_choices(
             self,
-            state_free=FREE,
-            reset=tuple(RESETS),
+            state_free=STATE_FREE_KINDS,
+            reset=tuple(RESET_POLICIES),
             proj_type=PROJ_TYPES,
             inner=("adamw", "lion", "sgdm"),
-            block_order=ORDERS,
+            block_order=BLOCK_ORDERS,
             compat=(None, "reference"),
         )
         if isinstance(self.block_of, str):
-            check_known(self, block_of=("tensor", "layer"))
+            check_choices(self, block_of=("tensor", "layer"))
         x = self.density
         check(
             isinstance(x, int | float) and (0 <= x if isinstance(x, int) else 0.0 <= x <= 1.0),
             f"density must be a count (an int) or a part between 0.0 and 1.0, got {x!r}",
         )
-        check_least(self, int, update_gap=1, seed=0)
-        check_least(self, object, state_free_lr_scale=0, proj_lr_scale=0, sign_threshold=0)
+        check_at_least(self, int, update_gap=1, seed=0)
+        check_at_least(self, object, state_free_lr_scale=0, proj_lr_scale=0, sign_threshold=0)
         check(
             self.split == "block" or self.block_of == "tensor",
             f"split={self.split!r} has no blocks: leave them out, or use split='block'",
@@ -79,15 +83,15 @@ class FRUGALRule(Rule):
             f"projection={self.projection!r} needs split='svd', got split={self.split!r}",
         )
         check(
-            self.projection not in ("block", *COORDINATES),
+            self.projection not in ("block", *COORDINATE_KINDS),
             f"projection={self.projection!r} is no subspace here: name it in split",
         )
-        self.way  # noqa: B018  which refuses what does not go together
+        self.gradient_split  # noqa: B018  which refuses what does not go together
 
     @property
-    def way(self) -> Way:
+    def gradient_split(self) -> GradientSplit:
         """How G is divided."""
-        return way_of(
+        return make_split(
             self.projection or self.split,
             self.density,
             self.reset,
@@ -100,66 +104,72 @@ class FRUGALRule(Rule):
         )
 
     @property
-    def guarded(self) -> bool:  # type: ignore[override]
+    def handles_nonfinite(self) -> bool:  # type: ignore[override]
         """Where the terms take flags."""
-        return self.compat is None and self.inner in self.way.guarded
+        return self.compat is None and self.inner in self.gradient_split.handles_nonfinite
 
     @property
-    def inside(self) -> Inner:
+    def base_optimizer(self) -> BaseOptimizer:
         """The state-full rule."""
-        return inner(self.inner, self.betas, self.eps)
+        return make_base_optimizer(self.inner, self.betas, self.eps)
 
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         """What a subspace keeps for all weights with as many rows."""
-        return self.way.shared(m)
+        return self.gradient_split.shared(m)
 
     def update(self, w: Member) -> Direction:
         """One step for a stack: N of what is chosen, and the rest of G by the state-free rule."""
         assert w.grad is not None
         G, terms = w.grad, tuple[Term, ...]()
-        free = free_of(w, self.state_free, self.state_free_lr_scale, self.sign_threshold)
+        state_free = make_state_free(
+            w, self.state_free, self.state_free_lr_scale, self.sign_threshold
+        )
         if w.state:
             t = w.age + 1 if self.reset == "all" else w.t  # moments that were reset count anew
-            terms = self.way.terms(w, self.inside, t, free)
-        elif free.kind != "no":  # an inactive block, or density 0
-            terms = (Blocks(lambda k, i, j: free(G[k, i, j], k)),)
-        return w.step(*terms, scale=self.proj_lr_scale)
+            terms = self.gradient_split.terms(w, self.base_optimizer, t, state_free)
+        elif state_free.kind != "no":  # an inactive block, or density 0
+            terms = (PanelTerm(lambda k, i, j: state_free(G[k, i, j], k)),)
+        return w.step(*terms, lr_factor=self.proj_lr_scale)
 
     def refresh(self, w: Member) -> None:
         """A new choice, and what becomes of the moments."""
         if w.state:
-            draws = Draws(self.seed, w.indices, w.t)
-            self.way.renew(w, draws, self.inside, RESETS[self.reset])
+            rng = StackRNG(self.seed, w.indices, w.t)
+            self.gradient_split.reselect(w, rng, self.base_optimizer, RESET_POLICIES[self.reset])
 
     @property
-    def every(self) -> int:
-        """Updates between two choices; blocks are chosen by `holds`."""
+    def refresh_interval(self) -> int:
+        """Updates between two choices; blocks are chosen by `state_since_at`."""
         return 0 if self.split == "block" or self.density == 0 else self.update_gap
 
     def state(self, m: int, n: int) -> dict[str, Slot]:
         """What tells the chosen part, and the moments of it."""
-        return self.way.slots(m, n, self.inside)
+        return self.gradient_split.slots(m, n, self.base_optimizer)
 
     def transpose(self, m: int, n: int) -> bool:
         """The side of a basis; columns are not turned, so that panels run along the memory."""
-        return self.way.transpose(m, n)
+        return self.gradient_split.transpose(m, n)
 
     @property
-    def together(self) -> bool:  # type: ignore[override]
+    def refresh_in_lockstep(self) -> bool:  # type: ignore[override]
         """All blocks take turns at once."""
         return self.split == "block"
 
-    def holds(self, place: Place, t: int) -> int:
+    def state_since_at(self, position: BlockPosition, t: int) -> int:
         """Blocks have state in the windows in which they are active."""
-        way = self.way
-        return way.since(place.number, place.count, t) if isinstance(way, Turns) else 1
+        gradient_split = self.gradient_split
+        return (
+            gradient_split.state_since(position.number, position.count, t)
+            if isinstance(gradient_split, BlockSchedule)
+            else 1
+        )
 
-    def blocks(self, names: Sequence[str | None]) -> Sequence[Hashable]:
+    def block_labels(self, names: Sequence[str | None]) -> Sequence[Hashable]:
         """What takes turns."""
-        return labels_of(self.block_of, names)
+        return block_labels(self.block_of, names)
 
 
-def way_of(
+def make_split(
     split: str,
     share: float,
     reset: str,
@@ -170,13 +180,13 @@ def way_of(
     order: str,
     gap: int,
     seed: int,
-) -> Way:
+) -> GradientSplit:
     """The way that a user names in ``split=``; the others say how it goes.
 
     Raises:
         ValueError: Unknown name, or settings that do not go together.
     """
-    known = ("block", *COORDINATES, *KINDS)
+    known = ("block", *COORDINATE_KINDS, *PROJECTION_KINDS)
     check(
         split.partition(":")[0] in known,
         f"split must be one of {', '.join(dict.fromkeys(known))}, got {split!r}",
@@ -191,10 +201,10 @@ def way_of(
     )
     changed = reset == "changed"
     if split == "block":
-        return Turns(order, share, gap, seed, changed)
-    if split in COORDINATES:
-        return Coordinates(split, share, reset != "none", changed and inner == "adamw")
-    return Subspace(split, share, proj_type, published)
+        return BlockSchedule(order, share, gap, seed, changed)
+    if split in COORDINATE_KINDS:
+        return CoordinateSplit(split, share, reset != "none", changed and inner == "adamw")
+    return SubspaceSplit(split, share, proj_type, published)
 
 
 class FRUGAL(StackedOptimizer):
@@ -262,7 +272,7 @@ class FRUGAL(StackedOptimizer):
         >>> optimizer.step()
     """
 
-    _listed: dict[Tensor, int] | None = None  # block of every tensor in the user's lists
+    _listed_blocks: dict[Tensor, int] | None = None  # block of every tensor in the user's lists
 
     def __init__(
         self,
@@ -289,7 +299,7 @@ class FRUGAL(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         if not isinstance(blocks, str):
-            self._listed = {p: i for i, block in enumerate(blocks) for p in block}
+            self._listed_blocks = {p: i for i, block in enumerate(blocks) for p in block}
             check(split == "block", "lists of blocks need split='block'")
             blocks = "tensor"  # numbers per group take its place: a checkpoint holds plain values
         rule = FRUGALRule(
@@ -313,9 +323,9 @@ class FRUGAL(StackedOptimizer):
         )
         super().__init__(params, rule, lr, weight_decay, **options)
 
-    def _prepared(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
         """A group with the numbers of its blocks, if the user has listed them."""
-        groups = super()._prepared(param_group)
-        if self._listed is not None:
-            number_blocks(groups, self.defaults, self._listed)
+        groups = super()._prepare_groups(param_group)
+        if self._listed_blocks is not None:
+            assign_block_numbers(groups, self.defaults, self._listed_blocks)
         return groups

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ._core.rule import Direction, Member
-from ._core.validation import check, check_known
+from ._core.validation import check, check_choices
 from ._driver.optimizer import StackedOptimizer
-from ._toolkit.base_optimizers import Inner, inner
+from ._toolkit.base_optimizers import BaseOptimizer, make_base_optimizer
 from ._toolkit.lowrank import LowRankRule
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class GaLoreRule(LowRankRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_known(self, inner=("adamw", "adafactor", "lion"))
+        check_choices(self, inner=("adamw", "adafactor", "lion"))
         plain, mixes = self.inner == "adamw", self.moments in ("rotate", "ldadam")
         check(plain or not self.published, "compat='reference' has inner='adamw'")
         check(
@@ -38,17 +38,17 @@ class GaLoreRule(LowRankRule):
         )
 
     @property
-    def inside(self) -> Inner:
+    def base_optimizer(self) -> BaseOptimizer:
         """The optimizer that runs on R."""
-        return inner(self.inner, self.betas, self.epsilon())
+        return make_base_optimizer(self.inner, self.betas, self.adam_eps())
 
     def update(self, w: Member) -> Direction:
         """One step for a stack; after turning, rows are projected."""
         assert w.grad is not None
         P = self.projector
-        R = P.down(w.state, w.grad, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
-        lift, factor = self.lifted(w, R)  # P N; P N Q^T
-        return w.step(lift, scale=self.scale * factor, decay_last=self.published)
+        R = P.project(w.state, w.grad, w.reductions)  # (K, r, n); P^T G Q is (K, r, r)
+        lift, factor = self.lifted_term(w, R)  # P N; P N Q^T
+        return w.step(lift, lr_factor=self.scale * factor, decay_last=self.published)
 
 
 class GaLore(StackedOptimizer):

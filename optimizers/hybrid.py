@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..kernels import row_norm
-from ._core.rule import LOCAL, Member
-from ._core.validation import check_known
+from ._core.rule import LOCAL_REDUCTIONS, Member
+from ._core.validation import check_choices
 from ._driver.optimizer import StackedOptimizer
-from ._toolkit.row_rules import ROW_MODES, RowPolarRule, centre, row_factors, row_squares
+from ._toolkit.row_rules import ROW_MODES, RowPolarRule, center, row_factors, row_squares
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._driver.param_groups import Common
 
-ORDERS = ("row_then_polar", "polar_then_row")
-EPS = 1e-8
+MAP_ORDERS = ("row_then_polar", "polar_then_row")
+ROW_EPS = 1e-8
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,27 @@ class HybridRule(RowPolarRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_known(self, order=ORDERS, row_mode=ROW_MODES, side=("left", "right"))
+        check_choices(self, order=MAP_ORDERS, row_mode=ROW_MODES, side=("left", "right"))
 
-    def mapped(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
+    def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """Both maps of X (K, m, n), and nu^alpha where it is not lost again."""
         left = self.side == "left"
         if self.order == "polar_then_row":
-            U = self.factor(X, w, left)
-            by = self.nuclear(X, U, w)  # felt beside eps only
-            return self.normed(U if by is None else U * by, w), None
-        Y = self.normed(X, w)
-        Y = centre(Y, w.sums, self.rows(w), own=True) if self.centred else Y
-        U = self.factor(Y, w, left)
-        return U, self.nuclear(Y, U, w)
+            U = self.orthogonalize(X, w, left)
+            by = self.nuclear_scale(X, U, w)  # felt beside eps only
+            return self.normalize_rows(U if by is None else U * by, w), None
+        Y = self.normalize_rows(X, w)
+        Y = center(Y, w.reductions, self.row_count(w), in_place=True) if self.centred else Y
+        U = self.orthogonalize(Y, w, left)
+        return U, self.nuclear_scale(Y, U, w)
 
-    def normed(self, X: Tensor, w: Member) -> Tensor:
+    def normalize_rows(self, X: Tensor, w: Member) -> Tensor:
         """Rows of X (K, m, n) at norm 1."""
-        eps = EPS if self.eps is None else self.eps
-        if w.sums is LOCAL:
+        eps = ROW_EPS if self.eps is None else self.eps
+        if w.reductions is LOCAL_REDUCTIONS:
             return row_norm(X, eps, self.row_mode)
-        squares = row_squares(X, w.sums)
-        return X * row_factors(squares, self.row_mode, eps, w.sums, self.rows(w))
+        squares = row_squares(X, w.reductions)
+        return X * row_factors(squares, self.row_mode, eps, w.reductions, self.row_count(w))
 
 
 class Hybrid(StackedOptimizer):

@@ -20,11 +20,11 @@ from ..kernels import (
     polar_factor,
     polar_report,
 )
-from ._core.rule import Dense, Direction, Member, Rule, Scaled, Slot, Sums, Term
-from ._core.validation import check, check_known
+from ._core.rule import Dense, Direction, Member, Reductions, Rule, Scaled, Slot, Term
+from ._core.validation import check, check_choices
 from ._driver.optimizer import StackedOptimizer
-from ._toolkit.moments import blend, column_squares, ema, square_scale, total
-from ._toolkit.random_keys import Draws
+from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
+from ._toolkit.random_keys import StackRNG
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -114,13 +114,13 @@ class OrthogonalRule(Rule, abstract=True):
         self.orthogonalize(torch.empty(1, 0, 1))  # what the kernel refuses is refused here
 
     @property
-    def guarded(self) -> bool:  # type: ignore[override]
+    def handles_nonfinite(self) -> bool:  # type: ignore[override]
         """Where nothing is reported, and no draw looks at G."""
         drawn = self.polar == "low_rank" and self.sketch == "kaczmarz"
         return self.compat is None and not drawn and not self.report_steps
 
-    def more_slots(self) -> dict[str, Slot]:
-        """The state of ``calmed`` and ``orthogonal``."""
+    def extra_slots(self) -> dict[str, Slot]:
+        """The state of ``clipped_grad`` and ``polar_step``."""
         slots = {}
         if self.spike_ratio is not None:
             slots["grad_norm"] = Slot("11")
@@ -128,38 +128,40 @@ class OrthogonalRule(Rule, abstract=True):
             slots["polar_report"] = Slot("f", dtype=torch.float32, f=5)
         return slots
 
-    def calmed(self, w: Member) -> Tensor:
+    def clipped_grad(self, w: Member) -> Tensor:
         """The gradient (K, m, n), normalised or limited where the rule is told so."""
         assert w.grad is not None
         clip, ratio = self.clip_grad_rms, self.spike_ratio
         if not self.normalize_grad and clip is None and ratio is None:
             return w.grad
         G = w.grad.to(torch.promote_types(w.grad.dtype, torch.float32))
-        c = square_scale(G)  # (K, 1, 1), a power of two
-        G = G * c
-        norm = w.sums.both(total(column_squares(G))).sqrt()  # that of c times the gradient
+        square_scale = safe_square_scale(G)  # (K, 1, 1), a power of two
+        G = G * square_scale
+        norm = w.reductions.both(total(column_squares(G))).sqrt()  # that of c times the gradient
         if self.normalize_grad:
             return G.div_(norm.clamp(min=torch.finfo(norm.dtype).tiny))
-        by = c.reciprocal()
+        row_scale = square_scale.reciprocal()
         if clip is not None:
-            by = torch.minimum(clip * math.sqrt(w.m * w.n) / norm, by)
+            row_scale = torch.minimum(clip * math.sqrt(w.m * w.n) / norm, row_scale)
         if ratio is not None:
-            by = by * spike_factor(norm * by, w.state["grad_norm"], ratio, ok=w.ok)
-        return G.mul_(by)
+            row_scale = row_scale * spike_factor(
+                norm * row_scale, w.state["grad_norm"], ratio, finite=w.finite
+            )
+        return G.mul_(row_scale)
 
-    def orthogonal(self, w: Member, U: Tensor) -> Tensor:
+    def polar_step(self, w: Member, U: Tensor) -> Tensor:
         """The polar factor of U (K, m, n) for a step of w; its quality goes into the state."""
-        draws = Draws(self.seed, w.indices, w.t)
-        keys = [draws.key(k) for k in range(len(U))] if self.polar == "low_rank" else []
+        rng = StackRNG(self.seed, w.indices, w.t)
+        keys = [rng.key(k) for k in range(len(U))] if self.polar == "low_rank" else []
 
-        def whole(X: Tensor) -> Tensor:
+        def factor_with_report(X: Tensor) -> Tensor:
             O = self.orthogonalize(X, keys)
             if self.report_steps and w.t % self.report_steps == 0:
-                rows = [_measured(M.clone(), P.clone()) for M, P in zip(X, O, strict=True)]
+                rows = [_report_row(M.clone(), P.clone()) for M, P in zip(X, O, strict=True)]
                 w.state["polar_report"].copy_(torch.tensor(rows))
             return O
 
-        return w.sums.whole(whole, U)
+        return w.reductions.on_full_matrix(factor_with_report, U)
 
     def orthogonalize(self, U: Tensor, keys: Sequence[int] = ()) -> Tensor:
         """The polar factor of every matrix of U (K, m, n); ``keys`` for their sketches."""
@@ -167,7 +169,7 @@ class OrthogonalRule(Rule, abstract=True):
             polar_factor, steps=self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps
         )
         if self.compat == "torch":
-            O = factor(U, "ns5", dtype=torch.bfloat16, exact=True)
+            O = factor(U, "ns5", dtype=torch.bfloat16, torch_bits=True)
             # torch adds the factor of a tall matrix as a transposed view; bfloat16 weights round
             # such a sum otherwise
             return O if U.shape[-2] <= U.shape[-1] else O.mT.contiguous().mT
@@ -182,7 +184,7 @@ class OrthogonalRule(Rule, abstract=True):
             options["key"] = keys or 0
         return factor(U, self.polar, **options)
 
-    def ratio(self, m: int, n: int) -> float:
+    def lr_factor(self, m: int, n: int) -> float:
         """What multiplies lr in the update, never in the decay."""
         name = self.adjust_lr_fn
         if name == "auto":
@@ -212,23 +214,29 @@ class MuonRule(OrthogonalRule):
     def __post_init__(self) -> None:
         check(0.0 <= self.momentum, f"momentum should be >= 0 but is: {self.momentum}")
         super().__post_init__()
-        check_known(
+        check_choices(
             self,
             momentum_kind=("ema", "sum"),
             second_moment=(None, "normuon", "adamuon"),
             decay_schedule=("lr", "lr2"),
         )
-        check(0.0 <= self.decay2 < 1.0, f"beta2 must lie in [0, 1), got {self.decay2}")
-        twice = self.rank_compensate and self.second_moment == "adamuon"
-        check(not twice, "second_moment='adamuon' has an exact RMS; leave rank_compensate unset")
-        plain = self.momentum_kind == "ema" and self.second_moment is None
         check(
-            self.compat is None or plain,
+            0.0 <= self.second_moment_decay < 1.0,
+            f"beta2 must lie in [0, 1), got {self.second_moment_decay}",
+        )
+        corrected_twice = self.rank_compensate and self.second_moment == "adamuon"
+        check(
+            not corrected_twice,
+            "second_moment='adamuon' has an exact RMS; leave rank_compensate unset",
+        )
+        matches_torch = self.momentum_kind == "ema" and self.second_moment is None
+        check(
+            self.compat is None or matches_torch,
             "compat='torch' averages, and once; leave momentum_kind and second_moment unset",
         )
 
     @property
-    def decay2(self) -> float:
+    def second_moment_decay(self) -> float:
         """Decay of the second moment."""
         if self.beta2 is not None:
             return self.beta2
@@ -241,36 +249,40 @@ class MuonRule(OrthogonalRule):
             slots["row_second_moment"] = Slot("m1")
         if self.second_moment == "adamuon":
             slots["second_moment"] = Slot("mn")
-        return {**slots, **self.more_slots()}
+        return {**slots, **self.extra_slots()}
 
     def update(self, w: Member) -> Direction:
         """One step for a stack."""
         B, mu = w.state["momentum_buffer"], self.momentum
-        G = self.calmed(w).to(B.dtype) if self.compat else self.calmed(w)
-        U = blend(B, G, mu, self.nesterov, self.momentum_kind, w.ok)  # (K, m, n)
-        O = self.orthogonal(w, U.sign() if self.second_moment == "adamuon" else U)
+        G = self.clipped_grad(w).to(B.dtype) if self.compat else self.clipped_grad(w)
+        U = momentum_step(B, G, mu, self.nesterov, self.momentum_kind, w.finite)  # (K, m, n)
+        O = self.polar_step(w, U.sign() if self.second_moment == "adamuon" else U)
         term: Term = Dense(O)
         if self.second_moment == "normuon":
             V = w.state["row_second_moment"]
-            term = Scaled(O, row_correction(O, V, self.decay2, w.sums, w.n, ok=w.ok))
+            term = Scaled(
+                O, normuon_scale(O, V, self.second_moment_decay, w.reductions, w.n, finite=w.finite)
+            )
         elif self.second_moment == "adamuon":
             norm, V = math.sqrt(min(w.m, w.n)), w.state["second_moment"]  # of an exact factor
-            O, by = entry_correction(O, V, self.decay2, w.sums, norm, ok=w.ok)
-            term = Scaled(O, by)
+            O, row_scale = adamuon_scale(
+                O, V, self.second_moment_decay, w.reductions, norm, finite=w.finite
+            )
+            term = Scaled(O, row_scale)
         # what scales O above is never negative, so O has the signs of the step
         decay = O * w.value.to(O.dtype) >= 0 if self.cautious else None
         power = 2 if self.decay_schedule == "lr2" else 1
         return w.step(
             term,
-            scale=self.ratio(w.m, w.n),
+            lr_factor=self.lr_factor(w.m, w.n),
             decay=decay,
             decay_power=power,
-            exact=self.compat == "torch",
+            torch_bits=self.compat == "torch",
         )
 
 
 def spike_factor(
-    norm: Tensor, stored: Tensor, ratio: float, beta: float = 0.9, ok: Tensor | None = None
+    norm: Tensor, stored: Tensor, ratio: float, beta: float = 0.9, finite: Tensor | None = None
 ) -> Tensor:
     """What a gradient is multiplied by so that its norm is at most ratio times their average.
 
@@ -280,28 +292,32 @@ def spike_factor(
             that is not finite is not stored.
         ratio: Above 1.
         beta: Decay of the average.
-        ok: None, or flags (K,): where one is 0 nothing is stored.
+        finite: None, or flags (K,): where one is 0 nothing is stored.
 
     Returns:
         (K, 1, 1), at most 1.
     """
-    last = stored.to(norm.dtype)
-    seen, limit = last > 0, ratio * last
-    kept = torch.where(seen, torch.minimum(norm, limit), norm)
-    moved = torch.where(seen, last.lerp(kept, 1 - beta), kept)
-    good = kept.isfinite() if ok is None else kept.isfinite() & (ok.view(-1, 1, 1) != 0)
-    stored.copy_(torch.where(good, moved, last))
-    return torch.where(seen & (norm > limit), limit / norm, 1.0)
+    previous = stored.to(norm.dtype)
+    has_average, limit = previous > 0, ratio * previous
+    limited_norm = torch.where(has_average, torch.minimum(norm, limit), norm)
+    updated = torch.where(has_average, previous.lerp(limited_norm, 1 - beta), limited_norm)
+    finite = (
+        limited_norm.isfinite()
+        if finite is None
+        else limited_norm.isfinite() & (finite.view(-1, 1, 1) != 0)
+    )
+    stored.copy_(torch.where(finite, updated, previous))
+    return torch.where(has_average & (norm > limit), limit / norm, 1.0)
 
 
-def row_correction(
+def normuon_scale(
     O: Tensor,
     second_moment: Tensor,
     beta2: float,
-    sums: Sums,
+    reductions: Reductions,
     n: int,
     eps: float = 1e-10,
-    ok: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> Tensor:
     """NorMuon's: rows of O divided by their own running size, ||O||_F kept.
 
@@ -313,28 +329,30 @@ def row_correction(
         O: (K, m, n), not changed.
         second_moment: v, (K, m, 1), changed in place.
         beta2: Decay of v.
-        sums: Sums over the weight's indices.
+        reductions: Sums over the weight's indices.
         n: Columns of the whole weight.
         eps: Added to the root and to the norm of O'.
-        ok: As for :func:`blend`.
+        finite: As for :func:`momentum_step`.
 
     Returns:
         (K, m, 1), by which the rows of O are multiplied.
     """
-    squares = sums.cols(column_squares(O.mT).mT)
-    by = ema(second_moment, squares / n, beta2, ok).sqrt().add(eps).reciprocal()
-    old, new = (sums.rows(total(x.mT)).sqrt() for x in (squares, squares * by * by))
-    return by * (old / (new + eps))
+    squares = reductions.cols(column_squares(O.mT).mT)
+    row_scale = ema(second_moment, squares / n, beta2, finite).sqrt().add(eps).reciprocal()
+    old, new = (
+        reductions.rows(total(x.mT)).sqrt() for x in (squares, squares * row_scale * row_scale)
+    )
+    return row_scale * (old / (new + eps))
 
 
-def entry_correction(
+def adamuon_scale(
     O: Tensor,
     second_moment: Tensor,
     beta2: float,
-    sums: Sums,
+    reductions: Reductions,
     norm: float,
     eps: float = 1e-8,
-    ok: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """AdaMuon's: entries of O divided by their own running size, then scaled to a given norm.
 
@@ -345,34 +363,34 @@ def entry_correction(
         O: (K, m, n), not changed.
         second_moment: V, (K, m, n), changed in place.
         beta2: Decay of V.
-        sums: Sums over the weight's indices.
+        reductions: Sums over the weight's indices.
         norm: The Frobenius norm to scale to.
         eps: Added to the root and to the norm of O'.
-        ok: As for :func:`blend`.
+        finite: As for :func:`momentum_step`.
 
     Returns:
         O' (K, m, n), a new tensor, and what it is to be multiplied by, (K, 1, 1).
     """
-    V = ema(second_moment, O.square(), beta2, ok)
+    V = ema(second_moment, O.square(), beta2, finite)
     scaled = O / V.sqrt().add_(eps)
-    size = sums.both(total(column_squares(scaled))).sqrt()
-    return scaled, norm / (size + eps)
+    norm_now = reductions.both(total(column_squares(scaled))).sqrt()
+    return scaled, norm / (norm_now + eps)
 
 
-def _measured(M: Tensor, O: Tensor) -> list[float]:
+def _report_row(M: Tensor, O: Tensor) -> list[float]:
     """The five figures of a report; zeros for a zero matrix, which has none."""
     try:
-        found = polar_report(M, O)
+        quality = polar_report(M, O)
     except ValueError:
         return [0.0] * 5
-    return [getattr(found, name) for name in PolarReport.__dataclass_fields__]
+    return [getattr(quality, name) for name in PolarReport.__dataclass_fields__]
 
 
 def reports(
     groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> dict[str, list[PolarReport | None]]:
     """The last recorded report of every matrix, by the parameter's name or else its position."""
-    found: dict[str, list[PolarReport | None]] = {}
+    quality: dict[str, list[PolarReport | None]] = {}
     params = [
         (p, name)
         for group in groups
@@ -386,28 +404,30 @@ def reports(
         for key, rows in state.get(p, {}).items():
             if key.partition(".")[0] == "polar_report":
                 for row in rows.view(-1, 5).tolist():
-                    made = PolarReport(*row) if any(row) else None
-                    found.setdefault(name or str(i), []).append(made)
-    return found
+                    report = PolarReport(*row) if any(row) else None
+                    quality.setdefault(name or str(i), []).append(report)
+    return quality
 
 
-def with_view(settings: Mapping[str, Any]) -> dict[str, Any]:
+def settings_with_view(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with Muon's words for shapes put into ``view``'s: see ``views.py``.
 
     ``matrix_view="flatten" | "batch" | "auto"`` is taken as it is, ``split_sizes=(a, b, c)`` is
     ``rows:a,b,c`` and ``num_heads=h`` is ``heads:h``.
     """
     settings = dict(settings)
-    given = {
+    view_options = {
         name: value
         for name in ("matrix_view", "split_sizes", "num_heads")
         if (value := settings.pop(name, None)) is not None
     }
-    if not given:
+    if not view_options:
         return settings
-    named = [*given, *(["view"] if "view" in settings else [])]
-    check(len(named) == 1, f"{' and '.join(named)} exclude each other: pass one of them")
-    ((name, value),) = given.items()
+    option_names = [*view_options, *(["view"] if "view" in settings else [])]
+    check(
+        len(option_names) == 1, f"{' and '.join(option_names)} exclude each other: pass one of them"
+    )
+    ((name, value),) = view_options.items()
     if name == "matrix_view":
         check(
             value in ("auto", "flatten", "batch"),
@@ -415,8 +435,8 @@ def with_view(settings: Mapping[str, Any]) -> dict[str, Any]:
         )
         settings["view"] = value
     elif name == "split_sizes":
-        fits = isinstance(value, Iterable) and not isinstance(value, str)
-        sizes = list(value) if fits else []
+        is_sequence = isinstance(value, Iterable) and not isinstance(value, str)
+        sizes = list(value) if is_sequence else []
         check(
             bool(sizes) and all(map(_is_count, sizes)),
             f"split_sizes must be a list of ints of at least 1, got {value!r}",
@@ -612,12 +632,12 @@ class Muon(StackedOptimizer):
             decay_schedule,
         )
         shape = {"matrix_view": matrix_view, "split_sizes": split_sizes, "num_heads": num_heads}
-        super().__init__(params, rule, lr, weight_decay, **with_view({**options, **shape}))
+        super().__init__(params, rule, lr, weight_decay, **settings_with_view({**options, **shape}))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See :class:`StackedOptimizer`; knows ``matrix_view``, ``split_sizes``, ``num_heads``."""
         is_group = isinstance(param_group, dict)  # else torch refuses it
-        super().add_param_group(with_view(param_group) if is_group else param_group)
+        super().add_param_group(settings_with_view(param_group) if is_group else param_group)
 
     def reports(self) -> dict[str, list[PolarReport | None]]:
         """The last report of each matrix under ``report_steps``, by name or position."""

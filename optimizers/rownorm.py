@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from ..kernels import row_norm
-from ._core.rule import LOCAL, Direction, Member, Scaled, Term
-from ._core.validation import check, check_known
+from ._core.rule import LOCAL_REDUCTIONS, Direction, Member, Scaled, Term
+from ._core.validation import check, check_choices
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.row_rules import (
     ROW_MODES,
     RowRule,
     RowStep,
-    folded,
+    join_pairs,
     row_factors,
     row_squares,
-    unfolded,
+    split_pairs,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class RowNormRule(RowRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_known(self, row_mode=ROW_MODES)
+        check_choices(self, row_mode=ROW_MODES)
         check(self.eps >= 0.0, f"Invalid epsilon value: {self.eps}")
 
     @property
@@ -50,12 +50,12 @@ class RowNormRule(RowRule):
         """One step for a stack, by one kernel where rows do not depend on each other."""
         w = members[0]
         G, M = w.grad, w.state["momentum_buffer"]
-        alone = not self.centred and self.pair is None and self.row_mode != "relative"
-        if not alone or w.sums is not LOCAL or G is None:
+        rows_independent = not self.centred and self.pair is None and self.row_mode != "relative"
+        if not rows_independent or w.reductions is not LOCAL_REDUCTIONS or G is None:
             return super().update(*members)
-        match = self.adjust_lr_fn == "match_rms_adamw"
-        length = self.rms_target * self.length(w) ** 0.5 if match else 1.0
-        return (w.step(RowStep(M, G, self.momentum, self.eps, self.row_mode, length, w.ok)),)
+        matches_rms = self.adjust_lr_fn == "match_rms_adamw"
+        length = self.rms_target * self.row_entries(w) ** 0.5 if matches_rms else 1.0
+        return (w.step(RowStep(M, G, self.momentum, self.eps, self.row_mode, length, w.finite)),)
 
     def terms(
         self, ws: Sequence[Member], Ms: Sequence[Tensor], squares: Sequence[Tensor | None]
@@ -64,27 +64,27 @@ class RowNormRule(RowRule):
         if self.centred:
             return super().terms(ws, Ms, squares)
         w, layout = ws[0], self.pair
-        parts = [folded(s, layout) for s in squares if s is not None]
-        by = self.factors(torch.cat(parts, -1).sum(-1, keepdim=True), w)  # (K, m, 1)
+        pair_squares = [join_pairs(s, layout) for s in squares if s is not None]
+        by = self.row_scales(torch.cat(pair_squares, -1).sum(-1, keepdim=True), w)  # (K, m, 1)
         if self.adjust_lr_fn == "match_rms_adamw":
-            by = by * (self.rms_target * self.length(w, len(ws)) ** 0.5)
+            by = by * (self.rms_target * self.row_entries(w, len(ws)) ** 0.5)
         if layout in ("halves", "interleaved"):  # one for the gate's row, one for the up row
-            by = unfolded(by.expand(-1, -1, 2), layout)
+            by = split_pairs(by.expand(-1, -1, 2), layout)
         return [Scaled(M, by) for M in Ms]
 
-    def moved(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
+    def centered_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """One operation, but for the sums of shards."""
-        if w.sums is not LOCAL:
-            return super().moved(X, w)
+        if w.reductions is not LOCAL_REDUCTIONS:
+            return super().centered_map(X, w)
         return row_norm(X, self.eps, self.row_mode, self.centred), None
 
-    def mapped(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
+    def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """Rows of X (K, m, n) at norm 1; only asked for where rows are centred."""
-        return X.mul_(self.factors(row_squares(X, w.sums), w)), None
+        return X.mul_(self.row_scales(row_squares(X, w.reductions), w)), None
 
-    def factors(self, squares: Tensor, w: Member) -> Tensor:
+    def row_scales(self, squares: Tensor, w: Member) -> Tensor:
         """What rows of these squared norms (K, m, 1) are multiplied by."""
-        return row_factors(squares, self.row_mode, self.eps, w.sums, self.rows(w))
+        return row_factors(squares, self.row_mode, self.eps, w.reductions, self.row_count(w))
 
 
 class RowNorm(StackedOptimizer):

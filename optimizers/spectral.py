@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ._core.rule import Member
-from ._core.validation import check_known
+from ._core.validation import check_choices
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.row_rules import RowPolarRule
 
@@ -26,12 +26,12 @@ class SpectralRule(RowPolarRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_known(self, side=("left", "right"))
+        check_choices(self, side=("left", "right"))
 
-    def mapped(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
+    def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """Polar factor of X (K, m, n), and nu^alpha."""
-        U = self.factor(X, w, self.side == "left")
-        return U, self.nuclear(X, U, w)
+        U = self.orthogonalize(X, w, self.side == "left")
+        return U, self.nuclear_scale(X, U, w)
 
 
 class Spectral(StackedOptimizer):

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from ._core.rule import Dense, Direction, Member, Slot
-from ._core.validation import check, check_adam, check_known
+from ._core.validation import check, check_adam, check_choices
 from ._lora.pair_groups import LoRARule, Scale
-from ._lora.switching import exchange_, fold_, forget_, switch_rate
+from ._lora.switching import exchange_vectors_, fold_into_weight_, reset_vectors_, switch_rate
 from ._lora.vector_pools import (
-    CHOICE,
-    POOLS,
-    ROUNDING,
-    Pool,
+    CHOICE_STREAM,
+    POOL_STREAM,
+    ROUNDING_STREAM,
     TripleOptimizer,
-    begin_,
+    VectorPool,
+    max_exchanges,
     pool_slots,
-    room,
-    streams,
+    rng_for,
+    start_pools_,
 )
 from ._toolkit.moments import adam
 
@@ -38,7 +38,7 @@ class SwitchLoRARule(LoRARule):
     """Exchange k vectors of A and of B, fold the difference into W0, then Adam on A and B."""
 
     members = ("A", "B", "W0")  # type: ignore[assignment]
-    writes = True
+    writes_in_refresh = True
     total_steps: int | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -54,7 +54,7 @@ class SwitchLoRARule(LoRARule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_adam(self.betas, self.eps)
-        check_known(self, rounding=("accumulate", "stochastic"), choice=("fifo", "random"))
+        check_choices(self, rounding=("accumulate", "stochastic"), choice=("fifo", "random"))
         T, ratio, N, interval = self.total_steps, self.ratio, self.freeze_steps, self.interval0
         check(ratio is None or ratio > 0.0, f"ratio must be positive or None, got {ratio!r}")
         check(
@@ -70,7 +70,7 @@ class SwitchLoRARule(LoRARule):
         )
 
     @property
-    def every(self) -> int:
+    def refresh_interval(self) -> int:
         """Every update may exchange vectors."""
         return 1
 
@@ -81,13 +81,13 @@ class SwitchLoRARule(LoRARule):
         A, B = ({**moments, **slots} for slots in pool_slots(m, n, r))
         return {**A, "due": Slot("", torch.float64, device="cpu")}, B, {}
 
-    def wanted(self, A: Member, j: int) -> int:
+    def exchange_count(self, A: Member, j: int) -> int:
         """k: the schedule's number of vectors of each factor, rounded so that the mean is kept."""
         rate = 1.0 if self.ratio is None else switch_rate(A.t, self.ratio * (self.total_steps or 1))
         k = A.m * rate / self.interval0
         if self.rounding == "stochastic":
-            draws = streams(self.seed, A.indices, A.t, ROUNDING)
-            return math.floor(k) + (draws.key(j) / 2**64 < k % 1)
+            rng = rng_for(self.seed, A.indices, A.t, ROUNDING_STREAM)
+            return math.floor(k) + (rng.key(j) / 2**64 < k % 1)
         due = A.state["due"][j]
         k += float(due)
         due.fill_(k % 1)
@@ -97,49 +97,51 @@ class SwitchLoRARule(LoRARule):
         """The exchange; it needs no gradient, but with one half missing it waits for both."""
         if A.grad is None or B.grad is None:
             return
-        ks = [self.wanted(A, j) for j in range(len(A.indices))]
+        ks = [self.exchange_count(A, j) for j in range(len(A.indices))]
         if not any(ks):
             return
         X, Y, W0 = A.value, B.value, W.value
         for j, k in enumerate(ks):
-            a, b = Pool(A, j), Pool(B, j)
-            if not a.drawn:
-                begin_(a, b, self.s, streams(self.seed, A.indices, A.t, POOLS).generator(j))
-            k = min(k, room(a, b))
+            a, b = VectorPool(A, j), VectorPool(B, j)
+            if not a.is_filled:
+                start_pools_(
+                    a, b, self.s, rng_for(self.seed, A.indices, A.t, POOL_STREAM).generator(j)
+                )
+            k = min(k, max_exchanges(a, b))
             if k:
-                draws = streams(self.seed, A.indices, A.t, CHOICE)
-                order = draws.generator(j) if self.choice == "random" else None
-                I, C = a.trade(k, X[j], order)
-                J, D = b.trade(k, Y[j].mT, order)
-                P, N = exchange_(X[j], Y[j], I, C, J, D)
-                fold_(W0[j], P, N, self.s)
-                forget_(B, j, I, self.freeze_steps)
-                forget_(A, j, J, self.freeze_steps)
+                rng = rng_for(self.seed, A.indices, A.t, CHOICE_STREAM)
+                order = rng.generator(j) if self.choice == "random" else None
+                I, C = a.exchange(k, X[j], order)
+                J, D = b.exchange(k, Y[j].mT, order)
+                P, N = exchange_vectors_(X[j], Y[j], I, C, J, D)
+                fold_into_weight_(W0[j], P, N, self.s)
+                reset_vectors_(B, j, I, self.freeze_steps)
+                reset_vectors_(A, j, J, self.freeze_steps)
         for w, value in ((A, X), (B, Y), (W, W0)):
-            w.put(value)
+            w.write_back(value)
 
     def update(self, A: Member, B: Member, W: Member) -> Iterator[Direction]:
         """Adam for every vector that is not frozen."""
         for w in (A, B):
             if w.grad is not None:
-                yield self.half(w)
+                yield self.factor_step(w)
 
-    def half(self, w: Member) -> Direction:
+    def factor_step(self, w: Member) -> Direction:
         """One factor: a clock per vector, which stops while the vector is frozen."""
         assert w.grad is not None
         (b1, b2), state, G = self.betas, w.state, w.grad
-        still = state["frozen"] > 0
-        some, mask, step = bool(still.any()), still.to(G.device), still.to(torch.int32)
+        frozen = state["frozen"] > 0
+        any_frozen, mask, step = bool(frozen.any()), frozen.to(G.device), frozen.to(torch.int32)
         clock = state["count"].add_(1 if self.count_frozen_steps else 1 - step)
-        if some:
+        if any_frozen:
             G = G.masked_fill(mask, 0)
             state["frozen"].sub_(step)
         M, V, t = state["exp_avg"], state["exp_avg_sq"], clock.clamp(min=1).to(G.device)
         N = adam(G, M, V, t, beta1=b1, beta2=b2, eps=self.eps)
-        if some:
+        if any_frozen:
             N.masked_fill_(mask, 0)  # 0 / 0 where eps is 0
-        ratio = self.ratio_b if w.number else 1.0
-        return w.step(Dense(N), scale=ratio, decay=~mask if some else None)
+        ratio = self.lr_factor_b if w.number else 1.0
+        return w.step(Dense(N), lr_factor=ratio, decay=~mask if any_frozen else None)
 
 
 class SwitchLoRA(TripleOptimizer):

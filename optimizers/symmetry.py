@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from ._core.rule import Direction, Member, Rule
 from ._core.validation import check
 from ._driver.optimizer import StackedOptimizer
-from ._driver.param_groups import parameters_of, rows_of, rule_of
+from ._driver.param_groups import parameters_of, roles_of, rule_of
 from ._roles.classify import Assignment, classify, route
 from ._roles.policies import (
     PAPER_LRS,
     Settings,
     StackAssignment,
     StackRow,
-    check_policy,
-    grouped,
-    rule_choice,
+    check_role_policy,
+    policy_groups,
+    rule_override,
 )
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class SymmetryStack(StackedOptimizer):
         weight_decay: float = 0.0,
         **options: Unpack[Common],
     ) -> None:
-        check_policy(policy)
+        check_role_policy(policy)
         scales = ("match_rms_adamw", "paper", *(f"paper:{name}" for name in PAPER_LRS))
         check(
             adjust_lr_fn in scales,
@@ -143,7 +143,7 @@ class SymmetryStack(StackedOptimizer):
         """See :class:`StackedOptimizer`; without ``rule`` the policy sorts what is in the group."""
         groups = [param_group]
         if isinstance(param_group, dict) and "rule" not in param_group:
-            groups = self._sorted(param_group)
+            groups = self._grouped_by_policy(param_group)
         count = len(self.param_groups)
         try:
             for group in groups:
@@ -152,7 +152,7 @@ class SymmetryStack(StackedOptimizer):
             del self.param_groups[count:]
             raise
 
-    def _sorted(self, group: dict[str, Any]) -> list[Settings]:
+    def _grouped_by_policy(self, group: dict[str, Any]) -> list[Settings]:
         """A group without a rule as groups with one; what torch refuses is left to it."""
         if "params" not in group or isinstance(group["params"], set):
             return [group]
@@ -161,29 +161,36 @@ class SymmetryStack(StackedOptimizer):
         if not params or mixed or not all(isinstance(p, Tensor) for p in params):
             return [group]
         rows = [route(name, tuple(p.shape)) for name, p in zip(names, params, strict=True)]
-        own = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        lr = own.get("lr", self.defaults["lr"])
-        return [{**g, **own} for g in grouped(rows, params, self._policy, self._scale, lr, {})]
+        own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        lr = own_keys.get("lr", self.defaults["lr"])
+        return [
+            {**g, **own_keys}
+            for g in policy_groups(rows, params, self._policy, self._scale, lr, {})
+        ]
 
     def _from_module(self, model: nn.Module, overrides: Any, lr: float | Tensor) -> list[Settings]:
         """Groups of a model's trainable parameters."""
         pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
-        chosen = [rule_choice(choice) for _, choice in pairs]
+        rule_overrides = [rule_override(choice) for _, choice in pairs]
         # which override counts for each parameter, whatever it says
-        marks = classify(model, [(key, {"part": f"#{i}"}) for i, (key, _) in enumerate(pairs)])
-        roles = [pair for pair, own in zip(pairs, chosen, strict=True) if own is None]
+        override_marks = classify(
+            model, [(key, {"part": f"#{i}"}) for i, (key, _) in enumerate(pairs)]
+        )
+        roles = [
+            pair for pair, own_keys in zip(pairs, rule_overrides, strict=True) if own_keys is None
+        ]
         named, rows = dict(model.named_parameters()), []
-        own: dict[str | None, Settings] = {}
-        for mark, row in zip(marks, classify(model, roles), strict=True):
+        own_keys: dict[str | None, Settings] = {}
+        for mark, row in zip(override_marks, classify(model, roles), strict=True):
             if row.name is None or not named[row.name].requires_grad:
                 continue
             if mark.part.startswith("#"):
                 i = int(mark.part[1:])
-                if (choice := chosen[i]) is not None:
-                    own[row.name], row = choice, replace(row, why=mark.why)
+                if (choice := rule_overrides[i]) is not None:
+                    own_keys[row.name], row = choice, replace(row, why=mark.why)
             rows.append(row)
         params = [named[row.name] for row in rows if row.name]
-        return grouped(rows, params, self._policy, self._scale, lr, own)
+        return policy_groups(rows, params, self._policy, self._scale, lr, own_keys)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_policy": self._policy, "_scale": self._scale}
@@ -192,9 +199,9 @@ class SymmetryStack(StackedOptimizer):
         """Which parameter gets which rule, view, lr and decay, and why: a table that prints."""
         table = []
         for group in self.param_groups:
-            rule = rule_of(group, self._own)
-            whys = group.get("reasons") or [row.why for row in rows_of(group, rule)]
-            for row, why in zip(rows_of(group, rule), whys, strict=False):
+            rule = rule_of(group, self._default_rule)
+            reasons = group.get("reasons") or [row.why for row in roles_of(group, rule)]
+            for row, why in zip(roles_of(group, rule), reasons, strict=False):
                 matrix = rule is not None and row.rule == "matrix"
                 layout = (group.get("pair"), group.get("axis")) if matrix else ()
                 adamw = not matrix and group["adamw_weight_decay"] is not None

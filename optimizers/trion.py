@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..kernels import POLAR_METHODS, add_product_, polar_factor
 from ._core.rule import Direction, Factored, Member, Rule, Slot
-from ._core.validation import check, check_known, rank_of
+from ._core.validation import check, check_choices, resolve_rank
 from ._driver.optimizer import StackedOptimizer
-from ._toolkit.moments import blend
-from ._toolkit.projectors import Dct, take_rows
+from ._toolkit.moments import momentum_step
+from ._toolkit.projectors import DctProjector, take_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,7 +29,7 @@ ADJUST_LR_FNS = ("match_rms_adamw", "kj", "dion", "kimi", "none")
 class TrionRule(Rule):
     """S = D^T (M + G); I its r largest rows, A = S[I]; M - (1 - mu) D_I A stays; D_I polar(A)."""
 
-    guarded: ClassVar[bool] = True
+    handles_nonfinite: ClassVar[bool] = True
 
     momentum: float = 0.95
     rank: int | float = 0.25
@@ -44,15 +44,15 @@ class TrionRule(Rule):
     def __post_init__(self) -> None:
         check(0.0 <= self.momentum <= 1.0, f"momentum must be in [0, 1], got {self.momentum}")
         check(0.0 < self.eps, f"eps must be above 0, got {self.eps}")  # a momentum may be zero
-        check_known(self, adjust_lr_fn=ADJUST_LR_FNS, polar=("auto", *POLAR_METHODS))
-        rank_of(self.rank, 2**62)  # raises for what is neither a count nor a fraction
+        check_choices(self, adjust_lr_fn=ADJUST_LR_FNS, polar=("auto", *POLAR_METHODS))
+        resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
         _ = self.cosines  # raises for an unknown norm or basis
         self.orthogonalize(torch.empty(1, 0, 1))  # what the kernel refuses is refused here
 
     @property
-    def cosines(self) -> Dct:
+    def cosines(self) -> DctProjector:
         """The system D that all matrices of a size share."""
-        return Dct(norm=self.norm, basis=self.basis)
+        return DctProjector(norm=self.norm, basis=self.basis)
 
     def transpose(self, m: int, n: int) -> bool:
         """The shorter side is transformed; of a square, as published, the columns."""
@@ -69,25 +69,27 @@ class TrionRule(Rule):
     def update(self, w: Member) -> Direction:
         """One step for a stack; nothing waits for the choice of I."""
         assert w.grad is not None
-        B, G, D, r = w.state["momentum_buffer"], w.grad, self.cosines, rank_of(self.rank, w.m)
-        M = blend(B, G, 1.0, kind="sum", ok=w.ok)  # (K, m, n), B itself where it is as wide as G
-        S, sizes = D.spectrum(M)  # (K, m, n)
-        index = D.choose(S, r, sums=w.sums, sizes=sizes)  # (K, r), ascending
+        B, G, D, r = w.state["momentum_buffer"], w.grad, self.cosines, resolve_rank(self.rank, w.m)
+        M = momentum_step(
+            B, G, 1.0, kind="sum", finite=w.finite
+        )  # (K, m, n), B itself where it is as wide as G
+        S, row_scores = D.spectrum(M)  # (K, m, n)
+        index = D.choose(S, r, reductions=w.reductions, row_scores=row_scores)  # (K, r), ascending
         A = take_rows(S, index)  # (K, r, n)
         del S  # before the iteration needs room
-        P = D.columns(index, w.m, M.dtype)  # (K, m, r)
-        _subtract_(M, P, w.kept(A, 0.0), 1 - self.momentum)
+        P = D.selected_columns(index, w.m, M.dtype)  # (K, m, r)
+        _subtract_(M, P, w.where_finite(A, 0.0), 1 - self.momentum)
         if M is not B:
-            B.copy_(w.kept(M, B))
-        sides = (w.n, w.m) if w.turned else (w.m, w.n)
-        return w.step(Factored(P, self.orthogonalize(A)), scale=self.ratio(*sides, r))
+            B.copy_(w.where_finite(M, B))
+        sides = (w.n, w.m) if w.transposed else (w.m, w.n)
+        return w.step(Factored(P, self.orthogonalize(A)), lr_factor=self.lr_factor(*sides, r))
 
     def orthogonalize(self, A: Tensor) -> Tensor:
         """The polar factor of every matrix of A (K, r, n); that of D_I A is D_I times it."""
         steps, coefficients = self.ns_steps, self.ns_coefficients
         return polar_factor(A, self.polar, steps=steps, coefficients=coefficients, eps=self.eps)
 
-    def ratio(self, rows: int, columns: int, r: int) -> float:
+    def lr_factor(self, rows: int, columns: int, r: int) -> float:
         """What multiplies lr in the update of a weight, never in its decay."""
         name = self.adjust_lr_fn
         if name == "match_rms_adamw":

@@ -29,7 +29,7 @@ def name_of(path):
 
 
 def imports(path):
-    """Modules of the package that a file imports, as path parts below ROOT, and outside packages."""
+    """What a file imports: modules of ours as path parts below ROOT, and outside packages."""
     inside, outside = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:

@@ -15,29 +15,30 @@ from torch import Tensor
 
 from .terms import (
     AdamFactored,
-    Blocks,
     Deferred,
     Dense,
     Factored,
-    Factors,
+    PanelTerm,
     Residual,
     Scaled,
     Selected,
     Term,
+    WriteScalars,
 )
 
 __all__ = [
-    "LOCAL",
-    "RULES",
+    "LOCAL_REDUCTIONS",
+    "RULE_CLASSES",
     "AdamFactored",
-    "Blocks",
+    "BatchedCall",
+    "BlockPosition",
     "Deferred",
     "Dense",
     "Direction",
     "Factored",
-    "Factors",
     "Member",
-    "Place",
+    "PanelTerm",
+    "Reductions",
     "Residual",
     "Rule",
     "Scalar",
@@ -46,9 +47,8 @@ __all__ = [
     "Slot",
     "Slots",
     "Steps",
-    "Sums",
     "Term",
-    "Together",
+    "WriteScalars",
     "defaults_of",
     "rule_class",
     "settings_of",
@@ -100,7 +100,7 @@ class Slot:
         return f"Slot({self.axes!r}, {self.sizes})"
 
 
-class Sums:
+class Reductions:
     """Sums over the weight's own indices; all of them the identity on one process.
 
     A rule sends every sum over rows or columns of the weight through here, so that sharded weights
@@ -119,41 +119,43 @@ class Sums:
         """Complete a partial sum over all entries of the weight."""
         return x
 
-    def once(self, fn: Callable[..., Any], *xs: Tensor) -> Any:
+    def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
         """Apply fn to whole small matrices on one rank; every rank gets the result."""
-        return fn(*xs)
+        return fn(*args)
 
-    def whole(self, fn: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
+    def on_full_matrix(self, fn: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
         """Apply fn to the whole weight-shaped matrix and return the local part."""
         return fn(X)
 
 
-LOCAL = Sums()
+LOCAL_REDUCTIONS = Reductions()
 
 
 @dataclass(frozen=True)
 class Direction:
-    """W <- keep * W - lr * scale * sum(terms), keep = 1 - lr * weight_decay [* decay].
+    """W <- decay_factor * W - lr * lr_factor * sum(terms).
+
+    decay_factor is 1 - lr ** decay_power * weight_decay where ``decay`` is 1, else 1.
 
     Attributes:
         member: Which member's weight is written.
         terms: Their sum is the step's direction; their order is free.
-        scale: A Python number that joins lr in the multiplier.
+        lr_factor: A Python number that joins lr in the multiplier.
         decay: None, or a 0/1 tensor that broadcasts against (K, m, n): where decay applies.
         decay_last: Decay after the step, as some published codes do.
-        decay_power: The power of lr in keep; 2 lets decay vanish with the schedule.
-        exact: Write by torch's own operations, one after the other, whose bits are wanted.
-        cap: Limit of the step's Frobenius norm relative to the weight's; Dense terms only.
+        decay_power: The power of lr in decay_factor; 2 lets decay vanish with the schedule.
+        torch_bits: Write by torch's own operations, one after the other, whose bits are wanted.
+        max_rel_norm: Limit of the step's Frobenius norm relative to the weight's; Dense terms only.
     """
 
     member: Member
     terms: tuple[Term, ...]
-    scale: float = 1.0
+    lr_factor: float = 1.0
     decay: Tensor | None = None
     decay_last: bool = False
-    cap: float | None = None
+    max_rel_norm: float | None = None
     decay_power: int = 1
-    exact: bool = False
+    torch_bits: bool = False
 
     @property
     def mT(self) -> Direction:
@@ -166,8 +168,8 @@ class Direction:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which block of the optimizer a unit belongs to, see :meth:`Rule.blocks`.
+class BlockPosition:
+    """Which block of the optimizer a unit belongs to, see :meth:`Rule.block_labels`.
 
     Attributes:
         number: Number of the block, from 0.
@@ -187,35 +189,35 @@ class Member:
         state: Slot name -> (K, *axes), changed in place only.
         t: 1-based number of this update of these units.
         refreshed: t of their last refresh, 0 if none.
-        fresh: True inside the first refresh.
+        is_first_refresh: True inside the first refresh.
         m: Rows of the whole matrix after turning.
         n: Columns of the whole matrix after turning.
         indices: One int per matrix, the key of its random draws.
-        held: The update since which these units keep their state, 0 if they keep none.
+        state_since: The update since which these units keep their state, 0 if they keep none.
         number: Which member of the unit this is.
-        turned: Whether the weight was turned. Formulas never ask; only code that must repeat the
-            roundings and signs of a published factorisation does.
-        sums: Sums over the weight's indices.
-        ok: None, or flags (K,) float32 on the device, 0 where a gradient is not finite: only rules
-            that are ``guarded`` see one. State of such a matrix must stay as it is.
+        transposed: Whether the driver transposed the weight. Formulas never ask; only code that
+            must repeat the roundings and signs of a published factorisation does.
+        reductions: Sums over the weight's indices.
+        finite: None, or flags (K,) float32 on the device, 0 where a gradient is not finite: only
+            rules with ``handles_nonfinite`` see flags. State of such a matrix must stay as it is.
     """
 
     __slots__ = (
         "_load",
         "_store",
-        "fresh",
+        "finite",
         "grad",
-        "held",
         "indices",
+        "is_first_refresh",
         "m",
         "n",
         "number",
-        "ok",
+        "reductions",
         "refreshed",
         "state",
-        "sums",
+        "state_since",
         "t",
-        "turned",
+        "transposed",
     )
 
     def __init__(
@@ -229,18 +231,18 @@ class Member:
         m: int,
         n: int,
         indices: tuple[int, ...],
-        held: int = 1,
+        state_since: int = 1,
         number: int = 0,
-        turned: bool = False,
-        sums: Sums = LOCAL,
+        transposed: bool = False,
+        reductions: Reductions = LOCAL_REDUCTIONS,
         store: Callable[[Tensor], None] | None = None,
-        ok: Tensor | None = None,
+        finite: Tensor | None = None,
     ) -> None:
-        self.ok = ok
+        self.finite = finite
         self.grad, self._load, self._store, self.state = grad, load, store, state
-        self.t, self.refreshed, self.fresh = t, refreshed, False
-        self.m, self.n, self.indices, self.sums = m, n, indices, sums
-        self.held, self.number, self.turned = held, number, turned
+        self.t, self.refreshed, self.is_first_refresh = t, refreshed, False
+        self.m, self.n, self.indices, self.reductions = m, n, indices, reductions
+        self.state_since, self.number, self.transposed = state_since, number, transposed
 
     @property
     def value(self) -> Tensor:
@@ -250,19 +252,19 @@ class Member:
         """
         return self._load()
 
-    def put(self, W: Tensor) -> None:
-        """Make W, which ``value`` gave, the weights: for rules with ``writes``, where it changed.
+    def write_back(self, W: Tensor) -> None:
+        """Make W, which ``value`` gave, the weights: for rules with ``writes_in_refresh``.
 
         A view is the weight already; what had to be copied is put back.
         """
         if self._store is not None:
             self._store(W)
 
-    def kept(self, new: Tensor, old: Tensor | float) -> Tensor:
-        """New state (K, ...), but the old one of matrices whose flag in ``ok`` is 0."""
-        if self.ok is None:
+    def where_finite(self, new: Tensor, old: Tensor | float) -> Tensor:
+        """New state (K, ...), but the old one of matrices whose flag in ``finite`` is 0."""
+        if self.finite is None:
             return new
-        return torch.where(self.ok.view(-1, *[1] * (new.dim() - 1)) != 0, new, old)
+        return torch.where(self.finite.view(-1, *[1] * (new.dim() - 1)) != 0, new, old)
 
     @property
     def age(self) -> int:
@@ -272,36 +274,38 @@ class Member:
     def step(
         self,
         *terms: Term,
-        scale: float = 1.0,
+        lr_factor: float = 1.0,
         decay: Tensor | None = None,
         decay_last: bool = False,
-        cap: float | None = None,
+        max_rel_norm: float | None = None,
         decay_power: int = 1,
-        exact: bool = False,
+        torch_bits: bool = False,
     ) -> Direction:
         """Make a Direction for this member."""
-        return Direction(self, terms, scale, decay, decay_last, cap, decay_power, exact)
+        return Direction(
+            self, terms, lr_factor, decay, decay_last, max_rel_norm, decay_power, torch_bits
+        )
 
 
 @dataclass(frozen=True)
-class Together:
+class BatchedCall:
     """What an update yields to have small tensors worked on for many equal units in one call.
 
     Attributes:
         fn: Of stacks (K, ...); returns tensors (K, ...), which are what the ``yield`` returns.
             It knows no unit: the same function of the rule for all.
-        xs: Its arguments, one row for each matrix of this unit.
+        args: Its arguments, one row for each matrix of this unit.
     """
 
     fn: Callable[..., Sequence[Tensor]]
-    xs: tuple[Tensor, ...]
+    args: tuple[Tensor, ...]
 
 
-Steps = Generator[Direction | Together, Any, None]
+Steps = Generator[Direction | BatchedCall, Any, None]
 """What ``update`` is as a generator: Directions to be written, and requests."""
 Slots = Mapping[str, Slot]
 
-RULES: dict[str, type[Rule]] = {}
+RULE_CLASSES: dict[str, type[Rule]] = {}
 """Every rule by its method's name: what the group key ``rule`` may say."""
 
 
@@ -318,31 +322,32 @@ class Rule:
 
     A property may make them depend on fields. Empty: all matrices of a group are one unit.
     """
-    phase: ClassVar[int] = 0
+    refresh_offset: ClassVar[int] = 0
     """0 refreshes at updates 1, T+1, 2T+1, ...; 1 at updates 1, T, 2T, ..."""
-    writes: ClassVar[bool] = False
+    writes_in_refresh: ClassVar[bool] = False
     """Whether ``refresh`` changes weights in place; such units are never stacked."""
-    meets: ClassVar[bool] = False
-    """Whether ``update`` yields :class:`Together`, so that equal units should run side by side."""
-    guarded: ClassVar[bool] = False
+    yields_batched_calls: ClassVar[bool] = False
+    """Whether ``update`` yields :class:`BatchedCall`: equal units should run side by side."""
+    handles_nonfinite: ClassVar[bool] = False
     """Whether ``update`` may see gradients that are narrow or not finite.
 
-    It may if all that it does to state goes through operations that are told ``ok``, or through
-    ``Member.kept``. Where the host does not wait for the flags the driver copies nothing then.
+    It may if all that it does to state goes through operations that are told ``finite``, or
+    through ``Member.where_finite``. Where the host does not wait for the flags the driver copies
+    nothing then.
     """
-    together: ClassVar[bool] = False
+    refresh_in_lockstep: ClassVar[bool] = False
     """Whether refreshes of all units belong to the same update, so that none can be shifted."""
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if abstract:  # what several methods share is no method
             return
-        known = RULES.setdefault(cls.method(), cls)
+        known = RULE_CLASSES.setdefault(cls.method(), cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
                 f"a rule called {cls.method()!r} exists in {known.__module__}; choose another name"
             )
-        RULES[cls.method()] = cls  # the same definition run again, as in a notebook
+        RULE_CLASSES[cls.method()] = cls  # the same definition run again, as in a notebook
 
     @classmethod
     def method(cls) -> str:
@@ -350,20 +355,20 @@ class Rule:
         return cls.__name__.removesuffix("Rule")
 
     @property
-    def every(self) -> int:
+    def refresh_interval(self) -> int:
         """Updates between refreshes; 0 for a rule that has none."""
         return 0
 
-    def due(self, t: int, refreshed: int, shift: int = 0) -> bool:
+    def refresh_due(self, t: int, refreshed: int, shift: int = 0) -> bool:
         """Whether update t begins with a refresh; all but the first come `shift` updates early."""
-        every = self.every
-        return bool(every) and (refreshed == 0 or (t - 1 + self.phase + shift) % every == 0)
+        T = self.refresh_interval
+        return bool(T) and (refreshed == 0 or (t - 1 + self.refresh_offset + shift) % T == 0)
 
     def transpose(self, m: int, n: int) -> bool:
         """Whether the driver turns an m x n member over before this rule sees it."""
         return False
 
-    def turns(self, sides: Sequence[tuple[int, int]]) -> tuple[bool, ...]:
+    def transposed_members(self, sides: Sequence[tuple[int, int]]) -> tuple[bool, ...]:
         """``transpose`` of every member of a unit, for rules whose members must agree on a side."""
         return tuple(self.transpose(m, n) for m, n in sides)
 
@@ -384,14 +389,14 @@ class Rule:
         """Return or yield Directions; each is written before the next is asked for."""
         raise NotImplementedError
 
-    def blocks(self, names: Sequence[str | None]) -> Sequence[Hashable]:
-        """A label for every parameter of a group, by which `holds` tells blocks apart.
+    def block_labels(self, names: Sequence[str | None]) -> Sequence[Hashable]:
+        """A label for every parameter of a group, by which `state_since_at` tells blocks apart.
 
         Parameters of equal label are one block, also in several groups; None is a block of its own.
         """
         return [None] * len(names)
 
-    def holds(self, place: Place, t: int) -> int:
+    def state_since_at(self, position: BlockPosition, t: int) -> int:
         """The update since which the unit keeps the state that it has at update t; 0: it has none.
 
         State is dropped where this is 0, and starts anew after it.
@@ -407,17 +412,18 @@ class Rule:
         return {}
 
     def splits(self, m: int, n: int) -> frozenset[str]:
-        """Dimensions along which shards are exact because every sum goes through ``sums``."""
+        """Dimensions along which shards are exact because every sum goes through ``reductions``."""
         return frozenset()
 
 
 def rule_class(name: str) -> type[Rule]:
     """The rule class that a group's ``rule`` names."""
-    if name not in RULES:
+    if name not in RULE_CLASSES:
         raise ValueError(
-            f"group key 'rule' must be 'adamw' or one of {', '.join(sorted(RULES))}, got {name!r}"
+            f"group key 'rule' must be 'adamw' or one of {', '.join(sorted(RULE_CLASSES))}, "
+            f"got {name!r}"
         )
-    return RULES[name]
+    return RULE_CLASSES[name]
 
 
 def defaults_of(cls: type[Rule]) -> dict[str, Any]:

@@ -17,27 +17,27 @@ from ...kernels.dispatch import pick
 from ...kernels.passes import Stack
 
 
-def _rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
+def _slice_rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
     """Slice matrices and rows of x (K or 1, m or 1, n); broadcast axes stay."""
     x = x if x.shape[0] == 1 else x[ks]
     return x if x.shape[-2] == 1 else x[:, rows]
 
 
-class Factors(NamedTuple):
+class WriteScalars(NamedTuple):
     """What multiplies a weight, and all that is added to it, where a kernel writes.
 
     Attributes:
-        keep: The weight's.
+        decay_factor: The weight's.
         alpha: That of the terms.
         control: None, or (K, 3) float32, for each matrix a flag and what counts instead of keep and
             alpha. Where the flag is 0 the weight stays, with all state that belongs to the terms.
     """
 
-    keep: float
+    decay_factor: float
     alpha: float
     control: Tensor | None = None
 
-    def times(self, c: float) -> Factors:
+    def scale_alpha(self, c: float) -> WriteScalars:
         """The same with terms c times as large."""
         if self.control is None or c == 1.0:
             return self._replace(alpha=self.alpha * c)
@@ -49,12 +49,12 @@ class Factors(NamedTuple):
 class Term:
     """A part of a direction in its cheapest form; ``add_`` puts alpha times it into a panel."""
 
-    whole_rows: ClassVar[bool] = True
+    supports_row_panels: ClassVar[bool] = True
     """Whether the term can be written a panel of rows at a time."""
-    fused: ClassVar[bool] = False
+    fuses_decay: ClassVar[bool] = False
     """Whether ``write_`` does it with the decay inside."""
-    apart: ClassVar[bool] = False
-    """Whether ``kernel_`` takes a list of matrices, wherever they lie, for W."""
+    accepts_list: ClassVar[bool] = False
+    """Whether ``fused_write_`` takes a list of matrices, wherever they lie, for W."""
 
     @property
     def mT(self) -> Term:
@@ -69,14 +69,16 @@ class Term:
         """Add alpha times rows `rows` of matrices `ks` to panel, in place."""
         raise NotImplementedError
 
-    def write_(self, panel: Tensor, ks: slice, rows: slice, keep: float, alpha: float) -> None:
-        """Panel <- keep * panel + alpha times these rows, in place and in one go."""
+    def write_(
+        self, panel: Tensor, ks: slice, rows: slice, decay_factor: float, alpha: float
+    ) -> None:
+        """Panel <- decay_factor * panel + alpha times these rows, in place and in one go."""
         raise NotImplementedError
 
-    def kernel_(self, W: Any, by: Factors, beside: Term | None = None) -> bool:
-        """W (K, m, n) <- keep W + alpha (term + beside) by one kernel; False if there is none.
+    def fused_write_(self, W: Any, by: WriteScalars, other: Term | None = None) -> bool:
+        """W (K, m, n) <- decay_factor W + alpha (term + other), one kernel; False if there is none.
 
-        W is a list of K matrices only where all terms are ``apart``.
+        W is a list of K matrices only where all terms are ``accepts_list``.
         """
         return False
 
@@ -85,7 +87,7 @@ class Term:
 class Dense(Term):
     """A new tensor U (K, m, n)."""
 
-    apart: ClassVar[bool] = True
+    accepts_list: ClassVar[bool] = True
     U: Tensor
 
     @property
@@ -101,9 +103,9 @@ class Dense(Term):
         """See :class:`Term`."""
         panel.add_(self.U[ks, rows], alpha=alpha)
 
-    def kernel_(self, W: Stack, by: Factors, beside: Term | None = None) -> bool:
+    def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
         """See :class:`Term`."""
-        if beside is not None:
+        if other is not None:
             return False
         pick(W, "pass").scaled_add_(W, self.U, None, *by)
         return True
@@ -113,7 +115,7 @@ class Dense(Term):
 class Factored(Term):
     """P @ N with P (K, m, r) and N (K, r, n): never formed at full precision weights."""
 
-    fused: ClassVar[bool] = True
+    fuses_decay: ClassVar[bool] = True
     P: Tensor
     N: Tensor
 
@@ -132,49 +134,55 @@ class Factored(Term):
         """See :class:`Term`."""
         self.write_(panel, ks, rows, 1.0, alpha)
 
-    def write_(self, panel: Tensor, ks: slice, rows: slice, keep: float, alpha: float) -> None:
-        """Panel <- keep * panel + alpha * P @ N in one fused product: decay costs nothing."""
+    def write_(
+        self, panel: Tensor, ks: slice, rows: slice, decay_factor: float, alpha: float
+    ) -> None:
+        """Panel <- decay_factor * panel + alpha * P @ N in one fused product: decay is free."""
         P, N = self.P[ks, rows], self.N[ks]
         P, N = P.to(panel.dtype), N.to(panel.dtype)
-        add_product_(panel, P, N, beta=keep, alpha=alpha)
+        add_product_(panel, P, N, beta=decay_factor, alpha=alpha)
 
-    def kernel_(self, W: Tensor, by: Factors, beside: Term | None = None) -> bool:
+    def fused_write_(self, W: Tensor, by: WriteScalars, other: Term | None = None) -> bool:
         """See :class:`Term`; beside it there may be what exists (Scaled) or a residual's sign."""
-        if beside is not None and not isinstance(beside, Scaled | Residual):
+        if other is not None and not isinstance(other, Scaled | Residual):
             return False
-        rest = {} if beside is None else beside.rest()
-        pick(W, "pass").lift_(W, self.P, self.N, by.keep, by.alpha, control=by.control, **rest)
+        lift_kwargs = {} if other is None else other.lift_kwargs()
+        pick(W, "pass").lift_(
+            W, self.P, self.N, by.decay_factor, by.alpha, control=by.control, **lift_kwargs
+        )
         return True
 
 
 class Deferred(Term):
     """A term that is made when it is written, so that its state moves in the same pass."""
 
-    def made(self) -> Term:
+    def materialize(self) -> Term:
         """What the term is; asked for at most once."""
         raise NotImplementedError
 
     @cached_property
-    def whole(self) -> Term:
+    def materialized(self) -> Term:
         """The term, made."""
-        return self.made()
+        return self.materialize()
 
     @property
     def mT(self) -> Term:
         """See :class:`Term`."""
-        return self.whole.mT
+        return self.materialized.mT
 
     def scaled(self, c: Tensor) -> Term:
         """See :class:`Term`."""
-        return self.whole.scaled(c)
+        return self.materialized.scaled(c)
 
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         """See :class:`Term`."""
-        self.whole.add_(panel, ks, rows, alpha)
+        self.materialized.add_(panel, ks, rows, alpha)
 
-    def write_(self, panel: Tensor, ks: slice, rows: slice, keep: float, alpha: float) -> None:
+    def write_(
+        self, panel: Tensor, ks: slice, rows: slice, decay_factor: float, alpha: float
+    ) -> None:
         """See :class:`Term`."""
-        self.whole.write_(panel, ks, rows, keep, alpha)
+        self.materialized.write_(panel, ks, rows, decay_factor, alpha)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,10 +197,10 @@ class AdamFactored(Deferred):
         t: Number of this update, or clocks that broadcast against R.
         betas: Decays of the moments.
         eps: Added to the bias-corrected root.
-        ok: None, or flags (K,): where one is 0 the moments stay.
+        finite: None, or flags (K,): where one is 0 the moments stay.
     """
 
-    fused: ClassVar[bool] = True
+    fuses_decay: ClassVar[bool] = True
     P: Tensor
     R: Tensor
     exp_avg: Tensor
@@ -200,9 +208,9 @@ class AdamFactored(Deferred):
     t: int | Tensor
     betas: tuple[float, float]
     eps: float
-    ok: Tensor | None = None
+    finite: Tensor | None = None
 
-    def made(self) -> Factored:
+    def materialize(self) -> Factored:
         """See :class:`Deferred`."""
         (beta1, beta2), ops = self.betas, pick(self.R, "pass")
         N = ops.adam(
@@ -213,18 +221,18 @@ class AdamFactored(Deferred):
             beta1=beta1,
             beta2=beta2,
             eps=self.eps,
-            ok=self.ok,
+            finite=self.finite,
         )
         return Factored(self.P, N)
 
-    def kernel_(self, W: Tensor, by: Factors, beside: Term | None = None) -> bool:
+    def fused_write_(self, W: Tensor, by: WriteScalars, other: Term | None = None) -> bool:
         """See :class:`Term`; N stays on chip where it fits."""
-        if isinstance(beside, Scaled):
-            return self.whole.kernel_(W, by, beside)
-        if beside is not None and not isinstance(beside, Residual):
+        if isinstance(other, Scaled):
+            return self.materialized.fused_write_(W, by, other)
+        if other is not None and not isinstance(other, Residual):
             return False
-        rest = {} if beside is None else beside.rest()
-        rest.pop("R", None)  # it is this R
+        lift_kwargs = {} if other is None else other.lift_kwargs()
+        lift_kwargs.pop("R", None)  # it is this R
         (beta1, beta2), P, M, V = self.betas, self.P, self.exp_avg, self.exp_avg_sq
         pick(W, "pass").adam_lift_(
             W,
@@ -233,13 +241,13 @@ class AdamFactored(Deferred):
             M,
             V,
             self.t,
-            by.keep,
+            by.decay_factor,
             by.alpha,
             beta1=beta1,
             beta2=beta2,
             eps=self.eps,
             control=by.control,
-            **rest,
+            **lift_kwargs,
         )
         return True
 
@@ -248,7 +256,7 @@ class AdamFactored(Deferred):
 class Scaled(Term):
     """X (K, m, n) that already exists, times by (K, m, 1), (K, 1, n) or (K, 1, 1)."""
 
-    apart: ClassVar[bool] = True
+    accepts_list: ClassVar[bool] = True
     X: Tensor
     by: Tensor
 
@@ -263,68 +271,68 @@ class Scaled(Term):
 
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         """See :class:`Term`."""
-        X = self.X[ks, rows].to(panel.dtype)  # a guarded rule's gradient may be narrower
-        panel.addcmul_(X, _rows(self.by, ks, rows), value=alpha)
+        X = self.X[ks, rows].to(panel.dtype)  # an unmasked gradient may be narrower
+        panel.addcmul_(X, _slice_rows(self.by, ks, rows), value=alpha)
 
-    def rest(self) -> dict[str, Any]:
+    def lift_kwargs(self) -> dict[str, Any]:
         """The same as arguments of ``lift_``."""
         return {"X": self.X, "by": self.by}
 
-    def kernel_(self, W: Stack, by: Factors, beside: Term | None = None) -> bool:
+    def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
         """See :class:`Term`; beside it there may be another of its kind."""
-        if beside is not None and not isinstance(beside, Scaled):
+        if other is not None and not isinstance(other, Scaled):
             return False
-        second = {} if beside is None else {"Y": beside.X, "by_Y": beside.by}
+        second = {} if other is None else {"Y": other.X, "by_Y": other.by}
         pick(W, "pass").scaled_add_(W, self.X, self.by, *by, **second)
         return True
 
 
 @dataclass(frozen=True)
 class Selected(Term):
-    """`block` on the rows (dim -2) or columns (dim -1) listed in index (K, c)."""
+    """`values` on the rows (dim -2) or columns (dim -1) listed in index (K, c)."""
 
     dim: int
     index: Tensor
-    block: Tensor
+    values: Tensor
 
     @property
     def mT(self) -> Selected:
         """See :class:`Term`."""
-        return Selected(-3 - self.dim, self.index, self.block.mT)
+        return Selected(-3 - self.dim, self.index, self.values.mT)
 
     @property
-    def whole_rows(self) -> bool:  # type: ignore[override]
+    def supports_row_panels(self) -> bool:  # type: ignore[override]
         """Chosen rows lie anywhere, so they need the whole matrix; chosen columns do not."""
         return self.dim == -1
 
     def scaled(self, c: Tensor) -> Selected:
         """See :class:`Term`."""
-        return Selected(self.dim, self.index, self.block * c)
+        return Selected(self.dim, self.index, self.values * c)
 
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         """See :class:`Term`."""
-        block = self.block[ks, rows] if self.dim == -1 else self.block[ks]
+        values = self.values[ks, rows] if self.dim == -1 else self.values[ks]
         # gather and scatter take int64 only; the stored index is int32
-        index = self.index[ks].long().unsqueeze(-2 if self.dim == -1 else -1).expand_as(block)
-        part = panel.gather(self.dim, index).add_(block, alpha=alpha)
+        index = self.index[ks].long().unsqueeze(-2 if self.dim == -1 else -1).expand_as(values)
+        part = panel.gather(self.dim, index).add_(values, alpha=alpha)
         panel.scatter_(self.dim, index, part)
 
 
 @dataclass(frozen=True)
-class Blocks(Term):
+class PanelTerm(Term):
     """Never whole: fn(k, i, j) makes rows i and columns j (slices) of the matrices k."""
 
     fn: Callable[[slice, slice, slice], Tensor]
 
     @property
-    def mT(self) -> Blocks:
+    def mT(self) -> PanelTerm:
         """See :class:`Term`."""
-        return Blocks(lambda k, i, j: self.fn(k, j, i).mT)
+        return PanelTerm(lambda k, i, j: self.fn(k, j, i).mT)
 
-    def scaled(self, c: Tensor) -> Blocks:
+    def scaled(self, c: Tensor) -> PanelTerm:
         """See :class:`Term`."""
         c = c.reshape(1, 1, 1) if c.dim() == 0 else c
-        return Blocks(lambda k, i, j: self.fn(k, i, j) * _rows(c, k, i))
+        return PanelTerm(lambda k, i, j: self.fn(k, i, j) * _slice_rows(c, k, i))
 
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         """See :class:`Term`."""
@@ -332,11 +340,11 @@ class Blocks(Term):
 
 
 @dataclass(frozen=True)
-class Residual(Blocks):
+class Residual(PanelTerm):
     """The sign of G - P R, of what a subspace leaves of G, times `free`; made in blocks.
 
     Attributes:
-        fn: See :class:`Blocks`.
+        fn: See :class:`PanelTerm`.
         P: (K, m, r).
         R: (K, r, n) = P^T G.
         G: (K, m, n).
@@ -350,6 +358,6 @@ class Residual(Blocks):
     free: float
     floor: Tensor | None = None
 
-    def rest(self) -> dict[str, Any]:
+    def lift_kwargs(self) -> dict[str, Any]:
         """The same as arguments of ``lift_``."""
         return {"X": self.G, "R": self.R, "free": self.free, "floor": self.floor}

@@ -21,7 +21,7 @@ def check_adam(betas: tuple[float, float], eps: float | None) -> None:
         check(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")
 
 
-def check_known(rule: Any, **choices: tuple[str | None, ...]) -> None:
+def check_choices(rule: Any, **choices: tuple[str | None, ...]) -> None:
     """Refuse a field whose value is not among its choices."""
     for name, known in choices.items():
         value = getattr(rule, name)
@@ -32,8 +32,8 @@ def check_counts(rule: Any, *names: str) -> None:
     """Refuse fields that are no ints of at least 1."""
     for name in names:
         count = getattr(rule, name)
-        fits = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-        check(fits, f"{name} must be an int of at least 1, got {count!r}")
+        valid = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+        check(valid, f"{name} must be an int of at least 1, got {count!r}")
 
 
 def check_decays(rule: Any, *names: str) -> None:
@@ -43,12 +43,12 @@ def check_decays(rule: Any, *names: str) -> None:
         check(beta is None or 0.0 <= beta < 1.0, f"{name} must be in [0, 1), got {beta}")
 
 
-def check_least(rule: Any, kind: type, **least: int) -> None:
+def check_at_least(rule: Any, kind: type, **minimums: int) -> None:
     """Refuse a field that is not of this type, or too small."""
-    for name, bound in least.items():
+    for name, minimum in minimums.items():
         x, what = getattr(rule, name), "an int of " if kind is int else ""
-        good = isinstance(x, kind) and bool(x >= bound)  # type: ignore[operator]
-        check(good, f"{name} must be {what}at least {bound}, got {x!r}")
+        valid = isinstance(x, kind) and bool(x >= minimum)  # type: ignore[operator]
+        check(valid, f"{name} must be {what}at least {minimum}, got {x!r}")
 
 
 def check_rank(r: int, largest: int) -> None:
@@ -57,7 +57,7 @@ def check_rank(r: int, largest: int) -> None:
         raise ValueError(f"rank must be from 1 to {largest}, got {r}")
 
 
-def rank_of(rank: int | float, d: int) -> int:
+def resolve_rank(rank: int | float, d: int) -> int:
     """Turns the option ``rank`` into a count of columns, 1 <= r <= d.
 
     Args:

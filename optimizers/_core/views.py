@@ -24,38 +24,39 @@ from functools import lru_cache
 
 from torch import Tensor
 
-CUTS = ("heads", "heads_in", "rows", "interleaved")
-KINDS = ("auto", "flatten", "batch", "transposed", *CUTS)
+CUTTING_VIEWS = ("heads", "heads_in", "rows", "interleaved")
+VIEW_KINDS = ("auto", "flatten", "batch", "transposed", *CUTTING_VIEWS)
 
 
 @dataclass(frozen=True)
-class Block:
+class MatrixView:
     """Part of a parameter as k matrices m x n.
 
     Attributes:
         k: Number of matrices.
         m: Rows of each.
         n: Columns of each.
-        take: Parameter-shaped tensor -> (k, m, n); in place where its strides allow, else a copy.
+        to_matrices: Parameter-shaped tensor -> (k, m, n); a view where its strides allow, else a
+            copy.
         tag: ``""`` for a parameter of one block, else ``".0"``, ``".1"``, ... in state keys.
         plain: Whether the block is the whole 2-D parameter as it is.
-        stored_turned: Whether the parameter holds the transposes.
+        stored_transposed: Whether the parameter holds the transposes.
     """
 
     k: int
     m: int
     n: int
-    take: Callable[[Tensor], Tensor]
+    to_matrices: Callable[[Tensor], Tensor]
     tag: str = ""
     plain: bool = False
-    stored_turned: bool = False
+    stored_transposed: bool = False
 
-    def back(self, X: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def from_matrices(self, X: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Blocks (k, m, n) of a whole parameter in the parameter's shape again."""
-        return (X.mT if self.stored_turned else X).reshape(shape)
+        return (X.mT if self.stored_transposed else X).reshape(shape)
 
 
-def _numbers(view: str, text: str) -> tuple[int, ...]:
+def _parse_numbers(view: str, text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -65,8 +66,8 @@ def _numbers(view: str, text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _turned(take: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: take(x).mT
+def _transposed(to_matrices: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: to_matrices(x).mT
 
 
 def _batch(x: Tensor) -> Tensor:
@@ -74,11 +75,11 @@ def _batch(x: Tensor) -> Tensor:
 
 
 def _rows(start: int, stop: int, step: int = 1) -> Callable[[Tensor], Tensor]:
-    def take(x: Tensor) -> Tensor:
+    def to_matrices(x: Tensor) -> Tensor:
         part = x[..., start:stop:step, :]
         return part if x.ndim == 3 else part.unsqueeze(0)
 
-    return take
+    return to_matrices
 
 
 def _heads(x: Tensor, dim: int, heads: int) -> Tensor:
@@ -99,7 +100,7 @@ def _even_odd(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def blocks(view: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
+def split_view(view: str, shape: tuple[int, ...]) -> tuple[MatrixView, ...]:
     """Blocks of a parameter of this shape under this view.
 
     Args:
@@ -113,71 +114,77 @@ def blocks(view: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
         ValueError: If the view is unknown or does not fit the shape.
     """
     kind, _, text = view.partition(":")
-    if kind not in KINDS:
-        raise ValueError(f"view {view!r} is unknown; choose one of {', '.join(KINDS)}")
+    if kind not in VIEW_KINDS:
+        raise ValueError(f"view {view!r} is unknown; choose one of {', '.join(VIEW_KINDS)}")
     if len(shape) < 2:
         raise ValueError(f"view {view!r} needs a parameter of at least 2 dimensions, got {shape}")
     if kind == "auto":
         kind = "batch" if len(shape) <= 3 else "flatten"
     m, n = shape[-2:]
     if kind == "transposed" and text:
-        return _turned_blocks(text, (*shape[:-2], n, m))
+        return _transposed_views(text, (*shape[:-2], n, m))
     if kind == "flatten":
         rest = 1
         for side in shape[1:]:
             rest *= side
         plain = len(shape) == 2
-        return (Block(1, shape[0], rest, lambda x: x.reshape(1, x.shape[0], -1), plain=plain),)
+        return (MatrixView(1, shape[0], rest, lambda x: x.reshape(1, x.shape[0], -1), plain=plain),)
     if kind in ("batch", "transposed"):
         k = 1
         for side in shape[:-2]:
             k *= side
         if len(shape) == 2:
-            take: Callable[[Tensor], Tensor] = lambda x: x.unsqueeze(0)  # noqa: E731
+            to_matrices: Callable[[Tensor], Tensor] = lambda x: x.unsqueeze(0)  # noqa: E731
         else:
-            take = _batch
+            to_matrices = _batch
         if kind == "transposed":
-            return (Block(k, n, m, _turned(take), stored_turned=True),)
-        return (Block(k, m, n, take, plain=len(shape) == 2),)
-    batches = kind in ("rows", "interleaved") and len(shape) == 3
-    if len(shape) != 2 and not batches:
+            return (MatrixView(k, n, m, _transposed(to_matrices), stored_transposed=True),)
+        return (MatrixView(k, m, n, to_matrices, plain=len(shape) == 2),)
+    is_batch = kind in ("rows", "interleaved") and len(shape) == 3
+    if len(shape) != 2 and not is_batch:
         raise ValueError(f"view {view!r} needs a 2-D parameter, got shape {shape}")
-    return _cut(view, kind, text, shape[0] if batches else None, m, n)
+    return _cutting_view(view, kind, text, shape[0] if is_batch else None, m, n)
 
 
-def _turned_blocks(view: str, shape: tuple[int, ...]) -> tuple[Block, ...]:
+def _transposed_views(view: str, shape: tuple[int, ...]) -> tuple[MatrixView, ...]:
     """Blocks of a parameter that holds the transposes of what the view is of."""
-    if view.partition(":")[0] not in CUTS:
+    if view.partition(":")[0] not in CUTTING_VIEWS:
         raise ValueError(
-            f"view 'transposed:{view}' is unknown; after the colon choose one of {', '.join(CUTS)}"
+            f"view 'transposed:{view}' is unknown; after the colon choose one of "
+            f"{', '.join(CUTTING_VIEWS)}"
         )
 
-    def of(take: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: take(x.mT)
+    def after_transpose(to_matrices: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: to_matrices(x.mT)
 
-    return tuple(replace(b, take=of(b.take), plain=False) for b in blocks(view, shape))
+    return tuple(
+        replace(b, to_matrices=after_transpose(b.to_matrices), plain=False)
+        for b in split_view(view, shape)
+    )
 
 
-def _cut(view: str, kind: str, text: str, batch: int | None, m: int, n: int) -> tuple[Block, ...]:
+def _cutting_view(
+    view: str, kind: str, text: str, batch: int | None, m: int, n: int
+) -> tuple[MatrixView, ...]:
     """Blocks of a 2-D m x n parameter, or a batch of them, under the views that cut it."""
     if kind == "interleaved":
         if m % 2:
             raise ValueError(f"view {view!r} needs an even number of rows, got {m}")
         if batch is None:
-            return (Block(2, m // 2, n, _even_odd),)
-        return tuple(Block(batch, m // 2, n, _rows(i, m, 2), tag=f".{i}") for i in (0, 1))
-    numbers = _numbers(view, text)
+            return (MatrixView(2, m // 2, n, _even_odd),)
+        return tuple(MatrixView(batch, m // 2, n, _rows(i, m, 2), tag=f".{i}") for i in (0, 1))
+    numbers = _parse_numbers(view, text)
     if kind == "rows":
         if sum(numbers) != m:
             raise ValueError(f"view {view!r} must add up to the parameter's {m} rows")
         ends = [sum(numbers[: i + 1]) for i in range(len(numbers))]
         return tuple(
-            Block(batch or 1, size, n, _rows(end - size, end), tag=f".{i}")
+            MatrixView(batch or 1, size, n, _rows(end - size, end), tag=f".{i}")
             for i, (size, end) in enumerate(zip(numbers, ends, strict=True))
         )
     heads, side = numbers[0], m if kind == "heads" else n
     if len(numbers) != 1 or side % heads:
         raise ValueError(f"view {view!r} must divide the parameter's {side} rows or columns")
     if kind == "heads":
-        return (Block(heads, m // heads, n, lambda x: _heads(x, 0, heads)),)
-    return (Block(heads, m, n // heads, lambda x: _heads(x, 1, heads)),)
+        return (MatrixView(heads, m // heads, n, lambda x: _heads(x, 0, heads)),)
+    return (MatrixView(heads, m, n // heads, lambda x: _heads(x, 1, heads)),)

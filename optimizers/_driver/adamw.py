@@ -18,7 +18,7 @@ def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
     return beta1, beta2
 
 
-def clock(p: Tensor, group: Mapping[str, Any], value: float) -> Tensor:
+def step_tensor(p: Tensor, group: Mapping[str, Any], value: float) -> Tensor:
     """The step count as ``torch.optim.AdamW`` keeps it: on the device where its kernel reads it."""
     on_device = group["fused"] or group["capturable"]
     double = torch.get_default_dtype() == torch.float64 and not group["fused"]
@@ -34,7 +34,7 @@ def allocate(p: Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None
     if "exp_avg" not in entry:
         if group["fused"]:
             _device_dtype_check_for_fused(p)
-        entry["step"] = clock(p, group, 0)
+        entry["step"] = step_tensor(p, group, 0)
         for name in ("exp_avg", "exp_avg_sq"):
             entry[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
@@ -68,21 +68,21 @@ def step(
     clocks = [int(entry["step"]) + 1 for entry in entries]  # read once: stepping moves them
     for t in sorted(set(clocks)):
         c1, c2 = 1 - betas[0] ** t, 1 - betas[1] ** t
-        rate = lr if correct_bias else lr * c1 / math.sqrt(c2)
-        part = [i for i, clock in enumerate(clocks) if clock == t]
-        chosen = [params[i] for i in part]
+        step_size = lr if correct_bias else lr * c1 / math.sqrt(c2)
+        indices = [i for i, count in enumerate(clocks) if count == t]
+        params_at_t = [params[i] for i in indices]
         _torch(
             group,
-            chosen,
-            [grads[i] for i in part],
-            [entries[i] for i in part],
-            rate,
+            params_at_t,
+            [grads[i] for i in indices],
+            [entries[i] for i in indices],
+            step_size,
             betas,
             eps / math.sqrt(c2),
             0.0,
         )
         if decay:
-            torch._foreach_mul_(chosen, 1.0 - float(lr) * decay)
+            torch._foreach_mul_(params_at_t, 1.0 - float(lr) * decay)
 
 
 def _torch(

@@ -17,20 +17,20 @@ from torch import Tensor
 from ...kernels import dequantise_blocks, quantise_blocks, reference
 from ...kernels.dispatch import pick
 from .._core.rule import Member, Rule
-from .units import State, Unit, is_part, scale_of
-from .windows import drops, labels_of
+from .units import State, Unit, is_slab_row, scale_of
+from .windows import block_labels_of, drops_state
 
-CHUNK = {"cpu": 64 * 2**20}
+MAX_STACK_BYTES = {"cpu": 64 * 2**20}
 """Largest stack in bytes, so that stacking never costs what low rank saved."""
-CHUNK_ACCELERATOR = 512 * 2**20
+MAX_STACK_BYTES_ACCELERATOR = 512 * 2**20
 
 
-def chunk_bytes(device: torch.device) -> int:
+def max_stack_bytes(device: torch.device) -> int:
     """Byte budget of one stack on this device."""
-    return CHUNK.get(device.type, CHUNK_ACCELERATOR)
+    return MAX_STACK_BYTES.get(device.type, MAX_STACK_BYTES_ACCELERATOR)
 
 
-def largest(X: Tensor) -> Tensor:
+def max_abs(X: Tensor) -> Tensor:
     """The largest magnitude, a NaN if there is one: one pass, no temporary of X's size."""
     low, high = torch.aminmax(X)
     return torch.maximum(-low, high)
@@ -44,20 +44,20 @@ class Bucket:
         units: K > 1 stacked units, or one unit run on views.
         present: Whether each member has a gradient.
         states: Per member, slot name -> (K, *axes).
-        coded: Per member, slot name -> codes (K, *axes) and scales, for state kept in eight bits.
+        quantized: Per member, slot name -> codes (K, *axes) and scales, for state in eight bits.
         owners: (parameter, its state dict), and
-        rows: (state dict, key, tensor) of every live state tensor: to notice foreign changes.
-        firsts: State dict that holds each unit's clocks.
+        bindings: (state dict, key, tensor) of every live state tensor: to notice foreign changes.
+        clock_dicts: State dict that holds each unit's clocks.
     """
 
     units: list[Unit]
     present: tuple[bool, ...]
-    held: int = 1
+    state_since: int = 1
     states: list[dict[str, Tensor]] = field(default_factory=list)
-    coded: list[dict[str, tuple[Tensor, Tensor]]] = field(default_factory=list)
+    quantized: list[dict[str, tuple[Tensor, Tensor]]] = field(default_factory=list)
     owners: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
-    rows: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
-    firsts: list[dict[str, Any]] = field(default_factory=list)
+    bindings: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
+    clock_dicts: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         unit = self.units[0]
@@ -65,201 +65,214 @@ class Bucket:
         self.indices = tuple(index for unit in self.units for index in unit.indices)
         double = unit.params[0].dtype == torch.float64
         self.dtype = torch.float64 if double else torch.float32
-        self.columns = [[u.params[i] for u in self.units] for i in range(len(unit.params))]
+        self.params_by_member = [[u.params[i] for u in self.units] for i in range(len(unit.params))]
 
-    def bind(self, state: State) -> None:
+    def bind_state(self, state: State) -> None:
         """Point at the live state: slabs for a stack, views otherwise."""
-        self.firsts = [state[u.params[0]] for u in self.units]
+        self.clock_dicts = [state[u.params[0]] for u in self.units]
         for i, slots in enumerate(self.unit.slots):
-            seen: dict[str, Tensor] = {}
-            coded: dict[str, tuple[Tensor, Tensor]] = {}
-            entries = [state[p] for p in self.columns[i]] if slots else []
-            for name in slots if self.held else ():
+            member_state: dict[str, Tensor] = {}
+            quantized: dict[str, tuple[Tensor, Tensor]] = {}
+            entries = [state[p] for p in self.params_by_member[i]] if slots else []
+            for name in slots if self.state_since else ():
                 key = self.unit.key_of(i, name)
-                live = self._bind_slot(key, entries)
-                if self.unit.codes(i, name) is None:
-                    seen[name] = self._seen(i, name, live)
+                stored = self._bind_slot(key, entries)
+                if self.unit.quantized_dtype(i, name) is None:
+                    member_state[name] = self._rule_view(i, name, stored)
                 else:
-                    coded[name] = live, self._bind_slot(scale_of(key), entries)
-            self.states.append(seen)
-            self.coded.append(coded)
+                    quantized[name] = stored, self._bind_slot(scale_of(key), entries)
+            self.states.append(member_state)
+            self.quantized.append(quantized)
             if slots or i == 0:
-                self.owners += [(p, state[p]) for p in self.columns[i]]
+                self.owners += [(p, state[p]) for p in self.params_by_member[i]]
 
     def _bind_slot(self, key: str, entries: list[dict[str, Any]]) -> Tensor:
         """The stored tensors as one (K, ...): a slab for a stack."""
         if not self.stacked:
             tensor: Tensor = entries[0][key]
-            if is_part(tensor):
+            if is_slab_row(tensor):
                 entries[0][key] = tensor = tensor.clone()
-            self.rows.append((entries[0], key, tensor))
+            self.bindings.append((entries[0], key, tensor))
             return tensor.unsqueeze(0)
         slab = torch.stack([entry[key] for entry in entries])
         for entry, row in zip(entries, slab.unbind(0), strict=True):
             entry[key] = row
-            self.rows.append((entry, key, row))
+            self.bindings.append((entry, key, row))
         return slab
 
-    def _seen(self, i: int, name: str, stored: Tensor) -> Tensor:
+    def _rule_view(self, i: int, name: str, stored: Tensor) -> Tensor:
         """Stored tensors (K, ...) as the rule sees them."""
         if len(self.units) == 1:
-            return self.unit.seen(i, name, stored[0])
+            return self.unit.rule_view(i, name, stored[0])
         like = self.unit.slots[i][name].axes == "mn"
-        return stored.mT if like and self.unit.turned[i] else stored
+        return stored.mT if like and self.unit.transposed[i] else stored
 
-    def decoded(self) -> list[dict[str, Tensor]]:
+    def dequantized(self) -> list[dict[str, Tensor]]:
         """Per member, the state that is kept in codes as (K, ...) floats."""
         return [
-            {name: dequantise_blocks(*pair, self.dtype) for name, pair in coded.items()}
-            for coded in self.coded
+            {name: dequantise_blocks(*pair, self.dtype) for name, pair in quantized.items()}
+            for quantized in self.quantized
         ]
 
-    def encode(self, decoded: Sequence[Mapping[str, Tensor]]) -> None:
+    def quantize(self, dequantized: Sequence[Mapping[str, Tensor]]) -> None:
         """Store what an update has made of the decoded state."""
-        for coded, plain in zip(self.coded, decoded, strict=True):
+        for quantized, plain in zip(self.quantized, dequantized, strict=True):
             for name, X in plain.items():
-                quantise_blocks(X, *coded[name])
+                quantise_blocks(X, *quantized[name])
 
     def clocks(self) -> tuple[int, int]:
         """Number of the update that comes next, and of the last refresh."""
-        entry = self.firsts[0]
+        entry = self.clock_dicts[0]
         return entry[self.unit.step_key] + 1, entry.get(self.unit.refreshed_key, 0)
 
     def set_step(self, t: int) -> None:
         """All units have made update t."""
-        for unit, entry in zip(self.units, self.firsts, strict=True):
+        for unit, entry in zip(self.units, self.clock_dicts, strict=True):
             entry[unit.step_key] = t
 
     def set_refreshed(self, t: int) -> None:
         """All units were refreshed at update t."""
-        for unit, entry in zip(self.units, self.firsts, strict=True):
+        for unit, entry in zip(self.units, self.clock_dicts, strict=True):
             entry[unit.refreshed_key] = t
 
     def nonzero(self, Gs: Sequence[Tensor | None], j: int) -> bool:
         """Whether some gradient of unit j is not all zero."""
         parts = [G[j] if self.stacked else G for G in Gs if G is not None]
-        return any(bool(largest(G) != 0) for G in parts)
+        return any(bool(max_abs(G) != 0) for G in parts)
 
-    def ready(
-        self, i: int, G: Tensor, maximize: bool, ok: Tensor | None, raw: bool = False
+    def prepare_grad(
+        self, i: int, G: Tensor, maximize: bool, finite: Tensor | None, unmasked: bool = False
     ) -> Tensor:
-        """A gradient as the rule takes it: precise enough, turned; zeros where it is not ok.
+        """A gradient as the rule takes it: precise enough, turned; zeros where it is not finite.
 
-        A rule that is guarded takes it as it is, unless it would meet state as narrow as itself.
+        If ``unmasked`` it stays as it is, unless state is as narrow as the gradient itself.
         """
-        G = G if raw and self._wide else G.to(self.dtype)
+        G = G if unmasked and self._state_is_full_precision else G.to(self.dtype)
         if maximize:
             G = -G
-        if ok is not None and not raw:
-            G = torch.where(ok.view(-1, 1, 1), G, torch.zeros((), dtype=G.dtype, device=G.device))
-        return G.mT if self.unit.turned[i] else G
+        if finite is not None and not unmasked:
+            G = torch.where(
+                finite.view(-1, 1, 1), G, torch.zeros((), dtype=G.dtype, device=G.device)
+            )
+        return G.mT if self.unit.transposed[i] else G
 
-    def by_kernels(self, Gs: Sequence[Tensor | None]) -> bool:
+    def runs_on_kernels(self, Gs: Sequence[Tensor | None]) -> bool:
         """Whether the state is as the rule sees it, and kernels do all passes over gradients."""
-        large = all(G is None or pick(G, "pass") is not reference for G in Gs)
-        return large and not any(self.coded)
+        grads_on_kernels = all(G is None or pick(G, "pass") is not reference for G in Gs)
+        return grads_on_kernels and not any(self.quantized)
 
     @cached_property
-    def _wide(self) -> bool:
+    def _state_is_full_precision(self) -> bool:
         """Whether no state is of a precision below float32."""
-        return all(X.dtype.itemsize >= 4 for X in self._tensors() if X.is_floating_point())
+        return all(X.dtype.itemsize >= 4 for X in self._state_tensors() if X.is_floating_point())
 
-    def copies(self) -> list[Tensor]:
+    def clone_state(self) -> list[Tensor]:
         """Copies of all state, for units whose flags arrive after the update."""
-        return [X.clone() for X in self._tensors()]
+        return [X.clone() for X in self._state_tensors()]
 
-    def _tensors(self) -> list[Tensor]:
-        plain = [X for seen in self.states for X in seen.values()]
-        return plain + [X for coded in self.coded for pair in coded.values() for X in pair]
+    def _state_tensors(self) -> list[Tensor]:
+        plain = [X for member_state in self.states for X in member_state.values()]
+        return plain + [
+            X for quantized in self.quantized for pair in quantized.values() for X in pair
+        ]
 
-    def put_back(self, saved: list[Tensor], ok: Tensor) -> None:
-        """Undo the change of state of units that are not ok."""
-        for X, old in zip(self._tensors(), saved, strict=True):
-            X.copy_(torch.where(ok.to(X.device).view(-1, *[1] * (X.dim() - 1)), X, old))
+    def restore(self, saved: list[Tensor], finite: Tensor) -> None:
+        """Undo the change of state of units that are not finite."""
+        for X, old in zip(self._state_tensors(), saved, strict=True):
+            X.copy_(torch.where(finite.to(X.device).view(-1, *[1] * (X.dim() - 1)), X, old))
 
-    def live(self, state: State) -> bool:
+    def is_current(self, state: State) -> bool:
         """Whether the optimizer's state still holds the dicts and tensors this bucket points at."""
         for p, owned in self.owners:
             if state.get(p) is not owned:
                 return False
-        for entry, key, tensor in self.rows:
+        for entry, key, tensor in self.bindings:
             if entry.get(key) is not tensor:
                 return False
         return True
 
-    def given(self, i: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    def grads_of(self, i: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients of member i, one per unit."""
-        given = [G for unit in self.units if (G := grads[unit.positions[i]]) is not None]
-        was, now = self.unit.key[2 + i][0], given[0].shape
-        if now != was:
+        present_grads = [G for unit in self.units if (G := grads[unit.positions[i]]) is not None]
+        expected_shape, shape = self.unit.key[2 + i][0], present_grads[0].shape
+        if shape != expected_shape:
             raise RuntimeError(
-                f"parameter of shape {tuple(was)} changed its shape to {tuple(now)}; build the "
-                "optimizer after the model is wrapped"
+                f"parameter of shape {tuple(expected_shape)} changed its shape to {tuple(shape)}; "
+                "build the optimizer after the model is wrapped"
             )
-        return given
+        return present_grads
 
     def gradient(self, i: int, grads: Sequence[Tensor | None]) -> Tensor:
         """Gradients of member i as (K, m, n) before turning, in their own dtype."""
-        given = self.given(i, grads)
-        return torch.stack(given) if self.stacked else self.unit.blocks[i].take(given[0])
+        present_grads = self.grads_of(i, grads)
+        return (
+            torch.stack(present_grads)
+            if self.stacked
+            else self.unit.views[i].to_matrices(present_grads[0])
+        )
 
     def load(self, i: int) -> Tensor:
         """Weights of member i (K, m, n) after turning: a stack is a copy, a view is live."""
         W = (
-            torch.stack(self.columns[i])
+            torch.stack(self.params_by_member[i])
             if self.stacked
-            else self.unit.blocks[i].take(self.unit.params[i].detach())
+            else self.unit.views[i].to_matrices(self.unit.params[i].detach())
         )
-        return W.mT if self.unit.turned[i] else W
+        return W.mT if self.unit.transposed[i] else W
 
-    def apart(self, i: int) -> list[Tensor]:
+    def weight_list(self, i: int) -> list[Tensor]:
         """The live weights of member i as K matrices (m, n) after turning.
 
         None of them where `load` serves as well: of a single unit, and where no kernels are.
         """
-        if not self.stacked or pick(self.columns[i], "pass") is reference:
+        if not self.stacked or pick(self.params_by_member[i], "pass") is reference:
             return []
-        Ws = [p.detach() for p in self.columns[i]]
-        return [W.mT for W in Ws] if self.unit.turned[i] else Ws
+        Ws = [p.detach() for p in self.params_by_member[i]]
+        return [W.mT for W in Ws] if self.unit.transposed[i] else Ws
 
     def store(self, i: int, W: Tensor) -> None:
         """Put the weights of member i back where `load` made a copy."""
-        W = W.mT if self.unit.turned[i] else W
+        W = W.mT if self.unit.transposed[i] else W
         if self.stacked:
-            torch._foreach_copy_(self.columns[i], list(W.unbind(0)))
+            torch._foreach_copy_(self.params_by_member[i], list(W.unbind(0)))
             return
         p = self.unit.params[i]
         if W.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
-            p.copy_(self.unit.blocks[i].back(W, p.shape))
+            p.copy_(self.unit.views[i].from_matrices(W, p.shape))
 
-    def alone(self, j: int) -> Bucket:
+    def single(self, j: int) -> Bucket:
         """Unit j of a stack as a bucket of its own, on rows of the live slabs."""
-        bucket = Bucket([self.units[j]], self.present, self.held)
-        bucket.firsts = [self.firsts[j]]
-        bucket.states = [{name: X[j : j + 1] for name, X in seen.items()} for seen in self.states]
-        bucket.coded = [
-            {name: (codes[j : j + 1], scales[j : j + 1]) for name, (codes, scales) in coded.items()}
-            for coded in self.coded
+        bucket = Bucket([self.units[j]], self.present, self.state_since)
+        bucket.clock_dicts = [self.clock_dicts[j]]
+        bucket.states = [
+            {name: X[j : j + 1] for name, X in member_state.items()} for member_state in self.states
+        ]
+        bucket.quantized = [
+            {
+                name: (codes[j : j + 1], scales[j : j + 1])
+                for name, (codes, scales) in quantized.items()
+            }
+            for quantized in self.quantized
         ]
         return bucket
 
     def members(
         self,
         grads: Sequence[Tensor | None],
-        decoded: Sequence[Mapping[str, Tensor]],
+        dequantized: Sequence[Mapping[str, Tensor]],
         t: int,
         refreshed: int,
-        ok: Tensor | None = None,
+        finite: Tensor | None = None,
     ) -> list[Member]:
-        """What the rule sees; `ok` are flags that it takes itself."""
-        made = []
+        """What the rule sees; `finite` are flags that it takes itself."""
+        members = []
         for i, G in enumerate(grads):
             m, n = self.unit.sides(i)
             load = partial(self.load, i)
             K = len(self.indices)  # a block has the flag of its whole parameter
             state = dict(self.states[i])
-            state.update((name, self._seen(i, name, X)) for name, X in decoded[i].items())
-            made.append(
+            state.update((name, self._rule_view(i, name, X)) for name, X in dequantized[i].items())
+            members.append(
                 Member(
                     G,
                     load,
@@ -269,14 +282,14 @@ class Bucket:
                     m=m,
                     n=n,
                     indices=self.indices,
-                    held=self.held,
+                    state_since=self.state_since,
                     number=i,
-                    turned=self.unit.turned[i],
+                    transposed=self.unit.transposed[i],
                     store=partial(self.store, i),
-                    ok=ok if ok is None else ok.expand(K),
+                    finite=finite if finite is None else finite.expand(K),
                 )
             )
-        return made
+        return members
 
 
 def buckets_of(
@@ -299,96 +312,106 @@ def buckets_of(
     for unit in units:
         present = tuple(mask[i] for i in unit.positions)
         if not any(present):
-            unit.own(state)
+            unit.detach_from_slab(state)
             continue
         rule = rules[unit.group]
         assert rule is not None
-        held = unit.allocate(state, rule)
+        state_since = unit.allocate(state, rule)
         first = state[unit.params[0]]
         clocks = (first[unit.step_key], first.get(unit.refreshed_key, 0))
-        alone = () if unit.stackable and not rule.writes else (id(unit),)
-        sorted_units.setdefault((present, held, *clocks, *unit.key, *alone), []).append(unit)
-    made = []
+        own_bucket = () if unit.stackable and not rule.writes_in_refresh else (id(unit),)
+        sorted_units.setdefault((present, state_since, *clocks, *unit.key, *own_bucket), []).append(
+            unit
+        )
+    buckets = []
     for key, members in sorted_units.items():
         p = members[0].params[0]
-        size = max(1, chunk_bytes(p.device) // max(1, p.numel() * p.element_size()))
-        made += [
+        size = max(1, max_stack_bytes(p.device) // max(1, p.numel() * p.element_size()))
+        buckets += [
             Bucket(members[i : i + size], key[0], key[1]) for i in range(0, len(members), size)
         ]
     stacks = {tuple(map(id, bucket.units)): bucket for bucket in old if bucket.stacked}
-    for j, bucket in enumerate(made):
-        before = stacks.get(tuple(map(id, bucket.units)))
-        alike = before and (before.present, before.held) == (bucket.present, bucket.held)
-        if before is not None and alike and before.live(state):
-            made[j] = before
+    for j, bucket in enumerate(buckets):
+        previous = stacks.get(tuple(map(id, bucket.units)))
+        same_kind = previous and (previous.present, previous.state_since) == (
+            bucket.present,
+            bucket.state_since,
+        )
+        if previous is not None and same_kind and previous.is_current(state):
+            buckets[j] = previous
         else:
-            bucket.bind(state)
-    return made
+            bucket.bind_state(state)
+    return buckets
 
 
 @dataclass(eq=False)
-class Plan:
+class StepPlan:
     """What one step runs, for one set of present gradients and one set of clocks.
 
     Attributes:
-        flat: All parameters, group after group.
+        flat_params: All parameters, group after group.
         settings: Per group, what its rule and units were made from.
         rules: Per group, its rule; None for an AdamW group.
-        orders: Per group, the order of AdamW's steps beside the method, see ``Rule.adamw_order``.
+        adamw_orders: Per group, the order of AdamW's steps, see :meth:`Rule.adamw_order`.
         units: All units.
-        vectors: Per group, flat positions of its AdamW parameters.
+        adamw_positions: Per group, flat positions of its AdamW parameters.
         mask: Which parameters had a gradient when `buckets` was made.
         buckets: Present units, sorted.
         entries: Number of parameters with state when `buckets` was made.
     """
 
-    flat: list[Tensor]
+    flat_params: list[Tensor]
     settings: list[dict[str, Any]]
     rules: list[Rule | None]
-    orders: list[tuple[bool, float] | None]
+    adamw_orders: list[tuple[bool, float] | None]
     units: list[Unit]
-    vectors: list[list[int]]
+    adamw_positions: list[list[int]]
     mask: list[bool] | None = None
     buckets: list[Bucket] = field(default_factory=list)
     entries: int = 0
 
-    def stale(self, mask: list[bool], state: State) -> bool:
+    def is_stale(self, mask: list[bool], state: State) -> bool:
         """Whether the buckets no longer fit what is present or what the state holds."""
         return (
             self.mask != mask
             or len(state) != self.entries
-            or not all(bucket.live(state) for bucket in self.buckets)
-            or any(self._moved(bucket) for bucket in self.buckets)
+            or not all(bucket.is_current(state) for bucket in self.buckets)
+            or any(self._state_window_changed(bucket) for bucket in self.buckets)
         )
 
-    def _moved(self, bucket: Bucket) -> bool:
+    def _state_window_changed(self, bucket: Bucket) -> bool:
         """Whether a window began in which some unit gains or loses its state."""
         rule = self.rules[bucket.group]
-        if rule is None or not drops(rule):
+        if rule is None or not drops_state(rule):
             return False
-        t = bucket.firsts[0][bucket.unit.step_key] + 1
-        return any(unit.since(rule, bucket.held, t) != bucket.held for unit in bucket.units)
+        t = bucket.clock_dicts[0][bucket.unit.step_key] + 1
+        return any(
+            unit.state_since_at(rule, bucket.state_since, t) != bucket.state_since
+            for unit in bucket.units
+        )
 
-    def fill(self, mask: list[bool], state: State) -> None:
+    def rebuild(self, mask: list[bool], state: State) -> None:
         """Sort the present units into buckets, allocating what they need."""
         self.buckets = buckets_of(self.units, mask, state, self.rules, self.buckets)
         self.mask, self.entries = mask, len(state)
 
-    def adopt(self, group: int, rule: Rule, settings: Mapping[str, Any]) -> bool:
+    def update_rule(self, group: int, rule: Rule, settings: Mapping[str, Any]) -> bool:
         """Take a rule with other values for a group; False if its units would change."""
-        before = self.rules[group]
-        if before is None or before.members != rule.members:
+        previous = self.rules[group]
+        if previous is None or previous.members != rule.members:
             return False
-        if drops(rule) and labels_of(settings, rule) != labels_of(settings, before):
+        if drops_state(rule) and block_labels_of(settings, rule) != block_labels_of(
+            settings, previous
+        ):
             return False
-        if before.every != rule.every and settings["stagger"]:
+        if previous.refresh_interval != rule.refresh_interval and settings["stagger"]:
             return False
         for unit in self.units:
             if unit.group != group:
                 continue
             sides = tuple(unit.sides(i) for i in range(len(unit.params)))
-            turned = rule.turns([(b.m, b.n) for b in unit.blocks])
-            if turned != unit.turned or rule.slots(sides) != unit.slots:
+            transposed = rule.transposed_members([(b.m, b.n) for b in unit.views])
+            if transposed != unit.transposed or rule.slots(sides) != unit.slots:
                 return False
         self.rules[group] = rule
         return True

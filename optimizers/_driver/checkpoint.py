@@ -14,18 +14,18 @@ from torch import Tensor
 
 from .._core.rule import Rule
 from . import adamw
-from .param_groups import called, routed, rule_of
+from .param_groups import describe, routed, rule_of
 from .units import Unit, pinned, units_of
 
-Expected = dict[str, tuple[tuple[int, ...], torch.dtype, str | torch.device]]
+ExpectedState = dict[str, tuple[tuple[int, ...], torch.dtype, str | torch.device]]
 
 
 def _pairs(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[Any]:
     """(parameter, id in the checkpoint) in order; empty where torch will refuse the lengths."""
-    same = len(groups) == len(saved) and all(
+    same_lengths = len(groups) == len(saved) and all(
         len(g["params"]) == len(s["params"]) for g, s in zip(groups, saved, strict=True)
     )
-    if not same:
+    if not same_lengths:
         return []
     return [
         pair
@@ -35,12 +35,12 @@ def _pairs(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any
 
 
 def prepare(
-    own: type[Rule], groups: Sequence[Mapping[str, Any]], state_dict: Any
+    default_rule: type[Rule], groups: Sequence[Mapping[str, Any]], state_dict: Any
 ) -> dict[str, Any]:
     """Check a checkpoint against the optimizer and fill in group keys that it lacks.
 
     Args:
-        own: The optimizer's rule class.
+        default_rule: The optimizer's rule class.
         groups: The optimizer's groups.
         state_dict: What is to be loaded; it is not changed.
 
@@ -64,34 +64,36 @@ def prepare(
                 new.setdefault(key, value)
     state, position = state_dict["state"], 0
     for i, (group, new) in enumerate(zip(groups, saved, strict=True)):
-        if new["method"] != own.method():
+        if new["method"] != default_rule.method():
             raise ValueError(
                 f"checkpoint was saved by {new['method']}; load it into {new['method']}, not into "
-                f"{own.method()}"
+                f"{default_rule.method()}"
             )
-        tables = _tables(_units(own, i, {**new, "params": group["params"]}, position))
+        tables = _tables(_units(default_rule, i, {**new, "params": group["params"]}, position))
         names = group.get("param_names") or [None] * len(group["params"])
         for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
             entry = state.get(new["params"][j], {})
             shapes = {key: row[0] for key, row in tables[p].items()} if p in tables else None
-            _check_entry(entry, shapes, p, called(name, p, j), own.method())
+            _check_entry(entry, shapes, p, describe(name, p, j), default_rule.method())
         position += len(group["params"])
     return {**state_dict, "param_groups": saved}
 
 
-def _units(own: type[Rule], index: int, group: Mapping[str, Any], position: int) -> list[Unit]:
+def _units(
+    default_rule: type[Rule], index: int, group: Mapping[str, Any], position: int
+) -> list[Unit]:
     """Units of a group whose first parameter has this flat position."""
-    rule = rule_of(group, own)
+    rule = rule_of(group, default_rule)
     return [] if rule is None else units_of(index, group, rule, routed(group, rule, position)[0])
 
 
-def _tables(units: Sequence[Unit]) -> dict[Tensor, Expected]:
+def _tables(units: Sequence[Unit]) -> dict[Tensor, ExpectedState]:
     """Per parameter of the units, its state keys with shape and dtype."""
-    tables: dict[Tensor, Expected] = {}
+    tables: dict[Tensor, ExpectedState] = {}
     for unit in units:
         for i, p in enumerate(unit.params):
             table = tables.setdefault(p, {})
-            for key, (slot, shape, dtype) in unit.expected(i).items():
+            for key, (slot, shape, dtype) in unit.expected_state(i).items():
                 table[key] = (shape, dtype, slot.device or p.device)
     return tables
 
@@ -133,7 +135,10 @@ def _check_entry(
 
 
 def restore(
-    own: type[Rule], groups: Sequence[Mapping[str, Any]], state: Any, saved: Mapping[str, Any]
+    default_rule: type[Rule],
+    groups: Sequence[Mapping[str, Any]],
+    state: Any,
+    saved: Mapping[str, Any],
 ) -> None:
     """Put back the saved tensors that torch has cast, in the dtype their slot declares.
 
@@ -142,7 +147,7 @@ def restore(
     """
     ids, position = dict(_pairs(groups, saved["param_groups"])), 0
     for i, group in enumerate(groups):
-        units = _units(own, i, group, position)
+        units = _units(default_rule, i, group, position)
         tables = _tables(units)
         position += len(group["params"])
         for p in group["params"]:
@@ -150,14 +155,16 @@ def restore(
             for key, value in saved["state"].get(ids[p], {}).items():
                 if table is None:
                     if key == "step" and not isinstance(value, Tensor):
-                        state[p][key] = adamw.clock(p, group, value)
+                        state[p][key] = adamw.step_tensor(p, group, value)
                 elif _is_clock(key):
                     state[p][key] = int(value)
                 else:
                     dtype = table[key][1]
-                    keep = not (value.is_floating_point() and dtype.is_floating_point)
+                    keep_saved_dtype = not (value.is_floating_point() and dtype.is_floating_point)
                     device = table[key][2]  # torch moved pools off the host too
-                    value = value.to(device=device, dtype=value.dtype if keep else dtype)
+                    value = value.to(
+                        device=device, dtype=value.dtype if keep_saved_dtype else dtype
+                    )
                     state[p][key] = pinned(value, p.device)
         for unit in units:
             if unit.params[0] in state:  # torch.optim.Muon keeps no clock

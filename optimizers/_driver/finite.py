@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...kernels import reference
 from ...kernels.dispatch import pick
-from .buckets import Bucket, Plan, chunk_bytes, largest
+from .buckets import Bucket, StepPlan, max_abs, max_stack_bytes
 from .units import Unit
-from .write import LOW
+from .write import LOW_PRECISION_DTYPES
 
 Grads = Sequence[Tensor | None]
 Waits = Callable[[torch.device], bool]
@@ -22,25 +22,25 @@ Waits = Callable[[torch.device], bool]
 class LateFlags:
     """Flags on their way to the host: by the next step they have arrived, and nothing waits."""
 
-    def __init__(self, ok: Tensor) -> None:
+    def __init__(self, finite: Tensor) -> None:
         self._event = None
-        if ok.is_cuda:
-            stream = torch.cuda.current_stream(ok.device)  # not that of the current device
-            host = torch.empty(ok.shape, dtype=ok.dtype, pin_memory=True)
-            ok = host.copy_(ok, non_blocking=True)
+        if finite.is_cuda:
+            stream = torch.cuda.current_stream(finite.device)  # not that of the current device
+            pinned = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
+            finite = pinned.copy_(finite, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(stream)
-        self._ok = ok
+        self._finite = finite
 
     def read(self) -> list[bool]:
         """The flags, one per unit."""
         if self._event is not None:
             self._event.synchronize()
-        flags: list[bool] = self._ok.tolist()
+        flags: list[bool] = self._finite.tolist()
         return flags
 
 
-def look(
+def finite_sums(
     buckets: Sequence[Bucket], grads: Grads, waits: Waits
 ) -> tuple[list[list[Tensor | None] | None], list[Tensor]]:
     """Per bucket, one number per unit that is finite only if its gradients are.
@@ -57,32 +57,36 @@ def look(
     stacks: list[list[Tensor | None] | None] = []
     flags, used = [], 0
     for bucket in buckets:
-        total, kept = None, list[Tensor | None]()
-        for i, there in enumerate(bucket.present):
+        total, member_stacks = None, list[Tensor | None]()
+        for i, has_grad in enumerate(bucket.present):
             G = None
-            if there:
-                given = bucket.given(i, grads)
-                G, part = _stack_and_flag(given, bucket.stacked, waits(given[0].device))
+            if has_grad:
+                unit_grads = bucket.grads_of(i, grads)
+                G, part = _stack_and_flag(unit_grads, bucket.stacked, waits(unit_grads[0].device))
                 total = part if total is None else total + part
-            kept.append(G)
+            member_stacks.append(G)
         assert total is not None
         flags.append(total)
-        used += sum(G.nbytes for G in kept if G is not None)
-        stacks.append(kept if bucket.stacked and used <= chunk_bytes(total.device) else None)
+        used += sum(G.nbytes for G in member_stacks if G is not None)
+        stacks.append(
+            member_stacks if bucket.stacked and used <= max_stack_bytes(total.device) else None
+        )
     return stacks, flags
 
 
 def _stack_and_flag(
-    given: list[Tensor], stacked: bool, waits: bool
+    unit_grads: list[Tensor], stacked: bool, waits: bool
 ) -> tuple[Tensor | None, Tensor]:
     """A stack of gradients if there is to be one, and numbers (K,)."""
     if not stacked:  # a block of a parameter looks at the whole of it: one clock, one flag
-        return None, _flag(given[0], stacked, waits)
-    if not waits and (ops := pick(given, "pass")) is not reference:
-        if len({(G.stride(), G.dtype) for G in given}) == 1:
-            G, fine = ops.cast_stack(given, given[0].dtype, finite=True)  # all in one pass
-            return G, fine.reciprocal()
-    G = torch.stack(given)
+        return None, _flag(unit_grads[0], stacked, waits)
+    if not waits and (ops := pick(unit_grads, "pass")) is not reference:
+        if len({(G.stride(), G.dtype) for G in unit_grads}) == 1:
+            G, finite = ops.cast_stack(
+                unit_grads, unit_grads[0].dtype, with_flags=True
+            )  # all in one pass
+            return G, finite.reciprocal()
+    G = torch.stack(unit_grads)
     return G, _flag(G, stacked, waits)
 
 
@@ -90,13 +94,13 @@ def _flag(G: Tensor, stacked: bool, waits: bool) -> Tensor:
     """(K,) sums where the host waits; elsewhere the largest entries, which cannot overflow."""
     if waits:  # a sum that overflows is looked at again
         dims = tuple(range(1 if stacked else 0, G.dim()))
-        flag = G.sum(dims, dtype=torch.float32 if G.dtype in LOW else None)
+        flag = G.sum(dims, dtype=torch.float32 if G.dtype in LOW_PRECISION_DTYPES else None)
         return flag if stacked else flag.reshape(1)
-    return torch.stack([largest(part) for part in G]) if stacked else largest(G).reshape(1)
+    return torch.stack([max_abs(part) for part in G]) if stacked else max_abs(G).reshape(1)
 
 
 def read_flags(
-    plan: Plan,
+    plan: StepPlan,
     groups: Sequence[Mapping[str, Any]],
     flags: Sequence[Tensor],
     grads: Grads,
@@ -107,37 +111,39 @@ def read_flags(
     Raises:
         RuntimeError: For a bad unit of a group with ``nonfinite="raise"``.
     """
-    good: list[list[bool] | None] = [None] * len(flags)
+    finite_units: list[list[bool] | None] = [None] * len(flags)
     by_device: dict[torch.device, list[int]] = {}
     for j, (bucket, flag) in enumerate(zip(plan.buckets, flags, strict=True)):
         rule = plan.rules[bucket.group]
         assert rule is not None
-        needed = rule.writes or rule.due(*bucket.clocks(), bucket.unit.shift)
+        needed = rule.writes_in_refresh or rule.refresh_due(*bucket.clocks(), bucket.unit.shift)
         if needed or waits(flag.device) or groups[bucket.group]["nonfinite"] == "raise":
             by_device.setdefault(flag.device, []).append(j)
-    for chosen in by_device.values():
-        finite = torch.cat([flags[j] for j in chosen]).isfinite()
-        if bool(finite.all()):
-            for j in chosen:
-                good[j] = [True] * len(plan.buckets[j].units)
+    for on_device in by_device.values():
+        device_flags = torch.cat([flags[j] for j in on_device]).isfinite()
+        if bool(device_flags.all()):
+            for j in on_device:
+                finite_units[j] = [True] * len(plan.buckets[j].units)
             continue
-        host = iter(finite.tolist())
-        for j in chosen:
-            good[j] = [next(host) or _finite(unit, grads) for unit in plan.buckets[j].units]
-    for bucket, fine in zip(plan.buckets, good, strict=True):
-        if fine is not None and not all(fine) and groups[bucket.group]["nonfinite"] == "raise":
-            _refuse(bucket, fine, groups)
-    return good
+        host_flags = iter(device_flags.tolist())
+        for j in on_device:
+            finite_units[j] = [
+                next(host_flags) or _is_finite(unit, grads) for unit in plan.buckets[j].units
+            ]
+    for bucket, finite in zip(plan.buckets, finite_units, strict=True):
+        if finite is not None and not all(finite) and groups[bucket.group]["nonfinite"] == "raise":
+            _refuse(bucket, finite, groups)
+    return finite_units
 
 
-def _finite(unit: Unit, grads: Grads) -> bool:
+def _is_finite(unit: Unit, grads: Grads) -> bool:
     """Look again elementwise: a finite gradient may overflow its sum."""
     present = [grads[i] for i in unit.positions]
     return all(grad is None or bool(grad.isfinite().all()) for grad in present)
 
 
-def _refuse(bucket: Bucket, fine: list[bool], groups: Sequence[Mapping[str, Any]]) -> None:
-    bad = [u.positions[0] for u, ok in zip(bucket.units, fine, strict=True) if not ok]
+def _refuse(bucket: Bucket, finite: list[bool], groups: Sequence[Mapping[str, Any]]) -> None:
+    bad = [u.positions[0] for u, flag in zip(bucket.units, finite, strict=True) if not flag]
     names = [name for g in groups for name in g.get("param_names", [None] * len(g["params"]))]
     text = ", ".join(repr(names[i]) if names[i] else str(i) for i in bad)
     raise RuntimeError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import adamw
-from .buckets import Plan
+from .buckets import StepPlan
 from .optimizer import StackedOptimizer
 from .units import Unit
 
@@ -59,7 +59,7 @@ class MemoryReport:
     @classmethod
     def of(cls, optimizer: StackedOptimizer) -> MemoryReport:
         """Count what this optimizer keeps once it has stepped; it is not changed."""
-        plan = optimizer._current()
+        plan = optimizer._get_plan()
         state = _state_bytes(plan, optimizer)
         rows = [
             MemoryRow(
@@ -71,7 +71,9 @@ class MemoryReport:
                 state.get(i, 0) if p.requires_grad else 0,
                 _adamw_bytes(p, optimizer.param_groups[0]) if p.requires_grad else 0,
             )
-            for i, (p, row) in enumerate(zip(plan.flat, optimizer.assignment().rows, strict=True))
+            for i, (p, row) in enumerate(
+                zip(plan.flat_params, optimizer.assignment().rows, strict=True)
+            )
         ]
         shared: dict[Hashable, int] = {}
         for unit in plan.units:
@@ -106,16 +108,16 @@ class MemoryReport:
 
         Layers that are treated differently, as blocks are by FRUGAL, stay apart.
         """
-        alike: dict[Hashable, list[MemoryRow]] = {}
+        same_layers: dict[Hashable, list[MemoryRow]] = {}
         for row in self.rows:
             name = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
-            alike.setdefault((name, row.shape, row.rule, row.state), []).append(row)
-        made = []
-        for (name, *_), rows in alike.items():  # type: ignore[misc]
+            same_layers.setdefault((name, row.shape, row.rule, row.state), []).append(row)
+        merged = []
+        for (name, *_), rows in same_layers.items():  # type: ignore[misc]
             first = rows[0] if len(rows) == 1 else rows[0]._replace(name=name)
-            sums = {key: sum(getattr(row, key) for row in rows) for key in MemoryRow._fields[3:]}
-            made.append((first.name, len(rows), first._replace(**sums)))
-        return made
+            summed = {key: sum(getattr(row, key) for row in rows) for key in MemoryRow._fields[3:]}
+            merged.append((first.name, len(rows), first._replace(**summed)))
+        return merged
 
     def __str__(self) -> str:
         """The table: a line per kind of layer, then the totals."""
@@ -129,8 +131,8 @@ class MemoryReport:
             lines.append(["shared on each device", "", "", "", "", _size(self.shared), ""])
         sizes = (self.weight, self.gradient, self.state, self.adamw)
         lines.append(["total", "", "", *map(_size, sizes)])
-        both = [sum(sizes[:3]), self.weight + self.gradient + self.adamw]
-        lines.append(["weights + gradients + state", "", "", "", "", *map(_size, both)])
+        totals = [sum(sizes[:3]), self.weight + self.gradient + self.adamw]
+        lines.append(["weights + gradients + state", "", "", "", "", *map(_size, totals)])
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join(
             "  ".join(
@@ -201,7 +203,7 @@ def _adamw_bytes(p: Tensor, group: dict[str, Any]) -> int:
     return sum(_bytes(value) for value in entry.values())
 
 
-def _state_bytes(plan: Plan, optimizer: StackedOptimizer) -> dict[int, int]:
+def _state_bytes(plan: StepPlan, optimizer: StackedOptimizer) -> dict[int, int]:
     """Bytes of state by the flat position of the parameter."""
     sizes: dict[tuple[int, str], int] = {}
     for unit in plan.units:
@@ -210,21 +212,21 @@ def _state_bytes(plan: Plan, optimizer: StackedOptimizer) -> dict[int, int]:
                 sizes[position, key] = (
                     size  # blocks of one parameter share what is laid out like it
                 )
-    for group, positions in zip(optimizer.param_groups, plan.vectors, strict=True):
+    for group, positions in zip(optimizer.param_groups, plan.adamw_positions, strict=True):
         for position in positions:
-            sizes[position, "adamw"] = _adamw_bytes(plan.flat[position], group)
+            sizes[position, "adamw"] = _adamw_bytes(plan.flat_params[position], group)
     total: dict[int, int] = {}
     for (position, _), size in sizes.items():
         total[position] = total.get(position, 0) + size
     return total
 
 
-def _slot_bytes(plan: Plan, unit: Unit, i: int) -> dict[str, int]:
+def _slot_bytes(plan: StepPlan, unit: Unit, i: int) -> dict[str, int]:
     rule = plan.rules[unit.group]
     assert rule is not None
-    if not rule.holds(unit.place, 1):
+    if not rule.state_since_at(unit.block_position, 1):
         return {}
     return {
         key: torch.Size(shape).numel() * dtype.itemsize
-        for key, (_, shape, dtype) in unit.expected(i).items()
+        for key, (_, shape, dtype) in unit.expected_state(i).items()
     }

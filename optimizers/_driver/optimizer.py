@@ -11,30 +11,30 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._core.rule import RULES, Rule, Together, defaults_of, rule_class, settings_of
+from .._core.rule import RULE_CLASSES, BatchedCall, Rule, defaults_of, rule_class, settings_of
 from .._core.validation import refuse_unknown
 from .._roles.classify import Assignment
 from . import adamw, checkpoint
-from .batched_calls import Meeting, Run, Written
-from .buckets import Bucket, Plan
-from .finite import LateFlags, look, read_flags
+from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
+from .buckets import Bucket, StepPlan
+from .finite import LateFlags, finite_sums, read_flags
 from .param_groups import (
     COMMON,
-    FOREIGN,
-    OWN,
+    GROUP_KEYS,
+    SCHEDULER_KEYS,
     check_group,
     check_matrix,
     check_values,
     parameters_of,
-    read,
+    roles_of,
     routed,
-    rows_of,
     rule_of,
+    to_param_groups,
 )
 from .settings import refuse_state_changes
 from .units import Unit, units_of
-from .windows import place, stagger
-from .write import write_, write_apart_
+from .windows import assign_block_positions, stagger_refreshes
+from .write import write_, write_list_
 
 UNIT_SETTINGS = ("rule", "view", "state_dtype", "stagger")
 """Settings beside the rule's fields from which units are made."""
@@ -88,7 +88,7 @@ class StackedOptimizer(Optimizer):
 
     _reference_key: ClassVar[str | None] = None
     """Group key by which the method's reference package marks its matrix groups."""
-    _plan: Plan | None = None
+    _plan: StepPlan | None = None
     _skipped = 0
     _pending: Sequence[tuple[LateFlags, list[Bucket]]] = ()
     _wait: bool | None = None
@@ -102,9 +102,9 @@ class StackedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         **common: Any,
     ) -> None:
-        own = {"lr", "weight_decay", *settings_of(rule)}
+        method_keys = {"lr", "weight_decay", *settings_of(rule)}
         what = f"{type(self).__name__} keyword"
-        message = refuse_unknown(common, COMMON.keys() | own, what)
+        message = refuse_unknown(common, COMMON.keys() | method_keys, what)
         if message:
             raise TypeError(message)
         defaults = {
@@ -117,13 +117,15 @@ class StackedOptimizer(Optimizer):
             "method": rule.method(),
         }
         check_values(defaults)
-        super().__init__(read(params, rule, self._reference_key, defaults["view"]), defaults)
+        super().__init__(
+            to_param_groups(params, rule, self._reference_key, defaults["view"]), defaults
+        )
 
     # groups ---------------------------------------------------------------------------------------
 
     @property
-    def _own(self) -> type[Rule]:
-        return RULES[self.defaults["method"]]
+    def _default_rule(self) -> type[Rule]:
+        return RULE_CLASSES[self.defaults["method"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it whole; a refused group changes nothing.
@@ -139,13 +141,13 @@ class StackedOptimizer(Optimizer):
         """
         count = len(self.param_groups)
         try:
-            for group in self._prepared(param_group):
+            for group in self._prepare_groups(param_group):
                 super().add_param_group(group)
         except BaseException:
             del self.param_groups[count:]
             raise
 
-    def _prepared(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
         """A user's group as the groups that torch shall add."""
         if not isinstance(param_group, dict):
             return [param_group]
@@ -159,55 +161,65 @@ class StackedOptimizer(Optimizer):
         key = self._reference_key
         reference = key is not None and bool(group.get(key)) and "rule" not in group
         if reference:
-            group["rule"] = self._own.method()
+            group["rule"] = self._default_rule.method()
         elif key is not None and group.get(key) is False:
             group.setdefault("rule", "adamw")  # use_muon=False, also in a late group
-        named = group.get("rule")
-        if named == "adamw":  # torch's own names mean AdamW's values in an AdamW group
+        rule_name = group.get("rule")
+        if rule_name == "adamw":  # torch's own names mean AdamW's values in an AdamW group
             if "eps" in group:
                 group.setdefault("adamw_eps", group["eps"])
             if "betas" in group and "betas" not in self.defaults:
                 group.setdefault("adamw_betas", group.pop("betas"))
-        rule = self._own if named in (None, "adamw") else rule_class(named)
-        foreign = {} if rule is self._own else defaults_of(rule)
-        known = OWN | FOREIGN | COMMON.keys() | defaults_of(self._own).keys() | foreign.keys()
-        message = refuse_unknown(group, known | ({key} if key else set()), "parameter group key")
+        rule = self._default_rule if rule_name in (None, "adamw") else rule_class(rule_name)
+        other_defaults = {} if rule is self._default_rule else defaults_of(rule)
+        known_keys = (
+            GROUP_KEYS
+            | SCHEDULER_KEYS
+            | COMMON.keys()
+            | defaults_of(self._default_rule).keys()
+            | other_defaults.keys()
+        )
+        message = refuse_unknown(
+            group, known_keys | ({key} if key else set()), "parameter group key"
+        )
         if message:
             raise ValueError(message)
         # a group of another method starts from that method's defaults, not from this one's
-        full = {**self.defaults, **foreign, **group}
-        check_group(full, self._own, reference=reference)
-        for name in foreign:
-            group.setdefault(name, foreign[name])
-        return self._split(group, full)
+        full_group = {**self.defaults, **other_defaults, **group}
+        check_group(full_group, self._default_rule, reference=reference)
+        for name in other_defaults:
+            group.setdefault(name, other_defaults[name])
+        return self._split_adamw(group, full_group)
 
-    def _split(self, group: dict[str, Any], full: dict[str, Any]) -> list[dict[str, Any]]:
+    def _split_adamw(
+        self, group: dict[str, Any], full_group: dict[str, Any]
+    ) -> list[dict[str, Any]]:
         """Give AdamW parameters with a learning rate of their own a group of their own."""
-        if full["adamw_lr"] is None:
+        if full_group["adamw_lr"] is None:
             return [group]
-        rule = rule_of(full, self._own)
+        rule = rule_of(full_group, self._default_rule)
         if rule is None:
-            return [{"lr": full["adamw_lr"], **group}]
+            return [{"lr": full_group["adamw_lr"], **group}]
         params, names = parameters_of(group)
         if None in names and any(names):
             return [group]  # torch refuses names of some parameters only, with its own text
-        rows = rows_of({**full, "params": params, "param_names": names}, rule)
+        rows = roles_of({**full_group, "params": params, "param_names": names}, rule)
         parts = []
-        for kind in ("matrix", "adamw"):
-            chosen = [i for i, row in enumerate(rows) if row.rule == kind]
+        for target in ("matrix", "adamw"):
+            indices = [i for i, row in enumerate(rows) if row.rule == target]
             part = {
                 **group,
                 "params": [
-                    params[i] if names[i] is None else (names[i], params[i]) for i in chosen
+                    params[i] if names[i] is None else (names[i], params[i]) for i in indices
                 ],
             }
             part.pop("param_names", None)  # torch takes them from the pairs again
             for key in ("roles", "reasons"):
                 if key in group:
-                    part[key] = [group[key][i] for i in chosen]
-            if kind == "adamw":
-                part.update(rule="adamw", lr=full["adamw_lr"])
-            if chosen:
+                    part[key] = [group[key][i] for i in indices]
+            if target == "adamw":
+                part.update(rule="adamw", lr=full_group["adamw_lr"])
+            if indices:
                 parts.append(part)
         return parts
 
@@ -215,11 +227,11 @@ class StackedOptimizer(Optimizer):
         """Which parameter gets which rule and why: a table that prints."""
         table = []
         for group in self.param_groups:
-            rule = rule_of(group, self._own)
+            rule = rule_of(group, self._default_rule)
             name = "adamw" if rule is None else rule.method()
             table += [
                 replace(row, rule=name if row.rule == "matrix" else "adamw")
-                for row in rows_of(group, rule)
+                for row in roles_of(group, rule)
             ]
         return Assignment(tuple(table))
 
@@ -227,57 +239,61 @@ class StackedOptimizer(Optimizer):
 
     def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
         """What a group's rule and units are made from; a rule's own default where no key says."""
-        cls = self._own if group["rule"] in (None, "adamw") else rule_class(group["rule"])
+        cls = self._default_rule if group["rule"] in (None, "adamw") else rule_class(group["rule"])
         return {
             **{name: group[name] for name in UNIT_SETTINGS},
             **{field.name: group.get(field.name, field.default) for field in fields(cls)},
         }
 
-    def _current(self) -> Plan:
+    def _get_plan(self) -> StepPlan:
         """The plan's lasting part: rules and units, made anew only when groups changed.
 
         Raises:
             ValueError: If settings changed that shape the state of a parameter; nothing has changed
                 then.
         """
-        flat = [p for group in self.param_groups for p in group["params"]]
+        flat_params = [p for group in self.param_groups for p in group["params"]]
         settings = [self._settings(group) for group in self.param_groups]
         old = self._plan
-        if old is not None and len(old.flat) == len(flat) and all(map(is_, old.flat, flat)):
-            if old.settings == settings or self._adopt(old, settings):
+        if (
+            old is not None
+            and len(old.flat_params) == len(flat_params)
+            and all(map(is_, old.flat_params, flat_params))
+        ):
+            if old.settings == settings or self._update_rules(old, settings):
                 return old
-        plan = self._build_plan(flat, settings)
+        plan = self._build_plan(flat_params, settings)
         if old is not None:  # settings changed, or a group came
             refuse_state_changes(
                 old.units,
-                [old.flat[i] for positions in old.vectors for i in positions],
+                [old.flat_params[i] for positions in old.adamw_positions for i in positions],
                 plan.units,
-                [flat[i] for positions in plan.vectors for i in positions],
+                [flat_params[i] for positions in plan.adamw_positions for i in positions],
                 self.state,
                 self._changes(old.settings, settings),
             )
         self._plan = plan
         return plan
 
-    def _build_plan(self, flat: list[Tensor], settings: list[dict[str, Any]]) -> Plan:
+    def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
         """Rules and units of the groups as they are now."""
-        rules = [rule_of(group, self._own) for group in self.param_groups]
-        orders = [self._order(group) for group in self.param_groups]
-        plan = Plan(flat, settings, rules, orders, [], [])
+        rules = [rule_of(group, self._default_rule) for group in self.param_groups]
+        adamw_orders = [self._adamw_order(group) for group in self.param_groups]
+        plan = StepPlan(flat_params, settings, rules, adamw_orders, [], [])
         position, first = 0, dict[Tensor, int]()  # torch only warns about a parameter given twice
         for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
-            matrices, vectors = (
+            matrices, adamw_params = (
                 [(j, p) for j, p in part if first.setdefault(p, j) == j]
                 for part in routed(group, rule, position)
             )
             position += len(group["params"])
-            plan.vectors.append([j for j, _ in vectors])
+            plan.adamw_positions.append([j for j, _ in adamw_params])
             if rule is not None:
                 for j, p in matrices:
                     check_matrix(p, f"parameter {j} of shape {tuple(p.shape)}", rule.method())
                 plan.units += units_of(i, group, rule, matrices)
-        place(plan.units, rules, self.param_groups)
-        stagger(plan.units, rules, self.param_groups)
+        assign_block_positions(plan.units, rules, self.param_groups)
+        stagger_refreshes(plan.units, rules, self.param_groups)
         return plan
 
     @staticmethod
@@ -295,36 +311,38 @@ class StackedOptimizer(Optimizer):
             texts[i] = f"{', '.join(changed)} in parameter group {i}"
         return texts
 
-    def _order(self, group: dict[str, Any]) -> tuple[bool, float] | None:
+    def _adamw_order(self, group: dict[str, Any]) -> tuple[bool, float] | None:
         """How AdamW parameters of a group are stepped: as the optimizer's method has it."""
-        named = group["rule"]
-        rule = rule_of({**group, "rule": None if named == "adamw" else named}, self._own)
+        rule_name = group["rule"]
+        rule = rule_of(
+            {**group, "rule": None if rule_name == "adamw" else rule_name}, self._default_rule
+        )
         return None if rule is None else rule.adamw_order()
 
-    def _adopt(self, plan: Plan, settings: list[dict[str, Any]]) -> bool:
+    def _update_rules(self, plan: StepPlan, settings: list[dict[str, Any]]) -> bool:
         """Follow hyper-parameters that a scheduler rewrote without making units anew."""
         for i, (old, new) in enumerate(zip(plan.settings, settings, strict=False)):
             if old != new:
                 group = self.param_groups[i]
-                rule = rule_of(group, self._own)
+                rule = rule_of(group, self._default_rule)
                 if any(old[name] != new[name] for name in UNIT_SETTINGS):
                     return False
-                if rule is not None and not plan.adopt(i, rule, group):
+                if rule is not None and not plan.update_rule(i, rule, group):
                     return False
-                plan.settings[i], plan.orders[i] = new, self._order(group)
+                plan.settings[i], plan.adamw_orders[i] = new, self._adamw_order(group)
         return len(plan.settings) == len(settings)
 
     def init_state(self) -> None:
         """Allocate all state of trainable parameters now; shapes and keys as after a step."""
-        plan = self._current()
+        plan = self._get_plan()
         for unit in plan.units:
             rule = plan.rules[unit.group]
             if rule is not None and any(p.requires_grad for p in unit.params):
                 unit.allocate(self.state, rule)
-        for group, positions in zip(self.param_groups, plan.vectors, strict=True):
+        for group, positions in zip(self.param_groups, plan.adamw_positions, strict=True):
             for i in positions:
-                if plan.flat[i].requires_grad:
-                    adamw.allocate(plan.flat[i], group, self.state[plan.flat[i]])
+                if plan.flat_params[i].requires_grad:
+                    adamw.allocate(plan.flat_params[i], group, self.state[plan.flat_params[i]])
 
     # the step -------------------------------------------------------------------------------------
 
@@ -357,24 +375,24 @@ class StackedOptimizer(Optimizer):
 
     def _update(self) -> None:
         """One step from the gradients as they are now."""
-        self._settle()
-        plan = self._current()
-        grads = [p.grad for p in plan.flat]
+        self._apply_late_flags()
+        plan = self._get_plan()
+        grads = [p.grad for p in plan.flat_params]
         for grad in grads:
             if grad is not None and grad.layout is not torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        vectors = self._vectors(plan, grads)  # may refuse, so before anything moves
-        if self._dry(grads):
+        adamw_steps = self._adamw_steps(plan, grads)  # may refuse, so before anything moves
+        if self._is_dry_step(grads):
             self.init_state()
         else:
             mask = [grad is not None for grad in grads]
-            if plan.stale(mask, self.state):
-                plan.fill(mask, self.state)
+            if plan.is_stale(mask, self.state):
+                plan.rebuild(mask, self.state)
             self._step_matrices(plan, grads)
-        for group, params, given, entries, order in vectors:
-            adamw.step(group, params, given, entries, order=order)
+        for group, params, present_grads, entries, order in adamw_steps:
+            adamw.step(group, params, present_grads, entries, order=order)
 
-    def _dry(self, grads: Sequence[Tensor | None]) -> bool:
+    def _is_dry_step(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether this is a checkpoint probe: every lr 0 and every gradient 0."""
         for group in self.param_groups:
             lr = group["lr"]
@@ -382,108 +400,122 @@ class StackedOptimizer(Optimizer):
                 return False
         return not any(grad is not None and bool(grad.any()) for grad in grads)
 
-    def _vectors(self, plan: Plan, grads: Sequence[Tensor | None]) -> list[tuple[Any, ...]]:
+    def _adamw_steps(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> list[tuple[Any, ...]]:
         """What AdamW steps: whole AdamW groups, and what is no matrix in other groups."""
-        made = []
+        adamw_steps = []
         for group, order, positions in zip(
-            self.param_groups, plan.orders, plan.vectors, strict=True
+            self.param_groups, plan.adamw_orders, plan.adamw_positions, strict=True
         ):
-            present = [(plan.flat[i], grad) for i in positions if (grad := grads[i]) is not None]
+            present = [
+                (plan.flat_params[i], grad) for i in positions if (grad := grads[i]) is not None
+            ]
             entries = [self.state[p] for p, _ in present]
             for (p, _), entry in zip(present, entries, strict=True):
                 adamw.allocate(p, group, entry)
             if present:
-                made.append((group, *map(list, zip(*present, strict=True)), entries, order))
-        return made
+                adamw_steps.append((group, *map(list, zip(*present, strict=True)), entries, order))
+        return adamw_steps
 
-    def _step_matrices(self, plan: Plan, grads: Sequence[Tensor | None]) -> None:
+    def _step_matrices(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> None:
         """Look at every gradient before any state changes, then run bucket after bucket."""
-        stacks, flags = look(plan.buckets, grads, self._waits)
-        good = read_flags(plan, self.param_groups, flags, grads, self._waits)
-        meeting = Meeting()
-        for bucket, stack, flag, fine in zip(plan.buckets, stacks, flags, good, strict=True):
+        stacks, flags = finite_sums(plan.buckets, grads, self._waits)
+        finite_units = read_flags(plan, self.param_groups, flags, grads, self._waits)
+        batcher = CallBatcher()
+        for bucket, stack, flag, finite in zip(
+            plan.buckets, stacks, flags, finite_units, strict=True
+        ):
             Gs = stack or [
-                bucket.gradient(i, grads) if there else None
-                for i, there in enumerate(bucket.present)
+                bucket.gradient(i, grads) if has_grad else None
+                for i, has_grad in enumerate(bucket.present)
             ]
             rule = plan.rules[bucket.group]
-            key = (bucket.group, flag.device) if rule is not None and rule.meets else None
+            key = (
+                (bucket.group, flag.device)
+                if rule is not None and rule.yields_batched_calls
+                else None
+            )
             size = sum(G.nbytes for G in Gs if G is not None)
-            meeting.add(self._run(plan, bucket, Gs, fine, flag), key, size)
-        meeting.close()
+            batcher.add(self._step_bucket(plan, bucket, Gs, finite, flag), key, size)
+        batcher.flush()
         late = [
             (flag, bucket)
-            for flag, bucket, fine in zip(flags, plan.buckets, good, strict=True)
-            if fine is None
+            for flag, bucket, finite in zip(flags, plan.buckets, finite_units, strict=True)
+            if finite is None
         ]
         for device in {flag.device for flag, _ in late}:
-            here = [(flag, bucket) for flag, bucket in late if flag.device == device]
-            packed = LateFlags(torch.cat([flag for flag, _ in here]).isfinite())
-            self._pending = [*self._pending, (packed, [bucket for _, bucket in here])]
+            on_device = [(flag, bucket) for flag, bucket in late if flag.device == device]
+            late_flags = LateFlags(torch.cat([flag for flag, _ in on_device]).isfinite())
+            self._pending = [*self._pending, (late_flags, [bucket for _, bucket in on_device])]
 
     def _waits(self, device: torch.device) -> bool:
         return device.type == "cpu" if self._wait is None else self._wait
 
-    def _run(
+    def _step_bucket(
         self,
-        plan: Plan,
+        plan: StepPlan,
         bucket: Bucket,
         Gs: Sequence[Tensor | None],
-        fine: list[bool] | None,
+        finite: list[bool] | None,
         flag: Tensor,
-    ) -> Run:
+    ) -> UpdateGenerator:
         """One bucket: gradients made ready, refresh if due, update, write, clocks."""
         rule = plan.rules[bucket.group]
         assert rule is not None
         group = self.param_groups[bucket.group]
         t, refreshed = bucket.clocks()
-        due = fine is not None and rule.due(t, refreshed, bucket.unit.shift)
-        live = [not due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
-        if bucket.stacked and fine is not None and not (all(fine) and all(live)):
+        refresh_due = finite is not None and rule.refresh_due(t, refreshed, bucket.unit.shift)
+        nonzero = [not refresh_due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
+        if bucket.stacked and finite is not None and not (all(finite) and all(nonzero)):
             # a stack that is not whole runs as views: same bits, no second code path
             for j in range(len(bucket.units)):
                 parts = [None if G is None else G[j : j + 1] for G in Gs]
-                yield from self._run(plan, bucket.alone(j), parts, fine[j : j + 1], flag)
+                yield from self._step_bucket(plan, bucket.single(j), parts, finite[j : j + 1], flag)
             plan.mask = None  # clocks differ now: sort again at the next step
             return
-        if fine is not None and not fine[0]:
-            self._skip(bucket.unit)
+        if finite is not None and not finite[0]:
+            self._count_skipped(bucket.unit)
             return
-        ok = None if fine is not None else flag.isfinite()
-        raw = ok is not None and rule.guarded and bucket.by_kernels(Gs)
+        device_finite = None if finite is not None else flag.isfinite()
+        unmasked = (
+            device_finite is not None and rule.handles_nonfinite and bucket.runs_on_kernels(Gs)
+        )
         Gs = [
-            None if G is None else bucket.ready(i, G, group["maximize"], ok, raw)
+            None
+            if G is None
+            else bucket.prepare_grad(i, G, group["maximize"], device_finite, unmasked)
             for i, G in enumerate(Gs)
         ]
-        saved = [] if ok is None or raw else bucket.copies()
-        decoded = bucket.decoded()
-        seen = ok.float() if ok is not None and raw else None
-        members = bucket.members(Gs, decoded, t, refreshed, seen)
-        if due and live[0]:
+        state_backup = [] if device_finite is None or unmasked else bucket.clone_state()
+        dequantized = bucket.dequantized()
+        member_finite = device_finite.float() if device_finite is not None and unmasked else None
+        members = bucket.members(Gs, dequantized, t, refreshed, member_finite)
+        if refresh_due and nonzero[0]:
             for member in members:
-                member.refreshed, member.fresh = t, refreshed == 0
+                member.refreshed, member.is_first_refresh = t, refreshed == 0
             rule.refresh(*members)
             bucket.set_refreshed(t)
-        lr = self._lr(group["lr"])
-        steps = Written(rule.update(*members))
+        lr = self._lr_value(group["lr"])
+        steps = DirectionIterator(rule.update(*members))
         for step in steps:
-            if isinstance(step, Together):
+            if isinstance(step, BatchedCall):
                 steps.answer = yield step
                 continue
             i, decay = step.member.number, group["weight_decay"]
-            on = None if ok is None else ok.to(bucket.dtype).view(-1, 1, 1)
-            if write_apart_(bucket.apart(i), step, lr, decay, on):
+            write_mask = (
+                None if device_finite is None else device_finite.to(bucket.dtype).view(-1, 1, 1)
+            )
+            if write_list_(bucket.weight_list(i), step, lr, decay, write_mask):
                 continue
             W = bucket.load(i)
-            write_(W, step, lr, decay, on)
+            write_(W, step, lr, decay, write_mask)
             bucket.store(i, W)
-        bucket.encode(decoded)
+        bucket.quantize(dequantized)
         bucket.set_step(t)
-        if ok is not None and not raw:
-            bucket.put_back(saved, ok)
+        if device_finite is not None and not unmasked:
+            bucket.restore(state_backup, device_finite)
 
     @staticmethod
-    def _lr(lr: float | Tensor) -> float | Tensor:
+    def _lr_value(lr: float | Tensor) -> float | Tensor:
         """A float wherever the host can read it without waiting; never cached."""
         if isinstance(lr, Tensor):
             return float(lr) if lr.device.type == "cpu" else lr.reshape(())
@@ -491,35 +523,35 @@ class StackedOptimizer(Optimizer):
 
     # flags that arrive late -----------------------------------------------------------------------
 
-    def _settle(self) -> None:
+    def _apply_late_flags(self) -> None:
         """Read the flags of the last step; units that were skipped get their clocks back."""
         pending, self._pending = self._pending, ()
-        for packed, buckets in pending:
+        for late_flags, buckets in pending:
             units = [unit for bucket in buckets for unit in bucket.units]
-            for unit, fine in zip(units, packed.read(), strict=True):
-                if not fine:
+            for unit, finite in zip(units, late_flags.read(), strict=True):
+                if not finite:
                     self.state[unit.params[0]][unit.step_key] -= 1
-                    self._skip(unit)
+                    self._count_skipped(unit)
                     if self._plan is not None:
                         self._plan.mask = None
 
-    def _skip(self, unit: Unit) -> None:
+    def _count_skipped(self, unit: Unit) -> None:
         """Count a parameter once, however many blocks it has."""
         self._skipped += unit.number == 0
 
     @property
     def skipped(self) -> int:
         """Updates left out so far because a gradient was not finite; on a device this waits."""
-        self._settle()
+        self._apply_late_flags()
         return self._skipped
 
     # checkpoints ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """State and groups as torch gives them: tensors, numbers and plain values only."""
-        self._settle()
+        self._apply_late_flags()
         if self._plan is not None:
-            self._current()  # refuses settings that do not fit the state, as a step does
+            self._get_plan()  # refuses settings that do not fit the state, as a step does
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -534,20 +566,20 @@ class StackedOptimizer(Optimizer):
         Raises:
             ValueError: If it does not fit; weights and state are unchanged then.
         """
-        seen: dict[str, Any] = {}
+        prepared: dict[str, Any] = {}
 
-        def check(_: Optimizer, given: Any) -> dict[str, Any]:
-            seen.update(checkpoint.prepare(self._own, self.param_groups, given))
-            return seen
+        def prepare(_: Optimizer, loaded: Any) -> dict[str, Any]:
+            prepared.update(checkpoint.prepare(self._default_rule, self.param_groups, loaded))
+            return prepared
 
-        def put_back(_: Optimizer) -> None:
-            checkpoint.restore(self._own, self.param_groups, self.state, seen)
+        def restore(_: Optimizer) -> None:
+            checkpoint.restore(self._default_rule, self.param_groups, self.state, prepared)
 
         if not isinstance(state_dict, dict):
-            checkpoint.prepare(self._own, self.param_groups, state_dict)
+            checkpoint.prepare(self._default_rule, self.param_groups, state_dict)
         # last before torch reads, first after it wrote: a user's own hooks see what was meant
-        before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(put_back, prepend=True)
+        before = self.register_load_state_dict_pre_hook(prepare)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -555,7 +587,7 @@ class StackedOptimizer(Optimizer):
             after.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._apply_late_flags()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

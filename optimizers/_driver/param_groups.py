@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.rule import Rule, rule_class
-from .._core.views import blocks
+from .._core.views import split_view
 from .._roles.classify import Row, classify, route
 from .._roles.residual_sides import sides_of
 from .units import views_of
@@ -54,25 +54,25 @@ COMMON: dict[str, Any] = {
     "stagger": False,
 }
 """Keywords of every optimizer, with their defaults; each is a group key too."""
-FOREIGN = frozenset(
+SCHEDULER_KEYS = frozenset(
     ("param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 )
 """Keys that schedulers and trainers add to groups."""
-OWN = frozenset(("params", "lr", "weight_decay", "rule", "method", "roles", "reasons"))
-WIDE = 16384
+GROUP_KEYS = frozenset(("params", "lr", "weight_decay", "rule", "method", "roles", "reasons"))
+LARGE_SIDE = 16384
 """A side above which a matrix without a name is more likely an embedding."""
 
 
-def rule_of(group: Mapping[str, Any], own: type[Rule]) -> Rule | None:
+def rule_of(group: Mapping[str, Any], default_rule: type[Rule]) -> Rule | None:
     """The rule that a group's values describe, or None for an AdamW group."""
     name = group.get("rule")
     if name == "adamw":
         return None
-    cls = own if name is None else rule_class(name)
+    cls = default_rule if name is None else rule_class(name)
     return cls(**{f.name: group[f.name] for f in fields(cls) if f.name in group})
 
 
-def read(
+def to_param_groups(
     params: Any, rule: Rule, reference_key: str | None, view: str | Sequence[str] = "auto"
 ) -> Any:
     """Turn what a user passes as ``params`` into what ``torch.optim.Optimizer`` takes.
@@ -96,40 +96,47 @@ def read(
     items = list(params)
     if not items or not isinstance(items[0], Mapping):
         return [{"params": items}] if items else items
-    marked = reference_key is not None and any(reference_key in group for group in items)
+    has_reference_key = reference_key is not None and any(reference_key in group for group in items)
     groups = []
     for group in items:
         group = dict(group)
-        if marked and "rule" not in group and group.get(reference_key) is None:
+        if has_reference_key and "rule" not in group and group.get(reference_key) is None:
             group["rule"] = "adamw"
         groups.append(group)
     return groups
 
 
 def _from_module(
-    model: nn.Module, own: Rule, view: str | Sequence[str] = "auto"
+    model: nn.Module, default_rule: Rule, view: str | Sequence[str] = "auto"
 ) -> list[dict[str, Any]]:
     """Groups of a classified model: one per rule, view and side, frozen parameters left out."""
     named = dict(model.named_parameters())
     rows = [row for row in classify(model) if row.name and named[row.name].requires_grad]
     matrices = [row for row in rows if row.rule == "matrix"]
     _refuse_view(view, matrices)
-    sides = sides_of(matrices, own)
-    made: dict[tuple[Any, ...], dict[str, Any]] = {}
+    sides = sides_of(matrices, default_rule)
+    groups_by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         assert row.name is not None
         matrix = row.rule == "matrix"
-        rule, cut = (own.method(), row.view) if matrix else ("adamw", "auto")
+        rule, group_view = (default_rule.method(), row.view) if matrix else ("adamw", "auto")
         side = sides.get(row.name)
-        asked = {} if side is None else {"side": side}
-        group: dict[str, Any] = made.setdefault(
-            (rule, cut, side),
-            {"params": [], "rule": rule, "view": cut, "roles": [], "reasons": [], **asked},
+        side_key = {} if side is None else {"side": side}
+        group: dict[str, Any] = groups_by_key.setdefault(
+            (rule, group_view, side),
+            {
+                "params": [],
+                "rule": rule,
+                "view": group_view,
+                "roles": [],
+                "reasons": [],
+                **side_key,
+            },
         )
         group["params"].append((row.name, named[row.name]))
         group["roles"].append(row.role)
         group["reasons"].append(row.why)
-    return sorted(made.values(), key=lambda group: group["rule"] == "adamw")
+    return sorted(groups_by_key.values(), key=lambda group: group["rule"] == "adamw")
 
 
 def _refuse_view(view: str | Sequence[str], rows: Iterable[Row]) -> None:
@@ -149,7 +156,7 @@ def _plain_view(view: str | Sequence[str], row: Row) -> str | Sequence[str]:
     return view
 
 
-def rows_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
+def roles_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
     """Where each parameter of a group goes and why; ``rule`` is ``matrix`` or ``adamw``.
 
     A pure function of the group's values, so that it can be taken again after a load or a copy.
@@ -184,27 +191,27 @@ def routed(
         position: Flat position of the group's first parameter.
     """
     matrices: list[tuple[int, Tensor]] = []
-    vectors: list[tuple[int, Tensor]] = []
-    for j, (row, p) in enumerate(zip(rows_of(group, rule), group["params"], strict=True)):
-        (matrices if row.rule == "matrix" else vectors).append((position + j, p))
-    return matrices, vectors
+    adamw_params: list[tuple[int, Tensor]] = []
+    for j, (row, p) in enumerate(zip(roles_of(group, rule), group["params"], strict=True)):
+        (matrices if row.rule == "matrix" else adamw_params).append((position + j, p))
+    return matrices, adamw_params
 
 
 def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]]:
     """Parameters and names of a group that torch has not read yet."""
     params = group["params"]
     items = [params] if isinstance(params, Tensor) else list(params)
-    given = group.get("param_names") or [None] * len(items)
-    if len(given) != len(items):
-        raise ValueError(f"param_names has {len(given)} names for {len(items)} parameters")
+    given_names = group.get("param_names") or [None] * len(items)
+    if len(given_names) != len(items):
+        raise ValueError(f"param_names has {len(given_names)} names for {len(items)} parameters")
     pairs = [
         item if isinstance(item, tuple) else (name, item)
-        for name, item in zip(given, items, strict=True)
+        for name, item in zip(given_names, items, strict=True)
     ]
     return [p for _, p in pairs], [name for name, _ in pairs]
 
 
-def called(name: str | None, p: Tensor, position: int) -> str:
+def describe(name: str | None, p: Tensor, position: int) -> str:
     """How a message names a parameter."""
     return f"parameter {name!r}" if name else f"parameter {position} of shape {tuple(p.shape)}"
 
@@ -239,15 +246,15 @@ def check_values(group: Mapping[str, Any]) -> None:
     name = group["state_dtype"]
     dtype: Any = getattr(torch, name, None) if isinstance(name, str) else None
     # what cannot hold small squares makes a second moment zero, and a step of it without bound
-    wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    wide = wide and torch.finfo(dtype).tiny < 1e-30
-    if name not in (None, "int8") and not wide:
+    is_supported = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    is_supported = is_supported and torch.finfo(dtype).tiny < 1e-30
+    if name not in (None, "int8") and not is_supported:
         raise ValueError(
             f"state_dtype must be None, 'int8' or 'bfloat16', 'float32' or 'float64', got {name!r}"
         )
 
 
-def _check_whole(p: Tensor, text: str, method: str) -> None:
+def _check_unsharded(p: Tensor, text: str, method: str) -> None:
     """Refuse weights whose matrix a wrapper has hidden."""
     if hasattr(p, "ds_id") or hasattr(p, "ds_shape") or getattr(p, "_is_flat_param", False):
         raise ValueError(
@@ -263,50 +270,52 @@ def check_matrix(p: Tensor, text: str, method: str) -> None:
             f"{text} is a DTensor, which {method} does not shard yet; use DDP with "
             "ZeroRedundancyOptimizer, or put it in a group with rule='adamw'"
         )
-    _check_whole(p, text, method)
+    _check_unsharded(p, text, method)
     if p.is_complex():
         raise RuntimeError(f"{method} does not support complex parameters; {text} is complex")
 
 
-def check_group(group: Mapping[str, Any], own: type[Rule], *, reference: bool = False) -> None:
+def check_group(
+    group: Mapping[str, Any], default_rule: type[Rule], *, reference: bool = False
+) -> None:
     """Every check of a group before torch adds it; changes nothing.
 
     Args:
         group: A group with all defaults filled in.
-        own: The optimizer's rule class.
+        default_rule: The optimizer's rule class.
         reference: Whether the group is written in the reference package's format, in which other
             parameters than matrices are trained by AdamW, with one warning.
     """
     check_values(group)
-    rule = rule_of(group, own)
+    rule = rule_of(group, default_rule)
     params, names = parameters_of(group)
     if rule is None or any(not isinstance(p, Tensor) for p in params):
         return  # torch refuses what is no tensor, with its own text
     method = rule.method()
-    if group["stagger"] and rule.together:
+    if group["stagger"] and rule.refresh_in_lockstep:
         raise ValueError(
             f"stagger=True does not go with {method} as set here, whose windows begin for all "
             "weights at once; leave stagger out"
         )
-    rows = rows_of({**group, "params": params, "param_names": names}, rule)
-    moved = []
+    rows = roles_of({**group, "params": params, "param_names": names}, rule)
+    moved_to_adamw = []
     for i, (p, name, row) in enumerate(zip(params, names, rows, strict=True)):
-        text = called(name, p, i)
+        text = describe(name, p, i)
         if row.rule == "matrix":
             check_matrix(p, text, method)
             _check_shape(p, name, text, group, rule, method)
             continue
-        _check_whole(p, text, method)
+        _check_unsharded(p, text, method)
         if reference:
-            moved.append(text)
+            moved_to_adamw.append(text)
         elif group.get("rule") is not None:
             _refuse_vector(p, text, method)
     if group["capturable"] and any(row.rule == "matrix" for row in rows):
         raise ValueError(
             f"capturable=True is not supported by {method}; set it on AdamW groups only"
         )
-    if moved:
-        warn_user(f"{', '.join(moved)}: no matrix, so AdamW trains it instead of {method}")
+    if moved_to_adamw:
+        warn_user(f"{', '.join(moved_to_adamw)}: no matrix, so AdamW trains it instead of {method}")
 
 
 def _refuse_vector(p: Tensor, text: str, method: str) -> None:
@@ -323,11 +332,11 @@ def _check_shape(
     if p.ndim < 2 or p.numel() == 0:
         _refuse_vector(p, text, method)
     if len(rule.members) == 1:
-        blocks(views_of(group["view"], rule)[0], tuple(p.shape))
-    if p.ndim == 2 and max(p.shape) > WIDE and name is None and group.get("rule") is None:
+        split_view(views_of(group["view"], rule)[0], tuple(p.shape))
+    if p.ndim == 2 and max(p.shape) > LARGE_SIDE and name is None and group.get("rule") is None:
         warn_user(
-            f"{text} has a side above {WIDE} and goes to {method}; if it is an embedding or a "
-            "head, pass the model or its named_parameters(), or give it rule='adamw'"
+            f"{text} has a side above {LARGE_SIDE} and goes to {method}; if it is an embedding or "
+            "a head, pass the model or its named_parameters(), or give it rule='adamw'"
         )
 
 

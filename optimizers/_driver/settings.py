@@ -18,14 +18,14 @@ class Entry(NamedTuple):
         axes: The slot's axes.
         shape: Shape of the stored tensor.
         dtype: Its dtype.
-        turned: Whether the rule sees the weight transposed; False for state shaped like the
+        transposed: Whether the rule sees the weight transposed; False for state shaped like the
             weight, which is stored untransposed in either case.
     """
 
     axes: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    turned: bool
+    transposed: bool
 
 
 Entries = dict[str, Entry | None]
@@ -82,9 +82,9 @@ def _entries(units: Iterable[Unit]) -> dict[Tensor, Entries | None]:
         for i, p in enumerate(unit.params):
             table = tables.setdefault(p, {})
             assert table is not None
-            for key, (slot, shape, dtype) in unit.expected(i).items():
-                turned = unit.turned[i] and slot.axes != "mn"
-                table[key] = Entry(slot.axes, shape, dtype, turned)
+            for key, (slot, shape, dtype) in unit.expected_state(i).items():
+                transposed = unit.transposed[i] and slot.axes != "mn"
+                table[key] = Entry(slot.axes, shape, dtype, transposed)
             if i == 0:
                 table[unit.step_key] = None
     return tables

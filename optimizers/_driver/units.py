@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 from ...kernels import blockwise_scales
-from .._core.rule import Place, Rule, Slot, Slots
-from .._core.views import Block, blocks
-from .windows import drops
+from .._core.rule import BlockPosition, Rule, Slot, Slots
+from .._core.views import MatrixView, split_view
+from .windows import drops_state
 
-STACK = {"cpu": 2**15}
+MAX_STACKED_NUMEL = {"cpu": 2**15}
 """Largest matrix, in elements, that is stacked: below it calls saved outweigh the copies.
 
 ``python bench/toolkit.py --only stack`` shows what a limit costs. A larger one would still help
 GaLore, but stacks are copies, and ``kernels/products.py`` counts on a limit below 2**16.
 """
-STACK_ACCELERATOR = 2**22
-CODED = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "momentum_buffer": torch.int8}
+MAX_STACKED_NUMEL_ACCELERATOR = 2**22
+QUANTIZED_DTYPES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "momentum_buffer": torch.int8}
 """State that ``state_dtype="int8"`` keeps in codes, and in which: signed, or roots of squares."""
-CODED_LEAST = 4096
+MIN_QUANTIZED_NUMEL = 4096
 """Smallest number of entries that is kept in codes."""
 
-NOWHERE = Place()
+ONLY_BLOCK = BlockPosition()
 State = MutableMapping[Tensor, dict[str, Any]]
 
 
-def is_part(X: Tensor) -> bool:
+def is_slab_row(X: Tensor) -> bool:
     """Whether X is part of a larger storage, such as a row of a slab."""
     return X.untyped_storage().nbytes() > X.numel() * X.element_size()
 
@@ -47,71 +47,71 @@ class Unit:
         group: Index of its parameter group.
         positions: Places of its parameters in the optimizer's flat list.
         params: One parameter per member.
-        blocks: How each becomes matrices.
-        turned: Whether each is handed to the rule transposed.
+        views: How each becomes matrices.
+        transposed: Whether each is handed to the rule transposed.
         number: Which block of the parameter this is.
         slots: State of each member.
         state_dtype: Dtype of state whose slot names none; None: float32, or float64.
-        coded: Whether moments are kept in eight bits.
-        place: Which block of the optimizer this is, for rules that drop state by blocks.
+        quantized: Whether moments are kept in eight bits.
+        block_position: Which block of the optimizer this is, for rules that drop state by blocks.
         shift: By how many updates its refreshes come early, where they are staggered.
     """
 
     group: int
     positions: tuple[int, ...]
     params: tuple[Tensor, ...]
-    blocks: tuple[Block, ...]
-    turned: tuple[bool, ...]
+    views: tuple[MatrixView, ...]
+    transposed: tuple[bool, ...]
     number: int
     slots: tuple[Slots, ...]
     state_dtype: torch.dtype | None
-    coded: bool = False
-    place: Place = NOWHERE
+    quantized: bool = False
+    block_position: BlockPosition = ONLY_BLOCK
     shift: int = 0
     key: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        p, block = self.params[0], self.blocks[0]
-        self.tag = block.tag
-        self.step_key, self.refreshed_key = "step" + block.tag, "refreshed" + block.tag
-        self.held_key = "held" + block.tag
-        self.clocks = (self.step_key, self.refreshed_key, self.held_key)
+        p, view = self.params[0], self.views[0]
+        self.tag = view.tag
+        self.step_key, self.refreshed_key = "step" + view.tag, "refreshed" + view.tag
+        self.state_since_key = "held" + view.tag
+        self.clock_keys = (self.step_key, self.refreshed_key, self.state_since_key)
         self.index = self.positions[0] + (self.number << 20)
         self.stackable = (
             len(self.params) == 1
-            and block.plain
-            and p.numel() <= STACK.get(p.device.type, STACK_ACCELERATOR)
+            and view.plain
+            and p.numel() <= MAX_STACKED_NUMEL.get(p.device.type, MAX_STACKED_NUMEL_ACCELERATOR)
         )
         self.key = (
             self.group,
-            self.turned,
+            self.transposed,
             *(
                 (p.shape, p.dtype, p.device, b.k, b.m, b.n)
-                for p, b in zip(self.params, self.blocks, strict=True)
+                for p, b in zip(self.params, self.views, strict=True)
             ),
         )
 
     def sides(self, i: int) -> tuple[int, int]:
         """Sides of member i after turning."""
-        block = self.blocks[i]
-        return (block.n, block.m) if self.turned[i] else (block.m, block.n)
+        view = self.views[i]
+        return (view.n, view.m) if self.transposed[i] else (view.m, view.n)
 
     @property
     def indices(self) -> tuple[int, ...]:
         """One key of random draws per matrix."""
-        return tuple(self.index + (j << 40) for j in range(self.blocks[0].k))
+        return tuple(self.index + (j << 40) for j in range(self.views[0].k))
 
-    def expected(self, i: int) -> dict[str, tuple[Slot, tuple[int, ...], torch.dtype]]:
+    def expected_state(self, i: int) -> dict[str, tuple[Slot, tuple[int, ...], torch.dtype]]:
         """State keys of member i with slot, shape and dtype."""
         p = self.params[i]
         table = {}
         for name, slot in self.slots[i].items():
             key, shape = self.key_of(i, name), self._shape(i, slot)
-            if self.codes(i, name) is None:
+            if self.quantized_dtype(i, name) is None:
                 table[key] = (slot, shape, self._dtype(slot, p))
             else:
                 scales = Slot("b", b=blockwise_scales(math.prod(shape)))
-                table[key] = (slot, shape, CODED[name])
+                table[key] = (slot, shape, QUANTIZED_DTYPES[name])
                 table[scale_of(key)] = (scales, scales.shape(0, 0), torch.float32)
         return table
 
@@ -122,14 +122,18 @@ class Unit:
     def _shape(self, i: int, slot: Slot) -> tuple[int, ...]:
         if slot.axes == "mn":
             return tuple(self.params[i].shape)
-        shape, k = slot.shape(*self.sides(i)), self.blocks[i].k
+        shape, k = slot.shape(*self.sides(i)), self.views[i].k
         return (k, *shape) if k > 1 else shape
 
-    def codes(self, i: int, name: str) -> torch.dtype | None:
+    def quantized_dtype(self, i: int, name: str) -> torch.dtype | None:
         """In which codes a slot of member i is kept, None if as it is."""
         slot = self.slots[i][name]
-        fits = self.coded and slot.dtype is None and math.prod(self._shape(i, slot)) >= CODED_LEAST
-        return CODED.get(name) if fits else None
+        fits = (
+            self.quantized
+            and slot.dtype is None
+            and math.prod(self._shape(i, slot)) >= MIN_QUANTIZED_NUMEL
+        )
+        return QUANTIZED_DTYPES.get(name) if fits else None
 
     def _dtype(self, slot: Slot, p: Tensor) -> torch.dtype:
         if slot.dtype == "weight":
@@ -147,63 +151,65 @@ class Unit:
         """
         first = state[self.params[0]]
         first.setdefault(self.step_key, 0)
-        held = self._held(state, rule) if drops(rule) else 1
-        if rule.every:
+        state_since = self._state_since(state, rule) if drops_state(rule) else 1
+        if rule.refresh_interval:
             first.setdefault(self.refreshed_key, 0)
         for i, p in enumerate(self.params):
-            table = self.expected(i)
+            table = self.expected_state(i)
             entry = state[p] if table else {}
             for key, (slot, shape, dtype) in table.items():
-                if not held:
+                if not state_since:
                     entry.pop(key, None)
                 elif key not in entry:
-                    entry[key] = _filled(slot, shape, dtype, p.device)
+                    entry[key] = _initial_state(slot, shape, dtype, p.device)
                 elif entry[key].shape != shape:
                     raise ValueError(
                         f"state {key!r} has shape {tuple(entry[key].shape)} but the settings of "
                         f"parameter group {self.group} need {shape}; load with the settings it was "
                         "saved with"
                     )
-        return held
+        return state_since
 
-    def _held(self, state: State, rule: Rule) -> int:
+    def _state_since(self, state: State, rule: Rule) -> int:
         """The update since which a unit of a rule that drops state holds its own.
 
         That is what the rule says, unless state began between windows because settings changed;
         then it is kept beside the clocks, as are all but the first.
         """
         first = state[self.params[0]]
-        has = any(
+        has_state = any(
             self.key_of(i, n) in state[p] for i, p in enumerate(self.params) for n in self.slots[i]
         )
-        held = self.since(rule, first.get(self.held_key, 1) if has else 0, first[self.step_key] + 1)
-        first.pop(self.held_key, None)
-        if held > 1 and any(self.slots):
-            first[self.held_key] = held
-        return held
+        state_since = self.state_since_at(
+            rule, first.get(self.state_since_key, 1) if has_state else 0, first[self.step_key] + 1
+        )
+        first.pop(self.state_since_key, None)
+        if state_since > 1 and any(self.slots):
+            first[self.state_since_key] = state_since
+        return state_since
 
-    def since(self, rule: Rule, held: int, t: int) -> int:
-        """What `held`, the update since which there is state (0: none), becomes at update t."""
-        begin = rule.holds(self.place, t)
-        if not begin or not any(self.slots):
-            return begin
-        return t if begin == t or not held else held
+    def state_since_at(self, rule: Rule, state_since: int, t: int) -> int:
+        """What `state_since`, the update since which there is state (0: none), becomes at t."""
+        start = rule.state_since_at(self.block_position, t)
+        if not start or not any(self.slots):
+            return start
+        return t if start == t or not state_since else state_since
 
-    def own(self, state: State) -> None:
+    def detach_from_slab(self, state: State) -> None:
         """Give a unit that sits out tensors of its own: a row keeps the whole slab alive."""
         for p in self.params:
             entry = state.get(p, {})
             for key, value in entry.items():
-                if isinstance(value, Tensor) and is_part(value):
+                if isinstance(value, Tensor) and is_slab_row(value):
                     entry[key] = value.clone()
 
-    def seen(self, i: int, name: str, tensor: Tensor) -> Tensor:
+    def rule_view(self, i: int, name: str, tensor: Tensor) -> Tensor:
         """A stored state tensor as the rule sees it: (k, *axes)."""
-        block = self.blocks[i]
+        view = self.views[i]
         if self.slots[i][name].axes == "mn":
-            X = block.take(tensor)
-            return X.mT if self.turned[i] else X
-        return tensor if block.k > 1 else tensor.unsqueeze(0)
+            X = view.to_matrices(tensor)
+            return X.mT if self.transposed[i] else X
+        return tensor if view.k > 1 else tensor.unsqueeze(0)
 
 
 def scale_of(key: str) -> str:
@@ -212,7 +218,9 @@ def scale_of(key: str) -> str:
     return f"{name}_scale{dot}{tag}"
 
 
-def _filled(slot: Slot, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _initial_state(
+    slot: Slot, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     if slot.fill == "eye":
         return torch.eye(shape[-2], shape[-1], dtype=dtype, device=device).expand(shape).clone()
     assert not isinstance(slot.fill, str)
@@ -258,30 +266,33 @@ def units_of(
             f"({', '.join(rule.members)}), got {len(routed)}"
         )
     name, views = settings["state_dtype"], views_of(settings["view"], rule, size)
-    coded = name == "int8"
-    dtype = None if name is None or coded else getattr(torch, name)
+    quantized = name == "int8"
+    dtype = None if name is None or quantized else getattr(torch, name)
     units = []
     for start in range(0, len(routed), size):
         run = routed[start : start + size]
-        cuts = [blocks(v, tuple(p.shape)) for v, (_, p) in zip(views, run, strict=True)]
-        if size > 1 and any(len(cut) > 1 for cut in cuts):
+        views_of_params = [
+            split_view(v, tuple(p.shape)) for v, (_, p) in zip(views, run, strict=True)
+        ]
+        if size > 1 and any(len(cut) > 1 for cut in views_of_params):
             raise ValueError(f"view {views} cuts a parameter, which {size} members cannot follow")
-        for number, members in enumerate(zip(*cuts, strict=True)):
-            turned = rule.turns([(b.m, b.n) for b in members])
+        for number, unit_views in enumerate(zip(*views_of_params, strict=True)):
+            transposed = rule.transposed_members([(b.m, b.n) for b in unit_views])
             sides = tuple(
-                (b.n, b.m) if turn else (b.m, b.n) for b, turn in zip(members, turned, strict=True)
+                (b.n, b.m) if is_transposed else (b.m, b.n)
+                for b, is_transposed in zip(unit_views, transposed, strict=True)
             )
             units.append(
                 Unit(
                     group,
                     tuple(i for i, _ in run),
                     tuple(p for _, p in run),
-                    members,
-                    turned,
+                    unit_views,
+                    transposed,
                     number,
                     rule.slots(sides),
                     dtype,
-                    coded,
+                    quantized,
                 )
             )
     return units

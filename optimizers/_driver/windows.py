@@ -8,44 +8,46 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .._core.rule import Place, Rule
+from .._core.rule import BlockPosition, Rule
 
 if TYPE_CHECKING:
     from .units import Unit
 
 
-def place(
+def assign_block_positions(
     units: Sequence[Unit], rules: Sequence[Rule | None], groups: Sequence[Mapping[str, Any]]
 ) -> None:
     """Tell the units of rules that drop state by blocks which block they are, over all groups."""
     numbers: dict[str, dict[Hashable, int]] = {}
     labels: list[Hashable] = []
     for group, rule in zip(groups, rules, strict=True):
-        labels += labels_of(group, rule)
-    kept = [unit for unit in units if drops(rules[unit.group])]
-    for unit in kept:
-        own, position = numbers.setdefault(_method(rules, unit), {}), unit.positions[0]
+        labels += block_labels_of(group, rule)
+    windowed = [unit for unit in units if drops_state(rules[unit.group])]
+    for unit in windowed:
+        method_numbers, position = numbers.setdefault(_method(rules, unit), {}), unit.positions[0]
         label = labels[position]
         key = ("own", position) if label is None else ("shared", label)
-        unit.place = Place(own.setdefault(key, len(own)))
-    for unit in kept:
-        unit.place = Place(unit.place.number, len(numbers[_method(rules, unit)]))
+        unit.block_position = BlockPosition(method_numbers.setdefault(key, len(method_numbers)))
+    for unit in windowed:
+        unit.block_position = BlockPosition(
+            unit.block_position.number, len(numbers[_method(rules, unit)])
+        )
 
 
-def labels_of(group: Mapping[str, Any], rule: Rule | None) -> list[Hashable]:
+def block_labels_of(group: Mapping[str, Any], rule: Rule | None) -> list[Hashable]:
     """The label of every parameter of a group."""
     count = len(group["params"])
     names = [*group.get("param_names", ())][:count]
     names += [None] * (count - len(names))  # appended to the group's list later
-    return [None] * count if rule is None else list(rule.blocks(names))
+    return [None] * count if rule is None else list(rule.block_labels(names))
 
 
-def drops(rule: Rule | None) -> bool:
+def drops_state(rule: Rule | None) -> bool:
     """Whether a rule keeps state for some windows only."""
-    return rule is not None and type(rule).holds is not Rule.holds
+    return rule is not None and type(rule).state_since_at is not Rule.state_since_at
 
 
-def stagger(
+def stagger_refreshes(
     units: Sequence[Unit], rules: Sequence[Rule | None], groups: Sequence[Mapping[str, Any]]
 ) -> None:
     """Spread refreshes evenly over the window where a group asks for it.
@@ -55,13 +57,13 @@ def stagger(
     shifts: dict[Hashable, list[Unit]] = {}
     for unit in units:
         rule = rules[unit.group]
-        if rule is not None and rule.every and groups[unit.group]["stagger"]:
+        if rule is not None and rule.refresh_interval and groups[unit.group]["stagger"]:
             shifts.setdefault(unit.key if unit.stackable else id(unit), []).append(unit)
-    for i, alike in enumerate(shifts.values()):
-        for unit in alike:
+    for i, same_shift in enumerate(shifts.values()):
+        for unit in same_shift:
             rule = rules[unit.group]
             assert rule is not None
-            unit.shift = i * rule.every // len(shifts)
+            unit.shift = i * rule.refresh_interval // len(shifts)
 
 
 def _method(rules: Sequence[Rule | None], unit: Unit) -> str:

@@ -15,67 +15,77 @@ from torch import Tensor
 from ...kernels import reference
 from ...kernels.dispatch import pick
 from ...kernels.passes import Stack
-from .._core.rule import Dense, Direction, Factors, Term
+from .._core.rule import Dense, Direction, Term, WriteScalars
 from .._core.validation import check
 
-PANEL = 2**17
+WRITE_PANEL = 2**17
 """Elements of a row panel on CPU: the passes of one write then meet in the cache."""
-PANEL_ACCELERATOR = 2**26
+WRITE_PANEL_ACCELERATOR = 2**26
 """The same on accelerators, where it only bounds the float32 copy of a low-precision weight."""
-LOW = (torch.bfloat16, torch.float16)
+LOW_PRECISION_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def write_(
-    W: Tensor, step: Direction, lr: float | Tensor, weight_decay: float, ok: Tensor | None = None
+    W: Tensor,
+    step: Direction,
+    lr: float | Tensor,
+    weight_decay: float,
+    finite: Tensor | None = None,
 ) -> None:
-    """W <- keep * W - lr * scale * sum(terms), in place.
+    """W <- decay_factor * W - lr * lr_factor * sum(terms), in place.
 
     Args:
         W: Weights (K, m, n), any strides.
         step: What to write.
         lr: A float, or a 1-element tensor on W's device.
-        weight_decay: Decoupled decay; keep = 1 - lr * weight_decay where it applies.
-        ok: None, or flags (K, 1, 1): a matrix whose flag is 0 stays as it is, decay included.
+        weight_decay: Decoupled decay; decay_factor = 1 - lr * weight_decay where it applies.
+        finite: None, or flags (K, 1, 1): a matrix whose flag is 0 stays as it is, decay included.
     """
     terms = list(step.terms)
-    if step.cap is not None:
-        terms = _capped(W, terms, step.cap, lr, step.scale)
-    if _by_kernel(W, step, terms, lr, weight_decay, ok):
+    if step.max_rel_norm is not None:
+        terms = _limit_rel_norm(W, terms, step.max_rel_norm, lr, step.lr_factor)
+    if _try_fused_write_(W, step, terms, lr, weight_decay, finite):
         return
-    alpha, keep = -step.scale, 1.0 - lr**step.decay_power * weight_decay
-    if ok is not None and step.member.ok is not None:
+    alpha, decay_factor = -step.lr_factor, 1.0 - lr**step.decay_power * weight_decay
+    if finite is not None and step.member.finite is not None:
         # what is not finite there is still in the terms, and no factor of 0 would take it away
         new = W.clone()
-        write_(new, replace(step, exact=True), lr, weight_decay)
-        W.copy_(torch.where(ok != 0, new, W))
+        write_(new, replace(step, torch_bits=True), lr, weight_decay)
+        W.copy_(torch.where(finite != 0, new, W))
         return
     if isinstance(lr, Tensor):
         terms = [term.scaled(lr.to(W.device)) for term in terms]
     else:
         alpha *= lr
-    for mask in (step.decay, ok):
+    for mask in (step.decay, finite):
         if mask is not None and weight_decay != 0.0:
             # chosen, not computed, and in the accumulator's precision: the bits of a plain number
-            if not isinstance(keep, Tensor):  # made there: a copy would wait for the device
-                keep = torch.full((), keep, dtype=_precision(W), device=W.device)
-            keep = keep.to(W.device, _precision(W))
-            keep = torch.where(mask != 0, keep, torch.ones_like(keep))
-    if ok is not None:
-        terms = [_flagged(term, ok) for term in terms]
+            if not isinstance(decay_factor, Tensor):  # made there: a copy would wait for the device
+                decay_factor = torch.full(
+                    (), decay_factor, dtype=_accumulation_dtype(W), device=W.device
+                )
+            decay_factor = decay_factor.to(W.device, _accumulation_dtype(W))
+            decay_factor = torch.where(mask != 0, decay_factor, torch.ones_like(decay_factor))
+    if finite is not None:
+        terms = [_masked(term, finite) for term in terms]
     if W.stride(-1) != 1 and W.stride(-2) == 1:
         # panels must run along the memory: write the turned weight turned back
         W, terms = W.mT, [term.mT for term in terms]
-        keep = keep.mT if isinstance(keep, Tensor) and keep.dim() > 1 else keep
-    terms.sort(key=lambda term: not term.fused)
-    _write_panels(W, terms, alpha, keep, step.decay_last)
+        decay_factor = (
+            decay_factor.mT
+            if isinstance(decay_factor, Tensor) and decay_factor.dim() > 1
+            else decay_factor
+        )
+    terms.sort(key=lambda term: not term.fuses_decay)
+    _write_panels(W, terms, alpha, decay_factor, step.decay_last)
 
 
-def write_apart_(
+def write_list_(
     Ws: Sequence[Tensor],
     step: Direction,
     lr: float | Tensor,
     weight_decay: float,
-    ok: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> bool:
     """The same for K matrices (m, n) wherever they lie, which need not be copied into a stack.
 
@@ -83,69 +93,77 @@ def write_apart_(
         Whether it was done: there must be a kernel that writes this step into a list.
     """
     terms, strides = list(step.terms), {W.stride() for W in Ws}
-    if step.cap is not None or len(strides) != 1 or not all(term.apart for term in terms):
+    if (
+        step.max_rel_norm is not None
+        or len(strides) != 1
+        or not all(term.accepts_list for term in terms)
+    ):
         return False
-    return _by_kernel(Ws, step, terms, lr, weight_decay, ok)
+    return _try_fused_write_(Ws, step, terms, lr, weight_decay, finite)
 
 
-def _by_kernel(
+def _try_fused_write_(
     W: Stack,
     step: Direction,
     terms: list[Term],
     lr: float | Tensor,
     weight_decay: float,
-    ok: Tensor | None,
+    finite: Tensor | None,
 ) -> bool:
     """Write all terms at once where the back end has a kernel that does it."""
-    if step.exact or step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
+    if step.torch_bits or step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
         return False
-    if pick(W, "pass") is reference or _alike(W[0], terms):
+    if pick(W, "pass") is reference or _adds_in_weight_dtype(W[0], terms):
         return False
-    alpha, keep = -step.scale * lr, 1.0 - lr**step.decay_power * weight_decay
+    alpha, decay_factor = -step.lr_factor * lr, 1.0 - lr**step.decay_power * weight_decay
     control = None
-    if ok is not None or isinstance(alpha, Tensor):
+    if finite is not None or isinstance(alpha, Tensor):
         control = W[0].new_ones(len(W), 3, dtype=torch.float32)
-        for i, x in enumerate((ok, keep, alpha)):
+        for i, x in enumerate((finite, decay_factor, alpha)):
             if x is not None:
                 control[:, i] = x.flatten() if isinstance(x, Tensor) else x
-        alpha = keep = 1.0
-    assert not isinstance(alpha, Tensor) and not isinstance(keep, Tensor)
-    first, *others = sorted(terms, key=lambda term: not term.fused)
-    return first.kernel_(W, Factors(keep, alpha, control), *others)
+        alpha = decay_factor = 1.0
+    assert not isinstance(alpha, Tensor) and not isinstance(decay_factor, Tensor)
+    first, *others = sorted(terms, key=lambda term: not term.fuses_decay)
+    return first.fused_write_(W, WriteScalars(decay_factor, alpha, control), *others)
 
 
-def _flagged(term: Term, ok: Tensor) -> Term:
+def _masked(term: Term, finite: Tensor) -> Term:
     """The term times 0 or 1, in its own dtype: a product with float32 would widen it."""
-    return Dense(term.U * ok.to(term.U.dtype)) if isinstance(term, Dense) else term.scaled(ok)
+    return (
+        Dense(term.U * finite.to(term.U.dtype)) if isinstance(term, Dense) else term.scaled(finite)
+    )
 
 
-def _alike(W: Tensor, terms: list[Term]) -> bool:
+def _adds_in_weight_dtype(W: Tensor, terms: list[Term]) -> bool:
     """Whether terms of a low-precision weight are to be added in its own precision."""
-    return W.dtype in LOW and all(isinstance(t, Dense) and t.U.dtype == W.dtype for t in terms)
+    return W.dtype in LOW_PRECISION_DTYPES and all(
+        isinstance(t, Dense) and t.U.dtype == W.dtype for t in terms
+    )
 
 
-def _precision(W: Tensor) -> torch.dtype:
-    return torch.float32 if W.dtype in LOW else W.dtype
+def _accumulation_dtype(W: Tensor) -> torch.dtype:
+    return torch.float32 if W.dtype in LOW_PRECISION_DTYPES else W.dtype
 
 
-def _capped(
-    W: Tensor, terms: list[Term], cap: float, lr: float | Tensor, scale: float
+def _limit_rel_norm(
+    W: Tensor, terms: list[Term], max_rel_norm: float, lr: float | Tensor, lr_factor: float
 ) -> list[Term]:
     """Shrink the step to cap * ||W||_F per matrix; a zero weight does not cap."""
     check(all(isinstance(term, Dense) for term in terms), "cap works with Dense terms only")
     U = sum((term.U for term in terms if isinstance(term, Dense)), torch.zeros((), device=W.device))
-    size = torch.linalg.vector_norm(U, dim=(-2, -1), keepdim=True) * (lr * abs(scale))
-    limit = cap * torch.linalg.vector_norm(W.to(U.dtype), dim=(-2, -1), keepdim=True)
+    size = torch.linalg.vector_norm(U, dim=(-2, -1), keepdim=True) * (lr * abs(lr_factor))
+    limit = max_rel_norm * torch.linalg.vector_norm(W.to(U.dtype), dim=(-2, -1), keepdim=True)
     shrink = torch.where((limit > 0) & (size > limit), limit / size, torch.ones_like(size))
     return [term.scaled(shrink) for term in terms]
 
 
-def _panels(W: Tensor, whole: bool) -> Iterator[tuple[slice, slice]]:
+def _panels(W: Tensor, all_rows: bool) -> Iterator[tuple[slice, slice]]:
     """Matrices and rows of each panel: several small matrices at once, or rows of a large one."""
     K, m, n = W.shape
-    size = PANEL if W.device.type == "cpu" else PANEL_ACCELERATOR
+    size = WRITE_PANEL if W.device.type == "cpu" else WRITE_PANEL_ACCELERATOR
     matrices, rows = max(1, size // max(1, m * n)), max(1, size // max(1, n))
-    if whole or m * n <= size:
+    if all_rows or m * n <= size:
         rows = max(1, m)
     for k in range(0, K, matrices):
         for i in range(0, m, rows):
@@ -153,39 +171,39 @@ def _panels(W: Tensor, whole: bool) -> Iterator[tuple[slice, slice]]:
 
 
 def _write_panels(
-    W: Tensor, terms: list[Term], alpha: float, keep: float | Tensor, decay_last: bool
+    W: Tensor, terms: list[Term], alpha: float, decay_factor: float | Tensor, decay_last: bool
 ) -> None:
-    low = W.dtype in LOW and not _alike(W, terms)
-    keep_first, keep_last = (1.0, keep) if decay_last else (keep, 1.0)
-    if not low and terms and terms[0].fused and not isinstance(keep_first, Tensor):
+    upcast = W.dtype in LOW_PRECISION_DTYPES and not _adds_in_weight_dtype(W, terms)
+    decay_before, decay_after = (1.0, decay_factor) if decay_last else (decay_factor, 1.0)
+    if not upcast and terms and terms[0].fuses_decay and not isinstance(decay_before, Tensor):
         # in one go over the whole matrix, with the decay inside
-        for k in range(W.shape[0]) if W.shape[0] * W[0].numel() > PANEL else [slice(None)]:
+        for k in range(W.shape[0]) if W.shape[0] * W[0].numel() > WRITE_PANEL else [slice(None)]:
             ks = slice(k, k + 1) if isinstance(k, int) else k
-            terms[0].write_(W[ks], ks, slice(None), keep_first, alpha)
-        keep_first, terms = 1.0, terms[1:]
-        if not terms and _is_one(keep_last):
+            terms[0].write_(W[ks], ks, slice(None), decay_before, alpha)
+        decay_before, terms = 1.0, terms[1:]
+        if not terms and _is_one(decay_after):
             return
-    whole = not all(term.whole_rows for term in terms)
-    for ks, rows in _panels(W, whole):
+    all_rows = not all(term.supports_row_panels for term in terms)
+    for ks, rows in _panels(W, all_rows):
         target = W[ks, rows]
-        panel = target.float() if low else target
-        _decay_(panel, keep_first, ks, rows)
+        panel = target.float() if upcast else target
+        _decay_(panel, decay_before, ks, rows)
         for term in terms:
             term.add_(panel, ks, rows, alpha)
-        _decay_(panel, keep_last, ks, rows)
-        if low:
+        _decay_(panel, decay_after, ks, rows)
+        if upcast:
             target.copy_(panel)
 
 
-def _is_one(keep: float | Tensor) -> bool:
-    return not isinstance(keep, Tensor) and keep == 1.0
+def _is_one(decay_factor: float | Tensor) -> bool:
+    return not isinstance(decay_factor, Tensor) and decay_factor == 1.0
 
 
-def _decay_(panel: Tensor, keep: float | Tensor, ks: slice, rows: slice) -> None:
-    if isinstance(keep, Tensor):
-        if keep.dim() > 1:
-            keep = keep if keep.shape[0] == 1 else keep[ks]
-            keep = keep if keep.shape[-2] == 1 else keep[:, rows]
-        panel.mul_(keep)
-    elif not _is_one(keep):
-        panel.mul_(keep)
+def _decay_(panel: Tensor, decay_factor: float | Tensor, ks: slice, rows: slice) -> None:
+    if isinstance(decay_factor, Tensor):
+        if decay_factor.dim() > 1:
+            decay_factor = decay_factor if decay_factor.shape[0] == 1 else decay_factor[ks]
+            decay_factor = decay_factor if decay_factor.shape[-2] == 1 else decay_factor[:, rows]
+        panel.mul_(decay_factor)
+    elif not _is_one(decay_factor):
+        panel.mul_(decay_factor)

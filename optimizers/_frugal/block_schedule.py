@@ -13,16 +13,16 @@ from torch import Tensor
 
 from .._core.rule import Dense, Member, Rule, Slot, Term
 from .._core.validation import check
-from .._driver.param_groups import called, parameters_of, rows_of
-from .._toolkit.base_optimizers import Inner
-from .._toolkit.random_keys import Draws
-from .gradient_split import Free, Way, rounded, warn_none
+from .._driver.param_groups import describe, parameters_of, roles_of
+from .._toolkit.base_optimizers import BaseOptimizer
+from .._toolkit.random_keys import StackRNG
+from .gradient_split import GradientSplit, StateFreeUpdate, resolve_count, warn_rounds_to_zero
 
-ORDERS = ("random", "ascending", "descending", "mirror")
+BLOCK_ORDERS = ("random", "ascending", "descending", "mirror")
 
 
 @dataclass(frozen=True)
-class Turns(Way):
+class BlockSchedule(GradientSplit):
     """Which of several blocks are active in which window of `gap` updates, numbered from 0.
 
     Attributes:
@@ -31,51 +31,53 @@ class Turns(Way):
         share: How many blocks are active, or their part; halves are rounded to even.
         gap: Updates in a window.
         seed: Decides the random sets.
-        kept: Whether a block that stays active keeps its state.
+        keeps_state: Whether a block that stays active keeps its state.
     """
 
     order: str
     share: float
     gap: int
     seed: int
-    kept: bool
+    keeps_state: bool
 
-    def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
-        """See :class:`Way`; only an active block has them."""
-        return inner.slots("mn")
+    def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
+        """See :class:`GradientSplit`; only an active block has them."""
+        return base_optimizer.slots("mn")
 
-    def terms(self, w: Member, inner: Inner, t: int, free: Free) -> tuple[Term, ...]:
-        """See :class:`Way`; an active block is chosen whole, its clock starts as it becomes so."""
+    def terms(
+        self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
+    ) -> tuple[Term, ...]:
+        """See :class:`GradientSplit`; an active block is chosen whole; its clock starts then."""
         assert w.grad is not None
-        if w.t == w.held:
+        if w.t == w.state_since:
             for X in w.state.values():
                 X.zero_()
-        return (Dense(inner.direction(w.state, w.grad, w.t - w.held + 1)),)
+        return (Dense(base_optimizer.direction(w.state, w.grad, w.t - w.state_since + 1)),)
 
-    def active(self, window: int, count: int) -> frozenset[int]:
+    def active_blocks(self, window: int, count: int) -> frozenset[int]:
         """The active blocks among `count`."""
-        return _active(self, window, count)
+        return _active_blocks(self, window, count)
 
-    def since(self, number: int, count: int, t: int) -> int:
+    def state_since(self, number: int, count: int, t: int) -> int:
         """The update since which block `number` has the state that it has at update t; or 0."""
         window = (t - 1) // self.gap
-        if number not in self.active(window, count):
+        if number not in self.active_blocks(window, count):
             return 0
-        if self.kept and len(self.active(window, count)) == count:
+        if self.keeps_state and len(self.active_blocks(window, count)) == count:
             return 1
-        while self.kept and window > 0 and number in self.active(window - 1, count):
+        while self.keeps_state and window > 0 and number in self.active_blocks(window - 1, count):
             window -= 1
         return window * self.gap + 1
 
 
 @lru_cache(maxsize=65536)
-def _active(turns: Turns, window: int, count: int) -> frozenset[int]:
-    a = rounded(turns.share, count)
+def _active_blocks(turns: BlockSchedule, window: int, count: int) -> frozenset[int]:
+    a = resolve_count(turns.share, count)
     if a == 0 and turns.share > 0:
-        warn_none(turns.share, f"{count} blocks")
+        warn_rounds_to_zero(turns.share, f"{count} blocks")
     if turns.order == "random":
-        draw = Draws(turns.seed, (0,), window).generator(0)
-        return frozenset(torch.randperm(count, generator=draw)[:a].tolist())
+        generator = StackRNG(turns.seed, (0,), window).generator(0)
+        return frozenset(torch.randperm(count, generator=generator)[:a].tolist())
     if turns.order == "mirror":
         check(
             a % 2 == 0,
@@ -88,7 +90,7 @@ def _active(turns: Turns, window: int, count: int) -> frozenset[int]:
     return frozenset(forward if turns.order == "ascending" else {count - 1 - i for i in forward})
 
 
-def labels_of(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[Hashable]:
+def block_labels(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[Hashable]:
     """Which block each parameter is part of; None is a block of its own.
 
     Args:
@@ -97,8 +99,8 @@ def labels_of(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[
         names: Their names.
     """
     if not isinstance(blocks, str):
-        given = len(blocks)
-        check(given == len(names), f"block_of has {given} numbers for {len(names)} parameters")
+        length = len(blocks)
+        check(length == len(names), f"block_of has {length} numbers for {len(names)} parameters")
         return [None if number < 0 else number for number in blocks]
     if blocks == "tensor":
         return [None] * len(names)
@@ -106,11 +108,11 @@ def labels_of(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[
         None not in names,
         "blocks='layer' reads layers from names: pass the model or its named_parameters()",
     )
-    found = [re.search(r"\d+", str(name)) for name in names]
-    return [int(number[0]) if number else None for number in found]
+    numbers = [re.search(r"\d+", str(name)) for name in names]
+    return [int(number[0]) if number else None for number in numbers]
 
 
-def number_blocks(
+def assign_block_numbers(
     groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], listed: Mapping[Tensor, int]
 ) -> None:
     """Give every group the number of each parameter's block, -1 for what AdamW trains.
@@ -130,11 +132,11 @@ def number_blocks(
             continue
         params, names = parameters_of(group)
         # any rule with one member: what counts is whether it is a matrix's
-        rows = rows_of({**full, "params": params, "param_names": names}, Rule())
+        rows = roles_of({**full, "params": params, "param_names": names}, Rule())
         group["block_of"] = tuple(listed.get(p, -1) for p in params)
         for i, (row, number) in enumerate(zip(rows, group["block_of"], strict=True)):
             check(
                 row.rule != "matrix" or number >= 0,
-                f"{called(names[i], params[i], i)} is in none of the lists of blocks; add it to "
+                f"{describe(names[i], params[i], i)} is in none of the lists of blocks; add it to "
                 "one, or give it a group with rule='adamw'",
             )

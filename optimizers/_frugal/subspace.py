@@ -10,28 +10,34 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._core.rule import AdamFactored, Blocks, Member, Residual, Scaled, Slot, Term
-from .._toolkit.base_optimizers import AdamW, Inner
-from .._toolkit.projectors import Projector, projector, turns_right
-from .._toolkit.random_keys import Draws
-from .gradient_split import Free, Way, free_of, rounded, some
+from .._core.rule import AdamFactored, Member, PanelTerm, Residual, Scaled, Slot, Term
+from .._toolkit.base_optimizers import Adam, BaseOptimizer
+from .._toolkit.projectors import Projector, make_projector, projects_columns
+from .._toolkit.random_keys import StackRNG
+from .gradient_split import (
+    GradientSplit,
+    StateFreeUpdate,
+    make_state_free,
+    resolve_count,
+    slots_if_any,
+)
 
-NOISE = 64.0
+ROUNDOFF_ULPS = 64.0
 """Units of round-off, relative to G's root mean square, up to which a residual has no sign."""
 
 
 @dataclass(frozen=True)
-class Subspace(Way):
+class SubspaceSplit(GradientSplit):
     """The part P P^T G (or P P^T G Q Q^T) of G, P a basis by any projector.
 
     Attributes:
-        kind: Which projector, as :func:`projector` names it.
+        kind: Which projector, as :func:`make_projector` names it.
         share: Rank, or its part of the projected side, halves rounded to even.
         proj_type: Which side that is, as for :class:`LowRankRule`.
         published: LAPACK's own SVD, and signs of a residual that is round-off.
     """
 
-    guarded: ClassVar[tuple[str, ...]] = ("adamw", "lion", "sgdm")
+    handles_nonfinite: ClassVar[tuple[str, ...]] = ("adamw", "lion", "sgdm")
 
     kind: str
     share: float
@@ -50,64 +56,86 @@ class Subspace(Way):
     def projector(self) -> Projector:
         """How P is found, stored and used."""
         exact = self.published and self.kind == "svd"
-        return projector("svd_full" if exact else self.kind, both=self.full, lapack_signs=exact)
+        return make_projector(
+            "svd_full" if exact else self.kind, both=self.full, lapack_signs=exact
+        )
 
     def transpose(self, m: int, n: int) -> bool:
-        """See :class:`Way`; what is projected are rows."""
-        return turns_right(self.proj_type, m, n)
+        """See :class:`GradientSplit`; what is projected are rows."""
+        return projects_columns(self.proj_type, m, n)
 
-    def slots(self, m: int, n: int, inner: Inner) -> dict[str, Slot]:
-        """See :class:`Way`."""
-        r = min(rounded(self.share, min(m, n) if self.full else m), m, n)
-        slots = {**self.projector.slots(m, r), **inner.slots("rr" if self.full else "rn", r=r)}
-        return some(r, self.share, m, n, slots)
+    def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
+        """See :class:`GradientSplit`."""
+        r = min(resolve_count(self.share, min(m, n) if self.full else m), m, n)
+        slots = {
+            **self.projector.slots(m, r),
+            **base_optimizer.slots("rr" if self.full else "rn", r=r),
+        }
+        return slots_if_any(r, self.share, m, n, slots)
 
-    def renew(self, w: Member, draws: Draws, inner: Inner, policy: str) -> None:
-        """See :class:`Way`."""
+    def reselect(
+        self, w: Member, rng: StackRNG, base_optimizer: BaseOptimizer, policy: str
+    ) -> None:
+        """See :class:`GradientSplit`."""
         assert w.grad is not None
-        P, old = self.projector, self.projector.held(w.state)
-        new = w.sums.once(partial(P.find, draws=draws, turned=w.turned), w.grad, *old)
-        if not w.fresh:
-            inner.carry(policy, w.state, P.overlap(old, new), w.t - 1)
+        P, old = self.projector, self.projector.state_tensors(w.state)
+        new = w.reductions.on_one_rank(
+            partial(P.find, rng=rng, transposed=w.transposed), w.grad, *old
+        )
+        if not w.is_first_refresh:
+            base_optimizer.carry_state(policy, w.state, P.overlap(old, new), w.t - 1)
         P.install(w.state, new)
 
-    def terms(self, w: Member, inner: Inner, t: int, free: Free) -> tuple[Term, ...]:
-        """See :class:`Way`: P N beside what is free of G - P R; sgd has one lift for both."""
+    def terms(
+        self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
+    ) -> tuple[Term, ...]:
+        """See :class:`GradientSplit`: P N beside the rest, G - P R; sgd has one lift for both."""
         assert w.grad is not None
         P, G, state, m = self.projector, w.grad, w.state, w.m
-        R = P.down(state, G, w.sums)  # (K, r, n); P^T G Q is (K, r, r)
-        alone = free.kind == "no" or (self.holds_all(w, R.shape[-2]) and not self.published)
-        if free.kind == "sgd" and not alone:
-            by, N = R.new_full((1, 1, 1), free.scale), inner.direction(state, R, t, w.sums, w.ok)
-            return P.lift(state, N.sub_(R, alpha=free.scale), m), Scaled(G, by)
-        basis = P.factor(state, m, R.dtype)
-        lift = self.lifted(w, inner, R, t, basis)
-        if alone:
+        R = P.project(state, G, w.reductions)  # (K, r, n); P^T G Q is (K, r, r)
+        no_residual = state_free.kind == "no" or (
+            self.covers_gradient(w, R.shape[-2]) and not self.published
+        )
+        if state_free.kind == "sgd" and not no_residual:
+            by, N = (
+                R.new_full((1, 1, 1), state_free.scale),
+                base_optimizer.direction(state, R, t, w.reductions, w.finite),
+            )
+            return P.lift(state, N.sub_(R, alpha=state_free.scale), m), Scaled(G, by)
+        basis = P.left_factor(state, m, R.dtype)
+        lift = self.lifted_term(w, base_optimizer, R, t, basis)
+        if no_residual:
             return (lift,)
         if not self.published:  # what is round-off has no sign
-            least = free_of(w, free.kind, free.scale, NOISE * torch.finfo(R.dtype).eps)
-            free = least if free.floor is None else free
+            thresholded = make_state_free(
+                w, state_free.kind, state_free.scale, ROUNDOFF_ULPS * torch.finfo(R.dtype).eps
+            )
+            state_free = thresholded if state_free.floor is None else state_free
 
-        def rest(k: slice, i: slice, j: slice) -> Tensor:
-            return free(G[k, i, j] - P.back(state, R, m, k, i, j), k)
+        def residual(k: slice, i: slice, j: slice) -> Tensor:
+            return state_free(G[k, i, j] - P.lift_block(state, R, m, k, i, j), k)
 
         if basis is None:
-            return lift, Blocks(rest)
-        return lift, Residual(rest, basis, R, G, free.scale, free.floor)
+            return lift, PanelTerm(residual)
+        return lift, Residual(residual, basis, R, G, state_free.scale, state_free.floor)
 
     def shared(self, m: int) -> Mapping[Hashable, int]:
-        """See :class:`Way`."""
+        """See :class:`GradientSplit`."""
         return self.projector.shared(m)
 
-    def lifted(self, w: Member, inner: Inner, R: Tensor, t: int, P: Tensor | None) -> Term:
+    def lifted_term(
+        self, w: Member, base_optimizer: BaseOptimizer, R: Tensor, t: int, P: Tensor | None
+    ) -> Term:
         """The term P N (or P N Q^T) of inner's direction N of R."""
         state = w.state
-        if P is not None and isinstance(inner, AdamW):  # N is made where it is used
+        if P is not None and isinstance(base_optimizer, Adam):  # N is made where it is used
             M, V = state["exp_avg"], state["exp_avg_sq"]
-            return AdamFactored(P, R, M, V, t, inner.betas, inner.eps, w.ok)
-        return self.projector.lift(state, inner.direction(state, R, t, w.sums, w.ok), w.m)
+            return AdamFactored(P, R, M, V, t, base_optimizer.betas, base_optimizer.eps, w.finite)
+        return self.projector.lift(
+            state, base_optimizer.direction(state, R, t, w.reductions, w.finite), w.m
+        )
 
-    def holds_all(self, w: Member, r: int) -> bool:
+    def covers_gradient(self, w: Member, r: int) -> bool:
         """Whether G lies in the subspace, so that a residual is round-off and its signs noise."""
         known = self.kind.partition(":")[0] in ("svd", "svd_full", "range", "power")
         just_found = known and w.age == 0  # from the singular vectors of this very G

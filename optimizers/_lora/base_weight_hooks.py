@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._core.validation import check
-from .._core.views import Block, blocks
+from .._core.views import MatrixView, split_view
 from .._driver.param_groups import parameters_of
 from .._toolkit.moments import column_squares
-from .pair_groups import KINDS, PairOptimizer, lora_param_groups
+from .pair_groups import PAIR_KINDS, PairOptimizer, lora_param_groups
 
 __all__ = ["BaseWeights", "WatchingOptimizer"]
 
@@ -43,9 +43,9 @@ class BaseWeights:
         reduce: Callable[[Tensor], Any] | None = None,
     ) -> None:
         self._optimizer, self._reduce = optimizer, reduce  # its state is replaced when it loads
-        self._above: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
-        self._blocks: dict[Tensor, Block] = {}
-        self._times: dict[Tensor, int] = {}  # by W0: backward passes since the last step
+        self._pairs_over: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
+        self._views: dict[Tensor, MatrixView] = {}
+        self._passes: dict[Tensor, int] = {}  # by W0: backward passes since the last step
         self._base: dict[Tensor, Tensor] = {}
         for A, B, W, view in _triples(source):
             if pairs.get(A) is B:
@@ -54,36 +54,36 @@ class BaseWeights:
                     f"a base weight of shape {tuple(W.shape)} trains; freeze it, or use another "
                     "kind of stats",
                 )
-                self._above.setdefault(W, []).append((A, B))
-                self._blocks[W], self._base[A] = blocks(view, tuple(W.shape))[0], W
+                self._pairs_over.setdefault(W, []).append((A, B))
+                self._views[W], self._base[A] = split_view(view, tuple(W.shape))[0], W
         for A in pairs:
             check(
                 A in self._base,
                 f"the pair whose A has shape {tuple(A.shape)} has no base weight here; give the "
                 "model, or pairs_to_groups([(A, B, W0), ...])",
             )
-        for W in self._above:
+        for W in self._pairs_over:
             W.requires_grad_(True)
         self._handles = [
-            W.register_post_accumulate_grad_hook(self._look)  # type: ignore[no-untyped-call]
-            for W in self._above
+            W.register_post_accumulate_grad_hook(self._accumulate_squares)  # type: ignore[no-untyped-call]
+            for W in self._pairs_over
         ]
 
-    def _look(self, W: Tensor) -> None:
+    def _accumulate_squares(self, W: Tensor) -> None:
         """After each backward pass: the mean of the sums so far; the gradient is dropped."""
         assert W.grad is not None
-        G, W.grad = self._blocks[W].take(W.grad), None
+        G, W.grad = self._views[W].to_matrices(W.grad), None
         G = G if G.dtype == torch.float64 else G.float()
-        k = self._times[W] = self._times.get(W, 0) + 1
+        k = self._passes[W] = self._passes.get(W, 0) + 1
         columns, rows = column_squares(G), column_squares(G.mT).mT
-        for A, B in self._above[W]:
+        for A, B in self._pairs_over[W]:
             for p, x in ((A, columns), (B, rows)):
                 seen = self._optimizer.state[p]["seen"]
                 seen.lerp_(x.view_as(seen).to(seen.dtype), 1 / k)
 
-    def knows(self, A: Tensor) -> bool:
+    def has_gradient_of(self, A: Tensor) -> bool:
         """Whether a backward pass has come by since the last step."""
-        return self._base.get(A) in self._times
+        return self._base.get(A) in self._passes
 
     def average(self) -> None:
         """Average what was seen over processes."""
@@ -96,18 +96,18 @@ class BaseWeights:
 
     def clear(self) -> None:
         """Begin anew: the step has been made, or left out."""
-        self._times.clear()
+        self._passes.clear()
         torch._foreach_zero_(self._seen())
 
     def remove(self) -> None:
         """Take the hooks away; base weights need no gradient again."""
         for handle in self._handles:
             handle.remove()
-        for W in self._above:
+        for W in self._pairs_over:
             W.requires_grad_(False)
 
     def _seen(self) -> list[Tensor]:
-        pairs = [pair for above in self._above.values() for pair in above]
+        pairs = [pair for pairs_over in self._pairs_over.values() for pair in pairs_over]
         return [self._optimizer.state[p]["seen"] for pair in pairs for p in pair]
 
 
@@ -138,7 +138,7 @@ class WatchingOptimizer(PairOptimizer):
         """
         self.unwatch()
         self.init_state()
-        self._base = BaseWeights(source, self._exact(), self, reduce)
+        self._base = BaseWeights(source, self._exact_pairs(), self, reduce)
 
     def unwatch(self) -> None:
         """Take the hooks away; the base weights are frozen again."""
@@ -146,22 +146,24 @@ class WatchingOptimizer(PairOptimizer):
             self._base.remove()
         self._base = None
 
-    def _exact(self) -> dict[Tensor, Tensor]:
+    def _exact_pairs(self) -> dict[Tensor, Tensor]:
         """{A: B} of pairs whose statistics come from base weights."""
-        own = [
+        exact_groups = [
             g["params"]
             for g in self.param_groups
-            if g["rule"] in (None, self._own.method()) and g["stats"] == "exact"
+            if g["rule"] in (None, self._default_rule.method()) and g["stats"] == "exact"
         ]
-        return {A: B for params in own for A, B in zip(params[::2], params[1::2], strict=True)}
+        return {
+            A: B for params in exact_groups for A, B in zip(params[::2], params[1::2], strict=True)
+        }
 
     def _update(self) -> None:
-        exact, base = self._exact(), self._base
+        exact, base = self._exact_pairs(), self._base
         if not exact:
             return super()._update()
         for i, (A, B) in enumerate(exact.items()):
             if A.grad is not None or B.grad is not None:
-                if base is None or not base.knows(A):
+                if base is None or not base.has_gradient_of(A):
                     raise RuntimeError(
                         f"stats='exact' has seen no gradient of the base weight of pair {i}; call "
                         "optimizer.watch(model) once before the first backward pass"
@@ -181,14 +183,14 @@ def _triples(
     """(A, B, W0, the view of W0) of all pairs."""
     if isinstance(source, nn.Module):
         source = lora_param_groups(
-            source, scale=1.0, kinds=KINDS, base_weight=True, unpaired="fallback"
+            source, scale=1.0, kinds=PAIR_KINDS, base_weight=True, unpaired="fallback"
         )
     for group in source:
         if group.get("rule") == "adamw":
             continue
         params, view = parameters_of(group)[0], group.get("view", "auto")
         check(len(params) % 3 == 0, "base weights are read from triples [A, B, W0, ...]")
-        last = view if isinstance(view, str) else view[2]
+        base_view = view if isinstance(view, str) else view[2]
         for i in range(0, len(params), 3):
             A, B, W = params[i : i + 3]
-            yield A, B, W, last
+            yield A, B, W, base_view

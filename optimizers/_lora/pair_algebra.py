@@ -16,20 +16,20 @@ from torch import Tensor
 from ...kernels import product
 
 __all__ = [
-    "alive",
-    "applied",
     "cross_gram",
     "damped",
     "damped_inverse",
+    "debias_factor",
     "gram",
-    "times",
+    "is_nonzero",
+    "left_matmul",
+    "right_matmul",
     "transport",
-    "unbiased",
 ]
 
-FLOOR = 4.0
+DAMPING_FLOOR = 4.0
 """Least damping in units of r * eps * mean eigenvalue, about the round-off of a Gram matrix."""
-SAFE = 256.0
+FALLBACK_DAMPING = 256.0
 """The same where Cholesky's factorisation fails."""
 
 
@@ -51,12 +51,12 @@ def cross_gram(X: Tensor, Y: Tensor) -> Tensor:
     return product(X.mT, Y)
 
 
-def applied(T: Tensor, M: Tensor) -> Tensor:
+def left_matmul(T: Tensor, M: Tensor) -> Tensor:
     """T M for T (K, r, r) and M (K, r, n), laid out as M is, so that nothing is turned."""
-    return times(M.mT, T.mT).mT
+    return right_matmul(M.mT, T.mT).mT
 
 
-def alive(S: Tensor) -> Tensor:
+def is_nonzero(S: Tensor) -> Tensor:
     """Whether each Gram matrix (K, r, r) is not zero, as (K, 1, 1)."""
     return (S.diagonal(dim1=-2, dim2=-1).amax(-1) > 0).view(-1, 1, 1)
 
@@ -84,17 +84,17 @@ def damped_inverse(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
     Returns:
         (K, r, r).
     """
-    some, unit = alive(S), S.shape[-1] * torch.finfo(S.dtype).eps
-    K = damped(S, delta, relative, FLOOR * unit)
+    nonzero, roundoff = is_nonzero(S), S.shape[-1] * torch.finfo(S.dtype).eps
+    K = damped(S, delta, relative, DAMPING_FLOOR * roundoff)
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device).expand_as(K)
-    K = torch.where(some, K, eye)
+    K = torch.where(nonzero, K, eye)
     L, info = torch.linalg.cholesky_ex(K)
     if K.device.type != "cpu" or bool(info.any()):
-        safe, _ = torch.linalg.cholesky_ex(
-            torch.where(some, damped(S, delta, relative, SAFE * unit), eye)
+        fallback, _ = torch.linalg.cholesky_ex(
+            torch.where(nonzero, damped(S, delta, relative, FALLBACK_DAMPING * roundoff), eye)
         )
-        L = torch.where((info != 0).view(-1, 1, 1), safe, L)
-    return inverse_from(L) * some
+        L = torch.where((info != 0).view(-1, 1, 1), fallback, L)
+    return inverse_from(L) * nonzero
 
 
 def inverse_from(L: Tensor, at_once: bool | None = None) -> Tensor:
@@ -125,17 +125,17 @@ def transport(S: Tensor, inverse: Tensor, C: Tensor) -> Tensor:
     Returns:
         T = inverse C, (K, r, r).
     """
-    still = (S == C).all(-1, keepdim=True).all(-2, keepdim=True)
+    unmoved = (S == C).all(-1, keepdim=True).all(-2, keepdim=True)
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-    return torch.where(still, eye, product(inverse, C))
+    return torch.where(unmoved, eye, product(inverse, C))
 
 
-def unbiased(count: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+def debias_factor(count: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     """1 / (1 - beta^count) for counts (K, 1, 1) that live on the device; 1 / (1 - beta) for 0."""
     return (1 / (1 - beta ** count.clamp(min=1).double())).to(dtype)
 
 
-def times(X: Tensor, K: Tensor) -> Tensor:
+def right_matmul(X: Tensor, K: Tensor) -> Tensor:
     """X K of X (K, m, r) and K (K, r, r), a new tensor laid out as X is."""
-    turned = X.stride(-1) != 1 and X.stride(-2) == 1
-    return product(K.mT, X.mT).mT if turned else product(X, K)
+    is_column_major = X.stride(-1) != 1 and X.stride(-2) == 1
+    return product(K.mT, X.mT).mT if is_column_major else product(X, K)

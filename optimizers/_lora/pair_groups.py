@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from .._core.rule import Rule
 from .._core.validation import check
 from .._driver.optimizer import StackedOptimizer
-from .._driver.param_groups import called, parameters_of, warn_user
+from .._driver.param_groups import describe, parameters_of, warn_user
 
 __all__ = ["LoRARule", "PairOptimizer", "lora_param_groups", "pairs_to_groups"]
 
-KINDS = ("linear", "conv", "embedding", "expert")
-OTHER = {
+PAIR_KINDS = ("linear", "conv", "embedding", "expert")
+COUNTERPART = {
     "lora_A": "lora_B",
     "lora_B": "lora_A",
     "lora_embedding_A": "lora_embedding_B",
     "lora_embedding_B": "lora_embedding_A",
 }
-FIRST = ("lora_A", "lora_embedding_A")
+A_NAMES = ("lora_A", "lora_embedding_A")
 
 Scale = float | Mapping[str, float] | Callable[[str], float] | None
 
@@ -56,7 +56,7 @@ class LoRARule(Rule, abstract=True):
         return 1.0 if self.scale is None else self.scale
 
     @property
-    def ratio_b(self) -> float:
+    def lr_factor_b(self) -> float:
         """By what the learning rate of B is multiplied."""
         return 1.0 if self.lr_ratio_b is None else self.lr_ratio_b
 
@@ -85,18 +85,18 @@ class PairOptimizer(StackedOptimizer):
         scale: Scale = None,
         **options: Any,
     ) -> None:
-        super().__init__(_read(params, rule, scale), rule, lr, weight_decay, **options)
+        super().__init__(_to_pair_groups(params, rule, scale), rule, lr, weight_decay, **options)
 
-    def _prepared(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
         """Check pair by pair before the driver checks the rest."""
         if isinstance(param_group, dict) and isinstance(param_group.get("params"), (list, tuple)):
             full = {**self.defaults, **param_group}
-            if full["rule"] in (None, self._own.method()):
-                _check_group(full, len(self._own.members))
-        return super()._prepared(param_group)
+            if full["rule"] in (None, self._default_rule.method()):
+                _check_group(full, len(self._default_rule.members))
+        return super()._prepare_groups(param_group)
 
 
-def _read(params: Any, rule: LoRARule, scale: Scale) -> Any:
+def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
     """Groups from a module or its named parameters; groups and torch's errors as they are."""
     base = len(rule.members) == 3
     if isinstance(params, nn.Module):
@@ -132,13 +132,13 @@ def _check_group(group: Mapping[str, Any], size: int) -> None:
     )
     if not all(isinstance(p, Tensor) for p in params):
         return  # torch refuses what is no tensor, with its own text
-    check(_is_scale(group.get("scale")), _no_scale(group.get("scale")))
-    texts = [called(name, p, i) for i, (name, p) in enumerate(zip(names, params, strict=True))]
+    check(_is_scale(group.get("scale")), _scale_message(group.get("scale")))
+    texts = [describe(name, p, i) for i, (name, p) in enumerate(zip(names, params, strict=True))]
     views = group["view"]
-    turned = not isinstance(views, str) and [*views[:2]] == ["transposed", "transposed"]
+    transposed = not isinstance(views, str) and [*views[:2]] == ["transposed", "transposed"]
     for i in range(0, len(params), size):
         A, B = params[i : i + 2]
-        sides = (A.mT, B.mT) if (turned or views == "transposed") and A.ndim > 1 else (A, B)
+        sides = (A.mT, B.mT) if (transposed or views == "transposed") and A.ndim > 1 else (A, B)
         _check_pair(*sides, *texts[i : i + 2])
 
 
@@ -146,7 +146,7 @@ def _check_group(group: Mapping[str, Any], size: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _NamedPair:
     """Two names that differ in one component, lora_A and lora_B."""
 
     module: str
@@ -160,35 +160,35 @@ def _counterparts(name: str) -> Iterator[tuple[str, int, str]]:
     """What the other factor of this parameter may be called: by the last such component first."""
     parts = name.split(".")
     for i in reversed(range(len(parts))):
-        if parts[i] in OTHER:
-            yield ".".join([*parts[:i], OTHER[parts[i]], *parts[i + 1 :]]), i, parts[i]
+        if parts[i] in COUNTERPART:
+            yield ".".join([*parts[:i], COUNTERPART[parts[i]], *parts[i + 1 :]]), i, parts[i]
 
 
-def _find(names: Iterable[str]) -> tuple[list[_Found], dict[str, str]]:
+def _find_pairs(names: Iterable[str]) -> tuple[list[_NamedPair], dict[str, str]]:
     """Pairs in the order of their A, and names without a counterpart with what that would be."""
     known = dict.fromkeys(names)
-    found: list[_Found] = []
+    found: list[_NamedPair] = []
     taken: set[str] = set()
-    lonely: dict[str, str] = {}
+    unmatched: dict[str, str] = {}
     for name in known:
         options = list(_counterparts(name))
         if not options or name in taken:
             continue
         matches = [(other, i, word) for other, i, word in options if other in known]
         if not matches:
-            lonely[name] = OTHER[options[0][2]]
+            unmatched[name] = COUNTERPART[options[0][2]]
             continue
         other, i, word = matches[0]
-        a, b = (name, other) if word in FIRST else (other, name)
+        a, b = (name, other) if word in A_NAMES else (other, name)
         taken |= {a, b}
         parts, embedding = name.split("."), "embedding" in word
         suffix = parts[i + 1 :]
         if suffix[-1:] == ["weight"] and not embedding:
             suffix = suffix[:-1]
         adapter = ".".join(suffix) or None
-        found.append(_Found(".".join(parts[:i]), adapter, embedding, a, b))
+        found.append(_NamedPair(".".join(parts[:i]), adapter, embedding, a, b))
     order = {name: i for i, name in enumerate(known)}
-    return sorted(found, key=lambda pair: order[pair.a]), lonely
+    return sorted(found, key=lambda pair: order[pair.a]), unmatched
 
 
 def lora_param_groups(
@@ -253,8 +253,8 @@ def lora_param_groups(
         >>> [name for name, _ in rest["params"]], rest["rule"]
         (['0.bias', '1.bias'], 'adamw')
     """
-    unknown = set(kinds) - {*KINDS}
-    check(not unknown, f"kinds must be among {KINDS}, got {sorted(unknown)}")
+    unknown = set(kinds) - {*PAIR_KINDS}
+    check(not unknown, f"kinds must be among {PAIR_KINDS}, got {sorted(unknown)}")
     check(
         unpaired in ("error", "fallback"),
         f"unpaired must be 'error' or 'fallback', got {unpaired!r}",
@@ -266,8 +266,8 @@ def lora_param_groups(
         modules = dict(model.named_modules(remove_duplicate=False))
     else:
         named = dict(model)
-    found, lonely = _find(named)
-    for name, other in lonely.items():
+    found, unmatched = _find_pairs(named)
+    for name, other in unmatched.items():
         if named[name].requires_grad and unpaired == "error":
             raise ValueError(
                 f"'{name}' has no matching {other}; rename it, freeze it or pass "
@@ -281,19 +281,19 @@ def lora_param_groups(
         if not (A.requires_grad or B.requires_grad) or adapter not in (None, pair.adapter):
             continue
         owner = modules.get(pair.module)
-        kind, view = _kind(A, B, pair.a, pair.b, pair.embedding)
+        kind, view = _pair_kind(A, B, pair.a, pair.b, pair.embedding)
         base = getattr(owner, "base_layer", owner)
         if kind == "conv" and getattr(base, "groups", 1) != 1:
             warn_user(f"'{pair.a}' belongs to a convolution in groups, which is no pair: AdamW")
             continue
         if kind not in kinds:
             continue
-        mine = (id(A), id(B))
-        if mine in used.values():
+        pair_ids = (id(A), id(B))
+        if pair_ids in used.values():
             continue  # a tied module, reached by another name
         for p, name in ((A, pair.a), (B, pair.b)):
             check(id(p) not in used, f"'{name}' is shared by two pairs; give each its own factors")
-        used.update(dict.fromkeys(mine, mine))
+        used.update(dict.fromkeys(pair_ids, pair_ids))
         s = _scale_of(scale, owner, pair)
         members: tuple[Any, ...] = ((pair.a, A), (pair.b, B))
         if (
@@ -301,10 +301,14 @@ def lora_param_groups(
         ):  # the table is (V, d): its pair is A^T (V, r), which starts at 0, and B^T
             members = members[::-1]
         if base_weight:
-            members = (*members, _base(owner, base, pair))
+            members = (*members, _base_weight(owner, base, pair))
             view = [
                 *view,
-                "transposed" if _turned(owner, base) else "flatten" if kind == "conv" else "auto",
+                "transposed"
+                if _is_stored_transposed(owner, base)
+                else "flatten"
+                if kind == "conv"
+                else "auto",
             ]
         pairs.append((*members, s))
         views.append(view)
@@ -315,7 +319,7 @@ def lora_param_groups(
         )
     if base_weight:
         group_options = {"rule": "SwitchLoRA", **group_options}
-    made = _groups(pairs, views, lr, lr_ratio_b, group_options)
+    made = _group_pairs(pairs, views, lr, lr_ratio_b, group_options)
     rest = {
         id(p): (name, p)
         for name, p in reversed(named.items())
@@ -369,13 +373,13 @@ def pairs_to_groups(
             f"pair {i} must be (A, B), (A, B, scale), (A, B, W0) or (A, B, W0, scale), "
             f"got {len(given)} entries",
         )
-        check(_is_scale(s), _no_scale(s))
+        check(_is_scale(s), _scale_message(s))
         tensors = [p[1] if isinstance(p, tuple) else p for p in members]
         names = [
             f"'{p[0]}'" if isinstance(p, tuple) else f"{letter} of pair {i}"
             for p, letter in zip(members, ("A", "B", "W0"), strict=False)
         ]
-        _, view = _kind(*tensors[:2], *names[:2])
+        _, view = _pair_kind(*tensors[:2], *names[:2])
         for p, name in zip(tensors, names, strict=True):
             check(id(p) not in used, f"{name} is shared by two pairs; give each its own factors")
             used.add(id(p))
@@ -386,10 +390,10 @@ def pairs_to_groups(
             "no trainable lora_A/lora_B pair found; pass (A, B) tuples or check that the adapter "
             "is active"
         )
-    return _groups(made, views, lr, lr_ratio_b, group_options)
+    return _group_pairs(made, views, lr, lr_ratio_b, group_options)
 
 
-def _groups(
+def _group_pairs(
     pairs: Sequence[tuple[Any, ...]],
     views: Sequence[list[str]],
     lr: float | None,
@@ -417,11 +421,13 @@ def _is_scale(s: Any) -> bool:
     return isinstance(s, (int, float)) and not isinstance(s, bool) and 0 < s < math.inf
 
 
-def _no_scale(s: Any) -> str:
+def _scale_message(s: Any) -> str:
     return f"scale must be a positive finite number, got {s!r}; it is alpha / r of the adapter"
 
 
-def _kind(A: Tensor, B: Tensor, a: str, b: str, embedding: bool = False) -> tuple[str, list[str]]:
+def _pair_kind(
+    A: Tensor, B: Tensor, a: str, b: str, embedding: bool = False
+) -> tuple[str, list[str]]:
     """What kind of pair two factors are, and their views; refuses what is none."""
     _check_pair(A, B, a, b)
     if embedding:
@@ -432,8 +438,8 @@ def _kind(A: Tensor, B: Tensor, a: str, b: str, embedding: bool = False) -> tupl
 
 
 def _is_conv(A: Tensor, B: Tensor) -> bool:
-    point = all(side == 1 for side in B.shape[2:])
-    return A.ndim == B.ndim > 2 and point and A.shape[0] == B.shape[1]
+    pointwise = all(side == 1 for side in B.shape[2:])
+    return A.ndim == B.ndim > 2 and pointwise and A.shape[0] == B.shape[1]
 
 
 def _check_pair(A: Tensor, B: Tensor, a: str, b: str) -> None:
@@ -464,7 +470,7 @@ def _check_pair(A: Tensor, B: Tensor, a: str, b: str) -> None:
         )
 
 
-def _scale_of(scale: Scale, owner: nn.Module | None, pair: _Found) -> float:
+def _scale_of(scale: Scale, owner: nn.Module | None, pair: _NamedPair) -> float:
     """The scale of one pair, from where the caller says."""
     found: Any = scale
     if scale is None:
@@ -474,10 +480,10 @@ def _scale_of(scale: Scale, owner: nn.Module | None, pair: _Found) -> float:
         if isinstance(found, Tensor) and found.numel() == 1:
             found = float(found)
     elif isinstance(scale, Mapping):
-        fitting = [
+        matching_prefixes = [
             prefix for prefix in scale if f"{pair.module}.".startswith(f"{prefix}.") or not prefix
         ]
-        found = scale[max(fitting, key=len)] if fitting else None
+        found = scale[max(matching_prefixes, key=len)] if matching_prefixes else None
     elif callable(scale):
         found = scale(pair.module)
     where = f"module '{pair.module}' tells none, so pass scale=alpha/r"
@@ -485,7 +491,7 @@ def _scale_of(scale: Scale, owner: nn.Module | None, pair: _Found) -> float:
     return float(found)
 
 
-def _base(owner: Any, base: Any, pair: _Found) -> tuple[str, Tensor]:
+def _base_weight(owner: Any, base: Any, pair: _NamedPair) -> tuple[str, Tensor]:
     """The weight under a pair, by name."""
     W = getattr(base, "weight", None)
     if not isinstance(W, Tensor):
@@ -498,6 +504,6 @@ def _base(owner: Any, base: Any, pair: _Found) -> tuple[str, Tensor]:
     return ".".join(filter(None, path)), W
 
 
-def _turned(owner: nn.Module | None, base: nn.Module | None) -> bool:
+def _is_stored_transposed(owner: nn.Module | None, base: nn.Module | None) -> bool:
     """Whether the base weight is stored (in, out), as GPT-2's Conv1D does."""
     return bool(getattr(owner, "fan_in_fan_out", False)) or type(base).__name__ == "Conv1D"

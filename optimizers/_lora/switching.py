@@ -14,20 +14,20 @@ from torch import Tensor
 
 from .._core.rule import Factored, Member
 from .._core.validation import check
-from .._core.views import blocks
-from .._driver.param_groups import called, parameters_of
+from .._core.views import split_view
+from .._driver.param_groups import describe, parameters_of
 from .._driver.write import write_
 
 if TYPE_CHECKING:
-    from .._driver.buckets import Plan
+    from .._driver.buckets import StepPlan
 
 __all__ = [
     "check_triples",
-    "exchange_",
-    "fold_",
-    "forget_",
-    "merged",
-    "spreads",
+    "exchange_vectors_",
+    "fold_into_weight_",
+    "init_stds",
+    "merge_weights",
+    "reset_vectors_",
     "switch_rate",
     "switchlora_init_",
 ]
@@ -38,7 +38,7 @@ def switch_rate(t: int, horizon: float) -> float:
     return max(math.pow(0.3, t / horizon), 1e-8)
 
 
-def exchange_(
+def exchange_vectors_(
     A: Tensor, B: Tensor, I: Tensor, C: Tensor, J: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A[I] <- C, then B[:, J] <- D^T, in place, and what the product loses by it.
@@ -55,22 +55,22 @@ def exchange_(
         P (m, k + l) and N (k + l, n) with (B A before) = (B A after) + P N, at least float32.
     """
     work = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-    old, kept = A[I].to(work), B[:, I].to(work)
+    old_rows, kept_columns = A[I].to(work), B[:, I].to(work)
     A[I] = C
-    gone = B[:, J].to(work)
+    old_columns = B[:, J].to(work)
     B[:, J] = D.mT
-    P = torch.cat([kept, gone - D.mT.to(work)], 1)
-    return P, torch.cat([old - C.to(work), A[J].to(work)])
+    P = torch.cat([kept_columns, old_columns - D.mT.to(work)], 1)
+    return P, torch.cat([old_rows - C.to(work), A[J].to(work)])
 
 
-def fold_(W: Tensor, P: Tensor, N: Tensor, s: float) -> None:
+def fold_into_weight_(W: Tensor, P: Tensor, N: Tensor, s: float) -> None:
     """W (m, n) <- W + s P N, panel by panel in at least float32 and rounded once."""
     m, n = W.shape
     w = Member(None, lambda: W, {}, t=0, refreshed=0, m=m, n=n, indices=(0,))
-    write_(W[None], w.step(Factored(P[None], N[None]), scale=-s), 1.0, 0.0)
+    write_(W[None], w.step(Factored(P[None], N[None]), lr_factor=-s), 1.0, 0.0)
 
 
-def forget_(w: Member, j: int, at: Tensor, freeze: int) -> None:
+def reset_vectors_(w: Member, j: int, at: Tensor, freeze: int) -> None:
     """Vectors `at` of matrix j lose what they learned beside their old counterparts, and freeze."""
     to = {"exp_avg": 0, "exp_avg_sq": 0, "count": 0, "frozen": max(freeze, 0)}
     for key, value in to.items():
@@ -81,14 +81,14 @@ def forget_(w: Member, j: int, at: Tensor, freeze: int) -> None:
 # initialisation -----------------------------------------------------------------------------------
 
 
-def spreads(m: int, n: int, r: int, s: float) -> tuple[float, float]:
+def init_stds(m: int, n: int, r: int, s: float) -> tuple[float, float]:
     """Standard deviations of the entries of A and of B.
 
     So that s B A has entries as ``torch.nn.Linear`` draws them, gain / sqrt(n) with gain
     1 / sqrt(3), and a step of A changes W as much as a step of B.
     """
-    both = math.sqrt(1 / (math.sqrt(3) * s * math.sqrt(r * n)))
-    return both * (m / n) ** 0.125, both * (n / m) ** 0.125
+    std = math.sqrt(1 / (math.sqrt(3) * s * math.sqrt(r * n)))
+    return std * (m / n) ** 0.125, std * (n / m) ** 0.125
 
 
 @torch.no_grad()
@@ -124,33 +124,33 @@ def switchlora_init_(
         f"W0, A and B must be (m, n), (r, n) and (m, r), got {tuple(W0.shape)}, {tuple(A.shape)} "
         f"and {tuple(B.shape)}",
     )
-    for X, std in zip((A, B), spreads(m, n, r, scale), strict=True):
+    for X, std in zip((A, B), init_stds(m, n, r, scale), strict=True):
         X.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
     work = torch.promote_types(A.dtype, torch.float32)
-    fold_(W0, B.to(work), A.to(work), -scale)
+    fold_into_weight_(W0, B.to(work), A.to(work), -scale)
 
 
 # export -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def merged(plan: Plan, names: Sequence[str | None]) -> dict[str | int, Tensor]:
+def merge_weights(plan: StepPlan, names: Sequence[str | None]) -> dict[str | int, Tensor]:
     """W0 + s B A of every triple, by W0's name or, without one, its position."""
-    made: dict[str | int, Tensor] = {}
+    weights: dict[str | int, Tensor] = {}
     for unit in plan.units:
         rule, at = plan.rules[unit.group], unit.positions[-1]
         if rule is None or rule.members != ("A", "B", "W0"):
             continue
         W = unit.params[2].detach().clone()
         A, B, X = (
-            block.take(p.detach())
-            for block, p in zip(unit.blocks, (*unit.params[:2], W), strict=True)
+            view.to_matrices(p.detach())
+            for view, p in zip(unit.views, (*unit.params[:2], W), strict=True)
         )
         work = torch.promote_types(A.dtype, torch.float32)
         for a, b, x in zip(A, B, X, strict=True):
-            fold_(x, b.to(work), a.to(work), rule.scale)  # type: ignore[attr-defined]
-        made[names[at] or at] = unit.blocks[2].back(X, tuple(W.shape))
-    return made
+            fold_into_weight_(x, b.to(work), a.to(work), rule.scale)  # type: ignore[attr-defined]
+        weights[names[at] or at] = unit.views[2].from_matrices(X, tuple(W.shape))
+    return weights
 
 
 # checks -------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def check_triples(group: Mapping[str, Any]) -> None:
     views = [group["view"]] * 3 if isinstance(group["view"], str) else list(group["view"])
     used: set[int] = set()
     for i in range(0, len(params), 3):
-        a, b, base = (called(names[i + k], params[i + k], i + k) for k in range(3))
+        a, b, base = (describe(names[i + k], params[i + k], i + k) for k in range(3))
         A, B, W = params[i : i + 3]
         if not W.is_floating_point() or hasattr(W, "quant_state"):
             raise TypeError(
@@ -184,7 +184,7 @@ def check_triples(group: Mapping[str, Any]) -> None:
         )
         used.add(id(W))
         x, y, w = (
-            blocks(view, tuple(p.shape))[0] for view, p in zip(views, (A, B, W), strict=True)
+            split_view(view, tuple(p.shape))[0] for view, p in zip(views, (A, B, W), strict=True)
         )
         check(
             (w.k, w.m, w.n) == (x.k, y.m, x.n),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import add_product_, product
-from .pair_algebra import alive, cross_gram, damped_inverse, gram, times
+from .pair_algebra import cross_gram, damped_inverse, gram, is_nonzero, right_matmul
 
 __all__ = ["tangent_cores", "tangent_grams", "tangent_squares"]
 
@@ -34,11 +34,11 @@ def tangent_grams(X: Sequence[Tensor], G: Sequence[Tensor | None]) -> tuple[Tens
         what is missing, and for a factor whose other one has no gradient.
     """
     K, _, r = X[0].shape
-    none = X[0].new_zeros(K, r, r) if any(g is None for g in G) else X[0]
-    own = [none if h is None else gram(x) for x, h in zip(X, G[::-1], strict=True)]
-    squares = [none if g is None else gram(g) for g in G]
-    cross = [none if g is None else cross_gram(x, g) for x, g in zip(X, G, strict=True)]
-    return *own, *squares, *cross
+    zeros = X[0].new_zeros(K, r, r) if any(g is None for g in G) else X[0]
+    factor_grams = [zeros if h is None else gram(x) for x, h in zip(X, G[::-1], strict=True)]
+    grad_grams = [zeros if g is None else gram(g) for g in G]
+    cross = [zeros if g is None else cross_gram(x, g) for x, g in zip(X, G, strict=True)]
+    return *factor_grams, *grad_grams, *cross
 
 
 def tangent_cores(
@@ -62,8 +62,8 @@ def tangent_cores(
     """
     S, r = torch.cat([Sa, Sb]), Sa.shape[-1]
     Ja, Jb = damped_inverse(S, 0.0).chunk(2)
-    seen = alive(S).to(S.dtype) * (r / torch.cat([n, m])).clamp_(max=1.0)
-    fa, fb = seen.chunk(2)
+    visible = is_nonzero(S).to(S.dtype) * (r / torch.cat([n, m])).clamp_(max=1.0)
+    fa, fb = visible.chunk(2)
     share = fa + fb - fa * fb
     Na = Na - product(Ca.mT, product(Ja, Ca))
     Nb = Nb - product(Cb.mT, product(Jb, Cb))
@@ -74,11 +74,11 @@ def tangent_cores(
 def tangent_squares(g: Tensor | None, J: Tensor, x: Tensor, N: Tensor) -> Tensor:
     """Rows of g (K, m, r) in the form J plus those of x in the form N: (K, m, 1), at least 0."""
     if g is None:
-        return times(x, N).mul_(x).sum(-1, keepdim=True).clamp_(min=0.0)
-    work = times(g, J)
-    sums = work.mul_(g).sum(-1, keepdim=True)
+        return right_matmul(x, N).mul_(x).sum(-1, keepdim=True).clamp_(min=0.0)
+    work = right_matmul(g, J)
+    row_sums = work.mul_(g).sum(-1, keepdim=True)
     if work.stride(-1) == 1:  # x N in the same memory
         add_product_(work, x, N, beta=0.0)
     else:
         add_product_(work.mT, N.mT, x.mT, beta=0.0)
-    return sums.add_(work.mul_(x).sum(-1, keepdim=True)).clamp_(min=0.0)
+    return row_sums.add_(work.mul_(x).sum(-1, keepdim=True)).clamp_(min=0.0)

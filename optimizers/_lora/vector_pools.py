@@ -15,32 +15,32 @@ from torch import Tensor
 
 from .._core.rule import Member, Slot
 from .._driver.param_groups import warn_user
-from .._toolkit.random_keys import Draws, splitmix64
+from .._toolkit.random_keys import StackRNG, splitmix64
 from .pair_groups import PairOptimizer
-from .switching import check_triples, merged, spreads
+from .switching import check_triples, init_stds, merge_weights
 
 if TYPE_CHECKING:
-    from .._driver.buckets import Plan
+    from .._driver.buckets import StepPlan
     from .._driver.units import Unit
 
 __all__ = [
-    "Pool",
     "TripleOptimizer",
-    "begin_",
-    "fill_",
+    "VectorPool",
+    "fill_pools_",
+    "max_exchanges",
     "pool_slots",
-    "room",
-    "streams",
+    "rng_for",
+    "start_pools_",
 ]
 
-POOLS, ROUNDING, CHOICE = range(3)
+POOL_STREAM, ROUNDING_STREAM, CHOICE_STREAM = range(3)
 """Purposes of random numbers."""
-INT = torch.int32
+COUNTER_DTYPE = torch.int32
 
 
-def streams(seed: int, indices: tuple[int, ...], t: int, purpose: int) -> Draws:
+def rng_for(seed: int, indices: tuple[int, ...], t: int, purpose: int) -> StackRNG:
     """Random numbers of update t for one purpose."""
-    return Draws(splitmix64(seed) ^ purpose, indices, t)
+    return StackRNG(splitmix64(seed) ^ purpose, indices, t)
 
 
 def pool_slots(m: int, n: int, r: int) -> tuple[dict[str, Slot], ...]:
@@ -48,17 +48,17 @@ def pool_slots(m: int, n: int, r: int) -> tuple[dict[str, Slot], ...]:
     size = max(r, min(m, n))
     return tuple(
         {
-            "count": Slot(axes, INT, device="cpu"),
-            "frozen": Slot(axes, INT, device="cpu"),
-            "slots": Slot("r", INT, -1, "cpu", r=r),
-            "cursor": Slot("", INT, device="cpu"),
+            "count": Slot(axes, COUNTER_DTYPE, device="cpu"),
+            "frozen": Slot(axes, COUNTER_DTYPE, device="cpu"),
+            "slots": Slot("r", COUNTER_DTYPE, -1, "cpu", r=r),
+            "cursor": Slot("", COUNTER_DTYPE, device="cpu"),
             "pool": Slot(rows, "weight", device="cpu", p=size),
         }
         for axes, rows in (("m1", "pn"), ("1n", "pm"))
     )
 
 
-def _runs(entries: Sequence[int]) -> Iterator[slice]:
+def _contiguous_runs(entries: Sequence[int]) -> Iterator[slice]:
     """Stretches of consecutive entries: each is copied in one go, from pinned memory directly."""
     start = 0
     for i in range(1, len(entries) + 1):
@@ -67,7 +67,7 @@ def _runs(entries: Sequence[int]) -> Iterator[slice]:
             start = i
 
 
-class Pool:
+class VectorPool:
     """The vectors of one factor of one matrix: which are in use, and in which slot.
 
     Args:
@@ -83,60 +83,60 @@ class Pool:
         self.frozen = int((w.state["frozen"][j] > 0).sum())
 
     @property
-    def drawn(self) -> bool:
+    def is_filled(self) -> bool:
         """Whether there are vectors yet."""
         return self.slots[0] >= 0
 
     @property
-    def free(self) -> int:
+    def waiting_count(self) -> int:
         """How many vectors wait."""
         return len(self.vectors) - len(self.slots)
 
-    def begin(self, shift: int) -> None:
+    def start(self, shift: int) -> None:
         """The last r entries are in use; with the cursor at `shift` entry 0 enters first."""
-        r, first = len(self.slots), self.free
+        r, first = len(self.slots), self.waiting_count
         self.slots = [first + (i - shift) % r for i in range(r)]
         self.cursor = shift
         self._store()
 
-    def entering(self, k: int, draw: torch.Generator | None) -> list[int]:
+    def next_entries(self, k: int, generator: torch.Generator | None) -> list[int]:
         """The k entries after the one that entered last: first out, first in; or any k that wait.
 
         Args:
-            k: At most `free`.
-            draw: Decides which; None for the order.
+            k: At most `waiting_count`.
+            generator: Decides which; None for the order.
         """
-        if draw is None:
+        if generator is None:
             last = self.slots[self.cursor - 1]
             return [(last + 1 + i) % len(self.vectors) for i in range(k)]
         used = set(self.slots)
-        idle = [entry for entry in range(len(self.vectors)) if entry not in used]
-        return [idle[i] for i in torch.randperm(len(idle), generator=draw)[:k].tolist()]
+        waiting = [entry for entry in range(len(self.vectors)) if entry not in used]
+        return [waiting[i] for i in torch.randperm(len(waiting), generator=generator)[:k].tolist()]
 
-    def trade(
-        self, k: int, X: Tensor, draw: torch.Generator | None = None
+    def exchange(
+        self, k: int, X: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Put the vectors of the next k slots back as they are now, and hand out what enters.
 
         Args:
             k: How many, at least 1.
             X: The factor's vectors, as rows; not changed.
-            draw: See `entering`.
+            generator: See `next_entries`.
 
         Returns:
             The slots (k,), and their new vectors (k, length) on X's device, a tensor of its own.
         """
         slots = [(self.cursor + i) % len(self.slots) for i in range(k)]
-        at, entering = torch.tensor(slots), self.entering(k, draw)
+        at, entries = torch.tensor(slots), self.next_entries(k, generator)
         leaving, start = X[at], 0
         new = torch.cat(
-            [self.vectors[run].to(X.device, non_blocking=True) for run in _runs(entering)]
+            [self.vectors[run].to(X.device, non_blocking=True) for run in _contiguous_runs(entries)]
         )
-        for run in _runs([self.slots[i] for i in slots]):
+        for run in _contiguous_runs([self.slots[i] for i in slots]):
             stop = start + run.stop - run.start
             self.vectors[run].copy_(leaving[start:stop])  # waits: the host may read it any time
             start = stop
-        for i, entry in zip(slots, entering, strict=True):
+        for i, entry in zip(slots, entries, strict=True):
             self.slots[i] = entry
         self.cursor = (self.cursor + k) % len(self.slots)
         self._store()
@@ -147,7 +147,7 @@ class Pool:
         self._cursor.fill_(self.cursor)
 
 
-def room(a: Pool, b: Pool) -> int:
+def max_exchanges(a: VectorPool, b: VectorPool) -> int:
     """How many vectors of each factor can be exchanged without touching a frozen one.
 
     Exchanged slots of one factor freeze the same slots of the other: frozen rows of A are those
@@ -155,22 +155,22 @@ def room(a: Pool, b: Pool) -> int:
     """
     r = len(a.slots)
     gaps = (b.cursor - a.frozen - a.cursor) % r, (a.cursor - b.frozen - b.cursor) % r
-    return min(*gaps, a.free)
+    return min(*gaps, a.waiting_count)
 
 
-def fill_(A: Tensor, B: Tensor, r: int, s: float, draw: torch.Generator) -> None:
+def fill_pools_(A: Tensor, B: Tensor, r: int, s: float, generator: torch.Generator) -> None:
     """Fill pools (p, n) of A and (p, m) of B with uniform vectors, in float32 and rounded."""
-    for X, std in zip((A, B), spreads(B.shape[1], A.shape[1], r, s), strict=True):
+    for X, std in zip((A, B), init_stds(B.shape[1], A.shape[1], r, s), strict=True):
         bound = math.sqrt(3) * std
-        X.copy_(torch.rand(X.shape, generator=draw).mul_(2 * bound).sub_(bound))
+        X.copy_(torch.rand(X.shape, generator=generator).mul_(2 * bound).sub_(bound))
 
 
-def begin_(a: Pool, b: Pool, s: float, draw: torch.Generator) -> None:
+def start_pools_(a: VectorPool, b: VectorPool, s: float, generator: torch.Generator) -> None:
     """Draw both pools; cursors half a turn apart: what one frees the other has just frozen."""
     r = len(a.slots)
-    fill_(a.vectors, b.vectors, r, s, draw)
-    a.begin(0)
-    b.begin(r // 2)
+    fill_pools_(a.vectors, b.vectors, r, s, generator)
+    a.start(0)
+    b.start(r // 2)
 
 
 def _without_pools(saved: dict[str, Any]) -> dict[str, Any]:
@@ -188,31 +188,33 @@ def _with_pools(saved: Any, units: Sequence[Unit]) -> tuple[Any, list[Unit]]:
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
         return saved, []  # refused by the driver, with its own text
     ids = [i for group in saved["param_groups"] for i in group["params"]]
-    state, lacking = dict(saved["state"]), []
+    state, without_pools = dict(saved["state"]), []
     for unit in units:
         if unit.positions[-1] >= len(ids):
             return saved, []
         keys = [ids[position] for position in unit.positions[:2]]
         if all("slots" in state.get(key, {}) and "pool" not in state[key] for key in keys):
-            lacking.append(unit)
+            without_pools.append(unit)
             for i, key in enumerate(keys):
-                _, shape, dtype = unit.expected(i)["pool"]
+                _, shape, dtype = unit.expected_state(i)["pool"]
                 state[key] = {**state[key], "pool": torch.zeros(shape, dtype=dtype)}
-    return ({**saved, "state": state}, lacking) if lacking else (saved, [])
+    return ({**saved, "state": state}, without_pools) if without_pools else (saved, [])
 
 
-def _redraw_(units: Sequence[Unit], plan: Plan, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+def _redraw_(
+    units: Sequence[Unit], plan: StepPlan, state: Mapping[Tensor, Mapping[str, Any]]
+) -> None:
     """Fill the pools that a checkpoint lacked; vectors in use stay, and overwrite theirs later."""
     if units:
         warn_user("the checkpoint has no pools, so candidates are drawn anew")
     for unit in units:
         rule, (A, B, _) = plan.rules[unit.group], unit.params
-        draws = streams(rule.seed, unit.indices, state[A]["step"], POOLS)  # type: ignore[union-attr]
+        rng = rng_for(rule.seed, unit.indices, state[A]["step"], POOL_STREAM)  # type: ignore[union-attr]
         pools = [state[p]["pool"] for p in (A, B)]
-        k = unit.blocks[0].k
+        k = unit.views[0].k
         for j in range(k):
             a, b = (X[j] if k > 1 else X for X in pools)
-            fill_(a, b, unit.sides(0)[0], rule.s, draws.generator(j))  # type: ignore[union-attr]
+            fill_pools_(a, b, unit.sides(0)[0], rule.s, rng.generator(j))  # type: ignore[union-attr]
 
 
 class TripleOptimizer(PairOptimizer):
@@ -221,12 +223,12 @@ class TripleOptimizer(PairOptimizer):
     Arguments are those of :class:`PairOptimizer`.
     """
 
-    def _prepared(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
         """Check W0 too, once the pairs are checked."""
-        groups = super()._prepared(param_group)
+        groups = super()._prepare_groups(param_group)
         for group in groups:
             full = {**self.defaults, **group}
-            if full["rule"] in (None, self._own.method()):
+            if full["rule"] in (None, self._default_rule.method()):
                 check_triples(full)
         return groups
 
@@ -236,10 +238,10 @@ class TripleOptimizer(PairOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimizer's; pools that the checkpoint lacks are drawn anew, with a warning."""
-        given, lacking = _with_pools(state_dict, self._current().units)
-        super().load_state_dict(given)
-        _redraw_(lacking, self._current(), self.state)
+        filled, without_pools = _with_pools(state_dict, self._get_plan().units)
+        super().load_state_dict(filled)
+        _redraw_(without_pools, self._get_plan(), self.state)
 
     def merged(self) -> dict[str | int, Tensor]:
         """W0 + s B A of every triple, for export: by W0's name or, without one, its position."""
-        return merged(self._current(), [row.name for row in self.assignment().rows])
+        return merge_weights(self._get_plan(), [row.name for row in self.assignment().rows])

@@ -13,24 +13,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from .role_table import (
-    LORA,
-    RULES,
-    TABLE,
-    UNKNOWN,
-    UNTOLD,
+    LORA_FACTOR,
+    ROLE_TABLE,
+    RULE_OF_ROLE,
+    UNKNOWN_ORIENTATION,
+    UNKNOWN_ROLE,
     WRITERS,
-    Site,
-    cut_of,
+    ParamSite,
+    fused_view,
     heads_of,
     is_centred,
     is_embedding,
     is_linear,
-    is_turned,
+    is_stored_transposed,
     names_head,
     names_position,
     part_of,
-    partner,
-    side_of,
+    partner_name,
+    residual_side,
 )
 
 __all__ = ["Assignment", "Row", "classify", "route"]
@@ -122,8 +122,8 @@ class Assignment:
     def _table(self, columns: Iterable[str], *optional: str) -> list[list[str]]:
         """Heading and rows as texts, without optional columns that say nothing."""
         rows = [row._cells() for row in self.rows]
-        idle = [c for c in optional if all(row[c] in ("", "auto") for row in rows)]
-        shown = [c for c in columns if c not in idle]
+        empty = [c for c in optional if all(row[c] in ("", "auto") for row in rows)]
+        shown = [c for c in columns if c not in empty]
         return [shown, *([row[c] for c in shown] for row in rows)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,11 +161,14 @@ def _swap(value: Any, old: type, new: type) -> Any:
     return new(value) if isinstance(value, old) else value
 
 
-def _decide(sites: list[Site]) -> Row:
+def _assign_role(sites: list[ParamSite]) -> Row:
     """Ask the table; of several places the one that the earliest line holds for decides."""
     own, *others = sites
     role, view, why, site = next(
-        (role, view, why, site) for role, view, why, test in TABLE for site in sites if test(site)
+        (role, view, why, site)
+        for role, view, why, test in ROLE_TABLE
+        for site in sites
+        if test(site)
     )
     why = why.format(s=site)
     if site is not own:
@@ -174,37 +177,41 @@ def _decide(sites: list[Site]) -> Row:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         why = f"{why}; tied to {others[0].name}{more}"
     aliases = tuple(other.name for other in others)
-    row = Row(own.name, own.shape, role, RULES[role], why, view, aliases=aliases)
+    row = Row(own.name, own.shape, role, RULE_OF_ROLE[role], why, view, aliases=aliases)
     tied = role == "embedding" and any(is_linear(s) or names_head(s) for s in sites)
-    return _placed(row, site, tied) if site.module is not None else row
+    return _with_place(row, site, tied) if site.module is not None else row
 
 
-def _placed(row: Row, s: Site, tied: bool) -> Row:
+def _with_place(row: Row, s: ParamSite, tied: bool) -> Row:
     """Fill in what the place of a weight in its layer says."""
     part, view, why, side = part_of(s, row.role), row.view, row.why, None
     row = replace(row, part="tied" if tied else part, kind=s.kind)
-    if len(row.shape) < 2 or row.role in ("norm", "bias", "vector", "quantised") or s.says(LORA):
+    if (
+        len(row.shape) < 2
+        or row.role in ("norm", "bias", "vector", "quantised")
+        or s.name_matches(LORA_FACTOR)
+    ):
         return row
     if row.role == "expert" and part:
-        turned = is_turned(s, part)
-        if turned is None:
-            return replace(row, why=f"{why}; {UNTOLD}")
-        view = "transposed" if turned else "batch"
+        transposed = is_stored_transposed(s, part)
+        if transposed is None:
+            return replace(row, why=f"{why}; {UNKNOWN_ORIENTATION}")
+        view = "transposed" if transposed else "batch"
         side = "rows" if part in WRITERS else "cols"
     m, n = row.shape[-2:] if view != "flatten" else (row.shape[0], prod(row.shape[1:]))
     m, n = (n, m) if view == "transposed" else (m, n)
-    cut = cut_of(s, part, m, n)
+    cut = fused_view(s, part, m, n)
     if cut:
         view = f"transposed:{cut}" if view == "transposed" else cut
         why += {"qkv": ", q k v", "gate_up": ", gate and up"}[part]
-    runs = [int(x) for x in cut.removeprefix("rows:").split(",")] if "rows:" in cut else [m]
+    row_runs = [int(x) for x in cut.removeprefix("rows:").split(",")] if "rows:" in cut else [m]
     return replace(
         row,
         view=view,
         why=why,
-        side=side or side_of(s, part, m, n),
-        heads=heads_of(s, part, [n] if part == "out" else runs) if cut or part != "qkv" else (),
-        pair=partner(s, part),
+        side=side or residual_side(s, part, m, n),
+        heads=heads_of(s, part, [n] if part == "out" else row_runs) if cut or part != "qkv" else (),
+        pair=partner_name(s, part),
         centred=is_centred(s, row.role, part),
     )
 
@@ -214,13 +221,13 @@ def route(name: str | None, shape: tuple[int, ...]) -> Row:
 
     Without a telling name, 0-D, 1-D and empty tensors get AdamW and all others the rule.
     """
-    return replace(_decide([Site(name or "", tuple(shape))]), name=name)
+    return replace(_assign_role([ParamSite(name or "", tuple(shape))]), name=name)
 
 
-_BLOCK = re.compile(r"(^|\.)[^\d.][^.]*\.\d+\.")
+_NUMBERED_BLOCK = re.compile(r"(^|\.)[^\d.][^.]*\.\d+\.")
 """Names in numbered blocks: no heads, even if their width happens to equal a vocabulary."""
-_WORDS = re.compile(r"(?i)tok|word|wte|vocab")
-_FEW = 256
+_TOKEN_NAMES = re.compile(r"(?i)tok|word|wte|vocab")
+_SMALL_VOCABULARY = 256
 """Rows up to which a table may be of anything."""
 
 
@@ -271,29 +278,33 @@ outputs of a vocabulary
     """
     pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
     unused = dict(enumerate(key for key, _ in pairs))
-    sites, rows = _sites(model), []
+    sites, rows = _param_sites(model), []
     for name, p in model.named_parameters():
         # The name given here is the one that counts: wrappers may shorten it.
-        own, *others = sites.get(id(p)) or [Site(name, tuple(p.shape), (model,))]
+        own, *others = sites.get(id(p)) or [ParamSite(name, tuple(p.shape), (model,))]
         own = replace(own, name=name)
-        row = _decide([own, *others])
+        row = _assign_role([own, *others])
         hits = [i for i, (key, _) in enumerate(pairs) if _matches(key, p, [own, *others])]
         if hits:
             key, choice = pairs[hits[0]]
-            row = _override(row, key if isinstance(key, str) else _called(key, row), choice)
+            row = _override(row, key if isinstance(key, str) else _describe_key(key, row), choice)
         rows.append(row)
         for i in hits:
             unused.pop(i, None)
     if unused:
-        keys = ", ".join(_called(key) for key in unused.values())
+        keys = ", ".join(_describe_key(key) for key in unused.values())
         raise ValueError(f"overrides match no parameter: {keys}")
-    unsure = [f"{row.name} {row.shape}" for row in rows if UNKNOWN in row.why or UNTOLD in row.why]
+    unsure = [
+        f"{row.name} {row.shape}"
+        for row in rows
+        if UNKNOWN_ROLE in row.why or UNKNOWN_ORIENTATION in row.why
+    ]
     if strict and unsure:
         raise ValueError(f"no role found, give one in overrides: {', '.join(unsure)}")
     return Assignment(tuple(rows))
 
 
-def _matches(key: Key, p: nn.Parameter, sites: list[Site]) -> bool:
+def _matches(key: Key, p: nn.Parameter, sites: list[ParamSite]) -> bool:
     """Whether an override is meant for this parameter, under any of its names."""
     if isinstance(
         key, str
@@ -310,7 +321,7 @@ def _matches(key: Key, p: nn.Parameter, sites: list[Site]) -> bool:
     return any(key(s.name, p, s.owners[0]) for s in sites)
 
 
-def _called(key: Any, row: Row | None = None) -> str:
+def _describe_key(key: Any, row: Row | None = None) -> str:
     """How an override is named in a reason (with the row that it is for) or in an error."""
     if isinstance(key, str):
         return repr(key)
@@ -329,18 +340,18 @@ def _override(row: Row, pattern: str, choice: Choice) -> Row:
         if wrong:
             raise ValueError(f"{why}: {wrong[0]!r} is none of {', '.join(known)}")
         chosen = dict(choice)
-        for key, values in (("role", (*RULES,)), ("rule", ("matrix", "adamw"))):
+        for key, values in (("role", (*RULE_OF_ROLE,)), ("rule", ("matrix", "adamw"))):
             if key in chosen:
                 row = _override(row, pattern, _one_of(why, chosen.pop(key), values))
         return replace(row, **{"why": why, **{k: _swap(v, list, tuple) for k, v in chosen.items()}})
-    _one_of(why, choice, ("matrix", "adamw", *RULES))
-    role, rule = (choice, RULES[choice]) if choice in RULES else (row.role, choice)
+    _one_of(why, choice, ("matrix", "adamw", *RULE_OF_ROLE))
+    role, rule = (choice, RULE_OF_ROLE[choice]) if choice in RULE_OF_ROLE else (row.role, choice)
     no_matrix = len(row.shape) < 2 or 0 in row.shape or row.role == "quantised"
     if rule == "matrix" and no_matrix:
         raise ValueError(f"{why}: {row.name} of shape {row.shape} is no matrix; give it 'adamw'")
     own_view = {"conv": "flatten", "expert": "batch"} if len(row.shape) > 2 else {}
-    keeps = row.view if row.role == role else own_view.get(role, row.view)
-    return replace(row, role=role, rule=rule, view=keeps, why=why)
+    new_view = row.view if row.role == role else own_view.get(role, row.view)
+    return replace(row, role=role, rule=rule, view=new_view, why=why)
 
 
 def _one_of(why: str, choice: Any, known: tuple[str, ...]) -> str:
@@ -349,7 +360,7 @@ def _one_of(why: str, choice: Any, known: tuple[str, ...]) -> str:
     return str(choice)
 
 
-def _stored(p: Tensor) -> str:
+def _stored_as(p: Tensor) -> str:
     """What a parameter holds instead of the entries of its weight, "" for a plain weight."""
     coded = re.search(r"4bit|8bit|Int8Params|Quantized|Float8|NF4", type(p).__name__)
     if coded:
@@ -358,10 +369,10 @@ def _stored(p: Tensor) -> str:
     return "" if plain else str(p.dtype).removeprefix("torch.")
 
 
-def _sites(model: nn.Module) -> dict[int, list[Site]]:
+def _param_sites(model: nn.Module) -> dict[int, list[ParamSite]]:
     """Map the id of each parameter to all places where it is registered, in the model's order."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    sites: dict[int, list[Site]] = {}
+    sites: dict[int, list[ParamSite]] = {}
     for path, module in modules.items():
         # A parametrized weight lives in a list below the module whose weight it is.
         place = re.sub(r"(^|\.)parametrizations\..*", "", path)
@@ -370,10 +381,10 @@ def _sites(model: nn.Module) -> dict[int, list[Site]]:
             place = place.rpartition(".")[0]
             owners.append(modules[place])
         for name, p in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            site = Site(name, tuple(p.shape), tuple(owners), stored=_stored(p))
+            site = ParamSite(name, tuple(p.shape), tuple(owners), stored=_stored_as(p))
             sites.setdefault(id(p), []).append(site)
-    heads = _heads(model, sites)
-    lookups = _lookups(sites)
+    heads = _inferred_heads(model, sites)
+    lookups = _token_embeddings(sites)
     widths = {s.shape[1] for s in lookups}
     widths = widths or {
         m.embed_dim for m in model.modules() if isinstance(m, nn.MultiheadAttention)
@@ -386,13 +397,13 @@ def _sites(model: nn.Module) -> dict[int, list[Site]]:
     return sites
 
 
-def _lookups(sites: dict[int, list[Site]]) -> list[Site]:
+def _token_embeddings(sites: dict[int, list[ParamSite]]) -> list[ParamSite]:
     """The embeddings of tokens."""
     places = (s for all_sites in sites.values() for s in all_sites)
     return [s for s in places if s.ndim == 2 and is_embedding(s) and not names_position(s)]
 
 
-def _heads(model: nn.Module, sites: dict[int, list[Site]]) -> dict[int, str]:
+def _inferred_heads(model: nn.Module, sites: dict[int, list[ParamSite]]) -> dict[int, str]:
     """Find an output head that neither its name nor a tie tells."""
     with suppress(AttributeError, NotImplementedError):
         weight = model.get_output_embeddings().weight  # type: ignore[operator]
@@ -401,30 +412,38 @@ def _heads(model: nn.Module, sites: dict[int, list[Site]]) -> dict[int, str]:
         (key, s)
         for key, all_sites in sites.items()
         for s in all_sites
-        if is_linear(s) and s.ndim == 2 and not s.says(LORA)
+        if is_linear(s) and s.ndim == 2 and not s.name_matches(LORA_FACTOR)
     ]
-    tables = _lookups(sites)
+    tables = _token_embeddings(sites)
     sizes = {s.shape[0] for s in tables}
     # Where no name or tie tells a head, few rows are enough, but then it must come last.
-    told = any(
-        names_head(s) or any(map(is_embedding, sites[key])) for key, s in linears if _rows(s, sizes)
+    declared = any(
+        names_head(s) or any(map(is_embedding, sites[key]))
+        for key, s in linears
+        if _rows_match_vocabulary(s, sizes)
     )
-    words = set() if told else {s.shape[0] for s in tables if _WORDS.search(s.word)}
-    found, after, trailing = {}, 0, not told
+    words = set() if declared else {s.shape[0] for s in tables if _TOKEN_NAMES.search(s.word)}
+    found, after, trailing = {}, 0, not declared
     for key, s in reversed(linears):
         rows, cols = s.shape
         # What the next layer takes as its input is a hidden width.
-        hidden = rows == after or _BLOCK.search(".".join(s.parts))
+        hidden = rows == after or _NUMBERED_BLOCK.search(".".join(s.parts))
         named = names_head(s)
-        fits = _rows(s, sizes) and not hidden
+        fits = _rows_match_vocabulary(s, sizes) and not hidden
         trailing = trailing and bool(fits or named)
-        if fits and not named and (trailing or rows > _FEW or (rows in words and rows != cols)):
+        if (
+            fits
+            and not named
+            and (trailing or rows > _SMALL_VOCABULARY or (rows in words and rows != cols))
+        ):
             found[key] = f"{s.kind} with the {rows} outputs of a vocabulary"
         after = cols
     return found
 
 
-def _rows(s: Site, sizes: set[int]) -> bool:
+def _rows_match_vocabulary(s: ParamSite, sizes: set[int]) -> bool:
     """Whether the outputs are as many as words: exactly, or padded to or from a round number."""
     m, n = s.shape
-    return m in sizes or (m > n and any(v > _FEW and 0.95 < m / v < 1 / 0.95 for v in sizes))
+    return m in sizes or (
+        m > n and any(v > _SMALL_VOCABULARY and 0.95 < m / v < 1 / 0.95 for v in sizes)
+    )

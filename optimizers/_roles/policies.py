@@ -14,24 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.rule import RULES, Rule, rule_class, settings_of
+from .._core.rule import RULE_CLASSES, Rule, rule_class, settings_of
 from .._core.validation import check, refuse_unknown
 from .classify import Assignment, Row
 from .residual_sides import asks_side, short_side
-from .role_table import PARTS
-from .role_table import RULES as ROLES
+from .role_table import PART_TABLE, RULE_OF_ROLE
 
 Settings = dict[str, Any]
-HEADS = {"rule": "Muon", "view": "heads"}
-STILL: Settings = {"weight_decay": 0.0}
-POLICIES: dict[str, dict[str, Settings]] = {
+PER_HEAD_MUON = {"rule": "Muon", "view": "heads"}
+NO_DECAY: Settings = {"weight_decay": 0.0}
+ROLE_POLICIES: dict[str, dict[str, Settings]] = {
     "symmetry": {
-        **{part: HEADS for part in ("query", "key", "value", "qkv", "out")},
+        **{part: PER_HEAD_MUON for part in ("query", "key", "value", "qkv", "out")},
         **{part: {"rule": "Hybrid"} for part in ("gate", "up", "gate_up", "down")},
         **{role: {"rule": "Muon"} for role in ("hidden", "conv", "expert")},
-        "embedding": {"rule": "RowNorm", **STILL},
-        "head": {"rule": "RowNorm", **STILL},
-        "router": {"rule": "RowNorm", "rms_target": 0.06, **STILL},
+        "embedding": {"rule": "RowNorm", **NO_DECAY},
+        "head": {"rule": "RowNorm", **NO_DECAY},
+        "router": {"rule": "RowNorm", "rms_target": 0.06, **NO_DECAY},
         "position": {"rule": "adamw"},
     },
     "muon+adamw": {role: {"rule": "Muon"} for role in ("hidden", "conv", "expert", "router")},
@@ -45,7 +44,7 @@ PAPER_LRS = {
     "gpt_oss": {"adamw": 5e-3, "hidden": 1e-3, "embedding": 1e-1, "head": 1e-3, "router": 7.5e-4},
 }
 """Published learning rates by model, for row norm on embedding and centred row norm on head."""
-PAPER: dict[str, Settings] = {
+PAPER_SETTINGS: dict[str, Settings] = {
     "RowNorm": {"adjust_lr_fn": "none"},
     "Hybrid": {
         "adjust_lr_fn": "none",
@@ -59,12 +58,12 @@ PAPER: dict[str, Settings] = {
 """How the published code sets the rules of these policies."""
 
 
-def settings(choice: Any) -> Settings:
+def to_group_keys(choice: Any) -> Settings:
     """Group keys of whatever names a rule: text, keys, rule, class, or a class with arguments."""
     if isinstance(choice, partial):
-        return {**settings(choice.func), **choice.keywords}
+        return {**to_group_keys(choice.func), **choice.keywords}
     if isinstance(choice, Mapping) and isinstance(choice.get("rule"), str):
-        return {**choice, **settings(choice["rule"])}
+        return {**choice, **to_group_keys(choice["rule"])}
     if isinstance(choice, Rule):
         plain = {f.name: f.default for f in fields(choice)}
         own = {k: v for k, v in settings_of(choice).items() if v != plain[k]}
@@ -81,23 +80,23 @@ def settings(choice: Any) -> Settings:
     return {"rule": choice if choice == "adamw" else rule_class(choice).method()}
 
 
-LABELS = {*ROLES, *(part for part, _, _ in PARTS)}
-LABELS |= {"token", "position", "tied", "vocabulary", "classes", "patch"}
+POLICY_KEYS = {*RULE_OF_ROLE, *(part for part, _, _ in PART_TABLE)}
+POLICY_KEYS |= {"token", "position", "tied", "vocabulary", "classes", "patch"}
 """What a policy may have as keys: roles and parts."""
 
 
-def check_policy(policy: Any) -> None:
+def check_role_policy(policy: Any) -> None:
     """Refuse what is no policy, before any weight is looked at."""
     if isinstance(policy, Mapping):
-        message = refuse_unknown(policy, LABELS, "policy key")
+        message = refuse_unknown(policy, POLICY_KEYS, "policy key")
         check(message is None, message or "")
         return
-    known = ", ".join(POLICIES)
+    known = ", ".join(ROLE_POLICIES)
     text = f"policy must be one of {known} or a dict of rules by role, got {policy!r}"
-    check(isinstance(policy, str) and policy in POLICIES, text)
+    check(isinstance(policy, str) and policy in ROLE_POLICIES, text)
 
 
-def grouped(
+def policy_groups(
     rows: Sequence[Row],
     params: Sequence[Tensor],
     policy: str | Mapping[str, Any],
@@ -110,7 +109,7 @@ def grouped(
     Args:
         rows: What is known of each weight.
         params: The weights.
-        policy: One of :data:`POLICIES`, or rules by part and role.
+        policy: One of :data:`ROLE_POLICIES`, or rules by part and role.
         scale: ``"match_rms_adamw"``, ``"paper"`` or ``"paper:NAME"``.
         lr: Learning rate of the hidden matrices.
         own: Keys of weights that have an override, by name.
@@ -119,33 +118,33 @@ def grouped(
     if scale == "paper":
         name = "olmoe" if any(row.role == "router" for row in rows) else "qwen3"
     table = PAPER_LRS.get(name, {})
-    keys = [_keys(row, policy, own.get(row.name), table, lr) for row in rows]
+    keys = [_group_keys(row, policy, own.get(row.name), table, lr) for row in rows]
     place = {row.name: i for i, row in enumerate(rows) if row.name is not None}
     made: dict[str, Settings] = {}
     done = set[int]()
     for i, row in enumerate(rows):
         if i in done:
             continue
-        run, group = [i], keys[i]
+        members_run, group = [i], keys[i]
         if group.get("pair") == "members":
             other = place.get(row.pair or "")
             if other is None or other in done or keys[other] != group:
                 group = {**group, "pair": None}
             else:
-                run = [i, other] if row.part == "gate" else [other, i]
-        done.update(run)
-        into = made.setdefault(
+                members_run = [i, other] if row.part == "gate" else [other, i]
+        done.update(members_run)
+        target = made.setdefault(
             repr(sorted(group.items())), {"params": [], **group, "roles": [], "reasons": []}
         )
-        for j in run:
+        for j in members_run:
             row, p = rows[j], params[j]
-            into["params"].append(p if row.name is None else (row.name, p))
-            into["roles"].append(row.role)
-            into["reasons"].append(f"{row.part}: {row.why}" if row.part else row.why)
+            target["params"].append(p if row.name is None else (row.name, p))
+            target["roles"].append(row.role)
+            target["reasons"].append(f"{row.part}: {row.why}" if row.part else row.why)
     return sorted(made.values(), key=lambda group: group["rule"] == "adamw")
 
 
-def _keys(
+def _group_keys(
     row: Row,
     policy: str | Mapping[str, Any],
     own: Settings | None,
@@ -153,22 +152,24 @@ def _keys(
     lr: Any,
 ) -> Settings:
     """Group keys of one weight; rules of ours are as published where rates are."""
-    given, ours = _chosen(row, policy) if own is None else (own, False)
-    keys = _fitted(row, {**given, **(PAPER.get(given["rule"], {}) if table and ours else {})})
+    chosen, is_ours = _policy_choice(row, policy) if own is None else (own, False)
+    keys = _with_place_keys(
+        row, {**chosen, **(PAPER_SETTINGS.get(chosen["rule"], {}) if table and is_ours else {})}
+    )
     if table and "lr" not in keys:
         kind = "adamw" if keys["rule"] == "adamw" else row.role
         keys["lr"] = lr * (table.get(kind, table["hidden"]) / table["hidden"])
     return keys
 
 
-def _chosen(row: Row, policy: str | Mapping[str, Any]) -> tuple[Settings, bool]:
+def _policy_choice(row: Row, policy: str | Mapping[str, Any]) -> tuple[Settings, bool]:
     """What the policy says of a weight, and whether that is one of ours."""
     if isinstance(policy, Mapping):
         for label in (row.part, row.role):
             if label in policy:
-                return settings(policy[label]), False
+                return to_group_keys(policy[label]), False
         policy = "symmetry"
-    table = POLICIES[policy]
+    table = ROLE_POLICIES[policy]
     is_table = row.role in ("embedding", "head") and len(row.shape) == 2
     if not is_table and row.rule == "adamw":  # classify leaves tables to AdamW, a policy may not
         return {"rule": "adamw"}, True
@@ -176,18 +177,20 @@ def _chosen(row: Row, policy: str | Mapping[str, Any]) -> tuple[Settings, bool]:
     return next(found, {"rule": "adamw"}), True
 
 
-def rule_choice(choice: Any) -> Settings | None:
+def rule_override(choice: Any) -> Settings | None:
     """Group keys if an override names a rule; None if it is for :func:`classify`."""
     if isinstance(choice, str):
-        return settings(choice) if choice == "adamw" or choice in RULES else None
+        return to_group_keys(choice) if choice == "adamw" or choice in RULE_CLASSES else None
     if isinstance(choice, Mapping):
         rule, more = choice.get("rule"), choice.keys() - {"rule"}
-        is_rule = rule in RULES or (rule == "adamw" and not more & {f.name for f in fields(Row)})
-        return settings(choice) if is_rule else None
-    return settings(choice)
+        is_rule = rule in RULE_CLASSES or (
+            rule == "adamw" and not more & {f.name for f in fields(Row)}
+        )
+        return to_group_keys(choice) if is_rule else None
+    return to_group_keys(choice)
 
 
-def _fitted(row: Row, keys: Settings) -> Settings:
+def _with_place_keys(row: Row, keys: Settings) -> Settings:
     """Fill in what the place of a weight says: view, side, and the axis, pair and centring."""
     keys = dict(keys)
     if keys["rule"] == "adamw":
@@ -196,15 +199,15 @@ def _fitted(row: Row, keys: Settings) -> Settings:
     known = {f.name for f in fields(cls)}
     view = keys.get("view", row.view)
     if view == "heads":
-        view = _heads(row)
+        view = _head_view(row)
     if "axis" in known and row.part == "down":
         keys.setdefault("axis", "cols")
     if "centred" in known:
         keys.setdefault("centred", row.centred)
     if "pair" in known and "pair" not in keys and keys.get("axis", "rows") == "rows":
-        cut = view.removeprefix("transposed:").partition(":")[0]
-        if row.part == "gate_up" and cut in ("rows", "interleaved"):  # not cut, but folded
-            keys["pair"] = "halves" if cut == "rows" else cut
+        fused = view.removeprefix("transposed:").partition(":")[0]
+        if row.part == "gate_up" and fused in ("rows", "interleaved"):  # not cut, but folded
+            keys["pair"] = "halves" if fused == "rows" else fused
             view = "transposed" if view.startswith("transposed:") else "auto"
         elif row.pair is not None:
             keys["pair"] = "members"
@@ -218,13 +221,13 @@ def _fitted(row: Row, keys: Settings) -> Settings:
     return keys
 
 
-def _heads(row: Row) -> str:
+def _head_view(row: Row) -> str:
     """The view that takes a weight head by head, its own where heads are not known."""
     count = sum(row.heads)
     if not count:
         return row.view
-    turned = "transposed:" if row.view.startswith("transposed") else ""
-    return f"{turned}{'heads_in' if row.part == 'out' else 'heads'}:{count}"
+    transposed = "transposed:" if row.view.startswith("transposed") else ""
+    return f"{transposed}{'heads_in' if row.part == 'out' else 'heads'}:{count}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .._core.rule import Rule
-from .._core.views import blocks
+from .._core.views import split_view
 from .classify import Row
 
 
@@ -18,18 +18,18 @@ def sides_of(rows: Sequence[Row], rule: Rule) -> dict[str | None, str | tuple[st
     has a tuple. Runs with another tuple are of another group.
     """
     if len(rule.members) == 1:
-        told = {row.name: short_side(row) for row in rows if asks_side(rule)}
-        return {name: side for name, side in told.items() if side is not None}
+        short_sides = {row.name: short_side(row) for row in rows if asks_side(rule)}
+        return {name: side for name, side in short_sides.items() if side is not None}
     found: dict[str | None, str | tuple[str, ...]] = {}
     if getattr(rule, "side", None) != "auto":
         return found
     for view in {row.view: None for row in rows}:
-        alike = [row for row in rows if row.view == view]
-        size = len(rule.members) or len(alike)
-        for start in range(0, len(alike), size):
-            run = alike[start : start + size]
+        same_view = [row for row in rows if row.view == view]
+        size = len(rule.members) or len(same_view)
+        for start in range(0, len(same_view), size):
+            run = same_view[start : start + size]
             side = _shared_side(run)
-            if side is not None and len(run) == size and _takes(rule, side):
+            if side is not None and len(run) == size and _accepts_side(rule, side):
                 found.update(dict.fromkeys([row.name for row in run], side))
     return found
 
@@ -40,24 +40,24 @@ def _shared_side(run: Sequence[Row]) -> str | tuple[str, ...] | None:
     Where it is not known it is the side of that length, and the rows if both are. One word says it
     if it is the same for all.
     """
-    cuts = [blocks(row.view, row.shape) for row in run]
-    if any(len(cut) > 1 for cut in cuts):
+    views_of_rows = [split_view(row.view, row.shape) for row in run]
+    if any(len(views) > 1 for views in views_of_rows):
         return None  # which several members cannot follow
-    sizes = [(cut[0].m, cut[0].n) for cut in cuts]
-    known = {
+    sizes = [(views[0].m, views[0].n) for views in views_of_rows]
+    lengths = {
         m if row.side == "rows" else n for row, (m, n) in zip(run, sizes, strict=True) if row.side
     }
     shared = set(sizes[0]).intersection(*sizes)
-    if not shared or known != {min(shared)}:
+    if not shared or lengths != {min(shared)}:
         return None
     sides = tuple(
-        row.side or ("rows" if {m} == known else "cols")
+        row.side or ("rows" if {m} == lengths else "cols")
         for row, (m, _) in zip(run, sizes, strict=True)
     )
     return sides if len(set(sides)) > 1 else sides[0]
 
 
-def _takes(rule: Rule, side: Any) -> bool:
+def _accepts_side(rule: Rule, side: Any) -> bool:
     """Whether the field ``side`` of a rule can have this value."""
     try:
         replace(rule, **{"side": side})
@@ -73,7 +73,7 @@ def asks_side(rule: Rule) -> bool:
     """
     if getattr(rule, "side", None) != "auto" or len(rule.members) != 1:
         return False
-    return _takes(rule, "rows") and _takes(rule, "cols")
+    return _accepts_side(rule, "rows") and _accepts_side(rule, "cols")
 
 
 def short_side(row: Row) -> str | None:
@@ -82,6 +82,6 @@ def short_side(row: Row) -> str | None:
     What a rule keeps for a side has that side twice: on the longer one it costs more than the
     weight, and no gradient has the rank to settle it.
     """
-    cut = blocks(row.view, row.shape)
-    fits = all((b.m <= b.n) if row.side == "rows" else (b.n <= b.m) for b in cut)
+    views = split_view(row.view, row.shape)
+    fits = all((b.m <= b.n) if row.side == "rows" else (b.n <= b.m) for b in views)
     return row.side if fits else None

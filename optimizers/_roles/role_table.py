@@ -1,7 +1,7 @@
 """What a parameter's place in a model says: its role, its part in the layer, its residual side.
 
-Three tables, asked in this order: :data:`TABLE` for the role, :data:`PARTS` for the part, and the
-counts that configurations and attention modules hold, under the names of :data:`COUNTS`.
+Three tables, asked in this order: :data:`ROLE_TABLE` for the role, :data:`PART_TABLE` for the part,
+and the counts that configurations and attention modules hold, under the names of :data:`COUNTS`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Site:
+class ParamSite:
     """One place where a parameter is registered: all that the decision table looks at."""
 
     name: str
@@ -73,27 +73,27 @@ class Site:
         return f"nn.{cls.__name__}" if public else cls.__name__
 
     @property
-    def beside(self) -> dict[str, nn.Module | nn.Parameter | None]:
+    def siblings(self) -> dict[str, nn.Module | nn.Parameter | None]:
         """What is registered beside the word, itself included: modules and parameters by name."""
         for owner in self.owners:
             if self.word in owner._modules or self.word in owner._parameters:
                 return {**owner._modules, **owner._parameters}
         return {}
 
-    def says(self, pattern: re.Pattern[str], last: int = 0) -> bool:
+    def name_matches(self, pattern: re.Pattern[str], last: int = 0) -> bool:
         """Whether one of the last components of the name, or any (0), is the pattern."""
         return any(map(pattern.fullmatch, self.parts[-last:]))
 
-    def isa(self, pattern: str, *classes: type[nn.Module]) -> bool:
+    def is_instance(self, pattern: str, *classes: type[nn.Module]) -> bool:
         """Whether the module is of these classes, or its class is named like the pattern."""
         named = re.search(pattern, type(self.module).__name__)
         return isinstance(self.module, classes) or named is not None
 
-    def has(self, pattern: str) -> bool:
+    def has_sibling(self, pattern: str) -> bool:
         """Whether something beside the word is named like the pattern."""
-        return any(re.fullmatch(pattern, name) for name in self.beside if name != self.word)
+        return any(re.fullmatch(pattern, name) for name in self.siblings if name != self.word)
 
-    def told(self, *names: str) -> Iterator[Any]:
+    def config_values(self, *names: str) -> Iterator[Any]:
         """What the nearest configuration that has one of these names says, nearest first."""
         for owner in self.owners:
             for config in (getattr(owner, "config", None), getattr(owner, "args", None)):
@@ -107,7 +107,7 @@ class Site:
             if what == "width"
             else [vars(owner).get(n) for owner in self.owners[:3] for n in names]
         )
-        found = (x for x in (*near, *self.told(*names)) if type(x) is int and x > 0)
+        found = (x for x in (*near, *self.config_values(*names)) if type(x) is int and x > 0)
         return next(found, self.width if what == "width" else None)
 
 
@@ -147,11 +147,19 @@ _TOP_HEADS = re.compile(r"(\w+_)?heads?|output|classifier|score|fc|(to_)?logits|
 # What may follow: "head.fc", "classifier.6", "v_head.summary".
 _HEAD_ENDS = re.compile(r"\d+|fc|proj|out_proj|linear|summary|decoder")
 _CLASSES = re.compile(r"classifier|score|(value|reward|critic|v|q\d?)(_head)?")
-_TOPS = {"model", "base_model", "language_model", "transformer", "decoder", "backbone", "heads"}
+_TOP_MODULES = {
+    "model",
+    "base_model",
+    "language_model",
+    "transformer",
+    "decoder",
+    "backbone",
+    "heads",
+}
 
 _NORM = re.compile(r"(?i)\w*norm\d*|(ln|bn|gn)(_\w+|\d+)?")
 _BIAS = re.compile(r"bias|\w+_bias|bias_\w+")
-LORA = re.compile(r"(?i)lora_(embedding_)?[ab]")
+LORA_FACTOR = re.compile(r"(?i)lora_(embedding_)?[ab]")
 _EXPERTS = re.compile(r"(\w+_)?experts?")
 _SHARED_GATE = re.compile(r"shared_expert_gate|shared_gate")
 _PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$")
@@ -159,54 +167,54 @@ _WRAPPERS = re.compile(
     r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
     r"|original_module|modules_to_save\.\w+)\."
 )
-UNKNOWN = "nothing else known"
-UNTOLD = "stored (in, out) or (out, in) is not known"
+UNKNOWN_ROLE = "nothing else known"
+UNKNOWN_ORIENTATION = "stored (in, out) or (out, in) is not known"
 
 
-def is_linear(s: Site) -> bool:
+def is_linear(s: ParamSite) -> bool:
     """A linear layer, also a quantised one."""
-    return s.isa("Linear$", nn.Linear)
+    return s.is_instance("Linear$", nn.Linear)
 
 
-def is_embedding(s: Site) -> bool:
+def is_embedding(s: ParamSite) -> bool:
     """A lookup table."""
-    return s.isa("Embedding$", nn.Embedding, nn.EmbeddingBag) and not is_linear(s)
+    return s.is_instance("Embedding$", nn.Embedding, nn.EmbeddingBag) and not is_linear(s)
 
 
-def _is_row(s: Site) -> bool:
+def _is_row(s: ParamSite) -> bool:
     """Only one side has more than one entry."""
     return prod(s.shape) == max(s.shape)
 
 
-def _conv(s: Site) -> bool:
-    return s.ndim > 2 and s.isa("Conv")
+def _is_conv(s: ParamSite) -> bool:
+    return s.ndim > 2 and s.is_instance("Conv")
 
 
-def names_position(s: Site) -> bool:
+def names_position(s: ParamSite) -> bool:
     """Whether the name is that of a table of positions."""
     return _POSITIONS.fullmatch(s.word) is not None
 
 
-def _names_embedding(s: Site) -> bool:
+def _names_embedding(s: ParamSite) -> bool:
     *above, word = s.parts
     if word == "query" and s.module is not None:  # a projection has bare keys beside it
-        bare = {name for name, thing in s.beside.items() if isinstance(thing, Tensor)}
+        bare = {name for name, thing in s.siblings.items() if isinstance(thing, Tensor)}
         return s.ndim < 4 and word in bare and bare.isdisjoint(("key", "value"))
     named = names_position(s) or _EMBEDDINGS.fullmatch(word)
-    return s.ndim < 4 and (bool(named) or (word == "shared" and _TOPS.issuperset(above)))
+    return s.ndim < 4 and (bool(named) or (word == "shared" and _TOP_MODULES.issuperset(above)))
 
 
-def names_head(s: Site) -> bool:
+def names_head(s: ParamSite) -> bool:
     """Whether the name is an output head's."""
     return s.head_name != ""
 
 
-def _head_name(s: Site) -> str:
+def _head_name(s: ParamSite) -> str:
     """The components of the name that say head, "" if there are none."""
     if s.ndim != 2:
         return ""
     *above, word = s.parts
-    top = _TOPS.issuperset(above)
+    top = _TOP_MODULES.issuperset(above)
     if _HEADS.fullmatch(word) or (top and word == "value" and s.shape[0] == 1):
         return word
     if top and _TOP_HEADS.fullmatch(word) and (word != "fc" or _is_last(s)):
@@ -214,7 +222,9 @@ def _head_name(s: Site) -> str:
     if not above or not _HEAD_ENDS.fullmatch(word):
         return ""
     *above, base = above
-    named = _HEADS.fullmatch(base) or (_TOPS.issuperset(above) and _TOP_HEADS.fullmatch(base))
+    named = _HEADS.fullmatch(base) or (
+        _TOP_MODULES.issuperset(above) and _TOP_HEADS.fullmatch(base)
+    )
     generates = base == "generator" and not above and not word.isdigit()
     predicts = base == "predictions" and word == "decoder"
     # of several layers in a row only the last is the head
@@ -223,7 +233,7 @@ def _head_name(s: Site) -> str:
     return ""
 
 
-def _is_last(s: Site) -> bool:
+def _is_last(s: ParamSite) -> bool:
     """Whether nothing with a matrix is registered after the word, which it would feed."""
     around = next((owner for owner in s.owners if s.word in owner._modules), nn.ModuleList())
     if isinstance(around, nn.ModuleList):
@@ -233,7 +243,7 @@ def _is_last(s: Site) -> bool:
     return all(p.ndim < 2 for _, m in after if m is not None for p in m.parameters())
 
 
-def _names_router(s: Site) -> bool:
+def _names_router(s: ParamSite) -> bool:
     # A "gate" is a router beside experts, or inside one, only: SwiGLU has a gate as well.
     near = hasattr(s.parent, "experts") or s.parts[-2:-1] == ["router"]
     named = (near and s.word in ("gate", "wg")) or s.word == "router"
@@ -241,7 +251,7 @@ def _names_router(s: Site) -> bool:
 
 
 _OTHER_HIDDEN = (nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-RULES = {
+RULE_OF_ROLE = {
     **dict.fromkeys(("hidden", "conv", "expert", "router"), "matrix"),
     **dict.fromkeys(("embedding", "head", "norm", "bias", "vector", "quantised"), "adamw"),
 }
@@ -249,39 +259,39 @@ RULES = {
 
 # The first line whose test holds gives role, view and reason. `route` asks without modules: there
 # the lines about modules never hold, and "N-D" is the last line.
-TABLE: tuple[tuple[str, str, str, Callable[[Site], object]], ...] = (
+ROLE_TABLE: tuple[tuple[str, str, str, Callable[[ParamSite], object]], ...] = (
     ("quantised", "auto", "{s.stored}: no weight to train", lambda s: s.stored),
     ("vector", "auto", "no elements", lambda s: 0 in s.shape),
-    ("norm", "auto", "{s.kind}", lambda s: s.isa(r"Norm\d*d?$")),
-    ("norm", "auto", "{s.ndim}-D, norm by name", lambda s: s.ndim < 2 and s.says(_NORM, 2)),
+    ("norm", "auto", "{s.kind}", lambda s: s.is_instance(r"Norm\d*d?$")),
+    ("norm", "auto", "{s.ndim}-D, norm by name", lambda s: s.ndim < 2 and s.name_matches(_NORM, 2)),
     ("bias", "auto", "{s.ndim}-D, bias by name", lambda s: _BIAS.fullmatch(s.leaf)),
     ("vector", "auto", "{s.ndim}-D", lambda s: s.ndim < 2),
     ("vector", "auto", "name component '{s.leaf}'", lambda s: _RATES.fullmatch(s.leaf)),
     ("vector", "auto", "one side only", lambda s: _GAINS.fullmatch(s.leaf) and _is_row(s)),
     ("vector", "auto", "lengths of weight_norm", lambda s: s.leaf in ("weight_g", "original0")),
     ("embedding", "auto", "{s.kind}", is_embedding),
-    ("hidden", "auto", "2-D, LoRA factor", lambda s: s.ndim == 2 and s.says(LORA)),
+    ("hidden", "auto", "2-D, LoRA factor", lambda s: s.ndim == 2 and s.name_matches(LORA_FACTOR)),
     ("head", "auto", "{s.head}", lambda s: s.head),
     ("head", "auto", "name component '{s.head_name}'", names_head),
-    ("vector", "auto", "gate of a shared expert", lambda s: s.says(_SHARED_GATE, 1)),
+    ("vector", "auto", "gate of a shared expert", lambda s: s.name_matches(_SHARED_GATE, 1)),
     ("router", "auto", "name component '{s.word}'", _names_router),
-    ("conv", "flatten", "{s.kind}", _conv),
-    ("hidden", "transposed", "{s.kind}, (in, out)", lambda s: s.isa("^Conv1D$")),
+    ("conv", "flatten", "{s.kind}", _is_conv),
+    ("hidden", "transposed", "{s.kind}, (in, out)", lambda s: s.is_instance("^Conv1D$")),
     ("hidden", "auto", "{s.kind}", lambda s: is_linear(s) or isinstance(s.module, _OTHER_HIDDEN)),
     ("embedding", "auto", "name component '{s.word}'", _names_embedding),
-    ("expert", "batch", "3-D, experts by name", lambda s: s.ndim == 3 and s.says(_EXPERTS)),
+    ("expert", "batch", "3-D, experts by name", lambda s: s.ndim == 3 and s.name_matches(_EXPERTS)),
     ("hidden", "auto", "{s.ndim}-D", lambda s: s.module is None),
     ("embedding", "auto", "{s.ndim}-D, first side 1", lambda s: s.ndim > 2 and s.shape[0] == 1),
     ("vector", "auto", "one side only", _is_row),
     ("expert", "batch", "3-D stack", lambda s: s.ndim == 3),
-    ("conv", "flatten", "{s.ndim}-D, " + UNKNOWN, lambda s: s.ndim > 3),
-    ("hidden", "auto", "{s.ndim}-D, " + UNKNOWN, lambda s: True),
+    ("conv", "flatten", "{s.ndim}-D, " + UNKNOWN_ROLE, lambda s: s.ndim > 3),
+    ("hidden", "auto", "{s.ndim}-D, " + UNKNOWN_ROLE, lambda s: True),
 )
 
 _QUERIES = r"q|w_?q|q_proj|query|c_attn|w?qkv|W_?qkv|qkv_proj|to_q|k|c_q|query_key_value"
 # Part, its words (or the last components), and what must be registered beside it where the word
 # alone could mean anything.
-PARTS: tuple[tuple[str, str, str], ...] = (
+PART_TABLE: tuple[tuple[str, str, str], ...] = (
     ("qkv", r"qkv(_proj)?|w_?qkv|Wqkv|to_qkv|c_attn|in_proj_weight|query_key_value", ""),
     ("query", r"(q|query)_proj(_weight)?|query|w_?q|W_Q|to_q|q_lin|c_q", ""),
     ("key", r"(k|key)_proj(_weight)?|w_?k|W_K|to_k|k_lin|c_k", ""),
@@ -311,17 +321,17 @@ WRITERS = {"out", "down", "patch"}
 _BY_HEAD = re.compile("query_key_value")
 _INTERLEAVED = re.compile("^GptOss")
 _HALVES = re.compile(r"^(Qwen|Mixtral|Olmoe|Deepseek|Glm4|Llama4|Phi|Ernie|Jamba)\w*Experts$")
-_TURNED = re.compile("^(GptOss|Llama4Text)")
+_TRANSPOSED_EXPERTS = re.compile("^(GptOss|Llama4Text)")
 # Routers whose weights are a softmax of the logits: a constant added to all of them is lost.
 _SOFTMAX = re.compile(r"^(Mixtral|Qwen2Moe|Qwen3Moe|Olmoe|GptOss)")
 
 
-def part_of(s: Site, role: str) -> str:
+def part_of(s: ParamSite, role: str) -> str:
     """What the parameter is within its layer, "" if that is not known."""
     if role == "embedding":
         return "position" if names_position(s) else "token" if is_embedding(s) else ""
     if role == "head":
-        known = s.vocabularies.union(x for x in s.told("vocab_size") if x is not None)
+        known = s.vocabularies.union(x for x in s.config_values("vocab_size") if x is not None)
         base = s.head_name.partition(".")[0]
         if s.head or _HEADS.fullmatch(base):
             return "vocabulary"
@@ -329,42 +339,44 @@ def part_of(s: Site, role: str) -> str:
         return "classes" if classes else "vocabulary"
     if role == "conv":
         return "patch" if any("patch" in part for part in s.parts) else ""
-    if role not in ("hidden", "expert") or s.says(LORA):
+    if role not in ("hidden", "expert") or s.name_matches(LORA_FACTOR):
         return ""
     ends = {".".join(s.parts[-i:]) for i in (1, 2, 3)}
-    for part, words, beside in PARTS:
-        if any(re.fullmatch(words, end) for end in ends) and (not beside or s.has(beside)):
+    for part, words, sibling_words in PART_TABLE:
+        if any(re.fullmatch(words, end) for end in ends) and (
+            not sibling_words or s.has_sibling(sibling_words)
+        ):
             return part
     return ""
 
 
-def partner(s: Site, part: str) -> str | None:
+def partner_name(s: ParamSite, part: str) -> str | None:
     """The name of the up projection of a gate, of the gate of an up projection."""
-    wanted = [words for other, words, _ in PARTS if other == _PARTNERS.get(part)]
+    wanted = [words for other, words, _ in PART_TABLE if other == _PARTNERS.get(part)]
     before = s.name.rpartition(s.word)[0]
-    for word, thing in s.beside.items():
+    for word, thing in s.siblings.items():
         if word == s.word or not any(re.fullmatch(words, word) for words in wanted):
             continue
         if isinstance(thing, Tensor):
             return before + word
         for name, p in thing.named_parameters(word) if thing is not None else ():
-            if Site(name, ()).parts == [word] and p.shape == s.shape:  # also if it is wrapped
+            if ParamSite(name, ()).parts == [word] and p.shape == s.shape:  # also if it is wrapped
                 return before + name
     return None
 
 
-def is_turned(s: Site, part: str) -> bool | None:
+def is_stored_transposed(s: ParamSite, part: str) -> bool | None:
     """Whether a stack of experts is stored (in, out); None if nothing tells."""
-    told = getattr(s.module, "is_transposed", None)
-    if told is not None or s.isa(_TURNED.pattern):
-        return told is not False
+    declared = getattr(s.module, "is_transposed", None)
+    if declared is not None or s.is_instance(_TRANSPOSED_EXPERTS.pattern):
+        return declared is not False
     rows, cols = s.shape[-2:]
     width = s.count("width")
     if width in (rows, cols) and rows != cols:
         return (rows == width) != (part in WRITERS)
     shapes = {
-        part_of(Site(n, tuple(p.shape), s.owners), "expert"): p.shape[-2:]
-        for n, p in s.beside.items()
+        part_of(ParamSite(n, tuple(p.shape), s.owners), "expert"): p.shape[-2:]
+        for n, p in s.siblings.items()
         if isinstance(p, Tensor) and p.ndim == 3
     }
     up = next((shapes[k] for k in ("gate_up", "up", "gate") if k in shapes), None)
@@ -372,11 +384,11 @@ def is_turned(s: Site, part: str) -> bool | None:
     if up is None or down is None:
         return None
     plain = up[1] == down[0] and up[0] == fused * down[1]
-    turned = up[0] == down[1] and up[1] == fused * down[0]
-    return None if plain == turned else turned
+    transposed = up[0] == down[1] and up[1] == fused * down[0]
+    return None if plain == transposed else transposed
 
 
-def cut_of(s: Site, part: str, m: int, n: int) -> str:
+def fused_view(s: ParamSite, part: str, m: int, n: int) -> str:
     """The view that cuts a fused weight m x n (out, in) into what it is made of, "" if none."""
     if part == "qkv" and not _BY_HEAD.fullmatch(s.word):
         heads, size = s.count("heads"), s.count("head_dim")
@@ -386,15 +398,15 @@ def cut_of(s: Site, part: str, m: int, n: int) -> str:
             return f"rows:{heads * size},{kv * size},{kv * size}"
         return f"rows:{m // 3},{m // 3},{m // 3}" if m == 3 * n else ""
     if part == "gate_up" and m % 2 == 0:
-        together = getattr(s.module, "is_concatenated", None)
-        if together is False or s.isa(_INTERLEAVED.pattern):
+        concatenated = getattr(s.module, "is_concatenated", None)
+        if concatenated is False or s.is_instance(_INTERLEAVED.pattern):
             return "interleaved"
-        if together or s.ndim == 2 or s.isa(_HALVES.pattern):
+        if concatenated or s.ndim == 2 or s.is_instance(_HALVES.pattern):
             return f"rows:{m // 2},{m // 2}"
     return ""
 
 
-def heads_of(s: Site, part: str, sizes: list[int]) -> tuple[int, ...]:
+def heads_of(s: ParamSite, part: str, sizes: list[int]) -> tuple[int, ...]:
     """Number of heads in each of these runs of rows (of columns for "out"), () if not known."""
     if part not in ("query", "key", "value", "qkv", "out"):
         return ()
@@ -407,11 +419,11 @@ def heads_of(s: Site, part: str, sizes: list[int]) -> tuple[int, ...]:
     if not size or any(x % size for x in sizes):
         return ()
     found = tuple(x // size for x in sizes)
-    told = heads if part in ("query", "out", "qkv") else s.count("kv_heads")
-    return found if told in (None, found[0]) else ()
+    declared = heads if part in ("query", "out", "qkv") else s.count("kv_heads")
+    return found if declared in (None, found[0]) else ()
 
 
-def side_of(s: Site, part: str, m: int, n: int) -> str | None:
+def residual_side(s: ParamSite, part: str, m: int, n: int) -> str | None:
     """Which side of the weight m x n (out, in) is the residual stream: "rows", "cols", None."""
     width = s.count("width")
     if width not in (m, n):
@@ -421,14 +433,14 @@ def side_of(s: Site, part: str, m: int, n: int) -> str | None:
     return None if not part else "rows" if part in WRITERS else "cols"
 
 
-def is_centred(s: Site, role: str, part: str) -> bool:
+def is_centred(s: ParamSite, role: str, part: str) -> bool:
     """Whether a constant vector added to every row leaves the loss as it was."""
     if role == "head":
-        return part == "vocabulary" and not any(s.told(*SHIFTS))
-    if role != "router" or any(s.told(*ROUTER_SHIFTS)):
+        return part == "vocabulary" and not any(s.config_values(*SHIFTS))
+    if role != "router" or any(s.config_values(*ROUTER_SHIFTS)):
         return False
     scores = [getattr(owner, name, None) for owner in s.owners[:3] for name in SCORES]
-    named = next((str(x) for x in (*scores, *s.told(*SCORES)) if x is not None), None)
+    named = next((str(x) for x in (*scores, *s.config_values(*SCORES)) if x is not None), None)
     if named is not None:
         return "softmax" in named
     return any(_SOFTMAX.search(type(owner).__name__) for owner in s.owners[:2])

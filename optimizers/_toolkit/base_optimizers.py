@@ -12,21 +12,21 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .._core.rule import LOCAL, Slot, Sums
+from .._core.rule import LOCAL_REDUCTIONS, Reductions, Slot
 from .._core.validation import check
-from .moments import Change, adam, blend, carry, column_squares, ema, total
+from .moments import BasisChange, adam, carry_moments, column_squares, ema, momentum_step, total
 
-__all__ = ["INNERS", "Inner", "inner"]
+__all__ = ["BASE_OPTIMIZERS", "BaseOptimizer", "make_base_optimizer"]
 
 State = Mapping[str, Tensor]
 
 
-def _slot(axes: str, sizes: Mapping[str, int]) -> Slot:
+def _moment_slot(axes: str, sizes: Mapping[str, int]) -> Slot:
     return Slot(axes, None, 0.0, None, **sizes)
 
 
 @dataclass(frozen=True)
-class Inner:
+class BaseOptimizer:
     """One optimizer on coordinates R (K, r, n); fields as the method has them."""
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -37,16 +37,21 @@ class Inner:
         raise NotImplementedError
 
     def direction(
-        self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL, ok: Tensor | None = None
+        self,
+        state: State,
+        R: Tensor,
+        t: int | Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        finite: Tensor | None = None,
     ) -> Tensor:
         """N, a new tensor like R; `t` counts updates from 1, for all of R or per row or column.
 
-        `ok` is None, or flags (K,): where one is 0 the state stays, and N means nothing.
+        `finite` is None, or flags (K,): where one is 0 the state stays, and N means nothing.
         """
         raise NotImplementedError
 
-    def carry(self, policy: str, state: State, change: Change, t: int) -> None:
-        """Take the state from an old basis to a new one; policies as in :func:`carry`.
+    def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
+        """Take the state from an old basis to a new one; policies as in :func:`carry_moments`.
 
         Without Adam's second moment "ldadam" is "rotate".
         """
@@ -54,72 +59,87 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class AdamW(Inner):
+class Adam(BaseOptimizer):
     """Adam, arXiv 1412.6980; decay is the driver's."""
 
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
-        """See :class:`Inner`."""
-        moment = _slot(axes, sizes)
+        """See :class:`BaseOptimizer`."""
+        moment = _moment_slot(axes, sizes)
         return {"exp_avg": moment, "exp_avg_sq": moment}
 
     def direction(
-        self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL, ok: Tensor | None = None
+        self,
+        state: State,
+        R: Tensor,
+        t: int | Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        finite: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`Inner`."""
+        """See :class:`BaseOptimizer`."""
         (beta1, beta2), M, V = self.betas, state["exp_avg"], state["exp_avg_sq"]
-        return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps, ok=ok)
+        return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps, finite=finite)
 
-    def carry(self, policy: str, state: State, change: Change, t: int) -> None:
-        """See :class:`Inner`."""
+    def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
+        """See :class:`BaseOptimizer`."""
         M, V = state["exp_avg"], state["exp_avg_sq"]
-        carry(policy, M, V, change, t=t, betas=self.betas)
+        carry_moments(policy, M, V, change, t=t, betas=self.betas)
 
 
 @dataclass(frozen=True)
-class Lion(Inner):
+class Lion(BaseOptimizer):
     """Lion, arXiv 2302.06675: N = sign(b1 M + (1 - b1) R), then M <- b2 M + (1 - b2) R."""
 
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
-        """See :class:`Inner`."""
-        return {"exp_avg": _slot(axes, sizes)}
+        """See :class:`BaseOptimizer`."""
+        return {"exp_avg": _moment_slot(axes, sizes)}
 
     def direction(
-        self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL, ok: Tensor | None = None
+        self,
+        state: State,
+        R: Tensor,
+        t: int | Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        finite: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`Inner`."""
+        """See :class:`BaseOptimizer`."""
         (beta1, beta2), M = self.betas, state["exp_avg"]
         N = M.to(R.dtype).lerp(R, 1 - beta1).sign_()
-        ema(M, R, beta2, ok)
+        ema(M, R, beta2, finite)
         return N
 
-    def carry(self, policy: str, state: State, change: Change, t: int) -> None:
-        """See :class:`Inner`."""
-        _carry_first(policy, state["exp_avg"], change)
+    def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
+        """See :class:`BaseOptimizer`."""
+        _carry_first_moment(policy, state["exp_avg"], change)
 
 
 @dataclass(frozen=True)
-class SGDM(Inner):
+class SGDM(BaseOptimizer):
     """Momentum SGD as ``torch.optim.SGD``: B <- b1 B + R, N = B."""
 
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
-        """See :class:`Inner`."""
-        return {"momentum_buffer": _slot(axes, sizes)}
+        """See :class:`BaseOptimizer`."""
+        return {"momentum_buffer": _moment_slot(axes, sizes)}
 
     def direction(
-        self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL, ok: Tensor | None = None
+        self,
+        state: State,
+        R: Tensor,
+        t: int | Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        finite: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`Inner`."""
+        """See :class:`BaseOptimizer`."""
         B = state["momentum_buffer"]
-        moved = blend(B, R, self.betas[0], kind="sum", ok=ok)
-        return moved.clone() if moved is B else moved
+        momentum = momentum_step(B, R, self.betas[0], kind="sum", finite=finite)
+        return momentum.clone() if momentum is B else momentum
 
-    def carry(self, policy: str, state: State, change: Change, t: int) -> None:
-        """See :class:`Inner`."""
-        _carry_first(policy, state["momentum_buffer"], change)
+    def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
+        """See :class:`BaseOptimizer`."""
+        _carry_first_moment(policy, state["momentum_buffer"], change)
 
 
 @dataclass(frozen=True)
-class Adafactor(Inner):
+class Adafactor(BaseOptimizer):
     """Adafactor, arXiv 1804.04235, with a given learning rate: V as an outer product.
 
     With b = 1 - t^-0.8 and averages over n and over r of R*R + 1e-30::
@@ -136,61 +156,66 @@ class Adafactor(Inner):
     clip_threshold: ClassVar[float] = 1.0
 
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
-        """See :class:`Inner`."""
+        """See :class:`BaseOptimizer`."""
         factors = {
-            "exp_avg_sq_row": _slot(axes[0] + "1", sizes),
-            "exp_avg_sq_col": _slot("1" + axes[1], sizes),
+            "exp_avg_sq_row": _moment_slot(axes[0] + "1", sizes),
+            "exp_avg_sq_col": _moment_slot("1" + axes[1], sizes),
         }
-        return {"exp_avg": _slot(axes, sizes), **factors} if self.betas[0] > 0.0 else factors
+        return {"exp_avg": _moment_slot(axes, sizes), **factors} if self.betas[0] > 0.0 else factors
 
     def direction(
-        self, state: State, R: Tensor, t: int | Tensor, sums: Sums = LOCAL, ok: Tensor | None = None
+        self,
+        state: State,
+        R: Tensor,
+        t: int | Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        finite: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`Inner`."""
+        """See :class:`BaseOptimizer`."""
         check(isinstance(t, int), "Adafactor has one clock for all coordinates")
         r, n = R.shape[-2:]
         beta2 = 1 - float(t) ** self.decay_rate
-        rows = sums.cols(column_squares(R.mT).mT) / n + self.floor
-        v = ema(state["exp_avg_sq_row"], rows, beta2, ok)
-        w = ema(state["exp_avg_sq_col"], column_squares(R) / r + self.floor, beta2, ok)
+        rows = reductions.cols(column_squares(R.mT).mT) / n + self.floor
+        v = ema(state["exp_avg_sq_row"], rows, beta2, finite)
+        w = ema(state["exp_avg_sq_col"], column_squares(R) / r + self.floor, beta2, finite)
         N = R * (v / (total(v.mT) / r)).rsqrt() * w.rsqrt()
-        rms = (sums.cols(total(column_squares(N))) / (r * n)).sqrt()
+        rms = (reductions.cols(total(column_squares(N))) / (r * n)).sqrt()
         N.div_((rms / self.clip_threshold).clamp(min=1.0))
-        return ema(state["exp_avg"], N, self.betas[0], ok).clone() if self.betas[0] > 0.0 else N
+        return ema(state["exp_avg"], N, self.betas[0], finite).clone() if self.betas[0] > 0.0 else N
 
-    def carry(self, policy: str, state: State, change: Change, t: int) -> None:
-        """See :class:`Inner`; the average per column belongs to no basis."""
+    def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
+        """See :class:`BaseOptimizer`; the average per column belongs to no basis."""
         if "exp_avg" in state:
-            _carry_first(policy, state["exp_avg"], change)
+            _carry_first_moment(policy, state["exp_avg"], change)
         rows = state["exp_avg_sq_row"]
         if policy == "reset":
             rows.zero_()
             state["exp_avg_sq_col"].zero_()
         elif policy != "keep":  # a fresh row starts at the floor: at zero its step would be 1/0
-            rows.copy_(change.turn_squares(rows).clamp_(min=self.floor))
+            rows.copy_(change.apply_squares(rows).clamp_(min=self.floor))
 
 
-def _carry_first(policy: str, M: Tensor, change: Change) -> None:
+def _carry_first_moment(policy: str, M: Tensor, change: BasisChange) -> None:
     if policy == "reset":
         M.zero_()
     elif policy != "keep":
-        M.copy_(change.turn(M))
+        M.copy_(change.apply(M))
 
 
-INNERS: dict[str, type[Inner]] = {
-    "adamw": AdamW,
+BASE_OPTIMIZERS: dict[str, type[BaseOptimizer]] = {
+    "adamw": Adam,
     "adafactor": Adafactor,
     "lion": Lion,
     "sgdm": SGDM,
 }
 
 
-def inner(name: str, betas: tuple[float, float], eps: float) -> Inner:
+def make_base_optimizer(name: str, betas: tuple[float, float], eps: float) -> BaseOptimizer:
     """The optimizer that a user names in ``inner=``: adamw, adafactor, lion or sgdm.
 
     Raises:
         ValueError: Unknown name.
     """
-    if name not in INNERS:
-        raise ValueError(f"inner must be one of {', '.join(INNERS)}, got {name!r}")
-    return INNERS[name](betas, eps)
+    if name not in BASE_OPTIMIZERS:
+        raise ValueError(f"inner must be one of {', '.join(BASE_OPTIMIZERS)}, got {name!r}")
+    return BASE_OPTIMIZERS[name](betas, eps)

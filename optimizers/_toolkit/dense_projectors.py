@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ...kernels import product
 from ...kernels.dispatch import pick
-from .._core.rule import LOCAL, Factored, Slot, Sums, Term
+from .._core.rule import LOCAL_REDUCTIONS, Factored, Reductions, Slot, Term
 from .._core.validation import check
-from .moments import Change, Turn, column_squares
-from .random_keys import Draws
+from .moments import BasisChange, DenseBasisChange, column_squares
+from .random_keys import StackRNG
 from .range_finder import power_bases, random_bases, range_bases
 from .svd import top_bases, top_basis
 
@@ -31,17 +31,17 @@ class Projector:
     the bits that it has alone.
     """
 
-    names: ClassVar[tuple[str, ...]]
+    state_keys: ClassVar[tuple[str, ...]]
     """State keys, in the order of ``slots``."""
-    moves: ClassVar[bool] = False
-    """Whether a new basis only moves coordinates (see :class:`Change`)."""
+    permutes: ClassVar[bool] = False
+    """Whether a new basis only moves coordinates (see :class:`BasisChange`)."""
 
     def slots(self, m: int, r: int) -> dict[str, Slot]:
         """State tensors of one matrix with m rows."""
         raise NotImplementedError
 
     def find(
-        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
         """New state tensors, in the order of ``names``.
 
@@ -49,28 +49,30 @@ class Projector:
             G: (K, m, n), any strides.
             *old: The state tensors as they are (K, ...): zeros before the first refresh. Their
                 shape tells r; nothing is changed in place.
-            draws: Seed and keys of random numbers.
-            turned: Whether the weight was stored transposed; decides LAPACK's signs only.
+            rng: Seed and keys of random numbers.
+            transposed: Whether the weight was stored transposed; decides LAPACK's signs only.
         """
         raise NotImplementedError
 
-    def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
+    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """R, a new tensor (K, r, n) or (K, r, r), in G's dtype and at least float32."""
         raise NotImplementedError
 
-    def measured(self, state: State, G: Tensor, sums: Sums = LOCAL) -> tuple[Tensor, Tensor]:
+    def project_with_squares(
+        self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS
+    ) -> tuple[Tensor, Tensor]:
         """R, and the sums of squares of the columns of G (K, 1, n)."""
-        return self.down(state, G, sums), sums.rows(column_squares(G))
+        return self.project(state, G, reductions), reductions.rows(column_squares(G))
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """P N (or P N Q^T) as the cheapest term for a weight with m rows."""
         raise NotImplementedError
 
-    def factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor | None:
+    def left_factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor | None:
         """P (K, m, r) if ``lift`` of an N of this dtype is a product with it, else None."""
         return None
 
-    def back(
+    def lift_block(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
     ) -> Tensor:
         """Rows i and columns j of P R for the matrices k, as ``Blocks`` asks for them.
@@ -79,7 +81,7 @@ class Projector:
         """
         raise NotImplementedError
 
-    def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Change:
+    def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> BasisChange:
         """The change of basis C = P_new^T P_old, computed when a policy needs it."""
         raise NotImplementedError
 
@@ -87,13 +89,13 @@ class Projector:
         """Bytes of what all matrices with m rows on a device share, by what it is."""
         return {}
 
-    def held(self, state: State) -> tuple[Tensor, ...]:
+    def state_tensors(self, state: State) -> tuple[Tensor, ...]:
         """This projector's tensors among a rule's state, in the order of ``names``."""
-        return tuple(state[name] for name in self.names)
+        return tuple(state[name] for name in self.state_keys)
 
     def install(self, state: State, new: tuple[Tensor, ...]) -> None:
         """Put what ``find`` returned into the state, in place."""
-        for name, X in zip(self.names, new, strict=True):
+        for name, X in zip(self.state_keys, new, strict=True):
             state[name].copy_(X)
 
 
@@ -104,35 +106,37 @@ class DenseProjector(Projector):
     both: bool = False
 
     @property
-    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+    def state_keys(self) -> tuple[str, ...]:  # type: ignore[override]
         """See :class:`Projector`."""
         return ("basis", "basis_right") if self.both else ("basis",)
 
     def slots(self, m: int, r: int) -> dict[str, Slot]:
         """See :class:`Projector`."""
-        return dict(zip(self.names, (Slot("mr", r=r), Slot("nr", r=r)), strict=False))
+        return dict(zip(self.state_keys, (Slot("mr", r=r), Slot("nr", r=r)), strict=False))
 
-    def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
+    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """See :class:`Projector`."""
-        R = sums.rows(pick(G).project(state["basis"], G)[0])
-        return sums.cols(product(R, state["basis_right"])) if self.both else R
+        R = reductions.rows(pick(G).project(state["basis"], G)[0])
+        return reductions.cols(product(R, state["basis_right"])) if self.both else R
 
-    def measured(self, state: State, G: Tensor, sums: Sums = LOCAL) -> tuple[Tensor, Tensor]:
+    def project_with_squares(
+        self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS
+    ) -> tuple[Tensor, Tensor]:
         """See :class:`Projector`; one read of G for both."""
         if self.both:
-            return super().measured(state, G, sums)
+            return super().project_with_squares(state, G, reductions)
         R, squares = pick(G).project(state["basis"], G, squares=True)
-        return sums.rows(R), sums.rows(squares)
+        return reductions.rows(R), reductions.rows(squares)
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """See :class:`Projector`."""
-        return Factored(state["basis"], self._right(state, N))
+        return Factored(state["basis"], self._project_right(state, N))
 
-    def factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor | None:
+    def left_factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor | None:
         """See :class:`Projector`."""
         return None if self.both else state["basis"]
 
-    def back(
+    def lift_block(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
     ) -> Tensor:
         """See :class:`Projector`."""
@@ -141,35 +145,35 @@ class DenseProjector(Projector):
             return product(state["basis"][k, i], product(R[k], Q.mT))
         return product(state["basis"][k, i], R[k, :, j])
 
-    def _right(self, state: State, N: Tensor) -> Tensor:
+    def _project_right(self, state: State, N: Tensor) -> Tensor:
         return product(N, state["basis_right"].mT) if self.both else N
 
-    def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Change:
+    def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> BasisChange:
         """See :class:`Projector`."""
-        return Turn(*(P for pair in zip(old, new, strict=True) for P in pair))
+        return DenseBasisChange(*(P for pair in zip(old, new, strict=True) for P in pair))
 
 
 @dataclass(frozen=True)
-class Svd(DenseProjector):
+class SvdProjector(DenseProjector):
     """The r leading singular vectors of G, by falling singular value; see :func:`top_basis`."""
 
     exact: bool = False
     lapack_signs: bool = False
 
     def find(
-        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
         """See :class:`Projector`."""
         kind, r = "svd_full" if self.exact else "svd", old[0].shape[-1]
         if self.both:
             return top_bases(G, r, kind, lapack_signs=self.lapack_signs, old=(old[0], old[1]))
-        if self.lapack_signs and turned:  # LAPACK's signs belong to the matrix as it was stored
+        if self.lapack_signs and transposed:  # LAPACK's signs belong to the matrix as it was stored
             return top_bases(G.mT, r, kind, lapack_signs=True)[1:]
         return (top_basis(G, r, kind, lapack_signs=self.lapack_signs, old=old[0]),)
 
 
 @dataclass(frozen=True)
-class Range(DenseProjector):
+class RangeProjector(DenseProjector):
     """Nearly the same by random sampling; see :func:`range_bases`."""
 
     oversample: int = 8
@@ -179,15 +183,15 @@ class Range(DenseProjector):
         check(min(self.oversample, self.iterations) >= 0, "oversample and iterations must be >= 0")
 
     def find(
-        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
         """See :class:`Projector`."""
         p, q = self.oversample, self.iterations
-        return range_bases(G, old[0].shape[-1], draws, old, oversample=p, iterations=q)
+        return range_bases(G, old[0].shape[-1], rng, old, oversample=p, iterations=q)
 
 
 @dataclass(frozen=True)
-class Power(DenseProjector):
+class PowerProjector(DenseProjector):
     """One step of subspace iteration from the old basis; see :func:`power_bases`."""
 
     probes: int = 8
@@ -196,18 +200,18 @@ class Power(DenseProjector):
         check(self.probes >= 0, f"probes must be >= 0, got {self.probes}")
 
     def find(
-        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
         """See :class:`Projector`."""
-        return power_bases(G, old[0].shape[-1], draws, old, probes=self.probes)
+        return power_bases(G, old[0].shape[-1], rng, old, probes=self.probes)
 
 
 @dataclass(frozen=True)
-class Random(DenseProjector):
+class RandomProjector(DenseProjector):
     """Haar-distributed, blind to G; see :func:`random_bases`."""
 
     def find(
-        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
         """See :class:`Projector`."""
-        return random_bases(G, old[0].shape[-1], draws, old)
+        return random_bases(G, old[0].shape[-1], rng, old)

@@ -12,21 +12,21 @@ from torch import Tensor
 from ...kernels import DCT_PATHS, dct_basis, idct, product
 from ...kernels.dct import sized_dct
 from ...kernels.dispatch import pick
-from .._core.rule import LOCAL, Factored, Selected, Slot, Sums, Term
+from .._core.rule import LOCAL_REDUCTIONS, Factored, Reductions, Selected, Slot, Term
 from .._core.validation import check, check_rank
 from .dense_projectors import ALL, Projector, State
-from .moments import Change, Match
-from .random_keys import Draws
-from .svd import exact_products, panels, work_dtype
+from .moments import BasisChange, IndexBasisChange
+from .random_keys import StackRNG
+from .svd import full_precision_matmul, normalized_panels, work_dtype
 
-BASES = ("dct2", "dct3")
+DCT_BASES = ("dct2", "dct3")
 SPECTRUM_PANEL = 2**18
 """Entries of G that are transformed at a time on a CPU: they stay in the cache."""
 SPECTRUM_PANEL_ACCELERATOR = 2**26
 """The same on accelerators, where it only bounds what the transform needs beside its result."""
 
 
-def spectrum_panels(X: Tensor) -> list[slice]:
+def spectrum_slices(X: Tensor) -> list[slice]:
     """The columns of X (K, m, n) that are transformed at a time."""
     size = SPECTRUM_PANEL if X.device.type == "cpu" else SPECTRUM_PANEL_ACCELERATOR
     width = max(64, size // max(1, X.shape[-2]))
@@ -52,27 +52,27 @@ def clear_rows_(X: Tensor, index: Tensor) -> Tensor:
 class IndexProjector(Projector):
     """P is r columns of a fixed orthonormal system; stored are their numbers, ascending."""
 
-    names: ClassVar[tuple[str, ...]] = ("index",)
-    moves: ClassVar[bool] = True
+    state_keys: ClassVar[tuple[str, ...]] = ("index",)
+    permutes: ClassVar[bool] = True
 
     def slots(self, m: int, r: int) -> dict[str, Slot]:
         """See :class:`Projector`."""
         return {"index": Slot("r", dtype=torch.int32, r=r)}
 
     def find(
-        self, G: Tensor, *old: Tensor, draws: Draws, turned: bool = False
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
         """See :class:`Projector`."""
         r = old[0].shape[-1]
         check_rank(r, G.shape[-2])
-        with exact_products(G.device):
-            chosen = [self._choose(X, r, draws, k) for k, X in enumerate(G)]
-        return (torch.stack(chosen).sort(dim=-1).values.to(G.device, torch.int32),)
+        with full_precision_matmul(G.device):
+            indices = [self._choose(X, r, rng, k) for k, X in enumerate(G)]
+        return (torch.stack(indices).sort(dim=-1).values.to(G.device, torch.int32),)
 
-    def _choose(self, G: Tensor, r: int, draws: Draws, k: int) -> Tensor:
+    def _choose(self, G: Tensor, r: int, rng: StackRNG, k: int) -> Tensor:
         """Numbers of r different rows of one matrix G (m, n)."""
         scores = torch.zeros(G.shape[0], dtype=work_dtype(G), device=G.device)
-        for _, X in panels(G, work_dtype(G)):
+        for _, X in normalized_panels(G, work_dtype(G)):
             scores += self._scores(X)
         # a stable sort takes the lowest number among equal scores; topk takes any
         return scores.sort(descending=True, stable=True).indices[:r]
@@ -81,19 +81,19 @@ class IndexProjector(Projector):
         """One number per row for some columns X (m, w) of G / max|G|; panels add up."""
         raise NotImplementedError
 
-    def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Change:
+    def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> BasisChange:
         """See :class:`Projector`."""
-        return Match(old[0], new[0])
+        return IndexBasisChange(old[0], new[0])
 
 
 @dataclass(frozen=True)
-class TopK(IndexProjector):
+class TopKProjector(IndexProjector):
     """The rows of largest l2 norm: no other choice of r rows captures more of G."""
 
     def _scores(self, X: Tensor) -> Tensor:
         return X.square().sum(-1)
 
-    def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
+    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """See :class:`Projector`; a gather."""
         return take_rows(G, state["index"]).to(work_dtype(G))
 
@@ -101,7 +101,7 @@ class TopK(IndexProjector):
         """See :class:`Projector`."""
         return Selected(-2, state["index"], N)
 
-    def back(
+    def lift_block(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
     ) -> Tensor:
         """See :class:`Projector`; a scatter into zeros."""
@@ -114,15 +114,15 @@ class TopK(IndexProjector):
 
 
 @dataclass(frozen=True)
-class RandK(TopK):
+class RandKProjector(TopKProjector):
     """Random rows, each set equally likely: E[P P^T] = (r / m) I."""
 
-    def _choose(self, G: Tensor, r: int, draws: Draws, k: int) -> Tensor:
-        return torch.randperm(G.shape[0], generator=draws.generator(k))[:r]
+    def _choose(self, G: Tensor, r: int, rng: StackRNG, k: int) -> Tensor:
+        return torch.randperm(G.shape[0], generator=rng.generator(k))[:r]
 
 
 @dataclass(frozen=True)
-class Dct(IndexProjector):
+class DctProjector(IndexProjector):
     """P = D[:, I]: the cosines (columns of D) whose coefficients in G are largest.
 
     ``norm`` "l2" captures most of G among all choices of r cosines, at least the share r / m; "l1"
@@ -136,7 +136,7 @@ class Dct(IndexProjector):
     path: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, known in (("norm", ("l1", "l2")), ("basis", BASES), ("path", DCT_PATHS)):
+        for name, known in (("norm", ("l1", "l2")), ("basis", DCT_BASES), ("path", DCT_PATHS)):
             value = getattr(self, name)
             check(value in known, f"{name} must be one of {known}, got {value!r}")
 
@@ -147,8 +147,8 @@ class Dct(IndexProjector):
         """
         if onto is None:
             return self.spectrum(G)[0]
-        for j in spectrum_panels(G):
-            onto[..., j].add_(self._turned(G[..., j])[0])
+        for j in spectrum_slices(G):
+            onto[..., j].add_(self._transform_panel(G[..., j])[0])
         return onto
 
     def spectrum(self, G: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -157,86 +157,90 @@ class Dct(IndexProjector):
         There are sizes where a kernel finds them while it writes S, and the norm is "l1": squares
         need a scale that is known only when S is.
         """
-        panels = spectrum_panels(G)
-        if len(panels) == 1:
-            return self._turned(G)
-        S, sizes = torch.empty_like(G, dtype=work_dtype(G)), list[Tensor]()
-        for j in panels:
-            X, found = self._turned(G[..., j])
+        slices = spectrum_slices(G)
+        if len(slices) == 1:
+            return self._transform_panel(G)
+        S, row_scores = torch.empty_like(G, dtype=work_dtype(G)), list[Tensor]()
+        for j in slices:
+            X, panel_scores = self._transform_panel(G[..., j])
             S[..., j].copy_(X)
-            sizes += [] if found is None else [found]
-        return S, torch.stack(sizes).sum(0) if sizes else None
+            row_scores += [] if panel_scores is None else [panel_scores]
+        return S, torch.stack(row_scores).sum(0) if row_scores else None
 
     def choose(
         self,
         S: Tensor,
         r: int,
         old: Tensor | None = None,
-        sums: Sums = LOCAL,
-        sizes: Tensor | None = None,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        row_scores: Tensor | None = None,
     ) -> Tensor:
         """Numbers (K, r) int32, ascending, of the rows of S (K, m, n) with the largest scores.
 
         Of equal scores the lowest number is taken. A matrix of zeros keeps its ``old`` numbers, if
-        there are any: nothing waits for a device to know it. ``sizes`` are those of ``spectrum``.
+        there are any: nothing waits for a device to know it. ``row_scores`` are from ``spectrum``.
         """
         check_rank(r, S.shape[-2])
-        if sizes is None:
-            top = sums.cols(torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1)))).view(-1, 1, 1)
-            scale = top.masked_fill(top == 0, 1.0)  # squares then neither overflow nor vanish
-            sizes = S.new_zeros(S.shape[:-1])
-            for j in spectrum_panels(S):
-                sizes += self._sizes(S[..., j] / scale)
-        scores = sums.cols(sizes)
+        if row_scores is None:
+            largest = reductions.cols(torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1)))).view(
+                -1, 1, 1
+            )
+            scale = largest.masked_fill(
+                largest == 0, 1.0
+            )  # squares then neither overflow nor vanish
+            row_scores = S.new_zeros(S.shape[:-1])
+            for j in spectrum_slices(S):
+                row_scores += self._row_scores(S[..., j] / scale)
+        scores = reductions.cols(row_scores)
         # a stable sort takes the lowest number among equal scores; topk takes any
         order = scores.sort(dim=-1, descending=True, stable=True).indices
         new = order[:, :r].sort(dim=-1).values.to(torch.int32)
         return new if old is None else torch.where(scores.amax(-1, keepdim=True) > 0, new, old)
 
-    def columns(self, index: Tensor, m: int, dtype: torch.dtype, i: slice = ALL) -> Tensor:
+    def selected_columns(self, index: Tensor, m: int, dtype: torch.dtype, i: slice = ALL) -> Tensor:
         """Rows i of P = D[:, I], (K, |i|, r)."""
         C = dct_basis(m, dtype, index.device)
         C = C.mT if self.basis == "dct3" else C
         return C[:, i].index_select(0, index.flatten()).view(*index.shape, -1).mT
 
-    def chosen(self, G: Tensor, index: Tensor) -> Tensor:
+    def project_onto(self, G: Tensor, index: Tensor) -> Tensor:
         """P^T G of chosen cosines (K, r, n), at least float32, without the other coefficients."""
         if self.basis == "dct2":
             R: Tensor = pick(G, "pass").dct_project(G, index, -2)
             return R
-        return product(self.columns(index, G.shape[-2], work_dtype(G)).mT, G)
+        return product(self.selected_columns(index, G.shape[-2], work_dtype(G)).mT, G)
 
-    def _turned(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _transform_panel(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
         """The transform of some columns, and the sizes of its rows if they cost nothing."""
         if self.basis == "dct3":
             return idct(X, -2, self.path), None
         return sized_dct(X, -2, self.path, "l1" if self.norm == "l1" else None)
 
-    def _sizes(self, S: Tensor) -> Tensor:
+    def _row_scores(self, S: Tensor) -> Tensor:
         """One number per row for some columns of S / max|S|; panels add up."""
         return S.abs().sum(-1) if self.norm == "l1" else S.square().sum(-1)
 
     def _scores(self, X: Tensor) -> Tensor:
-        return self._sizes(self._turned(X)[0])
+        return self._row_scores(self._transform_panel(X)[0])
 
     def shared(self, m: int) -> Mapping[Hashable, int]:
         """See :class:`Projector`; the cosines, in float32."""
         return {("cosines", m): 4 * m * m}
 
-    def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
+    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """See :class:`Projector`."""
-        return sums.rows(self.chosen(G, state["index"]))
+        return reductions.rows(self.project_onto(G, state["index"]))
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """See :class:`Projector`."""
-        return Factored(self.factor(state, m, N.dtype), N)
+        return Factored(self.left_factor(state, m, N.dtype), N)
 
-    def factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor:
+    def left_factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor:
         """See :class:`Projector`."""
-        return self.columns(state["index"], m, dtype)
+        return self.selected_columns(state["index"], m, dtype)
 
-    def back(
+    def lift_block(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
     ) -> Tensor:
         """See :class:`Projector`."""
-        return product(self.columns(state["index"][k], m, R.dtype, i), R[k, :, j])
+        return product(self.selected_columns(state["index"][k], m, R.dtype, i), R[k, :, j])

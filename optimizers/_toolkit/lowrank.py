@@ -9,11 +9,11 @@ from functools import partial
 from torch import Tensor
 
 from .._core.rule import AdamFactored, Member, Rule, Slot, Term
-from .._core.validation import check, check_adam, check_known, rank_of
-from .base_optimizers import AdamW, Inner
-from .moments import adam_reference, bias_correction, check_policy
-from .projectors import Projector, projector, turns_right
-from .random_keys import Draws
+from .._core.validation import check, check_adam, check_choices, resolve_rank
+from .base_optimizers import Adam, BaseOptimizer
+from .moments import adam_reference, bias_correction, check_moment_policy
+from .projectors import Projector, make_projector, projects_columns
+from .random_keys import StackRNG
 
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 
@@ -38,15 +38,15 @@ class LowRankRule(Rule, abstract=True):
 
     def __post_init__(self) -> None:
         check_adam(self.betas, self.eps)
-        rank_of(self.rank, 2**62)  # raises for what is neither a count nor a fraction
-        check_known(self, proj_type=PROJ_TYPES, compat=(None, "reference"))
+        resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
+        check_choices(self, proj_type=PROJ_TYPES, compat=(None, "reference"))
         for name, least in (("update_proj_gap", 1), ("seed", 0)):
             value = getattr(self, name)
             check(
                 isinstance(value, int) and value >= least,
                 f"{name} must be an int of at least {least}, got {value!r}",
             )
-        check_policy(self.moments, self.projector.moves)
+        check_moment_policy(self.moments, self.projector.permutes)
         check(
             not self.published or self.projection in ("svd", "svd_full"),
             f"compat='reference' has an exact SVD, not projection={self.projection!r}",
@@ -57,7 +57,7 @@ class LowRankRule(Rule, abstract=True):
         )
 
     @property
-    def guarded(self) -> bool:  # type: ignore[override]
+    def handles_nonfinite(self) -> bool:  # type: ignore[override]
         """All that moves takes flags, but in the published order."""
         return not self.published
 
@@ -70,32 +70,37 @@ class LowRankRule(Rule, abstract=True):
     def projector(self) -> Projector:
         """How P is found, stored and used."""
         both, kind = self.proj_type == "full", "svd_full" if self.published else self.projection
-        return projector(kind, both=both, lapack_signs=self.published)
+        return make_projector(kind, both=both, lapack_signs=self.published)
 
     @property
-    def every(self) -> int:
+    def refresh_interval(self) -> int:
         """Updates between two bases."""
         return self.update_proj_gap
 
     def transpose(self, m: int, n: int) -> bool:
         """The right side is projected by turning the weight: then it is the rows, always."""
-        return turns_right(self.proj_type, m, n)
+        return projects_columns(self.proj_type, m, n)
 
     def state(self, m: int, n: int) -> dict[str, Slot]:
         """What the projector keeps, and the moments inside."""
         full = self.proj_type == "full"
-        r = min(rank_of(self.rank, min(m, n) if full else m), m, n)
-        return {**self.projector.slots(m, r), **self.inside.slots("rr" if full else "rn", r=r)}
+        r = min(resolve_rank(self.rank, min(m, n) if full else m), m, n)
+        return {
+            **self.projector.slots(m, r),
+            **self.base_optimizer.slots("rr" if full else "rn", r=r),
+        }
 
     def refresh(self, w: Member) -> None:
         """A new basis from this gradient, and what becomes of the moments."""
         assert w.grad is not None
-        old = self.projector.held(w.state)
-        draws = Draws(self.seed, w.indices, w.t)
-        find = partial(self.projector.find, draws=draws, turned=w.turned)
-        new = w.sums.once(find, w.grad, *old)
-        if not w.fresh:
-            self.inside.carry(self.moments, w.state, self.projector.overlap(old, new), w.t - 1)
+        old = self.projector.state_tensors(w.state)
+        rng = StackRNG(self.seed, w.indices, w.t)
+        find = partial(self.projector.find, rng=rng, transposed=w.transposed)
+        new = w.reductions.on_one_rank(find, w.grad, *old)
+        if not w.is_first_refresh:
+            self.base_optimizer.carry_state(
+                self.moments, w.state, self.projector.overlap(old, new), w.t - 1
+            )
         self.projector.install(w.state, new)
 
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
@@ -103,44 +108,44 @@ class LowRankRule(Rule, abstract=True):
         return self.projector.shared(m)
 
     @property
-    def inside(self) -> Inner:
+    def base_optimizer(self) -> BaseOptimizer:
         """The optimizer that runs on R."""
-        return AdamW(self.betas, self.epsilon())
+        return Adam(self.betas, self.adam_eps())
 
     def direction(self, w: Member, R: Tensor) -> tuple[Tensor, float]:
         """The direction N of R (K, r, n), and what still multiplies it.
 
         That is 1, or in the published order Adam's bias correction.
         """
-        t = self.clock(w)
+        t = self.adam_step(w)
         if not self.published:
-            return self.inside.direction(w.state, R, t, w.sums, w.ok), 1.0
+            return self.base_optimizer.direction(w.state, R, t, w.reductions, w.finite), 1.0
         (beta1, beta2), M, V = self.betas, w.state["exp_avg"], w.state["exp_avg_sq"]
-        N, factor = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.epsilon())
+        N, factor = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.adam_eps())
         return N, factor if self.correct_bias else 1.0
 
-    def lifted(self, w: Member, R: Tensor) -> tuple[Term, float]:
+    def lifted_term(self, w: Member, R: Tensor) -> tuple[Term, float]:
         """The term P N (or P N Q^T) of N = direction(R), and what still multiplies it."""
-        P, inside = self.projector.factor(w.state, w.m, R.dtype), self.inside
-        if P is not None and isinstance(inside, AdamW) and not self.published:
+        P, base_optimizer = self.projector.left_factor(w.state, w.m, R.dtype), self.base_optimizer
+        if P is not None and isinstance(base_optimizer, Adam) and not self.published:
             M, V = w.state["exp_avg"], w.state["exp_avg_sq"]  # N is made where it is used
-            t, betas, eps = self.clock(w), inside.betas, inside.eps
-            return AdamFactored(P, R, M, V, t, betas, eps, w.ok), 1.0
+            t, betas, eps = self.adam_step(w), base_optimizer.betas, base_optimizer.eps
+            return AdamFactored(P, R, M, V, t, betas, eps, w.finite), 1.0
         N, factor = self.direction(w, R)
         return self.projector.lift(w.state, N, w.m), factor
 
-    def clock(self, w: Member) -> int:
+    def adam_step(self, w: Member) -> int:
         """Adam's t: moments that were reset count from their refresh."""
         return w.age + 1 if self.moments == "reset" else w.t
 
-    def correction(self, w: Member) -> float:
+    def bias_factor(self, w: Member) -> float:
         """sqrt(1 - beta2^t) / (1 - beta1^t), or 1 without bias correction."""
-        return bias_correction(self.clock(w), *self.betas) if self.correct_bias else 1.0
+        return bias_correction(self.adam_step(w), *self.betas) if self.correct_bias else 1.0
 
-    def epsilon(self) -> float:
+    def adam_eps(self) -> float:
         """Adam's eps; unset it is torch's 1e-8, or the published code's 1e-6."""
         return self.eps if self.eps is not None else 1e-6 if self.published else 1e-8
 
     def adamw_order(self) -> tuple[bool, float] | None:
         """The published code treats unprojected parameters alike."""
-        return (self.correct_bias, self.epsilon()) if self.published else None
+        return (self.correct_bias, self.adam_eps()) if self.published else None

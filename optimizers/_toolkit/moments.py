@@ -18,23 +18,23 @@ from ...kernels.dispatch import pick
 from ...kernels.sums import total
 
 __all__ = [
-    "CARRY_POLICIES",
-    "Change",
-    "Match",
-    "Turn",
+    "MOMENT_POLICIES",
+    "BasisChange",
+    "DenseBasisChange",
+    "IndexBasisChange",
     "adam",
     "adam_reference",
     "bias_correction",
-    "blend",
-    "carry",
-    "check_policy",
+    "carry_moments",
+    "check_moment_policy",
     "column_squares",
     "ema",
-    "square_scale",
+    "momentum_step",
+    "safe_square_scale",
     "total",
 ]
 
-CARRY_POLICIES = ("keep", "reset", "rotate", "match", "ldadam")
+MOMENT_POLICIES = ("keep", "reset", "rotate", "match", "ldadam")
 
 
 def adam(
@@ -46,11 +46,11 @@ def adam(
     beta1: float,
     beta2: float,
     eps: float,
-    ok: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> Tensor:
     """Moves both moments and returns the direction; see :func:`stiefel.kernels.reference.adam`."""
     ops, betas = pick(R, "pass"), {"beta1": beta1, "beta2": beta2}
-    N: Tensor = ops.adam(R, exp_avg, exp_avg_sq, t, **betas, eps=eps, ok=ok)
+    N: Tensor = ops.adam(R, exp_avg, exp_avg_sq, t, **betas, eps=eps, finite=finite)
     return N
 
 
@@ -82,26 +82,26 @@ def bias_correction(t: int, beta1: float, beta2: float) -> float:
     return math.sqrt(1 - beta2**t) / (1 - beta1**t)
 
 
-class Change:
+class BasisChange:
     """A change of basis as the moments see it: coordinates X (K, r, n) turned into new ones.
 
-    With C = P_new^T P_old, ``turn`` is C X and ``turn_squares`` (C*C) X; computed when asked for.
+    With C = P_new^T P_old, ``apply`` is C X and ``apply_squares`` (C*C) X; computed when asked for.
     """
 
-    moves: ClassVar[bool] = False
+    permutes: ClassVar[bool] = False
     """Whether coordinates are moved or dropped, never mixed: then C*C = C and all rules agree."""
 
-    def turn(self, X: Tensor) -> Tensor:
+    def apply(self, X: Tensor) -> Tensor:
         """The coordinates X in the new basis, a new tensor."""
         raise NotImplementedError
 
-    def turn_squares(self, X: Tensor) -> Tensor:
+    def apply_squares(self, X: Tensor) -> Tensor:
         """Variances X of uncorrelated coordinates in the new basis, a new tensor."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
-class Turn(Change):
+class DenseBasisChange(BasisChange):
     """Between two dense bases P (K, m, r), on both sides if there are Q (K, n, q) too.
 
     Then D = Q_new^T Q_old, and X (K, r, q) turns to C X D^T and (C*C) X (D*D)^T.
@@ -128,22 +128,24 @@ class Turn(Change):
             return None
         return product(self.Q_new.mT, self.Q_old.to(self.Q_new.dtype))
 
-    def turn(self, X: Tensor) -> Tensor:
-        """See :class:`Change`."""
-        return self._apply(self.C, X, self.D)
+    def apply(self, X: Tensor) -> Tensor:
+        """See :class:`BasisChange`."""
+        return self._apply_two_sided(self.C, X, self.D)
 
-    def turn_squares(self, X: Tensor) -> Tensor:
-        """See :class:`Change`."""
-        return self._apply(self.C.square(), X, None if self.D is None else self.D.square())
+    def apply_squares(self, X: Tensor) -> Tensor:
+        """See :class:`BasisChange`."""
+        return self._apply_two_sided(
+            self.C.square(), X, None if self.D is None else self.D.square()
+        )
 
     @staticmethod
-    def _apply(C: Tensor, X: Tensor, D: Tensor | None) -> Tensor:
+    def _apply_two_sided(C: Tensor, X: Tensor, D: Tensor | None) -> Tensor:
         X = product(C, X.to(C.dtype))
         return X if D is None else product(X, D.mT)
 
 
 @dataclass(frozen=True, eq=False)
-class Match(Change):
+class IndexBasisChange(BasisChange):
     """Between two choices of one orthonormal system: C is a partial permutation, so rows move.
 
     Attributes:
@@ -151,7 +153,7 @@ class Match(Change):
         new: (K, r) integers: what they shall belong to.
     """
 
-    moves: ClassVar[bool] = True
+    permutes: ClassVar[bool] = True
     old: Tensor
     new: Tensor
 
@@ -162,34 +164,34 @@ class Match(Change):
         at.clamp_(max=self.old.shape[-1] - 1)
         return torch.where(self.old.gather(-1, at) == self.new, at, -1)
 
-    def turn(self, X: Tensor) -> Tensor:
+    def apply(self, X: Tensor) -> Tensor:
         """Rows of X (K, r, ...) of any dtype in their new places, zeros where an index enters."""
-        at, gone = self.source.clamp(min=0), (self.source < 0).unsqueeze(-1)
+        at, entering = self.source.clamp(min=0), (self.source < 0).unsqueeze(-1)
         if len(X) == 1:  # rows are copied whole
-            return X[0].index_select(0, at[0]).unsqueeze(0).masked_fill_(gone, 0)
-        return X.gather(-2, at.unsqueeze(-1).expand(-1, -1, X.shape[-1])).masked_fill_(gone, 0)
+            return X[0].index_select(0, at[0]).unsqueeze(0).masked_fill_(entering, 0)
+        return X.gather(-2, at.unsqueeze(-1).expand(-1, -1, X.shape[-1])).masked_fill_(entering, 0)
 
-    def turn_squares(self, X: Tensor) -> Tensor:
-        """See :class:`Change`; the same as ``turn``."""
-        return self.turn(X)
+    def apply_squares(self, X: Tensor) -> Tensor:
+        """See :class:`BasisChange`; the same as ``apply``."""
+        return self.apply(X)
 
 
-def check_policy(policy: str, moves: bool) -> None:
+def check_moment_policy(policy: str, permutes: bool) -> None:
     """Raise ValueError unless ``policy`` is known and has a meaning for such a change of basis."""
-    if policy not in CARRY_POLICIES:
-        raise ValueError(f"moments must be one of {', '.join(CARRY_POLICIES)}, got {policy!r}")
-    if policy == "match" and not moves:
+    if policy not in MOMENT_POLICIES:
+        raise ValueError(f"moments must be one of {', '.join(MOMENT_POLICIES)}, got {policy!r}")
+    if policy == "match" and not permutes:
         raise ValueError(
             "moments='match' moves rows of equal index and this projection has a dense basis "
             "without indices: use moments='rotate'"
         )
 
 
-def carry(
+def carry_moments(
     policy: str,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    change: Change,
+    change: BasisChange,
     *,
     t: int = 0,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -218,45 +220,47 @@ def carry(
     Raises:
         ValueError: unknown policy, or "match" on a change that mixes coordinates.
     """
-    check_policy(policy, change.moves)
+    check_moment_policy(policy, change.permutes)
     if policy == "reset":
         exp_avg.zero_()
         exp_avg_sq.zero_()
-    elif policy == "ldadam" and not change.moves:
+    elif policy == "ldadam" and not change.permutes:
         _carry_ldadam(exp_avg, exp_avg_sq, change, t, betas)
     elif policy != "keep":
-        exp_avg.copy_(change.turn(exp_avg))
-        exp_avg_sq.copy_(change.turn_squares(exp_avg_sq))
+        exp_avg.copy_(change.apply(exp_avg))
+        exp_avg_sq.copy_(change.apply_squares(exp_avg_sq))
 
 
-def _carry_ldadam(M: Tensor, V: Tensor, change: Change, t: int, betas: tuple[float, float]) -> None:
+def _carry_ldadam(
+    M: Tensor, V: Tensor, change: BasisChange, t: int, betas: tuple[float, float]
+) -> None:
     if t == 0:
         return
     c1, c2 = (1 - beta**t for beta in betas)
     work = torch.promote_types(M.dtype, torch.float32)
     m, v = M.to(work) / c1, V.to(work) / c2
-    mean = change.turn(m)
-    v = change.turn_squares(v.addcmul_(m, m, value=-1)).addcmul_(mean, mean)
+    mean = change.apply(m)
+    v = change.apply_squares(v.addcmul_(m, m, value=-1)).addcmul_(mean, mean)
     M.copy_(mean.mul_(c1))
     V.copy_(v.abs_().mul_(c2))
 
 
-def ema(buffer: Tensor, grad: Tensor, momentum: float, ok: Tensor | None = None) -> Tensor:
+def ema(buffer: Tensor, grad: Tensor, momentum: float, finite: Tensor | None = None) -> Tensor:
     """B <- B + (1 - momentum) (G - B), in place; returns B in the precision of G.
 
-    A buffer of a narrower dtype is worked on in G's and rounded when it is stored; ``ok`` is that
-    of :func:`blend`.
+    A buffer of a narrower dtype is worked on in G's and rounded when it is stored; ``finite`` is
+    that of :func:`momentum_step`.
     """
-    return blend(buffer, grad, momentum, ok=ok)
+    return momentum_step(buffer, grad, momentum, finite=finite)
 
 
-def blend(
+def momentum_step(
     buffer: Tensor,
     grad: Tensor,
     momentum: float,
     nesterov: bool = False,
     kind: str = "ema",
-    ok: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> Tensor:
     """Takes a gradient into an average or a sum, in place, and gives the step of both, in one pass.
 
@@ -266,14 +270,14 @@ def blend(
         momentum: Decay of the buffer.
         nesterov: Whether the result is G + momentum (B - G), or G + momentum C, a new tensor.
         kind: ``"ema"`` or ``"sum"``.
-        ok: None, or flags (K,): where one is 0 the buffer stays, and the result means nothing.
+        finite: None, or flags (K,): where one is 0 the buffer stays, and the result means nothing.
 
     Returns:
         The buffer as :func:`ema` returns it, or the step.
     """
     step: Tensor
     ops = pick(grad, "pass")
-    step, _ = ops.blend_(buffer, grad, momentum, nesterov=nesterov, kind=kind, ok=ok)
+    step, _ = ops.blend_(buffer, grad, momentum, nesterov=nesterov, kind=kind, finite=finite)
     return step
 
 
@@ -286,7 +290,7 @@ def column_squares(X: Tensor) -> Tensor:
     return sums
 
 
-def square_scale(X: Tensor) -> Tensor:
+def safe_square_scale(X: Tensor) -> Tensor:
     """A power of two times which the squares of X neither overflow nor vanish; 1 for most X.
 
     In float32 it is 2^-96 where the largest entry is above 2^48, and 2^96 where it is below 2^-48:
@@ -298,7 +302,7 @@ def square_scale(X: Tensor) -> Tensor:
     Returns:
         (K, 1, 1), falling in the largest entry.
     """
-    top = torch.maximum(-X.amin((-2, -1), keepdim=True), X.amax((-2, -1), keepdim=True))
-    e = 3 * math.frexp(torch.finfo(top.dtype).max)[1] // 8
-    c = torch.ones_like(top).masked_fill_(top > 2.0**e, 2.0 ** (-2 * e))
-    return c.masked_fill_(top < 2.0**-e, 2.0 ** (2 * e))
+    largest = torch.maximum(-X.amin((-2, -1), keepdim=True), X.amax((-2, -1), keepdim=True))
+    e = 3 * math.frexp(torch.finfo(largest.dtype).max)[1] // 8
+    c = torch.ones_like(largest).masked_fill_(largest > 2.0**e, 2.0 ** (-2 * e))
+    return c.masked_fill_(largest < 2.0**-e, 2.0 ** (2 * e))

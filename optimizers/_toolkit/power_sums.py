@@ -14,56 +14,56 @@ from torch import Tensor
 
 from ...kernels import reference
 from ...kernels.dispatch import pick
-from .._core.rule import LOCAL, Sums
-from .moments import blend, column_squares, total
+from .._core.rule import LOCAL_REDUCTIONS, Reductions
+from .moments import column_squares, momentum_step, total
 
-PANEL = 2**17
+POWER_SUM_PANEL = 2**17
 """Entries above which a matrix on a CPU is walked through in panels, which stay in the cache."""
-SLACK = 5e-8
+SERIES_TOLERANCE = 5e-8
 """What may be missing in sqrt(1 + sum sinh^2 / (m n)) where a series stands for sinh^2."""
-FACTORS = tuple(2.0 ** (2 * j - 1) / math.factorial(2 * j) for j in range(1, 40))
-"""sinh^2 x = sum of FACTORS[j - 1] x^(2 j) = x^2 + x^4 / 3 + 2 x^6 / 45 + ..."""
+SINH_SQUARED_SERIES = tuple(2.0 ** (2 * j - 1) / math.factorial(2 * j) for j in range(1, 40))
+"""sinh^2 x = sum of SINH_SQUARED_SERIES[j - 1] x^(2 j) = x^2 + x^4 / 3 + 2 x^6 / 45 + ..."""
 
 
-def in_panels(X: Tensor) -> bool:
+def uses_panels(X: Tensor) -> bool:
     """Whether the matrices of X (K, m, n) are walked through in panels."""
-    return X.device.type == "cpu" and X.shape[-2] * X.shape[-1] > PANEL
+    return X.device.type == "cpu" and X.shape[-2] * X.shape[-1] > POWER_SUM_PANEL
 
 
-def slabs(m: int, n: int) -> Iterable[slice]:
+def row_panels(m: int, n: int) -> Iterable[slice]:
     """The panels of a matrix (m, n), as rows."""
-    rows = max(1, PANEL // n)
+    rows = max(1, POWER_SUM_PANEL // n)
     return (slice(i, i + rows) for i in range(0, m, rows))
 
 
-def terms_for(entries: int, bound: float, many: float = 1.0) -> int:
+def series_length(entries: int, bound: float, max_square_sum: float = 1.0) -> int:
     """How many terms of the series leave less than SLACK.
 
     Args:
         entries: m n.
         bound: No entry is larger in magnitude.
-        many: The sum of squares is at most many * bound^2.
+        max_square_sum: The sum of squares is at most max_square_sum * bound^2.
     """
-    rest = math.sinh(bound) ** 2
-    for j, factor in enumerate(FACTORS, 1):
-        rest -= factor * bound ** (2 * j)
-        if rest * many <= 2 * SLACK * entries:
+    remainder = math.sinh(bound) ** 2
+    for j, factor in enumerate(SINH_SQUARED_SERIES, 1):
+        remainder -= factor * bound ** (2 * j)
+        if remainder * max_square_sum <= 2 * SERIES_TOLERANCE * entries:
             return j
-    return len(FACTORS)
+    return len(SINH_SQUARED_SERIES)
 
 
-def measured(X: Tensor, terms: int) -> Whole | Series:
+def norms_of(X: Tensor, terms: int) -> DenseNorms | SeriesNorms:
     """Sums over X (K, m, n); terms count only where a series stands for sinh^2."""
     if (ops := pick(X, "pass")) is not reference:
-        return Known(*ops.power_sums(X, terms))
-    if not in_panels(X):
-        return Whole(X)
-    return Series(([Y[i] for i in slabs(*Y.shape)] for Y in along_memory(X)), terms)
+        return KernelNorms(*ops.power_sums(X, terms))
+    if not uses_panels(X):
+        return DenseNorms(X)
+    return SeriesNorms(([Y[i] for i in row_panels(*Y.shape)] for Y in along_memory(X)), terms)
 
 
-def blended(
-    M: Tensor, G: Tensor, momentum: float, nesterov: bool, terms: int, ok: Tensor | None = None
-) -> Whole | Series:
+def momentum_norms(
+    M: Tensor, G: Tensor, momentum: float, nesterov: bool, terms: int, finite: Tensor | None = None
+) -> DenseNorms | SeriesNorms:
     """Moves the average M (K, m, n) by G and measures the step in the same pass.
 
     By a kernel or in panels the step is never whole.
@@ -74,20 +74,22 @@ def blended(
         momentum: Decay of M.
         nesterov: Whether the step is G + momentum (M - G) instead of M.
         terms: How many terms of the series.
-        ok: None, or flags (K,) where kernels run: where one is 0, M stays.
+        finite: None, or flags (K,) where kernels run: where one is 0, M stays.
     """
     if (ops := pick(G, "pass")) is not reference:
-        return Known(*ops.blend_power_sums_(M, G, momentum, terms, nesterov=nesterov, ok=ok))
-    if not in_panels(G):
-        return Whole(blend(M, G, momentum, nesterov))
+        return KernelNorms(
+            *ops.blend_power_sums_(M, G, momentum, terms, nesterov=nesterov, finite=finite)
+        )
+    if not uses_panels(G):
+        return DenseNorms(momentum_step(M, G, momentum, nesterov))
     pairs = zip(along_memory(M), G if along_memory(M) is M else G.mT, strict=True)
-    return Series((_blended_panels(b, g, momentum, nesterov) for b, g in pairs), terms)
+    return SeriesNorms((_momentum_panels(b, g, momentum, nesterov) for b, g in pairs), terms)
 
 
-def _blended_panels(M: Tensor, G: Tensor, momentum: float, nesterov: bool) -> Iterator[Tensor]:
+def _momentum_panels(M: Tensor, G: Tensor, momentum: float, nesterov: bool) -> Iterator[Tensor]:
     """The step of one matrix (m, n), a panel of rows at a time; all are one buffer."""
     V = None
-    for i in slabs(*M.shape):
+    for i in row_panels(*M.shape):
         m, g = M[i].lerp_(G[i], 1 - momentum), G[i]
         if nesterov:
             V = torch.empty_like(m) if V is None else V[: len(m)]
@@ -101,26 +103,26 @@ def along_memory(X: Tensor) -> Tensor:
     return X.mT if X.stride(-1) != 1 and X.stride(-2) == 1 else X
 
 
-class Whole:
+class DenseNorms:
     """Sums over X (K, m, n), which is at hand as a whole; sinh is exact."""
 
     def __init__(self, X: Tensor) -> None:
-        top = X.abs().amax((-2, -1), keepdim=True)
-        self._top = wide(top)
-        self._X = X / top.clamp(min=torch.finfo(X.dtype).tiny)
+        largest = X.abs().amax((-2, -1), keepdim=True)
+        self._largest = to_float64(largest)
+        self._X = X / largest.clamp(min=torch.finfo(X.dtype).tiny)
 
-    def norm(self, sums: Sums = LOCAL) -> Tensor:
+    def norm(self, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """||X||_F, (K, 1, 1)."""
-        squares = wide(total(column_squares(self._X))) * self._top.square()
-        return sums.both(squares).sqrt()
+        squares = to_float64(total(column_squares(self._X))) * self._largest.square()
+        return reductions.both(squares).sqrt()
 
-    def sinh_squares(self, c: Tensor, sums: Sums = LOCAL) -> Tensor:
+    def sinh_squares(self, c: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """The sum of sinh^2(c x), (K, 1, 1); c (K, 1, 1)."""
-        x = (self._X * (c * self._top).to(self._X.dtype)).sinh_()
-        return sums.both(wide(total(column_squares(x))))
+        x = (self._X * (c * self._largest).to(self._X.dtype)).sinh_()
+        return reductions.both(to_float64(total(column_squares(x))))
 
 
-class Series:
+class SeriesNorms:
     """Sums over matrices that pass by in panels; sinh^2 is its series.
 
     Args:
@@ -129,28 +131,31 @@ class Series:
     """
 
     def __init__(self, matrices: Iterable[Iterable[Tensor]], terms: int) -> None:
-        seen = [list(zip(*(_sums(X, terms) for X in panels), strict=True)) for panels in matrices]
-        self._scale = torch.stack([torch.stack(scales) for scales, *_ in seen])  # (K, panels)
+        panel_sums = [
+            list(zip(*(_panel_power_sums(X, terms) for X in panels), strict=True))
+            for panels in matrices
+        ]
+        self._scale = torch.stack([torch.stack(scales) for scales, *_ in panel_sums])  # (K, panels)
         self._powers = [  # (K, panels) each: of x^4, x^6, ... by the panel's own scale
             torch.stack([torch.stack(row) for row in rows]).to(self._scale.dtype)
-            for rows in zip(*(rest for _, *rest in seen), strict=True)
+            for rows in zip(*(remainder for _, *remainder in panel_sums), strict=True)
         ]
 
-    def norm(self, sums: Sums = LOCAL) -> Tensor:
+    def norm(self, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """||X||_F, (K, 1, 1)."""
-        return sums.both(self._scale.square().sum(-1).view(-1, 1, 1)).sqrt()
+        return reductions.both(self._scale.square().sum(-1).view(-1, 1, 1)).sqrt()
 
-    def sinh_squares(self, c: Tensor, sums: Sums = LOCAL) -> Tensor:
+    def sinh_squares(self, c: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """The sum of sinh^2(c x), (K, 1, 1), but for what the terms leave; c (K, 1, 1)."""
         squares = (self._scale * c.view(-1, 1)).square()
-        found, power = FACTORS[0] * squares.sum(-1), squares
-        for factor, sizes in zip(FACTORS[1:], self._powers, strict=False):
+        power_sums, power = SINH_SQUARED_SERIES[0] * squares.sum(-1), squares
+        for factor, sizes in zip(SINH_SQUARED_SERIES[1:], self._powers, strict=False):
             power = power * squares
-            found = found + factor * (power * sizes).sum(-1)
-        return sums.both(found.view(-1, 1, 1))
+            power_sums = power_sums + factor * (power * sizes).sum(-1)
+        return reductions.both(power_sums.view(-1, 1, 1))
 
 
-class Known(Series):
+class KernelNorms(SeriesNorms):
     """The same of what ``power_sums`` found of whole matrices.
 
     Args:
@@ -163,20 +168,20 @@ class Known(Series):
         self._powers = [x.unsqueeze(-1) for x in sums.unbind(-1)[1:]]
 
 
-def _sums(X: Tensor, terms: int) -> list[Tensor]:
+def _panel_power_sums(X: Tensor, terms: int) -> list[Tensor]:
     """Of a panel its norm in float64, and sums of (x / norm)^4, ^6, ..., terms numbers in all."""
     norm: Tensor = torch.linalg.vector_norm(X, dtype=torch.float64)
-    found = [norm]
+    power_sums = [norm]
     if terms > 1:
-        by = norm.reciprocal().clamp_(max=torch.finfo(X.dtype).max)  # of zeros: anything
-        q = (X.reshape(-1) * by.to(X.dtype)).square_()
+        inverse_norm = norm.reciprocal().clamp_(max=torch.finfo(X.dtype).max)  # of zeros: anything
+        q = (X.reshape(-1) * inverse_norm.to(X.dtype)).square_()
         power = q.clone()
         for _ in range(terms - 1):
-            found.append(torch.dot(q, power))
+            power_sums.append(torch.dot(q, power))
             power.mul_(q)
-    return found
+    return power_sums
 
 
-def wide(x: Tensor) -> Tensor:
+def to_float64(x: Tensor) -> Tensor:
     """The same in float64, where the device has it."""
     return x if x.device.type == "mps" else x.double()

@@ -1,7 +1,7 @@
 """Projectors: how a low-rank method finds, stores and uses a basis P of the rows of a matrix.
 
 One frozen, stateless object per kind; everything it knows between steps is in the state tensors
-that its slots declare. A rule makes one with :func:`projector` and talks to nothing else.
+that its slots declare. A rule makes one with :func:`make_projector` and talks to nothing else.
 
 | ``projection=`` | basis | state, bytes | refresh / thin SVD |
 |---|---|---|---|
@@ -30,55 +30,70 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from .._core.validation import check, rank_of
-from .dense_projectors import DenseProjector, Power, Projector, Random, Range, Svd
-from .index_projectors import Dct, IndexProjector, RandK, TopK, clear_rows_, take_rows
-from .random_keys import Draws
+from .._core.validation import check, resolve_rank
+from .dense_projectors import (
+    DenseProjector,
+    PowerProjector,
+    Projector,
+    RandomProjector,
+    RangeProjector,
+    SvdProjector,
+)
+from .index_projectors import (
+    DctProjector,
+    IndexProjector,
+    RandKProjector,
+    TopKProjector,
+    clear_rows_,
+    take_rows,
+)
+from .random_keys import StackRNG
 from .svd import fix_signs, top_bases, top_basis
 
 __all__ = [
-    "KINDS",
-    "Dct",
+    "PROJECTION_KINDS",
+    "DctProjector",
     "DenseProjector",
-    "Draws",
     "IndexProjector",
     "Projector",
+    "StackRNG",
     "clear_rows_",
     "fix_signs",
-    "projector",
-    "rank_of",
+    "make_projector",
+    "projects_columns",
+    "resolve_rank",
     "take_rows",
     "top_bases",
     "top_basis",
-    "turns_right",
 ]
 
 # name: the projector with its defaults, and the fields that may follow a colon
-_TABLE: dict[str, tuple[Projector, tuple[str, ...]]] = {
-    "svd": (Svd(), ()),
-    "svd_full": (Svd(exact=True), ()),
-    "range": (Range(), ("oversample", "iterations")),
-    "power": (Power(), ("probes",)),
-    "random": (Random(), ()),
-    "randk": (RandK(), ()),
-    "topk": (TopK(), ()),
-    "dct": (Dct(), ("norm",)),
+_PROJECTORS: dict[str, tuple[Projector, tuple[str, ...]]] = {
+    "svd": (SvdProjector(), ()),
+    "svd_full": (SvdProjector(exact=True), ()),
+    "range": (RangeProjector(), ("oversample", "iterations")),
+    "power": (PowerProjector(), ("probes",)),
+    "random": (RandomProjector(), ()),
+    "randk": (RandKProjector(), ()),
+    "topk": (TopKProjector(), ()),
+    "dct": (DctProjector(), ("norm",)),
 }
-KINDS = tuple(_TABLE)
+PROJECTION_KINDS = tuple(_PROJECTORS)
 
 
-def turns_right(proj_type: str, m: int, n: int) -> bool:
+def projects_columns(proj_type: str, m: int, n: int) -> bool:
     """Whether `proj_type` projects the right side of an m x n weight, which is then turned."""
     right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False, "full": False}
     return right[proj_type]
 
 
 @functools.lru_cache(maxsize=256)
-def projector(projection: str, *, both: bool = False, lapack_signs: bool = False) -> Projector:
+def make_projector(projection: str, *, both: bool = False, lapack_signs: bool = False) -> Projector:
     """The projector that a user names in ``projection=``.
 
     Args:
-        projection: One of ``KINDS``; options follow a colon: ``"range:8,1"`` (oversampling, power
+        projection: One of ``PROJECTION_KINDS``; options follow a colon:
+            ``"range:8,1"`` (oversampling, power
             iterations), ``"power:8"`` (probes), ``"dct:l1"`` or ``"dct:l2"`` (score).
         both: A basis on both sides; dense kinds only.
         lapack_signs: Leave signs as LAPACK gives them; ``"svd"`` and ``"svd_full"`` only.
@@ -87,24 +102,26 @@ def projector(projection: str, *, both: bool = False, lapack_signs: bool = False
         ValueError: Unknown kind or options, or both sides of a kind that has only one.
     """
     name, colon, text = str(projection).partition(":")
-    if name not in _TABLE:
-        raise ValueError(f"projection must be one of {', '.join(KINDS)}, got {projection!r}")
-    found, options = _TABLE[name]
-    given = text.split(",") if colon else []
+    if name not in _PROJECTORS:
+        raise ValueError(
+            f"projection must be one of {', '.join(PROJECTION_KINDS)}, got {projection!r}"
+        )
+    default, options = _PROJECTORS[name]
+    values = text.split(",") if colon else []
     check(
-        len(given) <= len(options),
+        len(values) <= len(options),
         f"projection {projection!r}: {name!r} takes {', '.join(options) or 'no options'}",
     )
     check(
-        not both or isinstance(found, DenseProjector),
+        not both or isinstance(default, DenseProjector),
         f"projection {projection!r} chooses rows and has no second side: use one side of it, or a "
         "kind with a dense basis",
     )
     flags = {"both": both, "lapack_signs": lapack_signs}
-    fields: dict[str, Any] = {key: True for key, wanted in flags.items() if wanted}
+    fields: dict[str, Any] = {key: True for key, is_set in flags.items() if is_set}
     try:
-        for key, value in zip(options, given, strict=False):
-            fields[key] = type(getattr(found, key))(value)
-        return replace(found, **fields)
+        for key, value in zip(options, values, strict=False):
+            fields[key] = type(getattr(default, key))(value)
+        return replace(default, **fields)
     except ValueError as error:
         raise ValueError(f"projection {projection!r}: {error}") from None

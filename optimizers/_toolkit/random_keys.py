@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .svd import work_dtype
 
-_WORD = 2**64 - 1
+_UINT64_MAX = 2**64 - 1
 
 
 def splitmix64(x: int) -> int:
@@ -21,14 +21,14 @@ def splitmix64(x: int) -> int:
 
     Source: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
     """
-    x = (x + 0x9E3779B97F4A7C15) & _WORD
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    x = (x + 0x9E3779B97F4A7C15) & _UINT64_MAX
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _UINT64_MAX
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _UINT64_MAX
     return x ^ (x >> 31)
 
 
 @dataclass(frozen=True)
-class Draws:
+class StackRNG:
     """What decides the random numbers of one refresh of a stack.
 
     Attributes:
@@ -54,5 +54,5 @@ class Draws:
 
     def gaussian(self, k: int, G: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
         """Independent normal matrices of these shapes, fp32 draws in the work dtype of G."""
-        draw = self.generator(k)
-        return [torch.randn(shape, generator=draw).to(work_dtype(G)) for shape in shapes]
+        generator = self.generator(k)
+        return [torch.randn(shape, generator=generator).to(work_dtype(G)) for shape in shapes]

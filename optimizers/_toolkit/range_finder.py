@@ -13,8 +13,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .random_keys import Draws
-from .svd import Attempt, lifted, panels, sound_bases, svd_attempts, work_dtype
+from .random_keys import StackRNG
+from .svd import (
+    Attempt,
+    first_valid_bases,
+    normalized_panels,
+    right_basis,
+    svd_fallbacks,
+    work_dtype,
+)
 
 __all__ = ["power_bases", "random_bases", "range_bases"]
 
@@ -22,7 +29,7 @@ __all__ = ["power_bases", "random_bases", "range_bases"]
 def range_bases(
     G: Tensor,
     r: int,
-    draws: Draws,
+    rng: StackRNG,
     old: Sequence[Tensor | None] = (None,),
     *,
     oversample: int = 8,
@@ -39,7 +46,7 @@ def range_bases(
     Args:
         G: (K, m, n), finite and not zero, any strides.
         r: number of columns, at most min(m, n).
-        draws: keys of the random numbers.
+        rng: keys of the random numbers.
         old: what to keep if all fails, one entry per side; its length is the number of sides.
         oversample: extra columns p.
         iterations: power iterations q.
@@ -50,37 +57,37 @@ def range_bases(
     m, n = G.shape[-2:]
 
     def attempts(k: int, X: Tensor) -> Sequence[Attempt]:
-        (Omega,) = draws.gaussian(k, X, (n, min(r + oversample, m)))
-        find = partial(_range, X, r, Omega, iterations)
-        return _chain(X, r, find, len(old))
+        (Omega,) = rng.gaussian(k, X, (n, min(r + oversample, m)))
+        find = partial(_range_finder, X, r, Omega, iterations)
+        return _with_fallbacks(X, r, find, len(old))
 
-    return sound_bases(G, r, old, attempts)
+    return first_valid_bases(G, r, old, attempts)
 
 
-def _chain(
+def _with_fallbacks(
     G: Tensor, r: int, find: Callable[[torch.dtype], Tensor], sides: int
 ) -> Sequence[Attempt]:
     """``find`` in the work dtype, in fp64, then what "svd" would try; other sides follow P."""
 
     def attempt(dtype: torch.dtype) -> Sequence[Tensor]:
         P = find(dtype)
-        return (P, lifted(G, P)) if sides == 2 else (P,)
+        return (P, right_basis(G, P)) if sides == 2 else (P,)
 
-    own = [partial(attempt, dtype) for dtype in (work_dtype(G), torch.float64)]
-    return [*own, *svd_attempts(G, r, "svd", sides)]
+    preferred = [partial(attempt, dtype) for dtype in (work_dtype(G), torch.float64)]
+    return [*preferred, *svd_fallbacks(G, r, "svd", sides)]
 
 
-def _range(G: Tensor, r: int, Omega: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
+def _range_finder(G: Tensor, r: int, Omega: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
     """One matrix G (m, n), Omega (n, k) -> P (m, r)."""
     Omega = Omega.to(G.device, dtype)
     Y = Omega.new_zeros(G.shape[0], Omega.shape[1])
-    for columns, X in panels(G, Omega.dtype):
+    for columns, X in normalized_panels(G, Omega.dtype):
         Y.addmm_(X, Omega[columns])
     Q = torch.linalg.qr(Y).Q
     for _ in range(iterations):
-        Q = torch.linalg.qr(_twice(G, Q)).Q
+        Q = torch.linalg.qr(_gram_product(G, Q)).Q
     S = Q.new_zeros(Q.shape[1], Q.shape[1])
-    for _, X in panels(G, Q.dtype):
+    for _, X in normalized_panels(G, Q.dtype):
         B = Q.mT @ X
         S.addmm_(B, B.mT)
     W = torch.linalg.eigh(S).eigenvectors[:, -r:].flip(-1)  # they come in rising order
@@ -88,16 +95,16 @@ def _range(G: Tensor, r: int, Omega: Tensor, iterations: int, dtype: torch.dtype
     return P
 
 
-def _twice(G: Tensor, P: Tensor) -> Tensor:
+def _gram_product(G: Tensor, P: Tensor) -> Tensor:
     """G (G^T P) for one matrix, up to scale: one pass over G, and G^T P is never whole."""
     Y = torch.zeros_like(P)
-    for _, X in panels(G, P.dtype):
+    for _, X in normalized_panels(G, P.dtype):
         Y.addmm_(X, X.mT @ P)
     return Y
 
 
 def power_bases(
-    G: Tensor, r: int, draws: Draws, old: Sequence[Tensor], *, probes: int = 8
+    G: Tensor, r: int, rng: StackRNG, old: Sequence[Tensor], *, probes: int = 8
 ) -> tuple[Tensor, ...]:
     """One step of subspace iteration from the old basis; from a truncated SVD if there is none.
 
@@ -113,7 +120,7 @@ def power_bases(
     Args:
         G: (K, m, n), finite and not zero, any strides.
         r: number of columns, at most min(m, n).
-        draws: keys of the random numbers.
+        rng: keys of the random numbers.
         old: the bases (K, m, r)[, (K, n, r)] to start from; zeros where there is none yet. The
             second side is not a start but follows: Q = orth(G^T P).
         probes: random directions added to the start.
@@ -125,31 +132,31 @@ def power_bases(
 
     def attempts(k: int, X: Tensor) -> Sequence[Attempt]:
         if not bool(old[0][k].any()):
-            return svd_attempts(X, r, "svd", len(old))
-        (W,) = draws.gaussian(k, X, (m, min(probes, m - r)))
-        return _chain(X, r, partial(_power, X, old[0][k], W), len(old))
+            return svd_fallbacks(X, r, "svd", len(old))
+        (W,) = rng.gaussian(k, X, (m, min(probes, m - r)))
+        return _with_fallbacks(X, r, partial(_nystrom_step, X, old[0][k], W), len(old))
 
-    return sound_bases(G, r, old, attempts)
+    return first_valid_bases(G, r, old, attempts)
 
 
-def _power(G: Tensor, P: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
+def _nystrom_step(G: Tensor, P: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
     """One matrix G (m, n), old basis P (m, r), Gaussian probes W (m, p) -> new basis (m, r)."""
     r = P.shape[1]
     P, W = P.to(G.device, dtype), W.to(G.device, dtype)
     W = torch.linalg.qr(W - P @ (P.mT @ W)).Q
     S = torch.cat([P, W], dim=1)
-    Y = _twice(G, S)
+    Y = _gram_product(G, S)
     Y = Y + torch.finfo(Y.dtype).eps * torch.linalg.matrix_norm(Y) * S  # Y^T S > 0 to rounding too
     M = S.mT @ Y
     L = torch.linalg.cholesky((M + M.mT) / 2)
     B = torch.linalg.solve_triangular(L, Y.mT, upper=False).mT  # B B^T is the approximation of K
     V = torch.linalg.eigh(B.mT @ B).eigenvectors[:, -r:].flip(-1)
-    found: Tensor = torch.linalg.qr(B @ V).Q
-    return found
+    new_basis: Tensor = torch.linalg.qr(B @ V).Q
+    return new_basis
 
 
 def random_bases(
-    G: Tensor, r: int, draws: Draws, old: Sequence[Tensor | None] = (None,)
+    G: Tensor, r: int, rng: StackRNG, old: Sequence[Tensor | None] = (None,)
 ) -> tuple[Tensor, ...]:
     """Haar-distributed bases that do not look at G: E[P P^T] = (r / m) I.
 
@@ -159,7 +166,7 @@ def random_bases(
     Args:
         G: (K, m, n), for shape, dtype and device only.
         r: number of columns, at most m (and n, for two sides).
-        draws: keys of the random numbers.
+        rng: keys of the random numbers.
         old: one entry per side; its length is the number of sides.
 
     Returns:
@@ -168,10 +175,13 @@ def random_bases(
     sides = G.shape[-2:][: len(old)]
 
     def attempts(k: int, X: Tensor) -> Sequence[Attempt]:
-        drawn = draws.gaussian(k, X, *((d, r) for d in sides))
-        return [lambda: [_haar(A) for A in drawn], lambda: [_haar(A.double()) for A in drawn]]
+        gaussians = rng.gaussian(k, X, *((d, r) for d in sides))
+        return [
+            lambda: [_haar(A) for A in gaussians],
+            lambda: [_haar(A.double()) for A in gaussians],
+        ]
 
-    return sound_bases(G, r, old, attempts, signs=None)
+    return first_valid_bases(G, r, old, attempts, sign_rule=None)
 
 
 def _haar(A: Tensor) -> Tensor:

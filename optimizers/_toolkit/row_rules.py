@@ -14,26 +14,37 @@ from ...kernels.dispatch import pick
 from ...kernels.passes import Stack
 from ...kernels.rows import ROW_MODES as ROW_MODES
 from ...kernels.rows import row_factors as factors
-from .._core.rule import Deferred, Dense, Direction, Factors, Member, Rule, Scaled, Slot, Sums, Term
-from .._core.validation import check, check_known
+from .._core.rule import (
+    Deferred,
+    Dense,
+    Direction,
+    Member,
+    Reductions,
+    Rule,
+    Scaled,
+    Slot,
+    Term,
+    WriteScalars,
+)
+from .._core.validation import check, check_choices
 from .moments import total
 
-PAIRS = (None, "members", "halves", "interleaved")
+PAIR_LAYOUTS = (None, "members", "halves", "interleaved")
 
 
-def row_squares(X: Tensor, sums: Sums) -> Tensor:
+def row_squares(X: Tensor, reductions: Reductions) -> Tensor:
     """Sum of the squares of every row of X (K, m, n), as (K, m, 1)."""
-    found: Tensor = pick(X, "pass").squares(X, -1)
-    return sums.cols(found)
+    squares_found: Tensor = pick(X, "pass").squares(X, -1)
+    return reductions.cols(squares_found)
 
 
-def centre(X: Tensor, sums: Sums, m: int, own: bool = False) -> Tensor:
+def center(X: Tensor, reductions: Reductions, m: int, in_place: bool = False) -> Tensor:
     """X (K, m, n) minus the mean of its rows: (I - 1 1^T / m) X, in X itself if that is `own`."""
-    mean = sums.rows(product(X.new_ones(len(X), 1, X.shape[-2]), X)).div_(m)
-    return X.sub_(mean) if own else X - mean
+    mean = reductions.rows(product(X.new_ones(len(X), 1, X.shape[-2]), X)).div_(m)
+    return X.sub_(mean) if in_place else X - mean
 
 
-def row_factors(squares: Tensor, mode: str, eps: float, sums: Sums, m: int) -> Tensor:
+def row_factors(squares: Tensor, mode: str, eps: float, reductions: Reductions, m: int) -> Tensor:
     """What brings rows of these squared norms (K, m, 1) to norm 1; zero rows stay zero.
 
     Args:
@@ -41,22 +52,22 @@ def row_factors(squares: Tensor, mode: str, eps: float, sums: Sums, m: int) -> T
         mode: ``"inverse_eps"`` 1 / (s + eps); ``"inverse"`` or ``"unit"`` 1 / max(s, eps);
             ``"relative"`` 1 / (s + 0.01 rms of all s), which lets rows fade that have become small.
         eps: See mode.
-        sums: Sums over the weight's indices.
+        reductions: Sums over the weight's indices.
         m: Rows of the whole weight.
     """
-    rms = sums.rows(total(squares.mT)).div_(m).sqrt_() if mode == "relative" else None
+    rms = reductions.rows(total(squares.mT)).div_(m).sqrt_() if mode == "relative" else None
     return factors(squares, mode, eps, rms)
 
 
-def rms_factor(U: Tensor, target: float, sums: Sums, n: int) -> Tensor:
+def rms_factor(U: Tensor, target: float, reductions: Reductions, n: int) -> Tensor:
     """What brings the rows of U (K, m, n) that are not zero to this root mean square: (K, 1, 1)."""
-    squares = row_squares(U, sums)
-    rows = sums.rows((squares > 0).to(U.dtype).sum(-2, keepdim=True))
-    size = sums.rows(total(squares.mT))
+    squares = row_squares(U, reductions)
+    rows = reductions.rows((squares > 0).to(U.dtype).sum(-2, keepdim=True))
+    size = reductions.rows(total(squares.mT))
     return torch.where(size > 0, target * (rows * n / size).sqrt_(), 0.0)
 
 
-def folded(X: Tensor, layout: str | None) -> Tensor:
+def join_pairs(X: Tensor, layout: str | None) -> Tensor:
     """Rows of gate and up (K, 2 r, d) as one row for each neuron (K, r, 2 d).
 
     Args:
@@ -70,8 +81,8 @@ def folded(X: Tensor, layout: str | None) -> Tensor:
     return X
 
 
-def unfolded(Y: Tensor, layout: str | None) -> Tensor:
-    """The rows that :func:`folded` had, from (K, r, 2 d)."""
+def split_pairs(Y: Tensor, layout: str | None) -> Tensor:
+    """The rows that :func:`join_pairs` had, from (K, r, 2 d)."""
     if layout not in ("halves", "interleaved"):
         return Y
     parts = Y.reshape(*Y.shape[:-1], 2, Y.shape[-1] // 2)
@@ -89,37 +100,37 @@ class RowStep(Deferred):
         eps: See :func:`row_factors`.
         mode: See :func:`row_factors`, but not ``"relative"``.
         length: Norm of the rows.
-        ok: None, or flags (K,): where one is 0, M stays.
+        finite: None, or flags (K,): where one is 0, M stays.
     """
 
-    apart: ClassVar[bool] = True
+    accepts_list: ClassVar[bool] = True
     M: Tensor
     G: Tensor
     momentum: float
     eps: float
     mode: str
     length: float = 1.0
-    ok: Tensor | None = None
+    finite: Tensor | None = None
 
-    def made(self) -> Scaled:
+    def materialize(self) -> Scaled:
         """See :class:`Deferred`."""
         blend_ = pick(self.G, "pass").blend_
-        U, squares = blend_(self.M, self.G, self.momentum, squares="rows", ok=self.ok)
+        U, squares = blend_(self.M, self.G, self.momentum, squares="rows", finite=self.finite)
         by = factors(squares, self.mode, self.eps)
         return Scaled(U, by if self.length == 1.0 else by * self.length)
 
-    def kernel_(self, W: Stack, by: Factors, beside: Term | None = None) -> bool:
+    def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
         """See :class:`Term`; where rows lie across the memory their sums come first.
 
         So they do where W is a list: M is read twice then, but W is not copied into a stack.
         """
-        if beside is not None:
+        if other is not None:
             return False
-        across = self.G.stride(-1) != 1 or self.M.stride(-1) != 1
-        if across or not isinstance(W, Tensor):
-            return self.whole.kernel_(W, by)
-        told = (self.momentum, self.eps, self.mode, *by.times(self.length))
-        pick(W, "pass").row_step_(W, self.M, self.G, *told)
+        is_column_major = self.G.stride(-1) != 1 or self.M.stride(-1) != 1
+        if is_column_major or not isinstance(W, Tensor):
+            return self.materialized.fused_write_(W, by)
+        scalars = (self.momentum, self.eps, self.mode, *by.scale_alpha(self.length))
+        pick(W, "pass").row_step_(W, self.M, self.G, *scalars)
         return True
 
 
@@ -127,7 +138,7 @@ class RowStep(Deferred):
 class RowRule(Rule, abstract=True):
     """M <- mu M + (1 - mu) G, one row per neuron; U = map(M), centred before and after if told."""
 
-    guarded: ClassVar[bool] = True
+    handles_nonfinite: ClassVar[bool] = True
 
     momentum: float = 0.95
     centred: bool = False
@@ -142,8 +153,8 @@ class RowRule(Rule, abstract=True):
     def __post_init__(self) -> None:
         check(0.0 <= self.momentum <= 1.0, f"momentum must be in [0, 1], got {self.momentum}")
         check(self.rms_target > 0.0, f"rms_target must be positive, got {self.rms_target}")
-        check_known(
-            self, axis=("rows", "cols"), pair=PAIRS, adjust_lr_fn=("match_rms_adamw", "none")
+        check_choices(
+            self, axis=("rows", "cols"), pair=PAIR_LAYOUTS, adjust_lr_fn=("match_rms_adamw", "none")
         )
         check(
             self.axis == "rows" or self.pair is None,
@@ -171,22 +182,22 @@ class RowRule(Rule, abstract=True):
 
     def update(self, *members: Member) -> tuple[Direction, ...]:
         """One step for a stack; a half of a pair without a gradient sits out."""
-        ws, Ms, found = [], [], []
+        ws, Ms, squares_found = [], [], []
         for w in members:
             if w.grad is not None:
                 M, blend_ = w.state["momentum_buffer"], pick(w.grad, "pass").blend_
-                U, squares = blend_(M, w.grad, self.momentum, squares=self.squares, ok=w.ok)
+                U, squares = blend_(M, w.grad, self.momentum, squares=self.squares, finite=w.finite)
                 ws.append(w)
                 Ms.append(U)  # (K, m, n), the new momentum
-                found.append(squares if squares is None else w.sums.cols(squares))
-        terms = self.terms(ws, Ms, found)
+                squares_found.append(squares if squares is None else w.reductions.cols(squares))
+        terms = self.terms(ws, Ms, squares_found)
         return tuple(w.step(term) for w, term in zip(ws, terms, strict=True))
 
-    def rows(self, w: Member) -> int:
+    def row_count(self, w: Member) -> int:
         """Rows of the whole weight, one for each neuron."""
         return w.m // 2 if self.pair in ("halves", "interleaved") else w.m
 
-    def length(self, w: Member, count: int = 1) -> int:
+    def row_entries(self, w: Member, count: int = 1) -> int:
         """Entries of such a row."""
         return count * (2 * w.n if self.pair in ("halves", "interleaved") else w.n)
 
@@ -195,21 +206,21 @@ class RowRule(Rule, abstract=True):
     ) -> list[Term]:
         """The step of every member; its squared row norms (K, m, 1) are there if asked for."""
         w, layout = ws[0], self.pair
-        X = folded(torch.cat(list(Ms), -1) if len(Ms) > 1 else Ms[0], layout)
-        U, by = self.moved(X, w)
+        X = join_pairs(torch.cat(list(Ms), -1) if len(Ms) > 1 else Ms[0], layout)
+        U, by = self.centered_map(X, w)
         if self.adjust_lr_fn == "match_rms_adamw":
-            by = rms_factor(U, self.rms_target, w.sums, self.length(w, len(ws)))
-        U = unfolded(U, layout)
+            by = rms_factor(U, self.rms_target, w.reductions, self.row_entries(w, len(ws)))
+        U = split_pairs(U, layout)
         parts = [U] if len(ws) == 1 else torch.split(U, w.n, -1)
         return [Dense(V) if by is None else Scaled(V, by) for V in parts]
 
-    def moved(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
+    def centered_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """The map of X, with what centring there is around it."""
-        X = centre(X, w.sums, self.rows(w)) if self.centred else X
-        U, by = self.mapped(X, w)
-        return centre(U, w.sums, self.rows(w), own=True) if self.centred else U, by
+        X = center(X, w.reductions, self.row_count(w)) if self.centred else X
+        U, by = self.base_map(X, w)
+        return center(U, w.reductions, self.row_count(w), in_place=True) if self.centred else U, by
 
-    def mapped(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
+    def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """The map of X (K, m, n), a new tensor, and what multiplies it as published (K, 1, 1).
 
         X is there to be used up where rows are centred, which made it.
@@ -244,17 +255,19 @@ class RowPolarRule(RowRule, abstract=True):
             "adjust_lr_fn='none' to use it",
         )
 
-    def factor(self, X: Tensor, w: Member, left: bool) -> Tensor:
+    def orthogonalize(self, X: Tensor, w: Member, left: bool) -> Tensor:
         """Polar factor of X (K, m, n); the side only tells what an absolute eps is added to."""
         steps = self.ns_steps
         if self.polar == "inverse_root":
             left = X.shape[-2] <= X.shape[-1] if self.eps is None else left
-            return w.sums.whole(lambda Y: gram_polar(Y, left, steps or 5, self.eps), X)
-        return w.sums.whole(lambda Y: polar_factor(Y, self.polar, steps=steps), X)
+            return w.reductions.on_full_matrix(
+                lambda Y: gram_polar(Y, left, steps or 5, self.eps), X
+            )
+        return w.reductions.on_full_matrix(lambda Y: polar_factor(Y, self.polar, steps=steps), X)
 
-    def nuclear(self, X: Tensor, U: Tensor, w: Member) -> Tensor | None:
+    def nuclear_scale(self, X: Tensor, U: Tensor, w: Member) -> Tensor | None:
         """nu^alpha (K, 1, 1) with nu = <X, U>, the nuclear norm of X if U is its polar factor."""
         if self.alpha == 0.0:
             return None
-        nu = w.sums.both(total(product(X.new_ones(len(X), 1, X.shape[-2]), X * U)))
+        nu = w.reductions.both(total(product(X.new_ones(len(X), 1, X.shape[-2]), X * U)))
         return nu.clamp_(min=1e-8 if self.eps is None else self.eps) ** self.alpha

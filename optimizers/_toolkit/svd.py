@@ -18,23 +18,23 @@ from torch import Tensor
 from .._core.validation import check_rank
 
 __all__ = [
-    "exact_products",
+    "first_valid_bases",
     "fix_signs",
-    "lifted",
-    "panels",
-    "sound_bases",
-    "svd_attempts",
+    "full_precision_matmul",
+    "normalized_panels",
+    "right_basis",
+    "svd_fallbacks",
     "top_bases",
     "top_basis",
 ]
 
-SVDS = ("svd", "svd_full")
+SVD_KINDS = ("svd", "svd_full")
 
-_PANEL = 2**20  # elements of G that are scaled and multiplied at a time: no copy of G is made
-_BLOCK = 256  # rows of a Gram matrix that are computed at a time, up to its diagonal
-_SLACK = 1e-3  # largest entry of P^T P - I that is still taken for a basis
+_GRAM_PANEL = 2**20  # elements of G that are scaled and multiplied at a time: no copy of G is made
+_GRAM_ROWS = 256  # rows of a Gram matrix that are computed at a time, up to its diagonal
+_ORTHONORMALITY_TOLERANCE = 1e-3  # largest entry of P^T P - I that is still taken for a basis
 
-Pair = tuple[Tensor, Tensor]
+BasisPair = tuple[Tensor, Tensor]
 Attempt = Callable[[], Sequence[Tensor]]
 
 
@@ -81,7 +81,7 @@ def top_basis(
     Raises:
         ValueError: unknown kind, or r out of range.
     """
-    return _top(G, r, kind, lapack_signs, (old,))[0]
+    return _top_singular_bases(G, r, kind, lapack_signs, (old,))[0]
 
 
 def top_bases(
@@ -91,7 +91,7 @@ def top_bases(
     *,
     lapack_signs: bool = False,
     old: tuple[Tensor, Tensor] | None = None,
-) -> Pair:
+) -> BasisPair:
     """Leading left and right singular vectors of every matrix, from one factorisation.
 
     As :func:`top_basis`, for methods that project both sides (GaLore's ``proj_type="full"``). The
@@ -111,26 +111,26 @@ def top_bases(
     Raises:
         ValueError: unknown kind, or r out of range.
     """
-    P, Q = _top(G, r, kind, lapack_signs, old or (None, None))
+    P, Q = _top_singular_bases(G, r, kind, lapack_signs, old or (None, None))
     return P, Q
 
 
-def _top(
+def _top_singular_bases(
     G: Tensor, r: int, kind: str, lapack_signs: bool, old: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, ...]:
-    if kind not in SVDS:
-        raise ValueError(f"kind must be one of {', '.join(SVDS)}, got {kind!r}")
+    if kind not in SVD_KINDS:
+        raise ValueError(f"kind must be one of {', '.join(SVD_KINDS)}, got {kind!r}")
     check_rank(r, min(G.shape[-2:]))
-    signs = None if lapack_signs else fix_signs
-    return sound_bases(G, r, old, lambda k, X: svd_attempts(X, r, kind, len(old)), signs)
+    sign_rule = None if lapack_signs else fix_signs
+    return first_valid_bases(G, r, old, lambda k, X: svd_fallbacks(X, r, kind, len(old)), sign_rule)
 
 
-def sound_bases(
+def first_valid_bases(
     G: Tensor,
     r: int,
     old: Sequence[Tensor | None],
     attempts: Callable[[int, Tensor], Sequence[Attempt]],
-    signs: Callable[[Tensor], Tensor] | None = fix_signs,
+    sign_rule: Callable[[Tensor], Tensor] | None = fix_signs,
 ) -> tuple[Tensor, ...]:
     """Runs every matrix through a chain of attempts and keeps the first sound result.
 
@@ -141,85 +141,88 @@ def sound_bases(
             None or zeros for unit vectors.
         attempts: (number of the matrix, matrix (m, n)) -> functions that return one basis per
             side, in the order in which they are tried.
-        signs: rule for the signs of the columns.
+        sign_rule: rule for the signs of the columns.
 
     Returns:
         One basis (K, d, r) per entry of ``old``, fp32 or fp64 as :func:`top_basis` has it.
     """
     found: list[list[Tensor]] = []
-    with exact_products(G.device):
+    with full_precision_matmul(G.device):
         for k, X in enumerate(G):
-            bases = _first_sound(X, attempts(k, X), len(old))
+            bases = _first_valid(X, attempts(k, X), len(old))
             if bases is None:
                 bases = [
-                    _kept(X.shape[s], r, X, B if B is None else B[k]) for s, B in enumerate(old)
+                    _fallback_basis(X.shape[s], r, X, B if B is None else B[k])
+                    for s, B in enumerate(old)
                 ]
-            elif signs is not None:
-                bases = [signs(P) for P in bases]
+            elif sign_rule is not None:
+                bases = [sign_rule(P) for P in bases]
             found.append(bases)
     return tuple(torch.stack(side) for side in zip(*found, strict=True))
 
 
-def _first_sound(G: Tensor, attempts: Sequence[Attempt], sides: int) -> list[Tensor] | None:
+def _first_valid(G: Tensor, attempts: Sequence[Attempt], sides: int) -> list[Tensor] | None:
     """The first sound result of the chain for one matrix (m, n); None if there is none."""
     for attempt in attempts:
         try:
             bases = [B.to(G.device, work_dtype(G)) for B in attempt()[:sides]]
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        if all(_sound(P) for P in bases):
+        if all(_is_orthonormal(P) for P in bases):
             return bases
     return None
 
 
-def svd_attempts(G: Tensor, r: int, kind: str, sides: int) -> tuple[Attempt, ...]:
+def svd_fallbacks(G: Tensor, r: int, kind: str, sides: int) -> tuple[Attempt, ...]:
     """The chain of one matrix (m, n): what was asked for, the Gram matrix in fp64, a full SVD."""
     work, both = work_dtype(G), sides == 2
     return (
-        lambda: _thin(G.to(work), r) if kind == "svd_full" else _gram(G, r, work, both),
-        lambda: _gram(G, r, torch.float64, both),
-        lambda: _thin(G.to("cpu", torch.float64), r),
+        lambda: (
+            _thin_svd(G.to(work), r) if kind == "svd_full" else _gram_eigenvectors(G, r, work, both)
+        ),
+        lambda: _gram_eigenvectors(G, r, torch.float64, both),
+        lambda: _thin_svd(G.to("cpu", torch.float64), r),
     )
 
 
-def _thin(G: Tensor, r: int) -> Pair:
+def _thin_svd(G: Tensor, r: int) -> BasisPair:
     """The exact thin SVD of one matrix (m, n), cut to r columns on both sides."""
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     return U[:, :r], Vh[:r].mT
 
 
-def _gram(G: Tensor, r: int, dtype: torch.dtype, both: bool) -> Pair:
+def _gram_eigenvectors(G: Tensor, r: int, dtype: torch.dtype, both: bool) -> BasisPair:
     """Leading vectors of one matrix (m, n) by its smaller Gram matrix; the second may be empty."""
     m, n = G.shape
     if m > n:
-        Q, P = _gram(G.mT, r, dtype, both=True)
+        Q, P = _gram_eigenvectors(G.mT, r, dtype, both=True)
         return P, Q
     K = torch.zeros(m, m, dtype=dtype, device=G.device)
-    for _, X in panels(G, dtype):
-        for i in range(0, m, _BLOCK):  # eigh reads the lower triangle only: leave out the rest
-            j = min(i + _BLOCK, m)
+    for _, X in normalized_panels(G, dtype):
+        for i in range(0, m, _GRAM_ROWS):  # eigh reads the lower triangle only: leave out the rest
+            j = min(i + _GRAM_ROWS, m)
             K[i:j, :j].addmm_(X[i:j], X[:j].mT)
     P = torch.linalg.eigh(K).eigenvectors[:, -r:].flip(-1)  # they come in rising order
-    return P, lifted(G, P) if both else P[:0]
+    return P, right_basis(G, P) if both else P[:0]
 
 
-def lifted(G: Tensor, P: Tensor) -> Tensor:
+def right_basis(G: Tensor, P: Tensor) -> Tensor:
     """Q = orth(G^T P), the other side of one matrix G (m, n) for a basis P (m, r), in P's dtype.
 
     Householder QR keeps it orthonormal where G is almost rank deficient, which the textbook
     G^T P / sigma does not.
     """
     Y = torch.empty(G.shape[1], P.shape[1], dtype=P.dtype, device=G.device)
-    for columns, X in panels(G, P.dtype):
+    for columns, X in normalized_panels(G, P.dtype):
         torch.mm(X.mT, P, out=Y[columns])
     Q: Tensor = torch.linalg.qr(Y).Q
     return Q
 
 
-def panels(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def normalized_panels(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Column panels of G / max|G|, contiguous: the same numbers whatever the strides of G."""
     m, n = G.shape
-    width = max(64, _PANEL // m)
+    width = max(64, _GRAM_PANEL // m)
     low, high = G.aminmax()  # no temporary, and far cheaper than a norm
     scale = torch.maximum(-low, high).to(dtype)
     for start in range(0, n, width):
@@ -228,14 +231,14 @@ def panels(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield columns, X.copy_(G[:, columns]).div_(scale)
 
 
-def _sound(P: Tensor) -> bool:
+def _is_orthonormal(P: Tensor) -> bool:
     """Whether the columns of P (d, r) are orthonormal; a non-finite entry fails it too."""
     E = P.mT @ P
     E.diagonal().sub_(1)
-    return bool(E.abs().max() <= _SLACK)
+    return bool(E.abs().max() <= _ORTHONORMALITY_TOLERANCE)
 
 
-def _kept(d: int, r: int, G: Tensor, old: Tensor | None) -> Tensor:
+def _fallback_basis(d: int, r: int, G: Tensor, old: Tensor | None) -> Tensor:
     """What stands in for a basis that could not be computed: the old one, else unit vectors."""
     _warn_once("no factorisation of a gradient succeeded; its old projection basis is kept")
     if old is not None and bool(old.any()):
@@ -254,7 +257,7 @@ def work_dtype(G: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
+def full_precision_matmul(device: torch.device) -> Iterator[None]:
     """Full fp32 products, also where the program allows TF32 or bf16 for its own."""
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     backend = backend.matmul

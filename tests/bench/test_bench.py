@@ -14,7 +14,7 @@ from helpers.paths import BENCH
 
 from stiefel import optimizers
 from stiefel.optimizers._lora.pair_groups import PairOptimizer
-from stiefel.optimizers._toolkit.projectors import KINDS
+from stiefel.optimizers._toolkit.projectors import PROJECTION_KINDS
 
 
 def bench(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -168,4 +168,4 @@ def test_the_toolkits_figures_have_a_command_that_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     numbers = [float(x) for x in re.findall(r"\d+\.\d+", done.stdout)]
     assert len(numbers) > 40 and min(numbers) > 0
-    assert all(kind in done.stdout for kind in KINDS)
+    assert all(kind in done.stdout for kind in PROJECTION_KINDS)

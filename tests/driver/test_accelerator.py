@@ -104,8 +104,8 @@ class Calls(TorchDispatchMode):
 class Arrived:
     """In place of ``LateFlags``, which have no numbers here: all was finite."""
 
-    def __init__(self, ok):
-        self.count = len(ok)
+    def __init__(self, finite):
+        self.count = len(finite)
 
     def read(self):
         return [True] * self.count

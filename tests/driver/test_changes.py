@@ -219,7 +219,7 @@ def test_state_that_cannot_hold_small_squares_is_refused(name):
 
 
 def test_a_group_that_comes_later_changes_nothing_for_the_others(monkeypatch):
-    monkeypatch.setitem(units.STACK, "cpu", 0)
+    monkeypatch.setitem(units.MAX_STACKED_NUMEL, "cpu", 0)
     one, two = weight(SHAPE, 0), weight(SHAPE, 0)
     grads = gradients(SHAPE, 6)
     a, b = GaLore([one], **LOW), GaLore([two], **LOW)

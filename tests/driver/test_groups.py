@@ -10,7 +10,7 @@ from helpers.shapes import SQUARE, TALL, WIDE
 from torch import nn
 
 from stiefel.optimizers import GaLore, Muon, StackedOptimizer
-from stiefel.optimizers._driver.param_groups import read
+from stiefel.optimizers._driver.param_groups import to_param_groups
 from stiefel.optimizers.muon import MuonRule
 
 BOTH = pytest.mark.parametrize("cls", [Muon, GaLore])
@@ -215,7 +215,7 @@ def test_a_view_for_a_whole_model_must_not_contradict_it(options):
     with pytest.raises(ValueError, match=text):
         Muon(net, **options)
     with pytest.raises(ValueError, match=text):
-        read(net, MuonRule(), None, "rows:8,8")
+        to_param_groups(net, MuonRule(), None, "rows:8,8")
     group = {"params": [net.q.weight], "view": "heads:4"}
     assert Muon([group]).param_groups[0]["view"] == "heads:4"
 

@@ -7,7 +7,7 @@ from helpers.problems import gradients, weight
 
 from stiefel.kernels import POLAR_METHODS
 from stiefel.optimizers import GaLore, Muon
-from stiefel.optimizers._driver.write import PANEL
+from stiefel.optimizers._driver.write import WRITE_PANEL
 
 WIDE, TALL = (256, 1024), (1024, 256)
 MATRIX = 256 * 1024 * 4
@@ -32,7 +32,7 @@ def test_galore_needs_two_buffers_and_panels(shape, decay):
     params = [weight(shape, k) for k in range(3)]
     optimizer = GaLore(params, rank=64, weight_decay=decay)
     buffers = 2 * 64 * 1024 * 4
-    assert peak(optimizer, params) <= buffers + PANEL * 4
+    assert peak(optimizer, params) <= buffers + WRITE_PANEL * 4
 
 
 @pytest.mark.parametrize("shape", [WIDE, TALL])
@@ -58,7 +58,7 @@ def test_stacks_stay_within_their_budget(make, monkeypatch):
 
     params = [weight((64, 64), k) for k in range(64)]
     one = 64 * 64 * 4
-    monkeypatch.setitem(buckets.CHUNK, "cpu", 8 * one)
+    monkeypatch.setitem(buckets.MAX_STACK_BYTES, "cpu", 8 * one)
     optimizer = make(params)
     assert peak(optimizer, params) <= 9 * 8 * one
     assert max(len(bucket.units) for bucket in optimizer._plan.buckets) == 8
@@ -67,7 +67,7 @@ def test_stacks_stay_within_their_budget(make, monkeypatch):
 def test_bfloat16_weights_add_one_float32_gradient():
     p = weight(WIDE, dtype=torch.bfloat16)
     optimizer = GaLore([p], rank=64)
-    assert peak(optimizer, [p]) <= MATRIX + 2 * 64 * 1024 * 4 + 3 * PANEL * 4
+    assert peak(optimizer, [p]) <= MATRIX + 2 * 64 * 1024 * 4 + 3 * WRITE_PANEL * 4
 
 
 def test_adamw_parameters_allocate_what_torch_does():

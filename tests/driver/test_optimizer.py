@@ -12,7 +12,7 @@ from helpers.shapes import COLUMN, ODD, ROW, SHAPES, SQUARE, TALL, WIDE
 from torch import nn
 
 from stiefel.optimizers import Dense, GaLore, Muon, Rule, Slot, StackedOptimizer
-from stiefel.optimizers._core.views import blocks
+from stiefel.optimizers._core.views import split_view
 from stiefel.optimizers._driver import buckets, units
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -22,7 +22,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 @pytest.fixture
 def views(monkeypatch):
     """Everything runs one unit at a time, nothing is stacked."""
-    return lambda: monkeypatch.setitem(units.STACK, "cpu", 0)
+    return lambda: monkeypatch.setitem(units.MAX_STACKED_NUMEL, "cpu", 0)
 
 
 def several(shape, count=4, steps=7, dtype=torch.float32):
@@ -154,7 +154,7 @@ def test_units_that_fell_apart_join_again():
 def test_chunks_bound_a_stack_and_keep_the_bits(monkeypatch):
     params, grads = several(SQUARE, 5)
     a = run(METHODS["galore"](params), params, grads)
-    monkeypatch.setitem(buckets.CHUNK, "cpu", 2 * 16 * 16 * 4)
+    monkeypatch.setitem(buckets.MAX_STACK_BYTES, "cpu", 2 * 16 * 16 * 4)
     params, grads = several(SQUARE, 5)
     optimizer = METHODS["galore"](params)
     b = run(optimizer, params, grads)
@@ -759,7 +759,7 @@ def test_state_like_the_weight_has_its_shape_whatever_the_view():
 )
 def test_bad_view_is_one_sentence(view, shape, text):
     with pytest.raises(ValueError, match=text):
-        blocks(view, shape)
+        split_view(view, shape)
     with pytest.raises(ValueError, match=text):
         METHODS["muon"]([weight(shape)], view=view)
 

@@ -28,7 +28,7 @@ from torch.testing._internal.common_optimizers import (
 )
 from torch.testing._internal.common_utils import TestCase, parametrize
 
-from stiefel.optimizers._core.rule import RULES
+from stiefel.optimizers._core.rule import RULE_CLASSES
 
 every = optims(INFOS, dtypes=[torch.float32])
 both_layouts = parametrize("contiguous", [True, False])
@@ -702,7 +702,7 @@ class TestOptimizers(TestCase):
                 second.train(resumed, 7 - stop)
                 self.assertTrue(same(straight.values(), second.values()))
                 # counted from 0 or from 1, as the method has it
-                last = 6 if RULES[optim_info.optim_cls.__name__].phase else 7
+                last = 6 if RULE_CLASSES[optim_info.optim_cls.__name__].refresh_offset else 7
                 self.assertEqual(resumed.state[second.weight]["refreshed"], last)
 
     @every

@@ -9,7 +9,7 @@ from helpers.checkpoints import through_a_file
 from helpers.problems import gradients, refreshes, run, same, tensors, weight
 from helpers.rules import PickRule, driver
 
-from stiefel.optimizers import FRUGAL, Dense, GaLore, Place, Rule, Slot, StackedOptimizer
+from stiefel.optimizers import FRUGAL, BlockPosition, Dense, GaLore, Rule, Slot, StackedOptimizer
 
 LARGE = (256, 160)  # above the limit of stacks
 
@@ -90,7 +90,7 @@ def test_stagger_can_be_switched_in_a_group():
 class TogetherRule(PickRule):
     """Windows that begin for all weights at once."""
 
-    together = True
+    refresh_in_lockstep = True
 
 
 def test_stagger_is_refused_where_windows_belong_together():
@@ -105,21 +105,21 @@ class TurnsRule(Rule):
     labels: tuple[int, ...] | None = None
     window: int = 2
 
-    def blocks(self, names):
+    def block_labels(self, names):
         return self.labels or [None if n is None else n.split(".")[0] for n in names]
 
     def state(self, m, n):
         return {"exp_avg": Slot("mn")}
 
-    def holds(self, place: Place, t):
+    def state_since_at(self, position: BlockPosition, t):
         turn, start = (t - 1) // self.window, (t - 1) // self.window * self.window + 1
-        return start if turn % place.count == place.number else 0
+        return start if turn % position.count == position.number else 0
 
     def update(self, w):
-        if not w.held:
+        if not w.state_since:
             return w.step(Dense(w.grad.sign()))
         M = w.state["exp_avg"].lerp_(w.grad, 0.5)
-        return w.step(Dense(M / (1 - 0.5 ** (w.t - w.held + 1))))
+        return w.step(Dense(M / (1 - 0.5 ** (w.t - w.state_since + 1))))
 
 
 def at_work(optimizer, params, steps):
@@ -150,8 +150,8 @@ def test_equal_labels_are_one_block_over_all_groups_and_vectors_count_for_nothin
     assert at_work(optimizer, params, 4) == [(0, 2), (0, 2), (1, 3), (1, 3)]
     fused = weight((6, 5), 5)  # blocks of one parameter stay together
     cut = StackedOptimizer([fused, params[0]], TurnsRule(), 0.1, view="rows:2,4")
-    assert [unit.place for unit in cut._current().units] == [
-        Place(0, 2), Place(0, 2), Place(1, 2), Place(1, 2)
+    assert [unit.block_position for unit in cut._get_plan().units] == [
+        BlockPosition(0, 2), BlockPosition(0, 2), BlockPosition(1, 2), BlockPosition(1, 2)
     ]  # fmt: skip
 
 

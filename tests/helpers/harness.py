@@ -133,8 +133,8 @@ def entry(cls, inputs, errors, gap=None, says=None):
 
     def inputs_func(device, dtype=None):
         # copies, as a scheduler writes into a tensor lr
-        every = {**SHARED, **inputs}
-        return [OptimizerInput(None, deepcopy(kwargs), desc) for desc, kwargs in every.items()]
+        cases = {**SHARED, **inputs}
+        return [OptimizerInput(None, deepcopy(kwargs), desc) for desc, kwargs in cases.items()]
 
     def errors_func(device, dtype):
         of_all = get_error_inputs_for_all_optims(device, dtype)

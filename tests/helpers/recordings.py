@@ -24,15 +24,15 @@ def fed(data, monkeypatch):
     """
     stored = iter(data["bases"])
 
-    def find(self, G, *old, draws, turned):
+    def find(self, G, *old, rng, transposed):
         basis = next(stored)["basis"]
         if data["settings"]["group"]["proj_type"] == "full":
             left, right = (torch.tensor(x, dtype=torch.float32) for x in basis)
             return left[None], right.mT[None]
         B = torch.tensor(basis, dtype=torch.float32)
-        return (B.mT[None] if turned else B[None],)
+        return (B.mT[None] if transposed else B[None],)
 
-    monkeypatch.setattr(dense_projectors.Svd, "find", find)
+    monkeypatch.setattr(dense_projectors.SvdProjector, "find", find)
     return stored
 
 

@@ -6,9 +6,9 @@ import torch
 
 from stiefel.kernels import product
 from stiefel.optimizers import (
-    Blocks,
     Dense,
     Factored,
+    PanelTerm,
     Rule,
     Scaled,
     Selected,
@@ -42,14 +42,14 @@ class RowsRule(Rule):
 
     def update(self, w):
         B, G = ema(w.state["momentum_buffer"], w.grad, 0.9), w.grad
-        ema(w.state["norm"], w.sums.both(G.square().sum((-2, -1), keepdim=True)), 0.5)
-        by = 1 / (w.sums.cols(B.square().sum(-1, keepdim=True)).sqrt() + 1e-8)
+        ema(w.state["norm"], w.reductions.both(G.square().sum((-2, -1), keepdim=True)), 0.5)
+        by = 1 / (w.reductions.cols(B.square().sum(-1, keepdim=True)).sqrt() + 1e-8)
         u = product(w.state["rotation"], G[..., :1])
         return w.step(
             Scaled(B, by),
-            Blocks(lambda k, i, j: torch.sign(G[k, i, j])),
+            PanelTerm(lambda k, i, j: torch.sign(G[k, i, j])),
             Factored(u, G[..., :1, :]),
-            scale=0.5,
+            lr_factor=0.5,
             decay=(G * w.value.to(G.dtype) >= 0),
         )
 
@@ -64,11 +64,11 @@ class PickRule(Rule):
     order: int = 0
 
     @property
-    def every(self):
+    def refresh_interval(self):
         return self.gap
 
     @property
-    def phase(self):
+    def refresh_offset(self):
         return self.order
 
     def state(self, m, n):
@@ -105,7 +105,9 @@ class PairRule(Rule):
 
     def update(self, A, B):
         if A.grad is not None:
-            yield A.step(Dense(A.state["momentum_buffer"].lerp_(A.grad, 0.5).clone()), cap=0.1)
+            yield A.step(
+                Dense(A.state["momentum_buffer"].lerp_(A.grad, 0.5).clone()), max_rel_norm=0.1
+            )
         if B.grad is not None:
             B.state["count"].add_(1)
             M = B.state["momentum_buffer"].lerp_(B.grad, 0.5)
@@ -119,8 +121,8 @@ class WindowRule(Rule):
     def state(self, m, n):
         return {"exp_avg": Slot("mn")}
 
-    def holds(self, place, t):
-        return ((t - 1) // 2 + place.number) % 2 == 0
+    def state_since_at(self, position, t):
+        return ((t - 1) // 2 + position.number) % 2 == 0
 
     def update(self, w):
         if "exp_avg" not in w.state:
@@ -132,11 +134,11 @@ class WindowRule(Rule):
 class FoldRule(Rule):
     """Changes its weight in place at a refresh."""
 
-    writes = True
+    writes_in_refresh = True
     gap: int = 2
 
     @property
-    def every(self):
+    def refresh_interval(self):
         return self.gap
 
     def refresh(self, w):

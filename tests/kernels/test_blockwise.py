@@ -17,7 +17,7 @@ from stiefel.kernels import (
     quantise_blocks,
 )
 from stiefel.optimizers import GaLore, Muon
-from stiefel.optimizers._driver.units import CODED_LEAST
+from stiefel.optimizers._driver.units import MIN_QUANTIZED_NUMEL
 
 BLOCK = 256
 
@@ -151,7 +151,7 @@ def test_small_state_and_bases_stay_float32_and_large_moments_are_bytes(method):
                 continue
             name = key.removesuffix("_scale")
             coded = name in ("exp_avg", "exp_avg_sq", "momentum_buffer")
-            if coded and optimizer.state[p][name].numel() >= CODED_LEAST:
+            if coded and optimizer.state[p][name].numel() >= MIN_QUANTIZED_NUMEL:
                 kind = torch.uint8 if name == "exp_avg_sq" else torch.int8
                 assert value.dtype == (torch.float32 if key.endswith("_scale") else kind)
             else:
@@ -169,7 +169,7 @@ def test_a_run_stays_close_to_float32(method):
     for a, b, i in zip(W, V, range(4), strict=True):
         start = weight(a.shape, i).detach()
         assert float((a - b).norm()) < 0.08 * float((b - start).norm())
-        assert bool(a.equal(b)) == (a.numel() < CODED_LEAST)
+        assert bool(a.equal(b)) == (a.numel() < MIN_QUANTIZED_NUMEL)
 
 
 # which blocks are at work depends on how many there are, so one cannot be trained alone

@@ -15,10 +15,10 @@ from oracles import projectors as oracle
 from stiefel.kernels import dct, dct_basis, dct_path, idct
 from stiefel.kernels.cosines import quarter_waves
 from stiefel.kernels.dct import FFT_FROM
-from stiefel.optimizers._toolkit.index_projectors import Dct
-from stiefel.optimizers._toolkit.moments import Match, Turn, carry
-from stiefel.optimizers._toolkit.projectors import projector
-from stiefel.optimizers._toolkit.random_keys import Draws
+from stiefel.optimizers._toolkit.index_projectors import DctProjector
+from stiefel.optimizers._toolkit.moments import DenseBasisChange, IndexBasisChange, carry_moments
+from stiefel.optimizers._toolkit.projectors import make_projector
+from stiefel.optimizers._toolkit.random_keys import StackRNG
 
 LENGTHS = [1, 2, 3, 4, 5, 8, 13, 17, 64, 97, 100, 255, 256, 257, 1000, 1024]
 lengths = pytest.mark.parametrize("n", LENGTHS)
@@ -33,9 +33,9 @@ def largest(X):
 
 def chosen(G, r, norm="l2"):
     """The projector and its state for a stack G."""
-    find = projector(f"dct:{norm}")
+    find = make_projector(f"dct:{norm}")
     old = torch.zeros(len(G), r, dtype=torch.int32)
-    (index,) = find.find(G, old, draws=Draws(0, tuple(range(len(G))), 1))
+    (index,) = find.find(G, old, rng=StackRNG(0, tuple(range(len(G))), 1))
     assert index.dtype == torch.int32 and index.shape == (len(G), r)
     return find, {"index": index}
 
@@ -43,7 +43,7 @@ def chosen(G, r, norm="l2"):
 def share(G, r, norm="l2"):
     """Captured part of ||G||^2."""
     find, state = chosen(G, r, norm)
-    return (find.down(state, G).double().norm() ** 2 / G.double().norm() ** 2).item()
+    return (find.project(state, G).double().norm() ** 2 / G.double().norm() ** 2).item()
 
 
 # The basis and the transform.
@@ -235,8 +235,8 @@ def test_the_projector_is_orthogonal(norm):
     P = find.lift(state, torch.eye(5).expand(2, 5, 5), 12).P
     S = P @ P.mT
     assert largest(P.mT @ P - torch.eye(5)) <= 1e-6 and largest(S @ S - S) <= 1e-6
-    residual = G - find.back(state, find.down(state, G), 12)
-    assert find.down(state, residual).norm() <= 1e-5 * G.norm()
+    residual = G - find.lift_block(state, find.project(state, G), 12)
+    assert find.project(state, residual).norm() <= 1e-5 * G.norm()
     for k, I in enumerate(state["index"].tolist()):
         assert np.abs(P[k].double().numpy() - oracle.cosine_matrix(12)[I].T).max() <= 1e-6
 
@@ -245,8 +245,8 @@ def test_the_projector_is_orthogonal(norm):
 def test_full_rank_loses_nothing(m):
     G = gaussian(1, m, 9)
     find, state = chosen(G, m)
-    R = find.down(state, G)
-    assert largest(find.back(state, R, m) - G) <= 1e-5
+    R = find.project(state, G)
+    assert largest(find.lift_block(state, R, m) - G) <= 1e-5
     assert largest(R - dct(G, dim=-2)) <= 1e-5
 
 
@@ -258,12 +258,12 @@ def test_a_turned_matrix_is_the_transposed_problem(norm, m, n):
     find, state = chosen(G, 4, norm)
     _, turned = chosen(stored.mT, 4, norm)
     assert torch.equal(state["index"], turned["index"])
-    assert largest(find.down(state, G) - find.down(turned, stored.mT)) <= 5e-6
+    assert largest(find.project(state, G) - find.project(turned, stored.mT)) <= 5e-6
 
 
 def test_overlap_is_the_match_matrix():
     m, r = 10, 4
-    find = projector("dct")
+    find = make_projector("dct")
     old, new = torch.tensor([[0, 3, 5, 8]]).int(), torch.tensor([[0, 4, 5, 9]]).int()
     eye = torch.eye(r)[None]
     P_old, P_new = (find.lift({"index": I}, eye, m).P.contiguous() for I in (old, new))
@@ -271,12 +271,12 @@ def test_overlap_is_the_match_matrix():
     assert largest(P_new.mT @ P_old - want) <= 1e-6
     M, V = gaussian(1, r, 6), gaussian(1, r, 6, seed=1).square()
     dense_M, dense_V, before = M.clone(), V.clone(), (M.clone(), V.clone())
-    carry("match", M, V, find.overlap((old,), (new,)))
-    carry("rotate", dense_M, dense_V, Turn(P_old, P_new))
+    carry_moments("match", M, V, find.overlap((old,), (new,)))
+    carry_moments("rotate", dense_M, dense_V, DenseBasisChange(P_old, P_new))
     assert largest(M - dense_M) <= 1e-5 and largest(V - dense_V) <= 1e-5
     assert M.norm() <= before[0].norm()
     M, V = before[0].clone(), before[1].clone()
-    carry("match", M, V, Match(old, old))
+    carry_moments("match", M, V, IndexBasisChange(old, old))
     assert torch.equal(M, before[0]) and torch.equal(V, before[1])
 
 
@@ -285,7 +285,7 @@ def test_ties_take_the_lowest_and_the_order_ascends(norm, monkeypatch):
     G = gaussian(2, 40, 9)
     first, second = chosen(G, 7, norm)[1]["index"], chosen(G, 7, norm)[1]["index"]
     assert torch.equal(first, second) and torch.equal(first, first.sort(-1).values)
-    monkeypatch.setattr(Dct, "_scores", lambda self, X: torch.ones(len(X)))
+    monkeypatch.setattr(DctProjector, "_scores", lambda self, X: torch.ones(len(X)))
     assert chosen(G, 7, norm)[1]["index"].tolist() == [list(range(7))] * 2
 
 
@@ -294,11 +294,11 @@ def test_ties_take_the_lowest_and_the_order_ascends(norm, monkeypatch):
 def test_the_choice_depends_on_neither_scale_nor_a_rotation_of_columns(norm, m):
     G = gaussian(1, m, 20)
     find, state = chosen(G, 5, norm)
-    R = find.down(state, G)
+    R = find.project(state, G)
     for power in (-40, 7, 60):
         _, scaled = chosen(G * 2.0**power, 5, norm)
         assert torch.equal(scaled["index"], state["index"])
-        assert torch.equal(find.down(scaled, G * 2.0**power), R * 2.0**power)
+        assert torch.equal(find.project(scaled, G * 2.0**power), R * 2.0**power)
     Q = torch.linalg.qr(gaussian(20, 20, dtype=torch.float64)).Q
     G = gaussian(1, m, 20, dtype=torch.float64)
     turned = [dct(X, dim=-2).square().sum(-1) for X in (G, G @ Q)]
@@ -311,7 +311,10 @@ def test_a_single_cosine_is_found(norm, m, j):
     G = torch.outer(dct_basis(m)[j], gaussian(11))[None]
     find, state = chosen(G, 1, norm)
     assert state["index"].tolist() == [[j]]
-    assert largest(G - find.back(state, find.down(state, G), m)) <= 1e-6 * max(1.0, largest(G)) * 4
+    assert (
+        largest(G - find.lift_block(state, find.project(state, G), m))
+        <= 1e-6 * max(1.0, largest(G)) * 4
+    )
 
 
 def test_scores_come_from_panels(monkeypatch):
@@ -320,7 +323,7 @@ def test_scores_come_from_panels(monkeypatch):
 
     G = gaussian(1, 40, 200)
     whole = chosen(G, 9)[1]["index"]
-    monkeypatch.setattr(svd, "_PANEL", 2**11)
+    monkeypatch.setattr(svd, "_GRAM_PANEL", 2**11)
     assert torch.equal(chosen(G, 9)[1]["index"], whole)
     scores = (oracle.cosine_matrix(40) @ G[0].double().numpy()) ** 2
     assert whole[0].tolist() == oracle.choose(scores.sum(1).tolist(), 9)

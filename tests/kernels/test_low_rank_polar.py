@@ -13,7 +13,7 @@ from helpers.recordings import tolerance
 
 from stiefel.kernels import low_rank_size, polar_factor, polar_report
 from stiefel.kernels.hashing import random_signs, splitmix
-from stiefel.optimizers._toolkit.random_keys import Draws, splitmix64
+from stiefel.optimizers._toolkit.random_keys import StackRNG, splitmix64
 
 kernel = importlib.import_module("stiefel.kernels.low_rank")  # the name is the function's too
 SHAPES = [(120, 80), (80, 120), (60, 60)]
@@ -236,10 +236,10 @@ def test_signs_of_fixed_bits():
 
 
 def test_gaussian_sketch_is_the_one_of_draws():
-    M, draws = gaussian(30, 20), Draws(3, (17,), 5)
-    (Omega,) = draws.gaussian(0, M, (20, 6))
+    M, rng = gaussian(30, 20), StackRNG(3, (17,), 5)
+    (Omega,) = rng.gaussian(0, M, (20, 6))
     options = {"rank": 4, "oversample": 2}
-    O = polar_factor(M, "low_rank", sketch="gaussian", key=draws.key(0), **options)
+    O = polar_factor(M, "low_rank", sketch="gaussian", key=rng.key(0), **options)
     assert torch.equal(O, polar_factor(M, "low_rank", sketch=Omega, **options))
 
 

@@ -15,14 +15,14 @@ from stiefel.kernels import product
 from stiefel.optimizers import AltLoRA, lora_param_groups, pairs_to_groups
 from stiefel.optimizers._core.rule import Dense
 from stiefel.optimizers._lora.pair_algebra import (
-    alive,
     cross_gram,
     damped,
     damped_inverse,
+    debias_factor,
     gram,
     inverse_from,
+    is_nonzero,
     transport,
-    unbiased,
 )
 from stiefel.optimizers._lora.pair_groups import LoRARule, PairOptimizer
 
@@ -559,7 +559,7 @@ def test_damped_inverse_and_grams():
     S = gram(X)
     torch.testing.assert_close(S, X.mT @ X, rtol=0, atol=1e-13)
     torch.testing.assert_close(gram(X, w), X.mT @ (w * X), rtol=0, atol=1e-13)
-    assert alive(S).flatten().tolist() == [True, False, True]
+    assert is_nonzero(S).flatten().tolist() == [True, False, True]
     eye = torch.eye(4, dtype=DOUBLE)
     for delta, relative in ((0.0, 0.0), (0.3, 0.0), (0.1, 0.2)):
         inverse = damped_inverse(S, delta, relative)
@@ -608,7 +608,7 @@ def test_transport_is_the_identity_where_nothing_moved():
     torch.testing.assert_close(exact, want, rtol=0, atol=1e-12)
     counts = torch.tensor([[[0]], [[3]]], dtype=torch.int32)
     torch.testing.assert_close(
-        unbiased(counts, 0.9, DOUBLE).flatten(),
+        debias_factor(counts, 0.9, DOUBLE).flatten(),
         torch.tensor([1 / 0.1, 1 / (1 - 0.9**3)], dtype=DOUBLE), rtol=1e-12, atol=0,
     )  # fmt: skip
 

@@ -194,7 +194,7 @@ def test_large_factors_have_the_bits_of_small_ones(make, monkeypatch):
     shapes = [(12, 8, 4)] * 3
     outs = []
     for size in (1, 2**15):
-        monkeypatch.setitem(units.STACK, "cpu", size)
+        monkeypatch.setitem(units.MAX_STACKED_NUMEL, "cpu", size)
         pairs = several(shapes)
         outs.append(run(make(pairs), flat(pairs), series(shapes, 4)))
     assert same(*outs)

@@ -522,7 +522,7 @@ def test_the_side_that_is_rotated(side, m):
 def test_sides_of_a_chain_may_be_given_one_by_one():
     params = [weight((8, 8), 0), weight((8, 8), 1)]
     optimizer = ARO(params, rotation_sharing="chain", layer=2, side=["cols", "rows"])
-    unit = optimizer._current().units[0]
+    unit = optimizer._get_plan().units[0]
     assert unit.turned == (True, False)
 
 
@@ -731,7 +731,7 @@ def test_views_equal_the_stack(shape, dtype, form, monkeypatch):
         return [p.detach() for p in params], tensors(optimizer)
 
     stacked = once()
-    monkeypatch.setitem(units.STACK, "cpu", 0)
+    monkeypatch.setitem(units.MAX_STACKED_NUMEL, "cpu", 0)
     assert same(stacked, once())
 
 

@@ -14,7 +14,12 @@ from oracles.auon import QUINTIC, auon, crms, direction
 
 from stiefel.optimizers import AuON
 from stiefel.optimizers._toolkit import power_sums
-from stiefel.optimizers._toolkit.power_sums import Series, Whole, slabs, terms_for
+from stiefel.optimizers._toolkit.power_sums import (
+    DenseNorms,
+    SeriesNorms,
+    row_panels,
+    series_length,
+)
 
 DOUBLE = torch.float64
 KINDS = [
@@ -317,8 +322,8 @@ def test_r_in_panels_is_exact_to_float32(name, gamma, dtype):
     X = dict(matrices())[name]
     for size in (1.0, 1e-15, 1e15):
         Y = (X * size).to(dtype)
-        V = power_sums.measured(Y[None], terms_for(Y.numel(), gamma))
-        assert isinstance(V, Series)
+        V = power_sums.norms_of(Y[None], series_length(Y.numel(), gamma))
+        assert isinstance(V, SeriesNorms)
         norm = V.norm()
         assert math.isclose(float(norm), float(Y.double().norm()), rel_tol=1e-6)
         r = (1 + V.sinh_squares(gamma / norm) / Y.numel()).sqrt()
@@ -332,8 +337,8 @@ def test_r_of_a_large_layer_is_exact_to_float32(spikes):
     X = torch.full((1024, 4096), 1e-6)
     for k in range(spikes):
         X[100 * k, 3] = 1.0
-    assert terms_for(X.numel(), 1.0) == 1
-    V = power_sums.measured(X[None], 1)
+    assert series_length(X.numel(), 1.0) == 1
+    V = power_sums.norms_of(X[None], 1)
     r = float((1 + V.sinh_squares(1 / V.norm()) / X.numel()).sqrt())
     exact = math.sqrt(1 + float((X.double() / X.double().norm()).sinh().square().mean()))
     assert abs(r - exact) < 1e-7 and r - 1 < 2e-7
@@ -343,7 +348,7 @@ def test_r_of_a_large_layer_is_exact_to_float32(spikes):
 def test_sums_at_hand_and_in_panels_agree(dtype):
     for _, X in matrices():
         X = X.to(dtype)[None]
-        whole, series = Whole(X), Series([[X[0][i] for i in slabs(*BIG)]], 8)
+        whole, series = DenseNorms(X), SeriesNorms([[X[0][i] for i in row_panels(*BIG)]], 8)
         assert math.isclose(float(whole.norm()), float(series.norm()), rel_tol=1e-6)
         c = 1 / whole.norm()
         one, two = float(whole.sinh_squares(c)), float(series.sinh_squares(c))
@@ -352,14 +357,17 @@ def test_sums_at_hand_and_in_panels_agree(dtype):
 
 def test_terms_follow_the_bound():
     """Fewer where there are more entries; the rest is below the promise, and above it without."""
-    assert [terms_for(N, 1.0) for N in (2**17, 2**20, 2**22)] == [3, 2, 1]
+    assert [series_length(N, 1.0) for N in (2**17, 2**20, 2**22)] == [3, 2, 1]
     for N, bound in ((2**17, 1.0), (2**17, 1.5), (2**22, 3.0)):
-        count = terms_for(N, bound)
+        count = series_length(N, bound)
         rests = [
             (math.sinh(bound) ** 2 - sum(f * bound ** (2 * j + 2) for j, f in enumerate(terms))) / N
-            for terms in (power_sums.FACTORS[:count], power_sums.FACTORS[: count - 1])
+            for terms in (
+                power_sums.SINH_SQUARED_SERIES[:count],
+                power_sums.SINH_SQUARED_SERIES[: count - 1],
+            )
         ]
-        assert rests[0] / 2 <= power_sums.SLACK < rests[1] / 2
+        assert rests[0] / 2 <= power_sums.SERIES_TOLERANCE < rests[1] / 2
 
 
 @kinds
@@ -438,7 +446,7 @@ def test_temporaries(shape):
         p.grad = grads[0]
         optimizer.step()
         counter = count_step(optimizer)
-        panels = 4 * power_sums.PANEL * 4.2
+        panels = 4 * power_sums.POWER_SUM_PANEL * 4.2
         matrix = 4 * shape[0] * shape[1]
         assert counter.peak <= (5 * matrix if kind.get("ns_steps") else panels), kind
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stiefel.kernels import dct, dct_basis, dequantise_rows, idct, quantise_rows
 from stiefel.optimizers import DCTAdamW, GaLore
 from stiefel.optimizers._toolkit import index_projectors as module
-from stiefel.optimizers.dctadamw import Feedback
+from stiefel.optimizers.dctadamw import ErrorFeedback
 
 DOUBLE = torch.float64
 FED = [None, "full", "int8", "int4"]
@@ -52,13 +52,13 @@ def test_recorded_trajectory(name, monkeypatch):
     gap = given.get("update_proj_gap", 1)
     if "indices" in data:
         due = [t for t in range(1, len(data["W"]) + 1) if t == 1 or t % gap == 0]
-        stored, original = iter([data["indices"][t - 1] for t in due]), module.Dct.choose
+        stored, original = iter([data["indices"][t - 1] for t in due]), module.DctProjector.choose
 
-        def choose(self, S, r, old=None, sums=None, sizes=None):
+        def choose(self, S, r, old=None, reductions=None, row_scores=None):
             chosen.append((original(self, S, r).tolist()[0], next(stored)))
             return torch.tensor([chosen[-1][1]], dtype=torch.int32)
 
-        monkeypatch.setattr(module.Dct, "choose", choose)
+        monkeypatch.setattr(module.DctProjector, "choose", choose)
     makhoul = given.get("sim_type") == "makhoul"
     p = torch.nn.Parameter(data["W0"].clone())
     optimizer = DCTAdamW(
@@ -175,7 +175,7 @@ def test_feedback_conserves_the_gradient(shape, gap, fed, monkeypatch):
     monkeypatch.setattr("stiefel.optimizers.dctadamw.take_rows", spy)
     p, grads = weight(shape, dtype=DOUBLE), noise(shape, 12, dtype=DOUBLE)
     optimizer = DCTAdamW([p], rank=3, update_proj_gap=gap, error_feedback=fed, moments="slot")
-    store = Feedback(fed)
+    store = ErrorFeedback(fed)
     for G in grads:
         p.grad = G
         optimizer.step()
@@ -291,14 +291,14 @@ def test_quantiser_packs_even_elements_high_and_refuses_other_widths():
 
 @pytest.mark.parametrize("kind", ["full", "int8", "int4"])
 def test_feedback_is_kept_in_panels(kind, monkeypatch):
-    E, store = noise((2, 9, 13), 1)[0], Feedback(kind)
+    E, store = noise((2, 9, 13), 1)[0], ErrorFeedback(kind)
     state = {
         name: torch.zeros(2, *slot.shape(9, 13), dtype=slot.dtype or torch.float32)
         for name, slot in store.slots(13).items()
     }
     store.store(state, E)
     whole, kept = store.load(state, 13, DOUBLE), {k: v.clone() for k, v in state.items()}
-    monkeypatch.setattr("stiefel.optimizers.dctadamw._PANEL", 52)
+    monkeypatch.setattr("stiefel.optimizers.dctadamw._CODED_PANEL", 52)
     store.store(state, E)
     assert same(state, kept) and torch.equal(store.load(state, 13, DOUBLE), whole)
     assert (whole - E).abs().max() <= {"full": 0.0, "int8": 0.02, "int4": 0.3}[kind]

@@ -28,10 +28,10 @@ from stiefel.kernels import sums
 from stiefel.optimizers import Fira, GaLore
 from stiefel.optimizers import fira as module
 from stiefel.optimizers._driver import units
-from stiefel.optimizers._driver.write import PANEL
+from stiefel.optimizers._driver.write import WRITE_PANEL
 from stiefel.optimizers._toolkit.moments import column_squares, total
-from stiefel.optimizers._toolkit.projectors import KINDS
-from stiefel.optimizers.fira import growth_limit
+from stiefel.optimizers._toolkit.projectors import PROJECTION_KINDS
+from stiefel.optimizers.fira import norm_growth_limiter
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("fira-*.json"))
 SIDES = ["std", "reverse_std", "right", "left", "full"]
@@ -220,7 +220,7 @@ def test_falling_norms_pass_and_a_jump_is_spread_over_seventy_steps():
     stored = torch.full((1, 1, 1), -1.0, dtype=DOUBLE)
 
     def limited(norm):
-        return float(growth_limit(torch.full((1, 1, 1), norm, dtype=DOUBLE), stored))
+        return float(norm_growth_limiter(torch.full((1, 1, 1), norm, dtype=DOUBLE), stored))
 
     assert [limited(x) for x in (5.0, 4.0, 4.0, 1.0)] == [1.0] * 4
     grown = []
@@ -393,7 +393,7 @@ def test_a_bad_gradient_poisons_no_norm(variant):
     assert torch.equal(optimizer.state[p]["limiter_norm"], before)
     assert p.isfinite().all()
     stored = torch.ones(3, 1, 1)
-    L = growth_limit(torch.tensor([math.nan, math.inf, 0.5]).view(3, 1, 1), stored)
+    L = norm_growth_limiter(torch.tensor([math.nan, math.inf, 0.5]).view(3, 1, 1), stored)
     assert stored.flatten().tolist() == [1.0, 1.0, 0.5]
     assert L.flatten().tolist() == [math.inf, math.inf, 1.0]
 
@@ -492,7 +492,7 @@ def test_sums_of_squares_do_not_depend_on_stacking(shape, dtype, turned, monkeyp
 
 
 @variants
-@pytest.mark.parametrize("projection", [*KINDS, "dct:l1"])
+@pytest.mark.parametrize("projection", [*PROJECTION_KINDS, "dct:l1"])
 @pytest.mark.parametrize("shape", [(12, 20), ODD, (5, 17), COLUMN])
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16])
 def test_views_equal_the_stack_for_every_projection(projection, shape, dtype, variant, monkeypatch):
@@ -506,7 +506,7 @@ def test_views_equal_the_stack_for_every_projection(projection, shape, dtype, va
         return [p.detach() for p in params], tensors(optimizer)
 
     stacked = once()
-    monkeypatch.setitem(units.STACK, "cpu", 0)
+    monkeypatch.setitem(units.MAX_STACKED_NUMEL, "cpu", 0)
     assert same(stacked, once())
 
 
@@ -516,12 +516,12 @@ def test_a_step_needs_two_buffers_and_panels(shape, form):
     params = [weight(shape, k) for k in range(3)]
     optimizer = Fira(params, rank=64, **form)
     counter = count_second_step(optimizer, lambda p, seed: gradients(p.shape, 1, seed)[0])
-    assert counter.peak <= 2 * 64 * 1024 * 4 + 2 * PANEL * 4
-    assert counter.largest <= max(64 * 1024, PANEL) * 4
+    assert counter.peak <= 2 * 64 * 1024 * 4 + 2 * WRITE_PANEL * 4
+    assert counter.largest <= max(64 * 1024, WRITE_PANEL) * 4
 
 
 @variants
-@pytest.mark.parametrize("projection", KINDS)
+@pytest.mark.parametrize("projection", PROJECTION_KINDS)
 def test_training_with_every_projection(projection, variant):
     """A quadratic is solved in a quarter of its rank."""
     draw = torch.Generator().manual_seed(3)

@@ -26,7 +26,7 @@ from oracles.frugal import COORDINATES, down, frugal, leading, up
 from stiefel.optimizers import FRUGAL, GaLore
 from stiefel.optimizers._driver import units
 from stiefel.optimizers._frugal import block_schedule, coordinates, gradient_split
-from stiefel.optimizers._frugal.block_schedule import Turns
+from stiefel.optimizers._frugal.block_schedule import BlockSchedule
 from stiefel.optimizers._toolkit import dense_projectors
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("frugal-*.json"))
@@ -99,12 +99,12 @@ def feed_splits(drawn, monkeypatch):
     """Let the recorded numbers be drawn."""
     stored = iter(drawn)
 
-    def draw(self, draws, length, c):
+    def draw(self, rng, length, c):
         index = next(stored)
         assert len(index) == c
         return torch.tensor([index], dtype=torch.int64)
 
-    monkeypatch.setattr(coordinates.Coordinates, "draw", draw)
+    monkeypatch.setattr(coordinates.CoordinateSplit, "draw", draw)
     return stored
 
 
@@ -120,7 +120,9 @@ def test_recorded_trajectory(name, monkeypatch):
     if "bases" in data:
         data["settings"]["group"]["proj_type"] = settings["proj_type"]
         stored = fed(data, monkeypatch)
-        monkeypatch.setattr(dense_projectors.Random, "find", dense_projectors.Svd.find)
+        monkeypatch.setattr(
+            dense_projectors.RandomProjector, "find", dense_projectors.SvdProjector.find
+        )
     else:
         drawn = [entry["indices"] for entry in data["splits"] if entry["indices"]]
         stored = feed_splits(drawn, monkeypatch)
@@ -158,7 +160,9 @@ def test_recorded_blocks(name, monkeypatch):
     params = [torch.nn.Parameter(W.clone()) for W in data["W0"]]
     active = {entry["step"] // 5: frozenset(entry["active"]) for entry in data["splits"]}
     if "random" in name:
-        monkeypatch.setattr(block_schedule, "_active", lambda _, window, count: active[window])
+        monkeypatch.setattr(
+            block_schedule, "_active_blocks", lambda _, window, count: active[window]
+        )
     optimizer = FRUGAL(params, compat="reference", **settings_of(data))
     bound = tolerance(data, "max_abs_diff_to_float64_run")
     for step, (grads, Ws) in enumerate(zip(data["grads"], data["W"], strict=True)):
@@ -468,7 +472,7 @@ def test_ranks_and_blocks_round_half_to_even():
         optimizer = FRUGAL([p], split="svd", density=0.5)
         optimizer.init_state()
         assert density_of(optimizer, p) == want
-        assert len(Turns("ascending", 0.5, 1, 0, False).active(0, side)) == want
+        assert len(BlockSchedule("ascending", 0.5, 1, 0, False).active_blocks(0, side)) == want
 
 
 def test_a_new_choice_is_another_one():
@@ -491,16 +495,16 @@ TRACES = {
 
 @pytest.mark.parametrize("order, a", list(TRACES))
 def test_orders_follow_the_published_traces(order, a):
-    turns = Turns(order, a / 10, 200, 0, False)
-    assert [turns.active(w, 10) for w in range(len(TRACES[order, a]))] == TRACES[order, a]
+    turns = BlockSchedule(order, a / 10, 200, 0, False)
+    assert [turns.active_blocks(w, 10) for w in range(len(TRACES[order, a]))] == TRACES[order, a]
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])
 @pytest.mark.parametrize("count, a", [(10, 3), (7, 2), (5, 5), (6, 1)])
 def test_every_block_has_its_turn(order, count, a):
-    turns, windows = Turns(order, a / count, 1, 0, False), math.ceil(count / a)
+    turns, windows = BlockSchedule(order, a / count, 1, 0, False), math.ceil(count / a)
     for start in range(5):
-        seen = frozenset().union(*(turns.active(start + w, count) for w in range(windows)))
+        seen = frozenset().union(*(turns.active_blocks(start + w, count) for w in range(windows)))
         assert seen == frozenset(range(count))
 
 
@@ -509,10 +513,12 @@ def test_mirror_needs_pairs_and_random_draws_by_window():
     optimizer = FRUGAL(params, split="block", block_order="mirror", density=0.5)
     with pytest.raises(ValueError, match=r"of 6 blocks is 3: choose a density"):
         optimizer.init_state()
-    turns = Turns("random", 0.5, 1, 7, False)
-    sets = [turns.active(w, 12) for w in range(30)]
+    turns = BlockSchedule("random", 0.5, 1, 7, False)
+    sets = [turns.active_blocks(w, 12) for w in range(30)]
     assert len(set(sets)) > 20 and all(len(s) == 6 for s in sets)
-    assert sets == [Turns("random", 0.5, 1, 7, False).active(w, 12) for w in range(30)]
+    assert sets == [
+        BlockSchedule("random", 0.5, 1, 7, False).active_blocks(w, 12) for w in range(30)
+    ]
 
 
 def test_blocks_in_the_optimizer_follow_their_order():
@@ -842,14 +848,14 @@ def test_blocks_stacked_or_not_have_the_same_bits(reset, monkeypatch):
         return run(optimizer, params, grads), tensors(optimizer)
 
     stacked = made()
-    monkeypatch.setitem(units.STACK, "cpu", 0)
+    monkeypatch.setitem(units.MAX_STACKED_NUMEL, "cpu", 0)
     assert same(stacked, made())
 
 
 @pytest.mark.parametrize("split", ["columns", "rows", "svd", "block"])
 def test_nothing_chosen_although_wanted_is_pointed_out_once(split):
-    gradient_split.warn_none.cache_clear()
-    block_schedule._active.cache_clear()
+    gradient_split.warn_rounds_to_zero.cache_clear()
+    block_schedule._active_blocks.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -902,14 +908,14 @@ def test_panels_do_not_matter(split, reset, inner, monkeypatch):
     monkeypatch.setattr(FRUGAL, "_wait", False)  # as on a device: flags multiply the term
     torch.testing.assert_close(made(), usual, rtol=0, atol=NEAR)
     monkeypatch.undo()
-    monkeypatch.setitem(units.STACK, "cpu", 0)
-    monkeypatch.setattr(coordinates, "PANEL", 5 * 21)
+    monkeypatch.setitem(units.MAX_STACKED_NUMEL, "cpu", 0)
+    monkeypatch.setattr(coordinates, "SPLIT_PANEL", 5 * 21)
     torch.testing.assert_close(made(), usual, rtol=0, atol=NEAR)
 
 
 @pytest.mark.parametrize("split", COORDINATES)
 def test_a_batch_of_large_matrices_is_cut_one_by_one(split, monkeypatch):
-    monkeypatch.setattr(coordinates, "PANEL", 64)
+    monkeypatch.setattr(coordinates, "SPLIT_PANEL", 64)
     shape = (3, 24, 10)
     p, grads = weight(shape), gradients(shape, 5)
     settings = {"lr": 0.02, "density": 0.5, "update_gap": 2, "split": split}
@@ -937,7 +943,7 @@ def test_panels_of_a_cut_weight_do_not_touch_its_neighbours(split, view, monkeyp
         return trajectory(make, (24, 20), 4)[-1]
 
     whole = moved()
-    monkeypatch.setattr(coordinates, "PANEL", 40)
+    monkeypatch.setattr(coordinates, "SPLIT_PANEL", 40)
     torch.testing.assert_close(moved(), whole, rtol=0, atol=NEAR)
 
 
@@ -950,7 +956,7 @@ def test_a_step_needs_panels_only(split, shape):
     optimizer.step()
     counter = count_step(optimizer)
     numbers = 8 * optimizer.state[p]["index"].numel()  # int64, as scatter wants them
-    assert counter.peak <= 3 * 4 * coordinates.PANEL + 2 * numbers
+    assert counter.peak <= 3 * 4 * coordinates.SPLIT_PANEL + 2 * numbers
 
 
 @pytest.mark.parametrize("split", [*COORDINATES, "svd"])

@@ -274,14 +274,14 @@ def test_update_is_linear_in_scale_and_free_of_the_gradients_size():
 def test_refreshes_come_at_multiples_and_keep_touches_no_moment(monkeypatch):
     p, grads, gap = weight(WIDE), gradients(WIDE, 11), 4
     optimizer = GaLore([p], rank=3, update_proj_gap=gap)
-    carried, original = [], base_optimizers.carry
+    carried, original = [], base_optimizers.carry_moments
 
     def spy(policy, M, V, change, **clock):
         before = M.clone(), V.clone()
         original(policy, M, V, change, **clock)
         carried.append(torch.equal(M, before[0]) and torch.equal(V, before[1]))
 
-    monkeypatch.setattr(base_optimizers, "carry", spy)
+    monkeypatch.setattr(base_optimizers, "carry_moments", spy)
     last, changes = None, []
     for step, G in enumerate(grads):
         p.grad = G
@@ -568,7 +568,7 @@ def test_views_equal_the_stack_for_every_projection(projection, monkeypatch):
         return [p.detach() for p in params], tensors(optimizer)
 
     stacked = once()
-    monkeypatch.setitem(units.STACK, "cpu", 0)
+    monkeypatch.setitem(units.MAX_STACKED_NUMEL, "cpu", 0)
     assert same(stacked, once())
 
 

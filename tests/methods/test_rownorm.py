@@ -164,11 +164,11 @@ def test_a_stale_row_moves_at_full_speed_until_eps_stops_it():
 
 
 def test_centring_commutes_with_permutations_and_right_maps_and_not_with_left_signs():
-    from stiefel.optimizers._core.rule import LOCAL
-    from stiefel.optimizers._toolkit.row_rules import centre
+    from stiefel.optimizers._core.rule import LOCAL_REDUCTIONS
+    from stiefel.optimizers._toolkit.row_rules import center
 
     X = doubles((7, 5), 1)[0]
-    C = lambda Y: centre(Y[None], LOCAL, len(Y))[0]  # noqa: E731
+    C = lambda Y: center(Y[None], LOCAL_REDUCTIONS, len(Y))[0]  # noqa: E731
     P, Q = permutation(7), rotation(5)
     torch.testing.assert_close(C(X[P]), C(X)[P], rtol=0, atol=1e-15)
     torch.testing.assert_close(C(X @ Q), C(X) @ Q, rtol=0, atol=1e-14)
@@ -370,12 +370,12 @@ def test_a_half_without_a_gradient_sits_out():
 @pytest.mark.parametrize("layout", ["halves", "interleaved", None])
 @pytest.mark.parametrize("r, d", [(1, 1), (3, 5), (7, 2)])
 def test_folding_and_unfolding_round_trip(layout, r, d):
-    from stiefel.optimizers._toolkit.row_rules import folded, unfolded
+    from stiefel.optimizers._toolkit.row_rules import join_pairs, split_pairs
 
     X = torch.arange(2.0 * 2 * r * d).view(2, 2 * r, d)
-    Y = folded(X, layout)
+    Y = join_pairs(X, layout)
     assert Y.shape == ((2, r, 2 * d) if layout else X.shape)
-    assert torch.equal(unfolded(Y, layout), X)
+    assert torch.equal(split_pairs(Y, layout), X)
     if layout:
         first, second = (0, r) if layout == "halves" else (0, 1)
         assert torch.equal(Y[:, 0], torch.cat([X[:, first], X[:, second]], -1))

@@ -28,10 +28,15 @@ from stiefel.optimizers import (
     switchlora_init_,
 )
 from stiefel.optimizers._driver import units
-from stiefel.optimizers._driver.write import PANEL
+from stiefel.optimizers._driver.write import WRITE_PANEL
 from stiefel.optimizers._lora import switching, vector_pools
-from stiefel.optimizers._lora.switching import exchange_, fold_, spreads, switch_rate
-from stiefel.optimizers._lora.vector_pools import room
+from stiefel.optimizers._lora.switching import (
+    exchange_vectors_,
+    fold_into_weight_,
+    init_stds,
+    switch_rate,
+)
+from stiefel.optimizers._lora.vector_pools import max_exchanges
 from stiefel.optimizers.switchlora import SwitchLoRARule
 
 SHAPE = (10, 7, 3)
@@ -77,7 +82,7 @@ def give(optimizer, A, B, pool_a, pool_b, slots=None):
 def feed(monkeypatch, numbers):
     """Ask for these numbers of vectors, one per update."""
     numbers = iter(numbers)
-    monkeypatch.setattr(SwitchLoRARule, "wanted", lambda self, A, j: next(numbers))
+    monkeypatch.setattr(SwitchLoRARule, "exchange_count", lambda self, A, j: next(numbers))
 
 
 # the published code
@@ -139,7 +144,7 @@ def test_recorded_schedule_and_spreads():
         assert math.isclose(rate, row["rate"], rel_tol=1e-12)
         assert math.isclose(40 / rate, row["interval_for_interval0_40"], rel_tol=1e-12)
     for row in data["init_bounds"]:
-        got = spreads(row["m"], row["n"], row["r"], 1 / row["r"])
+        got = init_stds(row["m"], row["n"], row["r"], 1 / row["r"])
         assert all(
             math.isclose(x, row[f"std_{key}"], rel_tol=1e-14)
             for x, key in zip(got, "AB", strict=True)
@@ -198,11 +203,11 @@ def test_exchanges_leave_the_function_alone(dtype, bound, I, J):
     x, before = weight((n, 6), 5, dtype).detach(), W_of(A, B, W0, s)
     forward = (W0 + s * B @ A) @ x
     C, D = weight((len(I), n), 6, dtype).detach(), weight((len(J), m), 7, dtype).detach()
-    P, N = exchange_(A, B, torch.tensor(I).long(), C, torch.tensor(J).long(), D)
+    P, N = exchange_vectors_(A, B, torch.tensor(I).long(), C, torch.tensor(J).long(), D)
     assert not I or same(A[I], C)
     assert not J or same(B[:, J], D.mT)
     moved = W0.clone()
-    fold_(W0, P, N, s)
+    fold_into_weight_(W0, P, N, s)
     assert not torch.equal(moved, W0)
     close(W_of(A, B, W0, s), before, bound)
     close((W0 + s * B @ A) @ x, forward, 5 * bound)
@@ -353,7 +358,7 @@ def rounded(rounding, steps, r, **settings):
         Seen.t = t
         rate = 1.0 if rule.ratio is None else switch_rate(t, rule.ratio * rule.total_steps)
         want.append(r * rate / rule.interval0)
-        got.append(rule.wanted(Seen, 0))
+        got.append(rule.exchange_count(Seen, 0))
     return got, want
 
 
@@ -456,9 +461,14 @@ def test_slots_stay_injective_and_frozen_vectors_stay():
 def test_room_ends_at_frozen_vectors(cursors, frozen, r, free, want):
     class Seen:
         def __init__(self, i):
-            self.cursor, self.frozen, self.slots, self.free = cursors[i], frozen[i], [0] * r, free
+            self.cursor, self.frozen, self.slots, self.waiting_count = (
+                cursors[i],
+                frozen[i],
+                [0] * r,
+                free,
+            )
 
-    assert room(Seen(0), Seen(1)) == want
+    assert max_exchanges(Seen(0), Seen(1)) == want
 
 
 def test_never_more_than_the_pool_has(monkeypatch):
@@ -542,7 +552,7 @@ def test_the_initial_product_has_the_spread_of_a_linear_layer(shape, s):
     optimizer = made((A, B, W0), s, interval0=10, ratio=None)
     A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
     optimizer.step()
-    for p, std in zip((A, B), spreads(m, n, r, s), strict=True):
+    for p, std in zip((A, B), init_stds(m, n, r, s), strict=True):
         pool = optimizer.state[p]["pool"]
         assert pool.shape == (min(m, n), n if p is A else m)
         assert abs(float(pool.std()) / std - 1) < 0.02 and abs(float(pool.mean())) < 0.02 * std
@@ -701,7 +711,7 @@ def test_checkpoints_without_pools():
         one.state[again[0][0]]["slots"].tolist() == optimizer.state[triples[0][0]]["slots"].tolist()
     )
     pool = one.state[again[0][0]]["pool"]
-    assert abs(float(pool.std()) / spreads(10, 12, 3, 0.5)[0] - 1) < 0.15
+    assert abs(float(pool.std()) / init_stds(10, 12, 3, 0.5)[0] - 1) < 0.15
     before = [W_of(*each) for each in again]
     for group in one.param_groups:
         group["lr"] = 0.0
@@ -998,7 +1008,10 @@ def test_temporary_memory_is_bounded_by_the_factors(dtype):
         counter = count_step(optimizer)
         assert optimizer.state[A]["slots"].tolist() != slots
         # what travels: k = 3 or 4 vectors of both factors, a few times over
-        assert counter.peak <= (6 if low else 4) * factor + 2 * low * PANEL * 4 + 40 * (m + n) * 4
+        assert (
+            counter.peak
+            <= (6 if low else 4) * factor + 2 * low * WRITE_PANEL * 4 + 40 * (m + n) * 4
+        )
 
 
 @pytest.mark.parametrize("name", ["int8", "bfloat16"])

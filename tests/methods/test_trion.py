@@ -260,7 +260,7 @@ def test_left_on_g_is_right_on_its_transpose():
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_ties_take_the_lowest_numbers(norm):
     """Equal scores choose 0..r-1, ascending; so does a matrix of zeros."""
-    cosine = module.Dct(norm=norm)
+    cosine = module.DctProjector(norm=norm)
     S = torch.eye(4).repeat(1, 3)[None] * torch.tensor([1.0, -1.0, -1.0, 1.0]).view(-1, 1)
     assert cosine.choose(S, 3).tolist() == [[0, 1, 2]]
     assert cosine.choose(torch.zeros_like(S), 2).tolist() == [[0, 1]]

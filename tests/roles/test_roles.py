@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations
 
 from stiefel import optimizers
 from stiefel.optimizers._core.rule import Dense, Rule
-from stiefel.optimizers._core.views import blocks
+from stiefel.optimizers._core.views import split_view
 from stiefel.optimizers._driver.optimizer import StackedOptimizer
 from stiefel.optimizers._roles.classify import Assignment, classify, route
 
@@ -165,7 +165,7 @@ def in_place(model, turn):
     with torch.no_grad():
         for row in table:
             if len(row.shape) > 1 and row.role not in ("bias", "norm", "vector"):
-                turn(row, [b.take(named[row.name]) for b in blocks(row.view, row.shape)])
+                turn(row, [b.to_matrices(named[row.name]) for b in split_view(row.view, row.shape)])
     return table
 
 
@@ -1009,7 +1009,7 @@ def test_one_rotation_of_the_residual_stream(sharing):
     sides = {row.name: row.side for row in classify(model) if row.rule == "matrix"}
     optimizer = optimizers.ARO(model, **sharing)
     names = {id(p): name for name, p in model.named_parameters()}
-    units = optimizer._current().units
+    units = optimizer._get_plan().units
     turned = {
         names[id(p)]: "cols" if turn else "rows"
         for unit in units

@@ -9,15 +9,15 @@ from helpers.problems import gradients, run, same, weight
 from helpers.shapes import ODD, SHAPES, TALL, WIDE
 
 from stiefel.optimizers import GaLore
-from stiefel.optimizers._toolkit.base_optimizers import INNERS, inner
-from stiefel.optimizers._toolkit.moments import Match, Turn, adam
+from stiefel.optimizers._toolkit.base_optimizers import BASE_OPTIMIZERS, make_base_optimizer
+from stiefel.optimizers._toolkit.moments import DenseBasisChange, IndexBasisChange, adam
 
 B = (0.9, 0.99)
 
 
-def fresh(inside, shape, K=2, dtype=torch.float32):
+def fresh(base, shape, K=2, dtype=torch.float32):
     m, n = shape
-    slots = inside.slots("rn", r=m)
+    slots = base.slots("rn", r=m)
     return {name: torch.zeros(K, *slot.shape(m, n), dtype=dtype) for name, slot in slots.items()}
 
 
@@ -76,7 +76,7 @@ def test_adam_of_a_turned_weight_takes_turned_clocks():
 
 def test_lion_and_momentum_sgd_by_their_formulas():
     Rs = [torch.stack([G, -2 * G]) for G in gradients(WIDE, 5)]
-    lion, sgdm = inner("lion", B, 1e-8), inner("sgdm", B, 1e-8)
+    lion, sgdm = make_base_optimizer("lion", B, 1e-8), make_base_optimizer("sgdm", B, 1e-8)
     a, b = fresh(lion, WIDE), fresh(sgdm, WIDE)
     assert a.keys() == {"exp_avg"}
     assert b.keys() == {"momentum_buffer"}
@@ -116,8 +116,8 @@ def adafactor(Rs, beta1):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 def test_adafactor_equals_its_oracle(shape, beta1):
-    inside = inner("adafactor", (beta1, 0.99), 1e-8)
-    state = fresh(inside, shape)
+    base = make_base_optimizer("adafactor", (beta1, 0.99), 1e-8)
+    state = fresh(base, shape)
     assert ("exp_avg" in state) == (beta1 > 0)
     Rs = [
         torch.stack([a, 3 * b])
@@ -125,7 +125,7 @@ def test_adafactor_equals_its_oracle(shape, beta1):
     ]
     want = [adafactor([R[k] for R in Rs], beta1) for k in range(2)]
     for t, R in enumerate(Rs, 1):
-        N = inside.direction(state, R, t)
+        N = base.direction(state, R, t)
         torch.testing.assert_close(
             N.double(), torch.stack([want[0][t - 1], want[1][t - 1]]), rtol=1e-4, atol=1e-5
         )
@@ -150,48 +150,51 @@ def test_adafactor_equals_the_class_that_accompanies_galore():
             torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize("name", BASE_OPTIMIZERS)
 def test_a_stack_has_the_bits_of_its_matrices(name):
-    inside = inner(name, B, 1e-8)
+    base = make_base_optimizer(name, B, 1e-8)
     for shape in SHAPES:
         Rs = [torch.stack([G, 2 * G, G.roll(1)]) for G in gradients(shape, 4)]
-        whole, parts = fresh(inside, shape, 3), [fresh(inside, shape, 1) for _ in range(3)]
+        whole, parts = fresh(base, shape, 3), [fresh(base, shape, 1) for _ in range(3)]
         for t, R in enumerate(Rs, 1):
-            N = inside.direction(whole, R, t)
+            N = base.direction(whole, R, t)
             for k in range(3):
-                assert same(inside.direction(parts[k], R[k : k + 1], t), N[k : k + 1])
+                assert same(base.direction(parts[k], R[k : k + 1], t), N[k : k + 1])
                 assert all(same(parts[k][key], whole[key][k : k + 1]) for key in whole)
 
 
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize("name", BASE_OPTIMIZERS)
 def test_the_gradient_is_not_changed_and_the_direction_is_new(name):
-    inside = inner(name, B, 1e-8)
-    state, R = fresh(inside, WIDE, 1), gradients(WIDE, 1)[0][None]
+    base = make_base_optimizer(name, B, 1e-8)
+    state, R = fresh(base, WIDE, 1), gradients(WIDE, 1)[0][None]
     before = R.clone()
-    N = inside.direction(state, R, 1)
+    N = base.direction(state, R, 1)
     kept = {key: value.clone() for key, value in state.items()}
     N.mul_(2)
     assert same(R, before)
     assert same(state, kept)
 
 
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize("name", BASE_OPTIMIZERS)
 def test_carrying_between_bases(name):
-    inside = inner(name, B, 1e-8)
+    base = make_base_optimizer(name, B, 1e-8)
     shape, r = (4, 9), 4
-    state = fresh(inside, shape, 1)
+    state = fresh(base, shape, 1)
     for t, G in enumerate(gradients(shape, 3), 1):
-        inside.direction(state, G[None], t)
+        base.direction(state, G[None], t)
     P = torch.linalg.qr(torch.randn(1, 12, r, generator=torch.Generator().manual_seed(0)))[0]
-    same_basis, turned = Turn(P, P), Turn(P, P[..., [2, 0, 3, 1]] * torch.tensor([1.0, -1, 1, 1]))
+    same_basis, turned = (
+        DenseBasisChange(P, P),
+        DenseBasisChange(P, P[..., [2, 0, 3, 1]] * torch.tensor([1.0, -1, 1, 1])),
+    )
     for policy in ("keep", "reset", "rotate", "ldadam"):
         copies = {key: value.clone() for key, value in state.items()}
-        inside.carry(policy, copies, same_basis, 3)
+        base.carry_state(policy, copies, same_basis, 3)
         for key, value in copies.items():
             want = torch.zeros_like(value) if policy == "reset" else state[key]
             torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
     copies = {key: value.clone() for key, value in state.items()}
-    inside.carry("rotate", copies, turned, 3)
+    base.carry_state("rotate", copies, turned, 3)
     for key, value in copies.items():
         if key == "exp_avg_sq_col":
             assert same(value, state[key])
@@ -202,7 +205,7 @@ def test_carrying_between_bases(name):
         torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
     old, new = torch.tensor([[0, 2, 5, 7]]), torch.tensor([[2, 3, 5, 9]])
     copies = {key: value.clone() for key, value in state.items()}
-    inside.carry("match", copies, Match(old, new), 3)
+    base.carry_state("match", copies, IndexBasisChange(old, new), 3)
     for key, value in copies.items():
         if key != "exp_avg_sq_col":
             assert same(value[:, [0, 2]], state[key][:, [1, 2]])
@@ -235,10 +238,10 @@ def test_galore_projects_runs_inside_and_lifts(name, proj_type):
         "reverse_std": lambda N: left @ N,
         "full": lambda N: left @ N @ right.mT,
     }[proj_type]
-    inside = inner(name, B, eps)
-    state = fresh(inside, tuple(down(grads[0]).shape), 1, torch.float64)
+    base = make_base_optimizer(name, B, eps)
+    state = fresh(base, tuple(down(grads[0]).shape), 1, torch.float64)
     for t, G in enumerate(grads, 1):
-        N = inside.direction(state, down(G)[None], t)[0]
+        N = base.direction(state, down(G)[None], t)[0]
         torch.testing.assert_close(Ws[t], Ws[t - 1] - 0.1 * up(N), rtol=0, atol=1e-9)
 
 
@@ -260,7 +263,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="inner must be one of"):
         GaLore(p, inner="sgdm")
     with pytest.raises(ValueError, match="inner must be one of adamw, adafactor, lion, sgdm"):
-        inner("adam", B, 1e-8)
+        make_base_optimizer("adam", B, 1e-8)
     with pytest.raises(ValueError, match="compat='reference' has inner='adamw'"):
         GaLore(p, inner="lion", compat="reference")
     with pytest.raises(ValueError, match="use moments='keep' or 'reset' with proj_type='full'"):

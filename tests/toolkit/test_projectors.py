@@ -18,14 +18,27 @@ from hypothesis import strategies as st
 from oracles import projectors as oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stiefel.optimizers._core.validation import rank_of
+from stiefel.optimizers._core.validation import resolve_rank
 from stiefel.optimizers._toolkit import moments
 from stiefel.optimizers._toolkit import svd as factor
-from stiefel.optimizers._toolkit.moments import Match, Turn, adam, adam_reference, blend, ema
-from stiefel.optimizers._toolkit.projectors import KINDS, fix_signs, projector, top_bases, top_basis
-from stiefel.optimizers._toolkit.random_keys import Draws, splitmix64
+from stiefel.optimizers._toolkit.moments import (
+    DenseBasisChange,
+    IndexBasisChange,
+    adam,
+    adam_reference,
+    ema,
+    momentum_step,
+)
+from stiefel.optimizers._toolkit.projectors import (
+    PROJECTION_KINDS,
+    fix_signs,
+    make_projector,
+    top_bases,
+    top_basis,
+)
+from stiefel.optimizers._toolkit.random_keys import StackRNG, splitmix64
 
-SVDS = factor.SVDS
+SVDS = factor.SVD_KINDS
 SHAPES = {
     "wide": (6, 17, 3),
     "tall": (17, 6, 3),
@@ -49,8 +62,8 @@ def small_panels():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factor, "_PANEL", 2**10)
-        patch.setattr(factor, "_BLOCK", 16)
+        patch.setattr(factor, "_GRAM_PANEL", 2**10)
+        patch.setattr(factor, "_GRAM_ROWS", 16)
         yield
     torch.set_num_threads(threads)
 
@@ -175,8 +188,8 @@ def test_gram_makes_no_copy_of_the_gradient(both):
 
 @pytest.mark.parametrize("m, n", [(300, 4099), (4099, 300)])
 def test_sizes_of_real_layers(monkeypatch, m, n):
-    monkeypatch.setattr(factor, "_PANEL", 2**20)
-    monkeypatch.setattr(factor, "_BLOCK", 256)
+    monkeypatch.setattr(factor, "_GRAM_PANEL", 2**20)
+    monkeypatch.setattr(factor, "_GRAM_ROWS", 256)
     G = gaussian(1, m, n)
     P, Q = top_bases(G, 20)
     best = torch.linalg.svdvals(G)[0, :20].norm()
@@ -208,14 +221,14 @@ def test_gradient_is_not_modified(m, n, r, kind):
     [(1, 8, 1), (1.0, 8, 8), (0.25, 8, 2), (128, 8, 8), (0.001, 8, 1), (0.5, 7, 4), (5, 1, 1)],
 )
 def test_rank_is_clamped(rank, d, r):
-    assert rank_of(rank, d) == r
-    assert rank_of(np.int64(3), 8) == 3
+    assert resolve_rank(rank, d) == r
+    assert resolve_rank(np.int64(3), 8) == 3
 
 
 @pytest.mark.parametrize("rank", [0, -1, 0.0, -0.5, 1.5, True, float("nan"), "8", None])
 def test_a_rank_that_means_nothing_is_refused(rank):
     with pytest.raises(ValueError, match="rank"):
-        rank_of(rank, 8)
+        resolve_rank(rank, 8)
 
 
 @kinds
@@ -421,7 +434,9 @@ def test_one_failure_leaves_the_others(monkeypatch, real_eigh):
 def test_products_are_exact_and_the_setting_comes_back(monkeypatch):
     backend = torch.backends.mkldnn.matmul
     seen = []
-    monkeypatch.setattr(factor, "_sound", lambda P: seen.append(backend.fp32_precision) or True)
+    monkeypatch.setattr(
+        factor, "_is_orthonormal", lambda P: seen.append(backend.fp32_precision) or True
+    )
     before = backend.fp32_precision
     try:
         backend.fp32_precision = "bf16"
@@ -553,11 +568,11 @@ def test_adam_allocates_the_direction_only():
 
 def carry(policy, M, V, P_old, P_new, Q_old=None, Q_new=None, **clock):
     """Between dense bases; t = 5 where a test does not care."""
-    change = Turn(P_old, P_new, Q_old, Q_new)
-    moments.carry(policy, M, V, change, **{"t": 5, **clock})
+    change = DenseBasisChange(P_old, P_new, Q_old, Q_new)
+    moments.carry_moments(policy, M, V, change, **{"t": 5, **clock})
 
 
-POLICIES = [policy for policy in moments.CARRY_POLICIES if policy != "match"]
+POLICIES = [policy for policy in moments.MOMENT_POLICIES if policy != "match"]
 
 
 def moments_of(K, r, n, dtype=torch.float32, seed=3):
@@ -743,10 +758,10 @@ def test_match_is_the_rotation_of_one_hot_bases(problem, policy):
     carry("rotate", want_M, want_V, one_hot(old, m), one_hot(new, m))
     lengths = M.norm(dim=(1, 2))
     before = M.clone(), V.clone()
-    moments.carry(policy, M, V, Match(old, new), t=3)
+    moments.carry_moments(policy, M, V, IndexBasisChange(old, new), t=3)
     assert torch.equal(M, want_M) and torch.equal(V, want_V)
     assert (V >= 0).all() and (M.norm(dim=(1, 2)) <= lengths).all()
-    moments.carry(policy, M, V, Match(new, new), t=3)
+    moments.carry_moments(policy, M, V, IndexBasisChange(new, new), t=3)
     assert torch.equal(M, want_M)
     for k in range(len(M)):
         for place, row in enumerate(new[k].tolist()):
@@ -756,21 +771,23 @@ def test_match_is_the_rotation_of_one_hot_bases(problem, policy):
 
 
 def test_match_moves_integers_too_and_reset_and_keep_stay():
-    change = Match(torch.tensor([[1, 4, 6]]).int(), torch.tensor([[0, 4, 6]]).int())
+    change = IndexBasisChange(torch.tensor([[1, 4, 6]]).int(), torch.tensor([[0, 4, 6]]).int())
     age = torch.tensor([[[7], [8], [9]]], dtype=torch.int32)
-    assert change.turn(age).flatten().tolist() == [0, 8, 9]
-    assert change.turn(age).dtype == torch.int32 and age.flatten().tolist() == [7, 8, 9]
+    assert change.apply(age).flatten().tolist() == [0, 8, 9]
+    assert change.apply(age).dtype == torch.int32 and age.flatten().tolist() == [7, 8, 9]
     M, V = moments_of(1, 3, 4)
     before = M.clone()
-    moments.carry("keep", M, V, change)
+    moments.carry_moments("keep", M, V, change)
     assert torch.equal(M, before)
-    moments.carry("reset", M, V, change)
+    moments.carry_moments("reset", M, V, change)
     assert not M.any() and not V.any()
 
 
 def test_disjoint_choices_forget():
     M, V = moments_of(1, 2, 4)
-    moments.carry("match", M, V, Match(torch.tensor([[0, 3]]), torch.tensor([[1, 2]])))
+    moments.carry_moments(
+        "match", M, V, IndexBasisChange(torch.tensor([[0, 3]]), torch.tensor([[1, 2]]))
+    )
     assert not M.any() and not V.any()
 
 
@@ -797,7 +814,7 @@ def test_averages():
     before = G.clone()
     assert ema(B, G, 0.95) is B
     assert largest(B - want) <= 1e-6
-    U = blend(B, G, 0.95, nesterov=True)  # B takes G in once more
+    U = momentum_step(B, G, 0.95, nesterov=True)  # B takes G in once more
     assert largest(U - (G + 0.95 * (B - G))) <= 1e-6
     assert torch.equal(G, before)
 
@@ -817,18 +834,18 @@ def zeros(find, m, n, r, K=1, dtype=torch.float32):
 
 def found(kind, G, r, *, old=None, seed=0, t=1, indices=None, both=False):
     """The projector and its state after a refresh on G."""
-    find = projector(kind, both=both)
+    find = make_projector(kind, both=both)
     if old is None:
         old = zeros(find, *G.shape[-2:], r, len(G), torch.promote_types(G.dtype, torch.float32))
-    draws = Draws(seed, indices or tuple(range(len(G))), t)
-    return find, dict(zip(find.names, find.find(G, *old, draws=draws), strict=True))
+    rng = StackRNG(seed, indices or tuple(range(len(G))), t)
+    return find, dict(zip(find.state_keys, find.find(G, *old, rng=rng), strict=True))
 
 
 def dense(find, state, m, dtype=torch.float32):
     """P (K, m, r), whatever the kind."""
     first = next(iter(state.values()))
     K, r = len(first), first.shape[-1]
-    return find.back(state, torch.eye(r, dtype=dtype).expand(K, r, r).contiguous(), m)
+    return find.lift_block(state, torch.eye(r, dtype=dtype).expand(K, r, r).contiguous(), m)
 
 
 @settings(max_examples=80, deadline=None)
@@ -841,11 +858,11 @@ def test_every_kind_projects(problem, kind):
     assert P.shape == (len(G), m, r) and P.dtype == G.dtype
     assert largest(P.mT @ P - torch.eye(r, dtype=G.dtype)) <= 1e-5
     x = gaussian(len(G), r, n, dtype=G.dtype)
-    assert largest(find.down(state, find.back(state, x, m)) - x) <= 1e-5 * (1 + largest(x))
-    R = find.down(state, G)
-    residual, scale = G - find.back(state, R, m), G.norm()
+    assert largest(find.project(state, find.lift_block(state, x, m)) - x) <= 1e-5 * (1 + largest(x))
+    R = find.project(state, G)
+    residual, scale = G - find.lift_block(state, R, m), G.norm()
     assert R.shape == (len(G), r, n) and largest(R - P.mT @ G) <= 1e-5 * scale
-    assert largest(find.down(state, residual)) <= 1e-5 * scale
+    assert largest(find.project(state, residual)) <= 1e-5 * scale
     assert abs((R / scale).norm() ** 2 + (residual / scale).norm() ** 2 - 1) <= 1e-5
 
 
@@ -855,7 +872,7 @@ def test_lift_writes_what_back_says(kind, m, n, r):
     G = gaussian(2, m, n)
     find, state = found(kind, G, r)
     N = gaussian(2, r, n, seed=4)
-    want, panel = find.back(state, N, m), torch.zeros(2, m, n)
+    want, panel = find.lift_block(state, N, m), torch.zeros(2, m, n)
     term = find.lift(state, N, m)
     term.add_(panel, slice(None), slice(None), 1.0)
     assert largest(panel - want) <= 1e-6
@@ -863,7 +880,7 @@ def test_lift_writes_what_back_says(kind, m, n, r):
         (slice(1, 2), slice(2, 5), slice(1, 4)),
         (slice(0, 2), slice(m - 2, m), slice(None)),
     ):
-        assert largest(find.back(state, N, m, k, i, j) - want[k, i, j]) <= 1e-6
+        assert largest(find.lift_block(state, N, m, k, i, j) - want[k, i, j]) <= 1e-6
     turned = torch.zeros(2, n, m)
     term.mT.add_(turned, slice(None), slice(None), 1.0)
     assert largest(turned - want.mT) <= 1e-6
@@ -877,12 +894,12 @@ def test_both_sides(kind):
     assert P.shape == (1, 9, 4) and Q.shape == (1, 14, 4)
     for B in (P, Q):
         assert largest(B.mT @ B - torch.eye(4)) <= 1e-5
-    R = find.down(state, G)
+    R = find.project(state, G)
     assert largest(R - P.mT @ G @ Q) <= 1e-6
     panel = torch.zeros(1, 9, 14)
     find.lift(state, R, 9).add_(panel, slice(None), slice(None), 1.0)
     assert largest(panel - P @ R @ Q.mT) <= 1e-6
-    part = find.back(state, R, 9, slice(None), slice(2, 5), slice(3, 9))
+    part = find.lift_block(state, R, 9, slice(None), slice(2, 5), slice(3, 9))
     assert largest(part - panel[:, 2:5, 3:9]) <= 1e-6
     if kind != "random":
         best = sum(1.5 ** (-2 * i) for i in range(4))
@@ -906,7 +923,7 @@ def test_stack_has_the_bits_of_its_matrices_for_every_kind(problem, kind, turned
             assert torch.equal(state[name][k], one[name][0])
             assert torch.equal(again[name][k], two[name][0])
         if not turned:
-            assert torch.equal(find.down(state, G)[k], find.down(one, X)[0])
+            assert torch.equal(find.project(state, G)[k], find.project(one, X)[0])
 
 
 @every_kind
@@ -923,7 +940,7 @@ def test_strides_scales_and_the_gradient(m, n, r, kind):
     for X in others:
         for name, value in found(kind, X, r)[1].items():
             assert torch.equal(value, state[name])
-    find.back(state, find.down(state, G), m)
+    find.lift_block(state, find.project(state, G), m)
     assert torch.equal(G, before)
 
 
@@ -941,7 +958,7 @@ def test_narrow_gradients_for_every_kind(kind, dtype):
 def test_full_rank_for_every_kind(kind):
     G = gaussian(2, 7, 12)
     find, state = found(kind, G, 7)
-    assert (G - find.back(state, find.down(state, G), 7)).norm() <= 1e-5 * G.norm()
+    assert (G - find.lift_block(state, find.project(state, G), 7)).norm() <= 1e-5 * G.norm()
     if kind not in INDEX:
         return
     assert state["index"].tolist() == [list(range(7))] * 2
@@ -965,14 +982,14 @@ def test_no_kind_but_the_full_svd_copies_the_gradient(kind):
     find, state = found(kind, G, 5)
     with AllocationCounter() as made:
         found(kind, G, 5, old=list(state.values()), t=2)
-        find.lift(state, find.down(state, G), 40)
+        find.lift(state, find.project(state, G), 40)
     limit = (5 + 8) * 4000 if kind == "range" else 5 * 4000  # the Gaussian matrix; R
     assert kind == "svd_full" or made.largest <= 4 * limit
 
 
 def test_no_kind_touches_the_global_generator():
     before = torch.random.get_rng_state()
-    for kind in KINDS:
+    for kind in PROJECTION_KINDS:
         state = found(kind, gaussian(1, 8, 11), 3)[1]
         found(kind, gaussian(1, 8, 11), 3, old=list(state.values()), t=2)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -992,7 +1009,7 @@ def test_range_meets_its_bound(exponent):
         errors = []
         for seed in range(20):
             find, state = found(kind, G, columns, seed=seed)
-            errors.append((G - find.back(state, find.down(state, G), 30)).norm().item())
+            errors.append((G - find.lift_block(state, find.project(state, G), 30)).norm().item())
         assert sum(errors) / 20 <= bound
 
 
@@ -1004,7 +1021,7 @@ def test_power_iterations_help_on_average(dtype):
         energies = []
         for seed in range(20):
             find, state = found(f"range:4,{q}", G, 6, seed=seed)
-            energies.append(find.down(state, G).norm().item() ** 2)
+            energies.append(find.project(state, G).norm().item() ** 2)
         means.append(sum(energies) / 20)
     best = sum(1 / (i + 1) for i in range(6))
     assert means == sorted(means)
@@ -1015,7 +1032,7 @@ def test_range_of_low_rank_is_exact():
     for m, n in ((12, 31), (31, 12), (5, 5)):
         G = planted(m, n, [1.0, 0.7, 0.3])
         find, state = found("range", G, 5)
-        assert (G - find.back(state, find.down(state, G), m)).norm() <= 1e-5 * G.norm()
+        assert (G - find.lift_block(state, find.project(state, G), m)).norm() <= 1e-5 * G.norm()
 
 
 # power, and a lost direction
@@ -1029,7 +1046,7 @@ def test_power_gains_on_a_fixed_gradient(dtype, probes):
     state, energies = {"basis": bases(1, 30, 6, dtype)}, []
     for t in range(2, 14):
         find, state = found(kind, G, 6, old=list(state.values()), t=t)
-        energies.append((find.down(state, G).norm() ** 2).item())
+        energies.append((find.project(state, G).norm() ** 2).item())
     slack = 1e-6 if dtype == torch.float32 else 1e-12
     assert all(b >= a * (1 - slack) for a, b in itertools.pairwise(energies))
     assert energies[-1] >= 0.999 * best
@@ -1084,7 +1101,7 @@ def test_power_survives_deficient_gradients():
             find, state = found("power", G, 5, old=old, t=t)
             old = list(state.values())
         assert largest(old[0].mT @ old[0] - torch.eye(5)) <= 1e-5
-        assert (G - find.back(state, find.down(state, G), 12)).norm() <= 1e-3 * G.norm()
+        assert (G - find.lift_block(state, find.project(state, G), 12)).norm() <= 1e-3 * G.norm()
 
 
 @pytest.mark.parametrize("kind", ["range", "power"])
@@ -1107,14 +1124,14 @@ def test_sketches_fall_back(monkeypatch, real_eigh, kind):
 
 IN_A_NEW_PROCESS = """
 import hashlib, torch
-from stiefel.optimizers._toolkit.projectors import Draws, projector
+from stiefel.optimizers._toolkit.projectors import StackRNG, make_projector
 torch.set_num_threads(1)
 G = torch.arange(1.0, 2 * 9 * 14 + 1).reshape(2, 9, 14).sin()
 for kind in ("random", "randk", "range", "power"):
-    find = projector(kind)
+    find = make_projector(kind)
     old = [torch.eye(9)[:, :3].expand(2, 9, 3).contiguous()]
     old = [torch.zeros(2, 3, dtype=torch.int32)] if kind == "randk" else old
-    (x,) = find.find(G, *old, draws=Draws(7, (3, 4 + (2 << 40)), 201))
+    (x,) = find.find(G, *old, rng=StackRNG(7, (3, 4 + (2 << 40)), 201))
     print(hashlib.sha256(x.numpy().tobytes()).hexdigest())
 """
 
@@ -1179,7 +1196,7 @@ def test_chosen_rows_come_back_bitwise(kind, dtype):
     G = gaussian(3, 9, 14, dtype=dtype)
     for X in (G, G.mT.contiguous().mT, G[:1]):
         find, state = found(kind, X, 4)
-        back = find.back(state, find.down(state, X), 9)
+        back = find.lift_block(state, find.project(state, X), 9)
         for k, chosen in enumerate(state["index"].tolist()):
             rest = sorted(set(range(9)) - set(chosen))
             assert chosen == sorted(set(chosen)) and len(chosen) == 4
@@ -1198,7 +1215,7 @@ def test_topk_takes_the_longest_rows(problem):
     G, r = problem
     find, state = found("topk", G, r)
     for k, X in enumerate(G.double() / largest(G)):
-        share = find.down(state, G)[k].norm() ** 2 / G[k].norm() ** 2
+        share = find.project(state, G)[k].norm() ** 2 / G[k].norm() ** 2
         assert share >= r / G.shape[1] - 1e-5
         best = X.square().sum(1).sort(descending=True).values[:r].sum()
         taken = X[state["index"][k].long()].square().sum()
@@ -1229,9 +1246,9 @@ def test_topk_ties_take_the_lowest_rows():
     ],
 )
 def test_options_follow_a_colon(name, options):
-    find = projector(name)
+    find = make_projector(name)
     assert {key: getattr(find, key) for key in options} == options
-    assert find is projector(name) and hash(find) is not None
+    assert find is make_projector(name) and hash(find) is not None
 
 
 @pytest.mark.parametrize(
@@ -1239,24 +1256,24 @@ def test_options_follow_a_colon(name, options):
 )
 def test_names_that_mean_nothing(name):
     with pytest.raises(ValueError, match="projection"):
-        projector(name)
+        make_projector(name)
 
 
 @pytest.mark.parametrize("kind", INDEX)
 def test_index_kinds_have_one_side(kind):
     with pytest.raises(ValueError, match="no second side"):
-        projector(kind, both=True)
+        make_projector(kind, both=True)
 
 
 @every_kind
 def test_state_as_the_table_says(kind):
     m, n, r = 20, 30, 5
-    held = zeros(projector(kind), m, n, r)
+    held = zeros(make_projector(kind), m, n, r)
     size = sum(x.numel() * x.element_size() for x in held)
     assert size == (4 * r if kind in INDEX else 4 * m * r)
     find, state = found(kind, gaussian(1, m, n), r)
-    live = dict(zip(find.names, held, strict=True))
-    find.install(live, find.held(state))
+    live = dict(zip(find.state_keys, held, strict=True))
+    find.install(live, find.state_tensors(state))
     for name, value in live.items():
         assert value.dtype == state[name].dtype and torch.equal(value, state[name])
 
@@ -1267,9 +1284,9 @@ def test_overlap_is_the_product_of_the_bases(kind):
     first, second = gaussian(2, m, n), gaussian(2, m, n, seed=1)
     find, old = found(kind, first, r)
     new = found(kind, second, r, old=list(old.values()), t=2)[1]
-    change = find.overlap(find.held(old), find.held(new))
+    change = find.overlap(find.state_tensors(old), find.state_tensors(new))
     C = dense(find, new, m).mT @ dense(find, old, m)
     X = gaussian(2, r, 6, seed=3)
-    assert change.moves == (kind in INDEX) == find.moves
-    assert largest(change.turn(X) - C @ X) <= 1e-5
-    assert largest(change.turn_squares(X) - (C * C) @ X) <= 1e-5
+    assert change.permutes == (kind in INDEX) == find.permutes
+    assert largest(change.apply(X) - C @ X) <= 1e-5
+    assert largest(change.apply_squares(X) - (C * C) @ X) <= 1e-5

@@ -10,7 +10,7 @@ from helpers.problems import gradients, run, same, tensors, weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stiefel.optimizers._driver import buckets
-from stiefel.optimizers._toolkit.projectors import Dct
+from stiefel.optimizers._toolkit.projectors import DctProjector
 
 SHAPES = [(24, 10), (10, 24), (17, 5), (24, 10)]
 STEPS = 4
@@ -32,7 +32,7 @@ SPREAD = {"galore-full": {"eps": 1e-3}}
 """Options without which Adam gives round-off a full step: P^T G Q is diagonal in a fresh basis."""
 SKETCHED = ["muon-low-rank", "muon-kaczmarz"]
 """Tiny sketches draw a column twice: then one unit of round-off decides the rest of their range."""
-GUARDED = [
+HANDLES_NONFINITE = [
     "muon", "muon-ns5", "muon-normuon", "muon-adamuon", "muon-spike", "auon", "auon-hybrid",
     "trion", "trion-l2", "galore", "galore-full", "galore-rotate", "galore-reset", "fira",
     "fira-paper", "dctadamw", "frugal-columns", "frugal-rows", "frugal-randk", "frugal-svd",
@@ -108,12 +108,12 @@ def refused(*args):
     raise AssertionError("state or a stack was copied")
 
 
-@pytest.mark.parametrize("name", GUARDED)
+@pytest.mark.parametrize("name", HANDLES_NONFINITE)
 def test_flags_that_arrive_late_skip_what_the_host_would_have_skipped(name, monkeypatch):
     """Gradients are narrow, so that they are seen as they are; and nothing is kept aside."""
     given = {"dtype": torch.bfloat16, "bad": [(0, 2), (3, 2), (1, 3)]}
     waited = trained(METHODS[name], "triton", monkeypatch, wait=True, **given)
-    monkeypatch.setattr(buckets.Bucket, "copies", refused)
+    monkeypatch.setattr(buckets.Bucket, "clone_state", refused)
     late = trained(METHODS[name], "triton", monkeypatch, wait=False, **given)
     assert waited[3] == late[3] == 3
     assert all(bool(W.isfinite().all()) for W in late[0][-1])
@@ -193,21 +193,21 @@ def test_chosen_cosines_are_the_same_by_kernels_around_the_fft(dtype, monkeypatc
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_sizes_of_cosines_come_with_them(norm, monkeypatch):
     monkeypatch.setenv("STIEFEL_KERNELS", "triton")
-    G, D = gaussian(3, 17, 200), Dct(norm, path="fft")
-    S, sizes = D.spectrum(G)
+    G, D = gaussian(3, 17, 200), DctProjector(norm, path="fft")
+    S, row_scores = D.spectrum(G)
     for name in ("SPECTRUM_PANEL", "SPECTRUM_PANEL_ACCELERATOR"):
         monkeypatch.setattr(f"stiefel.optimizers._toolkit.index_projectors.{name}", 17 * 70)
     parts, summed = D.spectrum(G)
-    assert torch.equal(D.choose(S, 5), D.choose(S, 5, sizes=sizes))
+    assert torch.equal(D.choose(S, 5), D.choose(S, 5, row_scores=row_scores))
     torch.testing.assert_close(parts, S, rtol=0, atol=1e-6)
     if norm == "l2":  # squares may overflow, and what is to be scaled is known only afterwards
-        assert sizes is None and summed is None
+        assert row_scores is None and summed is None
         return
-    for found in (sizes, summed):
+    for found in (row_scores, summed):
         torch.testing.assert_close(found, S.abs().sum(-1), rtol=1e-5, atol=0)
     old = torch.tensor([[3, 4, 9]], dtype=torch.int32)
-    S, sizes = D.spectrum(torch.zeros(1, 17, 8))
-    assert torch.equal(D.choose(S, 3, old, sizes=sizes), old)
+    S, row_scores = D.spectrum(torch.zeros(1, 17, 8))
+    assert torch.equal(D.choose(S, 3, old, row_scores=row_scores), old)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="kernels are compiled there")
