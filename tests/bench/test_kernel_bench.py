@@ -156,5 +156,5 @@ def test_make_checks_for_a_gpu_first():
     recipe = text.split("\ngpu-check:")[1].split("\n\n")[0]
     steps = [line.strip() for line in recipe.splitlines()[1:]]
     assert [any(word in step for word in words) for step, words in zip(
-        steps, (["--probe"], ["tests/interpreted"], ["bench/kernels.py --out"]), strict=True
+        steps, (["--probe"], ["tests/kernels/interpreted"], ["bench/kernels.py --out"]), strict=True
     )] == [True] * 3  # fmt: skip

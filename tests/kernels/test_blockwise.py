@@ -175,11 +175,11 @@ def test_a_run_stays_close_to_float32(method):
 # which blocks are at work depends on how many there are, so one cannot be trained alone
 @pytest.mark.parametrize("method", [m for m in CODED if "block" not in m])
 def test_stack_equals_separate_optimizers_bitwise(method):
-    params, together = build(method, shapes=(BIG,) * 3)
+    params, stacked = build(method, shapes=(BIG,) * 3)
     grads = series(params, 7)
     grads[1][3] = None
     grads[2][4] = torch.full(BIG, float("nan"))
-    W = run(together, params, grads)
+    W = run(stacked, params, grads)
     for i in range(3):
         p = weight(BIG, i)
         # padding parameters keep the position, which is the key of random draws

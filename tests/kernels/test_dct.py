@@ -256,9 +256,9 @@ def test_a_turned_matrix_is_the_transposed_problem(norm, m, n):
     G = gaussian(1, m, n)
     stored = G.mT.contiguous()
     find, state = chosen(G, 4, norm)
-    _, turned = chosen(stored.mT, 4, norm)
-    assert torch.equal(state["index"], turned["index"])
-    assert largest(find.project(state, G) - find.project(turned, stored.mT)) <= 5e-6
+    _, transposed = chosen(stored.mT, 4, norm)
+    assert torch.equal(state["index"], transposed["index"])
+    assert largest(find.down(state, G) - find.down(transposed, stored.mT)) <= 5e-6
 
 
 def test_overlap_is_the_match_matrix():
@@ -301,8 +301,8 @@ def test_the_choice_depends_on_neither_scale_nor_a_rotation_of_columns(norm, m):
         assert torch.equal(find.project(scaled, G * 2.0**power), R * 2.0**power)
     Q = torch.linalg.qr(gaussian(20, 20, dtype=torch.float64)).Q
     G = gaussian(1, m, 20, dtype=torch.float64)
-    turned = [dct(X, dim=-2).square().sum(-1) for X in (G, G @ Q)]
-    assert largest(turned[0] - turned[1]) <= 1e-10
+    energies = [dct(X, dim=-2).square().sum(-1) for X in (G, G @ Q)]
+    assert largest(energies[0] - energies[1]) <= 1e-10
 
 
 @norms

@@ -37,16 +37,16 @@ def decaying(m, n, low=-2.0, seed=0):
     return U * torch.logspace(0, low, k, dtype=torch.float64) @ V.mT
 
 
-def oracle(M, Omega, power, turned):
+def oracle(M, Omega, power, transposed):
     """One matrix in float64 with exact factors: Q polar(Q^T M)."""
-    X = M.double().mT if turned else M.double()
+    X = M.double().mT if transposed else M.double()
     Y = X @ Omega.double()
     for _ in range(power):
         Y = X @ (X.mT @ torch.linalg.qr(Y).Q)
     Q = torch.linalg.qr(Y).Q
     U, _, Vh = torch.linalg.svd(Q.mT @ X, full_matrices=False)
     O = Q @ U @ Vh
-    return O.mT if turned else O
+    return O.mT if transposed else O
 
 
 @pytest.mark.parametrize("sketch", SKETCHES)
@@ -103,9 +103,9 @@ def test_a_stack_equals_its_matrices_and_its_transposes(shape, dtype, sketch):
     for k in range(3):
         assert torch.equal(O[k], polar_factor(M[k].clone(), "low_rank", key=5 + k, **options))
     if shape[0] != shape[1]:
-        turned = polar_factor(M.mT, "low_rank", key=[5, 6, 7], **options)
+        transposed = polar_factor(M.mT, "low_rank", key=[5, 6, 7], **options)
         atol = 1e-2 if dtype == torch.bfloat16 else 1e-4
-        torch.testing.assert_close(turned.mT, O, rtol=0, atol=atol)
+        torch.testing.assert_close(transposed.mT, O, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("power", [0, 1, 2])
@@ -113,7 +113,7 @@ def test_a_stack_equals_its_matrices_and_its_transposes(shape, dtype, sketch):
 def test_matches_the_oracle_in_float64(shape, power):
     M, Omega = decaying(*shape), gaussian(min(shape), 11, seed=9)
     O = polar_factor(M, "low_rank", rank=9, oversample=2, power=power, sketch=Omega, inner="svd")
-    want = oracle(M, Omega, power, turned=shape[0] <= shape[1])
+    want = oracle(M, Omega, power, transposed=shape[0] <= shape[1])
     torch.testing.assert_close(O, want, rtol=0, atol=1e-9)
 
 

@@ -216,8 +216,8 @@ def test_zolotarev_generator_finds_shifts_weights_and_scale(l, r):
 def test_zolotarev_equioscillates(l, r):
     x = torch.logspace(math.log10(l), 0, 400_001, dtype=torch.float64)
     error = lists.odd_rational(zolotarev(l, r), x) - 1
-    turns = (error[1:-1] - error[:-2]) * (error[2:] - error[1:-1]) < 0
-    extremes = torch.cat([error[:1], error[1:-1][turns], error[-1:]])
+    reversals = (error[1:-1] - error[:-2]) * (error[2:] - error[1:-1]) < 0
+    extremes = torch.cat([error[:1], error[1:-1][reversals], error[-1:]])
     assert len(extremes) == 2 * r + 2 and (extremes[::2] < 0).all() and (extremes[1::2] > 0).all()
     assert extremes.abs().max() / extremes.abs().min() < 1 + 1e-4
 
@@ -654,9 +654,9 @@ def test_norms_keep_the_properties(method, norm):
 def test_norms_keep_the_singular_vectors(norm):
     M = gaussian(40, 72)
     Q, R = orthogonal(40, 3), orthogonal(72, 4)
-    O, turned = polar_factor(M, "ns5", norm=norm), polar_factor(Q @ M @ R, "ns5", norm=norm)
+    O, rotated = polar_factor(M, "ns5", norm=norm), polar_factor(Q @ M @ R, "ns5", norm=norm)
     # the start of the power iteration does not turn with M: the scale differs, the vectors do not
-    assert relative(turned, Q @ O @ R) < (1e-10 if norm == "schatten4" else 0.1)
+    assert relative(rotated, Q @ O @ R) < (1e-10 if norm == "schatten4" else 0.1)
     H = O.mT @ M
     assert float((H - H.mT).norm() / H.norm()) < 1e-12
 

@@ -11,10 +11,10 @@ SIDES = st.sampled_from([1, 2, 3, 5, 7, 8, 10, 17, 24, 33, 50, 96, 129])
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
 
-def draw(*shape, dtype, seed, turned):
-    shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+def draw(*shape, dtype, seed, transposed):
+    shape = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
     X = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-    return X.mT if turned else X
+    return X.mT if transposed else X
 
 
 def alone(X, i):
@@ -24,11 +24,11 @@ def alone(X, i):
 
 @settings(max_examples=150, deadline=None)
 @given(SIDES, SIDES, SIDES, DTYPES, st.integers(0, 2**16), st.tuples(*[st.booleans()] * 3))
-def test_stack_equals_its_matrices_bitwise(m, k, n, dtype, seed, turned):
-    a, b, w = turned
-    A = draw(3, m, k, dtype=dtype, seed=seed, turned=a)
-    B = draw(3, k, n, dtype=dtype, seed=seed + 1, turned=b)
-    W = draw(3, m, n, dtype=dtype, seed=seed + 2, turned=w)
+def test_stack_equals_its_matrices_bitwise(m, k, n, dtype, seed, transposed):
+    a, b, w = transposed
+    A = draw(3, m, k, dtype=dtype, seed=seed, transposed=a)
+    B = draw(3, k, n, dtype=dtype, seed=seed + 1, transposed=b)
+    W = draw(3, m, n, dtype=dtype, seed=seed + 2, transposed=w)
     parts = [product(alone(A, i), alone(B, i)) for i in range(3)]
     assert torch.equal(product(A, B), torch.cat(parts))
     torch.testing.assert_close(product(A, B), torch.einsum("kmi,kin->kmn", A, B))

@@ -270,14 +270,14 @@ def test_triples_name_the_base_weight_and_how_it_is_stored():
         Wrapped(6, 5, bias=False), Plain(5, 4, scaling=2.0), Wrapped(4, 3, bias=False)
     )
     net[2].base_layer = Conv1D(4, 3)
-    straight, turned = lora_param_groups(net, base_weight=True)
+    straight, transposed = lora_param_groups(net, base_weight=True)
     assert names(straight) == [
         "0.lora_A.default.weight", "0.lora_B.default.weight", "0.base_layer.weight",
         "1.lora_A", "1.lora_B", "1.weight",
     ]  # fmt: skip
-    assert straight["rule"] == turned["rule"] == "SwitchLoRA"
-    assert turned["view"] == ["auto", "auto", "transposed"]
-    assert turned["params"][2][1] is net[2].base_layer.weight
+    assert straight["rule"] == transposed["rule"] == "SwitchLoRA"
+    assert transposed["view"] == ["auto", "auto", "transposed"]
+    assert transposed["params"][2][1] is net[2].base_layer.weight
     net[0].base_layer.weight = nn.Parameter(
         torch.zeros(5, 6, dtype=torch.int8), requires_grad=False
     )

@@ -163,8 +163,10 @@ def test_maximize_and_schedules(make):
     shapes = [(10, 7, 3)]
     pairs, grads = several(shapes), series(shapes, 4)
     want = run(make(pairs), flat(pairs), grads)
-    turned = several(shapes)
-    out = run(make(turned, maximize=True), flat(turned), [[-G for G in part] for part in grads])
+    maximized = several(shapes)
+    out = run(
+        make(maximized, maximize=True), flat(maximized), [[-G for G in part] for part in grads]
+    )
     assert same(out, want)
     still = several(shapes)
     optimizer = make(still, lr=0.0)

@@ -164,8 +164,8 @@ def test_stationary_along_the_null_space(m, n, r, s):
 
         def at(t, X=X):
             b, a = dB + t * B @ X, dA - t * X @ A
-            apart = weighted(b @ A - B @ a, p, q)
-            return apart, weighted(s * (b @ A + B @ a) - T, p, q)
+            imbalance = weighted(b @ A - B @ a, p, q)
+            return imbalance, weighted(s * (b @ A + B @ a) - T, p, q)
 
         (zero, left), (up, there), (down, back) = at(0.0), at(0.1), at(-0.1)
         assert up > zero and down > zero and abs(up - down) <= 1e-8 * up
@@ -624,10 +624,10 @@ def test_the_hooks_can_be_taken_away_and_are_asked_for():
 class Adapter(torch.nn.Linear):
     """A linear layer with a pair, as plain torch code has it; or stored turned, or in experts."""
 
-    def __init__(self, n, m, r=3, turned=False):
+    def __init__(self, n, m, r=3, transposed=False):
         super().__init__(n, m)
-        self.fan_in_fan_out, self.scaling = turned, 2.0
-        if turned:
+        self.fan_in_fan_out, self.scaling = transposed, 2.0
+        if transposed:
             self.weight = torch.nn.Parameter(self.weight.detach().mT.contiguous())
         self.requires_grad_(False)
         self.lora_A = torch.nn.Parameter(torch.randn(r, n))
@@ -638,10 +638,10 @@ class Adapter(torch.nn.Linear):
         return x @ (W + self.scaling * self.lora_B @ self.lora_A).mT
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_model_is_watched(turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_model_is_watched(transposed):
     torch.manual_seed(0)
-    net = torch.nn.Sequential(Adapter(8, 6, turned=turned), torch.nn.Tanh(), Adapter(6, 5))
+    net = torch.nn.Sequential(Adapter(8, 6, transposed=transposed), torch.nn.Tanh(), Adapter(6, 5))
     optimizer = AdaPreLoRA(net, lr=1e-2, stats="exact")
     optimizer.watch(net)
     x, frozen = torch.randn(9, 8), [net[i].weight.detach().clone() for i in (0, 2)]
@@ -656,7 +656,7 @@ def test_a_model_is_watched(turned):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    for G, (columns, rows), flip in zip(dense, seen, (turned, False), strict=True):
+    for G, (columns, rows), flip in zip(dense, seen, (transposed, False), strict=True):
         G = G.mT if flip else G
         torch.testing.assert_close(columns.flatten(), G.square().sum(0))
         torch.testing.assert_close(rows.flatten(), G.square().sum(1))
@@ -706,16 +706,16 @@ def test_experts_are_pairs_of_their_own(settings):
     E, m, n, r = 3, 8, 6, 2
     A, B = weight((E, r, n), 0, DOUBLE), weight((E, m, r), 1, DOUBLE)
     B.data[1] = 0  # a zero factor among others
-    apart = [[torch.nn.Parameter(x[e].detach().clone()) for x in (A, B)] for e in range(E)]
+    separate = [[torch.nn.Parameter(x[e].detach().clone()) for x in (A, B)] for e in range(E)]
     draw = torch.Generator().manual_seed(0)
     optimizer = made(A, B, lr=0.05, **settings)
-    each = [made(*pair, lr=0.05, **settings) for pair in apart]
+    each = [made(*pair, lr=0.05, **settings) for pair in separate]
     for t in range(4):
         A.grad, B.grad = (torch.randn(x.shape, generator=draw, dtype=DOUBLE) for x in (A, B))
         if t == 0:
             A.grad[1] = 0
         optimizer.step()
-        for e, (pair, own) in enumerate(zip(apart, each, strict=True)):
+        for e, (pair, own) in enumerate(zip(separate, each, strict=True)):
             pair[0].grad, pair[1].grad = A.grad[e], B.grad[e]
             own.step()
             close(A.detach()[e], pair[0].detach(), 1e-11)

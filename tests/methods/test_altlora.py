@@ -80,7 +80,7 @@ def test_recorded_alternation(case, plus, both_given):
     """By the schedule, whatever gradient the idle factor has; and by leaving gradients out."""
     given = case["settings"]
     A, B = start(case)
-    turns = {
+    alternating = {
         "schedule": "alternate",
         "switch_every": given["switch_every"],
         "first": given["first"],
@@ -93,7 +93,7 @@ def test_recorded_alternation(case, plus, both_given):
         **settings_of(case),
         **plus,
         **eps,
-        **(turns if both_given else {}),
+        **(alternating if both_given else {}),
     )
     for row in case["trajectory"]:
         want = {k: None if v is None else torch.tensor(v, dtype=DOUBLE)
@@ -419,14 +419,14 @@ def test_the_step_can_be_held_to_a_share_of_the_factor():
 def test_experts_are_pairs_of_their_own(settings):
     E, m, n, r = 3, 8, 6, 2
     A, B = weight((E, r, n), 0, DOUBLE), weight((E, m, r), 1, DOUBLE)
-    apart = [[torch.nn.Parameter(x[e].detach().clone()) for x in (A, B)] for e in range(E)]
+    separate = [[torch.nn.Parameter(x[e].detach().clone()) for x in (A, B)] for e in range(E)]
     draw = torch.Generator().manual_seed(0)
     optimizer = made(A, B, lr=0.05, **settings)
-    each = [made(*pair, lr=0.05, **settings) for pair in apart]
+    each = [made(*pair, lr=0.05, **settings) for pair in separate]
     for _ in range(4):
         A.grad, B.grad = (torch.randn(x.shape, generator=draw, dtype=DOUBLE) for x in (A, B))
         optimizer.step()
-        for e, (pair, own) in enumerate(zip(apart, each, strict=True)):
+        for e, (pair, own) in enumerate(zip(separate, each, strict=True)):
             pair[0].grad, pair[1].grad = A.grad[e], B.grad[e]
             own.step()
             close(A.detach()[e], pair[0].detach(), 1e-12)

@@ -374,10 +374,10 @@ def test_a_zero_gradient_keeps_the_rotation_and_moves_nothing(rotation, base):
     assert torch.equal(optimizer.state[p]["rotation"], torch.eye(10))
     optimizer = ARO([p], base=base, rotation=rotation, momentum=0.0)
     run(optimizer, [p], [[gradients(WIDE, 1)[0]]])
-    turned = optimizer.state[p]["rotation"].clone()
+    before = optimizer.state[p]["rotation"].clone()
     run(optimizer, [p], [[torch.zeros(WIDE)]])
-    assert defect(turned) < 1e-5
-    assert torch.equal(optimizer.state[p]["rotation"], turned)
+    assert defect(before) < 1e-5
+    assert torch.equal(optimizer.state[p]["rotation"], before)
 
 
 @pytest.mark.parametrize("base", BASES)

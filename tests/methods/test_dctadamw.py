@@ -36,7 +36,7 @@ def noise(shape, steps, seed=0, dtype=torch.float32):
     return [torch.randn(shape, generator=draw, dtype=DOUBLE).to(dtype) for _ in range(steps)]
 
 
-def turned(X):
+def transposed(X):
     """As the rule sees a weight under side="auto"."""
     return X.mT if X.shape[-2] >= X.shape[-1] else X
 
@@ -78,10 +78,10 @@ def test_recorded_trajectory(name, monkeypatch):
     assert len(chosen) == len(due) and all(ours == sorted(theirs) for ours, theirs in chosen)
     state, last = optimizer.state[p], {k: torch.tensor(v) for k, v in data["final_state"].items()}
     for key in ("exp_avg", "exp_avg_sq"):
-        torch.testing.assert_close(state[key], turned(last[key]), rtol=0, atol=near)
+        torch.testing.assert_close(state[key], transposed(last[key]), rtol=0, atol=near)
     if given.get("use_ef"):
-        back = (idct if makhoul else dct)(turned(state["error"]), -2)
-        torch.testing.assert_close(back, turned(last["error_feedback"]), rtol=0, atol=near)
+        back = (idct if makhoul else dct)(transposed(state["error"]), -2)
+        torch.testing.assert_close(back, transposed(last["error_feedback"]), rtol=0, atol=near)
 
 
 def test_recorded_files_are_all_there():
@@ -155,9 +155,11 @@ def test_feedback_in_coefficients_is_feedback_in_space(shape, gap):
     for W, (I, E), G in zip(want, notes, grads, strict=True):
         p.grad = G
         optimizer.step()
-        S = turned(optimizer.state[p]["error"])
+        S = transposed(optimizer.state[p]["error"])
         assert optimizer.state[p]["index"].tolist() == I and not S[I].any()
-        np.testing.assert_allclose(idct(S, -2).numpy(), turned(torch.tensor(E)), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            idct(S, -2).numpy(), transposed(torch.tensor(E)), rtol=0, atol=1e-5
+        )
         np.testing.assert_allclose(p.detach().numpy(), W, rtol=0, atol=1e-5)
 
 
@@ -185,8 +187,8 @@ def test_feedback_conserves_the_gradient(shape, gap, fed, monkeypatch):
             slack.append(wide.double() / (2**store.bits - 1) / 2)
     state = {key: X[None] for key, X in state.items() if isinstance(X, torch.Tensor)}
     if fed != "int4":
-        state["error"] = turned(state["error"])
-    total = dct(turned(sum(grads))[None], -2)
+        state["error"] = transposed(state["error"])
+    total = dct(transposed(sum(grads))[None], -2)
     missing = total - sum(used) - store.load(state, total.shape[-1], DOUBLE)
     bound = 1e-10 if fed == "full" else sum(slack) + 1e-5
     assert bool((missing.abs() <= bound).all())
@@ -314,15 +316,15 @@ def test_full_rank_is_adamw_in_rotated_coordinates(shape, basis, gap):
     p, grads = weight(shape, dtype=DOUBLE), gradients(shape, 8, dtype=DOUBLE)
     C = dct_basis(min(shape), DOUBLE)
     C = C.mT if basis == "dct3" else C
-    q = torch.nn.Parameter((C @ turned(p.detach())).clone())
+    q = torch.nn.Parameter((C @ transposed(p.detach())).clone())
     common = {"lr": 0.02, "weight_decay": 0.1}
     ours = DCTAdamW([p], rank=1.0, update_proj_gap=gap, basis=basis, **common)
     plain = torch.optim.AdamW([q], **common)
     for G in grads:
-        p.grad, q.grad = G, C @ turned(G)
+        p.grad, q.grad = G, C @ transposed(G)
         ours.step()
         plain.step()
-        torch.testing.assert_close(C @ turned(p.detach()), q.detach(), rtol=0, atol=1e-11)
+        torch.testing.assert_close(C @ transposed(p.detach()), q.detach(), rtol=0, atol=1e-11)
 
 
 @feedbacks

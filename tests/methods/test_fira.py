@@ -373,8 +373,8 @@ def test_sides_are_symmetric(variant, scaling, kinds):
     settings = {"variant": variant, "scaling": scaling, **BASE}
     grads = gradients(TALL, 9)
     a = run(Fira([p], proj_type=kinds[0], **settings), [p], [grads])
-    turned = [G.mT.contiguous() for G in grads]
-    b = run(Fira([q], proj_type=kinds[1], **settings), [q], [turned])
+    transposed = [G.mT.contiguous() for G in grads]
+    b = run(Fira([q], proj_type=kinds[1], **settings), [q], [transposed])
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x[0], y[0].mT, rtol=0, atol=5e-6)
 
@@ -471,21 +471,21 @@ def test_a_refresh_that_leaves_no_residual_does_not_starve_the_next_steps():
     assert float(optimizer.state[p]["limiter_norm"]) > 1.0
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (33, 7), (70, 5), (300, 600)])
-def test_sums_of_squares_do_not_depend_on_stacking(shape, dtype, turned, monkeypatch):
+def test_sums_of_squares_do_not_depend_on_stacking(shape, dtype, transposed, monkeypatch):
     draw = torch.Generator().manual_seed(5)
-    X = torch.randn(3, *(shape[::-1] if turned else shape), generator=draw).to(dtype)
-    before, X = X.clone(), X.mT if turned else X
+    X = torch.randn(3, *(shape[::-1] if transposed else shape), generator=draw).to(dtype)
+    before, X = X.clone(), X.mT if transposed else X
     out = column_squares(X)
     torch.testing.assert_close(out, X.double().square().sum(-2, keepdim=True).to(dtype))
     torch.testing.assert_close(total(out), out.sum(-1, keepdim=True))
     for k in range(3):
-        alone = X[k].mT.clone().mT if turned else X[k].clone()
+        alone = X[k].mT.clone().mT if transposed else X[k].clone()
         assert torch.equal(column_squares(alone[None])[0], out[k])
         assert torch.equal(total(out[k : k + 1].clone())[0], total(out)[k])
-    assert torch.equal(before, X.mT if turned else X)
+    assert torch.equal(before, X.mT if transposed else X)
     monkeypatch.setattr(sums, "_PANELLED", ())  # the way of accelerators
     torch.testing.assert_close(column_squares(X), out)
     torch.testing.assert_close(total(out), out.sum(-1, keepdim=True))

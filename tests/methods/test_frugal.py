@@ -902,9 +902,9 @@ def test_panels_do_not_matter(split, reset, inner, monkeypatch):
         return trajectory(lambda ps: FRUGAL(ps, **settings, **change), shape, 6)[-1]
 
     usual = made()
-    turned = torch.nn.Parameter(weight(shape).detach().mT.contiguous())
-    run(FRUGAL([turned], view="transposed", **settings), [turned], [[G.mT for G in grads]])
-    torch.testing.assert_close(turned.detach().mT, usual, rtol=0, atol=NEAR)
+    transposed = torch.nn.Parameter(weight(shape).detach().mT.contiguous())
+    run(FRUGAL([transposed], view="transposed", **settings), [transposed], [[G.mT for G in grads]])
+    torch.testing.assert_close(transposed.detach().mT, usual, rtol=0, atol=NEAR)
     monkeypatch.setattr(FRUGAL, "_wait", False)  # as on a device: flags multiply the term
     torch.testing.assert_close(made(), usual, rtol=0, atol=NEAR)
     monkeypatch.undo()

@@ -65,8 +65,8 @@ def test_float32_and_bfloat16_stay_near_float64(variant):
         W = trajectory(lambda ps: Muon(ps, polar="svd", **ours), TALL, dtype=dtype)[-1]
         assert W.dtype == dtype
         # the sign of an entry near zero is anyone's, and so are its seven steps of 0.2 lr
-        apart = (W.double() - exact).abs() > atol
-        assert float(apart.double().mean()) <= (0.02 if "adamuon" in variant else 0.0)
+        differs = (W.double() - exact).abs() > atol
+        assert float(differs.double().mean()) <= (0.02 if "adamuon" in variant else 0.0)
 
 
 # --- Recorded trajectories ---

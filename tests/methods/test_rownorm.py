@@ -353,10 +353,10 @@ def test_three_layouts_of_gate_and_up_are_one_problem(cls, centred, r):
     run(cls([fused], pair="halves", **options), [fused], [halves])
     mixed = [turn(g, u) for g, u in zip(gates, ups, strict=True)]
     run(cls([rows], pair="interleaved", **options), [rows], [mixed])
-    together = torch.cat([gate, up]).detach()
-    torch.testing.assert_close(fused.detach(), together, rtol=0, atol=1e-12)
+    joined = torch.cat([gate, up]).detach()
+    torch.testing.assert_close(fused.detach(), joined, rtol=0, atol=1e-12)
     torch.testing.assert_close(rows.detach(), turn(gate, up).detach(), rtol=0, atol=1e-12)
-    assert (together - both).abs().max() > 1e-3
+    assert (joined - both).abs().max() > 1e-3
 
 
 def test_a_half_without_a_gradient_sits_out():

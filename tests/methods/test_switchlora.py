@@ -894,8 +894,8 @@ def test_convolutions_and_turned_weights_are_their_matrices():
             for p, shape in zip(plain, shapes, strict=True)]  # fmt: skip
     last = [torch.nn.Parameter(p.detach().clone(memory_format=torch.channels_last), p.requires_grad)
             for p in conv]  # fmt: skip
-    turned = [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in plain]
-    turned[2] = torch.nn.Parameter(plain[2].detach().mT.clone(), requires_grad=False)
+    transposed = [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in plain]
+    transposed[2] = torch.nn.Parameter(plain[2].detach().mT.clone(), requires_grad=False)
     grads = series([(m, n, r)], 9)
     want = run(made(plain, **OFTEN), list(plain), grads)[-1]
     for params in (conv, last):
@@ -909,9 +909,11 @@ def test_convolutions_and_turned_weights_are_their_matrices():
         assert merged.shape == params[2].shape
         close(merged.reshape(m, n).double(), W_of(*want), 1e-5)
     optimizer = SwitchLoRA(
-        [{"params": turned, "scale": 0.5, "view": ["auto", "auto", "transposed"]}], lr=0.02, **OFTEN
+        [{"params": transposed, "scale": 0.5, "view": ["auto", "auto", "transposed"]}],
+        lr=0.02,
+        **OFTEN,
     )
-    got = run(optimizer, turned, grads)[-1]
+    got = run(optimizer, transposed, grads)[-1]
     close(got[2].mT, want[2], 1e-6)
     close(optimizer.merged()[2].mT.double(), W_of(*want), 1e-5)
 

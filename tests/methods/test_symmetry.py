@@ -240,10 +240,10 @@ def moved_apart(make, kind, policy="symmetry", steps=3, dtype=DOUBLE, **options)
     assert torch.allclose(model.loss(data[0]), other.loss(data[0]), rtol=1e-6)
     for m in (model, other):
         train(m, SymmetryStack(m, 1e-2, policy=policy, **options), data)
-    after, turned = weights(model), weights(other)
+    after, acted = weights(model), weights(other)
     short = lambda name: name.removesuffix(".weight")  # noqa: E731
     gaps = [
-        float((action(short(n), after[n]) - turned[n]).norm() / (after[n] - before[n]).norm())
+        float((action(short(n), after[n]) - acted[n]).norm() / (after[n] - before[n]).norm())
         for n in after
         if not torch.equal(after[n], before[n])
     ]

@@ -252,8 +252,8 @@ def test_left_on_g_is_right_on_its_transpose():
         q = torch.nn.Parameter(p.detach().mT.contiguous())
         grads = doubles(shape, 6)
         ours = run(Trion([p], lr=0.02, rank=2), [p], [grads])
-        turned = run(Trion([q], lr=0.02, rank=2), [q], [[G.mT.contiguous() for G in grads]])
-        for (W,), (V,) in zip(ours, turned, strict=True):
+        transposed = run(Trion([q], lr=0.02, rank=2), [q], [[G.mT.contiguous() for G in grads]])
+        for (W,), (V,) in zip(ours, transposed, strict=True):
             torch.testing.assert_close(W, V.mT, rtol=0, atol=1e-12)
 
 

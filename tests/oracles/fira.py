@@ -22,7 +22,7 @@ def basis_of(G, rank, proj_type):
     return P if right in (False, None) else None, Q if right in (True, None) else None
 
 
-def lifted(R, P, Q):
+def lift(R, P, Q):
     """The full matrix of coordinates R."""
     R = R if P is None else P @ R
     return R if Q is None else R @ Q.T
@@ -69,7 +69,7 @@ def fira(
         N = c * psi if variant == "paper" else psi
         phi = factors(N, R, G, right, scaling, not exact)
         a = 1.0 if variant == "paper" else alpha
-        before = phi * (G - a * lifted(R, P, Q))
+        before = phi * (G - a * lift(R, P, Q))
         norm, L = float(before.norm()), 1.0
         if limiter:
             if stored is not None and (exact or stored > limiter_floor):
@@ -77,7 +77,7 @@ def fira(
             stored = norm / L
         S = before / L
         size = lr * alpha if variant == "paper" else lr * c
-        U = lifted(N, P, Q) + S if variant == "paper" else alpha * lifted(N, P, Q) + S
+        U = lift(N, P, Q) + S if variant == "paper" else alpha * lift(N, P, Q) + S
         if exact:
             W = (1 - lr * weight_decay) * (W - size * U)
         else:

@@ -54,7 +54,7 @@ def moved(X, split, old, new):
     return out
 
 
-def turned(X, old, new, square):
+def rotated(X, old, new, square):
     """State in a new basis: M <- C M D^T, V <- (C*C) V (D*D)^T."""
     C, D = (None if a is None else b.T @ a for a, b in zip(old, new, strict=True))
     if square:
@@ -96,7 +96,7 @@ def frugal(
                 M, V = (moved(X, split, old, choice) for X in (M, V))
                 k = moved(k, "randk", old, choice)
             elif reset == "changed" and split != "block":
-                M, V = turned(M, old, choice, False), turned(V, old, choice, True)
+                M, V = rotated(M, old, choice, False), rotated(V, old, choice, True)
             old = choice
         k = k + 1
         W = (1 - lr * weight_decay) * W

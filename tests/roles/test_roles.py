@@ -726,8 +726,8 @@ def test_experts_that_could_be_stored_either_way():
     assert "(in, out) or (out, in) is not known" in row.why
     with pytest.raises(ValueError, match=r"experts\.w1 \(3, 4, 4\), experts\.w2"):
         classify(model, strict=True)
-    told = {"experts.*": {"view": "transposed", "side": "cols"}}
-    assert {row.view for row in classify(model, told, strict=True)} == {"transposed"}
+    overrides = {"experts.*": {"view": "transposed", "side": "cols"}}
+    assert {row.view for row in classify(model, overrides, strict=True)} == {"transposed"}
 
 
 @pytest.mark.parametrize(
@@ -985,8 +985,8 @@ def test_weights_that_share_get_a_side_each():
     *whole, rest = (matrices[i : i + 3] for i in range(0, len(matrices), 3))
     assert len(rest) == 2 and {found[row.name] for row in rest} == {"auto"}  # no run of three
     for run in whole:
-        told = tuple(row.side for row in run)
-        assert {found[row.name] for row in run} == {told if len({*told}) > 1 else told[0]}
+        sides = tuple(row.side for row in run)
+        assert {found[row.name] for row in run} == {sides if len({*sides}) > 1 else sides[0]}
     assert len({*found.values()}) > 1
 
 
@@ -1009,13 +1009,13 @@ def test_one_rotation_of_the_residual_stream(sharing):
     sides = {row.name: row.side for row in classify(model) if row.rule == "matrix"}
     optimizer = optimizers.ARO(model, **sharing)
     names = {id(p): name for name, p in model.named_parameters()}
-    units = optimizer._get_plan().units
-    turned = {
+    units = optimizer._current().units
+    transposed = {
         names[id(p)]: "cols" if turn else "rows"
         for unit in units
         for p, turn in zip(unit.params, unit.turned, strict=True)
     }
-    assert turned == sides and set(sides.values()) == {"rows", "cols"}
+    assert transposed == sides and set(sides.values()) == {"rows", "cols"}
     for p in model.parameters():
         p.data.fill_(0.1)
         p.grad = torch.ones_like(p)

@@ -69,8 +69,8 @@ def test_adam_of_a_turned_weight_takes_turned_clocks():
     R = gradients((6, 90), 1)[0][None]
     t = torch.arange(1, 7).view(1, 6, 1)
     want = adam(R, torch.zeros(1, 6, 90), torch.zeros(1, 6, 90), t, beta1=0.9, beta2=0.99, eps=1e-8)
-    turned = [torch.zeros(1, 90, 6).mT for _ in range(2)]
-    got = adam(R, *turned, t, beta1=0.9, beta2=0.99, eps=1e-8)
+    transposed = [torch.zeros(1, 90, 6).mT for _ in range(2)]
+    got = adam(R, *transposed, t, beta1=0.9, beta2=0.99, eps=1e-8)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
@@ -183,9 +183,9 @@ def test_carrying_between_bases(name):
     for t, G in enumerate(gradients(shape, 3), 1):
         base.direction(state, G[None], t)
     P = torch.linalg.qr(torch.randn(1, 12, r, generator=torch.Generator().manual_seed(0)))[0]
-    same_basis, turned = (
-        DenseBasisChange(P, P),
-        DenseBasisChange(P, P[..., [2, 0, 3, 1]] * torch.tensor([1.0, -1, 1, 1])),
+    same_basis, rotated = (
+        Turn(P, P),
+        Turn(P, P[..., [2, 0, 3, 1]] * torch.tensor([1.0, -1, 1, 1])),
     )
     for policy in ("keep", "reset", "rotate", "ldadam"):
         copies = {key: value.clone() for key, value in state.items()}
@@ -194,7 +194,7 @@ def test_carrying_between_bases(name):
             want = torch.zeros_like(value) if policy == "reset" else state[key]
             torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
     copies = {key: value.clone() for key, value in state.items()}
-    base.carry_state("rotate", copies, turned, 3)
+    inside.carry("rotate", copies, rotated, 3)
     for key, value in copies.items():
         if key == "exp_avg_sq_col":
             assert same(value, state[key])

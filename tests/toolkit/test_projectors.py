@@ -171,10 +171,10 @@ def test_lapack_signs_are_those_of_one_call():
 @kinds
 def test_strides_do_not_matter(m, n, r, kind):
     G = gaussian(1, m, n)
-    turned = G.mT.contiguous().mT
+    transposed = G.mT.contiguous().mT
     sparse = torch.zeros(1, 2 * m, 3 * n)[:, ::2, ::3].copy_(G)
     expected = top_basis(G, r, kind)
-    assert torch.equal(top_basis(turned, r, kind), expected)
+    assert torch.equal(top_basis(transposed, r, kind), expected)
     assert torch.equal(top_basis(sparse, r, kind), expected)
 
 
@@ -298,9 +298,9 @@ def test_basis_turns_with_the_gradient(m, n, kind, dtype):
     G = planted(m, n, [1.5**-i for i in range(min(m, n))], torch.float64)
     Q1, Q2 = orthonormal(m, m, seed=5), orthonormal(n, n, seed=6)
     P = top_basis(G.to(dtype), 4, kind)
-    turned = top_basis((Q1 @ G @ Q2).to(dtype), 4, kind)
+    rotated = top_basis((Q1 @ G @ Q2).to(dtype), 4, kind)
     near = 1e-3 if dtype == torch.float32 else 1e-8
-    assert largest(span(turned) - span(Q1 @ P.double())) <= near
+    assert largest(span(rotated) - span(Q1 @ P.double())) <= near
 
 
 @kinds
@@ -521,11 +521,11 @@ def test_adam_takes_any_strides_and_leaves_the_gradient():
     N = adam(R, M, V, 1, **BETAS, eps=1e-8)
     assert torch.equal(R, before)
     turned_M, turned_V = torch.zeros(2, 9, 5).mT, torch.zeros(2, 9, 5).mT
-    turned = adam(R, turned_M, turned_V, 1, **BETAS, eps=1e-8)
-    assert largest(N - turned) <= 1e-6 and largest(M - turned_M) <= 1e-7
+    transposed = adam(R, turned_M, turned_V, 1, **BETAS, eps=1e-8)
+    assert largest(N - transposed) <= 1e-6 and largest(M - turned_M) <= 1e-7
     upright_M, upright_V = torch.zeros(2, 9, 5), torch.zeros(2, 9, 5)
     upright = adam(R.mT, upright_M, upright_V, 1, **BETAS, eps=1e-8)
-    assert torch.equal(turned, upright.mT) and torch.equal(turned_V, upright_V.mT)
+    assert torch.equal(transposed, upright.mT) and torch.equal(turned_V, upright_V.mT)
     wide = torch.zeros(2, 5, 18)
     strided = adam(R, wide[..., ::2], torch.zeros(2, 5, 9), 1, **BETAS, eps=1e-8)
     assert largest(N - strided) <= 1e-6
@@ -647,9 +647,9 @@ def test_turned_basis_of_one_span_lifts_to_the_same(policy):
     P = bases(2, 9, 4)
     P_new = P @ bases(2, 4, 4, seed=7)
     M, V = moments_of(2, 4, 6)
-    lifted = P @ M
+    old_lift = P @ M
     carry(policy, M, V, P, P_new)
-    assert largest(P_new @ M - lifted) <= 1e-5
+    assert largest(P_new @ M - old_lift) <= 1e-5
 
 
 @dtypes
@@ -741,8 +741,8 @@ def choices(draw):
     """Two ascending choices (K, r) of rows 0..m-1, and moments."""
     K, m = draw(st.integers(1, 3)), draw(st.integers(1, 12))
     r = draw(st.integers(1, m))
-    pick = st.permutations(range(m)).map(lambda order: sorted(order[:r]))
-    rows = [[draw(pick) for _ in range(K)] for _ in range(2)]
+    choice = st.permutations(range(m)).map(lambda order: sorted(order[:r]))
+    rows = [[draw(choice) for _ in range(K)] for _ in range(2)]
     return m, *(torch.tensor(x, dtype=torch.int32) for x in rows), moments_of(K, r, 5)
 
 
@@ -880,10 +880,10 @@ def test_lift_writes_what_back_says(kind, m, n, r):
         (slice(1, 2), slice(2, 5), slice(1, 4)),
         (slice(0, 2), slice(m - 2, m), slice(None)),
     ):
-        assert largest(find.lift_block(state, N, m, k, i, j) - want[k, i, j]) <= 1e-6
-    turned = torch.zeros(2, n, m)
-    term.mT.add_(turned, slice(None), slice(None), 1.0)
-    assert largest(turned - want.mT) <= 1e-6
+        assert largest(find.back(state, N, m, k, i, j) - want[k, i, j]) <= 1e-6
+    transposed = torch.zeros(2, n, m)
+    term.mT.add_(transposed, slice(None), slice(None), 1.0)
+    assert largest(transposed - want.mT) <= 1e-6
 
 
 @pytest.mark.parametrize("kind", DENSE)
@@ -908,22 +908,22 @@ def test_both_sides(kind):
 
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from([*DENSE, *INDEX]), st.booleans(), st.booleans())
-def test_stack_has_the_bits_of_its_matrices_for_every_kind(problem, kind, turned, both):
+def test_stack_has_the_bits_of_its_matrices_for_every_kind(problem, kind, transposed, both):
     G, r = problem
-    if turned:
+    if transposed:
         G = G.mT.contiguous().mT
     both = both and kind in DENSE
     find, state = found(kind, G, r, both=both)
     again = found(kind, G, r, old=list(state.values()), t=2, both=both)[1]
     for k in range(len(G)):
-        X = (G[k].mT.clone().mT if turned else G[k].clone())[None]
+        X = (G[k].mT.clone().mT if transposed else G[k].clone())[None]
         one = found(kind, X, r, indices=(k,), both=both)[1]
         two = found(kind, X, r, old=list(one.values()), t=2, indices=(k,), both=both)[1]
         for name in state:
             assert torch.equal(state[name][k], one[name][0])
             assert torch.equal(again[name][k], two[name][0])
-        if not turned:
-            assert torch.equal(find.project(state, G)[k], find.project(one, X)[0])
+        if not transposed:
+            assert torch.equal(find.down(state, G)[k], find.down(one, X)[0])
 
 
 @every_kind
@@ -1057,8 +1057,8 @@ def test_power_gains_on_a_fixed_gradient(dtype, probes):
 def test_a_top_singular_space_stays(dtype, m, n):
     G = planted(m, n, [1.5**-i for i in range(12)], dtype)
     P = top_basis(G, 4)
-    turned = P @ bases(1, 4, 4, dtype, seed=3)
-    for start in (P, turned):
+    rotated = P @ bases(1, 4, 4, dtype, seed=3)
+    for start in (P, rotated):
         new = found("power", G, 4, old=[start], t=2)[1]["basis"]
         near = 1e-5 if dtype == torch.float32 else 1e-12
         assert largest(span(new) - span(P)) <= near

@@ -85,8 +85,8 @@ def test_only_some_are_computed():
     run(X, P, out, 3.4, only=torch.tensor([0.0, 1.0, 0.0]))
     Y = apply.scale_and_apply(X, P, 3.4)
     assert out[::2].isnan().all() and torch.equal(out[1], Y[1])
-    some = apply.scale_and_apply(X, P, 3.4, only=torch.tensor([0.0, 1.0, 0.0]))
-    assert torch.equal(some[1], Y[1])
+    subset = apply.scale_and_apply(X, P, 3.4, only=torch.tensor([0.0, 1.0, 0.0]))
+    assert torch.equal(subset[1], Y[1])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -61,10 +61,10 @@ def test_any_strides_and_nothing_beside(layout, dim):
     index = torch.tensor([[0, 3, 18], [1, 2, 5]], dtype=torch.int32)
     with nothing_beside((X, buffer)):
         v, V = ours.dct_reorder(X, dim), ours.dct_untwiddle(X, dim)
-        some, R = ours.dct_take(X, index, dim), ours.dct_project(X, index, dim)
+        taken, R = ours.dct_take(X, index, dim), ours.dct_project(X, index, dim)
     assert torch.equal(v, ours.dct_reorder(dense, dim)) and torch.equal(X, dense)
     assert torch.equal(V, ours.dct_untwiddle(dense, dim))
-    assert torch.equal(some, reference.dct_take(dense, index, dim))
+    assert torch.equal(taken, reference.dct_take(dense, index, dim))
     assert torch.equal(R, ours.dct_project(dense, index, dim))
 
 

@@ -42,8 +42,8 @@ def test_any_strides_and_nothing_beside(layout):
     close(Y, expected, torch.bfloat16)
     assert torch.equal(x[0], X) and (layout == "columns" or torch.equal(Y, expected))
     assert torch.equal(padded(x[0], torch.float32), reference.padded(X, torch.float32))
-    turned = normalised(x[0].mT, torch.bfloat16)  # dense along its own rows, whatever X is
-    assert turned.is_contiguous() and torch.equal(turned, Y.mT)
+    transposed = normalised(x[0].mT, torch.bfloat16)  # dense along its own rows, whatever X is
+    assert transposed.is_contiguous() and torch.equal(transposed, Y.mT)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -101,8 +101,8 @@ def test_a_list_is_as_its_stack(dtype):
     for given in lists:
         assert torch.equal(normalised(given, torch.bfloat16), normalised(X, torch.bfloat16))
         assert torch.equal(padded(given, torch.float32), padded(X, torch.float32))
-    turned = normalised([x.mT.contiguous().mT for x in X], torch.bfloat16)
-    close(turned, normalised(X, torch.bfloat16), torch.bfloat16)
+    transposed = normalised([x.mT.contiguous().mT for x in X], torch.bfloat16)
+    close(transposed, normalised(X, torch.bfloat16), torch.bfloat16)
 
 
 def test_empty_float64_and_unequal():

@@ -26,7 +26,7 @@ OPS = torch.ops.stiefel
 NAN = float("nan")
 
 
-def blended(M, G, mu, nesterov, kind):
+def momentum_of(M, G, mu, nesterov, kind):
     """The buffer and the step in float64."""
     M, G = M.double(), G.double()
     M = mu * M + G if kind == "sum" else M + (1 - mu) * (G - M)
@@ -61,7 +61,7 @@ def test_blend_is_its_formula(shape):
     shape = shape if len(shape) == 3 else (1, *shape)
     for i, (nesterov, kind) in enumerate([(a, b) for a in (False, True) for b in plain.KINDS]):
         M, G = gaussian(*shape), gaussian(*shape, seed=1)
-        want, step = blended(M, G, 0.95, nesterov, kind)
+        want, step = momentum_of(M, G, 0.95, nesterov, kind)
         side = [None, *SIDES][i]
         U, found = kernels.blend_(M, G, 0.95, nesterov=nesterov, kind=kind, squares=side)
         close(M, want, torch.float32)
@@ -136,10 +136,10 @@ def test_flags_leave_every_byte_and_what_is_bad_is_only_in_its_matrix():
     assert torch.equal(M, kept)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_lists_have_the_bits_of_stacks(turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_lists_have_the_bits_of_stacks(transposed):
     def stack(seed, K, m, n):
-        return gaussian(K, n, m, seed=seed).mT if turned else gaussian(K, m, n, seed=seed)
+        return gaussian(K, n, m, seed=seed).mT if transposed else gaussian(K, m, n, seed=seed)
 
     for shape in ((2, 33, 20), (3, 5, 7)):
         M, G = stack(0, *shape), stack(1, *shape).bfloat16()
@@ -168,7 +168,7 @@ def test_many_small_matrices():
     M, G = gaussian(37, 5, 7), gaussian(37, 5, 7, seed=1, dtype=torch.bfloat16)
     Ms, Gs = listed(M), listed(G)
     U, found = kernels.blend_(Ms, Gs, 0.9, nesterov=True, squares="rows")
-    want, step = blended(M, G, 0.9, True, "ema")
+    want, step = momentum_of(M, G, 0.9, True, "ema")
     close(torch.stack(Ms), want, torch.float32)
     close(U, step, torch.float32)
     close(found, summed(step, "rows"), torch.float32, 2)

@@ -216,9 +216,9 @@ def test_row_step_obeys_its_control():
         V, N = W.clone(), M.clone()
         row_step.row_step_(V, N, G, 0.95, 1e-8, "unit", 0.9, -0.3)
         control = torch.stack([torch.ones(3), torch.full((3,), 0.9), torch.full((3,), -0.3)]).T
-        for told in (control, control.contiguous()):
+        for scalars in (control, control.contiguous()):
             A, B = W.clone(), M.clone()
-            row_step.row_step_(A, B, G, 0.95, 1e-8, "unit", 7.0, 7.0, told)
+            row_step.row_step_(A, B, G, 0.95, 1e-8, "unit", 7.0, 7.0, scalars)
             assert torch.equal(A, V) and torch.equal(B, N)
         G[1, 2, 3] = NAN
         W[1, 0, 0] = NAN
@@ -256,8 +256,8 @@ def test_operations_are_what_torch_expects():
         torch.library.opcheck(OPS.row_norm.default, (X, 1e-8, 2, True), **check)
     for control in (None, torch.ones(2, 3)):
         given = [gaussian(2, 5, 9, seed=s) for s in range(3)]
-        told = (*given, 0.9, 1e-8, 0, 1.0, -0.1, control, True)
-        torch.library.opcheck(OPS.row_step_.default, told, **check)
+        arguments = (*given, 0.9, 1e-8, 0, 1.0, -0.1, control, True)
+        torch.library.opcheck(OPS.row_step_.default, arguments, **check)
 
 
 def test_each_operation_is_one_node():

@@ -34,8 +34,8 @@ def theirs(X, iterations, dtype=torch.float64):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("iterations", [0, 1, 3])
 def test_equal_norms(iterations, dtype):
-    some = [(33, 45), LONG, LONG[::-1]]
-    for m, n in [*SHAPES, *some[1:]] if dtype == torch.float32 else some:
+    few = [(33, 45), LONG, LONG[::-1]]
+    for m, n in [*SHAPES, *few[1:]] if dtype == torch.float32 else few:
         X = gaussian(1, m, n, dtype=dtype)
         for Y in (X, X.mT.contiguous().mT):
             U = ours(Y, iterations)
@@ -72,12 +72,12 @@ def test_neither_overflows_nor_vanishes(scale):
             )
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_zeros_and_tiny_rows_and_columns(turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_zeros_and_tiny_rows_and_columns(transposed):
     X = gaussian(3, 9, 20)
     X[0, 2], X[0, :, 3], X[1] = 0.0, 0.0, 0.0
     X[2, 4], X[2, :, 5] = X[2, 4] * 1e-12, X[2, :, 5] * 1e-13
-    X = X.mT.contiguous().mT if turned else X
+    X = X.mT.contiguous().mT if transposed else X
     for iterations in (0, 1, 3):
         U = ours(X, iterations)
         assert not U[1].any() and not U[0, 2].any() and not U[0, :, 3].any()
@@ -122,10 +122,10 @@ def test_offsets_beyond_int32():
     assert torch.equal(ours(X.expand(4, 9, 20), 2), ours(X, 2).expand(4, 9, 20))
     wide = torch.empty(3 * 2**30, dtype=torch.bfloat16)  # untouched pages take no memory
     for shape, stride in (((3, 4, 20), (2**30, 64, 1)), ((1, 4, 20), (0, 3 * 2**28, 1))):
-        for turned in (False, True):
+        for transposed in (False, True):
             Y = wide.as_strided(shape, stride)
             Y.copy_(gaussian(*shape))
-            Y = Y.mT if turned else Y
+            Y = Y.mT if transposed else Y
             for iterations in (0, 1):
                 U = ours(Y, iterations)
                 close(U, theirs(Y, iterations), torch.bfloat16)

@@ -124,8 +124,8 @@ def test_clocks_and_floor(dim):
 
 @DIMS
 def test_control(dim):
-    told = torch.tensor([[1.0, 0.9, -0.05], [0.0, 0.9, -0.05], [1.0, 0.5, 0.25]])
-    for control in (told, torch.empty(3, 6)[:, ::2].copy_(told), told.T.contiguous().T):
+    scalars = torch.tensor([[1.0, 0.9, -0.05], [0.0, 0.9, -0.05], [1.0, 0.5, 0.25]])
+    for control in (scalars, torch.empty(3, 6)[:, ::2].copy_(scalars), scalars.T.contiguous().T):
         x, y = Weight((3, 5, 18), dim), Weight((3, 5, 18), dim)
         x.G[1, 2, 3] = float("nan")
         old = x.clone()
@@ -237,9 +237,9 @@ def test_frugal_writes_by_it(kind, reset, monkeypatch):
     )
     for back_end in ("reference", "triton"):
         monkeypatch.setenv("STIEFEL_KERNELS", back_end)
-        for turned in (False, True):
+        for transposed in (False, True):
             W = gaussian(12, 20)
-            p = torch.nn.Parameter((W.T.contiguous().T if turned else W).clone())
+            p = torch.nn.Parameter((W.T.contiguous().T if transposed else W).clone())
             optimizer = FRUGAL(
                 [p], lr=0.05, weight_decay=0.1, split=kind, reset=reset, update_gap=2
             )
@@ -249,8 +249,8 @@ def test_frugal_writes_by_it(kind, reset, monkeypatch):
                 p.grad[3, 4] = float("nan") if t == 3 else 1.0
                 optimizer.step()
             state = optimizer.state[p]
-            told = [state[name].clone() for name in ("exp_avg_sq", "age") if name in state]
-            ends.append([p.detach().clone(), *told])
+            copies = [state[name].clone() for name in ("exp_avg_sq", "age") if name in state]
+            ends.append([p.detach().clone(), *copies])
     assert calls
     for ours, plain in zip(ends[2:], ends[:2], strict=True):
         for a, b in zip(ours, plain, strict=True):

@@ -407,26 +407,26 @@ def test_offsets_are_wider_than_int32():
     far = torch.empty(2**31 + 2**20, dtype=torch.float16)  # never touched but for a few entries
     _, P, G, R, M, V = problem((2, 3, 20), 2, torch.float16)
 
-    def apart(X, dim):
+    def spread_out(X, dim):
         strides = list(X.stride())
         strides[dim] = 2**31 // (X.shape[dim] - 1)
         view = far.as_strided(X.shape, strides)
         return view.copy_(X)
 
     for dim in (0, 1):
-        spread = apart(G, dim)
+        spread = spread_out(G, dim)
         assert torch.equal(kernels.project(P, spread)[0], kernels.project(P, G)[0])
         W = gaussian(2, 3, 20, dtype=torch.float16)
-        plain, spread = W.clone(), apart(W, dim)
+        plain, spread = W.clone(), spread_out(W, dim)
         kernels.lift_(spread, P, R, 0.9, 0.1)
         kernels.lift_(plain, P, R, 0.9, 0.1)
         assert torch.equal(spread, plain)
-        spread = apart(W, dim)
+        spread = spread_out(W, dim)
         kernels.adam_lift_(spread, P, R, M.clone(), V.clone(), 1, 0.9, 0.1, **BETAS)
         kernels.adam_lift_(W, P, R, M.clone(), V.clone(), 1, 0.9, 0.1, **BETAS)
         assert torch.equal(spread, W)
         m, v = (X.half() for X in (M, V))
-        spread = apart(m, dim)
+        spread = spread_out(m, dim)
         n = kernels.adam(R, spread, v.clone(), 1, **BETAS)
         assert torch.equal(n, kernels.adam(R, m, v, 1, **BETAS)) and torch.equal(spread, m)
 
@@ -479,11 +479,11 @@ def test_each_operation_is_one_node_of_a_compiled_graph():
 # whole steps
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_of_galore(dtype, turned):
+def test_a_step_of_galore(dtype, transposed):
     W, P, G, _, M, V = problem((2, 40, 60), 9)
-    if turned:  # as a weight whose right side is projected
+    if transposed:  # as a weight whose right side is projected
         W, G = W.mT.contiguous().mT, G.mT.contiguous().mT
     W, G = W.to(dtype), G.to(dtype)
     exact = W.double()
