@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -43,7 +44,8 @@ from torch import Tensor, nn
 from traffic import LANES, Idle, Log, Point, Work, recorded, scaled, watched
 
 from stiefel import optimizers
-from stiefel.kernels import reference, sums
+from stiefel.kernels import reference
+from stiefel.kernels.reference import reductions as sums
 from stiefel.optimizers import powers, write
 
 TARGET = "sm_90"
@@ -155,7 +157,7 @@ def as_on_a_device(kernels: str) -> Iterator[None]:
     try:
         with set_to(
             (write, "PANEL", write.PANEL_ACCELERATOR), (powers, "PANEL", 2**62),
-            (sums, "_PANELLED", ()),
+            (sums, "_PANEL_DEVICES", ()),
         ):  # fmt: skip
             yield
     finally:
@@ -174,7 +176,8 @@ def chosen_for(m: int, n: int) -> Iterator[None]:
     Raises:
         ValueError: While it is on, where the small problem cannot be split so.
     """
-    from stiefel.kernels.triton import adam_lift, subspace
+    from stiefel.kernels.triton import adam_lift
+    subspace = importlib.import_module("stiefel.kernels.triton.project")
 
     real, fused = subspace._plan, adam_lift.on_chip
 
@@ -182,11 +185,11 @@ def chosen_for(m: int, n: int) -> Iterator[None]:
         K, rows, _ = G.shape
         large = G.new_empty(K, m, n, device="meta"), P.new_empty(K, m, P.shape[-1], device="meta")
         chosen, splits, _ = real(large[1], large[0])
-        blocks = -(-rows // chosen.blocks["BM"])
+        blocks = -(-rows // chosen.tile_sizes["BM"])
         length = -(-blocks // splits)
         if -(-blocks // length) != splits:
             raise ValueError(f"{rows} rows do not make {splits} splits: choose other small sizes")
-        return chosen, splits, length * chosen.blocks["BM"]
+        return chosen, splits, length * chosen.tile_sizes["BM"]
 
     def on_chip(W: Tensor, P: Tensor, r: int, sign: bool) -> bool:
         with set_to((adam_lift, "INTERPRETED", False)):

@@ -81,8 +81,8 @@ def dct_basis(
 def dct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:
     """The orthonormal DCT-II along one dimension: X C^T for dim -1, C X for dim -2.
 
-    The FFT path puts even entries before reversed odd ones and turns one real FFT of length n by
-    quarter waves. Source: J. Makhoul, A Fast Cosine Transform in One and Two Dimensions, IEEE
+    The FFT path puts even entries before reversed odd ones and multiplies one real FFT of length
+    n by quarter waves. Source: J. Makhoul, A Fast Cosine Transform in One and Two Dimensions, IEEE
     Trans. ASSP 28(1), 1980.
 
     Args:

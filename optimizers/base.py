@@ -65,7 +65,7 @@ class StackedOptimizer(Optimizer):
         view: How a parameter becomes matrices, see ``views.py`` (default: ``"auto"``).
         state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None: float32
             (float64 for float64 weights). ``"int8"``: moments and momentum in 8 bits with a scale
-            for every 256 of them, the rest as under None; see ``kernels/blockwise.py``. Averages of
+            for every 256 of them, the rest as under None; see ``kernels/quantize.py``. Averages of
             squares follow falling gradients late then: steps of 0.001 round away.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import dequantise_blocks, quantise_blocks
+from ..kernels import dequantize_blocks, quantize_blocks
 from .rule import Rule
 from .units import State, Unit, scale_of
 
@@ -121,11 +121,11 @@ def _convert(entry: dict[str, Any], key: str, before: Table, after: Table) -> No
     if before[key].dtype == dtype:
         return
     if scale in before and scale not in after and dtype.is_floating_point:
-        entry[key] = dequantise_blocks(X[None], entry[scale][None], dtype)[0]
+        entry[key] = dequantize_blocks(X[None], entry[scale][None], dtype)[0]
     elif scale in after and scale not in before and X.is_floating_point():
         codes = torch.zeros(after[key].shape, dtype=dtype, device=X.device)
         scales = torch.zeros(after[scale].shape, device=X.device)
-        quantise_blocks(X.contiguous()[None], codes[None], scales[None])
+        quantize_blocks(X.contiguous()[None], codes[None], scales[None])
         entry[key], entry[scale] = codes, scales
     elif X.is_floating_point() and dtype.is_floating_point:
         entry[key] = X.to(dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import dequantise_rows, quantise_rows
+from ..kernels import dequantize_rows, quantize_rows
 from .rule import Slot
 
 KINDS = (None, "full", "int8", "int4")
@@ -48,7 +48,7 @@ class Feedback:
         alike = E.shape == shape
         out = torch.empty_like(E, dtype=dtype) if alike else low.new_empty(shape, dtype=dtype)
         for i in _panels(out):
-            part = dequantise_rows(E[:, i], low[:, i], high[:, i], self.bits, n)
+            part = dequantize_rows(E[:, i], low[:, i], high[:, i], self.bits, n)
             out[:, i].copy_(part)
         return out
 
@@ -60,7 +60,7 @@ class Feedback:
                 kept.copy_(E)
             return
         for i in _panels(E):
-            codes, low, high = quantise_rows(E[:, i].float(), self.bits)
+            codes, low, high = quantize_rows(E[:, i].float(), self.bits)
             kept[:, i].copy_(codes)
             state["error_low"][:, i].copy_(low)
             state["error_high"][:, i].copy_(high)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import reference
-from ..kernels.dispatch import pick
+from ..kernels import cast_stack, fuses_passes
 from .plan import Bucket, Plan, chunk_bytes, largest
 from .units import Unit
 from .write import LOW
@@ -78,9 +77,9 @@ def _stack_and_flag(
     """A stack of gradients if there is to be one, and numbers (K,)."""
     if not stacked:  # a block of a parameter looks at the whole of it: one clock, one flag
         return None, _flag(given[0], stacked, waits)
-    if not waits and (ops := pick(given, "pass")) is not reference:
+    if not waits and fuses_passes(given):
         if len({(G.stride(), G.dtype) for G in given}) == 1:
-            G, fine = ops.cast_stack(given, given[0].dtype, finite=True)  # all in one pass
+            G, fine = cast_stack(given, given[0].dtype, with_flags=True)  # all in one pass
             return G, fine.reciprocal()
     G = torch.stack(given)
     return G, _flag(G, stacked, waits)

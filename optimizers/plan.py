@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import dequantise_blocks, quantise_blocks, reference
-from ..kernels.dispatch import pick
+from ..kernels import dequantize_blocks, fuses_passes, quantize_blocks
 from .rule import Member, Rule
 from .units import State, Unit, drops, is_part, labels_of, scale_of
 
@@ -109,7 +108,7 @@ class Bucket:
     def decoded(self) -> list[dict[str, Tensor]]:
         """Per member, the state that is kept in codes as (K, ...) floats."""
         return [
-            {name: dequantise_blocks(*pair, self.dtype) for name, pair in coded.items()}
+            {name: dequantize_blocks(*pair, self.dtype) for name, pair in coded.items()}
             for coded in self.coded
         ]
 
@@ -117,7 +116,7 @@ class Bucket:
         """Store what an update has made of the decoded state."""
         for coded, plain in zip(self.coded, decoded, strict=True):
             for name, X in plain.items():
-                quantise_blocks(X, *coded[name])
+                quantize_blocks(X, *coded[name])
 
     def clocks(self) -> tuple[int, int]:
         """Number of the update that comes next, and of the last refresh."""
@@ -155,7 +154,7 @@ class Bucket:
 
     def by_kernels(self, Gs: Sequence[Tensor | None]) -> bool:
         """Whether the state is as the rule sees it, and kernels do all passes over gradients."""
-        large = all(G is None or pick(G, "pass") is not reference for G in Gs)
+        large = all(G is None or fuses_passes(G) for G in Gs)
         return large and not any(self.coded)
 
     @cached_property
@@ -216,7 +215,7 @@ class Bucket:
 
         None of them where `load` serves as well: of a single unit, and where no kernels are.
         """
-        if not self.stacked or pick(self.columns[i], "pass") is reference:
+        if not self.stacked or not fuses_passes(self.columns[i]):
             return []
         Ws = [p.detach() for p in self.columns[i]]
         return [W.mT for W in Ws] if self.unit.turned[i] else Ws

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ..kernels import reference
-from ..kernels.dispatch import pick
+from ..kernels import fuses_passes, momentum_power_sums_, power_sums
 from .moments import blend, column_squares, total
 from .rule import LOCAL, Sums
 
@@ -54,8 +53,8 @@ def terms_for(entries: int, bound: float, many: float = 1.0) -> int:
 
 def measured(X: Tensor, terms: int) -> Whole | Series:
     """Sums over X (K, m, n); terms count only where a series stands for sinh^2."""
-    if (ops := pick(X, "pass")) is not reference:
-        return Known(*ops.power_sums(X, terms))
+    if fuses_passes(X):
+        return Known(*power_sums(X, terms))
     if not in_panels(X):
         return Whole(X)
     return Series(([Y[i] for i in slabs(*Y.shape)] for Y in along_memory(X)), terms)
@@ -76,8 +75,8 @@ def blended(
         terms: How many terms of the series.
         ok: None, or flags (K,) where kernels run: where one is 0, M stays.
     """
-    if (ops := pick(G, "pass")) is not reference:
-        return Known(*ops.blend_power_sums_(M, G, momentum, terms, nesterov=nesterov, ok=ok))
+    if fuses_passes(G):
+        return Known(*momentum_power_sums_(M, G, momentum, terms, nesterov=nesterov, finite=ok))
     if not in_panels(G):
         return Whole(blend(M, G, momentum, nesterov))
     pairs = zip(along_memory(M), G if along_memory(M) is M else G.mT, strict=True)

@@ -9,11 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels import POLAR_METHODS, gram_polar, polar_factor, product
-from ..kernels.dispatch import pick
-from ..kernels.passes import Stack
-from ..kernels.rows import ROW_MODES as ROW_MODES
-from ..kernels.rows import row_factors as factors
+from .. import kernels
+from ..kernels import POLAR_METHODS, Stack, gram_polar, polar_factor, product
+from ..kernels import ROW_MODES as ROW_MODES
+from ..kernels import row_factors as factors
 from .lowrank import check_known
 from .moments import total
 from .rule import (
@@ -35,7 +34,7 @@ PAIRS = (None, "members", "halves", "interleaved")
 
 def row_squares(X: Tensor, sums: Sums) -> Tensor:
     """Sum of the squares of every row of X (K, m, n), as (K, m, 1)."""
-    found: Tensor = pick(X, "pass").squares(X, -1)
+    found: Tensor = kernels.squares(X, -1)
     return sums.cols(found)
 
 
@@ -115,8 +114,9 @@ class RowStep(Deferred):
 
     def made(self) -> Scaled:
         """See :class:`Deferred`."""
-        blend_ = pick(self.G, "pass").blend_
-        U, squares = blend_(self.M, self.G, self.momentum, squares="rows", ok=self.ok)
+        U, squares = kernels.momentum_step_(
+            self.M, self.G, self.momentum, squares="rows", finite=self.ok
+        )
         by = factors(squares, self.mode, self.eps)
         return Scaled(U, by if self.length == 1.0 else by * self.length)
 
@@ -131,7 +131,7 @@ class RowStep(Deferred):
         if across or not isinstance(W, Tensor):
             return self.whole.kernel_(W, by)
         told = (self.momentum, self.eps, self.mode, *by.times(self.length))
-        pick(W, "pass").row_step_(W, self.M, self.G, *told)
+        kernels.row_step_(W, self.M, self.G, *told)
         return True
 
 
@@ -186,8 +186,10 @@ class RowRule(Rule, abstract=True):
         ws, Ms, found = [], [], []
         for w in members:
             if w.grad is not None:
-                M, blend_ = w.state["momentum_buffer"], pick(w.grad, "pass").blend_
-                U, squares = blend_(M, w.grad, self.momentum, squares=self.squares, ok=w.ok)
+                M = w.state["momentum_buffer"]
+                U, squares = kernels.momentum_step_(
+                    M, w.grad, self.momentum, squares=self.squares, finite=w.ok
+                )
                 ws.append(w)
                 Ms.append(U)  # (K, m, n), the new momentum
                 found.append(squares if squares is None else w.sums.cols(squares))

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import pick
+from .. import kernels
 from .inner import AdamW, Inner
 from .moments import Match
 from .projectors import KINDS, Projector, projector, turns_right
@@ -231,7 +231,7 @@ class Split(Term):
         t, dim = self.clock, None if self.where.kind == "randk" else self.where.dim
         t = t.flatten(1) if isinstance(t, Tensor) else t
         (beta1, beta2), eps = self.inner.betas, self.inner.eps
-        pick(W, "pass").split_step_(
+        kernels.split_step_(
             W, self.G, self.index, dim, self.moments["exp_avg"], self.moments["exp_avg_sq"], t,
             by.keep, by.alpha, beta1=beta1, beta2=beta2, eps=eps, free=self.free.kind,
             free_scale=self.free.scale, floor=self.free.floor, control=by.control,

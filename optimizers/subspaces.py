@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..kernels import product
-from ..kernels.dispatch import pick
 from .bases import top_bases, top_basis
 from .moments import Change, Turn, column_squares
 from .rule import LOCAL, Factored, Slot, Sums, Term, check
@@ -112,14 +112,14 @@ class DenseProjector(Projector):
 
     def down(self, state: State, G: Tensor, sums: Sums = LOCAL) -> Tensor:
         """See :class:`Projector`."""
-        R = sums.rows(pick(G).project(state["basis"], G)[0])
+        R = sums.rows(kernels.project(state["basis"], G)[0])
         return sums.cols(product(R, state["basis_right"])) if self.both else R
 
     def measured(self, state: State, G: Tensor, sums: Sums = LOCAL) -> tuple[Tensor, Tensor]:
         """See :class:`Projector`; one read of G for both."""
         if self.both:
             return super().measured(state, G, sums)
-        R, squares = pick(G).project(state["basis"], G, squares=True)
+        R, squares = kernels.project(state["basis"], G, squares=True)
         return sums.rows(R), sums.rows(squares)
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:

@@ -12,9 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..kernels import add_product_
-from ..kernels.dispatch import pick
-from ..kernels.passes import Stack
+from .. import kernels
+from ..kernels import Stack, add_product_
 
 
 def _rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
@@ -105,7 +104,7 @@ class Dense(Term):
         """See :class:`Term`."""
         if beside is not None:
             return False
-        pick(W, "pass").scaled_add_(W, self.U, None, *by)
+        kernels.scaled_add_(W, self.U, None, *by)
         return True
 
 
@@ -143,7 +142,7 @@ class Factored(Term):
         if beside is not None and not isinstance(beside, Scaled | Residual):
             return False
         rest = {} if beside is None else beside.rest()
-        pick(W, "pass").lift_(W, self.P, self.N, by.keep, by.alpha, control=by.control, **rest)
+        kernels.lift_(W, self.P, self.N, by.keep, by.alpha, control=by.control, **rest)
         return True
 
 
@@ -204,10 +203,10 @@ class AdamFactored(Deferred):
 
     def made(self) -> Factored:
         """See :class:`Deferred`."""
-        (beta1, beta2), ops = self.betas, pick(self.R, "pass")
-        N = ops.adam(
+        beta1, beta2 = self.betas
+        N = kernels.adam(
             self.R, self.exp_avg, self.exp_avg_sq, self.t,
-            beta1=beta1, beta2=beta2, eps=self.eps, ok=self.ok,
+            beta1=beta1, beta2=beta2, eps=self.eps, finite=self.ok,
         )  # fmt: skip
         return Factored(self.P, N)
 
@@ -220,7 +219,7 @@ class AdamFactored(Deferred):
         rest = {} if beside is None else beside.rest()
         rest.pop("R", None)  # it is this R
         (beta1, beta2), P, M, V = self.betas, self.P, self.exp_avg, self.exp_avg_sq
-        pick(W, "pass").adam_lift_(
+        kernels.adam_lift_(
             W, P, self.R, M, V, self.t, by.keep, by.alpha,
             beta1=beta1, beta2=beta2, eps=self.eps, control=by.control, **rest,
         )  # fmt: skip
@@ -258,7 +257,7 @@ class Scaled(Term):
         if beside is not None and not isinstance(beside, Scaled):
             return False
         second = {} if beside is None else {"Y": beside.X, "by_Y": beside.by}
-        pick(W, "pass").scaled_add_(W, self.X, self.by, *by, **second)
+        kernels.scaled_add_(W, self.X, self.by, *by, **second)
         return True
 
 

@@ -12,9 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels import reference
-from ..kernels.dispatch import pick
-from ..kernels.passes import Stack
+from ..kernels import Stack, fuses_passes
 from .rule import Dense, Direction, Factors, Term, check
 
 PANEL = 2**17
@@ -98,7 +96,7 @@ def _by_kernel(
     """Write all terms at once where the back end has a kernel that does it."""
     if step.exact or step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
         return False
-    if pick(W, "pass") is reference or _alike(W[0], terms):
+    if not fuses_passes(W) or _alike(W[0], terms):
         return False
     alpha, keep = -step.scale * lr, 1.0 - lr**step.decay_power * weight_decay
     control = None

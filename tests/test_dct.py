@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stiefel.kernels import dct, dct_basis, dct_path, idct
-from stiefel.kernels.cosines import quarter_waves
 from stiefel.kernels.dct import FFT_FROM
+from stiefel.kernels.reference.dct import quarter_waves
 from stiefel.optimizers.coordinates import Dct
 from stiefel.optimizers.moments import Match, Turn, carry
 from stiefel.optimizers.projectors import Draws, projector

@@ -26,9 +26,9 @@ import compiled  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from stiefel.kernels.triton import launch  # noqa: E402
-from stiefel.kernels.triton.launch import ARCHITECTURES, SHARED, candidates_of  # noqa: E402
-from stiefel.kernels.triton.tables import TABLES, Config  # noqa: E402
+from stiefel.kernels.triton import _launch as launch# noqa: E402
+from stiefel.kernels.triton._launch import ARCHITECTURES, SHARED, candidates_of# noqa: E402
+from stiefel.kernels.triton._tables import TABLES, Config# noqa: E402
 
 pytestmark = pytest.mark.slow
 CASES = compiled.cases()
@@ -178,7 +178,7 @@ def test_float32_is_multiplied_as_torch_may_do_it(say):
         "all": "torch.backends.fp32_precision = 'tf32'",
     }[say]
     run = (
-        "import torch; from stiefel.kernels.triton.launch import precision; "
+        "import torch; from stiefel.kernels.triton._launch import precision; "
         "X = torch.ones(2, 2); assert precision(X) == precision() == 'tf32x3'; "
         f"{code}; assert precision(X) == precision() == 'tf32'; "
         "assert precision(X.bfloat16()) == 'tf32'"
@@ -201,7 +201,7 @@ def test_every_candidate_fits_shared_memory(arch):
     checked, most = 0, {**SHARED, "sm_80": 163 * 1024}[arch]  # where less fits, less is timed
     for name, _, size in tables():
         for config in candidates_of(name, arch):
-            tile = config.blocks
+            tile = config.tile_sizes
             if "BK" not in tile:  # not a product of two operands that are streamed
                 continue
             sides = [value for side, value in tile.items() if side != "BK"]

@@ -110,7 +110,7 @@ def _ceil(side: int) -> int:
 
 
 def _factor(X: Tensor, call: PolarCall, eps: float) -> Tensor:
-    """Turn, scale, run, turn back: X is (m, n) or (K, m, n)."""
+    """Transpose a tall X (m, n) or (K, m, n), scale it, run the method, and transpose back."""
     tall = X.shape[-2] > X.shape[-1]
     O = call.run(_normalized(X.mT if tall else X, call, eps))
     return (O.mT if tall else O).to(X.dtype).contiguous()

@@ -89,7 +89,7 @@ def inverse_(S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product_like(T: Tensor, X: Tensor) -> Tensor:
-    """T X in the memory layout of X, so that a transposed matrix is not copied when it is transposed back."""
+    """T X in the memory layout of X, so that transposing it back costs no copy."""
     O = torch.empty_like(X)
     torch.matmul(T, X, out=O)
     return O

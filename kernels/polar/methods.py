@@ -1,7 +1,7 @@
 """Polar factors: U V^T for a matrix U diag(s) V^T, exactly or nearly, by one option ``method``.
 
 Every method is a short function of a stack X that is wide (m <= n) and has norm at most one; one
-table maps names to them. ``stacking`` turns, scales and stacks around them.
+table maps names to them. ``batching`` transposes, scales and stacks around them.
 
 What they make of spectra that fall as gradients' do, 512x512 in float32: ||O||_2 and the alignment
 deficit d_A of ``polar_report``; time as a ratio to ns5 there and at 512x2048, on one thread of a

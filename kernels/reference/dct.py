@@ -1,8 +1,9 @@
 """Pieces of the fast cosine transform in plain torch, and the tables that they share.
 
 Source: J. Makhoul, A Fast Cosine Transform in One and Two Dimensions, IEEE Trans. ASSP 28(1), 1980.
-Even entries are put before reversed odd ones, one real FFT of length n is taken, and quarter waves
-turn its coefficients. Tables are computed in float64, rounded once, and kept per size and device.
+Even entries are put before reversed odd ones, one real FFT of length n is taken, and its
+coefficients are multiplied by quarter waves. Tables are computed in float64, rounded once, and kept
+per size and device.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ differ in strides only. Each kernel reads its operand once and writes its result
     restore    the inverse of reorder
 
 A transform of a float32 m x n is then 4 + 4 bytes an entry (reorder), the FFT's own passes, and
-4 + 4 (twiddle); of bfloat16 the first is 2 + 4. Plain torch takes 8 more for each cast, transpose, flip
-and cat.
+4 + 4 (twiddle); of bfloat16 the first is 2 + 4. Plain torch takes 8 more for each cast, transpose,
+flip and cat.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 MAX_TABLES = 4096
 """How many tables are kept; the oldest goes first."""
 _TABLES: dict[Any, dict[int, tuple[Tensor, Tensor]]] = {}
-"""By addresses and device: the table of every stream, and the host tensor that it was copied from."""
+"""By addresses and device: the table of every stream, and the host tensor it was copied from."""
 _CAPTURED: list[tuple[Tensor, Tensor]] = []
 """Tables that a CUDA graph reads again at every replay: they are never dropped."""
 

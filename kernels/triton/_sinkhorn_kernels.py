@@ -1,7 +1,7 @@
 """Kernels of ``sinkhorn``: the largest entry, squared factors by rows and by columns, the result.
 
-A line is a row of the memory, whether of X or of the transpose of X; factors along belong to lines, those
-across to places on a line. All of a matrix is relative to its largest entry.
+A line is a row of the memory, whether of X or of the transpose of X; factors along belong to lines,
+those across to places on a line. All of a matrix is relative to its largest entry.
 """
 
 import triton

@@ -138,7 +138,9 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
         interpreted=_of(4, 1, R=16, BN=128),
     ),
     "rows_long": _same(_of(4, 1, R=1, BN=4096), _of(4, 1, R=1, BN=4096), _of(4, 1, R=16, BN=128)),
-    "rows_column_major": _same(_of(4, 1, R=64, BN=64), _of(4, 1, R=64, BN=64), _of(4, 1, R=16, BN=128)),
+    "rows_column_major": _same(
+        _of(4, 1, R=64, BN=64), _of(4, 1, R=64, BN=64), _of(4, 1, R=16, BN=128)
+    ),
     "rows_columns": _same(
         _of(4, 1, BM=32, BN=128), _of(4, 1, BM=32, BN=128), _of(4, 1, BM=16, BN=32)
     ),

@@ -99,7 +99,8 @@ def _adam_op(
     with guard(R):
         adam_kernel[grid](
             *xs, clock, finite, m, n, *(s for X in xs for s in strides(X)), *spread(clock, R),
-            flag_stride(finite), *bias(t, clock is not None, beta1, beta2), eps, CLOCK=clock is not None, FINITE=finite is not None, **options(chosen),
+            flag_stride(finite), *bias(t, clock is not None, beta1, beta2), eps,
+            CLOCK=clock is not None, FINITE=finite is not None, **options(chosen),
         )  # fmt: skip
     return N
 

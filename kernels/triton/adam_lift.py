@@ -27,7 +27,7 @@ Half as many where products are split in three (tf32x3), and half again with sig
 leave so few columns to a program that P is read from L2 oftener than by the other two kernels.
 """
 FULL = 0.8
-"""Least share of the device that blocks of columns fill in all of their turns."""
+"""Least share of the device that column tiles keep busy, over all their waves."""
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def adam_lift_kernel(
     PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
     RB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """All of W in BN columns, with R and N of these on chip; the grid is (blocks, matrices)."""
+    """All of W in BN columns, with R and N of these on chip; grid (column tiles, matrices)."""
     k = tl.program_id(1).to(tl.int64)
     cols = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
     inner = tl.arange(0, RB).to(tl.int64)
@@ -124,15 +124,15 @@ def _tiles(W: Tensor, sign: bool) -> Config:
 
 
 def on_chip(W: Tensor, P: Tensor, r: int, sign: bool) -> bool:
-    """Whether one kernel does Adam and the lift: N fits, and its column blocks fill the device.
+    """Whether one kernel does Adam and the lift: N fits, and its column tiles fill the device.
 
     It depends on one matrix only, so that a stack has the bits of its matrices.
     """
     if ranks(r, 2 * RANK) * (1 + sign) * (1 + (products(W, P) == "tf32x3")) > ON_CHIP:
         return False
-    blocks = triton.cdiv(W.shape[-1], _tiles(W, sign).blocks["BN"])
-    at_once = multiprocessors(W.device.index or 0)  # a block takes all of one, and is slow alone
-    return INTERPRETED or blocks >= FULL * at_once * triton.cdiv(blocks, at_once)
+    tiles = triton.cdiv(W.shape[-1], _tiles(W, sign).blocks["BN"])
+    at_once = multiprocessors(W.device.index or 0)  # a tile takes all of one
+    return INTERPRETED or tiles >= FULL * at_once * triton.cdiv(tiles, at_once)
 
 
 def adam_lift_(

@@ -94,7 +94,8 @@ def _momentum_step(
         momentum_kernel[(sums.down * sums.across, K)](
             M.pointer, G.pointer, u if write else None, sums.parts, finite, m, n, *M.strides,
             *G.strides, *(strides(u) if write else (0, 0, 0)),
-            flag_stride(finite), sums.across, count, momentum, 1 - momentum, M_TYPE=M.type, M_ALIGNED=M.aligned, G_TYPE=G.type, G_ALIGNED=G.aligned,
+            flag_stride(finite), sums.across, count, momentum, 1 - momentum,
+            M_TYPE=M.type, M_ALIGNED=M.aligned, G_TYPE=G.type, G_ALIGNED=G.aligned,
             WORK=ELEMENTS[work], SUM=total, NESTEROV=nesterov, WRITE=write,
             FINITE=finite is not None, WANTED=sums.wanted, **options(chosen),
         )  # fmt: skip

@@ -68,7 +68,7 @@ def project_kernel(
             sums += tl.sum(z * z, axis=0)
         if WIDE:
             x, y = x.to(tl.float32), y.to(tl.float32)
-        elif STAGED:  # copied in full lines to registers: what is transposed on its way is 4 bytes wide
+        elif STAGED:  # through registers, in full lines: a transposing copy moves 4 bytes at a time
             y += 0.0
         acc = tl.dot(tl.trans(x), y, acc, input_precision=PRECISION)
         p += step * p_m

@@ -4,9 +4,9 @@ Squares of X / max|X| are made where X is read; nothing of X's size is written b
 pass finds the largest entry and the mean square. Where a line of memory has up to 16384 entries an
 iteration reads X once: a program holds the line, finds its factor from the factors across, and adds
 the line, scaled by it, to sums across for the next half. So `iterations` + 2 reads and one write;
-longer lines are read once per half iteration. For a column-major X the halves change places: sums across
-come first, and the last pass, which knows the factors of its own lines, writes the result.
-Sums across go through partial sums that are added in a fixed order.
+longer lines are read once per half iteration. For a column-major X the halves change places:
+sums across come first, and the last pass, which knows the factors of its own lines, writes the
+result. Sums across go through partial sums that are added in a fixed order.
 """
 
 from __future__ import annotations

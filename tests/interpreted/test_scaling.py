@@ -1,11 +1,15 @@
 """Rows and columns at equal norms, in the interpreter."""
 
+import importlib
+
 import pytest
 import torch
 from arena import DTYPES, LAYOUTS, SHAPES, close, gaussian, holes, laid, nothing_beside
 
 from stiefel.kernels import scaling as plain
-from stiefel.kernels.triton import scaling
+
+scaling = importlib.import_module("stiefel.kernels.triton.sinkhorn")
+
 
 LONG = (9, 200)
 """Lines that no program of the interpreter's tiles holds, and so are read in parts."""

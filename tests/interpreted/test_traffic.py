@@ -10,7 +10,7 @@ import triton.language as tl
 from arena import gaussian
 
 from stiefel.kernels.triton import symmetric
-from stiefel.kernels.triton.tables import TABLES
+from stiefel.kernels.triton._tables import TABLES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from traffic import Log, Work, extended, recorded, scaled, triangle, watched
