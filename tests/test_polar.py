@@ -38,7 +38,7 @@ from stiefel.kernels import (
     symmetric_poly,
     zolotarev,
 )
-from stiefel.kernels.polar.methods import coefficients as lists
+from stiefel.kernels.polar import coefficients as lists
 from stiefel.kernels.polar.gram_newton_schulz import gram_iteration, restart_score
 from stiefel.kernels.polar.methods import POLAR_METHODS
 from stiefel.kernels.polar.newton_schulz import _gaussian, polynomial, power_bound

@@ -7,9 +7,9 @@ import torch
 from arena import gaussian, laid, unchanged
 
 from stiefel.kernels import dispatch, polar_factor, reference
-from stiefel.kernels.polar.methods import batching as stacking
-from stiefel.kernels.polar.methods import coefficients as lists
-from stiefel.kernels.polar.methods import gram_newton_schulz as gram_space
+from stiefel.kernels.polar import batching as stacking
+from stiefel.kernels.polar import coefficients as lists
+from stiefel.kernels.polar import gram_newton_schulz as gram_space
 from stiefel.kernels.polar.gram_newton_schulz import gram_iteration, gram_restarts
 from stiefel.kernels.polar.methods import POLAR_METHODS
 from stiefel.kernels.polar.newton_schulz import polynomial
