@@ -7,6 +7,8 @@ those that would work in panels on plain torch.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,14 @@ def power_sums(X: Stack, count: int) -> tuple[Tensor, Tensor]:
     return found
 
 
+@overload
+def cast_stack(
+    Xs: Stack, dtype: torch.dtype, with_flags: Literal[False] = False
+) -> tuple[Tensor, None]: ...
+@overload
+def cast_stack(
+    Xs: Stack, dtype: torch.dtype, with_flags: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def cast_stack(
     Xs: Stack, dtype: torch.dtype, with_flags: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -83,6 +93,50 @@ def cast_stack(
 # moments ------------------------------------------------------------------------------------------
 
 
+@overload
+def momentum_step_(
+    M: Tensor,
+    G: Stack,
+    momentum: float,
+    *,
+    nesterov: bool = False,
+    kind: str = "ema",
+    squares: None = None,
+    finite: Tensor | None = None,
+) -> tuple[Tensor, None]: ...
+@overload
+def momentum_step_(
+    M: Tensor,
+    G: Stack,
+    momentum: float,
+    *,
+    nesterov: bool = False,
+    kind: str = "ema",
+    squares: str,
+    finite: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def momentum_step_(
+    M: Tensor,
+    G: Stack,
+    momentum: float,
+    *,
+    nesterov: bool = False,
+    kind: str = "ema",
+    squares: str | None = None,
+    finite: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]: ...
+@overload
+def momentum_step_(
+    M: Stack,
+    G: Stack,
+    momentum: float,
+    *,
+    nesterov: bool = False,
+    kind: str = "ema",
+    squares: str | None = None,
+    finite: Tensor | None = None,
+) -> tuple[Stack, Tensor | None]: ...
 def momentum_step_(
     M: Stack, G: Stack, momentum: float, *, nesterov: bool = False, kind: str = "ema",
     squares: str | None = None, finite: Tensor | None = None,
@@ -195,6 +249,10 @@ def adam(
 # subspaces and chosen cosines ---------------------------------------------------------------------
 
 
+@overload
+def project(P: Tensor, G: Tensor, squares: Literal[False] = False) -> tuple[Tensor, None]: ...
+@overload
+def project(P: Tensor, G: Tensor, squares: Literal[True]) -> tuple[Tensor, Tensor]: ...
 def project(P: Tensor, G: Tensor, squares: bool = False) -> tuple[Tensor, Tensor | None]:
     """The coordinates R = P^T G.
 

@@ -256,7 +256,7 @@ class Scaled(Term):
         """See :class:`Term`; beside it there may be another of its kind."""
         if beside is not None and not isinstance(beside, Scaled):
             return False
-        second = {} if beside is None else {"Y": beside.X, "by_Y": beside.by}
+        second: dict[str, Any] = {} if beside is None else {"Y": beside.X, "by_Y": beside.by}
         kernels.scaled_add_(W, self.X, self.by, *by, **second)
         return True
 

@@ -26,9 +26,9 @@ import compiled  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from stiefel.kernels.triton import _launch as launch# noqa: E402
-from stiefel.kernels.triton._launch import ARCHITECTURES, SHARED, candidates_of# noqa: E402
-from stiefel.kernels.triton._tables import TABLES, Config# noqa: E402
+from stiefel.kernels.triton import _launch as launch  # noqa: E402
+from stiefel.kernels.triton._launch import ARCHITECTURES, SHARED, candidates_of  # noqa: E402
+from stiefel.kernels.triton._tables import TABLES, Config  # noqa: E402
 
 pytestmark = pytest.mark.slow
 CASES = compiled.cases()

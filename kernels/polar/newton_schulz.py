@@ -40,7 +40,8 @@ def newton_schulz(G: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
     a, b, c = NS5[0]
     transposed = G.shape[0] > G.shape[1]
     X = G.mT if transposed else G  # (m, n) with m <= n, so that X X^T is the smaller Gram matrix
-    X = X / X.norm().clamp(min=eps)  # the singular values are at most 1 now
+    norm: Tensor = torch.linalg.matrix_norm(X)  # ||X||_F >= ||X||_2
+    X = X / norm.clamp(min=eps)  # the singular values are at most 1 now
     for _ in range(steps):
         A = X @ X.mT
         B = b * A + c * A @ A

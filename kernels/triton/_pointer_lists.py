@@ -112,7 +112,7 @@ def pass_tiles(name: str, X: Tensor, m: int, n: int) -> Config:
     It depends on the matrix only, so that a stack has the bits of its matrices.
     """
     shipped = config(name, X, m, n)
-    most, area = shipped.blocks["BN"], shipped.blocks["BN"] * shipped.blocks["BM"]
+    most, area = shipped.tile_sizes["BN"], shipped.tile_sizes["BN"] * shipped.tile_sizes["BM"]
     BN = min(most, triton.next_power_of_2(n))
     BM = min(area // BN, triton.next_power_of_2(m))
     return Config((("BM", BM), ("BN", BN)), shipped.warps, shipped.stages)

@@ -130,7 +130,7 @@ def on_chip(W: Tensor, P: Tensor, r: int, sign: bool) -> bool:
     """
     if ranks(r, 2 * RANK) * (1 + sign) * (1 + (products(W, P) == "tf32x3")) > ON_CHIP:
         return False
-    tiles = triton.cdiv(W.shape[-1], _tiles(W, sign).blocks["BN"])
+    tiles = triton.cdiv(W.shape[-1], _tiles(W, sign).tile_sizes["BN"])
     at_once = multiprocessors(W.device.index or 0)  # a tile takes all of one
     return INTERPRETED or tiles >= FULL * at_once * triton.cdiv(tiles, at_once)
 
