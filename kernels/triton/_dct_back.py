@@ -41,7 +41,7 @@ def _untwiddle(S: Tensor, dim: int) -> Tensor:
     V = torch.empty(K, lines, n // 2 + 1, dtype=torch.complex64, device=S.device)
     if S.numel():
         with guard(S):
-            chosen, pairs = config("cosine", S, lines, n), torch.view_as_real(V).flatten(2, 3)
+            chosen, pairs = config("dct", S, lines, n), torch.view_as_real(V).flatten(2, 3)
             untwiddle_kernel[grid(chosen.tile_sizes, K, lines, n // 2 + 1)](
                 S, pairs, twiddles(n, S), lines, n, *along(S, dim), *strides(pairs)[:2],
                 **options(chosen),
@@ -55,7 +55,7 @@ def _restore(v: Tensor, dim: int) -> Tensor:
     X = v.new_empty((K, lines, n) if dim == -1 else (K, n, lines))
     if v.numel():
         with guard(v):
-            chosen = config("cosine", v, lines, n)
+            chosen = config("dct", v, lines, n)
             x = along(X, dim)
             reorder_kernel[grid(chosen.tile_sizes, K, lines, (n + 1) // 2)](
                 X, v, lines, n, *x, *strides(v), BACK=True, RUNS=x[2] == 1,

@@ -140,7 +140,7 @@ def _reorder(X: Tensor, dim: int) -> Tensor:
     v = torch.empty(K, lines, n, dtype=torch.float32, device=X.device)
     if v.numel():
         with guard(X):
-            chosen = config("cosine", X, lines, n)
+            chosen = config("dct", X, lines, n)
             x = along(X, dim)
             reorder_kernel[grid(chosen.tile_sizes, K, lines, (n + 1) // 2)](
                 X, v, lines, n, *x, *strides(v), BACK=False, RUNS=x[2] == 1,
@@ -157,7 +157,7 @@ def _twiddle(V: Tensor, n: int, dim: int, norm: int) -> tuple[Tensor, Tensor]:
     sums = pairs.new_zeros((K, n) if norm else (0,))
     if V.numel():
         with guard(V):
-            chosen = config("cosine", V, lines, n)
+            chosen = config("dct", V, lines, n)
             blocks = triton.cdiv(lines, chosen.tile_sizes["BL"])
             partial = scratch(S, K, blocks, n) if norm else None
             twiddle_kernel[grid(chosen.tile_sizes, K, lines, n // 2 + 1)](
@@ -206,7 +206,7 @@ def case(name: str, kernel: Any, dim: int, narrow: str = "fp32", **constants: An
     # rows of n / 2 + 1 complex numbers begin on 8 bytes only
     loose = ("v_k", "v_l") if "twiddle" in name else ()
     load = 8 if loose else 16
-    return Case(name, "cosine", kernel, types, fixed, loose=loose, blocks=2, load=load)
+    return Case(name, "dct", kernel, types, fixed, loose=loose, blocks=2, load=load)
 
 
 CASES = [

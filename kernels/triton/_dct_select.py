@@ -99,7 +99,7 @@ def _take(S: Tensor, index: Tensor, dim: int) -> Tensor:
     out = S.new_empty((K, lines, r) if dim == -1 else (K, r, lines))
     if out.numel():
         with guard(S):
-            chosen = config("cosine_take", S, lines, r)
+            chosen = config("dct_take", S, lines, r)
             take_kernel[grid(chosen.tile_sizes, K, lines, r)](
                 S, index, out, lines, r, n, *along(S, dim),
                 0 if len(index) == 1 else index.stride(0), index.stride(1), *along(out, dim),
@@ -115,7 +115,7 @@ def _project(G: Tensor, index: Tensor, dim: int) -> Tensor:
     out = torch.empty(shape, dtype=torch.float32, device=G.device)
     if out.numel():
         with guard(G):
-            chosen = config("cosine_project", G, lines, n)
+            chosen = config("dct_project", G, lines, n)
             tiles = chosen.tile_sizes
             blocks = triton.cdiv(lines, tiles["BL"]) * triton.cdiv(r, tiles["BR"])
             project_kernel[(blocks, K)](
@@ -159,7 +159,7 @@ def _case(name: str, element: str, dim: int, precision: str = "tf32") -> Case:
     for axis in unit:
         del types[axis]
     constants = {**dict.fromkeys((*unit, "i_r"), 1), "PRECISION": precision}
-    return Case(name, "cosine_project", project_kernel, types, constants, dot="tf32")
+    return Case(name, "dct_project", project_kernel, types, constants, dot="tf32")
 
 
 def _gather(name: str, element: str, dim: int) -> Case:
@@ -169,7 +169,7 @@ def _gather(name: str, element: str, dim: int) -> Case:
     types |= dict.fromkeys(sorted(sizes - set(unit)), "i32")
     fixed = dict.fromkeys((*unit, "i_r"), 1)
     load = 4 if dim == -1 else 16  # places along the memory lie apart
-    return Case(name, "cosine_take", take_kernel, types, fixed, blocks=2, load=load)
+    return Case(name, "dct_take", take_kernel, types, fixed, blocks=2, load=load)
 
 
 CASES = [

@@ -66,14 +66,14 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
         gfx942=(_of(4, 2, BM=64, BK=32), _of(8, 2, BM=128, BK=32)),
         interpreted=_of(4, 2, BM=16, BK=16),
     ),
-    "apply": _each(
+    "scale_and_apply": _each(
         sm_80=(_of(4, 4, BM=64, BN=64, BK=64), _of(8, 3, BM=128, BN=128, BK=64)),
         sm_90=(_of(4, 4, BM=64, BN=64, BK=64), _of(8, 4, BM=128, BN=128, BK=64)),
         sm_100=(_of(4, 4, BM=64, BN=64, BK=64), _of(8, 4, BM=128, BN=128, BK=64)),
         gfx942=(_of(4, 2, BM=64, BN=64, BK=64), _of(8, 2, BM=128, BN=128, BK=64)),
         interpreted=_of(4, 2, BM=16, BN=32, BK=16),
     ),
-    "apply32": _each(
+    "scale_and_apply32": _each(
         sm_80=(_of(4, 4, BM=64, BN=64, BK=32), _of(4, 4, BM=64, BN=64, BK=32)),
         sm_90=(_of(4, 4, BM=64, BN=64, BK=32), _of(8, 4, BM=128, BN=128, BK=32)),
         sm_100=(_of(4, 4, BM=64, BN=64, BK=32), _of(8, 4, BM=128, BN=128, BK=32)),
@@ -148,30 +148,30 @@ TABLES: Mapping[str, Mapping[str, Mapping[str, Config]]] = {
     "rows_scaled": _same(
         _of(4, 1, BM=32, BN=128), _of(4, 1, BM=32, BN=128), _of(4, 1, BM=16, BN=32)
     ),
-    "scaling": _each(  # small: lines of up to 1024 entries, large: of 16384
+    "sinkhorn": _each(  # small: lines of up to 1024 entries, large: of 16384
         sm_80=(_of(4, 1, R=2, BN=1024), _of(16, 1, R=1, BN=16384)),
         sm_90=(_of(4, 1, R=2, BN=1024), _of(16, 1, R=1, BN=16384)),
         sm_100=(_of(4, 1, R=2, BN=1024), _of(16, 1, R=1, BN=16384)),
         gfx942=(_of(4, 1, R=2, BN=1024), _of(16, 1, R=1, BN=16384)),
         interpreted=_of(4, 1, R=16, BN=128),
     ),
-    "scaling_long": _same(
+    "sinkhorn_long": _same(
         _of(8, 1, R=1, BN=2048), _of(8, 1, R=1, BN=2048), _of(4, 1, R=16, BN=128)
     ),
-    "scaling_measure": _same(
+    "sinkhorn_measure": _same(
         _of(8, 1, BM=32, BN=256), _of(8, 1, BM=32, BN=256), _of(4, 1, BM=16, BN=64)
     ),
-    "scaling_measured": _same(_of(4, 1, BN=512), _of(4, 1, BN=512), _of(4, 1, BN=4)),
-    "scaling_across": _same(
+    "sinkhorn_measured": _same(_of(4, 1, BN=512), _of(4, 1, BN=512), _of(4, 1, BN=4)),
+    "sinkhorn_across": _same(
         _of(4, 1, BM=32, BN=128), _of(4, 1, BM=32, BN=128), _of(4, 1, BM=16, BN=32)
     ),
-    "scaling_written": _same(
+    "sinkhorn_written": _same(
         _of(4, 1, BM=32, BN=128), _of(4, 1, BM=32, BN=128), _of(4, 1, BM=16, BN=32)
     ),
-    "cosine": _same(_of(4, 1, BL=32, BP=64), _of(4, 1, BL=32, BP=64), _of(4, 1, BL=8, BP=16)),
+    "dct": _same(_of(4, 1, BL=32, BP=64), _of(4, 1, BL=32, BP=64), _of(4, 1, BL=8, BP=16)),
     "split_places": _same(_of(4, 1, BLOCK=1024), _of(4, 1, BLOCK=1024), _of(4, 1, BLOCK=32)),
-    "cosine_take": _same(_of(4, 1, BL=32, BP=64), _of(4, 1, BL=32, BP=64), _of(4, 1, BL=8, BP=16)),
-    "cosine_project": _alike(
+    "dct_take": _same(_of(4, 1, BL=32, BP=64), _of(4, 1, BL=32, BP=64), _of(4, 1, BL=8, BP=16)),
+    "dct_project": _alike(
         sm_80=_of(8, 2, BL=128, BR=64, BK=32),
         sm_90=_of(8, 1, BL=128, BR=64, BK=16),
         sm_100=_of(8, 3, BL=128, BR=64, BK=16),

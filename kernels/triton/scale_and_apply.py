@@ -95,7 +95,8 @@ def _launch(
         )  # fmt: skip
 
     with guard(X):
-        run(tuned(table("apply", X), X, (m, n), run, batch=K > 1, partial=only is not None))
+        name, partial = table("scale_and_apply", X), only is not None
+        run(tuned(name, X, (m, n), run, batch=K > 1, partial=partial))
     return out
 
 
@@ -139,7 +140,7 @@ def _case(
         "a": "fp32", "alpha": "fp32",
     }  # fmt: skip
     types = {key: kind for key, kind in types.items() if key not in constants}
-    sizes = "apply32" if element == "fp32" else "apply"
+    sizes = "scale_and_apply32" if element == "fp32" else "scale_and_apply"
     return Case(name, sizes, apply_kernel, types, constants, dot)
 
 

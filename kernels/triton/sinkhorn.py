@@ -36,10 +36,10 @@ def _line(Y: Tensor) -> tuple[Config, bool]:
     """Lines and entries of a tile, and whether it has all of a line."""
     n = Y.shape[-1]
     if INTERPRETED:
-        chosen = config("scaling", Y, n)
+        chosen = config("sinkhorn", Y, n)
         return chosen, n <= chosen.tile_sizes["BN"]
     if n > MAX_ROW_IN_REGISTERS:
-        return config("scaling_long", Y, n), False
+        return config("sinkhorn_long", Y, n), False
     width = max(16, triton.next_power_of_2(n))
     warps = 4 if width <= 2048 else min(16, width // 512)
     return Config((("R", max(1, 2048 // width)), ("BN", width)), warps, 1), True
@@ -53,13 +53,13 @@ class _Pass:
         K, m, n = Y.shape
         self.K, self.m, self.n = K, m, n
         self.facts, self.along, self.across = (scratch(Y, K, length) for length in (2, m, n))
-        chosen = config("scaling_measure", Y, m, n)
+        chosen = config("sinkhorn_measure", Y, m, n)
         tiles = triton.cdiv(m, chosen.tile_sizes["BM"]) * triton.cdiv(n, chosen.tile_sizes["BN"])
         largest, sums = scratch(Y, K, tiles), scratch(Y, K, tiles)
         measure_kernel[(tiles, K)](
             Y, largest, sums, m, n, *strides(Y), TINY, **options(chosen)
         )  # fmt: skip
-        chosen = config("scaling_measured", Y, m, n)
+        chosen = config("sinkhorn_measured", Y, m, n)
         measured_kernel[(1, K)](
             largest, sums, self.facts, tiles, 1 / (m * n), TINY, **options(chosen)
         )
@@ -85,7 +85,7 @@ class _Pass:
 
     def sums(self, even: bool, mean: bool) -> None:
         """Factors across from those along."""
-        Y, chosen = self.Y, config("scaling_across", self.Y, self.m, self.n)
+        Y, chosen = self.Y, config("sinkhorn_across", self.Y, self.m, self.n)
         length, blocks = split(self.m, chosen.tile_sizes["BM"], 4 * chosen.tile_sizes["BM"])
         parts = scratch(Y, self.K, blocks, self.n)
         grid = (blocks * triton.cdiv(self.n, chosen.tile_sizes["BN"]), self.K)
@@ -104,7 +104,7 @@ class _Pass:
 
     def write(self, both: bool) -> None:
         """The result, where no other pass has written it."""
-        m, n, chosen = self.m, self.n, config("scaling_written", self.Y, self.m, self.n)
+        m, n, chosen = self.m, self.n, config("sinkhorn_written", self.Y, self.m, self.n)
         tiles = triton.cdiv(m, chosen.tile_sizes["BM"]) * triton.cdiv(n, chosen.tile_sizes["BN"])
         written_kernel[(tiles, self.K)](
             self.Y, self.out, self.facts, self.along, self.across, m, n, *strides(self.Y),
@@ -158,57 +158,58 @@ def equal_rows(X: Tensor) -> Tensor:
     return out
 
 
-def _cases(element: str) -> list[Case]:
-    X, half = f"*{element}", dict.fromkeys(("EVEN", "MEAN"), False)
-    facts = dict.fromkeys(("facts", "across", "along", "parts"), "*fp32")
-    sizes = dict.fromkeys(("m", "n", "x_k", "x_m"), "i32")
-    outs, unit = dict.fromkeys(("o_k", "o_m"), "i32"), {"x_n": 1, "o_n": 1}
-    lines = {"length": "i32", "scale": "fp32", "floor": "fp32"}
-    held = {**unit, **half, "SUMS": True, "WHOLE": True}
+_FACTORS = dict.fromkeys(("facts", "across", "along", "parts"), "*fp32")
+_SIZES = dict.fromkeys(("m", "n", "x_k", "x_m"), "i32")
+_OUTS = dict.fromkeys(("o_k", "o_m"), "i32")
+_UNIT = {"x_n": 1, "o_n": 1}
+
+
+def _without(name: str) -> dict[str, str]:
+    """Types of the factors, but for one."""
+    return {key: kind for key, kind in _FACTORS.items() if key != name}
+
+
+def _line_cases(element: str) -> list[Case]:
+    """Of ``lines_kernel``."""
+    X, scalars = f"*{element}", {"length": "i32", "scale": "fp32", "floor": "fp32"}
+    whole = {**_UNIT, "EVEN": False, "MEAN": False, "SUMS": True, "WHOLE": True}
+    long = {"SUMS": False, "WHOLE": False, "parts": None, "OUT": True}
     found = [
         Case(
-            f"sinkhorn lines {element} {size}", "scaling", lines_kernel,
-            {"X": X, **facts, **sizes, **outs, **lines}, {**held, "out": None, "OUT": False},
-            size=size,
+            f"sinkhorn lines {element} {size}", "sinkhorn", lines_kernel,
+            {"X": X, **_FACTORS, **_SIZES, **_OUTS, **scalars},
+            {**whole, "out": None, "OUT": False}, size=size,
         )
         for size in ("small", "large")
     ]  # fmt: skip
-    long = {"SUMS": False, "WHOLE": False, "parts": None, "OUT": True}
-    without = {k: v for k, v in facts.items() if k != "parts"}
-    found.append(
+    types = {"X": X, "out": X, **_without("parts"), **_SIZES, **_OUTS, **scalars}
+    name = f"sinkhorn lines {element} long"
+    return [*found, Case(name, "sinkhorn_long", lines_kernel, types, {**whole, **long})]
+
+
+def _matrix_cases(element: str) -> list[Case]:
+    """Of the kernels that walk a matrix in tiles."""
+    X, measured = f"*{element}", {"largest": "*fp32", "sums": "*fp32", "tiny": "fp32"}
+    return [
         Case(
-            f"sinkhorn lines {element} long", "scaling_long", lines_kernel,
-            {"X": X, "out": X, **without, **sizes, **outs, **lines}, {**held, **long},
-        )
-    )  # fmt: skip
-    without = {k: v for k, v in facts.items() if k != "across"}
-    found.append(
+            f"sinkhorn across {element}", "sinkhorn_across", across_kernel,
+            {"X": X, **_without("across"), **_SIZES, "length": "i32"}, {"x_n": 1, "EVEN": False},
+        ),
         Case(
-            f"sinkhorn across {element}", "scaling_across", across_kernel,
-            {"X": X, **without, **sizes, "length": "i32"}, {"x_n": 1, "EVEN": False},
-        )
-    )  # fmt: skip
-    without = {k: v for k, v in facts.items() if k != "parts"}
-    found.append(
+            f"sinkhorn written {element}", "sinkhorn_written", written_kernel,
+            {"X": X, "out": X, **_without("parts"), **_SIZES, **_OUTS}, {**_UNIT, "BOTH": True},
+        ),
         Case(
-            f"sinkhorn written {element}", "scaling_written", written_kernel,
-            {"X": X, "out": X, **without, **sizes, **outs}, {**unit, "BOTH": True},
-        )
-    )  # fmt: skip
-    measured = {"largest": "*fp32", "sums": "*fp32", "tiny": "fp32"}
-    found.append(
-        Case(
-            f"sinkhorn measure {element}", "scaling_measure", measure_kernel,
-            {"X": X, **measured, **sizes}, {"x_n": 1},
-        )
-    )  # fmt: skip
-    return found
+            f"sinkhorn measure {element}", "sinkhorn_measure", measure_kernel,
+            {"X": X, **measured, **_SIZES}, {"x_n": 1},
+        ),
+    ]  # fmt: skip
 
 
 _FACTS = {"facts": "*fp32", "scale": "fp32"}
 _SMALL = [
     Case(
-        "sinkhorn measured", "scaling_measured", measured_kernel,
+        "sinkhorn measured", "sinkhorn_measured", measured_kernel,
         {**_FACTS, "largest": "*fp32", "sums": "*fp32", "tiles": "i32", "tiny": "fp32"}, load=4,
     ),
     Case(
@@ -220,4 +221,7 @@ _SMALL = [
         {"EVEN": False, "MEAN": False}, load=4,
     ),
 ]  # fmt: skip
-CASES = [*_cases("fp32"), *_cases("bf16"), *_SMALL]
+CASES = [
+    *(case for e in ("fp32", "bf16") for case in (*_line_cases(e), *_matrix_cases(e))),
+    *_SMALL,
+]

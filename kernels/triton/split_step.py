@@ -38,6 +38,17 @@ def places_kernel(index, places, c, n, i_k, i_c, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def stateless(g, least, scale, FREE: tl.constexpr):
+    """The direction of entries without moments: nothing, G, or the sign of G."""
+    if FREE == 2:  # a NaN has no sign, as in torch
+        return tl.where(g > least, scale, tl.where(g < -least, -scale, 0.0))
+    elif FREE == 1:
+        return g * scale
+    else:
+        return tl.zeros(g.shape, tl.float32)
+
+
+@triton.jit
 def split_kernel(
     W, G, places, M, V, first, second, floor, control, m, n,
     w_k, w_m, w_n, g_k, g_m, g_n, p_k, p_m, p_n, m_k, m_s, m_o, v_k, v_s, v_o, f_k, c_k, c_x,
@@ -87,13 +98,7 @@ def split_kernel(
             u = (a * own1) / (tl.sqrt(v) * own2 + eps)
         else:
             u = (a * c1) / (tl.sqrt(v) * c2 + eps)
-        if FREE == 2:  # a NaN has no sign, as in torch
-            other = tl.where(g > least, scale, tl.where(g < -least, -scale, 0.0))
-        elif FREE == 1:
-            other = g * scale
-        else:
-            other = tl.zeros((BN,), tl.float32)
-        w = keep * w + alpha * tl.where(chosen, u, other)
+        w = keep * w + alpha * tl.where(chosen, u, stateless(g, least, scale, FREE))
         store_weight(W + row * w_m + cols * w_n, w, mask)
         tl.store(at_m, a.to(M.dtype.element_ty), mask=chosen)
         tl.store(at_v, v.to(V.dtype.element_ty), mask=chosen)

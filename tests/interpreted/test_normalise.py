@@ -123,4 +123,4 @@ def test_the_operation_is_a_node():
     tests = ("test_schema", "test_faketensor")
     for Xs in ([gaussian(2, 5, 9)], [gaussian(5, 9), gaussian(5, 9)]):
         args = (Xs, torch.bfloat16, 1.0, 1e-7, 16, True)
-        torch.library.opcheck(normalise._normalised, args, test_utils=tests)
+        torch.library.opcheck(normalise._normalized, args, test_utils=tests)

@@ -179,7 +179,7 @@ def test_a_bad_result_of_the_gram_form_is_replaced():
     O[1] *= 1.2
     O[2] *= 1.4
     O[3, 5, 7] = float("nan")
-    mended = gram_space._mended(O, X, lists.GRAM[:5])
+    mended = gram_space._replace_failures(O, X, lists.GRAM[:5])
     assert torch.equal(mended[:2], O[:2])
     assert torch.equal(mended[2:], polynomial(X, lists.GRAM[:5])[2:])
 
@@ -219,7 +219,7 @@ def test_exact_takes_torchs_products(monkeypatch):
     assert not torch.equal(O, polar_factor(X, "ns5", dtype=torch.bfloat16))
     monkeypatch.setenv("STIEFEL_KERNELS", "reference")
     assert torch.equal(O, polar_factor(X, "ns5", dtype=torch.bfloat16))
-    assert stacking.pick(X) is reference
+    assert stacking.backend_for(X) is reference
 
 
 def test_an_iteration_is_one_graph():

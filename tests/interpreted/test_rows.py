@@ -7,7 +7,7 @@ import torch
 from arena import DTYPES, LAYOUTS, SHAPES, close, gaussian, holes, laid, nothing_beside, unchanged
 from problems import gradients, run, weight
 
-from stiefel.kernels import rows as plain
+from stiefel.kernels import reference as plain
 from stiefel.kernels.triton import row_step
 from stiefel.optimizers import Hybrid, RowNorm
 
