@@ -111,43 +111,13 @@ METHODS = {
     "trion",
 }
 KERNELS = {
-    "reference": {
-        "adam",
-        "cosines",
-        "normalising",
-        "passes",
-        "products",
-        "rows",
-        "scaling",
-        "sums",
-    },
-    "adam": set(),
-    "passes": {"sums"},
-    "sums": set(),
-    "blockwise": set(),
-    "quantise": set(),
-    "coefficients": set(),
-    "products": set(),
-    "cosines": {"products"},
-    "dct": {"cosines", "dispatch", "products", "reference"},
     "dispatch": {"reference"},
-    "normalising": {"passes"},
-    "stacking": {"dispatch", "reference"},
-    "direct": {"coefficients", "dispatch"},
-    "hashing": set(),
-    "low_rank": {"hashing", "products"},
-    "polynomial": {"coefficients", "dispatch", "hashing", "reference"},
-    "gram_space": {"coefficients", "direct", "dispatch", "polynomial", "reference"},
-    "qdwh": {"coefficients", "direct", "dispatch"},
-    "polar": {"coefficients", "direct", "gram_space", "low_rank", "polynomial", "qdwh", "stacking"},
-    "report": {"polar", "reference"},
-    "inverse_root": {"coefficients", "products"},
-    "rotation": {"polar", "products"},
-    "sinkhorn": {"dispatch"},
-    "scaling": {"products"},
-    "rows": {"passes", "products", "sums"},
-    "rownorm": {"dispatch"},
+    "ops": {"dispatch", "reference"},
+    "dct": {"dispatch", "reference"},
+    "quantize": set(),
+    "random": set(),
 }
+"""What files of kernels/ import; polar/ is above all of them, reference/ below."""
 
 
 def imports(path):
@@ -190,16 +160,23 @@ def test_only_triton_files_import_triton_and_nothing_heavy_is_imported():
         assert not outside & {"scipy", "matplotlib", "transformers", "stiefel"}, path.name
 
 
-REFERENCES = {"cosines", "normalising", "passes", "rows", "scaling"}
-"""Plain torch beside which a kernel stands: names, checks and tables that both need."""
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/triton/*.py")), ids=lambda p: p.stem)
-def test_a_back_end_knows_neither_who_calls_it_nor_how_it_was_picked(path):
-    inside, outside = imports(path)
-    own = {other.stem for other in ROOT.glob("kernels/triton/*.py")}
-    assert inside <= own | REFERENCES, f"{path.name} imports {sorted(inside - own - REFERENCES)}"
-    assert outside <= {"triton", "torch"} | set(sys.stdlib_module_names)
+@pytest.mark.parametrize("folder", ["polar", "reference", "triton"])
+def test_back_ends_know_neither_who_calls_them_nor_how_they_were_chosen(folder):
+    """`..` is kernels/: polar methods choose a back end, kernels know their references."""
+    above = {"polar": {"dispatch", "random", "reference"}, "reference": set(),
+             "triton": {"reference"}}[folder]  # fmt: skip
+    own = {path.stem for path in ROOT.glob(f"kernels/{folder}/*.py")}
+    for path in ROOT.glob(f"kernels/{folder}/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = {alias.name for alias in node.names}
+                found = {(node.module or "").split(".")[0]} if node.module else names
+                allowed = own if node.level == 1 else above
+                assert found <= allowed, f"{folder}/{path.name} imports {sorted(found - allowed)}"
+        _, outside = imports(path)
+        known = {"torch", "numpy"} if folder == "polar" else {"torch"}
+        known |= {"triton"} if folder == "triton" else set()
+        assert outside <= known | set(sys.stdlib_module_names), path.name
 
 
 def test_no_rule_asks_which_back_end_runs():

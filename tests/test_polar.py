@@ -873,7 +873,7 @@ def test_given_coefficients():
         ({"coefficients": (1, 2)}, "coefficients must be a tuple of exactly 3 values"),
         ({"coefficients": []}, "coefficients is empty"),
         ({"method": "svd", "steps": 3}, "steps and coefficients mean nothing to method='svd'"),
-        ({"method": "zolo", "dtype": torch.bfloat16}, "cannot be factorised by method='zolo'"),
+        ({"method": "zolo", "dtype": torch.bfloat16}, "cannot be factorized by method='zolo'"),
         ({"method": "zolo", "l": 2.0}, "l=2.0 must lie strictly between 0 and 1"),
         ({"method": "zolo", "r": 0}, "r=0 must be at least 1"),
         ({"method": "zolo", "r": 1.5}, "r=1.5 an int"),
