@@ -65,7 +65,7 @@ def test_every_operation_that_dispatches_is_the_reference_in_words():
 
 def test_all_public_names_are_there_and_old_ones_warn():
     assert all(hasattr(kernels, name) for name in kernels.__all__)
-    for stem in ("quantize_blocks", "dequantize_blocks", "quantize_rows", "dequantize_rows"):
+    for stem in ("quantise_blocks", "dequantise_blocks", "quantise_rows", "dequantise_rows"):
         with pytest.warns(DeprecationWarning, match=stem.replace("ise", "ize")):
             found = getattr(kernels, stem)
         assert found is getattr(kernels, stem.replace("ise", "ize"))
