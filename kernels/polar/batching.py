@@ -28,9 +28,9 @@ class PolarCall(NamedTuple):
     run: Callable[..., Tensor]
     dtype: torch.dtype
     margin: float
-    batches: bool  # whether zero padding is invisible and a batch pays
-    kernels: bool = False  # whether kernels may run it; zero padding is invisible then
-    free: bool = False  # whether it finds the norm by itself, given eps
+    batchable: bool  # whether zero padding is invisible and a batch pays
+    allows_kernels: bool = False  # whether kernels may run it; zero padding is invisible then
+    finds_norm: bool = False  # whether it finds the norm by itself, given eps
     exact: bool = False  # whether each matrix is to take torch's own products alone
 
 
@@ -40,13 +40,13 @@ def run_stack(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
     On the CPU a matrix must come out the same in whatever stack it sits. Small ones are therefore
     batched even when alone, large ones run alone even in a stack.
     """
-    if call.kernels and call.dtype in SUPPORTED_DTYPES:
+    if call.allows_kernels and call.dtype in SUPPORTED_DTYPES:
         ops = backend_for(stack)
         if ops is not reference:
             return _run_kernels(stack, call, eps, ops)
     if stack.device.type != "cpu" and not call.exact:
         return _factor(stack, call, eps)
-    if call.batches and _ceil(stack.shape[-2]) * _ceil(stack.shape[-1]) <= _SMALL:
+    if call.batchable and _ceil(stack.shape[-2]) * _ceil(stack.shape[-1]) <= _SMALL:
         return _run_batches(stack, call, eps)
     if len(stack) == 1:
         return _factor(stack[0], call, eps).unsqueeze(0)
@@ -80,7 +80,7 @@ def _run_kernels(stack: Tensor, call: PolarCall, eps: float, ops: ModuleType) ->
     """
     transposed = stack.shape[-2] > stack.shape[-1]
     X = stack.mT if transposed else stack  # (K, m, n), m <= n
-    if call.free and eps >= _SQUARED:
+    if call.finds_norm and eps >= _SQUARED:
         ready = X.dtype == call.dtype and _is_even(X)
         O = call.run(X if ready else ops.padded(X, call.dtype), eps=eps)
     else:

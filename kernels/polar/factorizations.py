@@ -45,29 +45,29 @@ def zolo(X: Tensor, step: Rational) -> Tensor:
     norm = torch.linalg.matrix_norm(T, keepdim=True)
     # X of norm one has norm >= m^(-1/2), so this acts only where eps did.
     norm = norm.clamp(min=0.5 * X.shape[-2] ** -0.5)
-    T, finite = _sum_of_inverses(T.div_(norm), step)
+    T, factorized = _sum_of_inverses(T.div_(norm), step)
     T.mul_(step.scale * norm.rsqrt())
     O = product_like(T, X)
-    if bool(finite.all()):
+    if bool(factorized.all()):
         return O
     # A shift is far above the rounding of S, so only a non-finite matrix is seen here.
-    return torch.where(finite[..., None, None], O, eigh(X))
+    return torch.where(factorized[..., None, None], O, eigh(X))
 
 
 def _sum_of_inverses(S: Tensor, step: Rational) -> tuple[Tensor, Tensor]:
     """I + sum_j a_j (S + c_j I)^(-1) and whether each factorization worked; S is overwritten."""
     diagonal = S.diagonal(dim1=-2, dim2=-1)
     entries = diagonal.clone()
-    finite = torch.ones(S.shape[:-2], dtype=torch.bool, device=S.device)
+    factorized = torch.ones(S.shape[:-2], dtype=torch.bool, device=S.device)
     total: Tensor | None = None
     for j, (shift, weight) in enumerate(zip(step.shifts, step.weights, strict=True)):
         torch.add(entries, shift, out=diagonal)
         inverse, worked = inverse_(S if j == len(step.shifts) - 1 else S.clone())
-        finite &= worked
+        factorized &= worked
         total = inverse.mul_(weight) if total is None else total.add_(inverse, alpha=weight)
     assert total is not None
     total.diagonal(dim1=-2, dim2=-1).add_(1)
-    return total, finite
+    return total, factorized
 
 
 def inverse_(S: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,12 +80,12 @@ def inverse_(S: Tensor) -> tuple[Tensor, Tensor]:
     L = S.mT
     info = torch.empty(S.shape[:-2], dtype=torch.int32, device=S.device)
     torch.linalg.cholesky_ex(L, out=(L, info))
-    finite = info == 0
-    if not bool(finite.all()):
-        L.masked_fill_(~finite[..., None, None], 0.0)
-        L.diagonal(dim1=-2, dim2=-1).masked_fill_(~finite[..., None], 1.0)
+    factorized = info == 0
+    if not bool(factorized.all()):
+        L.masked_fill_(~factorized[..., None, None], 0.0)
+        L.diagonal(dim1=-2, dim2=-1).masked_fill_(~factorized[..., None], 1.0)
     torch.cholesky_inverse(L, out=L)
-    return L, finite
+    return L, factorized
 
 
 def product_like(T: Tensor, X: Tensor) -> Tensor:

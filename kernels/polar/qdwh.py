@@ -39,10 +39,10 @@ def lower_bound(X: Tensor) -> float:
     """
     m, n = X.shape[-2:]
     eps = torch.finfo(X.dtype).eps
-    inverse, finite = inverse_(backend_for(X).gram(X))
+    inverse, factorized = inverse_(backend_for(X).gram(X))
     square = 0.9 / torch.linalg.matrix_norm(inverse) - 2 * (m + n) * eps
     # a norm that is not a number fails the comparison, and leaves the floor
-    square = torch.where(finite & (square > eps * eps / m), square, eps * eps / m)
+    square = torch.where(factorized & (square > eps * eps / m), square, eps * eps / m)
     return min(1.0, math.sqrt(float(square.min())))
 
 

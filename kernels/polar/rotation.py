@@ -59,17 +59,17 @@ def cholesky_qr(A: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
     """
     size = torch.linalg.matrix_norm(A, keepdim=True)
     Q = A / torch.where(size > 0, size, torch.ones_like(size))
-    finite = size.isfinite() & (size > 0)
+    is_rotation = size.isfinite() & (size > 0)
     for k in range(passes):
         S = product(Q.mT, Q)
         if k == 0:
             S.diagonal(dim1=-2, dim2=-1).add_(_SHIFT)
         L, info = torch.linalg.cholesky_ex(S)
-        finite = finite & (info == 0).view(-1, 1, 1)
+        is_rotation = is_rotation & (info == 0).view(-1, 1, 1)
         Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
     S = product(Q.mT, Q)
     S.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return Q, finite & (S.abs().amax((-2, -1), keepdim=True) < _SLACK)
+    return Q, is_rotation & (S.abs().amax((-2, -1), keepdim=True) < _SLACK)
 
 
 def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None = None) -> Tensor:
@@ -89,18 +89,18 @@ def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None 
     Returns:
         (K, m, m), a new tensor; a copy of the old factor where A is zero or not finite.
     """
-    B, some = _completed(A, old)
+    B, usable = _completed(A, old)
     if not (A.device.type != "cpu" if cholesky is None else cholesky):
         Q = householder_qr(B)
     elif wait:
-        Q, finite = cholesky_qr(B)
-        bad = (~finite).flatten().nonzero().flatten()
+        Q, is_rotation = cholesky_qr(B)
+        bad = (~is_rotation).flatten().nonzero().flatten()
         if len(bad):
             Q[bad] = householder_qr(B[bad])
     else:
-        Q, finite = cholesky_qr(B, passes=3)
-        some = some & finite
-    return torch.where(some, Q, old, out=Q)
+        Q, is_rotation = cholesky_qr(B, passes=3)
+        usable = usable & is_rotation
+    return torch.where(usable, Q, old, out=Q)
 
 
 def nearest_rotation(A: Tensor, old: Tensor) -> Tensor:
@@ -113,9 +113,9 @@ def nearest_rotation(A: Tensor, old: Tensor) -> Tensor:
     Returns:
         (K, m, m), the orthogonal R of largest <R, A>.
     """
-    B, some = _completed(A, old)
+    B, usable = _completed(A, old)
     R = polar_factor(B.double(), "svd").to(A.dtype)  # in float32 it would cut off the completion
-    return torch.where(some, R, old)
+    return torch.where(usable, R, old)
 
 
 def eigenbasis(S: Tensor, old: Tensor) -> Tensor:
@@ -128,10 +128,10 @@ def eigenbasis(S: Tensor, old: Tensor) -> Tensor:
     Returns:
         (K, m, m), orthogonal. The host waits for the device.
     """
-    scale, some = _scale(S)
-    V = _each(lambda X: torch.linalg.eigh(X)[1], (S / scale).masked_fill_(~some, 0.0)).flip(-1)
+    scale, usable = _scale(S)
+    V = _each(lambda X: torch.linalg.eigh(X)[1], (S / scale).masked_fill_(~usable, 0.0)).flip(-1)
     peak = V.gather(-2, V.abs().argmax(-2, keepdim=True))
-    return torch.where(some, torch.where(peak < 0, -V, V), old)
+    return torch.where(usable, torch.where(peak < 0, -V, V), old)
 
 
 def left_basis(X: Tensor) -> Tensor:
@@ -150,14 +150,14 @@ def _each(fn: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
 def _scale(A: Tensor) -> tuple[Tensor, Tensor]:
     """max|A| (K, 1, 1), or 1 where A is zero or not finite, and whether it is neither."""
     largest = torch.maximum(-A.amin((-2, -1), keepdim=True), A.amax((-2, -1), keepdim=True))
-    some = (largest > 0) & largest.isfinite()
-    return torch.where(some, largest, torch.ones_like(largest)), some
+    usable = (largest > 0) & largest.isfinite()
+    return torch.where(usable, largest, torch.ones_like(largest)), usable
 
 
 def _completed(A: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     """A / ||A||_F with a trace of the old factor, and whether A is finite and not zero."""
-    scale, some = _scale(A)
-    B = (A / scale).masked_fill_(~some, 0.0)
+    scale, usable = _scale(A)
+    B = (A / scale).masked_fill_(~usable, 0.0)
     size = product(B.flatten(1).unsqueeze(1), B.flatten(1).unsqueeze(2)).sqrt_()  # ||B||_F
-    size = torch.where(some, size, torch.ones_like(size))
-    return B.div_(size).add_(old, alpha=_DAMPING * torch.finfo(A.dtype).eps), some
+    size = torch.where(usable, size, torch.ones_like(size))
+    return B.div_(size).add_(old, alpha=_DAMPING * torch.finfo(A.dtype).eps), usable

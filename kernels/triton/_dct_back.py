@@ -76,13 +76,13 @@ def _(v: Tensor, dim: int) -> Tensor:
 
 
 def dct_untwiddle(S: Tensor, dim: int) -> Tensor:
-    """See :func:`stiefel.kernels.reference.dct_untwiddle`."""
+    """Kernel of :func:`stiefel.kernels.reference.dct_untwiddle`."""
     V: Tensor = _untwiddle(stacked(S), dim)
     return V if S.ndim == 3 else V[0]
 
 
 def dct_restore(v: Tensor, dim: int) -> Tensor:
-    """See :func:`stiefel.kernels.reference.dct_restore`."""
+    """Kernel of :func:`stiefel.kernels.reference.dct_restore`."""
     X: Tensor = _restore(stacked(v), dim)
     return X if v.ndim == 3 else X[0]
 

@@ -158,8 +158,8 @@ def _twiddle(V: Tensor, n: int, dim: int, norm: int) -> tuple[Tensor, Tensor]:
     if V.numel():
         with guard(V):
             chosen = config("dct", V, lines, n)
-            blocks = triton.cdiv(lines, chosen.tile_sizes["BL"])
-            partial = scratch(S, K, blocks, n) if norm else None
+            line_tiles = triton.cdiv(lines, chosen.tile_sizes["BL"])
+            partial = scratch(S, K, line_tiles, n) if norm else None
             twiddle_kernel[grid(chosen.tile_sizes, K, lines, n // 2 + 1)](
                 pairs, S, twiddles(n, V), partial, lines, n, *strides(pairs.flatten(2, 3))[:2],
                 *along(S, dim), NORM=norm, **options(chosen),
@@ -182,7 +182,7 @@ def _(V: Tensor, n: int, dim: int, norm: int) -> tuple[Tensor, Tensor]:
 
 
 def dct_reorder(X: Tensor, dim: int) -> Tensor:
-    """See :func:`stiefel.kernels.reference.dct_reorder`."""
+    """Kernel of :func:`stiefel.kernels.reference.dct_reorder`."""
     v: Tensor = _reorder(stacked(X), dim)
     return v if X.ndim == 3 else v[0]
 
@@ -190,7 +190,7 @@ def dct_reorder(X: Tensor, dim: int) -> Tensor:
 def dct_twiddle(
     V: Tensor, n: int, dim: int, norm: str | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`stiefel.kernels.reference.dct_twiddle`; S runs along its rows."""
+    """Kernel of :func:`stiefel.kernels.reference.dct_twiddle`; S runs along its rows."""
     S, sums = _twiddle(stacked(V), n, dim, DCT_NORMS.index(norm))
     S, sums = (S, sums) if V.ndim == 3 else (S[0], sums[0] if norm else sums)
     return S, sums if norm else None

@@ -116,9 +116,9 @@ def _project(G: Tensor, index: Tensor, dim: int) -> Tensor:
     if out.numel():
         with guard(G):
             chosen = config("dct_project", G, lines, n)
-            tiles = chosen.tile_sizes
-            blocks = triton.cdiv(lines, tiles["BL"]) * triton.cdiv(r, tiles["BR"])
-            project_kernel[(blocks, K)](
+            sides = chosen.tile_sizes
+            tiles = triton.cdiv(lines, sides["BL"]) * triton.cdiv(r, sides["BR"])
+            project_kernel[(tiles, K)](
                 G, index, out, lines, n, r, *along(G, dim),
                 0 if len(index) == 1 else index.stride(0), index.stride(1), *along(out, dim),
                 math.pi / (2 * n), math.sqrt(1 / n), math.sqrt(2 / n), PRECISION=precision(),
@@ -140,13 +140,13 @@ def _(G: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 def dct_take(S: Tensor, index: Tensor, dim: int) -> Tensor:
-    """See :func:`stiefel.kernels.reference.dct_take`; a number that is no cosine gives zeros."""
+    """Kernel of :func:`stiefel.kernels.reference.dct_take`; a number that is no cosine gives zeros."""
     out: Tensor = _take(S, index, dim)
     return out
 
 
 def dct_project(G: Tensor, index: Tensor, dim: int) -> Tensor:
-    """See :func:`stiefel.kernels.reference.dct_project`; float32 as torch may multiply it."""
+    """Kernel of :func:`stiefel.kernels.reference.dct_project`; float32 as torch may multiply it."""
     out: Tensor = _project(G, index, dim)
     return out
 

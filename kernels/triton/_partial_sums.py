@@ -68,7 +68,7 @@ def folded(parts, k, cols, count, length, BT: tl.constexpr, BL: tl.constexpr):
 def fold_kernel(
     parts, out, count, length, scale, FLAG: tl.constexpr, BT: tl.constexpr, BL: tl.constexpr
 ):  # fmt: skip
-    """The same, times scale; grid (blocks of length, matrices)."""
+    """The same, times scale; grid (tiles of length, matrices)."""
     k = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0) * BL + tl.arange(0, BL)
     found = folded(parts, k, cols, count, length, BT, BL) * scale
@@ -112,13 +112,13 @@ class Sums:
     Args:
         X: The operand, seen as it lies in memory.
         wanted: ``"rows"``, ``"cols"``, ``"all"``, ``"finite"``, ``"powers"``, or ``""``.
-        blocks: The tile.
+        tile_sizes: Of the pass.
         count: How many powers.
     """
 
-    def __init__(self, X: Operand, wanted: str, blocks: dict[str, int], count: int = 0) -> None:
+    def __init__(self, X: Operand, wanted: str, tile_sizes: dict[str, int], count: int = 0) -> None:
         K, m, n = X.shape
-        self.down, self.across = triton.cdiv(m, blocks["BM"]), triton.cdiv(n, blocks["BN"])
+        self.down, self.across = triton.cdiv(m, tile_sizes["BM"]), triton.cdiv(n, tile_sizes["BN"])
         self.X, self.wanted, self.count = X.first, wanted, count
         self.parts: Tensor | None = None
         if not wanted:
@@ -165,11 +165,11 @@ def fold(parts: Tensor, scale: float = 1.0, flag: bool = False) -> Tensor:
     """
     K, count, length = parts.shape
     out = parts.new_empty(K, length)
-    blocks = options(config("fold", parts, 1))
+    chosen = options(config("fold", parts, 1))
     if length == 1:
-        blocks["BT"], blocks["BL"] = blocks["BT"] * blocks["BL"], 1
-    grid = (triton.cdiv(length, blocks["BL"]), K)
-    fold_kernel[grid](parts, out, count, length, scale, FLAG=flag, **blocks)
+        chosen["BT"], chosen["BL"] = chosen["BT"] * chosen["BL"], 1
+    grid = (triton.cdiv(length, chosen["BL"]), K)
+    fold_kernel[grid](parts, out, count, length, scale, FLAG=flag, **chosen)
     return out
 
 

@@ -1,6 +1,6 @@
 """What kernels of rows at one length share: factors, tiles, and sums over the rows.
 
-Sums over rows go through partial sums of blocks of rows, which are added in their order: neither
+Sums over rows go through partial sums of bands of rows, which are added in their order, so neither
 the number of matrices nor the device changes a bit.
 """
 
@@ -49,17 +49,17 @@ def columns_kernel(
 ):  # fmt: skip
     """Sums over `length` rows of X - mean, of its squares, or of it at row norm 1.
 
-    The mean has an entry for each column (MEAN 1) or row (2). The grid is (row blocks * column
+    The mean has an entry for each column (MEAN 1) or row (2). The grid is (row bands * column
     tiles, matrices); tiles are added entry by entry, so that memory may run either way.
     """
     tiles = tl.cdiv(n, BN)
-    block = tl.program_id(0) // tiles
+    band = tl.program_id(0) // tiles
     batch = tl.program_id(1).to(tl.int64)
     X += batch * x_k
     col = ((tl.program_id(0) % tiles) * BN + tl.arange(0, BN)).to(tl.int64)
     cols = col[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(block * length, tl.minimum((block + 1) * length, m), BM):
+    for start in range(band * length, tl.minimum((band + 1) * length, m), BM):
         rows = (start + tl.arange(0, BM)).to(tl.int64)[:, None]
         mask = (rows < m) & (cols < n)
         x = tl.load(X + rows * x_m + cols * x_n, mask=mask, other=0.0).to(tl.float32)
@@ -73,8 +73,8 @@ def columns_kernel(
             s = tl.load(squares + batch * m + rows, mask=rows < m, other=1.0)
             x *= factor(s, tl.load(rms + batch) if MODE == 2 else 0.0, eps, MODE)
         acc += x * x if SQUARE else x
-    blocks = tl.num_programs(0) // tiles
-    at = (batch * blocks + block) * n + col
+    bands = tl.num_programs(0) // tiles
+    at = (batch * bands + band) * n + col
     tl.store(parts + at, tl.sum(acc, axis=0), mask=col < n)
 
 
@@ -111,7 +111,7 @@ def tile(X: Tensor) -> tuple[Config, bool]:
 
 
 def split(m: int, step: int, least: int) -> tuple[int, int]:
-    """Length and number of the row blocks that partial sums are of; whatever K is."""
+    """Length and number of the bands of rows that are summed; the same for every K."""
     length = max(step * triton.cdiv(m, step * MAX_PARTIAL_SUMS), least)
     return length, triton.cdiv(m, length)
 
@@ -124,9 +124,9 @@ def columns(
     """Sums over the rows of X, times scale; see ``columns_kernel``."""
     K, m, n = X.shape
     chosen = config("rows_columns", X, m, n)
-    length, blocks = split(m, chosen.tile_sizes["BM"], 4 * chosen.tile_sizes["BM"])
-    parts = scratch(X, K, blocks, n)
-    columns_kernel[(blocks * triton.cdiv(n, chosen.tile_sizes["BN"]), K)](
+    length, bands = split(m, chosen.tile_sizes["BM"], 4 * chosen.tile_sizes["BM"])
+    parts = scratch(X, K, bands, n)
+    columns_kernel[(bands * triton.cdiv(n, chosen.tile_sizes["BN"]), K)](
         X, mean, squares, rms, parts, m, n, length, *strides(X), eps,
         MODE=mode, MEAN=0 if mean is None else side, SQUARE=square,
         FACTOR=squares is not None, **options(chosen),

@@ -73,7 +73,7 @@ def lines_kernel(
     """Factors `along` of `length` lines from those across, and sums across with the new ones.
 
     EVEN: factors across are all 1 / mean. MEAN: the floor is one of the mean. The grid is (line
-    blocks, matrices). WHOLE: a tile has all of a line.
+    bands, matrices). WHOLE: a tile has all of a line.
     """
     batch = tl.program_id(1).to(tl.int64)
     X += batch * x_k
@@ -132,16 +132,16 @@ def across_kernel(
     X, facts, along, parts, m, n, length, x_k, x_m, x_n,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Sums across of `length` lines, all of one factor if EVEN; grid (blocks * tiles, matrices)."""
+    """Sums across of `length` lines, all of one factor if EVEN; grid (bands * tiles, matrices)."""
     tiles = tl.cdiv(n, BN)
-    block = tl.program_id(0) // tiles
+    band = tl.program_id(0) // tiles
     batch = tl.program_id(1).to(tl.int64)
     X += batch * x_k
     inv = tl.load(facts + 2 * batch)
     col = ((tl.program_id(0) % tiles) * BN + tl.arange(0, BN)).to(tl.int64)
     cols = col[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(block * length, tl.minimum((block + 1) * length, m), BM):
+    for start in range(band * length, tl.minimum((band + 1) * length, m), BM):
         rows = (start + tl.arange(0, BM)).to(tl.int64)[:, None]
         mask = (rows < m) & (cols < n)
         x = tl.load(X + rows * x_m + cols * x_n, mask=mask, other=0.0).to(tl.float32) * inv
@@ -149,21 +149,21 @@ def across_kernel(
             acc += x * x
         else:
             acc += (x * x) * tl.load(along + batch * m + rows, mask=rows < m, other=0.0)
-    blocks = tl.num_programs(0) // tiles
-    at = (batch * blocks + block) * n + col
+    bands = tl.num_programs(0) // tiles
+    at = (batch * bands + band) * n + col
     tl.store(parts + at, tl.sum(acc, axis=0), mask=col < n)
 
 
 @triton.jit
 def factors_kernel(
-    parts, out, facts, n, blocks, scale, floor, EVEN: tl.constexpr, MEAN: tl.constexpr,
+    parts, out, facts, n, bands, scale, floor, EVEN: tl.constexpr, MEAN: tl.constexpr,
     BT: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """Factors across from partial sums (K, blocks, n), in their order; grid (tiles, matrices)."""
+    """Factors across from partial sums (K, bands, n), in their order; grid (tiles, matrices)."""
     col = tl.program_id(0) * BL + tl.arange(0, BL)
     batch = tl.program_id(1).to(tl.int64)
     mean = tl.load(facts + 2 * batch + 1)
-    s = folded(parts, batch, col, blocks, n, BT, BL) * scale
+    s = folded(parts, batch, col, bands, n, BT, BL) * scale
     if EVEN and not MEAN:
         s /= mean
     tl.store(out + batch * n + col, unscaled(s, floor * mean if MEAN else floor), mask=col < n)

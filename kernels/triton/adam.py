@@ -38,10 +38,10 @@ def adam_kernel(
     CLOCK: tl.constexpr, FINITE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A tile of both moments and of the direction; the grid is (tiles, matrices)."""
-    wide = tl.cdiv(n, BN)
+    col_tiles = tl.cdiv(n, BN)
     k = tl.program_id(1).to(tl.int64)
-    rows = ((tl.program_id(0) // wide) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    cols = ((tl.program_id(0) % wide) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    rows = ((tl.program_id(0) // col_tiles) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    cols = ((tl.program_id(0) % col_tiles) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
     mask = (rows < m) & (cols < n)
     M += k * m_k + rows * m_m + cols * m_n
     V += k * v_k + rows * v_m + cols * v_n
@@ -119,7 +119,7 @@ def adam(
     R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, *, beta1: float, beta2: float, eps: float,
     finite: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.adam`."""
+    """Kernel of :func:`stiefel.kernels.reference.adam`."""
     number, clock = clocks(t)
     if M.stride(-1) != 1 and M.stride(-2) == 1:  # moments of a transposed weight
         R, M, V, clock = R.mT, M.mT, V.mT, None if clock is None else clock.mT
@@ -131,7 +131,7 @@ def adam(
 
 _POINTERS = {*"WPNXRMVG", "by", "floor", "control", "clock", "finite", "out", "squares", "parts"}
 _NUMBERS = {"keep", "alpha", "free", "beta1", "rest1", "beta2", "rest2", "one", "two", "eps"}
-_LOOSE = ("splits", "blocks", "f_k", "c_k", "finite_k")
+_LOOSE = ("splits", "col_tiles", "f_k", "c_k", "finite_k")
 
 
 def described(

@@ -140,7 +140,7 @@ def adam_lift_(
     alpha: float, *, beta1: float, beta2: float, eps: float, X: Tensor | None = None,
     free: float = 0.0, floor: Tensor | None = None, control: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.adam_lift_`."""
+    """Kernel of :func:`stiefel.kernels.reference.adam_lift_`."""
     X, (number, clock) = None if free == 0.0 else X, clocks(t)
     _adam_lift_op(
         W, P, R, M, V, number, clock, keep, alpha, beta1, beta2, eps, X, free, floor, control

@@ -14,7 +14,7 @@ from .reductions import read, read_case
 def cast_stack(
     Xs: Stack, dtype: torch.dtype, with_flags: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`stiefel.kernels.reference.cast_stack`."""
+    """Kernel of :func:`stiefel.kernels.reference.cast_stack`."""
     if is_unsupported(Xs) or len(Xs) == 0:
         return plain(Xs, dtype, with_flags)
     out, flags, _ = read(as_list(Xs), dtype, "finite" if with_flags else "", 0)

@@ -41,10 +41,10 @@ def lift_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of W; the grid is (tiles, matrices)."""
-    blocks = tl.cdiv(n, BN)
+    col_tiles = tl.cdiv(n, BN)
     k = tl.program_id(1).to(tl.int64)  # a stack may have more than 2^31 elements
-    rows = ((tl.program_id(0) // blocks) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    cols = ((tl.program_id(0) % blocks) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    rows = ((tl.program_id(0) // col_tiles) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    cols = ((tl.program_id(0) % col_tiles) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
     inner = tl.arange(0, BK).to(tl.int64)
     width = n
     if CONTROL:
@@ -158,7 +158,7 @@ def lift_(
     by: Tensor | None = None, R: Tensor | None = None, free: float = 0.0,
     floor: Tensor | None = None, control: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.lift_`."""
+    """Kernel of :func:`stiefel.kernels.reference.lift_`."""
     _lift_op(W, P, N, keep, alpha, X, by, R, free, floor, control)
 
 

@@ -117,7 +117,7 @@ def momentum_step_(
     M: Stack, G: Stack, momentum: float, *, nesterov: bool = False, kind: str = "ema",
     squares: str | None = None, finite: Tensor | None = None,
 ) -> tuple[Stack, Tensor | None]:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.momentum_step_`."""
+    """Kernel of :func:`stiefel.kernels.reference.momentum_step_`."""
     check_momentum_names(kind, squares)
     if is_unsupported(M, G) or len(M) == 0:
         return plain.momentum_step_(
@@ -136,7 +136,7 @@ def momentum_power_sums_(
     M: Stack, G: Stack, momentum: float, count: int, *, nesterov: bool = False, kind: str = "ema",
     finite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.momentum_power_sums_`."""
+    """Kernel of :func:`stiefel.kernels.reference.momentum_power_sums_`."""
     check_momentum_names(kind, None)
     if is_unsupported(M, G) or len(M) == 0:
         return plain.momentum_power_sums_(

@@ -1,7 +1,7 @@
 """X / max(margin ||X||_F, eps), cast and padded with zeros, in three launches and two reads of X.
 
 The copy is dense with sides that are multiples of 16, whatever X is like: every later load of it is
-as wide as it can be. A matrix that was given transposed is transposed back on the way.
+as out_n as it can be. A matrix that was given transposed is transposed back on the way.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def inverse_kernel(parts, inverse, count, margin, eps, BN: tl.constexpr):
 
 @triton.jit
 def cast_kernel(
-    X, out, inverse, m, n, x_k, x_m, x_n, o_k, o_m, o_n, tall, wide, across,
+    X, out, inverse, m, n, x_k, x_m, x_n, o_k, o_m, o_n, out_m, out_n, across,
     TYPE: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the copy, of sides tall x wide."""
+    """One tile of the copy, of sides out_m x out_n."""
     tile, k = tl.program_id(0), tl.program_id(1)
     rows = (tile // across * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     cols = (tile % across * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
@@ -72,7 +72,7 @@ def cast_kernel(
         x *= tl.load(inverse + k)
     x = tl.where((rows < m) & (cols < n), x, 0.0)  # 0 times a norm of NaN is no padding
     o = out + k.to(tl.int64) * o_k + rows * o_m + cols * o_n
-    tl.store(o, x.to(out.dtype.element_ty), mask=(rows < tall) & (cols < wide))
+    tl.store(o, x.to(out.dtype.element_ty), mask=(rows < out_m) & (cols < out_n))
 
 
 @torch.library.custom_op("stiefel::normalized", mutates_args=())
@@ -81,16 +81,16 @@ def _normalized(
 ) -> Tensor:
     X = Operand(Xs, "X")
     K, m, n = X.shape
-    tall, wide = _ceil(m, pad), _ceil(n, pad)
-    out = X.first.new_empty(K, tall, wide, dtype=dtype)
+    out_m, out_n = _ceil(m, pad), _ceil(n, pad)
+    out = X.first.new_empty(K, out_m, out_n, dtype=dtype)
     if out.numel() == 0:
         return out
     with guard(X.first):
         inverse = _inverse(Xs, margin, eps) if scaled else None
         chosen = config("cast", X.first, m, n)
-        across = triton.cdiv(wide, chosen.tile_sizes["BN"])
-        cast_kernel[(triton.cdiv(tall, chosen.tile_sizes["BM"]) * across, K)](
-            X.pointer, out, inverse, m, n, *X.strides, *strides(out), tall, wide, across,
+        across = triton.cdiv(out_n, chosen.tile_sizes["BN"])
+        cast_kernel[(triton.cdiv(out_m, chosen.tile_sizes["BM"]) * across, K)](
+            X.pointer, out, inverse, m, n, *X.strides, *strides(out), out_m, out_n, across,
             TYPE=X.type, ALIGNED=X.aligned, SCALED=scaled, **options(chosen),
         )  # fmt: skip
     return out
@@ -128,7 +128,7 @@ def _ceil(side: int, pad: int) -> int:
 def normalized(
     X: Stack, dtype: torch.dtype, margin: float = 1.0, eps: float = 1e-7, pad: int = 16
 ) -> Tensor:
-    """See :func:`stiefel.kernels.reference.normalized`."""
+    """Kernel of :func:`stiefel.kernels.reference.normalized`."""
     if len(X) == 0 or is_unsupported(X) or dtype == torch.float64:
         return plain.normalized(X, dtype, margin, eps, pad)
     out: Tensor = _normalized(as_list(X), dtype, margin, eps, pad, True)
@@ -136,7 +136,7 @@ def normalized(
 
 
 def padded(X: Stack, dtype: torch.dtype, pad: int = 16) -> Tensor:
-    """See :func:`stiefel.kernels.reference.padded`."""
+    """Kernel of :func:`stiefel.kernels.reference.padded`."""
     if len(X) == 0 or is_unsupported(X) or dtype == torch.float64:
         return plain.padded(X, dtype, pad)
     out: Tensor = _normalized(as_list(X), dtype, 1.0, 0.0, pad, False)
@@ -144,7 +144,7 @@ def padded(X: Stack, dtype: torch.dtype, pad: int = 16) -> Tensor:
 
 
 _X = ("m", "n", "x_k", "x_m", "x_n", "across")
-_O = ("o_k", "o_m", "o_n", "tall", "wide")
+_O = ("o_k", "o_m", "o_n", "out_m", "out_n")
 
 
 def _cast_case(

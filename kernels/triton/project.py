@@ -30,14 +30,14 @@ from .adam import described
 RANK = 256
 """Most coordinates that one program sums; above it G is read again for each so many, from L2."""
 STEPS = 4
-"""Least row blocks of a split: fewer are not worth adding up."""
+"""Least row tiles of a split: fewer are not worth adding up."""
 ROOM = 2**24
 """Entries of splits that are kept at a time, of as many matrices as that is."""
 
 
 @triton.jit
 def project_kernel(
-    P, G, out, squares, m, n, r, length, blocks, p_k, p_m, p_r, g_k, g_m, g_n, o_s, o_k, o_r, o_n,
+    P, G, out, squares, m, n, r, length, col_tiles, p_k, p_m, p_r, g_k, g_m, g_n, o_s, o_k, o_r, o_n,
     s_s, s_k,
     SQUARES: tl.constexpr, WIDE: tl.constexpr, STAGED: tl.constexpr, PRECISION: tl.constexpr,
     RB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -46,8 +46,8 @@ def project_kernel(
     pid = tl.program_id(0)
     ranks = tl.cdiv(r, RB)
     b = pid % ranks  # neighbours read the same block of G
-    j = (pid // ranks) % blocks
-    s = (pid // (ranks * blocks)).to(tl.int64)
+    j = (pid // ranks) % col_tiles
+    s = (pid // (ranks * col_tiles)).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)  # a stack may have more than 2^31 elements
     rows = s * length + tl.arange(0, BM)
     inner = (b * RB + tl.arange(0, RB)).to(tl.int64)
@@ -142,10 +142,10 @@ def _project(P: Tensor, G: Tensor, out: Tensor, squares: Tensor | None) -> None:
     """The splits' sums into out (splits, K, r, n) and squares (splits, K, n)."""
     (K, _, n), r = G.shape, P.shape[-1]
     chosen, splits, length = _plan(P, G)
-    blocks = triton.cdiv(n, chosen.tile_sizes["BN"])
+    col_tiles = triton.cdiv(n, chosen.tile_sizes["BN"])
     with guard(G):
-        project_kernel[(splits * blocks * triton.cdiv(r, ranks(r)), K)](
-            P, G, out, squares, G.shape[1], n, r, length, blocks, *strides(P), *strides(G),
+        project_kernel[(splits * col_tiles * triton.cdiv(r, ranks(r)), K)](
+            P, G, out, squares, G.shape[1], n, r, length, col_tiles, *strides(P), *strides(G),
             *out.stride(), *((0, 0) if squares is None else squares.stride()[:2]),
             SQUARES=squares is not None, WIDE=needs_upcast(P, G), STAGED=_staged(P, G),
             PRECISION=precision(P, G), RB=ranks(r), **options(chosen),
@@ -194,7 +194,7 @@ def _(P: Tensor, G: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
 
 
 def project(P: Tensor, G: Tensor, squares: bool = False) -> tuple[Tensor, Tensor | None]:
-    """See :func:`stiefel.kernels.reference.project`."""
+    """Kernel of :func:`stiefel.kernels.reference.project`."""
     R, G2 = _project_op(P, G, squares)
     return R, G2 if squares else None
 

@@ -83,7 +83,7 @@ def _(
 
 
 def squares(X: Stack, dim: int | None) -> Tensor:
-    """See :func:`stiefel.kernels.reference.squares`."""
+    """Kernel of :func:`stiefel.kernels.reference.squares`."""
     which = side_of(dim)
     if is_unsupported(X) or len(X) == 0:
         return plain.squares(X, dim)
@@ -91,7 +91,7 @@ def squares(X: Stack, dim: int | None) -> Tensor:
 
 
 def power_sums(X: Stack, count: int) -> tuple[Tensor, Tensor]:
-    """See :func:`stiefel.kernels.reference.power_sums`."""
+    """Kernel of :func:`stiefel.kernels.reference.power_sums`."""
     if is_unsupported(X) or len(X) == 0:
         return plain.power_sums(X, count)
     _, sums, norm = read(as_list(X), None, "powers", count)

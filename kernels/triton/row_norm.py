@@ -29,7 +29,7 @@ def rows_kernel(
 ):  # fmt: skip
     """`length` rows, R at a time: X - mean at norm 1, its squared norms, its sums over these rows.
 
-    The grid is (row blocks, matrices). WHOLE: a tile has all columns.
+    The grid is (row bands, matrices). WHOLE: a tile has all columns.
     """
     batch = tl.program_id(1).to(tl.int64)  # a stack may have more than 2^31 elements
     X += batch * x_k
@@ -114,11 +114,11 @@ def _rows(
     """One launch of ``rows_kernel``; the partial sums, if wanted."""
     K, m, n = X.shape
     chosen, whole = tile(X)
-    length, blocks = chosen.tile_sizes["R"], triton.cdiv(m, chosen.tile_sizes["R"])
+    length, bands = chosen.tile_sizes["R"], triton.cdiv(m, chosen.tile_sizes["R"])
     if sums:
-        length, blocks = split(m, length, length)
-    parts = scratch(X, K, blocks, n) if sums else None
-    rows_kernel[(blocks, K)](
+        length, bands = split(m, length, length)
+    parts = scratch(X, K, bands, n) if sums else None
+    rows_kernel[(bands, K)](
         X, out, mean, squares, parts, m, n, length, *strides(X),
         *(strides(out) if out is not None else (0, 0, 0)), eps,
         MODE=mode, MEAN=mean is not None, OUT=out is not None, SQUARES=squares is not None,
@@ -172,7 +172,7 @@ def _(X: Tensor, eps: float, mode: int, centred: bool) -> Tensor:
 def row_norm(
     X: Tensor, eps: float = 1e-8, mode: str = "inverse_eps", centred: bool = False
 ) -> Tensor:
-    """See :func:`stiefel.kernels.reference.row_norm`."""
+    """Kernel of :func:`stiefel.kernels.reference.row_norm`."""
     check_mode(mode)
     out: Tensor = _row_norm(X, eps, ROW_MODE_CODES[mode], centred)
     return out
@@ -181,7 +181,7 @@ def row_norm(
 def column_norm(
     X: Tensor, eps: float = 1e-8, mode: str = "inverse_eps", centred: bool = False
 ) -> Tensor:
-    """See :func:`stiefel.kernels.reference.column_norm`."""
+    """Kernel of :func:`stiefel.kernels.reference.column_norm`."""
     return row_norm(X.mT, eps, mode, centred).mT
 
 

@@ -39,7 +39,7 @@ def step_kernel(
     MODE: tl.constexpr, NESTEROV: tl.constexpr, CONTROL: tl.constexpr, WHOLE: tl.constexpr,
     R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """R rows of W and M; the grid is (row blocks, matrices)."""
+    """R rows of W and M; the grid is (row bands, matrices)."""
     batch = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
     cols = tl.arange(0, BN).to(tl.int64)[None, :]
@@ -97,7 +97,7 @@ def row_step_(
     W: Tensor, M: Tensor, G: Tensor, momentum: float, eps: float, mode: str, keep: float,
     alpha: float, control: Tensor | None = None, nesterov: bool = False,
 ) -> None:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.row_step_`."""
+    """Kernel of :func:`stiefel.kernels.reference.row_step_`."""
     check_step(mode)
     _row_step(W, M, G, momentum, eps, ROW_MODE_CODES[mode], keep, alpha, control, nesterov)
 

@@ -28,11 +28,11 @@ from .symmetric import one_dtype, per_matrix, table
 
 
 @triton.jit
-def swizzled(t, tall, wide, GROUP: tl.constexpr):
+def swizzled(t, row_tiles, col_tiles, GROUP: tl.constexpr):
     """Tile (i, j) of number t: down bands of GROUP rows of tiles, so that neighbours share."""
-    band = t // (GROUP * wide)
-    height = tl.minimum(tall - band * GROUP, GROUP)
-    inside = t % (GROUP * wide)
+    band = t // (GROUP * col_tiles)
+    height = tl.minimum(row_tiles - band * GROUP, GROUP)
+    inside = t % (GROUP * col_tiles)
     return band * GROUP + inside % height, inside // height
 
 
@@ -116,7 +116,7 @@ def scale_and_apply(
     X: Tensor, P: Tensor, a: float, alpha: float = 1.0, trace: Tensor | None = None,
     only: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.scale_and_apply`."""
+    """Kernel of :func:`stiefel.kernels.reference.scale_and_apply`."""
     one_dtype(X, P)
     out: Tensor = _apply(X, P, trace, only, a, alpha)
     return out

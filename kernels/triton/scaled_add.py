@@ -121,7 +121,7 @@ def scaled_add_(
     W: Stack, X: Stack, by: Tensor | None, keep: float, alpha: float,
     control: Tensor | None = None, *, Y: Stack | None = None, by_Y: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.scaled_add_`."""
+    """Kernel of :func:`stiefel.kernels.reference.scaled_add_`."""
     if is_unsupported(W, X, Y) or len(W) == 0:
         plain.scaled_add_(W, X, by, keep, alpha, control, Y=Y, by_Y=by_Y)
         return

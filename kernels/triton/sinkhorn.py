@@ -68,12 +68,12 @@ class _Pass:
         """Factors along from those across; and, if asked for, those across from them."""
         Y, (chosen, whole) = self.Y, _line(self.Y)
         length = chosen.tile_sizes["R"]
-        blocks = triton.cdiv(self.m, length)
+        bands = triton.cdiv(self.m, length)
         held = sums and whole
         if held:
-            length, blocks = split(self.m, length, length)
-        parts = scratch(Y, self.K, blocks, self.n) if held else None
-        lines_kernel[(blocks, self.K)](
+            length, bands = split(self.m, length, length)
+        parts = scratch(Y, self.K, bands, self.n) if held else None
+        lines_kernel[(bands, self.K)](
             Y, self.out, self.facts, self.across, self.along, parts, self.m, self.n, length,
             *strides(Y), *strides(self.out), 1 / self.n, SINKHORN_FLOOR,
             EVEN=even, MEAN=mean, OUT=out, SUMS=held, WHOLE=whole, **options(chosen),
@@ -86,9 +86,9 @@ class _Pass:
     def sums(self, even: bool, mean: bool) -> None:
         """Factors across from those along."""
         Y, chosen = self.Y, config("sinkhorn_across", self.Y, self.m, self.n)
-        length, blocks = split(self.m, chosen.tile_sizes["BM"], 4 * chosen.tile_sizes["BM"])
-        parts = scratch(Y, self.K, blocks, self.n)
-        grid = (blocks * triton.cdiv(self.n, chosen.tile_sizes["BN"]), self.K)
+        length, bands = split(self.m, chosen.tile_sizes["BM"], 4 * chosen.tile_sizes["BM"])
+        parts = scratch(Y, self.K, bands, self.n)
+        grid = (bands * triton.cdiv(self.n, chosen.tile_sizes["BN"]), self.K)
         across_kernel[grid](
             Y, self.facts, self.along, parts, self.m, self.n, length, *strides(Y), EVEN=even,
             **options(chosen),
@@ -147,13 +147,13 @@ def _(X: Tensor, iterations: int) -> Tensor:
 
 
 def sinkhorn(X: Tensor, iterations: int = 5) -> Tensor:
-    """See :func:`stiefel.kernels.reference.sinkhorn`."""
+    """Kernel of :func:`stiefel.kernels.reference.sinkhorn`."""
     out: Tensor = _sinkhorn(X, iterations)
     return out
 
 
 def equal_rows(X: Tensor) -> Tensor:
-    """See :func:`stiefel.kernels.reference.equal_rows`."""
+    """Kernel of :func:`stiefel.kernels.reference.equal_rows`."""
     out: Tensor = _sinkhorn(X, 0)
     return out
 
@@ -215,7 +215,7 @@ _SMALL = [
     Case(
         "sinkhorn factors", "fold", factors_kernel,
         {
-            **_FACTS, "parts": "*fp32", "out": "*fp32", "n": "i32", "blocks": "i32",
+            **_FACTS, "parts": "*fp32", "out": "*fp32", "n": "i32", "bands": "i32",
             "floor": "fp32",
         },
         {"EVEN": False, "MEAN": False}, load=4,

@@ -164,7 +164,7 @@ def split_step_(
     free: str = "sign_sgd", free_scale: float = 1.0, floor: Tensor | None = None,
     control: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.split_step_`."""
+    """Kernel of :func:`stiefel.kernels.reference.split_step_`."""
     kind = {-1: COLUMNS, -2: ROWS, None: ENTRIES}[dim]
     number, clocks = (1.0, t) if isinstance(t, Tensor) else (float(t), None)
     _split_step(

@@ -167,7 +167,7 @@ def _(
 
 
 def gram(X: Tensor, only: Tensor | None = None) -> Tensor:
-    """See :func:`stiefel.kernels.reference.gram`."""
+    """Kernel of :func:`stiefel.kernels.reference.gram`."""
     out: Tensor = _gram(X, only)
     return out
 
@@ -176,13 +176,13 @@ def symmetric_poly(
     S: Tensor, b: float, c: float, d: float = 0.0, trace: Tensor | None = None,
     only: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.symmetric_poly`."""
+    """Kernel of :func:`stiefel.kernels.reference.symmetric_poly`."""
     out: Tensor = _symmetric(S, S, S, trace, only, c, b, d)
     return out
 
 
 def symmetric_apply(A: Tensor, B: Tensor, a: float) -> Tensor:
-    """See :func:`stiefel.kernels.reference.symmetric_apply`."""
+    """Kernel of :func:`stiefel.kernels.reference.symmetric_apply`."""
     one_dtype(A, B)
     out: Tensor = _symmetric(A, B, A, None, None, 1.0, a, 0.0)
     return out
