@@ -68,7 +68,7 @@ def backend_for(X: Tensor | Sequence[Tensor], work: str = "product") -> ModuleTy
     X = X if isinstance(X, Tensor) else X[0]
     setting = os.environ.get("STIEFEL_KERNELS", "auto")
     if setting == "auto":
-        # cheap questions first: a step of tiny matrices asks this a few times
+        # the cheapest questions first: the step of a tiny matrix takes microseconds
         if not (X.is_cuda and is_worthwhile(X, work) and is_triton_installed()):
             return reference
         return triton_backend() if is_supported_gpu(X.device.index or 0) else reference

@@ -1,4 +1,4 @@
-"""Eight bits per number with one scale for every 256: how optimizer state is kept small.
+"""Optimizer state in 8 bits: one scale for every 256 numbers, or one range for every row.
 
 Source: dynamic block-wise quantization, *8-bit Optimizers via Block-wise Quantization*,
 arXiv 2110.02861. Numbers of a block are divided by the largest magnitude in it and rounded to the

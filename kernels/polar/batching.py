@@ -1,4 +1,4 @@
-"""How a stack of matrices of any shape is brought before a method that takes wide ones of norm one.
+"""Bring stacks of any shape to a polar method, which takes wide matrices of Frobenius norm one.
 
 On the CPU a matrix comes out the same, bit for bit, in whatever stack it sits.
 """
@@ -23,15 +23,15 @@ _SQUARED = 1e-15
 
 
 class PolarCall(NamedTuple):
-    """What one call does to each matrix."""
+    """One call of a polar method: the function, and what it needs done around it."""
 
     run: Callable[..., Tensor]
     dtype: torch.dtype
     margin: float
-    batchable: bool  # whether zero padding is invisible and a batch pays
-    allows_kernels: bool = False  # whether kernels may run it; zero padding is invisible then
-    finds_norm: bool = False  # whether it finds the norm by itself, given eps
-    exact: bool = False  # whether each matrix is to take torch's own products alone
+    batchable: bool  # whether zero padding changes nothing and batches are faster
+    allows_kernels: bool = False  # whether kernels may run it; zero padding changes nothing then
+    finds_norm: bool = False  # whether run divides by the norm itself, given eps
+    exact: bool = False  # whether each matrix runs alone, on torch's own products
 
 
 def run_stack(stack: Tensor, call: PolarCall, eps: float) -> Tensor:

@@ -71,9 +71,9 @@ def _sum_of_inverses(S: Tensor, step: Rational) -> tuple[Tensor, Tensor]:
 
 
 def inverse_(S: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of a symmetric positive definite S in its place, and whether S was that.
+    """Invert a symmetric positive definite S in place; also whether its factorization succeeded.
 
-    Where it was not, the identity stands in: torch refuses a factor with a zero on its diagonal.
+    Where it failed the result is the identity: torch refuses a factor with a zero on its diagonal.
     """
     # LAPACK wants columns, and a symmetric matrix is its own transpose. One tensor object as input
     # and result tells torch that there is nothing to copy.

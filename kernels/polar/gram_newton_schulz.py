@@ -25,7 +25,7 @@ _MIN_ASPECT = 1.5
 
 # A negative eigenvalue of X X^T that half precision can leave in place of zero.
 _EIGENVALUE_NOISE = 4e-4
-# Scores that are good enough, the most sets of restarts to try of one size, and the limit.
+# A score that is good enough, the most sets of restarts tried of one size, and the worst score.
 _GOOD_SCORE, _MAX_SETS, _MAX_SCORE = 1e3, 1000, 1e8
 
 # The longest result in units of sqrt(m), the length of an isometry, that is taken for one.
@@ -86,7 +86,7 @@ def gram_iteration(
 
 
 def _replace_failures(O: Tensor, X: Tensor, schedule: Schedule) -> Tensor:
-    """O, but where it is too long or not finite the plain iteration of X."""
+    """Replace matrices of O that are too long or not finite by the plain iteration of X."""
     length = torch.linalg.vector_norm(O, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     bad = ~(length <= _MAX_LENGTH * math.sqrt(O.shape[-2]))  # also NaN
     return torch.where(bad, polynomial(X, schedule, only=bad.view(-1).float()), O)

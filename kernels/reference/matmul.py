@@ -19,7 +19,7 @@ _LINE_BYTES = 16
 
 
 def _is_order_fixed(A: Tensor, B: Tensor) -> bool:
-    """Whether nothing here depends on where matrices start."""
+    """Whether the order of every sum is fixed, wherever the matrices start in memory."""
     m, inner, n = *A.shape[-2:], B.shape[-1]
     return A.device.type != "cpu" or m * n >= _ALIGNED_FROM or m * n * inner < _LOOP_BELOW
 
@@ -35,12 +35,12 @@ def _all_aligned(*sides: int) -> bool:
 
 
 def placed(X: Tensor) -> Tensor:
-    """X, or a copy that starts on a line."""
+    """X itself, or a copy that starts on 16 bytes."""
     return X if X.data_ptr() % _LINE_BYTES == 0 else X.clone()
 
 
 def _batch_is_exact(A: Tensor, B: Tensor) -> bool:
-    """Whether one batched call rounds every matrix as a call of its own would."""
+    """Whether one batched call gives each matrix the bits of a call of its own."""
     aligned = _all_aligned(*A.shape[-2:], B.shape[-1], A.element_size())
     return aligned and A.data_ptr() % _LINE_BYTES == 0 and B.data_ptr() % _LINE_BYTES == 0
 

@@ -1,6 +1,6 @@
 """What every launcher needs: tile sizes, precision, guards, scratch memory, and cases to compile.
 
-A kernel is described by its function, a table of tile sizes (``tables.py``) and static cases: what
+A kernel is described by its function, a table of tile sizes (``_tables.py``) and static cases: what
 it is compiled with where no GPU is at hand, so that a loss of code quality shows in the tests.
 """
 
@@ -104,7 +104,7 @@ def scratch(X: Tensor, *shape: int) -> Tensor:
     return X.new_empty(shape, dtype=torch.float32)
 
 
-# autotuning, which nobody gets without asking -----------------------------------------------------
+# autotuning, on request only -----------------------------------------------------------------------
 
 _TUNED: dict[tuple[Any, ...], Config] = {}
 

@@ -34,7 +34,7 @@ def matrix_pointer(P, k, stride, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
         return P + k.to(tl.int64) * stride  # a stack may have more than 2^31 elements
     else:
         p = tl.load(P + k).to(tl.pointer_type(TYPE))
-        if ALIGNED:  # what a table cannot say by itself, and vector loads need to know
+        if ALIGNED:  # unknown of an address that is loaded, and vector loads need it
             p = tl.multiple_of(p, 16)
         return p
 
