@@ -140,13 +140,13 @@ def _(G: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 def dct_take(S: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Kernel of :func:`stiefel.kernels.reference.dct_take`; a number that is no cosine gives zeros."""
+    """Kernel of :func:`stiefel.kernels.reference.dct_take`; zeros for an index out of range."""
     out: Tensor = _take(S, index, dim)
     return out
 
 
 def dct_project(G: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Kernel of :func:`stiefel.kernels.reference.dct_project`; float32 as torch may multiply it."""
+    """Kernel of :func:`stiefel.kernels.reference.dct_project`; tf32 if torch may use it."""
     out: Tensor = _project(G, index, dim)
     return out
 

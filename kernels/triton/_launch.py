@@ -104,7 +104,7 @@ def scratch(X: Tensor, *shape: int) -> Tensor:
     return X.new_empty(shape, dtype=torch.float32)
 
 
-# autotuning, on request only -----------------------------------------------------------------------
+# autotuning, on request only ----------------------------------------------------------------------
 
 _TUNED: dict[tuple[Any, ...], Config] = {}
 

@@ -37,8 +37,8 @@ ROOM = 2**24
 
 @triton.jit
 def project_kernel(
-    P, G, out, squares, m, n, r, length, col_tiles, p_k, p_m, p_r, g_k, g_m, g_n, o_s, o_k, o_r, o_n,
-    s_s, s_k,
+    P, G, out, squares, m, n, r, length, col_tiles, p_k, p_m, p_r, g_k, g_m, g_n, o_s, o_k, o_r,
+    o_n, s_s, s_k,
     SQUARES: tl.constexpr, WIDE: tl.constexpr, STAGED: tl.constexpr, PRECISION: tl.constexpr,
     RB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
