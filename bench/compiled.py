@@ -43,8 +43,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import stiefel.kernels.triton as package
-from stiefel.kernels.triton.launch import ARCHITECTURES, SHARED, Case
-from stiefel.kernels.triton.tables import Config
+from stiefel.kernels.triton._launch import ARCHITECTURES, SHARED, Case
+from stiefel.kernels.triton._tables import Config
 
 TABLE = Path(__file__).resolve().parent.parent / "kernels" / "static.json"
 TARGETS = {
@@ -106,7 +106,7 @@ def chosen(only: Sequence[str] = ()) -> list[str]:
 
 def constants(case: Case, arch: str, config: Config) -> dict[str, Any]:
     """The arguments that are part of the program: those of the case, and tiles."""
-    fixed = {**case.constants, **config.blocks}
+    fixed = {**case.constants, **config.tile_sizes}
     if arch != "gfx942":
         return fixed
     exact = {name for name, value in fixed.items() if str(value).startswith("tf32")}

@@ -49,7 +49,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from stiefel.kernels import polar_factor, reference
-from stiefel.kernels.dispatch import PRODUCT_FROM, kernels
+from stiefel.kernels.dispatch import PRODUCT_FROM, triton_backend
 
 SIDES, QUICK_SIDES = (512, 1024, 2048, 4096, 8192), (4096,)
 ASPECTS, BATCHES = (1, 4), (1, 8, 32)
@@ -173,7 +173,7 @@ def _project(ops: Any, new: Made, m: int, n: int, r: int) -> Run:
 
 
 def _powers(ops: Any, new: Made, m: int, n: int, r: int) -> Run:
-    return partial(ops.blend_power_sums_, new(1, m, n), new(1, m, n, dtype=HALF), 0.95, 2)
+    return partial(ops.momentum_power_sums_, new(1, m, n), new(1, m, n, dtype=HALF), 0.95, 2)
 
 
 def _square(m: int, n: int, r: int) -> float:
@@ -202,7 +202,7 @@ OPERATIONS: Mapping[str, Operation] = {
         "symmetric", _square, square=True,
     ),
     "scale_and_apply": Operation(operations.scale_and_apply, "product", _wide),
-    "normalised": Operation(operations.normalised, again=1),
+    "normalized": Operation(operations.normalized, again=1),
     "cast_stack": Operation(_of("cast_stack", "mn", dtype=HALF)),
     "padded": Operation(_of("padded", "mn", dtype=HALF)),
     "project": Operation(operations.project, flops=_thin, single=True),
@@ -212,11 +212,11 @@ OPERATIONS: Mapping[str, Operation] = {
     "lift_ sign": Operation(operations.lift_sign, flops=_thrice, single=True),
     "adam_lift_": Operation(operations.adam_lift, flops=_thin, single=True),
     "split_step_": Operation(operations.split_step),
-    "blend_": Operation(operations.blend),
+    "momentum_step_": Operation(operations.momentum_step),
     "squares": Operation(operations.squares),
     "scaled_add_": Operation(operations.scaled_add),
     "power_sums": Operation(_of("power_sums", "mn", count=2)),
-    "blend_power_sums_": Operation(_powers),
+    "momentum_power_sums_": Operation(_powers),
     "row_norm": Operation(_of("row_norm", "mn")),
     "column_norm": Operation(_of("column_norm", "mn"), again=1),
     "row_step_": Operation(_row_step),
@@ -238,7 +238,7 @@ def _normalised(X: Tensor, dtype: torch.dtype) -> Tensor:
 def plain() -> SimpleNamespace:
     """Plain torch: the reference, and shorter forms where that guards against overflow."""
     shorter = {
-        "normalised": _normalised,
+        "normalized": _normalised,
         "squares": lambda X, dim: X.square().sum(dim, keepdim=True),
         "row_norm": lambda X: X / X.norm(dim=-1, keepdim=True).add_(1e-8),
         "column_norm": lambda X: X / X.norm(dim=-2, keepdim=True).add_(1e-8),
@@ -537,7 +537,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"the peaks of {device} are not known: pass --peaks")
     torch.backends.cuda.matmul.allow_tf32 = True
     sizes = (QUICK_SIDES, (1,), (1,)) if args.quick else (SIDES, ASPECTS, BATCHES)
-    ours: ModuleType = kernels()
+    ours: ModuleType = triton_backend()
     figures = []
     for figure in all_measured(jobs(*sizes, only=args.only), ours, Events(), "cuda", peaks):
         figures.append(figure)

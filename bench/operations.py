@@ -37,9 +37,9 @@ def scale_and_apply(ops: ModuleType, new: Made, m: int, n: int, r: int) -> Calla
     return partial(ops.scale_and_apply, X, P, 3.4445)
 
 
-def normalised(ops: ModuleType, new: Made, m: int, n: int, r: int) -> Callable[[], object]:
+def normalized(ops: ModuleType, new: Made, m: int, n: int, r: int) -> Callable[[], object]:
     """X / |X| in bfloat16."""
-    return partial(ops.normalised, new(1, m, n), HALF)
+    return partial(ops.normalized, new(1, m, n), HALF)
 
 
 def project(ops: ModuleType, new: Made, m: int, n: int, r: int) -> Callable[[], object]:
@@ -84,10 +84,10 @@ def split_step(ops: ModuleType, new: Made, m: int, n: int, r: int) -> Callable[[
     return partial(ops.split_step_, W, G, index, -1, M, V, 10, 0.9, -0.1, **ADAM)
 
 
-def blend(ops: ModuleType, new: Made, m: int, n: int, r: int) -> Callable[[], object]:
+def momentum_step(ops: ModuleType, new: Made, m: int, n: int, r: int) -> Callable[[], object]:
     """Momentum, Nesterov's step and its squares."""
     M, G = new(1, m, n), new(1, m, n, dtype=HALF)
-    return partial(ops.blend_, M, G, 0.95, nesterov=True, squares="all")
+    return partial(ops.momentum_step_, M, G, 0.95, nesterov=True, squares="all")
 
 
 def squares(ops: ModuleType, new: Made, m: int, n: int, r: int) -> Callable[[], object]:
@@ -124,7 +124,7 @@ OPERATIONS = {
     "gram, wide": Operation(gram, "gram", degree=3),
     "symmetric_poly": Operation(symmetric_poly, "symmetric_poly", square=True, degree=3),
     "scale_and_apply": Operation(scale_and_apply, "scale_and_apply", square=True, degree=3),
-    "normalised": Operation(normalised, "normalised"),
+    "normalized": Operation(normalized, "normalized"),
     "project, squares": Operation(project, "project", (128, 1024)),
     "adam inside": Operation(adam, "adam", (128, 1024)),
     "lift_": Operation(lift, "lift_", (128, 1024)),
@@ -132,7 +132,7 @@ OPERATIONS = {
     "lift_ sign": Operation(lift_sign, "lift_", (128, 1024)),
     "adam_lift_": Operation(adam_lift, "adam_lift_", (128,)),
     "split_step_ columns": Operation(split_step, "split_step_"),
-    "blend_": Operation(blend, "blend_"),
+    "momentum_step_": Operation(momentum_step, "momentum_step_"),
     "squares": Operation(squares, "squares"),
     "scaled_add_": Operation(scaled_add, "scaled_add_"),
 }

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -43,7 +44,8 @@ from torch import Tensor, nn
 from traffic import LANES, Idle, Log, Point, Work, recorded, scaled, watched
 
 from stiefel import optimizers
-from stiefel.kernels import reference, sums
+from stiefel.kernels import reference
+from stiefel.kernels.reference import reductions as sums
 from stiefel.optimizers._driver import write
 from stiefel.optimizers._toolkit import power_sums
 
@@ -52,7 +54,7 @@ UNIT = 256
 """Sides of the small weights are multiples of it, and so of tiles, and of splits of sums."""
 LAYERS = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 """LLaMA-7B: 32 times q, k, v, o; gate and up; down."""
-SQUARE, WIDE = (4096, 4096), (4096, 11008)
+SQUARE, UPCASTS = (4096, 4096), (4096, 11008)
 
 
 DEVICES = {name: PEAKS[name] for name in ("A100", "H100", "B200", "MI300X")}
@@ -155,8 +157,8 @@ def as_on_a_device(kernels: str) -> Iterator[None]:
     os.environ["STIEFEL_KERNELS"] = kernels
     try:
         with set_to(
-            (write, "WRITE_PANEL", write.WRITE_PANEL_ACCELERATOR), (power_sums, "POWER_SUM_PANEL", 2**62),
-            (sums, "_PANELLED", ()),
+            (write, "PANEL", write.PANEL_ACCELERATOR), (power_sums, "PANEL", 2**62),
+            (sums, "_PANEL_DEVICES", ()),
         ):  # fmt: skip
             yield
     finally:
@@ -175,7 +177,9 @@ def chosen_for(m: int, n: int) -> Iterator[None]:
     Raises:
         ValueError: While it is on, where the small problem cannot be split so.
     """
-    from stiefel.kernels.triton import adam_lift, subspace
+    from stiefel.kernels.triton import adam_lift
+
+    subspace = importlib.import_module("stiefel.kernels.triton.project")
 
     real, fused = subspace._plan, adam_lift.on_chip
 
@@ -183,11 +187,11 @@ def chosen_for(m: int, n: int) -> Iterator[None]:
         K, rows, _ = G.shape
         large = G.new_empty(K, m, n, device="meta"), P.new_empty(K, m, P.shape[-1], device="meta")
         chosen, splits, _ = real(large[1], large[0])
-        blocks = -(-rows // chosen.blocks["BM"])
+        blocks = -(-rows // chosen.tile_sizes["BM"])
         length = -(-blocks // splits)
         if -(-blocks // length) != splits:
             raise ValueError(f"{rows} rows do not make {splits} splits: choose other small sizes")
-        return chosen, splits, length * chosen.blocks["BM"]
+        return chosen, splits, length * chosen.tile_sizes["BM"]
 
     def on_chip(W: Tensor, P: Tensor, r: int, sign: bool) -> bool:
         with set_to((adam_lift, "INTERPRETED", False)):
@@ -293,7 +297,7 @@ def operation_logs(operation: Operation, rank: int) -> tuple[str, Log, Log]:
     """The size, and what the kernels and the plain operation of it do."""
     from stiefel.kernels import triton as kernels
 
-    m, n = SQUARE if operation.square else WIDE
+    m, n = SQUARE if operation.square else UPCASTS
 
     def count(small_m: int, small_n: int) -> Log:
         run = operation.build(kernels, torch.zeros, small_m, small_n, rank)

@@ -452,7 +452,7 @@ def tiles_of(target: str | None) -> Iterator[None]:
 
     Those of large matrices, however small the ones at hand are.
     """
-    from stiefel.kernels.triton.tables import TABLES
+    from stiefel.kernels.triton._tables import TABLES
 
     kept = {name: dict(table["interpreted"]) for name, table in TABLES.items()}
     try:

@@ -205,13 +205,13 @@ def work(args: argparse.Namespace, out: TextIO) -> int:
         file=out,
     )
     results = pretrain.execute(plan, corpus, args, out, make)
-    told = {"base_corpus_hash": source.digest, "base_val_loss": before}
-    pretrain.print_report(results, corpus, sizes, args, size, out, **told)
+    known = {"base_corpus_hash": source.digest, "base_val_loss": before}
+    pretrain.print_report(results, corpus, sizes, args, size, out, **known)
     return int(any(record.diverged_at for _, record in results))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return pretrain.guarded("lora.py", work, make_parser().parse_args(argv))
+    return pretrain.run_or_explain("lora.py", work, make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

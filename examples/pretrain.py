@@ -352,10 +352,10 @@ def work(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return guarded("pretrain.py", work, make_parser().parse_args(argv))
+    return run_or_explain("pretrain.py", work, make_parser().parse_args(argv))
 
 
-def guarded(
+def run_or_explain(
     name: str, work: Callable[[argparse.Namespace, TextIO], int], args: argparse.Namespace
 ) -> int:
     """The exit code; a mistake of the caller is one sentence."""

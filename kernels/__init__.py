@@ -1,54 +1,100 @@
-"""Polar factors and the other heavy steps, one plain reference each."""
+"""Polar factors and the other heavy operations of the optimizers, each with one plain reference.
 
-from .blockwise import (
+Every function runs on the back end that suits its tensors; see ``README.md`` of this folder.
+"""
+
+import warnings
+from typing import Any
+
+from .dct import DCT_PATHS, dct, dct_basis, dct_path, idct, sized_dct
+from .ops import (
+    adam,
+    adam_lift_,
+    cast_stack,
+    column_norm,
+    dct_project,
+    dct_take,
+    equal_rows,
+    fuses_passes,
+    lift_,
+    momentum_power_sums_,
+    momentum_step_,
+    power_sums,
+    project,
+    row_norm,
+    row_step_,
+    scaled_add_,
+    sinkhorn,
+    split_step_,
+    squares,
+)
+from .polar import (
+    POLAR_METHODS,
+    SKETCHES,
+    PolarReport,
+    auto_method,
+    cholesky_qr,
+    composite_map,
+    eigenbasis,
+    gram_polar,
+    gram_restarts,
+    householder_qr,
+    inverse_root,
+    left_basis,
+    low_rank,
+    low_rank_size,
+    nearest_rotation,
+    newton_schulz,
+    polar_express_schedule,
+    polar_factor,
+    polar_report,
+    qdwh_schedule,
+    rotated,
+    zolotarev,
+)
+from .quantize import (
     blockwise_levels,
     blockwise_scales,
-    dequantise_blocks,
-    quantise_blocks,
+    dequantize_blocks,
+    dequantize_rows,
+    quantize_blocks,
+    quantize_rows,
 )
-from .coefficients import polar_express_schedule, zolotarev
-from .dct import PATHS as DCT_PATHS
-from .dct import dct, dct_basis, dct_path, idct
-from .gram_space import gram_restarts
-from .inverse_root import gram_polar, inverse_root
-from .low_rank import SKETCHES, low_rank, low_rank_size
-from .polar import METHODS as POLAR_METHODS
-from .polar import auto_method, composite_map, polar_factor
-from .products import add_product_, product
-from .qdwh import qdwh_schedule
-from .quantise import dequantise_rows, quantise_rows
 from .reference import gram, symmetric_poly
-from .report import PolarReport, polar_report
-from .rotation import (
-    cholesky_qr,
-    eigenbasis,
-    householder_qr,
-    left_basis,
-    nearest_rotation,
-    rotated,
-)
-from .rownorm import column_norm, row_norm
-from .sinkhorn import equal_rows, sinkhorn
+from .reference._stacks import Stack
+from .reference.adam import update_moments_
+from .reference.matmul import add_product_, product
+from .reference.reductions import row_total
+from .reference.row_norm import ROW_MODES, row_factors
+from .reference.write import update_weight_
 
 __all__ = [
     "DCT_PATHS",
     "POLAR_METHODS",
+    "ROW_MODES",
     "SKETCHES",
     "PolarReport",
+    "Stack",
+    "adam",
+    "adam_lift_",
     "add_product_",
     "auto_method",
     "blockwise_levels",
     "blockwise_scales",
+    "cast_stack",
     "cholesky_qr",
     "column_norm",
     "composite_map",
     "dct",
     "dct_basis",
     "dct_path",
-    "dequantise_blocks",
-    "dequantise_rows",
+    "dct_project",
+    "dct_take",
+    "dequantize_blocks",
+    "dequantize_rows",
     "eigenbasis",
     "equal_rows",
+    "fuses_passes",
     "gram",
     "gram_polar",
     "gram_restarts",
@@ -56,19 +102,50 @@ __all__ = [
     "idct",
     "inverse_root",
     "left_basis",
+    "lift_",
     "low_rank",
     "low_rank_size",
+    "momentum_power_sums_",
+    "momentum_step_",
     "nearest_rotation",
+    "newton_schulz",
     "polar_express_schedule",
     "polar_factor",
     "polar_report",
+    "power_sums",
     "product",
+    "project",
     "qdwh_schedule",
-    "quantise_blocks",
-    "quantise_rows",
+    "quantize_blocks",
+    "quantize_rows",
     "rotated",
+    "row_factors",
     "row_norm",
+    "row_step_",
+    "row_total",
+    "scaled_add_",
     "sinkhorn",
+    "sized_dct",
+    "split_step_",
+    "squares",
     "symmetric_poly",
+    "update_moments_",
+    "update_weight_",
     "zolotarev",
 ]
+
+_RENAMED = {
+    "dequantise_blocks": "dequantize_blocks",
+    "dequantise_rows": "dequantize_rows",
+    "quantise_blocks": "quantize_blocks",
+    "quantise_rows": "quantize_rows",
+}
+"""Names of release 0.1, which work for one more release."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    message = f"stiefel.kernels.{name} is called {_RENAMED[name]} now"
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

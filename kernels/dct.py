@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cosines import basis
-from .dispatch import pick
-from .products import product
+from .dispatch import backend_for
+from .reference.dct import basis
+from .reference.matmul import product
 
-PATHS = ("auto", "matmul", "fft")
+DCT_PATHS = ("auto", "matmul", "fft")
 FFT_FROM = 256
 """Length from which a CPU takes the FFT. One thread, float32, down 1024 columns: the product costs
 0.4 (n = 64), 0.6 (128), 1.0 (256), 1.9 (512), 3.1 (1024) times the FFT, and 1.0 and 1.8 times for
@@ -81,8 +81,8 @@ def dct_basis(
 def dct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:
     """The orthonormal DCT-II along one dimension: X C^T for dim -1, C X for dim -2.
 
-    The FFT path puts even entries before reversed odd ones and turns one real FFT of length n by
-    quarter waves. Source: J. Makhoul, A Fast Cosine Transform in One and Two Dimensions, IEEE
+    The FFT path puts even entries before reversed odd ones and multiplies one real FFT of length
+    n by quarter waves. Source: J. Makhoul, A Fast Cosine Transform in One and Two Dimensions, IEEE
     Trans. ASSP 28(1), 1980.
 
     Args:
@@ -116,7 +116,7 @@ def sized_dct(
     """
     if _checked(X, dim, path) == "matmul":
         return _multiplied(X, dim, inverse=False), None
-    ops = pick(X, "pass")
+    ops = backend_for(X, "pass")
     V = torch.fft.rfft(ops.dct_reorder(X, dim))
     S, sizes = ops.dct_twiddle(V, X.shape[dim], dim, None if ops is reference else norm)
     return S, sizes
@@ -129,7 +129,7 @@ def idct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:
     """
     if _checked(X, dim, path) == "matmul":
         return _multiplied(X, dim, inverse=True)
-    ops = pick(X, "pass")
+    ops = backend_for(X, "pass")
     v = torch.fft.irfft(ops.dct_untwiddle(X, dim), X.shape[dim])
     x: Tensor = ops.dct_restore(v, dim)
     return x
@@ -137,8 +137,8 @@ def idct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:
 
 def _checked(X: Tensor, dim: int, path: str) -> str:
     """The path that is taken."""
-    if path not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
+    if path not in DCT_PATHS:
+        raise ValueError(f"path must be one of {', '.join(DCT_PATHS)}, got {path!r}")
     if dim not in (-1, -2) or X.ndim not in (2, 3):
         raise ValueError(f"expected (m, n) or (K, m, n) and dim -1 or -2, got {X.ndim}-D, {dim}")
     wide = torch.promote_types(X.dtype, torch.float32)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels import dequantise_rows, quantise_rows
+from ..kernels import dequantize_rows, quantize_rows
 from ._core.rule import AdamFactored, Direction, Member, Rule, Slot
 from ._core.validation import check, check_adam, check_choices, resolve_rank
 from ._driver.optimizer import StackedOptimizer
@@ -181,7 +181,7 @@ class ErrorFeedback:
             torch.empty_like(E, dtype=dtype) if weight_shaped else low.new_empty(shape, dtype=dtype)
         )
         for i in _row_panels(out):
-            part = dequantise_rows(E[:, i], low[:, i], high[:, i], self.bits, n)
+            part = dequantize_rows(E[:, i], low[:, i], high[:, i], self.bits, n)
             out[:, i].copy_(part)
         return out
 
@@ -193,7 +193,7 @@ class ErrorFeedback:
                 stored.copy_(E)
             return
         for i in _row_panels(E):
-            codes, low, high = quantise_rows(E[:, i].float(), self.bits)
+            codes, low, high = quantize_rows(E[:, i].float(), self.bits)
             stored[:, i].copy_(codes)
             state["error_low"][:, i].copy_(low)
             state["error_high"][:, i].copy_(high)

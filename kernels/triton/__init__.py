@@ -1,30 +1,30 @@
-"""The Triton back end: the operations of ``stiefel.kernels.reference`` under the same names."""
+"""The operations as Triton kernels: the names and signatures of ``stiefel.kernels.reference``.
 
+Every operation lies in the file that has its name in ``reference/``. Files with an underscore are
+what several of them share.
+"""
+
+from ._launch import INTERPRETED as INTERPRETED
 from .adam import adam
 from .adam_lift import adam_lift_
-from .apply import scale_and_apply
-from .chosen import dct_project, dct_take
-from .cosine import dct_reorder, dct_twiddle
-from .cosine_back import dct_restore, dct_untwiddle
-from .launch import INTERPRETED
+from .cast_stack import cast_stack
+from .dct import dct_project, dct_reorder, dct_restore, dct_take, dct_twiddle, dct_untwiddle
 from .lift import lift_
-from .normalise import normalised, padded
-from .passes import blend_, blend_power_sums_
-from .reads import cast_stack, power_sums, squares
+from .momentum import momentum_power_sums_, momentum_step_
+from .normalize import normalized, padded
+from .project import project
+from .reductions import power_sums, squares
+from .row_norm import column_norm, row_norm
 from .row_step import row_step_
-from .rows import column_norm, row_norm
+from .scale_and_apply import scale_and_apply
 from .scaled_add import scaled_add_
-from .scaling import equal_rows, sinkhorn
-from .split import split_step_
-from .subspace import project
+from .sinkhorn import equal_rows, sinkhorn
+from .split_step import split_step_
 from .symmetric import gram, symmetric_apply, symmetric_poly
 
 __all__ = [
-    "INTERPRETED",
     "adam",
     "adam_lift_",
-    "blend_",
-    "blend_power_sums_",
     "cast_stack",
     "column_norm",
     "dct_project",
@@ -36,7 +36,9 @@ __all__ = [
     "equal_rows",
     "gram",
     "lift_",
-    "normalised",
+    "momentum_power_sums_",
+    "momentum_step_",
+    "normalized",
     "padded",
     "power_sums",
     "project",

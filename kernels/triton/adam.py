@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Case, config, guard, options, strides
+from ._launch import Case, config, guard, options, strides
 
 
 @triton.jit
@@ -33,31 +33,31 @@ def adam_moved(r, m, v, beta1, rest1, beta2, rest2, one, two, eps):
 
 @triton.jit
 def adam_kernel(
-    R, M, V, N, clock, ok, m, n, r_k, r_m, r_n, m_k, m_m, m_n, v_k, v_m, v_n, n_k, n_m, n_n,
-    t_k, t_m, t_n, ok_k, beta1, rest1, beta2, rest2, one, two, eps,
-    CLOCK: tl.constexpr, OK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    R, M, V, N, clock, finite, m, n, r_k, r_m, r_n, m_k, m_m, m_n, v_k, v_m, v_n, n_k, n_m, n_n,
+    t_k, t_m, t_n, finite_k, beta1, rest1, beta2, rest2, one, two, eps,
+    CLOCK: tl.constexpr, FINITE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A tile of both moments and of the direction; the grid is (tiles, matrices)."""
-    wide = tl.cdiv(n, BN)
+    col_tiles = tl.cdiv(n, BN)
     k = tl.program_id(1).to(tl.int64)
-    rows = ((tl.program_id(0) // wide) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    cols = ((tl.program_id(0) % wide) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
-    there = (rows < m) & (cols < n)
+    rows = ((tl.program_id(0) // col_tiles) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    cols = ((tl.program_id(0) % col_tiles) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    mask = (rows < m) & (cols < n)
     M += k * m_k + rows * m_m + cols * m_n
     V += k * v_k + rows * v_m + cols * v_n
-    x = tl.load(R + k * r_k + rows * r_m + cols * r_n, mask=there, other=0.0).to(tl.float32)
-    a = tl.load(M, mask=there, other=0.0).to(tl.float32)
-    b = tl.load(V, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(R + k * r_k + rows * r_m + cols * r_n, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(M, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(V, mask=mask, other=0.0).to(tl.float32)
     if CLOCK:  # logarithms of the decays were passed
-        t = tl.load(clock + k * t_k + rows * t_m + cols * t_n, mask=there, other=1).to(tl.float32)
+        t = tl.load(clock + k * t_k + rows * t_m + cols * t_n, mask=mask, other=1).to(tl.float32)
         one, two = distance(t * one), tl.sqrt_rn(distance(t * two))
     a, b, direction = adam_moved(x, a, b, beta1, rest1, beta2, rest2, one, two, eps)
     N += k * n_k + rows * n_m + cols * n_n
-    tl.store(N, direction.to(N.dtype.element_ty), mask=there)
-    if OK:
-        there = (rows < m) & (cols < tl.where(tl.load(ok + k * ok_k) != 0.0, n, 0))
-    tl.store(M, a.to(M.dtype.element_ty), mask=there)
-    tl.store(V, b.to(V.dtype.element_ty), mask=there)
+    tl.store(N, direction.to(N.dtype.element_ty), mask=mask)
+    if FINITE:
+        mask = (rows < m) & (cols < tl.where(tl.load(finite + k * finite_k) != 0.0, n, 0))
+    tl.store(M, a.to(M.dtype.element_ty), mask=mask)
+    tl.store(V, b.to(V.dtype.element_ty), mask=mask)
 
 
 def bias(t: float, clocked: bool, beta1: float, beta2: float) -> tuple[float, ...]:
@@ -67,6 +67,11 @@ def bias(t: float, clocked: bool, beta1: float, beta2: float) -> tuple[float, ..
     else:
         one, two = 1.0 - beta1**t, math.sqrt(1.0 - beta2**t)
     return beta1, 1.0 - beta1, beta2, 1.0 - beta2, one, two
+
+
+def flag_stride(flags: Tensor | None) -> int:
+    """From one matrix's flag to the next, 0 for one flag of all."""
+    return 0 if flags is None or len(flags) == 1 else flags.stride(0)
 
 
 def spread(clock: Tensor | None, like: Tensor) -> tuple[int, int, int]:
@@ -80,7 +85,7 @@ def spread(clock: Tensor | None, like: Tensor) -> tuple[int, int, int]:
 @torch.library.custom_op("stiefel::adam", mutates_args=("M", "V"))
 def _adam_op(
     R: Tensor, M: Tensor, V: Tensor, t: float, clock: Tensor | None, beta1: float, beta2: float,
-    eps: float, ok: Tensor | None,
+    eps: float, finite: Tensor | None,
 ) -> Tensor:  # fmt: skip
     N = torch.empty_like(R, memory_format=torch.contiguous_format)
     if R.numel() == 0:
@@ -90,12 +95,12 @@ def _adam_op(
     if clock is None and all(X.is_contiguous() for X in xs):
         m, n, xs = 1, m * n, tuple(X.view(K, 1, m * n) for X in xs)
     chosen = config("adam", R, n)
-    grid = (triton.cdiv(m, chosen.blocks["BM"]) * triton.cdiv(n, chosen.blocks["BN"]), K)
+    grid = (triton.cdiv(m, chosen.tile_sizes["BM"]) * triton.cdiv(n, chosen.tile_sizes["BN"]), K)
     with guard(R):
         adam_kernel[grid](
-            *xs, clock, ok, m, n, *(s for X in xs for s in strides(X)), *spread(clock, R),
-            0 if ok is None or len(ok) == 1 else ok.stride(0), *bias(t, clock is not None, beta1,
-            beta2), eps, CLOCK=clock is not None, OK=ok is not None, **options(chosen),
+            *xs, clock, finite, m, n, *(s for X in xs for s in strides(X)), *spread(clock, R),
+            flag_stride(finite), *bias(t, clock is not None, beta1, beta2), eps,
+            CLOCK=clock is not None, FINITE=finite is not None, **options(chosen),
         )  # fmt: skip
     return N
 
@@ -112,21 +117,21 @@ def clocks(t: float | Tensor) -> tuple[float, Tensor | None]:
 
 def adam(
     R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, *, beta1: float, beta2: float, eps: float,
-    ok: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.adam`."""
+    """Kernel of :func:`stiefel.kernels.reference.adam`."""
     number, clock = clocks(t)
-    if M.stride(-1) != 1 and M.stride(-2) == 1:  # moments of a turned weight: along the memory
+    if M.stride(-1) != 1 and M.stride(-2) == 1:  # moments of a transposed weight
         R, M, V, clock = R.mT, M.mT, V.mT, None if clock is None else clock.mT
-        turned: Tensor = _adam_op(R, M, V, number, clock, beta1, beta2, eps, ok)
-        return turned.mT
-    N: Tensor = _adam_op(R, M, V, number, clock, beta1, beta2, eps, ok)
+        U: Tensor = _adam_op(R, M, V, number, clock, beta1, beta2, eps, finite)
+        return U.mT
+    N: Tensor = _adam_op(R, M, V, number, clock, beta1, beta2, eps, finite)
     return N
 
 
-_POINTERS = {*"WPNXRMVG", "by", "floor", "control", "clock", "ok", "out", "squares", "parts"}
+_POINTERS = {*"WPNXRMVG", "by", "floor", "control", "clock", "finite", "out", "squares", "parts"}
 _NUMBERS = {"keep", "alpha", "free", "beta1", "rest1", "beta2", "rest2", "one", "two", "eps"}
-_LOOSE = ("splits", "blocks", "f_k", "c_k", "ok_k")
+_LOOSE = ("splits", "col_tiles", "f_k", "c_k", "finite_k")
 
 
 def described(
@@ -163,6 +168,6 @@ def _case(name: str, R: str, moments: str, **on: Any) -> Case:
 
 CASES = [
     _case("adam", "fp32", "fp32"),
-    _case("adam bf16", "bf16", "bf16", OK=True),
+    _case("adam bf16", "bf16", "bf16", FINITE=True),
     _case("adam clocks", "fp32", "fp32", CLOCK=True),
 ]

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import INTERPRETED, Case, config, guard, options, refuse_overlap, strides
+from ._tables import Config
+from ._write import store_weight
 from .adam import adam, adam_moved, bias, clocks, distance, spread
-from .launch import INTERPRETED, Case, config, guard, options, refuse_overlap, strides
 from .lift import case, controls, floors, lift_, products, residual, signs, three
-from .subspace import RANK, multiprocessors, ranks
-from .tables import Config
+from .project import RANK, multiprocessors, ranks
 
 ON_CHIP = 128
 """Most coordinates, padded, whose Adam and lift are one kernel; above they are two.
@@ -26,7 +27,7 @@ Half as many where products are split in three (tf32x3), and half again with sig
 leave so few columns to a program that P is read from L2 oftener than by the other two kernels.
 """
 FULL = 0.8
-"""Least share of the device that blocks of columns fill in all of their turns."""
+"""Least share of the device that column tiles keep busy, over all their waves."""
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def adam_lift_kernel(
     PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
     RB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """All of W in BN columns, with R and N of these on chip; the grid is (blocks, matrices)."""
+    """All of W in BN columns, with R and N of these on chip; grid (column tiles, matrices)."""
     k = tl.program_id(1).to(tl.int64)
     cols = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
     inner = tl.arange(0, RB).to(tl.int64)
@@ -47,11 +48,11 @@ def adam_lift_kernel(
     width = n
     if CONTROL:
         control += k * c_k
-        width = tl.where(tl.load(control) != 0.0, n, 0)  # of a bad matrix nothing is written
+        width = tl.where(tl.load(control) != 0.0, n, 0)  # else nothing is written
         keep = tl.load(control + c_c)
         alpha = tl.load(control + 2 * c_c)
-    good = cols < width
-    stored = (down < r) & good
+    written = cols < width
+    stored = (down < r) & written
     R += k * r_k + down * r_r + cols * r_n
     x = tl.load(R, mask=inside, other=0.0).to(tl.float32)
     M += k * m_k + down * m_r + cols * m_n
@@ -62,7 +63,7 @@ def adam_lift_kernel(
         t = tl.load(clock + k * t_k + down * t_r + cols * t_n, mask=inside, other=1)
         one, two = distance(t.to(tl.float32) * one), tl.sqrt_rn(distance(t.to(tl.float32) * two))
     a, b, d = adam_moved(x, a, b, beta1, rest1, beta2, rest2, one, two, eps)
-    d = tl.where(inside, d, 0.0)  # without eps it is 0 / 0 there
+    d = tl.where(inside, d, 0.0)  # without eps it is 0 / 0 mask
     tl.store(M, a.to(M.dtype.element_ty), mask=stored)
     tl.store(V, b.to(V.dtype.element_ty), mask=stored)
     least = 0.0
@@ -75,15 +76,15 @@ def adam_lift_kernel(
     for start in range(0, m, BM):
         left = tl.arange(0, BM)[:, None] < m - start
         # asked for before the product, so that they come while it runs
-        old = tl.load(w, mask=left & good, other=0.0).to(tl.float32)
+        old = tl.load(w, mask=left & written, other=0.0).to(tl.float32)
         if SIGN:
             g = X + k * x_k + (rows + start) * x_m + cols * x_n
-            g = tl.load(g, mask=left & good, other=0.0).to(tl.float32)
+            g = tl.load(g, mask=left & written, other=0.0).to(tl.float32)
         y = tl.load(p, mask=left & (inner[None, :] < r), other=0.0).to(tl.float32)
         acc = tl.dot(y, d, input_precision=PRECISION)
         if SIGN:
             acc += free * signs(g - tl.dot(y, x, input_precision=RESIDUAL), least)
-        tl.store(w, (keep * old + alpha * acc).to(W.dtype.element_ty), mask=left & good)
+        store_weight(w, keep * old + alpha * acc, left & written)
         p += step * p_m
         w += step * w_m
 
@@ -99,15 +100,15 @@ def _adam_lift_op(
     refuse_overlap(W, P, R, *(() if X is None else (X,)))
     (K, m, n), r = W.shape, M.shape[-2]
     if not on_chip(W, P, r, X is not None):
-        ok = None if control is None else control[:, 0]
+        finite = None if control is None else control[:, 0]
         clocked = t if clock is None else clock
-        N = adam(R, M, V, clocked, beta1=beta1, beta2=beta2, eps=eps, ok=ok)
+        N = adam(R, M, V, clocked, beta1=beta1, beta2=beta2, eps=eps, finite=finite)
         beside = None if X is None else R
         lift_(W, P, N, keep, alpha, X=X, R=beside, free=free, floor=floor, control=control)
         return
     chosen = _tiles(W, X is not None)
     with guard(W):
-        adam_lift_kernel[(triton.cdiv(n, chosen.blocks["BN"]), K)](
+        adam_lift_kernel[(triton.cdiv(n, chosen.tile_sizes["BN"]), K)](
             W, P, R, M, V, clock, X, floor, control, m, n, r, *strides(W), *strides(P),
             *strides(R), *strides(M), *strides(V), *spread(clock, M), *three(X), floors(floor),
             *controls(control), keep, alpha, free,
@@ -123,15 +124,15 @@ def _tiles(W: Tensor, sign: bool) -> Config:
 
 
 def on_chip(W: Tensor, P: Tensor, r: int, sign: bool) -> bool:
-    """Whether one kernel does Adam and the lift: N fits, and its column blocks fill the device.
+    """Whether one kernel does Adam and the lift: N fits, and its column tiles fill the device.
 
     It depends on one matrix only, so that a stack has the bits of its matrices.
     """
     if ranks(r, 2 * RANK) * (1 + sign) * (1 + (products(W, P) == "tf32x3")) > ON_CHIP:
         return False
-    blocks = triton.cdiv(W.shape[-1], _tiles(W, sign).blocks["BN"])
-    at_once = multiprocessors(W.device.index or 0)  # a block takes all of one, and is slow alone
-    return INTERPRETED or blocks >= FULL * at_once * triton.cdiv(blocks, at_once)
+    tiles = triton.cdiv(W.shape[-1], _tiles(W, sign).tile_sizes["BN"])
+    at_once = multiprocessors(W.device.index or 0)  # a tile takes all of one
+    return INTERPRETED or tiles >= FULL * at_once * triton.cdiv(tiles, at_once)
 
 
 def adam_lift_(
@@ -139,7 +140,7 @@ def adam_lift_(
     alpha: float, *, beta1: float, beta2: float, eps: float, X: Tensor | None = None,
     free: float = 0.0, floor: Tensor | None = None, control: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.adam_lift_`."""
+    """Kernel of :func:`stiefel.kernels.reference.adam_lift_`."""
     X, (number, clock) = None if free == 0.0 else X, clocks(t)
     _adam_lift_op(
         W, P, R, M, V, number, clock, keep, alpha, beta1, beta2, eps, X, free, floor, control
@@ -155,8 +156,8 @@ def _case(name: str, W: str, RB: int, sign: bool = False, **constants: Any) -> C
 
 CASES = [
     _case("adam_lift bf16", "bf16", 128),
-    _case("adam_lift bf16 turned", "bf16", 128),
+    _case("adam_lift bf16 column-major", "bf16", 128),
     _case("adam_lift tf32x3", "fp32", 64, PRECISION="tf32x3"),
     _case("adam_lift bf16 with signs", "bf16", 64, True),
-    _case("adam_lift tf32x3 with signs turned", "fp32", 32, True, PRECISION="tf32x3"),
+    _case("adam_lift tf32x3 with signs column-major", "fp32", 32, True, PRECISION="tf32x3"),
 ]

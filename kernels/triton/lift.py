@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import described
-from .launch import (
+from ._launch import (
     Case,
     config,
     guard,
@@ -22,7 +21,9 @@ from .launch import (
     refuse_overlap,
     strides,
 )
-from .subspace import wide
+from ._write import store_weight
+from .adam import described
+from .project import needs_upcast
 
 
 @triton.jit
@@ -36,22 +37,22 @@ def lift_kernel(
     W, P, N, X, by, R, floor, control, m, n, r, w_k, w_m, w_n, p_k, p_m, p_r, n_k, n_r, n_n,
     x_k, x_m, x_n, b_k, b_m, b_n, r_k, r_r, r_n, f_k, c_k, c_c, keep, alpha, free,
     REST: tl.constexpr, BY: tl.constexpr, FLOOR: tl.constexpr, CONTROL: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
+    UPCASTS: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of W; the grid is (tiles, matrices)."""
-    blocks = tl.cdiv(n, BN)
+    col_tiles = tl.cdiv(n, BN)
     k = tl.program_id(1).to(tl.int64)  # a stack may have more than 2^31 elements
-    rows = ((tl.program_id(0) // blocks) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    cols = ((tl.program_id(0) % blocks) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    rows = ((tl.program_id(0) // col_tiles) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    cols = ((tl.program_id(0) % col_tiles) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
     inner = tl.arange(0, BK).to(tl.int64)
     width = n
     if CONTROL:
         control += k * c_k
-        width = tl.where(tl.load(control) != 0.0, n, 0)  # of a bad matrix nothing is touched
+        width = tl.where(tl.load(control) != 0.0, n, 0)  # else nothing is touched
         keep = tl.load(control + c_c)
         alpha = tl.load(control + 2 * c_c)
-    there = (rows < m) & (cols < width)
+    mask = (rows < m) & (cols < width)
     p = P + k * p_k + rows * p_m + inner[None, :] * p_r
     d = N + k * n_k + inner[:, None] * n_r + cols * n_n
     step = tl.full((), BK, tl.int64)
@@ -67,13 +68,13 @@ def lift_kernel(
             z = tl.load(e, mask=left[:, None] & (cols < n), other=0.0)
             reached = tl.dot(x.to(tl.float32), z.to(tl.float32), reached, input_precision=RESIDUAL)
             e += step * r_r
-        if WIDE:
+        if UPCASTS:
             x, y = x.to(tl.float32), y.to(tl.float32)
         acc = tl.dot(x, y, acc, input_precision=PRECISION)
         p += step * p_r
         d += step * n_r
     if REST > 0:
-        x = tl.load(X + k * x_k + rows * x_m + cols * x_n, mask=there, other=0.0).to(tl.float32)
+        x = tl.load(X + k * x_k + rows * x_m + cols * x_n, mask=mask, other=0.0).to(tl.float32)
     if REST == 1:
         if BY == 1:
             x *= tl.load(by + k * b_k).to(tl.float32)
@@ -82,14 +83,14 @@ def lift_kernel(
         elif BY == 3:
             x *= tl.load(by + k * b_k + cols * b_n, mask=cols < n, other=0.0).to(tl.float32)
         elif BY == 4:
-            x *= tl.load(by + k * b_k + rows * b_m + cols * b_n, mask=there, other=0.0)
+            x *= tl.load(by + k * b_k + rows * b_m + cols * b_n, mask=mask, other=0.0)
         acc += x
     elif REST == 2:
         least = tl.load(floor + k * f_k).to(tl.float32) if FLOOR else 0.0
         acc += free * signs(x - reached, least)
     W += k * w_k + rows * w_m + cols * w_n
-    w = tl.load(W, mask=there, other=0.0).to(tl.float32)
-    tl.store(W, (keep * w + alpha * acc).to(W.dtype.element_ty), mask=there)
+    w = tl.load(W, mask=mask, other=0.0).to(tl.float32)
+    store_weight(W, keep * w + alpha * acc, mask)
 
 
 def products(W: Tensor, *Xs: Tensor) -> str:
@@ -141,13 +142,14 @@ def _lift_op(
     kind, b = _scales(by)
     rest = 0 if X is None else 1 if R is None else 2
     chosen = config("lift_sign" if rest == 2 else "lift", W, m, n)
-    tiles = triton.cdiv(m, chosen.blocks["BM"]) * triton.cdiv(n, chosen.blocks["BN"])
+    tiles = triton.cdiv(m, chosen.tile_sizes["BM"]) * triton.cdiv(n, chosen.tile_sizes["BN"])
     with guard(W):
         lift_kernel[(tiles, K)](
             W, P, N, X, by, R, floor, control, m, n, r, *strides(W), *strides(P), *strides(N),
             *three(X), *b, *three(R), floors(floor), *controls(control), keep, alpha, free,
             REST=rest, BY=kind, FLOOR=floor is not None, CONTROL=control is not None,
-            WIDE=wide(P, N), PRECISION=products(W, P, N), RESIDUAL=residual(), **options(chosen),
+            UPCASTS=needs_upcast(P, N), PRECISION=products(W, P, N), RESIDUAL=residual(),
+            **options(chosen),
         )  # fmt: skip
 
 
@@ -156,7 +158,7 @@ def lift_(
     by: Tensor | None = None, R: Tensor | None = None, free: float = 0.0,
     floor: Tensor | None = None, control: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.lift_`."""
+    """Kernel of :func:`stiefel.kernels.reference.lift_`."""
     _lift_op(W, P, N, keep, alpha, X, by, R, free, floor, control)
 
 
@@ -164,8 +166,8 @@ _UNITS = ("p_r", "n_n", "r_n", "m_n", "v_n", "b_n", "c_c")
 
 
 def case(name: str, table: str, kernel: Any, pointers: dict[str, str], **constants: Any) -> Case:
-    """Weights that are "turned" have unit strides along their columns."""
-    units = (*_UNITS, *(("w_m", "x_m") if "turned" in name else ("w_n", "x_n")))
+    """Column-major weights have unit strides along their columns."""
+    units = (*_UNITS, *(("w_m", "x_m") if "column-major" in name else ("w_n", "x_n")))
     dot = "bf16" if "narrow" in name else "tf32"
     constants = {"PRECISION": "tf32", "RESIDUAL": "tf32x3", **constants}
     return described(name, table, kernel, pointers, units, dot, **constants)
@@ -183,9 +185,9 @@ CASES = [
     _lift("lift fp16", "fp16"),
     _lift("lift tf32x3", "fp32", PRECISION="tf32x3"),
     _lift("lift bf16 narrow", "bf16", "bf16"),
-    _lift("lift bf16 turned", "bf16"),
+    _lift("lift bf16 column-major", "bf16"),
     _lift("lift bf16 with a scaled matrix", "bf16", REST=1, BY=3),
-    _lift("lift bf16 with a scaled matrix turned", "bf16", REST=1, BY=3),
+    _lift("lift bf16 with a scaled matrix column-major", "bf16", REST=1, BY=3),
     _lift("lift bf16 with signs", "bf16", **_SIGN),
-    _lift("lift tf32x3 with signs turned", "fp32", PRECISION="tf32x3", **_SIGN),
+    _lift("lift tf32x3 with signs column-major", "fp32", PRECISION="tf32x3", **_SIGN),
 ]

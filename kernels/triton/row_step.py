@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import check_step
-from .launch import Case, guard, options, strides
-from .row_sums import KINDS, case, factor, tile
+from ..reference.row_step import check_step
+from ._launch import Case, guard, options, strides
+from ._row_sums import ROW_MODE_CODES, case, factor, tile
+from ._write import store_weight
 
 
 @triton.jit
@@ -23,10 +24,10 @@ def lerped(a, b, weight, rest):
 
 
 @triton.jit
-def moved(M, G, at_m, at_g, there, momentum, gain, NESTEROV: tl.constexpr):
+def moved(M, G, at_m, at_g, mask, momentum, gain, NESTEROV: tl.constexpr):
     """The new momentum, and the step that is made of it."""
-    a = tl.load(M + at_m, mask=there, other=0.0).to(tl.float32)
-    g = tl.load(G + at_g, mask=there, other=0.0).to(tl.float32)
+    a = tl.load(M + at_m, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(G + at_g, mask=mask, other=0.0).to(tl.float32)
     a = lerped(a, g, gain, momentum)
     return a, lerped(g, a, momentum, gain) if NESTEROV else a
 
@@ -38,40 +39,40 @@ def step_kernel(
     MODE: tl.constexpr, NESTEROV: tl.constexpr, CONTROL: tl.constexpr, WHOLE: tl.constexpr,
     R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """R rows of W and M; the grid is (row blocks, matrices)."""
+    """R rows of W and M; the grid is (row bands, matrices)."""
     batch = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
     cols = tl.arange(0, BN).to(tl.int64)[None, :]
     if CONTROL:
-        told = control + batch * c_k
-        keep, alpha = tl.load(told + c_x), tl.load(told + 2 * c_x)
-        m = tl.where(tl.load(told) != 0.0, m, 0)  # of a bad matrix nothing is touched
-    good = rows < m
+        control_row = control + batch * c_k
+        keep, alpha = tl.load(control_row + c_x), tl.load(control_row + 2 * c_x)
+        m = tl.where(tl.load(control_row) != 0.0, m, 0)  # else no row is touched
+    valid = rows < m
     W += batch * w_k + rows * w_m
     M += batch * m_k + rows * m_m
     G += batch * g_k + rows * g_m
     if WHOLE:
-        there = good & (cols < n)
-        w = tl.load(W + cols * w_n, mask=there, other=0.0).to(tl.float32)  # beside the others
-        a, u = moved(M, G, cols * m_n, cols * g_n, there, momentum, gain, NESTEROV)
-        u = tl.where(there, u, 0.0)
-        tl.store(M + cols * m_n, a.to(M.dtype.element_ty), mask=there)
+        mask = valid & (cols < n)
+        w = tl.load(W + cols * w_n, mask=mask, other=0.0).to(tl.float32)  # beside the others
+        a, u = moved(M, G, cols * m_n, cols * g_n, mask, momentum, gain, NESTEROV)
+        u = tl.where(mask, u, 0.0)
+        tl.store(M + cols * m_n, a.to(M.dtype.element_ty), mask=mask)
         by = alpha * factor(tl.sum(u * u, axis=1), 0.0, eps, MODE)[:, None]
         w = keep * w + by * u
-        tl.store(W + cols * w_n, w.to(W.dtype.element_ty), mask=there)
+        store_weight(W + cols * w_n, w, mask)
     else:  # M is stored last, as rounding it early would show
         sums = tl.zeros((R, BN), tl.float32)
         for j in range(0, n, BN):
-            there, at = good & (cols < n - j), cols + j
-            _, u = moved(M, G, at * m_n, at * g_n, there, momentum, gain, NESTEROV)
-            sums += tl.where(there, u * u, 0.0)
+            mask, at = valid & (cols < n - j), cols + j
+            _, u = moved(M, G, at * m_n, at * g_n, mask, momentum, gain, NESTEROV)
+            sums += tl.where(mask, u * u, 0.0)
         by = alpha * factor(tl.sum(sums, axis=1), 0.0, eps, MODE)[:, None]
         for j in range(0, n, BN):
-            there, at = good & (cols < n - j), cols + j
-            a, u = moved(M, G, at * m_n, at * g_n, there, momentum, gain, NESTEROV)
-            tl.store(M + at * m_n, a.to(M.dtype.element_ty), mask=there)
-            w = keep * tl.load(W + at * w_n, mask=there, other=0.0).to(tl.float32) + by * u
-            tl.store(W + at * w_n, w.to(W.dtype.element_ty), mask=there)
+            mask, at = valid & (cols < n - j), cols + j
+            a, u = moved(M, G, at * m_n, at * g_n, mask, momentum, gain, NESTEROV)
+            tl.store(M + at * m_n, a.to(M.dtype.element_ty), mask=mask)
+            w = keep * tl.load(W + at * w_n, mask=mask, other=0.0).to(tl.float32) + by * u
+            store_weight(W + at * w_n, w, mask)
 
 
 @torch.library.custom_op("stiefel::row_step_", mutates_args=("W", "M"))
@@ -84,7 +85,7 @@ def _row_step(
     K, m, n = W.shape
     chosen, whole = tile(W)
     with guard(W):
-        step_kernel[(triton.cdiv(m, chosen.blocks["R"]), K)](
+        step_kernel[(triton.cdiv(m, chosen.tile_sizes["R"]), K)](
             W, M, G, control, m, n, *strides(W), *strides(M), *strides(G),
             *(control.stride() if control is not None else (0, 0)),
             momentum, 1 - momentum, eps, keep, alpha, MODE=mode, NESTEROV=nesterov,
@@ -96,9 +97,9 @@ def row_step_(
     W: Tensor, M: Tensor, G: Tensor, momentum: float, eps: float, mode: str, keep: float,
     alpha: float, control: Tensor | None = None, nesterov: bool = False,
 ) -> None:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.row_step_`."""
+    """Kernel of :func:`stiefel.kernels.reference.row_step_`."""
     check_step(mode)
-    _row_step(W, M, G, momentum, eps, KINDS[mode], keep, alpha, control, nesterov)
+    _row_step(W, M, G, momentum, eps, ROW_MODE_CODES[mode], keep, alpha, control, nesterov)
 
 
 def _case(element: str, table: str, size: str, unit: str = "n") -> Case:
@@ -106,7 +107,7 @@ def _case(element: str, table: str, size: str, unit: str = "n") -> Case:
     other = "m" if unit == "n" else "n"
     sizes = " ".join(("m n c_k", *(f"{x}_{axis}" for x in "wmg" for axis in ("k", other))))
     units = {f"{x}_{unit}": 1 for x in "wmg"}
-    kind = size if table == "rows" else table[5:]
+    kind = size if table == "rows" else table[5:].replace("_", "-")
     return case(
         f"row_step_ {element} {kind}", step_kernel, table, element, "W G", sizes,
         "momentum gain eps keep alpha", size, "M control", **units, c_x=1, NESTEROV=False,
@@ -118,4 +119,4 @@ CASES = [
     _case(element, *kind)
     for element in ("fp32", "bf16")
     for kind in (("rows", "small"), ("rows", "large"), ("rows_long", "large"))
-] + [_case("fp32", "rows_turned", "large", "m")]
+] + [_case("fp32", "rows_column_major", "large", "m")]

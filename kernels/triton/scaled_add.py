@@ -10,10 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import passes as plain
-from ..passes import Stack
-from .launch import Case, guard, options
-from .lists import Operand, as_list, is_wide, lies_turned, matrix, operand_case, tiles
+from ..reference import scaled_add as plain
+from ..reference._stacks import Stack
+from ._launch import Case, guard, options
+from ._pointer_lists import (
+    Operand,
+    as_list,
+    is_column_major,
+    is_unsupported,
+    matrix_pointer,
+    operand_case,
+    pass_tiles,
+)
+from ._write import store_weight
 
 
 @triton.jit
@@ -30,8 +39,8 @@ def times(x, by, k, rows, cols, m, n, b_k, b_m, b_n, FORM: tl.constexpr):
         elif FORM == "cols":
             return x * tl.load(by + cols * b_n, mask=cols < n, other=0.0).to(tl.float32)
         else:
-            there = (rows < m) & (cols < n)
-            return x * tl.load(by + rows * b_m + cols * b_n, mask=there, other=0.0).to(tl.float32)
+            mask = (rows < m) & (cols < n)
+            return x * tl.load(by + rows * b_m + cols * b_n, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -46,32 +55,32 @@ def scaled_add_kernel(
     tile, k = tl.program_id(0), tl.program_id(1)
     rows = (tile // across * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     cols = (tile % across * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
-    there = (rows < m) & (cols < n)
-    place = matrix(W, k, w_k, W_TYPE, W_ALIGNED) + rows * w_m + cols * w_n
-    x = matrix(X, k, x_k, X_TYPE, X_ALIGNED) + rows * x_m + cols * x_n
-    w = tl.load(place, mask=there, other=0.0)
-    added = tl.load(x, mask=there, other=0.0).to(tl.float32)
+    mask = (rows < m) & (cols < n)
+    place = matrix_pointer(W, k, w_k, W_TYPE, W_ALIGNED) + rows * w_m + cols * w_n
+    x = matrix_pointer(X, k, x_k, X_TYPE, X_ALIGNED) + rows * x_m + cols * x_n
+    w = tl.load(place, mask=mask, other=0.0)
+    added = tl.load(x, mask=mask, other=0.0).to(tl.float32)
     added = times(added, by, k, rows, cols, m, n, b_k, b_m, b_n, FORM)
     if TWO:
-        y = matrix(Y, k, y_k, Y_TYPE, Y_ALIGNED) + rows * y_m + cols * y_n
-        y = tl.load(y, mask=there, other=0.0).to(tl.float32)
+        y = matrix_pointer(Y, k, y_k, Y_TYPE, Y_ALIGNED) + rows * y_m + cols * y_n
+        y = tl.load(y, mask=mask, other=0.0).to(tl.float32)
         added += times(y, by_Y, k, rows, cols, m, n, c_k, c_m, c_n, FORM_Y)
-    good = 1.0
+    finite = 1.0
     if CONTROL:
         control += k.to(tl.int64) * control_k
-        good = tl.load(control)
+        finite = tl.load(control)
         keep = tl.load(control + control_n)
         alpha = tl.load(control + 2 * control_n)
-    if good != 0.0:
-        tl.store(place, (keep * w.to(tl.float32) + alpha * added).to(w.dtype), mask=there)
+    if finite != 0.0:
+        store_weight(place, keep * w.to(tl.float32) + alpha * added, mask)
 
 
-def _factor(by: Tensor | None, turned: bool, w: Operand) -> tuple[Tensor | None, Any, str]:
+def _factor(by: Tensor | None, transposed: bool, w: Operand) -> tuple[Tensor | None, Any, str]:
     """A factor, its strides (0 along what it has not), and its form."""
     if by is None:
         return None, (0, 0, 0), ""
     by = by.reshape((1,) * (3 - by.ndim) + by.shape) if by.ndim < 3 else by
-    by = by.mT if turned else by
+    by = by.mT if transposed else by
     shape = tuple(by.shape)
     if any(s not in (1, t) for s, t in zip(shape, w.shape, strict=True)):
         raise ValueError(f"by must broadcast against {w.shape}, got {shape}")
@@ -85,21 +94,21 @@ def _scaled_add(
     Ws: Sequence[Tensor], Xs: Sequence[Tensor], by: Tensor | None, Ys: Sequence[Tensor],
     by_Y: Tensor | None, keep: float, alpha: float, control: Tensor | None,
 ) -> None:  # fmt: skip
-    turned, two = lies_turned(Ws), len(Ys) > 0
-    W, X = Operand(Ws, "W", turned), Operand(Xs, "X", turned)
-    Y = Operand(Ys, "Y", turned) if two else X
+    transposed, two = is_column_major(Ws), len(Ys) > 0
+    W, X = Operand(Ws, "W", transposed), Operand(Xs, "X", transposed)
+    Y = Operand(Ys, "Y", transposed) if two else X
     W.expect(X, "X")
     W.expect(Y, "Y")
     K, m, n = W.shape
     if K * m * n == 0:
         return
-    b, b_steps, form = _factor(by, turned, W)
-    c, c_steps, form_y = _factor(by_Y if two else None, turned, W)
+    b, b_steps, form = _factor(by, transposed, W)
+    c, c_steps, form_y = _factor(by_Y if two else None, transposed, W)
     rows = (0, 0) if control is None else (control.stride(0), control.stride(1))
     with guard(W.first):
-        chosen = tiles("pass", W.first, m, n)
-        across = triton.cdiv(n, chosen.blocks["BN"])
-        scaled_add_kernel[(triton.cdiv(m, chosen.blocks["BM"]) * across, K)](
+        chosen = pass_tiles("pass", W.first, m, n)
+        across = triton.cdiv(n, chosen.tile_sizes["BN"])
+        scaled_add_kernel[(triton.cdiv(m, chosen.tile_sizes["BM"]) * across, K)](
             W.pointer, X.pointer, Y.pointer if two else None, b, c, control, m, n, *W.strides,
             *X.strides, *(Y.strides if two else (0, 0, 0)), *b_steps, *c_steps, *rows, across,
             keep, alpha, W_TYPE=W.type, W_ALIGNED=W.aligned, X_TYPE=X.type, X_ALIGNED=X.aligned,
@@ -112,8 +121,8 @@ def scaled_add_(
     W: Stack, X: Stack, by: Tensor | None, keep: float, alpha: float,
     control: Tensor | None = None, *, Y: Stack | None = None, by_Y: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.scaled_add_`."""
-    if is_wide(W, X, Y) or len(W) == 0:
+    """Kernel of :func:`stiefel.kernels.reference.scaled_add_`."""
+    if is_unsupported(W, X, Y) or len(W) == 0:
         plain.scaled_add_(W, X, by, keep, alpha, control, Y=Y, by_Y=by_Y)
         return
     Ys = [] if Y is None else as_list(Y)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import (
+from ._launch import (
     INTERPRETED,
     Case,
     guard,
@@ -22,7 +22,7 @@ from .launch import (
     strides,
     tuned,
 )
-from .tables import Config
+from ._tables import Config
 
 
 @triton.jit
@@ -81,19 +81,19 @@ def symmetric_kernel(
         a += tl.cast(a_n, tl.int64) * BK
         b += tl.cast(b_n, tl.int64) * BK
     acc *= alpha
-    there = (rows[:, None] < m) & (cols[None, :] < m)
+    mask = (rows[:, None] < m) & (cols[None, :] < m)
     if SOURCE:
         s = S + batch * s_k + rows[:, None] * s_m + cols[None, :] * s_n
-        acc += beta * tl.load(s, mask=there, other=0.0).to(tl.float32)
+        acc += beta * tl.load(s, mask=mask, other=0.0).to(tl.float32)
     if i == j:
         acc += tl.where(r[:, None] == r[None, :], diagonal, 0.0)
     o = acc.to(out.dtype.element_ty)
     if i == j:  # after the cast, where it takes half of the registers
         o = tl.where(r[:, None] <= r[None, :], o, tl.trans(o))
-    tl.store(out + rows[:, None] * o_m + cols[None, :] * o_n, o, mask=there)
+    tl.store(out + rows[:, None] * o_m + cols[None, :] * o_n, o, mask=mask)
     if i != j:
-        turned = (cols[:, None] < m) & (rows[None, :] < m)
-        tl.store(out + cols[:, None] * o_m + rows[None, :] * o_n, tl.trans(o), mask=turned)
+        mirror = (cols[:, None] < m) & (rows[None, :] < m)
+        tl.store(out + cols[:, None] * o_m + rows[None, :] * o_n, tl.trans(o), mask=mirror)
 
 
 def table(name: str, X: Tensor) -> str:
@@ -125,7 +125,7 @@ def _launch(
     source = stacked(S) if S is not None else None
 
     def run(chosen: Config) -> None:
-        tiles = triton.cdiv(m, chosen.blocks["BM"])
+        tiles = triton.cdiv(m, chosen.tile_sizes["BM"])
         symmetric_kernel[(tiles * (tiles + 1) // 2, K)](
             A, B, source, out, trace, only, m, n, *strides(A), *strides(B),
             *(strides(source) if source is not None else (0, 0, 0)), *strides(out),
@@ -134,7 +134,7 @@ def _launch(
         )  # fmt: skip
 
     with guard(A):
-        run(tuned(table("symmetric", A), A, (m, n), run, batch=K > 1, some=only is not None))
+        run(tuned(table("symmetric", A), A, (m, n), run, batch=K > 1, partial=only is not None))
     return out
 
 
@@ -167,7 +167,7 @@ def _(
 
 
 def gram(X: Tensor, only: Tensor | None = None) -> Tensor:
-    """See :func:`stiefel.kernels.reference.gram`."""
+    """Kernel of :func:`stiefel.kernels.reference.gram`."""
     out: Tensor = _gram(X, only)
     return out
 
@@ -176,13 +176,13 @@ def symmetric_poly(
     S: Tensor, b: float, c: float, d: float = 0.0, trace: Tensor | None = None,
     only: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See :func:`stiefel.kernels.reference.symmetric_poly`."""
+    """Kernel of :func:`stiefel.kernels.reference.symmetric_poly`."""
     out: Tensor = _symmetric(S, S, S, trace, only, c, b, d)
     return out
 
 
 def symmetric_apply(A: Tensor, B: Tensor, a: float) -> Tensor:
-    """See :func:`stiefel.kernels.reference.symmetric_apply`."""
+    """Kernel of :func:`stiefel.kernels.reference.symmetric_apply`."""
     one_dtype(A, B)
     out: Tensor = _symmetric(A, B, A, None, None, 1.0, a, 0.0)
     return out

@@ -12,9 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ...kernels import add_product_
-from ...kernels.dispatch import pick
-from ...kernels.passes import Stack
+from ... import kernels
+from ...kernels import Stack, add_product_
 
 
 def _slice_rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
@@ -107,7 +106,7 @@ class Dense(Term):
         """See :class:`Term`."""
         if other is not None:
             return False
-        pick(W, "pass").scaled_add_(W, self.U, None, *by)
+        kernels.scaled_add_(W, self.U, None, *by)
         return True
 
 
@@ -147,7 +146,7 @@ class Factored(Term):
         if other is not None and not isinstance(other, Scaled | Residual):
             return False
         lift_kwargs = {} if other is None else other.lift_kwargs()
-        pick(W, "pass").lift_(
+        kernels.lift_(
             W, self.P, self.N, by.decay_factor, by.alpha, control=by.control, **lift_kwargs
         )
         return True
@@ -212,8 +211,8 @@ class AdamFactored(Deferred):
 
     def materialize(self) -> Factored:
         """See :class:`Deferred`."""
-        (beta1, beta2), ops = self.betas, pick(self.R, "pass")
-        N = ops.adam(
+        beta1, beta2 = self.betas
+        N = kernels.adam(
             self.R,
             self.exp_avg,
             self.exp_avg_sq,
@@ -234,7 +233,7 @@ class AdamFactored(Deferred):
         lift_kwargs = {} if other is None else other.lift_kwargs()
         lift_kwargs.pop("R", None)  # it is this R
         (beta1, beta2), P, M, V = self.betas, self.P, self.exp_avg, self.exp_avg_sq
-        pick(W, "pass").adam_lift_(
+        kernels.adam_lift_(
             W,
             P,
             self.R,
@@ -282,8 +281,8 @@ class Scaled(Term):
         """See :class:`Term`; beside it there may be another of its kind."""
         if other is not None and not isinstance(other, Scaled):
             return False
-        second = {} if other is None else {"Y": other.X, "by_Y": other.by}
-        pick(W, "pass").scaled_add_(W, self.X, self.by, *by, **second)
+        Y, by_Y = (None, None) if other is None else (other.X, other.by)
+        kernels.scaled_add_(W, self.X, self.by, *by, Y=Y, by_Y=by_Y)
         return True
 
 

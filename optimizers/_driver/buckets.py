@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import dequantise_blocks, quantise_blocks, reference
-from ...kernels.dispatch import pick
+from ...kernels import dequantize_blocks, fuses_passes, quantize_blocks
 from .._core.rule import Member, Rule
 from .units import State, Unit, is_slab_row, scale_of
 from .windows import block_labels_of, drops_state
@@ -110,7 +109,7 @@ class Bucket:
     def dequantized(self) -> list[dict[str, Tensor]]:
         """Per member, the state that is kept in codes as (K, ...) floats."""
         return [
-            {name: dequantise_blocks(*pair, self.dtype) for name, pair in quantized.items()}
+            {name: dequantize_blocks(*pair, self.dtype) for name, pair in quantized.items()}
             for quantized in self.quantized
         ]
 
@@ -118,7 +117,7 @@ class Bucket:
         """Store what an update has made of the decoded state."""
         for quantized, plain in zip(self.quantized, dequantized, strict=True):
             for name, X in plain.items():
-                quantise_blocks(X, *quantized[name])
+                quantize_blocks(X, *quantized[name])
 
     def clocks(self) -> tuple[int, int]:
         """Number of the update that comes next, and of the last refresh."""
@@ -158,7 +157,7 @@ class Bucket:
 
     def runs_on_kernels(self, Gs: Sequence[Tensor | None]) -> bool:
         """Whether the state is as the rule sees it, and kernels do all passes over gradients."""
-        grads_on_kernels = all(G is None or pick(G, "pass") is not reference for G in Gs)
+        grads_on_kernels = all(G is None or fuses_passes(G) for G in Gs)
         return grads_on_kernels and not any(self.quantized)
 
     @cached_property
@@ -225,7 +224,7 @@ class Bucket:
 
         None of them where `load` serves as well: of a single unit, and where no kernels are.
         """
-        if not self.stacked or pick(self.params_by_member[i], "pass") is reference:
+        if not self.stacked or not fuses_passes(self.params_by_member[i]):
             return []
         Ws = [p.detach() for p in self.params_by_member[i]]
         return [W.mT for W in Ws] if self.unit.transposed[i] else Ws

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import reference
-from ...kernels.dispatch import pick
+from ...kernels import cast_stack, fuses_passes
 from .buckets import Bucket, StepPlan, max_abs, max_stack_bytes
 from .units import Unit
 from .write import LOW_PRECISION_DTYPES
@@ -80,9 +79,9 @@ def _stack_and_flag(
     """A stack of gradients if there is to be one, and numbers (K,)."""
     if not stacked:  # a block of a parameter looks at the whole of it: one clock, one flag
         return None, _flag(unit_grads[0], stacked, waits)
-    if not waits and (ops := pick(unit_grads, "pass")) is not reference:
+    if not waits and fuses_passes(unit_grads):
         if len({(G.stride(), G.dtype) for G in unit_grads}) == 1:
-            G, finite = ops.cast_stack(
+            G, finite = cast_stack(
                 unit_grads, unit_grads[0].dtype, with_flags=True
             )  # all in one pass
             return G, finite.reciprocal()

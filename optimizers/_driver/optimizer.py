@@ -66,7 +66,7 @@ class StackedOptimizer(Optimizer):
         view: How a parameter becomes matrices, see ``views.py`` (default: ``"auto"``).
         state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None: float32
             (float64 for float64 weights). ``"int8"``: moments and momentum in 8 bits with a scale
-            for every 256 of them, the rest as under None; see ``kernels/blockwise.py``. Averages of
+            for every 256 of them, the rest as under None; see ``kernels/quantize.py``. Averages of
             squares follow falling gradients late then: steps of 0.001 round away.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.
@@ -159,8 +159,8 @@ class StackedOptimizer(Optimizer):
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
         key = self._reference_key
-        reference = key is not None and bool(group.get(key)) and "rule" not in group
-        if reference:
+        is_marked = key is not None and bool(group.get(key)) and "rule" not in group
+        if is_marked:
             group["rule"] = self._default_rule.method()
         elif key is not None and group.get(key) is False:
             group.setdefault("rule", "adamw")  # use_muon=False, also in a late group
@@ -186,7 +186,7 @@ class StackedOptimizer(Optimizer):
             raise ValueError(message)
         # a group of another method starts from that method's defaults, not from this one's
         full_group = {**self.defaults, **other_defaults, **group}
-        check_group(full_group, self._default_rule, reference=reference)
+        check_group(full_group, self._default_rule, is_marked=is_marked)
         for name in other_defaults:
             group.setdefault(name, other_defaults[name])
         return self._split_adamw(group, full_group)

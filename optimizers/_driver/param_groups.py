@@ -276,14 +276,14 @@ def check_matrix(p: Tensor, text: str, method: str) -> None:
 
 
 def check_group(
-    group: Mapping[str, Any], default_rule: type[Rule], *, reference: bool = False
+    group: Mapping[str, Any], default_rule: type[Rule], *, is_marked: bool = False
 ) -> None:
     """Every check of a group before torch adds it; changes nothing.
 
     Args:
         group: A group with all defaults filled in.
         default_rule: The optimizer's rule class.
-        reference: Whether the group is written in the reference package's format, in which other
+        is_marked: Whether the group is written in the reference package's format, in which other
             parameters than matrices are trained by AdamW, with one warning.
     """
     check_values(group)
@@ -306,7 +306,7 @@ def check_group(
             _check_shape(p, name, text, group, rule, method)
             continue
         _check_unsharded(p, text, method)
-        if reference:
+        if is_marked:
             moved_to_adamw.append(text)
         elif group.get("rule") is not None:
             _refuse_vector(p, text, method)

@@ -22,7 +22,7 @@ MAX_STACKED_NUMEL = {"cpu": 2**15}
 """Largest matrix, in elements, that is stacked: below it calls saved outweigh the copies.
 
 ``python bench/toolkit.py --only stack`` shows what a limit costs. A larger one would still help
-GaLore, but stacks are copies, and ``kernels/products.py`` counts on a limit below 2**16.
+GaLore, but stacks are copies, and ``kernels/reference/matmul.py`` counts on a limit below 2**16.
 """
 MAX_STACKED_NUMEL_ACCELERATOR = 2**22
 QUANTIZED_DTYPES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "momentum_buffer": torch.int8}

@@ -12,9 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...kernels import reference
-from ...kernels.dispatch import pick
-from ...kernels.passes import Stack
+from ...kernels import Stack, fuses_passes
 from .._core.rule import Dense, Direction, Term, WriteScalars
 from .._core.validation import check
 
@@ -113,7 +111,7 @@ def _try_fused_write_(
     """Write all terms at once where the back end has a kernel that does it."""
     if step.torch_bits or step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
         return False
-    if pick(W, "pass") is reference or _adds_in_weight_dtype(W[0], terms):
+    if not fuses_passes(W) or _adds_in_weight_dtype(W[0], terms):
         return False
     alpha, decay_factor = -step.lr_factor * lr, 1.0 - lr**step.decay_power * weight_decay
     control = None

@@ -71,23 +71,23 @@ class BlockSchedule(GradientSplit):
 
 
 @lru_cache(maxsize=65536)
-def _active_blocks(turns: BlockSchedule, window: int, count: int) -> frozenset[int]:
-    a = resolve_count(turns.share, count)
-    if a == 0 and turns.share > 0:
-        warn_rounds_to_zero(turns.share, f"{count} blocks")
-    if turns.order == "random":
-        generator = StackRNG(turns.seed, (0,), window).generator(0)
+def _active_blocks(schedule: BlockSchedule, window: int, count: int) -> frozenset[int]:
+    a = resolve_count(schedule.share, count)
+    if a == 0 and schedule.share > 0:
+        warn_rounds_to_zero(schedule.share, f"{count} blocks")
+    if schedule.order == "random":
+        generator = StackRNG(schedule.seed, (0,), window).generator(0)
         return frozenset(torch.randperm(count, generator=generator)[:a].tolist())
-    if turns.order == "mirror":
+    if schedule.order == "mirror":
         check(
             a % 2 == 0,
-            f"block_order='mirror' takes blocks in pairs, but density {turns.share} of {count} "
+            f"block_order='mirror' takes blocks in pairs, but density {schedule.share} of {count} "
             f"blocks is {a}: choose a density that gives an even number, or another order",
         )
         front = {(window * (a // 2) + i) % (count // 2) for i in range(a // 2)}
         return frozenset(front | {count - 1 - i for i in front})
     forward = {(window * a + i) % count for i in range(a)}
-    return frozenset(forward if turns.order == "ascending" else {count - 1 - i for i in forward})
+    return frozenset(forward if schedule.order == "ascending" else {count - 1 - i for i in forward})
 
 
 def block_labels(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[Hashable]:

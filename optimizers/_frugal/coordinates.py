@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...kernels.dispatch import pick
+from ... import kernels
 from .._core.rule import Dense, Member, Slot, Term, WriteScalars
 from .._toolkit.base_optimizers import Adam, BaseOptimizer
 from .._toolkit.moments import IndexBasisChange
@@ -240,7 +240,7 @@ class SplitTerm(Term):
         t, dim = self.adam_step, None if self.coordinates.kind == "randk" else self.coordinates.dim
         t = t.flatten(1) if isinstance(t, Tensor) else t
         (beta1, beta2), eps = self.base_optimizer.betas, self.base_optimizer.eps
-        pick(W, "pass").split_step_(
+        kernels.split_step_(
             W,
             self.G,
             self.index,

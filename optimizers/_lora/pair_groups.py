@@ -319,7 +319,7 @@ def lora_param_groups(
         )
     if base_weight:
         group_options = {"rule": "SwitchLoRA", **group_options}
-    made = _group_pairs(pairs, views, lr, lr_ratio_b, group_options)
+    groups = _group_pairs(pairs, views, lr, lr_ratio_b, group_options)
     rest = {
         id(p): (name, p)
         for name, p in reversed(named.items())
@@ -329,8 +329,8 @@ def lora_param_groups(
         own = dict(fallback or {})
         if "betas" not in own:
             own.setdefault("adamw_betas", (0.9, 0.999))
-        made.append({"params": [*rest.values()][::-1], "rule": "adamw", **own})
-    return made
+        groups.append({"params": [*rest.values()][::-1], "rule": "adamw", **own})
+    return groups
 
 
 def pairs_to_groups(
@@ -358,7 +358,7 @@ def pairs_to_groups(
     Raises:
         ValueError: If a pair has no scale or its factors do not fit.
     """
-    made: list[tuple[Any, ...]] = []
+    groups: list[tuple[Any, ...]] = []
     views: list[list[str]] = []
     used: set[int] = set()
     for i, given in enumerate(pairs):
@@ -383,14 +383,14 @@ def pairs_to_groups(
         for p, name in zip(tensors, names, strict=True):
             check(id(p) not in used, f"{name} is shared by two pairs; give each its own factors")
             used.add(id(p))
-        made.append((*members, s))
+        groups.append((*members, s))
         views.append([*view, *view[:1]][: len(members)])
-    if not made:
+    if not groups:
         raise ValueError(
             "no trainable lora_A/lora_B pair found; pass (A, B) tuples or check that the adapter "
             "is active"
         )
-    return _group_pairs(made, views, lr, lr_ratio_b, group_options)
+    return _group_pairs(groups, views, lr, lr_ratio_b, group_options)
 
 
 def _group_pairs(
@@ -403,15 +403,15 @@ def _group_pairs(
     """One group for each scale and view, in order of their first pairs."""
     shared = {"lr": lr, "lr_ratio_b": lr_ratio_b}
     given = {key: value for key, value in shared.items() if value is not None}
-    made: dict[Any, dict[str, Any]] = {}
+    groups: dict[Any, dict[str, Any]] = {}
     for (*members, s), view in zip(pairs, views, strict=True):
         same = view[0] if len(set(view)) == 1 else view
         key = (float(s), tuple(view))
-        group = made.setdefault(
+        group = groups.setdefault(
             key, {"params": [], "scale": float(s), "view": same, **given, **options}
         )
         group["params"] += members
-    return [*made.values()]
+    return [*groups.values()]
 
 
 # checks and what modules tell ---------------------------------------------------------------------

@@ -120,7 +120,7 @@ def policy_groups(
     table = PAPER_LRS.get(name, {})
     keys = [_group_keys(row, policy, own.get(row.name), table, lr) for row in rows]
     place = {row.name: i for i, row in enumerate(rows) if row.name is not None}
-    made: dict[str, Settings] = {}
+    groups: dict[str, Settings] = {}
     done = set[int]()
     for i, row in enumerate(rows):
         if i in done:
@@ -133,7 +133,7 @@ def policy_groups(
             else:
                 members_run = [i, other] if row.part == "gate" else [other, i]
         done.update(members_run)
-        target = made.setdefault(
+        target = groups.setdefault(
             repr(sorted(group.items())), {"params": [], **group, "roles": [], "reasons": []}
         )
         for j in members_run:
@@ -141,7 +141,7 @@ def policy_groups(
             target["params"].append(p if row.name is None else (row.name, p))
             target["roles"].append(row.role)
             target["reasons"].append(f"{row.part}: {row.why}" if row.part else row.why)
-    return sorted(made.values(), key=lambda group: group["rule"] == "adamw")
+    return sorted(groups.values(), key=lambda group: group["rule"] == "adamw")
 
 
 def _group_keys(

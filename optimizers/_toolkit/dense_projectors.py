@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ... import kernels
 from ...kernels import product
-from ...kernels.dispatch import pick
 from .._core.rule import LOCAL_REDUCTIONS, Factored, Reductions, Slot, Term
 from .._core.validation import check
 from .moments import BasisChange, DenseBasisChange, column_squares
@@ -116,7 +116,7 @@ class DenseProjector(Projector):
 
     def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """See :class:`Projector`."""
-        R = reductions.rows(pick(G).project(state["basis"], G)[0])
+        R = reductions.rows(kernels.project(state["basis"], G)[0])
         return reductions.cols(product(R, state["basis_right"])) if self.both else R
 
     def project_with_squares(
@@ -125,7 +125,7 @@ class DenseProjector(Projector):
         """See :class:`Projector`; one read of G for both."""
         if self.both:
             return super().project_with_squares(state, G, reductions)
-        R, squares = pick(G).project(state["basis"], G, squares=True)
+        R, squares = kernels.project(state["basis"], G, squares=True)
         return reductions.rows(R), reductions.rows(squares)
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...kernels import DCT_PATHS, dct_basis, idct, product
-from ...kernels.dct import sized_dct
-from ...kernels.dispatch import pick
+from ... import kernels
+from ...kernels import DCT_PATHS, dct_basis, idct, product, sized_dct
 from .._core.rule import LOCAL_REDUCTIONS, Factored, Reductions, Selected, Slot, Term
 from .._core.validation import check, check_rank
 from .dense_projectors import ALL, Projector, State
@@ -35,7 +34,7 @@ def spectrum_slices(X: Tensor) -> list[slice]:
 
 def take_rows(X: Tensor, index: Tensor) -> Tensor:
     """Rows of X (K, m, n) by their numbers (K, r), a new tensor (K, r, n)."""
-    rows: Tensor = pick(X, "pass").dct_take(X, index, -2)
+    rows: Tensor = kernels.dct_take(X, index, -2)
     return rows
 
 
@@ -206,7 +205,7 @@ class DctProjector(IndexProjector):
     def project_onto(self, G: Tensor, index: Tensor) -> Tensor:
         """P^T G of chosen cosines (K, r, n), at least float32, without the other coefficients."""
         if self.basis == "dct2":
-            R: Tensor = pick(G, "pass").dct_project(G, index, -2)
+            R: Tensor = kernels.dct_project(G, index, -2)
             return R
         return product(self.selected_columns(index, G.shape[-2], work_dtype(G)).mT, G)
 

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ... import kernels
 from ...kernels import product
-from ...kernels.adam import average
-from ...kernels.dispatch import pick
-from ...kernels.sums import total
+from ...kernels import row_total as total
+from ...kernels import update_moments_ as average
 
 __all__ = [
     "MOMENT_POLICIES",
@@ -48,10 +48,8 @@ def adam(
     eps: float,
     finite: Tensor | None = None,
 ) -> Tensor:
-    """Moves both moments and returns the direction; see :func:`stiefel.kernels.reference.adam`."""
-    ops, betas = pick(R, "pass"), {"beta1": beta1, "beta2": beta2}
-    N: Tensor = ops.adam(R, exp_avg, exp_avg_sq, t, **betas, eps=eps, finite=finite)
-    return N
+    """Moves both moments and returns the direction; see :func:`stiefel.kernels.adam`."""
+    return kernels.adam(R, exp_avg, exp_avg_sq, t, beta1=beta1, beta2=beta2, eps=eps, finite=finite)
 
 
 def adam_reference(
@@ -276,8 +274,9 @@ def momentum_step(
         The buffer as :func:`ema` returns it, or the step.
     """
     step: Tensor
-    ops = pick(grad, "pass")
-    step, _ = ops.blend_(buffer, grad, momentum, nesterov=nesterov, kind=kind, finite=finite)
+    step, _ = kernels.momentum_step_(
+        buffer, grad, momentum, nesterov=nesterov, kind=kind, finite=finite
+    )
     return step
 
 
@@ -286,7 +285,7 @@ def column_squares(X: Tensor) -> Tensor:
 
     Nothing depends on how many matrices there are.
     """
-    sums: Tensor = pick(X, "pass").squares(X, -2)
+    sums: Tensor = kernels.squares(X, -2)
     return sums
 
 

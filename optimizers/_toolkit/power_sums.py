@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ...kernels import reference
-from ...kernels.dispatch import pick
+from ...kernels import fuses_passes, momentum_power_sums_, power_sums
 from .._core.rule import LOCAL_REDUCTIONS, Reductions
 from .moments import column_squares, momentum_step, total
 
@@ -37,7 +36,7 @@ def row_panels(m: int, n: int) -> Iterable[slice]:
 
 
 def series_length(entries: int, bound: float, max_square_sum: float = 1.0) -> int:
-    """How many terms of the series leave less than SLACK.
+    """How many terms of the series leave less than SERIES_TOLERANCE.
 
     Args:
         entries: m n.
@@ -54,8 +53,8 @@ def series_length(entries: int, bound: float, max_square_sum: float = 1.0) -> in
 
 def norms_of(X: Tensor, terms: int) -> DenseNorms | SeriesNorms:
     """Sums over X (K, m, n); terms count only where a series stands for sinh^2."""
-    if (ops := pick(X, "pass")) is not reference:
-        return KernelNorms(*ops.power_sums(X, terms))
+    if fuses_passes(X):
+        return KernelNorms(*power_sums(X, terms))
     if not uses_panels(X):
         return DenseNorms(X)
     return SeriesNorms(([Y[i] for i in row_panels(*Y.shape)] for Y in along_memory(X)), terms)
@@ -76,9 +75,9 @@ def momentum_norms(
         terms: How many terms of the series.
         finite: None, or flags (K,) where kernels run: where one is 0, M stays.
     """
-    if (ops := pick(G, "pass")) is not reference:
+    if fuses_passes(G):
         return KernelNorms(
-            *ops.blend_power_sums_(M, G, momentum, terms, nesterov=nesterov, finite=finite)
+            *momentum_power_sums_(M, G, momentum, terms, nesterov=nesterov, finite=finite)
         )
     if not uses_panels(G):
         return DenseNorms(momentum_step(M, G, momentum, nesterov))

@@ -9,11 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...kernels import POLAR_METHODS, gram_polar, polar_factor, product
-from ...kernels.dispatch import pick
-from ...kernels.passes import Stack
-from ...kernels.rows import ROW_MODES as ROW_MODES
-from ...kernels.rows import row_factors as factors
+from ... import kernels
+from ...kernels import POLAR_METHODS, Stack, gram_polar, polar_factor, product
+from ...kernels import ROW_MODES as ROW_MODES
+from ...kernels import row_factors as factors
 from .._core.rule import (
     Deferred,
     Dense,
@@ -34,7 +33,7 @@ PAIR_LAYOUTS = (None, "members", "halves", "interleaved")
 
 def row_squares(X: Tensor, reductions: Reductions) -> Tensor:
     """Sum of the squares of every row of X (K, m, n), as (K, m, 1)."""
-    squares_found: Tensor = pick(X, "pass").squares(X, -1)
+    squares_found: Tensor = kernels.squares(X, -1)
     return reductions.cols(squares_found)
 
 
@@ -114,8 +113,9 @@ class RowStep(Deferred):
 
     def materialize(self) -> Scaled:
         """See :class:`Deferred`."""
-        blend_ = pick(self.G, "pass").blend_
-        U, squares = blend_(self.M, self.G, self.momentum, squares="rows", finite=self.finite)
+        U, squares = kernels.momentum_step_(
+            self.M, self.G, self.momentum, squares="rows", finite=self.finite
+        )
         by = factors(squares, self.mode, self.eps)
         return Scaled(U, by if self.length == 1.0 else by * self.length)
 
@@ -130,7 +130,7 @@ class RowStep(Deferred):
         if is_column_major or not isinstance(W, Tensor):
             return self.materialized.fused_write_(W, by)
         scalars = (self.momentum, self.eps, self.mode, *by.scale_alpha(self.length))
-        pick(W, "pass").row_step_(W, self.M, self.G, *scalars)
+        kernels.row_step_(W, self.M, self.G, *scalars)
         return True
 
 
@@ -185,8 +185,10 @@ class RowRule(Rule, abstract=True):
         ws, Ms, squares_found = [], [], []
         for w in members:
             if w.grad is not None:
-                M, blend_ = w.state["momentum_buffer"], pick(w.grad, "pass").blend_
-                U, squares = blend_(M, w.grad, self.momentum, squares=self.squares, finite=w.finite)
+                M = w.state["momentum_buffer"]
+                U, squares = kernels.momentum_step_(
+                    M, w.grad, self.momentum, squares=self.squares, finite=w.finite
+                )
                 ws.append(w)
                 Ms.append(U)  # (K, m, n), the new momentum
                 squares_found.append(squares if squares is None else w.reductions.cols(squares))

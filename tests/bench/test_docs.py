@@ -31,8 +31,8 @@ MODULES = [
     "stiefel.optimizers.switchlora",
     "stiefel.optimizers.symmetry",
     "stiefel.optimizers.trion",
-    "stiefel.kernels.polar",
-    "stiefel.kernels.report",
+    "stiefel.kernels.polar.methods",
+    "stiefel.kernels.polar.report",
 ]
 METHODS = [
     cls

@@ -61,7 +61,7 @@ def test_bytes_and_flops():
 
     assert figure("gram").flops == 2 * 16 * 16 * 32
     assert figure("gram").bytes == 2 * (16 * 32 + 16 * 16)  # X, S
-    assert figure("normalised").bytes == (4 + 4 + 2) * 16 * 32  # X twice, then the copy
+    assert figure("normalized").bytes == (4 + 4 + 2) * 16 * 32  # X twice, then the copy
     assert figure("adam").bytes == (3 + 2 + 1) * 4 * 16 * 32  # R, M, V; M, V; N
     assert figure("scaled_add_").bytes == (2 + 2 + 4) * 16 * 32 + 4 * 16  # W, W, X; factors
     lift = figure("lift_", 256, 512)

@@ -60,10 +60,10 @@ def argument(x, constant):
 
 def variants(path):
     """One launch for every kernel, choice of pointers and switches; tiles and strides aside."""
-    from stiefel.kernels.triton.tables import TABLES
+    from stiefel.kernels.triton._tables import TABLES
 
     configs = [c for table in TABLES.values() for sizes in table.values() for c in sizes.values()]
-    tiles, found = {tile for config in configs for tile in config.blocks}, {}
+    tiles, found = {tile for config in configs for tile in config.tile_sizes}, {}
 
     def is_switch(name):
         return name.isupper() and name not in tiles

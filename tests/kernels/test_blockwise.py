@@ -10,12 +10,7 @@ from helpers.problems import gradients, run, same, tensors, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stiefel.kernels import (
-    blockwise_levels,
-    blockwise_scales,
-    dequantise_blocks,
-    quantise_blocks,
-)
+from stiefel.kernels import blockwise_levels, blockwise_scales, dequantize_blocks, quantize_blocks
 from stiefel.optimizers import GaLore, Muon
 from stiefel.optimizers._driver.units import MIN_QUANTIZED_NUMEL
 
@@ -26,8 +21,8 @@ def stored(X, signed):
     """What is left of X (K, ...) after it was stored."""
     codes = torch.zeros(X.shape, dtype=torch.int8 if signed else torch.uint8)
     scales = torch.zeros(len(X), blockwise_scales(X[0].numel()))
-    quantise_blocks(X, codes, scales)
-    return dequantise_blocks(codes, scales, X.dtype), codes, scales
+    quantize_blocks(X, codes, scales)
+    return dequantize_blocks(codes, scales, X.dtype), codes, scales
 
 
 def draw(shape, signed, seed=0):
@@ -260,7 +255,7 @@ def test_coding_wears_off_no_moment_that_stands_still():
     optimizer = Muon([p], lr=0.0, momentum=0.9, state_dtype="int8")
     p.grad = gradients(BIG, 1)[0]
     optimizer.step()
-    start = dequantise_blocks(
+    start = dequantize_blocks(
         optimizer.state[p]["momentum_buffer"][None],
         optimizer.state[p]["momentum_buffer_scale"][None],
     )
@@ -268,7 +263,7 @@ def test_coding_wears_off_no_moment_that_stands_still():
     optimizer.param_groups[0]["lr"] = 1e-30  # an lr of 0 and no gradient at all is a probe
     for _ in range(5):
         optimizer.step()
-    end = dequantise_blocks(
+    end = dequantize_blocks(
         optimizer.state[p]["momentum_buffer"][None],
         optimizer.state[p]["momentum_buffer_scale"][None],
     )

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from oracles import projectors as oracle
 
 from stiefel.kernels import dct, dct_basis, dct_path, idct
-from stiefel.kernels.cosines import quarter_waves
 from stiefel.kernels.dct import FFT_FROM
+from stiefel.kernels.reference.dct import quarter_waves
 from stiefel.optimizers._toolkit.index_projectors import DctProjector
 from stiefel.optimizers._toolkit.moments import DenseBasisChange, IndexBasisChange, carry_moments
 from stiefel.optimizers._toolkit.projectors import make_projector

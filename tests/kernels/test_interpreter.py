@@ -50,7 +50,7 @@ def test_kernels_equal_their_references(path, tmp_path):
 
 def test_what_no_compiler_takes_is_refused():
     """A pointer that is said to be of integers cannot be added to as a float is."""
-    module = "stiefel.kernels.triton.subspace"
+    module = "stiefel.kernels.triton.project"
     arguments = {"parts": ["type", "*fp32"], "out": ["type", "fp32"], "size": ["type", "i32"],
                  "splits": ["type", "i32"], "BN": ["value", 32]}  # fmt: skip
     assert "added_kernel" in str(compiled(module, "added_kernel", arguments, {}, TARGET))

@@ -12,10 +12,10 @@ from helpers.paths import FIXTURES
 from helpers.recordings import tolerance
 
 from stiefel.kernels import low_rank_size, polar_factor, polar_report
-from stiefel.kernels.hashing import random_signs, splitmix
+from stiefel.kernels.random import random_signs, splitmix
 from stiefel.optimizers._toolkit.random_keys import StackRNG, splitmix64
 
-kernel = importlib.import_module("stiefel.kernels.low_rank")  # the name is the function's too
+kernel = importlib.import_module("stiefel.kernels.polar.low_rank")  # the name is the function's too
 SHAPES = [(120, 80), (80, 120), (60, 60)]
 SKETCHES = ["signs", "gaussian", "kaczmarz"]
 RECORDED = sorted(path.stem for path in FIXTURES.glob("lowrank-polar-*.json"))

@@ -25,9 +25,9 @@ import compiled
 import triton
 from triton.runtime.errors import OutOfResources
 
-from stiefel.kernels.triton import launch
-from stiefel.kernels.triton.launch import ARCHITECTURES, SHARED, candidates_of
-from stiefel.kernels.triton.tables import TABLES, Config
+from stiefel.kernels.triton import _launch as launch
+from stiefel.kernels.triton._launch import ARCHITECTURES, SHARED, candidates_of
+from stiefel.kernels.triton._tables import TABLES, Config
 
 pytestmark = pytest.mark.slow
 CASES = compiled.cases()
@@ -177,7 +177,7 @@ def test_float32_is_multiplied_as_torch_may_do_it(say):
         "all": "torch.backends.fp32_precision = 'tf32'",
     }[say]
     run = (
-        "import torch; from stiefel.kernels.triton.launch import precision; "
+        "import torch; from stiefel.kernels.triton._launch import precision; "
         "X = torch.ones(2, 2); assert precision(X) == precision() == 'tf32x3'; "
         f"{code}; assert precision(X) == precision() == 'tf32'; "
         "assert precision(X.bfloat16()) == 'tf32'"
@@ -200,7 +200,7 @@ def test_every_candidate_fits_shared_memory(arch):
     checked, most = 0, {**SHARED, "sm_80": 163 * 1024}[arch]  # where less fits, less is timed
     for name, _, size in tables():
         for config in candidates_of(name, arch):
-            tile = config.blocks
+            tile = config.tile_sizes
             if "BK" not in tile:  # not a product of two operands that are streamed
                 continue
             sides = [value for side, value in tile.items() if side != "BK"]

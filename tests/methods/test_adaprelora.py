@@ -73,7 +73,7 @@ def visible_squares(*given):
     return *map(tangent_squares, G, cores[::2], X, cores[1::2]), share
 
 
-def normalised(p):
+def normalized(p):
     """What p is once its squares have mean 1, as the class keeps it."""
     return p / p.square().mean().sqrt()
 
@@ -120,7 +120,7 @@ def test_oracle(variant, stats, zero, extra):
 def test_steps_equal_the_dense_solution(m, n, r, s):
     """Least squares by lstsq, its null space by an SVD, the least imbalance by a second lstsq."""
     A, B, G, p, q = draws(m, n, r)
-    p = normalised(p)
+    p = normalized(p)
     T = G / (p[:, None] * q)
     eye_m, eye_n = torch.eye(m, dtype=DOUBLE), torch.eye(n, dtype=DOUBLE)
     root = torch.kron(p, q).sqrt()[:, None]
@@ -155,7 +155,7 @@ def test_without_a_metric_steps_are_projections(m, n, r, s):
 @pytest.mark.parametrize(("m", "n", "r", "s"), BRUTE)
 def test_stationary_along_the_null_space(m, n, r, s):
     A, B, G, p, q = draws(m, n, r)
-    p = normalised(p)
+    p = normalized(p)
     dA, dB = planted(A, B, s, G, p, q)
     T = G / (p[:, None] * q)
     draw = torch.Generator().manual_seed(5)
@@ -175,7 +175,7 @@ def test_stationary_along_the_null_space(m, n, r, s):
 @pytest.mark.parametrize(("m", "n", "r", "s"), BRUTE)
 def test_the_energy_of_a_gradient_splits_in_two(m, n, r, s):
     A, B, G, p, q = draws(m, n, r)
-    p = normalised(p)
+    p = normalized(p)
     dA, dB = planted(A, B, s, G, p, q)
     T, P, Q = G / (p[:, None] * q), torch.diag(p), torch.diag(q)
     PiB = B @ torch.linalg.inv(B.mT @ P @ B) @ B.mT @ P
@@ -193,7 +193,7 @@ def test_the_energy_of_a_gradient_splits_in_two(m, n, r, s):
 @pytest.mark.parametrize(("m", "n", "r", "s"), BRUTE)
 def test_both_forms_agree(m, n, r, s):
     A, B, G, p, q = draws(m, n, r)
-    p = normalised(p)
+    p = normalized(p)
     dA, dB = planted(A, B, s, G, p, q)
     P, Q, GA, GB = torch.diag(p), torch.diag(q), s * B.mT @ G, s * G @ A.mT
     KP, KQ = torch.linalg.inv(B.mT @ P @ B), torch.linalg.inv(A @ Q @ A.mT)
@@ -417,7 +417,7 @@ def test_scaled_rows_are_scaled_back():
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_one_sided_steps_are_least_squares(m, n, r, s, frozen):
     A, B, G, p, q = draws(m, n, r)
-    p = normalised(p)
+    p = normalized(p)
     T, root = (G / (p[:, None] * q)).reshape(-1, 1), torch.kron(p, q).sqrt()[:, None]
     eye_m, eye_n = torch.eye(m, dtype=DOUBLE), torch.eye(n, dtype=DOUBLE)
     J = s * (torch.kron(eye_m, A.mT.contiguous()) if frozen == 0 else torch.kron(B, eye_n))

@@ -523,7 +523,7 @@ def test_sides_of_a_chain_may_be_given_one_by_one():
     params = [weight((8, 8), 0), weight((8, 8), 1)]
     optimizer = ARO(params, rotation_sharing="chain", layer=2, side=["cols", "rows"])
     unit = optimizer._get_plan().units[0]
-    assert unit.turned == (True, False)
+    assert unit.is_transposed == (True, False)
 
 
 @pytest.mark.parametrize(

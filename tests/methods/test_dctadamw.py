@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from oracles import dctadamw as oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stiefel.kernels import dct, dct_basis, dequantise_rows, idct, quantise_rows
+from stiefel.kernels import dct, dct_basis, dequantize_rows, idct, quantize_rows
 from stiefel.optimizers import DCTAdamW, GaLore
 from stiefel.optimizers._toolkit import index_projectors as module
 from stiefel.optimizers.dctadamw import ErrorFeedback
@@ -249,10 +249,10 @@ def test_feedback_at_every_step_warns_once_at_the_users_line():
 def test_codes_are_right_to_half_a_step(K, m, n, bits, power, seed, flipped):
     X = (noise((K, n, m) if flipped else (K, m, n), 1, seed)[0] + 0.5) * 10.0**power
     X = X.mT if flipped else X
-    codes, low, high = quantise_rows(X, bits)
+    codes, low, high = quantize_rows(X, bits)
     assert codes.dtype == torch.uint8
     assert codes.shape == (K, m, n if bits == 8 else (n + 1) // 2)
-    back = dequantise_rows(codes, low, high, bits, n)
+    back = dequantize_rows(codes, low, high, bits, n)
     u = (high - low) / (2**bits - 1)
     ulp = torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs())
     assert bool(((back - X).abs() <= u / 2 + 2 * ulp).all())
@@ -264,7 +264,7 @@ def test_codes_are_right_to_half_a_step(K, m, n, bits, power, seed, flipped):
     for k in range(K):  # a stack has the bits of its matrices
         assert all(
             torch.equal(a[k], b)
-            for a, b in zip((codes, low, high), quantise_rows(X[k], bits), strict=True)
+            for a, b in zip((codes, low, high), quantize_rows(X[k], bits), strict=True)
         )
 
 
@@ -272,20 +272,20 @@ def test_codes_are_right_to_half_a_step(K, m, n, bits, power, seed, flipped):
 @pytest.mark.parametrize("n", [1, 2, 7, 8])
 def test_constant_rows_are_exact_and_codes_survive_packing(bits, n):
     X = torch.tensor([0.0, -3.3, 1e-40, 7e30]).unsqueeze(-1).expand(4, n).clone()
-    assert torch.equal(dequantise_rows(*quantise_rows(X, bits), bits, n), X)
+    assert torch.equal(dequantize_rows(*quantize_rows(X, bits), bits, n), X)
     whole = torch.arange(2**bits).float().roll(3)[: max(n, 2)].repeat(3, 1)
     whole[:, 0], whole[:, -1] = 0.0, 2.0**bits - 1  # the range is that of the codes
-    assert torch.equal(dequantise_rows(*quantise_rows(whole, bits), bits, whole.shape[-1]), whole)
+    assert torch.equal(dequantize_rows(*quantize_rows(whole, bits), bits, whole.shape[-1]), whole)
     tiny = torch.tensor([[0.0, 1e-45]])
-    assert dequantise_rows(*quantise_rows(tiny, bits), bits, 2).isfinite().all()
+    assert dequantize_rows(*quantize_rows(tiny, bits), bits, 2).isfinite().all()
 
 
 def test_quantiser_packs_even_elements_high_and_refuses_other_widths():
-    codes, _, _ = quantise_rows(torch.tensor([[0.0, 15.0, 3.0, 4.0, 9.0]]), 4)
+    codes, _, _ = quantize_rows(torch.tensor([[0.0, 15.0, 3.0, 4.0, 9.0]]), 4)
     assert codes.tolist() == [[0x0F, 0x34, 0x90]]
     for call in (
-        lambda: quantise_rows(torch.ones(1, 2), 2),
-        lambda: dequantise_rows(codes, codes, codes, 2, 5),
+        lambda: quantize_rows(torch.ones(1, 2), 2),
+        lambda: dequantize_rows(codes, codes, codes, 2, 5),
     ):
         with pytest.raises(ValueError, match="bits must be 8 or 4"):
             call()
@@ -579,7 +579,7 @@ def test_bad_settings_are_one_sentence_for_constructor_and_group(bad, text):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rows_over_the_whole_range_of_floats_are_quantised(bits):
     X = torch.tensor([[2.5e38, -2.5e38, 0.0], [3e38, 3e38, 3e38], [-1e38, 1e-38, 1.0]])
-    back = dequantise_rows(*quantise_rows(X, bits), bits, 3)
+    back = dequantize_rows(*quantize_rows(X, bits), bits, 3)
     step = X.amax(-1, keepdim=True) / (2**bits - 1) - X.amin(-1, keepdim=True) / (2**bits - 1)
     assert bool(back.isfinite().all())
     assert bool(((back - X).abs() <= 0.51 * step + 1e-6 * X.abs()).all())

@@ -24,7 +24,7 @@ from helpers.recordings import fed, fixture, tolerance
 from helpers.shapes import COLUMN, ODD, ROW, SQUARE, TALL, WIDE
 from oracles.fira import fira, side
 
-from stiefel.kernels import sums
+from stiefel.kernels.reference import reductions as sums
 from stiefel.optimizers import Fira, GaLore
 from stiefel.optimizers import fira as module
 from stiefel.optimizers._driver import units
@@ -486,7 +486,7 @@ def test_sums_of_squares_do_not_depend_on_stacking(shape, dtype, transposed, mon
         assert torch.equal(column_squares(alone[None])[0], out[k])
         assert torch.equal(total(out[k : k + 1].clone())[0], total(out)[k])
     assert torch.equal(before, X.mT if transposed else X)
-    monkeypatch.setattr(sums, "_PANELLED", ())  # the way of accelerators
+    monkeypatch.setattr(sums, "_PANEL_DEVICES", ())  # the way of accelerators
     torch.testing.assert_close(column_squares(X), out)
     torch.testing.assert_close(total(out), out.sum(-1, keepdim=True))
 

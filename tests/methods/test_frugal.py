@@ -495,16 +495,18 @@ TRACES = {
 
 @pytest.mark.parametrize("order, a", list(TRACES))
 def test_orders_follow_the_published_traces(order, a):
-    turns = BlockSchedule(order, a / 10, 200, 0, False)
-    assert [turns.active_blocks(w, 10) for w in range(len(TRACES[order, a]))] == TRACES[order, a]
+    schedule = BlockSchedule(order, a / 10, 200, 0, False)
+    assert [schedule.active_blocks(w, 10) for w in range(len(TRACES[order, a]))] == TRACES[order, a]
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending"])
 @pytest.mark.parametrize("count, a", [(10, 3), (7, 2), (5, 5), (6, 1)])
 def test_every_block_has_its_turn(order, count, a):
-    turns, windows = BlockSchedule(order, a / count, 1, 0, False), math.ceil(count / a)
+    schedule, windows = BlockSchedule(order, a / count, 1, 0, False), math.ceil(count / a)
     for start in range(5):
-        seen = frozenset().union(*(turns.active_blocks(start + w, count) for w in range(windows)))
+        seen = frozenset().union(
+            *(schedule.active_blocks(start + w, count) for w in range(windows))
+        )
         assert seen == frozenset(range(count))
 
 
@@ -513,8 +515,8 @@ def test_mirror_needs_pairs_and_random_draws_by_window():
     optimizer = FRUGAL(params, split="block", block_order="mirror", density=0.5)
     with pytest.raises(ValueError, match=r"of 6 blocks is 3: choose a density"):
         optimizer.init_state()
-    turns = BlockSchedule("random", 0.5, 1, 7, False)
-    sets = [turns.active_blocks(w, 12) for w in range(30)]
+    schedule = BlockSchedule("random", 0.5, 1, 7, False)
+    sets = [schedule.active_blocks(w, 12) for w in range(30)]
     assert len(set(sets)) > 20 and all(len(s) == 6 for s in sets)
     assert sets == [
         BlockSchedule("random", 0.5, 1, 7, False).active_blocks(w, 12) for w in range(30)

@@ -1009,11 +1009,11 @@ def test_one_rotation_of_the_residual_stream(sharing):
     sides = {row.name: row.side for row in classify(model) if row.rule == "matrix"}
     optimizer = optimizers.ARO(model, **sharing)
     names = {id(p): name for name, p in model.named_parameters()}
-    units = optimizer._current().units
+    units = optimizer._get_plan().units
     transposed = {
         names[id(p)]: "cols" if turn else "rows"
         for unit in units
-        for p, turn in zip(unit.params, unit.turned, strict=True)
+        for p, turn in zip(unit.params, unit.is_transposed, strict=True)
     }
     assert transposed == sides and set(sides.values()) == {"rows", "cols"}
     for p in model.parameters():

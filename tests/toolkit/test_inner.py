@@ -184,8 +184,8 @@ def test_carrying_between_bases(name):
         base.direction(state, G[None], t)
     P = torch.linalg.qr(torch.randn(1, 12, r, generator=torch.Generator().manual_seed(0)))[0]
     same_basis, rotated = (
-        Turn(P, P),
-        Turn(P, P[..., [2, 0, 3, 1]] * torch.tensor([1.0, -1, 1, 1])),
+        DenseBasisChange(P, P),
+        DenseBasisChange(P, P[..., [2, 0, 3, 1]] * torch.tensor([1.0, -1, 1, 1])),
     )
     for policy in ("keep", "reset", "rotate", "ldadam"):
         copies = {key: value.clone() for key, value in state.items()}
@@ -194,7 +194,7 @@ def test_carrying_between_bases(name):
             want = torch.zeros_like(value) if policy == "reset" else state[key]
             torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
     copies = {key: value.clone() for key, value in state.items()}
-    inside.carry("rotate", copies, rotated, 3)
+    base.carry_state("rotate", copies, rotated, 3)
     for key, value in copies.items():
         if key == "exp_avg_sq_col":
             assert same(value, state[key])

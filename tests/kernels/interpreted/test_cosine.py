@@ -6,7 +6,9 @@ from helpers.operands import DTYPES, LAYOUTS, close, gaussian, laid, nothing_bes
 
 from stiefel.kernels import dct, idct, reference
 from stiefel.kernels import triton as ours
-from stiefel.kernels.triton import chosen, cosine, cosine_back
+from stiefel.kernels.triton import _dct_back as cosine_back
+from stiefel.kernels.triton import _dct_forward as cosine
+from stiefel.kernels.triton import _dct_select as chosen
 from stiefel.optimizers import DCTAdamW
 
 LENGTHS = [1, 2, 3, 4, 13, 32, 37, 70]

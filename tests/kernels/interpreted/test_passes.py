@@ -16,9 +16,9 @@ from helpers.operands import (
     unchanged,
 )
 
-from stiefel.kernels import passes as plain
+from stiefel.kernels import reference as plain
 from stiefel.kernels import triton as kernels
-from stiefel.kernels.triton import lists
+from stiefel.kernels.triton import _pointer_lists as lists
 from stiefel.optimizers import AuON, Muon
 
 SIDES = ["rows", "cols", "all"]
@@ -59,11 +59,11 @@ def kinds(K, m, n):
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 33, 45)], ids=str)
 def test_blend_is_its_formula(shape):
     shape = shape if len(shape) == 3 else (1, *shape)
-    for i, (nesterov, kind) in enumerate([(a, b) for a in (False, True) for b in plain.KINDS]):
+    for i, (nesterov, kind) in enumerate([(a, b) for a in (False, True) for b in ("ema", "sum")]):
         M, G = gaussian(*shape), gaussian(*shape, seed=1)
         want, step = momentum_of(M, G, 0.95, nesterov, kind)
         side = [None, *SIDES][i]
-        U, found = kernels.blend_(M, G, 0.95, nesterov=nesterov, kind=kind, squares=side)
+        U, found = kernels.momentum_step_(M, G, 0.95, nesterov=nesterov, kind=kind, squares=side)
         close(M, want, torch.float32)
         close(U, step, torch.float32)
         assert (U is M) == (not nesterov) and (found is None) == (side is None)
@@ -74,13 +74,13 @@ def test_blend_is_its_formula(shape):
 @pytest.mark.parametrize("grad", DTYPES, ids=str)
 @pytest.mark.parametrize("buffer", [torch.float32, torch.bfloat16], ids=str)
 def test_blend_in_every_precision(buffer, grad):
-    for kind in plain.KINDS:
+    for kind in ("ema", "sum"):
         M, G = gaussian(2, 20, 37, dtype=buffer), gaussian(2, 20, 37, seed=1, dtype=grad)
         (kept,), work = unchanged(G), torch.promote_types(buffer, grad)
         for nesterov in (False, True):
             other = M.clone()
-            U, s = kernels.blend_(M, G, 0.9, nesterov=nesterov, kind=kind, squares="all")
-            V, t = plain.blend_(other, G, 0.9, nesterov=nesterov, kind=kind, squares="all")
+            U, s = kernels.momentum_step_(M, G, 0.9, nesterov=nesterov, kind=kind, squares="all")
+            V, t = plain.momentum_step_(other, G, 0.9, nesterov=nesterov, kind=kind, squares="all")
             assert U.dtype == V.dtype == work and (U is M) == (V is other)
             close(M, other.double(), buffer)
             close(U, V.double(), work)
@@ -92,7 +92,7 @@ def test_blend_in_bfloat16_rounds_as_torch_does():
     M = gaussian(1, 33, 45, dtype=torch.bfloat16)
     G = gaussian(1, 33, 45, seed=1, dtype=torch.bfloat16)
     other = M.clone()
-    U, _ = kernels.blend_(M, G, 0.95, nesterov=True)
+    U, _ = kernels.momentum_step_(M, G, 0.95, nesterov=True)
     other.lerp_(G, 1 - 0.95)
     # all but what lies in the middle between two numbers, where the last bit of float32 decides
     assert (M != other).sum() <= 3 and (U != G.lerp(other, 0.95)).sum() <= 15
@@ -104,13 +104,13 @@ def test_blend_takes_any_strides_and_touches_nothing_else(layout):
         dense, grad = gaussian(K, 20, 37), gaussian(K, 20, 37, seed=1)
         (M, buffer), (G, other) = laid(dense, layout), laid(grad, layout)
         with nothing_beside((M, buffer), (G, other)):
-            U, found = kernels.blend_(M, G, 0.9, nesterov=True, squares="rows")
-        V, expected = kernels.blend_(dense, grad, 0.9, nesterov=True, squares="rows")
+            U, found = kernels.momentum_step_(M, G, 0.9, nesterov=True, squares="rows")
+        V, expected = kernels.momentum_step_(dense, grad, 0.9, nesterov=True, squares="rows")
         assert torch.equal(M, dense) and torch.equal(U, V) and torch.equal(G, grad)
         close(found, expected.double(), torch.float32)
         assert (U.stride(-2) == 1) == (layout == "columns")
         crossed = gaussian(K, 20, 37).mT.contiguous().mT
-        kernels.blend_(crossed, grad, 0.9)
+        kernels.momentum_step_(crossed, grad, 0.9)
         assert torch.equal(crossed, dense)
 
 
@@ -120,19 +120,19 @@ def test_flags_leave_every_byte_and_what_is_bad_is_only_in_its_matrix():
     old, free = M.clone(), M.clone()
     ok = torch.tensor([1.0, 9.0, 0.0, 9.0, 1.0, 9.0])[::2]
     for nesterov in (False, True):
-        U, _ = kernels.blend_(M, G, 0.9, nesterov=nesterov, ok=ok)
-        kernels.blend_(free, G, 0.9)
+        U, _ = kernels.momentum_step_(M, G, 0.9, nesterov=nesterov, finite=ok)
+        kernels.momentum_step_(free, G, 0.9)
         assert torch.equal(M[1], old[1]) and torch.equal(M[::2], free[::2])
         assert U.isnan().sum() == (1 if nesterov else 0)
     assert free[1].isnan().sum() == 1
     other = old.clone()
-    plain.blend_(other, G, 0.9, ok=ok)
+    plain.momentum_step_(other, G, 0.9, finite=ok)
     assert torch.equal(other[1], old[1])
-    norm, found = kernels.blend_power_sums_(M, G, 0.9, 3, ok=ok)
+    norm, found = kernels.momentum_power_sums_(M, G, 0.9, 3, finite=ok)
     assert norm.flatten().isfinite().tolist() == [True, False, True] and found[::2].isfinite().all()
     assert torch.equal(M[1], old[1])
     kept = M.clone()
-    kernels.blend_(M, G, 0.9, ok=torch.tensor([0.0, 9.0, 9.0])[:1])  # one for all
+    kernels.momentum_step_(M, G, 0.9, finite=torch.tensor([0.0, 9.0, 9.0])[:1])  # one for all
     assert torch.equal(M, kept)
 
 
@@ -144,12 +144,12 @@ def test_lists_have_the_bits_of_stacks(transposed):
     for shape in ((2, 33, 20), (3, 5, 7)):
         M, G = stack(0, *shape), stack(1, *shape).bfloat16()
         Ms, Gs = listed(M), listed(G)
-        U, found = kernels.blend_(M, G, 0.9, nesterov=True, squares="cols")
-        V, alike = kernels.blend_(Ms, Gs, 0.9, nesterov=True, squares="cols")
+        U, found = kernels.momentum_step_(M, G, 0.9, nesterov=True, squares="cols")
+        V, alike = kernels.momentum_step_(Ms, Gs, 0.9, nesterov=True, squares="cols")
         assert torch.equal(U, V) and U.stride() == V.stride() and torch.equal(found, alike)
         assert all(map(torch.equal, Ms, M))
-        assert kernels.blend_(Ms, G, 0.9)[0] is Ms  # a list beside a stack
-        kernels.blend_(M, Gs, 0.9)
+        assert kernels.momentum_step_(Ms, G, 0.9)[0] is Ms  # a list beside a stack
+        kernels.momentum_step_(M, Gs, 0.9)
         assert all(map(torch.equal, Ms, M))
         W, by = stack(2, *shape).bfloat16(), gaussian(shape[0], shape[1], 1)
         Ws = listed(W)
@@ -167,7 +167,7 @@ def test_lists_have_the_bits_of_stacks(transposed):
 def test_many_small_matrices():
     M, G = gaussian(37, 5, 7), gaussian(37, 5, 7, seed=1, dtype=torch.bfloat16)
     Ms, Gs = listed(M), listed(G)
-    U, found = kernels.blend_(Ms, Gs, 0.9, nesterov=True, squares="rows")
+    U, found = kernels.momentum_step_(Ms, Gs, 0.9, nesterov=True, squares="rows")
     want, step = momentum_of(M, G, 0.9, True, "ema")
     close(torch.stack(Ms), want, torch.float32)
     close(U, step, torch.float32)
@@ -179,7 +179,7 @@ def test_many_small_matrices():
 
 
 def test_tables_of_addresses_are_kept_and_the_oldest_goes_first(monkeypatch):
-    monkeypatch.setattr(lists, "MOST", 2)
+    monkeypatch.setattr(lists, "MAX_TABLES", 2)
     monkeypatch.setattr(lists, "_TABLES", {})
     kept = [listed(gaussian(2, 3, 4, seed=i)) for i in range(4)]
     for _ in range(2):
@@ -209,12 +209,12 @@ def test_a_graph_reads_tables_that_were_there_before(monkeypatch):
 def test_a_stack_has_the_bits_of_its_matrices():
     M, G = gaussian(3, 33, 70), gaussian(3, 33, 70, seed=1)
     Ms = [x[None].clone() for x in M]
-    U, found = kernels.blend_(M, G, 0.9, nesterov=True, squares="all")
+    U, found = kernels.momentum_step_(M, G, 0.9, nesterov=True, squares="all")
     for k in range(3):
-        V, alone = kernels.blend_(Ms[k], G[k : k + 1], 0.9, nesterov=True, squares="all")
+        V, alone = kernels.momentum_step_(Ms[k], G[k : k + 1], 0.9, nesterov=True, squares="all")
         assert torch.equal(V[0], U[k]) and torch.equal(alone[0], found[k])
-    again = kernels.blend_power_sums_(M.clone(), G, 0.9, 3)
-    assert all(map(torch.equal, again, kernels.blend_power_sums_(M.clone(), G, 0.9, 3)))
+    again = kernels.momentum_power_sums_(M.clone(), G, 0.9, 3)
+    assert all(map(torch.equal, again, kernels.momentum_power_sums_(M.clone(), G, 0.9, 3)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -319,8 +319,10 @@ def test_ragged_results_are_the_crop_of_padded_ones():
     M, G = (torch.zeros(2, 48, 64) for _ in range(2))
     M[:, :45, :50], G[:, :45, :50] = gaussian(2, 45, 50), gaussian(2, 45, 50, seed=1)
     small = M[:, :45, :50].clone()
-    U, found = kernels.blend_(M, G, 0.9, nesterov=True, squares="rows")
-    V, crop = kernels.blend_(small, G[:, :45, :50].clone(), 0.9, nesterov=True, squares="rows")
+    U, found = kernels.momentum_step_(M, G, 0.9, nesterov=True, squares="rows")
+    V, crop = kernels.momentum_step_(
+        small, G[:, :45, :50].clone(), 0.9, nesterov=True, squares="rows"
+    )
     assert torch.equal(V, U[:, :45, :50]) and torch.equal(crop, found[:, :45])
 
 
@@ -333,8 +335,8 @@ def test_offsets_beyond_int32():
     G = gaussian(2, 4, 8, seed=1)
     dense = X.clone()
     assert torch.equal(kernels.squares(X, None), kernels.squares(dense, None))
-    kernels.blend_(X, G, 0.9)
-    kernels.blend_(dense, G, 0.9)
+    kernels.momentum_step_(X, G, 0.9)
+    kernels.momentum_step_(dense, G, 0.9)
     assert torch.equal(X, dense)
     same = gaussian(1, 4, 8).expand(3, 4, 8)
     assert torch.equal(kernels.squares(same, -2), kernels.squares(same.clone(), -2))
@@ -343,7 +345,7 @@ def test_offsets_beyond_int32():
 def test_nothing_to_do():
     for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
         X = torch.ones(shape)
-        U, found = kernels.blend_(X, X.clone(), 0.9, nesterov=True, squares="rows")
+        U, found = kernels.momentum_step_(X, X.clone(), 0.9, nesterov=True, squares="rows")
         assert U.shape == shape and found.shape == (*shape[:2], 1) and not found.any()
         assert kernels.squares(X, -2).shape == (shape[0], 1, shape[2])
         norm, powers = kernels.power_sums(X, 3)
@@ -357,8 +359,8 @@ def test_nothing_to_do():
 def test_float64_goes_to_the_reference():
     M, G = gaussian(2, 5, 7).double(), gaussian(2, 5, 7, seed=1).double()
     other = M.clone()
-    U, found = kernels.blend_(M, G, 0.9, nesterov=True, squares="rows")
-    V, expected = plain.blend_(other, G, 0.9, nesterov=True, squares="rows")
+    U, found = kernels.momentum_step_(M, G, 0.9, nesterov=True, squares="rows")
+    V, expected = plain.momentum_step_(other, G, 0.9, nesterov=True, squares="rows")
     assert torch.equal(U, V) and torch.equal(found, expected) and U.dtype == torch.float64
     assert kernels.squares(M, None).dtype == torch.float64
 
@@ -366,13 +368,13 @@ def test_float64_goes_to_the_reference():
 def test_what_does_not_fit_is_named():
     X = gaussian(2, 5, 7)
     with pytest.raises(ValueError, match="kind must be"):
-        kernels.blend_(X, X, 0.9, kind="mean")
+        kernels.momentum_step_(X, X, 0.9, kind="mean")
     with pytest.raises(ValueError, match="squares must be"):
-        kernels.blend_(X, X, 0.9, squares="columns")
+        kernels.momentum_step_(X, X, 0.9, squares="columns")
     with pytest.raises(ValueError, match="dim must be"):
         kernels.squares(X, 0)
     with pytest.raises(ValueError, match="G must have the shape"):
-        kernels.blend_(X, gaussian(2, 5, 8), 0.9)
+        kernels.momentum_step_(X, gaussian(2, 5, 8), 0.9)
     with pytest.raises(ValueError, match="by must broadcast"):
         kernels.scaled_add_(X, X.clone(), gaussian(1, 5, 2), 1.0, 1.0)
     with pytest.raises(ValueError, match="matrices of X must agree in shape"):
@@ -390,7 +392,9 @@ def test_operations_are_declared_as_they_are():
         for wanted, count in (("rows", 0), ("cols", 0), ("all", 0), ("powers", 3), ("", 0)):
             opcheck(OPS.read.default, (half, torch.float32, wanted, count), test_utils=tests)
             flags = (0.9, True, False, wanted != "powers", wanted, count, ok)
-            opcheck(OPS.blend.default, ([x.clone() for x in Xs], half, *flags), test_utils=tests)
+            opcheck(
+                OPS.momentum_step.default, ([x.clone() for x in Xs], half, *flags), test_utils=tests
+            )
         args = ([x.clone() for x in Xs], half, gaussian(2, 5, 1), [], None, 0.9, 0.1, None)
         opcheck(OPS.scaled_add.default, args, test_utils=tests)
 
@@ -403,7 +407,7 @@ def test_every_operation_is_one_node_of_a_graph():
         return gm.forward
 
     def step(W, M, G):
-        U, _ = kernels.blend_(M, G, 0.9, nesterov=True, squares="rows")
+        U, _ = kernels.momentum_step_(M, G, 0.9, nesterov=True, squares="rows")
         kernels.scaled_add_(W, U, kernels.squares(U, -1), 0.9, -0.1)
         return kernels.cast_stack([W[0], W[1]], torch.bfloat16, True)
 

@@ -6,14 +6,16 @@ import pytest
 import torch
 from helpers.operands import gaussian, laid, unchanged
 
-from stiefel.kernels import coefficients as lists
-from stiefel.kernels import dispatch, gram_space, polar_factor, reference, stacking
-from stiefel.kernels.gram_space import gram_iteration, gram_restarts
-from stiefel.kernels.polar import METHODS
-from stiefel.kernels.polynomial import polynomial
+from stiefel.kernels import dispatch, polar_factor, reference
+from stiefel.kernels.polar import batching as stacking
+from stiefel.kernels.polar import coefficients as lists
+from stiefel.kernels.polar import gram_newton_schulz as gram_space
+from stiefel.kernels.polar.gram_newton_schulz import gram_iteration, gram_restarts
+from stiefel.kernels.polar.methods import POLAR_METHODS
+from stiefel.kernels.polar.newton_schulz import polynomial
 from stiefel.optimizers import Muon
 
-POLYNOMIALS = [name for name in METHODS if METHODS[name].schedule]
+POLYNOMIALS = [name for name in POLAR_METHODS if POLAR_METHODS[name].schedule]
 BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.06}
 """Of the error relative to float64, for spectra without small values."""
 
@@ -50,7 +52,7 @@ def test_every_polynomial_method(method):
     X = even(20, 33)
     kept = unchanged(X)
     exact = polar_factor(X.double(), method)  # float64 is never on kernels
-    for dtype in {torch.float32, METHODS[method].fast}:
+    for dtype in {torch.float32, POLAR_METHODS[method].fast}:
         O = polar_factor(X, method, dtype=dtype)
         assert relative(O, exact) < BOUNDS[dtype]
         assert O.dtype == X.dtype and O.is_contiguous() and torch.equal(X, kept[0])
@@ -60,7 +62,7 @@ def test_every_polynomial_method(method):
 @pytest.mark.parametrize("method", ["ns5", "gram"])
 def test_every_shape(method, shape):
     X = even(*shape)
-    dtype = METHODS[method].fast
+    dtype = POLAR_METHODS[method].fast
     O = polar_factor(X, method, dtype=dtype)
     assert O.shape == X.shape and O.is_contiguous()
     bound = 4e-2 if method == "gram" else BOUNDS[dtype]  # twice the largest error below
@@ -98,7 +100,7 @@ def test_what_is_not_finite_and_zero(method):
     steps = {"steps": 3} if method == "cubic" else {}
     expected = polar_factor(X, method, **steps)
     X[0], X[1, 2, 3], X[2, 3, 4] = 0, float("nan"), float("inf")
-    for dtype in (torch.float32, METHODS[method].fast):
+    for dtype in (torch.float32, POLAR_METHODS[method].fast):
         O = polar_factor(X, method, dtype=dtype, **steps)
         assert not O[0].any() and O[1:3].isnan().all()
         assert relative(O[3], expected[3]) < BOUNDS[dtype]
@@ -108,9 +110,9 @@ def test_what_is_not_finite_and_zero(method):
 
 
 def free_and_normalised(X, dtype, schedule, margin=1.0, eps=1e-7):
-    ops = dispatch.pick(X)
+    ops = dispatch.backend_for(X)
     free = polynomial(ops.padded(X, dtype), schedule, margin=margin, eps=eps)
-    return free, polynomial(ops.normalised(X, dtype, margin, eps), schedule)
+    return free, polynomial(ops.normalized(X, dtype, margin, eps), schedule)
 
 
 def test_the_free_norm_rounds_as_the_normalised_form():
@@ -133,8 +135,8 @@ def test_the_free_norm_keeps_to_margin_and_eps(size):
 
 def test_when_the_norm_is_free(monkeypatch):
     taken = []
-    ops = dispatch.kernels()
-    for name in ("normalised", "padded"):
+    ops = dispatch.triton_backend()
+    for name in ("normalized", "padded"):
         spied = getattr(ops, name)
         monkeypatch.setattr(
             ops, name, lambda *a, _s=spied, _n=name, **k: taken.append(_n) or _s(*a, **k)
@@ -151,9 +153,9 @@ def test_when_the_norm_is_free(monkeypatch):
     assert copies(X.mT) == [] and copies(X.mT.contiguous()) == ["padded"]
     assert copies(X.mT.bfloat16().contiguous(), dtype=torch.bfloat16) == []
     assert copies(X[:, 1:]) == ["padded"] and copies(X[1:]) == ["padded"]
-    assert copies(X, dtype=torch.float16) == ["normalised"]
-    assert copies(X, norm="schatten4") == copies(X, "gram") == ["normalised"]
-    assert copies(X, eps=0.0) == ["normalised"]
+    assert copies(X, dtype=torch.float16) == ["normalized"]
+    assert copies(X, norm="schatten4") == copies(X, "gram") == ["normalized"]
+    assert copies(X, eps=0.0) == ["normalized"]
     assert copies(X, exact=True) == copies(X, "gram", exact=True) == []
 
 
@@ -170,14 +172,14 @@ def test_gram_in_float16_keeps_to_the_table():
 
 
 def test_a_bad_result_of_the_gram_form_is_replaced():
-    ops = dispatch.kernels()
-    X = ops.normalised(even(4, 16, 32), torch.float16)
+    ops = dispatch.triton_backend()
+    X = ops.normalized(even(4, 16, 32), torch.float16)
     O = gaussian(4, 16, 32).half()
     O *= math.sqrt(16) / O.float().norm(dim=(-2, -1), keepdim=True)
     O[1] *= 1.2
     O[2] *= 1.4
     O[3, 5, 7] = float("nan")
-    mended = gram_space._mended(O, X, lists.GRAM[:5])
+    mended = gram_space._replace_failures(O, X, lists.GRAM[:5])
     assert torch.equal(mended[:2], O[:2])
     assert torch.equal(mended[2:], polynomial(X, lists.GRAM[:5])[2:])
 
@@ -185,7 +187,7 @@ def test_a_bad_result_of_the_gram_form_is_replaced():
 def test_an_unstable_gram_form_is_replaced():
     """Without restarts small singular values of a float16 matrix blow up."""
     A = gaussian(1, 16, 16) * torch.logspace(0, -5, 16) @ gaussian(16, 64)
-    X = dispatch.kernels().normalised(A, torch.float16)
+    X = dispatch.triton_backend().normalized(A, torch.float16)
     schedule = lists.GRAM[:5]
     wild = gram_iteration(X.clone(), schedule, (), exact=True)
     assert not wild.float().norm() < 1.3 * 4
@@ -217,18 +219,18 @@ def test_exact_takes_torchs_products(monkeypatch):
     assert not torch.equal(O, polar_factor(X, "ns5", dtype=torch.bfloat16))
     monkeypatch.setenv("STIEFEL_KERNELS", "reference")
     assert torch.equal(O, polar_factor(X, "ns5", dtype=torch.bfloat16))
-    assert stacking.pick(X) is reference
+    assert stacking.backend_for(X) is reference
 
 
 def test_an_iteration_is_one_graph():
-    ops, graphs = dispatch.kernels(), []
+    ops, graphs = dispatch.triton_backend(), []
 
     def record(module, inputs):
         graphs.append([node.target for node in module.graph.nodes if node.op == "call_function"])
         return module.forward
 
     def iteration(U):
-        X = ops.normalised(U, torch.bfloat16)
+        X = ops.normalized(U, torch.bfloat16)
         for a, b, c in lists.NS5 * 2:
             X = ops.scale_and_apply(X, ops.symmetric_poly(ops.gram(X), b, c), a)
         return ops.symmetric_apply(ops.gram(X), ops.gram(X), 1.0)
@@ -238,5 +240,5 @@ def test_an_iteration_is_one_graph():
     assert torch.equal(compiled, iteration(X))
     names = [str(target) for target in graphs[0] if "stiefel" in str(target)]
     step = ["gram", "symmetric", "scale_and_apply"]
-    expected = ["normalised", *step * 2, "gram", "gram", "symmetric"]
+    expected = ["normalized", *step * 2, "gram", "gram", "symmetric"]
     assert [name.split(".")[1] for name in names] == expected and len(graphs) == 1

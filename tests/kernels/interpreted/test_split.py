@@ -14,7 +14,8 @@ from helpers.operands import (
 )
 
 from stiefel.kernels import reference
-from stiefel.kernels.triton import split, split_step_
+from stiefel.kernels.triton import split_step as split
+from stiefel.kernels.triton import split_step_
 from stiefel.optimizers import FRUGAL
 
 SET = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}

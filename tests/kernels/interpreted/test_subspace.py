@@ -1,5 +1,6 @@
 """Into a subspace and out of it in the interpreter, against float64 and the plain references."""
 
+import importlib
 import math
 
 import pytest
@@ -17,7 +18,9 @@ from helpers.operands import (
 from stiefel.kernels import reference
 from stiefel.kernels import triton as kernels
 from stiefel.kernels.triton import adam_lift as module
-from stiefel.kernels.triton import subspace
+
+subspace = importlib.import_module("stiefel.kernels.triton.project")
+
 
 BETAS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 # (K, m, n), r: ragged, single rows, columns and coordinates, r above m, split sums, several tiles
@@ -152,11 +155,11 @@ def test_adam_leaves_the_moments_of_a_bad_matrix():
     m, v = unchanged(M, V)
     for ok in (torch.tensor([1.0, 0.0, 1.0]), torch.tensor([[1.0, 9], [0, 9], [1, 9]])[:, 0]):
         M.copy_(m), V.copy_(v)
-        N = kernels.adam(R, M, V, 2, ok=ok, **BETAS)
+        N = kernels.adam(R, M, V, 2, finite=ok, **BETAS)
         assert torch.equal(M[1], m[1]) and torch.equal(V[1], v[1])
         assert not torch.equal(M[0], m[0]) and N[[0, 2]].isfinite().all()
     plain = [X.clone() for X in (m, v)]
-    reference.adam(R, *plain, 2, ok=ok, **BETAS)
+    reference.adam(R, *plain, 2, finite=ok, **BETAS)
     assert torch.equal(plain[0][1], m[1]) and torch.equal(plain[1][1], v[1])
 
 

@@ -16,7 +16,7 @@ from helpers.operands import (
 
 from stiefel.kernels import reference
 from stiefel.kernels.triton import symmetric
-from stiefel.kernels.triton.launch import strides
+from stiefel.kernels.triton._launch import strides
 
 NAN = float("nan")
 

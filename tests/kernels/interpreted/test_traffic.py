@@ -10,7 +10,7 @@ from helpers.operands import gaussian
 from helpers.paths import BENCH
 
 from stiefel.kernels.triton import symmetric
-from stiefel.kernels.triton.tables import TABLES
+from stiefel.kernels.triton._tables import TABLES
 
 sys.path.insert(0, str(BENCH))
 from traffic import Log, Work, extended, recorded, scaled, triangle, watched

@@ -1,0 +1,140 @@
+"""Bring stacks of any shape to a polar method, which takes wide matrices of Frobenius norm one.
+
+On the CPU a matrix comes out the same, bit for bit, in whatever stack it sits.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import SUPPORTED_DTYPES, backend_for
+
+# On the CPU: entries of a small matrix, entries of a batch of them (4 MiB in float32, so that its
+# temporaries stay near the cache), and the multiple that sides are padded to.
+_SMALL = 2**14
+_BATCH = 2**20
+_PAD_MULTIPLE = 16
+# The least eps whose square is still far above the underflow of float32.
+_SQUARED = 1e-15
+
+
+class PolarCall(NamedTuple):
+    """One call of a polar method: the function, and what it needs done around it."""
+
+    run: Callable[..., Tensor]
+    dtype: torch.dtype
+    margin: float
+    batchable: bool  # whether zero padding changes nothing and batches are faster
+    allows_kernels: bool = False  # whether kernels may run it; zero padding changes nothing then
+    finds_norm: bool = False  # whether run divides by the norm itself, given eps
+    exact: bool = False  # whether each matrix runs alone, on torch's own products
+
+
+def run_stack(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
+    """Choose how a stack (K, m, n) is run: whole, in batches of small matrices, or one by one.
+
+    On the CPU a matrix must come out the same in whatever stack it sits. Small ones are therefore
+    batched even when alone, large ones run alone even in a stack.
+    """
+    if call.allows_kernels and call.dtype in SUPPORTED_DTYPES:
+        ops = backend_for(stack)
+        if ops is not reference:
+            return _run_kernels(stack, call, eps, ops)
+    if stack.device.type != "cpu" and not call.exact:
+        return _factor(stack, call, eps)
+    if call.batchable and _ceil(stack.shape[-2]) * _ceil(stack.shape[-1]) <= _SMALL:
+        return _run_batches(stack, call, eps)
+    if len(stack) == 1:
+        return _factor(stack[0], call, eps).unsqueeze(0)
+    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
+    for X, O in zip(stack, out, strict=True):
+        O.copy_(_factor(X, call, eps))
+    return out
+
+
+def _run_batches(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
+    """Run small matrices many at a time; the stack is on the CPU.
+
+    They are padded with zeros to whole cache lines, which no method sees, because the bits of a
+    matrix product may depend on the alignment of its operands.
+    """
+    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
+    transposed = stack.shape[-2] > stack.shape[-1]
+    source, target = (stack.mT, out.mT) if transposed else (stack, out)  # (K, m, n), m <= n
+    m, n = source.shape[-2:]
+    size = max(1, _BATCH // (_ceil(m) * _ceil(n)))
+    for i in range(0, len(stack), size):
+        Y = torch.nn.functional.pad(source[i : i + size], (0, _ceil(n) - n, 0, _ceil(m) - m))
+        target[i : i + size].copy_(call.run(_normalized(Y, call, eps))[..., :m, :n])
+    return out
+
+
+def _run_kernels(stack: Tensor, call: PolarCall, eps: float, ops: ModuleType) -> Tensor:
+    """Run all of a stack on kernels, in dense copies whose sides are multiples of 16.
+
+    No copy is made of what needs neither a cast nor padding nor a norm.
+    """
+    transposed = stack.shape[-2] > stack.shape[-1]
+    X = stack.mT if transposed else stack  # (K, m, n), m <= n
+    if call.finds_norm and eps >= _SQUARED:
+        ready = X.dtype == call.dtype and _is_even(X)
+        O = call.run(X if ready else ops.padded(X, call.dtype), eps=eps)
+    else:
+        O = call.run(ops.normalized(X, call.dtype, call.margin, eps))
+    if O.shape == stack.shape and O.dtype == stack.dtype:
+        return O.contiguous()
+    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
+    (out.mT if transposed else out).copy_(O[..., : X.shape[-2], : X.shape[-1]])
+    return out
+
+
+def _is_even(X: Tensor) -> bool:
+    """Whether kernels can read X (K, m, n) in whole lines: by rows, if narrow by columns too.
+
+    From sm_90 on columns of float32 would be copied to the matrix units one entry at a time.
+    """
+    _, m, n = X.shape
+    near, far = X.stride()[:0:-1]
+    if X.element_size() == 2 and far == 1:
+        near, far = far, near
+    whole = (m, n, X.storage_offset(), far, X.stride(0))
+    return near == 1 and all(number % _PAD_MULTIPLE == 0 for number in whole)
+
+
+def _ceil(side: int) -> int:
+    return -(-side // _PAD_MULTIPLE) * _PAD_MULTIPLE
+
+
+def _factor(X: Tensor, call: PolarCall, eps: float) -> Tensor:
+    """Transpose a tall X (m, n) or (K, m, n), scale it, run the method, and transpose back."""
+    tall = X.shape[-2] > X.shape[-1]
+    O = call.run(_normalized(X.mT if tall else X, call, eps))
+    return (O.mT if tall else O).to(X.dtype).contiguous()
+
+
+def _normalized(X: Tensor, call: PolarCall, eps: float) -> Tensor:
+    """A copy X / max(margin ||X||_F, eps) in the dtype of the iteration.
+
+    In bfloat16 the norm is taken after the cast and rounded, as torch.optim.Muon does. In float16
+    the cast comes last, since it would overflow.
+    """
+    work = torch.float32 if call.dtype == torch.float16 else call.dtype
+    Y = X.to(work)
+    scale = (call.margin * _frobenius(Y)).clamp(min=eps)
+    Y = Y / scale if Y is X else Y.div_(scale)
+    return Y.to(call.dtype)
+
+
+def _frobenius(X: Tensor) -> Tensor:
+    """||X||_F, a scalar for one matrix, (K, 1, 1) for a stack."""
+    dim = (-2, -1) if X.ndim == 3 else None
+    norm: Tensor = torch.linalg.vector_norm(X, dim=dim, keepdim=X.ndim == 3)
+    if X.device.type == "cpu" and bool(norm.isinf().any()):
+        # The squares of finite entries may overflow. On an accelerator we do not wait to look.
+        wide = torch.linalg.vector_norm(X, dim=dim, keepdim=X.ndim == 3, dtype=torch.float64)
+        norm = torch.where(norm.isinf(), wide.to(X.dtype), norm)
+    return norm

@@ -1,0 +1,18 @@
+"""The one place of the kernels that rounds a weight. Another rounding mode is a change here.
+
+Plain torch's counterpart is ``update_weight_`` in ``reference/write.py``; nothing else rounds
+weights.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def store_weight(pointers, value, mask):
+    """Round a tile of new values to the weight's dtype, to nearest, and store it.
+
+    Together with ``update_weight_`` of plain torch this function is all that rounds weights:
+    another rounding mode (stochastic, say) is a change in these two functions.
+    """
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
