@@ -54,7 +54,7 @@ UNIT = 256
 """Sides of the small weights are multiples of it, and so of tiles, and of splits of sums."""
 LAYERS = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 """LLaMA-7B: 32 times q, k, v, o; gate and up; down."""
-SQUARE, UPCASTS = (4096, 4096), (4096, 11008)
+SQUARE, WIDE_SHAPE = (4096, 4096), (4096, 11008)
 
 
 DEVICES = {name: PEAKS[name] for name in ("A100", "H100", "B200", "MI300X")}
@@ -297,7 +297,7 @@ def operation_logs(operation: Operation, rank: int) -> tuple[str, Log, Log]:
     """The size, and what the kernels and the plain operation of it do."""
     from stiefel.kernels import triton as kernels
 
-    m, n = SQUARE if operation.square else UPCASTS
+    m, n = SQUARE if operation.square else WIDE_SHAPE
 
     def count(small_m: int, small_n: int) -> Log:
         run = operation.build(kernels, torch.zeros, small_m, small_n, rank)
@@ -468,7 +468,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     count = sum(layers.values())
     print(f"Whole steps of {count} matrices of LLaMA-7B, {entries / 1e9:.2f} G entries")
     print("\n" + figure_table(steps, entries, "step"))
-    print(f"\nSingle operations, {SQUARE[0]}x{SQUARE[1]} (Gram form) or {WIDE[0]}x{WIDE[1]}")
+    square, wide = ("x".join(map(str, shape)) for shape in (SQUARE, WIDE_SHAPE))
+    print(f"\nSingle operations, {square} (Gram form) or {wide}")
     print("\n" + figure_table(single, 0, "operation"))
     fused = adamw_bytes()
     print(f"\nBytes per entry of torch.optim.AdamW, moments bfloat16 like the weights: {fused}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..kernels import (
     eigenbasis,
@@ -394,8 +395,9 @@ class ARO(StackedOptimizer):
         )
         super().__init__(params, rule, lr, weight_decay, **options)
 
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See :class:`StackedOptimizer`; weights that cannot share a rotation are refused."""
+        """Weights that cannot share a rotation are refused."""
         count = len(self.param_groups)
         super().add_param_group(param_group)
         check_shared_rotations(self.param_groups, count, self._default_rule)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..kernels import (
     POLAR_METHODS,
@@ -634,8 +635,9 @@ class Muon(StackedOptimizer):
         shape = {"matrix_view": matrix_view, "split_sizes": split_sizes, "num_heads": num_heads}
         super().__init__(params, rule, lr, weight_decay, **settings_with_view({**options, **shape}))
 
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See :class:`StackedOptimizer`; knows ``matrix_view``, ``split_sizes``, ``num_heads``."""
+        """Knows ``matrix_view``, ``split_sizes``, ``num_heads``."""
         is_group = isinstance(param_group, dict)  # else torch refuses it
         super().add_param_group(settings_with_view(param_group) if is_group else param_group)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ._core.rule import Direction, Member, Rule
 from ._core.validation import check
@@ -139,8 +140,9 @@ class SymmetryStack(StackedOptimizer):
             params = self._from_module(params, overrides, lr)
         super().__init__(params, SymmetryStackRule(), lr, weight_decay, **options)
 
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See :class:`StackedOptimizer`; without ``rule`` the policy sorts what is in the group."""
+        """Without ``rule`` the policy sorts what is in the group."""
         groups = [param_group]
         if isinstance(param_group, dict) and "rule" not in param_group:
             groups = self._grouped_by_policy(param_group)

@@ -20,6 +20,7 @@ FLOORS = {
     "kernels": {"polar", "reference"},
 }
 """Per folder, the other folders (or files beside it) that its files may import."""
+THIRD_PARTY = {"numpy", "torch", "triton", "typing_extensions"}
 METHODS = {path.stem for path in ROOT.glob("optimizers/*.py")} - {"__init__"}
 SOURCES = sorted([*ROOT.glob("optimizers/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 
@@ -65,7 +66,7 @@ def test_only_triton_files_import_triton_and_nothing_heavy_is_imported():
     for path in SOURCES:
         _, outside = imports(path)
         assert "triton" not in outside or path.parent.name == "triton", path
-        assert outside <= {"torch", "triton", "numpy", "typing_extensions", *sys.stdlib_module_names}, path
+        assert outside <= {*THIRD_PARTY, *sys.stdlib_module_names}, path
 
 
 def test_no_optimizer_chooses_or_names_a_back_end():

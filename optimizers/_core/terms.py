@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
+from typing_extensions import override
 
 from ... import kernels
 from ...kernels import Stack, add_product_
@@ -90,20 +91,20 @@ class Dense(Term):
     U: Tensor
 
     @property
+    @override
     def mT(self) -> Dense:
-        """See :class:`Term`."""
         return Dense(self.U.mT)
 
+    @override
     def scaled(self, c: Tensor) -> Dense:
-        """See :class:`Term`."""
         return Dense(self.U * c)
 
+    @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        """See :class:`Term`."""
         panel.add_(self.U[ks, rows], alpha=alpha)
 
+    @override
     def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
-        """See :class:`Term`."""
         if other is not None:
             return False
         kernels.scaled_add_(W, self.U, None, *by)
@@ -119,18 +120,18 @@ class Factored(Term):
     N: Tensor
 
     @property
+    @override
     def mT(self) -> Factored:
-        """See :class:`Term`."""
         return Factored(self.N.mT, self.P.mT)
 
+    @override
     def scaled(self, c: Tensor) -> Factored:
-        """See :class:`Term`."""
         if self.P.numel() <= self.N.numel():
             return Factored(self.P * c, self.N)
         return Factored(self.P, self.N * c)
 
+    @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        """See :class:`Term`."""
         self.write_(panel, ks, rows, 1.0, alpha)
 
     def write_(
@@ -141,8 +142,9 @@ class Factored(Term):
         P, N = P.to(panel.dtype), N.to(panel.dtype)
         add_product_(panel, P, N, beta=decay_factor, alpha=alpha)
 
+    @override
     def fused_write_(self, W: Tensor, by: WriteScalars, other: Term | None = None) -> bool:
-        """See :class:`Term`; beside it there may be what exists (Scaled) or a residual's sign."""
+        """Beside it there may be what exists (Scaled) or a residual's sign."""
         if other is not None and not isinstance(other, Scaled | Residual):
             return False
         lift_kwargs = {} if other is None else other.lift_kwargs()
@@ -165,22 +167,22 @@ class Deferred(Term):
         return self.materialize()
 
     @property
+    @override
     def mT(self) -> Term:
-        """See :class:`Term`."""
         return self.materialized.mT
 
+    @override
     def scaled(self, c: Tensor) -> Term:
-        """See :class:`Term`."""
         return self.materialized.scaled(c)
 
+    @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        """See :class:`Term`."""
         self.materialized.add_(panel, ks, rows, alpha)
 
+    @override
     def write_(
         self, panel: Tensor, ks: slice, rows: slice, decay_factor: float, alpha: float
     ) -> None:
-        """See :class:`Term`."""
         self.materialized.write_(panel, ks, rows, decay_factor, alpha)
 
 
@@ -209,8 +211,8 @@ class AdamFactored(Deferred):
     eps: float
     finite: Tensor | None = None
 
+    @override
     def materialize(self) -> Factored:
-        """See :class:`Deferred`."""
         beta1, beta2 = self.betas
         N = kernels.adam(
             self.R,
@@ -224,8 +226,9 @@ class AdamFactored(Deferred):
         )
         return Factored(self.P, N)
 
+    @override
     def fused_write_(self, W: Tensor, by: WriteScalars, other: Term | None = None) -> bool:
-        """See :class:`Term`; N stays on chip where it fits."""
+        """N stays on chip where it fits."""
         if isinstance(other, Scaled):
             return self.materialized.fused_write_(W, by, other)
         if other is not None and not isinstance(other, Residual):
@@ -260,16 +263,16 @@ class Scaled(Term):
     by: Tensor
 
     @property
+    @override
     def mT(self) -> Scaled:
-        """See :class:`Term`."""
         return Scaled(self.X.mT, self.by.mT)
 
+    @override
     def scaled(self, c: Tensor) -> Scaled:
-        """See :class:`Term`."""
         return Scaled(self.X, self.by * c)
 
+    @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        """See :class:`Term`."""
         X = self.X[ks, rows].to(panel.dtype)  # an unmasked gradient may be narrower
         panel.addcmul_(X, _slice_rows(self.by, ks, rows), value=alpha)
 
@@ -277,8 +280,9 @@ class Scaled(Term):
         """The same as arguments of ``lift_``."""
         return {"X": self.X, "by": self.by}
 
+    @override
     def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
-        """See :class:`Term`; beside it there may be another of its kind."""
+        """Beside it there may be another of its kind."""
         if other is not None and not isinstance(other, Scaled):
             return False
         Y, by_Y = (None, None) if other is None else (other.X, other.by)
@@ -295,8 +299,8 @@ class Selected(Term):
     values: Tensor
 
     @property
+    @override
     def mT(self) -> Selected:
-        """See :class:`Term`."""
         return Selected(-3 - self.dim, self.index, self.values.mT)
 
     @property
@@ -304,12 +308,12 @@ class Selected(Term):
         """Chosen rows lie anywhere, so they need the whole matrix; chosen columns do not."""
         return self.dim == -1
 
+    @override
     def scaled(self, c: Tensor) -> Selected:
-        """See :class:`Term`."""
         return Selected(self.dim, self.index, self.values * c)
 
+    @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        """See :class:`Term`."""
         values = self.values[ks, rows] if self.dim == -1 else self.values[ks]
         # gather and scatter take int64 only; the stored index is int32
         index = self.index[ks].long().unsqueeze(-2 if self.dim == -1 else -1).expand_as(values)
@@ -324,17 +328,17 @@ class PanelTerm(Term):
     fn: Callable[[slice, slice, slice], Tensor]
 
     @property
+    @override
     def mT(self) -> PanelTerm:
-        """See :class:`Term`."""
         return PanelTerm(lambda k, i, j: self.fn(k, j, i).mT)
 
+    @override
     def scaled(self, c: Tensor) -> PanelTerm:
-        """See :class:`Term`."""
         c = c.reshape(1, 1, 1) if c.dim() == 0 else c
         return PanelTerm(lambda k, i, j: self.fn(k, i, j) * _slice_rows(c, k, i))
 
+    @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        """See :class:`Term`."""
         panel.add_(self.fn(ks, rows, slice(None)), alpha=alpha)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._core.rule import Dense, Member, Rule, Slot, Term
 from .._core.validation import check
@@ -40,14 +41,16 @@ class BlockSchedule(GradientSplit):
     seed: int
     keeps_state: bool
 
+    @override
     def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
-        """See :class:`GradientSplit`; only an active block has them."""
+        """Only an active block has them."""
         return base_optimizer.slots("mn")
 
+    @override
     def terms(
         self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
-        """See :class:`GradientSplit`; an active block is chosen whole; its clock starts then."""
+        """An active block is chosen whole; its clock starts then."""
         assert w.grad is not None
         if w.t == w.state_since:
             for X in w.state.values():

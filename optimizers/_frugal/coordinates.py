@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ... import kernels
 from .._core.rule import Dense, Member, Slot, Term, WriteScalars
@@ -61,8 +62,8 @@ class CoordinateSplit(GradientSplit):
         """How many there are."""
         return {"columns": n, "rows": m, "randk": m * n}[self.kind]
 
+    @override
     def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
-        """See :class:`GradientSplit`."""
         length = self.length(m, n)
         c = min(self.share, length) if isinstance(self.share, int) else int(self.share * length)
         # another letter, so that a run does not take numbers in one order for those in the other
@@ -92,10 +93,10 @@ class CoordinateSplit(GradientSplit):
             index = chosen.nonzero()[:, 1].view(len(index), -1)
         return index.to(old.device, old.dtype)
 
+    @override
     def reselect(
         self, w: Member, rng: StackRNG, base_optimizer: BaseOptimizer, policy: str
     ) -> None:
-        """See :class:`GradientSplit`."""
         state, index = w.state, w.state["index"]
         new = self.find(rng, w.m, w.n, index)
         change = IndexBasisChange(index.clone(), new)
@@ -111,10 +112,11 @@ class CoordinateSplit(GradientSplit):
             )
         index.copy_(new)
 
+    @override
     def terms(
         self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
-        """See :class:`GradientSplit`; one term for both."""
+        """One term for both."""
         assert w.grad is not None
         adam_step: int | Tensor = t
         if "age" in w.state:
@@ -189,8 +191,9 @@ class SplitTerm(Term):
         return self.index.long()
 
     @property
+    @override
     def mT(self) -> Term:
-        """See :class:`Term`; columns are rows then, whose direction is made beforehand."""
+        """Columns are rows then, whose direction is made beforehand."""
         if self.coordinates.kind == "randk":
             return Dense(self.whole().mT)
         N = self.step(_gather(self.G, self.coordinates.dim, self.positions), ALL, ALL).mT
@@ -200,8 +203,8 @@ class SplitTerm(Term):
             coordinates, self.G.mT, self.index, self.state_free, lambda _, ks, part: N[ks, part]
         )
 
+    @override
     def scaled(self, c: Tensor) -> Term:
-        """See :class:`Term`."""
         return Dense(self.whole().mul_(c))
 
     def whole(self) -> Tensor:
@@ -210,8 +213,8 @@ class SplitTerm(Term):
         self._fill_rows(U, ALL, ALL)
         return U
 
+    @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        """See :class:`Term`."""
         self.write_(panel, ks, rows, 1.0, alpha)
 
     def write_(
@@ -233,8 +236,9 @@ class SplitTerm(Term):
             self._fill_rows(U, ks, slice(i, j))
             _decay_and_add_(W, U, decay_factor, alpha)
 
+    @override
     def fused_write_(self, W: Tensor, by: WriteScalars, other: Term | None = None) -> bool:
-        """See :class:`Term`; Adam inside and no other term beside it."""
+        """Adam inside and no other term beside it."""
         if other is not None or not isinstance(self.base_optimizer, Adam):
             return False
         t, dim = self.adam_step, None if self.coordinates.kind == "randk" else self.coordinates.dim

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._core.rule import AdamFactored, Member, PanelTerm, Residual, Scaled, Slot, Term
 from .._toolkit.base_optimizers import Adam, BaseOptimizer
@@ -60,12 +61,13 @@ class SubspaceSplit(GradientSplit):
             "svd_full" if exact else self.kind, both=self.full, lapack_signs=exact
         )
 
+    @override
     def transpose(self, m: int, n: int) -> bool:
-        """See :class:`GradientSplit`; what is projected are rows."""
+        """What is projected are rows."""
         return projects_columns(self.proj_type, m, n)
 
+    @override
     def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
-        """See :class:`GradientSplit`."""
         r = min(resolve_count(self.share, min(m, n) if self.full else m), m, n)
         slots = {
             **self.projector.slots(m, r),
@@ -73,10 +75,10 @@ class SubspaceSplit(GradientSplit):
         }
         return slots_if_any(r, self.share, m, n, slots)
 
+    @override
     def reselect(
         self, w: Member, rng: StackRNG, base_optimizer: BaseOptimizer, policy: str
     ) -> None:
-        """See :class:`GradientSplit`."""
         assert w.grad is not None
         P, old = self.projector, self.projector.state_tensors(w.state)
         new = w.reductions.on_one_rank(
@@ -86,10 +88,11 @@ class SubspaceSplit(GradientSplit):
             base_optimizer.carry_state(policy, w.state, P.overlap(old, new), w.t - 1)
         P.install(w.state, new)
 
+    @override
     def terms(
         self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
-        """See :class:`GradientSplit`: P N beside the rest, G - P R; sgd has one lift for both."""
+        """P N beside the rest, G - P R; sgd has one lift for both."""
         assert w.grad is not None
         P, G, state, m = self.projector, w.grad, w.state, w.m
         R = P.project(state, G, w.reductions)  # (K, r, n); P^T G Q is (K, r, r)
@@ -119,8 +122,8 @@ class SubspaceSplit(GradientSplit):
             return lift, PanelTerm(residual)
         return lift, Residual(residual, basis, R, G, state_free.scale, state_free.floor)
 
+    @override
     def shared(self, m: int) -> Mapping[Hashable, int]:
-        """See :class:`GradientSplit`."""
         return self.projector.shared(m)
 
     def lifted_term(

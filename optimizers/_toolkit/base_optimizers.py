@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from .._core.rule import LOCAL_REDUCTIONS, Reductions, Slot
 from .._core.validation import check
@@ -62,11 +63,12 @@ class BaseOptimizer:
 class Adam(BaseOptimizer):
     """Adam, arXiv 1412.6980; decay is the driver's."""
 
+    @override
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
-        """See :class:`BaseOptimizer`."""
         moment = _moment_slot(axes, sizes)
         return {"exp_avg": moment, "exp_avg_sq": moment}
 
+    @override
     def direction(
         self,
         state: State,
@@ -75,12 +77,11 @@ class Adam(BaseOptimizer):
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`BaseOptimizer`."""
         (beta1, beta2), M, V = self.betas, state["exp_avg"], state["exp_avg_sq"]
         return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps, finite=finite)
 
+    @override
     def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
-        """See :class:`BaseOptimizer`."""
         M, V = state["exp_avg"], state["exp_avg_sq"]
         carry_moments(policy, M, V, change, t=t, betas=self.betas)
 
@@ -89,10 +90,11 @@ class Adam(BaseOptimizer):
 class Lion(BaseOptimizer):
     """Lion, arXiv 2302.06675: N = sign(b1 M + (1 - b1) R), then M <- b2 M + (1 - b2) R."""
 
+    @override
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
-        """See :class:`BaseOptimizer`."""
         return {"exp_avg": _moment_slot(axes, sizes)}
 
+    @override
     def direction(
         self,
         state: State,
@@ -101,14 +103,13 @@ class Lion(BaseOptimizer):
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`BaseOptimizer`."""
         (beta1, beta2), M = self.betas, state["exp_avg"]
         N = M.to(R.dtype).lerp(R, 1 - beta1).sign_()
         ema(M, R, beta2, finite)
         return N
 
+    @override
     def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
-        """See :class:`BaseOptimizer`."""
         _carry_first_moment(policy, state["exp_avg"], change)
 
 
@@ -116,10 +117,11 @@ class Lion(BaseOptimizer):
 class SGDM(BaseOptimizer):
     """Momentum SGD as ``torch.optim.SGD``: B <- b1 B + R, N = B."""
 
+    @override
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
-        """See :class:`BaseOptimizer`."""
         return {"momentum_buffer": _moment_slot(axes, sizes)}
 
+    @override
     def direction(
         self,
         state: State,
@@ -128,13 +130,12 @@ class SGDM(BaseOptimizer):
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`BaseOptimizer`."""
         B = state["momentum_buffer"]
         momentum = momentum_step(B, R, self.betas[0], kind="sum", finite=finite)
         return momentum.clone() if momentum is B else momentum
 
+    @override
     def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
-        """See :class:`BaseOptimizer`."""
         _carry_first_moment(policy, state["momentum_buffer"], change)
 
 
@@ -155,14 +156,15 @@ class Adafactor(BaseOptimizer):
     floor: ClassVar[float] = 1e-30
     clip_threshold: ClassVar[float] = 1.0
 
+    @override
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
-        """See :class:`BaseOptimizer`."""
         factors = {
             "exp_avg_sq_row": _moment_slot(axes[0] + "1", sizes),
             "exp_avg_sq_col": _moment_slot("1" + axes[1], sizes),
         }
         return {"exp_avg": _moment_slot(axes, sizes), **factors} if self.betas[0] > 0.0 else factors
 
+    @override
     def direction(
         self,
         state: State,
@@ -171,7 +173,6 @@ class Adafactor(BaseOptimizer):
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
     ) -> Tensor:
-        """See :class:`BaseOptimizer`."""
         check(isinstance(t, int), "Adafactor has one clock for all coordinates")
         r, n = R.shape[-2:]
         beta2 = 1 - float(t) ** self.decay_rate
@@ -183,8 +184,9 @@ class Adafactor(BaseOptimizer):
         N.div_((rms / self.clip_threshold).clamp(min=1.0))
         return ema(state["exp_avg"], N, self.betas[0], finite).clone() if self.betas[0] > 0.0 else N
 
+    @override
     def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
-        """See :class:`BaseOptimizer`; the average per column belongs to no basis."""
+        """The average per column belongs to no basis."""
         if "exp_avg" in state:
             _carry_first_moment(policy, state["exp_avg"], change)
         rows = state["exp_avg_sq_row"]

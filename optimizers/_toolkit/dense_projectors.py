@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ... import kernels
 from ...kernels import product
@@ -106,40 +107,41 @@ class DenseProjector(Projector):
     both: bool = False
 
     @property
+    @override
     def state_keys(self) -> tuple[str, ...]:  # type: ignore[override]
-        """See :class:`Projector`."""
         return ("basis", "basis_right") if self.both else ("basis",)
 
+    @override
     def slots(self, m: int, r: int) -> dict[str, Slot]:
-        """See :class:`Projector`."""
         return dict(zip(self.state_keys, (Slot("mr", r=r), Slot("nr", r=r)), strict=False))
 
+    @override
     def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
-        """See :class:`Projector`."""
         R = reductions.rows(kernels.project(state["basis"], G)[0])
         return reductions.cols(product(R, state["basis_right"])) if self.both else R
 
+    @override
     def project_with_squares(
         self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS
     ) -> tuple[Tensor, Tensor]:
-        """See :class:`Projector`; one read of G for both."""
+        """One read of G for both."""
         if self.both:
             return super().project_with_squares(state, G, reductions)
         R, squares = kernels.project(state["basis"], G, squares=True)
         return reductions.rows(R), reductions.rows(squares)
 
+    @override
     def lift(self, state: State, N: Tensor, m: int) -> Term:
-        """See :class:`Projector`."""
         return Factored(state["basis"], self._project_right(state, N))
 
+    @override
     def left_factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor | None:
-        """See :class:`Projector`."""
         return None if self.both else state["basis"]
 
+    @override
     def lift_block(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
     ) -> Tensor:
-        """See :class:`Projector`."""
         if self.both:
             Q = state["basis_right"][k, j]
             return product(state["basis"][k, i], product(R[k], Q.mT))
@@ -148,8 +150,8 @@ class DenseProjector(Projector):
     def _project_right(self, state: State, N: Tensor) -> Tensor:
         return product(N, state["basis_right"].mT) if self.both else N
 
+    @override
     def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> BasisChange:
-        """See :class:`Projector`."""
         return DenseBasisChange(*(P for pair in zip(old, new, strict=True) for P in pair))
 
 
@@ -160,10 +162,10 @@ class SvdProjector(DenseProjector):
     exact: bool = False
     lapack_signs: bool = False
 
+    @override
     def find(
         self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
-        """See :class:`Projector`."""
         kind, r = "svd_full" if self.exact else "svd", old[0].shape[-1]
         if self.both:
             return top_bases(G, r, kind, lapack_signs=self.lapack_signs, old=(old[0], old[1]))
@@ -182,10 +184,10 @@ class RangeProjector(DenseProjector):
     def __post_init__(self) -> None:
         check(min(self.oversample, self.iterations) >= 0, "oversample and iterations must be >= 0")
 
+    @override
     def find(
         self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
-        """See :class:`Projector`."""
         p, q = self.oversample, self.iterations
         return range_bases(G, old[0].shape[-1], rng, old, oversample=p, iterations=q)
 
@@ -199,10 +201,10 @@ class PowerProjector(DenseProjector):
     def __post_init__(self) -> None:
         check(self.probes >= 0, f"probes must be >= 0, got {self.probes}")
 
+    @override
     def find(
         self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
-        """See :class:`Projector`."""
         return power_bases(G, old[0].shape[-1], rng, old, probes=self.probes)
 
 
@@ -210,8 +212,8 @@ class PowerProjector(DenseProjector):
 class RandomProjector(DenseProjector):
     """Haar-distributed, blind to G; see :func:`random_bases`."""
 
+    @override
     def find(
         self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
-        """See :class:`Projector`."""
         return random_bases(G, old[0].shape[-1], rng, old)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ... import kernels
 from ...kernels import DCT_PATHS, dct_basis, idct, product, sized_dct
@@ -54,14 +55,14 @@ class IndexProjector(Projector):
     state_keys: ClassVar[tuple[str, ...]] = ("index",)
     permutes: ClassVar[bool] = True
 
+    @override
     def slots(self, m: int, r: int) -> dict[str, Slot]:
-        """See :class:`Projector`."""
         return {"index": Slot("r", dtype=torch.int32, r=r)}
 
+    @override
     def find(
         self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
-        """See :class:`Projector`."""
         r = old[0].shape[-1]
         check_rank(r, G.shape[-2])
         with full_precision_matmul(G.device):
@@ -80,8 +81,8 @@ class IndexProjector(Projector):
         """One number per row for some columns X (m, w) of G / max|G|; panels add up."""
         raise NotImplementedError
 
+    @override
     def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> BasisChange:
-        """See :class:`Projector`."""
         return IndexBasisChange(old[0], new[0])
 
 
@@ -92,18 +93,20 @@ class TopKProjector(IndexProjector):
     def _scores(self, X: Tensor) -> Tensor:
         return X.square().sum(-1)
 
+    @override
     def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
-        """See :class:`Projector`; a gather."""
+        """A gather."""
         return take_rows(G, state["index"]).to(work_dtype(G))
 
+    @override
     def lift(self, state: State, N: Tensor, m: int) -> Term:
-        """See :class:`Projector`."""
         return Selected(-2, state["index"], N)
 
+    @override
     def lift_block(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
     ) -> Tensor:
-        """See :class:`Projector`; a scatter into zeros."""
+        """A scatter into zeros."""
         start, stop, _ = i.indices(m)
         R, place = R[k, :, j], state["index"][k].long() - start
         inside = (place >= 0) & (place < stop - start)
@@ -222,24 +225,25 @@ class DctProjector(IndexProjector):
     def _scores(self, X: Tensor) -> Tensor:
         return self._row_scores(self._transform_panel(X)[0])
 
+    @override
     def shared(self, m: int) -> Mapping[Hashable, int]:
-        """See :class:`Projector`; the cosines, in float32."""
+        """The cosines, in float32."""
         return {("cosines", m): 4 * m * m}
 
+    @override
     def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
-        """See :class:`Projector`."""
         return reductions.rows(self.project_onto(G, state["index"]))
 
+    @override
     def lift(self, state: State, N: Tensor, m: int) -> Term:
-        """See :class:`Projector`."""
         return Factored(self.left_factor(state, m, N.dtype), N)
 
+    @override
     def left_factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor:
-        """See :class:`Projector`."""
         return self.selected_columns(state["index"], m, dtype)
 
+    @override
     def lift_block(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
     ) -> Tensor:
-        """See :class:`Projector`."""
         return product(self.selected_columns(state["index"][k], m, R.dtype, i), R[k, :, j])

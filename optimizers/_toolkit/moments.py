@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ... import kernels
 from ...kernels import product
@@ -126,12 +127,12 @@ class DenseBasisChange(BasisChange):
             return None
         return product(self.Q_new.mT, self.Q_old.to(self.Q_new.dtype))
 
+    @override
     def apply(self, X: Tensor) -> Tensor:
-        """See :class:`BasisChange`."""
         return self._apply_two_sided(self.C, X, self.D)
 
+    @override
     def apply_squares(self, X: Tensor) -> Tensor:
-        """See :class:`BasisChange`."""
         return self._apply_two_sided(
             self.C.square(), X, None if self.D is None else self.D.square()
         )
@@ -169,8 +170,9 @@ class IndexBasisChange(BasisChange):
             return X[0].index_select(0, at[0]).unsqueeze(0).masked_fill_(entering, 0)
         return X.gather(-2, at.unsqueeze(-1).expand(-1, -1, X.shape[-1])).masked_fill_(entering, 0)
 
+    @override
     def apply_squares(self, X: Tensor) -> Tensor:
-        """See :class:`BasisChange`; the same as ``apply``."""
+        """The same as ``apply``."""
         return self.apply(X)
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ... import kernels
 from ...kernels import POLAR_METHODS, Stack, gram_polar, polar_factor, product
@@ -111,16 +112,17 @@ class RowStep(Deferred):
     length: float = 1.0
     finite: Tensor | None = None
 
+    @override
     def materialize(self) -> Scaled:
-        """See :class:`Deferred`."""
         U, squares = kernels.momentum_step_(
             self.M, self.G, self.momentum, squares="rows", finite=self.finite
         )
         by = factors(squares, self.mode, self.eps)
         return Scaled(U, by if self.length == 1.0 else by * self.length)
 
+    @override
     def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
-        """See :class:`Term`; where rows lie across the memory their sums come first.
+        """Where rows lie across the memory their sums come first.
 
         So they do where W is a list: M is read twice then, but W is not copied into a stack.
         """
