@@ -383,7 +383,7 @@ def test_operations_are_declared_as_they_are():
         for wanted, count in (("rows", 0), ("cols", 0), ("all", 0), ("powers", 3), ("", 0)):
             opcheck(OPS.read.default, (half, torch.float32, wanted, count), test_utils=tests)
             flags = (0.9, True, False, wanted != "powers", wanted, count, ok)
-            opcheck(OPS.blend.default, ([x.clone() for x in Xs], half, *flags), test_utils=tests)
+            opcheck(OPS.momentum_step.default, ([x.clone() for x in Xs], half, *flags), test_utils=tests)
         args = ([x.clone() for x in Xs], half, gaussian(2, 5, 1), [], None, 0.9, 0.1, None)
         opcheck(OPS.scaled_add.default, args, test_utils=tests)
 
@@ -406,7 +406,7 @@ def test_every_operation_is_one_node_of_a_graph():
     assert all(map(torch.equal, found, step(*copies))) and all(map(torch.equal, args, copies))
     (graph,) = graphs
     ours = [str(node.target) for node in graph.graph.nodes if "stiefel" in str(node.target)]
-    assert [x.split(".")[1] for x in ours] == ["blend", "read", "scaled_add", "read"]
+    assert [x.split(".")[1] for x in ours] == ["momentum_step", "read", "scaled_add", "read"]
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)], ids=str)
