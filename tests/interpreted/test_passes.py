@@ -383,7 +383,8 @@ def test_operations_are_declared_as_they_are():
         for wanted, count in (("rows", 0), ("cols", 0), ("all", 0), ("powers", 3), ("", 0)):
             opcheck(OPS.read.default, (half, torch.float32, wanted, count), test_utils=tests)
             flags = (0.9, True, False, wanted != "powers", wanted, count, ok)
-            opcheck(OPS.momentum_step.default, ([x.clone() for x in Xs], half, *flags), test_utils=tests)
+            given = ([x.clone() for x in Xs], half, *flags)
+            opcheck(OPS.momentum_step.default, given, test_utils=tests)
         args = ([x.clone() for x in Xs], half, gaussian(2, 5, 1), [], None, 0.9, 0.1, None)
         opcheck(OPS.scaled_add.default, args, test_utils=tests)
 
