@@ -190,7 +190,8 @@ class ARORule(RotationRule):
         Ms = [self.momentum_of(w) for w in ws]  # (K, m, n) each
         R, cs = None, [torch.ones(())] * len(ws)
         if self.rotation != "none":
-            cs = [safe_square_scale(M) for M in Ms]  # (K, 1, 1) each, times which nothing overflows
+            # (K, 1, 1) each, times which nothing overflows
+            cs = [safe_square_scale(M, w.reductions) for w, M in zip(ws, Ms, strict=True)]
             R = self.current_rotation(members[0], ws, Ms, cs)  # (K, m, m)
         for w, M, c in zip(ws, Ms, cs, strict=True):
             F = self.base_map(w, M, R, c, store_moment=True)

@@ -101,10 +101,11 @@ class Slot:
 
 
 class Reductions:
-    """Sums over the weight's own indices; all of them the identity on one process.
+    """Sums and maxima over the weight's own indices; on one process each is the identity.
 
-    A rule sends every sum over rows or columns of the weight through here, so that sharded weights
-    need no change in a method file.
+    A rule sends every sum over rows or columns of the weight through this class, so that a method
+    file stays as it is when weights are sharded. Element counts are not sums: a rule takes them
+    from ``Member.m`` and ``Member.n``, never from the sizes of its tensors.
     """
 
     def rows(self, x: Tensor) -> Tensor:
@@ -117,6 +118,14 @@ class Reductions:
 
     def both(self, x: Tensor) -> Tensor:
         """Complete a partial sum over all entries of the weight."""
+        return x
+
+    def most(self, x: Tensor) -> Tensor:
+        """Complete a maximum over all entries of the weight.
+
+        Needed before a sum of scaled entries: shards that each scale by a maximum of their own add
+        numbers of different units.
+        """
         return x
 
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
@@ -410,10 +419,6 @@ class Rule:
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         """Bytes beside the state that all weights of a device share, by what they are."""
         return {}
-
-    def splits(self, m: int, n: int) -> frozenset[str]:
-        """Dimensions along which shards are exact because every sum goes through ``reductions``."""
-        return frozenset()
 
 
 def rule_class(name: str) -> type[Rule]:
