@@ -208,7 +208,9 @@ def test_ranks_take_the_steps_of_one_process(name, split, count, scale, dtype):
 def test_a_rule_needs_every_reduction_that_it_calls(name, split):
     rule, calls = CASES[name]
     shares = shares_of(rule, split, 2)
-    for method in sorted(calls[split]):
+    # equal small matrices have equal results on all ranks, here if not on every device
+    same_anyway = set() if isinstance(rule, FEEDS_WHOLE_GRADIENT) else {ONE}
+    for method in sorted(calls[split] - same_anyway):
         largest = 0.0
         for scale in (1.0, 1e-16):
             grads = list(gradients(rule, split, shares, scale, torch.float32))
