@@ -60,22 +60,28 @@ class StackedOptimizer(Optimizer):
             and ``rule``: ``"adamw"``, or the name of a method.
         rule: The method and its hyper-parameters.
         lr: Learning rate, a float or a 1-element tensor.
-        weight_decay: Decoupled weight decay.
-        adamw_lr: Learning rate of the AdamW parameters; None: ``lr``. If given they get groups of
-            their own, so that schedulers scale both. Wrappers that mirror groups
-            (ZeroRedundancyOptimizer) need these groups spelled out, each with its ``lr``.
-        adamw_betas: Betas of the AdamW parameters; None: the method's ``betas``, else (0.9, 0.95).
-        adamw_eps: Their eps (default: 1e-8).
-        adamw_weight_decay: Their weight decay; None: ``weight_decay``.
+        weight_decay: Decoupled weight decay (default: 0).
+        adamw_lr: Learning rate of the AdamW parameters; None (default): ``lr``. If given, these
+            parameters get groups of their own, so that schedulers scale both. Wrappers that mirror
+            groups (ZeroRedundancyOptimizer) need the groups spelled out, each with its ``lr``.
+        adamw_betas: Betas of the AdamW parameters; None (default): the method's ``betas``, else
+            (0.9, 0.95).
+        adamw_eps: Eps of the AdamW parameters (default: 1e-8).
+        adamw_weight_decay: Weight decay of the AdamW parameters; None (default): ``weight_decay``.
         maximize: Ascend instead of descend (default: False).
-        foreach, fused, capturable: As in ``torch.optim.AdamW``, for the AdamW parameters.
-        nonfinite: ``"skip"`` leaves a matrix with a NaN or infinite gradient and its state alone
-            and counts it in :attr:`skipped`; ``"raise"`` raises before anything changes.
-        view: How a parameter becomes matrices, see ``views.py`` (default: ``"auto"``).
-        state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None: float32
-            (float64 for float64 weights). ``"int8"``: moments and momentum in 8 bits with a scale
-            for every 256 of them, the rest as under None; see ``kernels/quantize.py``. Averages of
-            squares follow falling gradients late then: steps of 0.001 round away.
+        foreach: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
+        fused: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
+        capturable: As in ``torch.optim.AdamW``, for groups without matrices (default: False).
+        differentiable: Must be False (default); the key is there because torch reads it.
+        nonfinite: ``"skip"`` (default) leaves a matrix with a NaN or infinite gradient and its
+            state alone and counts it in :attr:`skipped`; ``"raise"`` raises before anything
+            changes.
+        view: How a parameter becomes matrices, see ``_core/views.py`` (default: ``"auto"``).
+        state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None
+            (default): float32 (float64 for float64 weights). ``"int8"``: moments and momentum in 8
+            bits with a scale for every 256 of them, the rest as under None; see
+            ``kernels/quantize.py``. Averages of squares follow falling gradients late then: steps
+            of 0.001 round away.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.
 
