@@ -1,4 +1,4 @@
-"""AdamW for every parameter that no matrix rule trains, by torch's own functional form."""
+"""AdamW for everything that is not a matrix: torch's own functional form, never a second Adam."""
 
 from __future__ import annotations
 
