@@ -184,12 +184,10 @@ class DctProjector(IndexProjector):
         """
         check_rank(r, S.shape[-2])
         if row_scores is None:
-            largest = reductions.cols(torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1)))).view(
-                -1, 1, 1
-            )
-            scale = largest.masked_fill(
-                largest == 0, 1.0
-            )  # squares then neither overflow nor vanish
+            largest = torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1))).view(-1, 1, 1)
+            largest = reductions.most(largest)
+            # divided by it, squares neither overflow nor vanish
+            scale = largest.masked_fill(largest == 0, 1.0)
             row_scores = S.new_zeros(S.shape[:-1])
             for j in spectrum_slices(S):
                 row_scores += self._row_scores(S[..., j] / scale)
