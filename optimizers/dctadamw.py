@@ -104,7 +104,7 @@ class DCTAdamWRule(Rule):
         return w.step(AdamFactored(P, R, M, V, self.adam_step(w), self.betas, self.eps, w.finite))
 
     def choose(self, w: Member, D: DctProjector, S: Tensor, row_scores: Tensor | None) -> None:
-        """Choose a new index: rows that stay keep their moments and ages, those that enter get zeros."""
+        """Choose a new index: rows that stay keep their moments and ages, new ones begin at 0."""
         state = w.state
         old = state["index"]
         r = old.shape[-1]
