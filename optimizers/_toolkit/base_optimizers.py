@@ -93,7 +93,8 @@ class Adam(BaseOptimizer):
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
     ) -> Tensor:
-        (beta1, beta2), M, V = self.betas, state["exp_avg"], state["exp_avg_sq"]
+        M, V = state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = self.betas
         return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps, finite=finite)
 
     @override
@@ -119,7 +120,8 @@ class Lion(BaseOptimizer):
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
     ) -> Tensor:
-        (beta1, beta2), M = self.betas, state["exp_avg"]
+        M = state["exp_avg"]
+        beta1, beta2 = self.betas
         N = M.to(R.dtype).lerp(R, 1 - beta1).sign_()
         ema(M, R, beta2, finite)
         return N

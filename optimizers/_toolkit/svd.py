@@ -219,7 +219,7 @@ def _gram_eigenvectors(G: Tensor, r: int, dtype: torch.dtype, both: bool) -> Bas
 def right_basis(G: Tensor, P: Tensor) -> Tensor:
     """Q = orth(G^T P), the other side of one matrix G (m, n) for a basis P (m, r), in P's dtype.
 
-    Householder QR keeps it orthonormal where G is almost rank deficient, which the textbook
+    Householder QR keeps Q orthonormal where G is almost rank deficient, which the textbook
     G^T P / sigma does not.
     """
     Y = torch.empty(G.shape[1], P.shape[1], dtype=P.dtype, device=G.device)
