@@ -100,8 +100,8 @@ class AuONRule(Rule):
         if self.variant == "paper":  # the other variant divides V itself by rms(cosh)
             step_scale = step_scale * self.lr_factor(w.m, w.n) / norm
         if not self.nesterov:
-            return w.step(Scaled(M, step_scale.to(M.dtype)))
-        shares = (step_scale * (1 - mu)).to(M.dtype), (step_scale * mu).to(M.dtype)
+            return w.step(Scaled(M, _finite_scale(step_scale, M.dtype)))
+        shares = [_finite_scale(step_scale * share, M.dtype) for share in (1 - mu, mu)]
         return w.step(Scaled(G, shares[0]), Scaled(M, shares[1]))
 
     def hybrid(self, w: Member) -> Direction:
@@ -116,7 +116,7 @@ class AuONRule(Rule):
         del V
         Y = w.reductions.on_full_matrix(self.whiten, X.mul_(inverse_sqrt_norm))
         del X
-        return w.step(Scaled(Y, self.hybrid_scale(w, Y, eps).to(Y.dtype)))
+        return w.step(Scaled(Y, _finite_scale(self.hybrid_scale(w, Y, eps), Y.dtype)))
 
     def hybrid_scale(self, w: Member, Y: Tensor, eps: float) -> Tensor:
         """What multiplies Y (K, m, n) in the hybrid's step, (K, 1, 1)."""
@@ -147,6 +147,11 @@ class AuONRule(Rule):
     def lr_factor(self, m: int, n: int) -> float:
         """What multiplies lr in the update of a step of norm 1, never in the decay."""
         return adjust_lr(self.adjust_lr_fn, m, n, rank=1)
+
+
+def _finite_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale in a narrower dtype, in which one over the norm of zeros, times lr, stays finite."""
+    return scale.clamp(max=torch.finfo(dtype).max / 1024).to(dtype)
 
 
 class AuON(StackedOptimizer):
