@@ -150,7 +150,7 @@ class AuONRule(Rule):
 
 
 def _finite_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale in a narrower dtype, in which one over the norm of zeros, times lr, stays finite."""
+    """The scale in a narrower dtype; one over the norm of zeros, times lr, stays finite there."""
     return scale.clamp(max=torch.finfo(dtype).max / 1024).to(dtype)
 
 

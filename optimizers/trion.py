@@ -135,8 +135,8 @@ class Trion(StackedOptimizer):
         adjust_lr_fn: ratio for R rows and C columns: ``"match_rms_adamw"`` (default)
             0.2 sqrt(R C / r), so that an exact factor of rank r moves W by RMS 0.2 lr; ``"dion"``
             sqrt(R / C); ``"kj"`` sqrt(max(1, R / C)); ``"kimi"`` 0.2 sqrt(max(R, C)); ``"none"`` 1.
-        norm: Score of a row of S: ``"l1"`` (default, as published) or ``"l2"``, which captures the
-            most of M, at least the share r / m.
+        norm: Score of a row of S: ``"l1"`` (default), as published, or ``"l2"``, which captures
+            the most of M, at least the share r / m.
         basis: ``"dct2"`` (default), the transform of a row is its DCT-II; ``"dct3"``, its inverse,
             as in the published product path.
         polar: Method of the polar factor, ``"auto"`` or a name of
