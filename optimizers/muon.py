@@ -170,7 +170,7 @@ class OrthogonalRule(Rule, abstract=True):
             polar_factor, steps=self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps
         )
         if self.compat == "torch":
-            O = factor(U, "ns5", dtype=torch.bfloat16, torch_bits=True)
+            O = factor(U, "ns5", dtype=torch.bfloat16, exact=True)
             # torch adds the factor of a tall matrix as a transposed view; bfloat16 weights round
             # such a sum otherwise
             return O if U.shape[-2] <= U.shape[-1] else O.mT.contiguous().mT
