@@ -407,6 +407,10 @@ class Rule:
         """None for torch's AdamW beside this rule; else (correct_bias, eps) of GaLore's order."""
         return None
 
+    @classmethod
+    def complete_saved(cls, group: dict[str, Any]) -> None:
+        """Add what a saved group lacks and meant otherwise than today's default, in place."""
+
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         """Bytes beside the state that all weights of a device share, by what they are."""
         return {}

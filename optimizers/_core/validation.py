@@ -14,9 +14,19 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_eps(eps: float | None) -> None:
+    """Refuse a negative eps, with torch's text; None is the method's own."""
+    check(eps is None or eps >= 0.0, f"Invalid epsilon value: {eps}")
+
+
+def check_momentum(momentum: float) -> None:
+    """Refuse a decay of a momentum average outside [0, 1]."""
+    check(0.0 <= momentum <= 1.0, f"momentum must be in [0, 1], got {momentum}")
+
+
 def check_adam(betas: tuple[float, float], eps: float | None) -> None:
     """Adam's range checks, with torch's texts."""
-    check(eps is None or eps >= 0.0, f"Invalid epsilon value: {eps}")
+    check_eps(eps)
     for i, beta in enumerate(betas):
         check(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")
 
