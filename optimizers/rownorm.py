@@ -78,7 +78,7 @@ class RowNormRule(RowRule):
         if self.centred:
             return super().terms(ws, Ms, squares)
         w, layout = ws[0], self.pair
-        found = [s for s in squares if s is not None]
+        found: Sequence[Tensor] = [s for s in squares if s is not None]
         if self.eps is None and w.reductions is LOCAL_REDUCTIONS:
             Ms, found = with_exact_squares(Ms, found)
         pair_squares = torch.cat([join_pairs(s, layout) for s in found], -1)

@@ -31,6 +31,20 @@ def check_adam(betas: tuple[float, float], eps: float | None) -> None:
         check(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")
 
 
+def check_not_negative(rule: Any, *names: str) -> None:
+    """Refuse fields that are below 0; None is allowed."""
+    for name in names:
+        x = getattr(rule, name)
+        check(x is None or x >= 0.0, f"{name} must not be negative, got {x!r}")
+
+
+def check_positive(rule: Any, *names: str) -> None:
+    """Refuse fields that are not above 0; None is allowed."""
+    for name in names:
+        x = getattr(rule, name)
+        check(x is None or x > 0.0, f"{name} must be positive, got {x!r}")
+
+
 def check_choices(rule: Any, **choices: tuple[str | None, ...]) -> None:
     """Refuse a field whose value is not among its choices."""
     for name, known in choices.items():

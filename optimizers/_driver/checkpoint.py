@@ -59,7 +59,7 @@ def prepare(
     if not pairs:
         return dict(state_dict)  # torch says which length differs
     for group, new in zip(groups, saved, strict=True):
-        RULE_CLASSES.get(new.get("rule"), default_rule).complete_saved(new)
+        RULE_CLASSES.get(str(new.get("rule")), default_rule).complete_saved(new)
         for key, value in group.items():
             if key != "params":  # names too: torch keeps the optimizer's where none were saved
                 new.setdefault(key, value)

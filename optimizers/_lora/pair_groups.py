@@ -7,18 +7,26 @@ module knows. Nothing here needs peft; names and attributes are enough.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .._core.rule import Rule
 from .._core.validation import check
 from .._driver.optimizer import StackedOptimizer
 from .._driver.param_groups import describe, parameters_of, warn_user
 
-__all__ = ["LoRARule", "PairOptimizer", "lora_param_groups", "pairs_to_groups"]
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec
+
+    P = ParamSpec("P")
+
+__all__ = ["LoRARule", "PairOptimizer", "accepts_groups", "lora_param_groups", "pairs_to_groups"]
 
 PAIR_KINDS = ("linear", "conv", "embedding", "expert")
 COUNTERPART = {
@@ -94,6 +102,28 @@ class PairOptimizer(StackedOptimizer):
             if full["rule"] in (None, self._default_rule.method()):
                 _check_group(full, len(self._default_rule.members))
         return super()._prepare_groups(param_group)
+
+
+def accepts_groups(init: Callable[P, None]) -> Callable[P, None]:
+    """Let a constructor take its argument ``params`` under the old name ``groups``, with a warning.
+
+    Raises:
+        TypeError: If both are given.
+    """
+
+    @wraps(init)
+    def with_groups(*args: P.args, **kwargs: P.kwargs) -> None:
+        if "groups" in kwargs:
+            name = type(args[0]).__name__
+            if len(args) > 1 or "params" in kwargs:
+                raise TypeError(f"{name} got both params and groups, which is its old name")
+            warnings.warn(
+                f"{name}(groups=...) is now {name}(params=...)", DeprecationWarning, stacklevel=2
+            )
+            kwargs["params"] = kwargs.pop("groups")
+        init(*args, **kwargs)
+
+    return with_groups
 
 
 def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
