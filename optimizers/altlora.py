@@ -287,7 +287,7 @@ class AltLoRA(PairOptimizer):
 
 
 def as_A(x: Tensor, w: Member) -> Tensor:
-    """x as it is for A, transposed for B.
+    """Take x as it is for A, transposed for B.
 
     Formulas are those of A; B's are the same for the transposed W, whose pair is B^T, A^T.
     """
