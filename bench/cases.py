@@ -93,7 +93,7 @@ def galore_step(setting: Setting) -> Iterator[Contest]:
 
 
 def short_rows(G: Tensor) -> Tensor:
-    """G, turned if it is tall."""
+    """G, transposed if it is tall."""
     return G if G.shape[0] <= G.shape[1] else G.mT
 
 
