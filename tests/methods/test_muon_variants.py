@@ -647,4 +647,4 @@ def test_polar_dtype_is_that_of_the_iteration(name):
     ],
 )
 def test_bad_settings_are_one_sentence(bad, text):
-    check_refusal(Muon, bad, text)
+    check_refusal(Muon, bad, text, TALL)
