@@ -1,4 +1,7 @@
-"""Examples in docstrings run, and every public class says what it must."""
+"""Examples in docstrings run, and every public class shows its paper and its algorithm.
+
+What sections a docstring has, and that they fit the signature, is tested in test_house.py.
+"""
 
 import doctest
 import importlib
@@ -30,13 +33,9 @@ def test_examples_run(name):
 
 
 @pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.__name__)
-def test_method_docstring_holds_source_algorithm_arguments_state_and_example(cls):
-    text = cls.__doc__
-    assert re.search(r"arXiv \d{4}\.\d{4,5}", text) and "Args:" in text and ">>>" in text
-    assert "State" in text and "::" in text and "What it is not" in text
-    names = cls.__init__.__code__.co_varnames[1 : cls.__init__.__code__.co_argcount]
-    missing = [name for name in names if f"        {name}:" not in text]
-    assert not missing, missing
+def test_method_docstring_holds_paper_and_algorithm_box(cls):
+    assert re.search(r"arXiv:? ?\d{4}\.\d{4,5}", cls.__doc__) and "::\n" in cls.__doc__
+    assert ">>> optimizer.step()" in cls.__doc__ or ">>> optimizer = " in cls.__doc__
 
 
 def test_everything_exported_is_documented():
