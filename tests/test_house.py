@@ -155,6 +155,7 @@ VALUES = {
     "rotation_every": 2,
     "rotation_sharing": "global",
     "rounding": "stochastic",
+    "row_eps": 1e-4,
     "row_mode": "unit",
     "save_pools": False,
     "scale": 0.5,
