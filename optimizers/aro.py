@@ -26,7 +26,7 @@ from ..kernels import (
     sinkhorn,
 )
 from ._core.rule import Dense, Direction, Factored, Member, Rule, Slot
-from ._core.validation import check, check_choices, check_counts, check_decays
+from ._core.validation import check, check_at_least, check_choices, check_decays
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import routed, rule_of
 from ._driver.units import units_of
@@ -60,7 +60,7 @@ class RotationRule(Rule, abstract=True):
         check_choices(
             self, rotation=ROTATIONS, rotation_sharing=ROTATION_SHARINGS, init=("identity", "svd")
         )
-        check_counts(self, "rotation_every", "layer")
+        check_at_least(self, int, rotation_every=1, layer=1)
         check_decays(self, "gram_beta")
         check(
             self.rotation != "none"
@@ -177,7 +177,7 @@ class ARORule(RotationRule):
         super().__post_init__()
         check_choices(self, base=BASE_MAPS, adjust_lr_fn=(None, "match_rms_adamw"))
         check_decays(self, "momentum", "beta2")
-        check_counts(self, "iterations")
+        check_at_least(self, int, iterations=1)
         check(0.0 <= self.eps, f"Invalid epsilon value: {self.eps}")
         target = self.rms_target
         check(target is None or target > 0, f"rms_target must be positive or None, got {target}")
@@ -199,7 +199,8 @@ class ARORule(RotationRule):
         Ms = [self.momentum_of(w) for w in ws]  # (K, m, n) each
         R, cs = None, [torch.ones(())] * len(ws)
         if self.rotation != "none":
-            cs = [safe_square_scale(M) for M in Ms]  # (K, 1, 1) each, times which nothing overflows
+            # (K, 1, 1) each, times which nothing overflows
+            cs = [safe_square_scale(M, w.reductions) for w, M in zip(ws, Ms, strict=True)]
             R = self.current_rotation(members[0], ws, Ms, cs)  # (K, m, m)
         for w, M, c in zip(ws, Ms, cs, strict=True):
             F = self.base_map(w, M, R, c, store_moment=True)

@@ -186,7 +186,7 @@ class MuonRule(Rule):
         if not self.normalize_grad and clip is None and ratio is None:
             return w.grad
         G = w.grad.to(torch.promote_types(w.grad.dtype, torch.float32))
-        square_scale = safe_square_scale(G)  # (K, 1, 1), a power of two
+        square_scale = safe_square_scale(G, w.reductions)  # (K, 1, 1), a power of two
         G = G * square_scale
         norm = w.reductions.both(total(column_squares(G))).sqrt()  # that of c times the gradient
         if self.normalize_grad:
