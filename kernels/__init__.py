@@ -3,6 +3,7 @@
 Every function runs on the back end that suits its tensors; see ``README.md`` of this folder.
 """
 
+import sys
 import warnings
 from typing import Any
 
@@ -141,6 +142,7 @@ _RENAMED = {
     "quantise_rows": "quantize_rows",
 }
 """Names of release 0.1, which work for one more release."""
+sys.modules[f"{__name__}.report"] = sys.modules[PolarReport.__module__]  # as pickles of 0.1 say
 
 
 def __getattr__(name: str) -> Any:

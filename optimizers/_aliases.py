@@ -17,19 +17,18 @@ MOVED = {
     "terms": "_core.terms",
 }
 """Old module below ``stiefel.optimizers`` -> where its public names are now."""
-
-
-RENAMED = {"Blocks": "PanelTerm", "Place": "BlockPosition"}
-"""Old public name -> its successor, the same class."""
+RENAMED = {"Blocks": ("PanelTerm", "_core.terms"), "Place": ("BlockPosition", "_core.rule")}
+"""Old public name -> the same class by its name of today, and the module that defines it."""
 
 
 def register() -> None:
     """Make old names attributes of the package and ``stiefel.optimizers.OLD`` importable."""
     package = sys.modules[__package__ or "stiefel.optimizers"]
     rule = importlib.import_module("._core.rule", package.__name__)
-    for old, new in RENAMED.items():
-        setattr(rule, old, getattr(rule, new))
-        setattr(package, old, getattr(rule, new))
+    for old, (new, place) in RENAMED.items():
+        home = importlib.import_module(f".{place}", package.__name__)
+        for module in (home, rule, package):
+            setattr(module, old, getattr(home, new))
     for old, new in MOVED.items():
         module = importlib.import_module(f".{new}", package.__name__)
         sys.modules[f"{package.__name__}.{old}"] = module

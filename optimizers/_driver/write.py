@@ -23,8 +23,8 @@ WRITE_PANEL_ACCELERATOR = 2**26
 """The same on accelerators, where it only bounds the float32 copy of a low-precision weight."""
 LOW_PRECISION_DTYPES = (torch.bfloat16, torch.float16)
 ALL = slice(None)
-Panel = tuple[slice, slice]
-"""Matrices and rows."""
+Panel = tuple[slice, ...]
+"""Matrices, and which of their rows if not all."""
 Change = Callable[[Tensor], object]
 """What a panel's values become, in place."""
 
@@ -170,7 +170,7 @@ def _limit_rel_norm(
     return [term.scaled(shrink) for term in terms]
 
 
-def _panels(W: Tensor, all_rows: bool) -> Iterator[Panel]:
+def _panels(W: Tensor, all_rows: bool) -> Iterator[tuple[slice, slice]]:
     """Matrices and rows of each panel: several small matrices at once, or rows of a large one."""
     K, m, n = W.shape
     size = WRITE_PANEL if W.device.type == "cpu" else WRITE_PANEL_ACCELERATOR
@@ -197,12 +197,12 @@ def _changes(
         # in one go over the whole matrix, with the decay inside
         whole, terms = terms[0], terms[1:]
         for ks in _matrices(W):
-            yield (ks, ALL), partial(_write_term, whole, ks, decay_before, alpha)
+            yield (ks,), partial(_write_term, whole, ks, decay_before, alpha)
         decay_before = 1.0
         if not terms and _is_one(decay_after):
             return
-    for panel in _panels(W, not all(term.supports_row_panels for term in terms)):
-        yield panel, partial(_write_terms, terms, panel, alpha, decay_before, decay_after)
+    for ks, rows in _panels(W, not all(term.supports_row_panels for term in terms)):
+        yield (ks, rows), partial(_write_terms, terms, ks, rows, alpha, decay_before, decay_after)
 
 
 def _matrices(W: Tensor) -> list[slice]:
@@ -219,17 +219,18 @@ def _write_term(term: Term, ks: slice, decay_factor: float, alpha: float, X: Ten
 
 def _write_terms(
     terms: list[Term],
-    panel: Panel,
+    ks: slice,
+    rows: slice,
     alpha: float,
     decay_before: float | Tensor,
     decay_after: float | Tensor,
     X: Tensor,
 ) -> None:
     """X <- decay_after * (decay_before * X + alpha * sum(terms)), for one panel."""
-    _decay_(X, decay_before, *panel)
+    _decay_(X, decay_before, ks, rows)
     for term in terms:
-        term.add_(X, *panel, alpha)
-    _decay_(X, decay_after, *panel)
+        term.add_(X, ks, rows, alpha)
+    _decay_(X, decay_after, ks, rows)
 
 
 def _where_finite(change: Change, finite: Tensor) -> Change:

@@ -24,7 +24,7 @@ def every_form(dtype):
         return nn.Parameter(weight(shape, seed, dtype).detach() * 0.1)
 
     conv = fresh(8, 3, 2, 2, seed=5)
-    is_transposed = nn.Parameter(fresh(10, 8, seed=6).detach().T)  # its memory runs along columns
+    sideways = nn.Parameter(fresh(10, 8, seed=6).detach().T)  # its memory runs along columns
     spread = nn.Parameter(fresh(8, 3, 2, 2).detach().to(memory_format=torch.channels_last))
     return [
         {"params": [*(fresh(12, 8, seed=i) for i in range(3)), fresh(8, 12)]},  # a stack, a single
@@ -33,7 +33,7 @@ def every_form(dtype):
         {"params": [fresh(10, 16)], "view": "heads_in:2"},
         {"params": [fresh(16, 10)], "view": "rows:6,10"},
         {"params": [fresh(10, 16)], "view": "transposed"},
-        {"params": [is_transposed, conv]},
+        {"params": [sideways, conv]},
         {"params": [spread], "view": "flatten"},  # matrices are a copy, which is put back
         {"params": [fresh(3, 8, 10)]},  # experts
         {"params": [fresh(8)], "rule": "adamw"},
