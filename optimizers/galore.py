@@ -38,8 +38,8 @@ class GaLoreRule(LowRankRule):
             self.inner != "adafactor"
             or self.proj_type != "full"
             or self.moments not in ("rotate", "ldadam"),
-            f"inner='adafactor' has averages per side that moments={self.moments!r} cannot carry on "
-            "both sides: use moments='keep' or 'reset' with proj_type='full'",
+            f"inner='adafactor' has averages per side that moments={self.moments!r} cannot carry "
+            "on both sides: use moments='keep' or 'reset' with proj_type='full'",
         )
 
     @property
