@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._core.rule import RULE_CLASSES, Rule, rule_class, settings_of
-from .._core.validation import check, refuse_unknown
+from .._core.validation import check, describe_unknown
 from .classify import Assignment, Row
 from .residual_sides import asks_side, short_side
 from .role_table import PART_TABLE, RULE_OF_ROLE
@@ -45,7 +45,7 @@ PAPER_LRS = {
 }
 """Published learning rates by model, for row norm on embedding and centred row norm on head."""
 PAPER_SETTINGS: dict[str, Settings] = {
-    "RowNorm": {"adjust_lr_fn": "none"},
+    "RowNorm": {"adjust_lr_fn": "none", "eps": 1e-8},
     "Hybrid": {
         "adjust_lr_fn": "none",
         "alpha": 1.0,
@@ -88,7 +88,7 @@ POLICY_KEYS |= {"token", "position", "tied", "vocabulary", "classes", "patch"}
 def check_role_policy(policy: Any) -> None:
     """Refuse what is no policy, before any weight is looked at."""
     if isinstance(policy, Mapping):
-        message = refuse_unknown(policy, POLICY_KEYS, "policy key")
+        message = describe_unknown(policy, POLICY_KEYS, "policy key")
         check(message is None, message or "")
         return
     known = ", ".join(ROLE_POLICIES)

@@ -194,8 +194,8 @@ class DctProjector(IndexProjector):
         """
         check_rank(r, S.shape[-2])
         if row_scores is None:
-            largest = reductions.cols(torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1))))
-            largest = largest.view(-1, 1, 1)
+            largest = torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1))).view(-1, 1, 1)
+            largest = reductions.most(largest)
             # S / scale, since squares of S may overflow or vanish
             scale = largest.masked_fill(largest == 0, 1.0)
             row_scores = S.new_zeros(S.shape[:-1])

@@ -17,6 +17,7 @@ from ... import kernels
 from ...kernels import product
 from ...kernels import row_total as total
 from ...kernels import update_moments_ as average
+from .._core.rule import LOCAL_REDUCTIONS, Reductions
 
 __all__ = [
     "MOMENT_POLICIES",
@@ -296,7 +297,7 @@ def column_squares(X: Tensor) -> Tensor:
     return sums
 
 
-def safe_square_scale(X: Tensor) -> Tensor:
+def safe_square_scale(X: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
     """Choose a power of two c such that squares of c X neither overflow nor vanish; mostly 1.
 
     In float32 c is 2^-96 where the largest entry is above 2^48, and 2^96 where it is below 2^-48.
@@ -304,11 +305,13 @@ def safe_square_scale(X: Tensor) -> Tensor:
 
     Args:
         X: (K, m, n), any strides.
+        reductions: Reductions of the weight: all shards take the scale of its largest entry.
 
     Returns:
         (K, 1, 1), falling in the largest entry.
     """
     largest = torch.maximum(-X.amin((-2, -1), keepdim=True), X.amax((-2, -1), keepdim=True))
+    largest = reductions.most(largest)
     e = 3 * math.frexp(torch.finfo(largest.dtype).max)[1] // 8
     c = torch.ones_like(largest).masked_fill_(largest > 2.0**e, 2.0 ** (-2 * e))
     return c.masked_fill_(largest < 2.0**-e, 2.0 ** (2 * e))

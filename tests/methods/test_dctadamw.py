@@ -470,7 +470,14 @@ def test_a_matrix_that_is_flagged_keeps_its_state(policy):
     }
     before = {key: X.clone() for key, X in state.items()}
     w = Member(
-        G, lambda: G, state, t=5, refreshed=1, m=6, n=9, indices=(0, 1),
+        G,
+        lambda: G,
+        state,
+        t=5,
+        refreshed=1,
+        m=6,
+        n=9,
+        indices=(0, 1),
         finite=torch.tensor([1.0, 0.0]),
     )
     (term,) = DCTAdamWRule(rank=2, moments=policy).update(w).terms
