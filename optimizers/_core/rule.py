@@ -1,6 +1,6 @@
 """What a method is written in: rules, members, slots, directions and their terms.
 
-A rule is the algorithm box of a paper on stacks of matrices. All else (groups, views, sides,
+A rule is the algorithm box of a paper on stacks of matrices. Everything else (groups, views, sides,
 state, missing and bad gradients, learning rate, decay, the write) belongs to the driver.
 """
 
@@ -59,17 +59,18 @@ Scalar = float | Tensor
 
 
 class Slot:
-    """One state tensor of a member: its axes, dtype, start value and place.
+    """One state tensor of a member: its axes, dtype, start value and device.
 
     Args:
-        axes: One letter per dimension. ``m`` and ``n`` are the member's own sides after turning,
-            ``1`` is a broadcast axis, any other letter is sized by keyword. Exactly ``"mn"`` is
-            stored like the parameter itself; anything else as (k, ...) for a view of k > 1
-            matrices and without a leading dimension for one.
+        axes: One letter per dimension. ``m`` and ``n`` are the sides of the matrix as the rule
+            sees it, ``1`` is a broadcast axis, any other letter is sized by keyword. ``"mn"`` is
+            stored in the parameter's own shape; other axes are stored as (k, ...) for a view of
+            k > 1 matrices and without a leading dimension for one matrix.
         dtype: A dtype, ``"weight"`` for the parameter's own, ``"full"`` for float32 (float64 for
-            float64 weights), or None: the group's ``state_dtype``, else as ``"full"``.
-        fill: Start value, a number or ``"eye"``.
-        device: None for the parameter's device, ``"cpu"`` for pools that stay on the host.
+            float64 weights), or None (default): the group's ``state_dtype``, else as ``"full"``.
+        fill: Start value, a number or ``"eye"`` (default: 0).
+        device: None (default) for the parameter's device, ``"cpu"`` for pools that stay on the
+            host.
         **sizes: Sizes of the other letters.
     """
 
@@ -87,7 +88,7 @@ class Slot:
         self.sizes = sizes
 
     def shape(self, m: int, n: int) -> tuple[int, ...]:
-        """Sizes of one matrix's tensor for sides m and n."""
+        """Shape of the tensor of one m x n matrix."""
         known = {"m": m, "n": n, "1": 1, **self.sizes}
         return tuple(known[axis] for axis in self.axes)
 
@@ -101,10 +102,11 @@ class Slot:
 
 
 class Reductions:
-    """Sums over the weight's own indices; all of them the identity on one process.
+    """Sums and maxima over the weight's own indices; on one process each is the identity.
 
-    A rule sends every sum over rows or columns of the weight through here, so that sharded weights
-    need no change in a method file.
+    A rule sends every sum over rows or columns of the weight through this class, so that a method
+    file stays as it is when weights are sharded. Element counts are not sums: a rule takes them
+    from ``Member.m`` and ``Member.n``, never from the sizes of its tensors.
     """
 
     def rows(self, x: Tensor) -> Tensor:
@@ -117,6 +119,14 @@ class Reductions:
 
     def both(self, x: Tensor) -> Tensor:
         """Complete a partial sum over all entries of the weight."""
+        return x
+
+    def most(self, x: Tensor) -> Tensor:
+        """Complete a maximum over all entries of the weight.
+
+        Needed before a sum of scaled entries: shards that each scale by a maximum of their own add
+        numbers of different units.
+        """
         return x
 
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
@@ -138,14 +148,14 @@ class Direction:
     decay_factor is 1 - lr ** decay_power * weight_decay where ``decay`` is 1, else 1.
 
     Attributes:
-        member: Which member's weight is written.
-        terms: Their sum is the step's direction; their order is free.
-        lr_factor: A Python number that joins lr in the multiplier.
+        member: The member whose weight is written.
+        terms: Parts of the direction, in any order.
+        lr_factor: A Python number that multiplies lr, so that the update needs no pass for it.
         decay: None, or a 0/1 tensor that broadcasts against (K, m, n): where decay applies.
-        decay_last: Decay after the step, as some published codes do.
-        decay_power: The power of lr in decay_factor; 2 lets decay vanish with the schedule.
-        torch_bits: Write by torch's own operations, one after the other, whose bits are wanted.
+        decay_last: Whether decay comes after the step, as in some published codes.
         max_rel_norm: Limit of the step's Frobenius norm relative to the weight's; Dense terms only.
+        decay_power: The power of lr in decay_factor; 2 lets decay vanish with the schedule.
+        torch_bits: Whether the write must round as torch's own operations, one after the other.
     """
 
     member: Member
@@ -169,11 +179,11 @@ class Direction:
 
 @dataclass(frozen=True)
 class BlockPosition:
-    """Which block of the optimizer a unit belongs to, see :meth:`Rule.block_labels`.
+    """The block of the optimizer to which a unit belongs, see :meth:`Rule.block_labels`.
 
     Attributes:
         number: Number of the block, from 0.
-        count: How many blocks there are.
+        count: Number of blocks.
     """
 
     number: int = 0
@@ -184,20 +194,20 @@ class Member:
     """What a rule sees of one role of a unit, stacked over K equal units.
 
     Attributes:
-        grad: (K, m, n), at least float32, sign turned for ``maximize``, read-only; None if this
-            member has no gradient (only where a unit has several members).
+        grad: (K, m, n), at least float32, negated for ``maximize``, read-only; None if this member
+            has no gradient (only where a unit has several members).
         state: Slot name -> (K, *axes), changed in place only.
-        t: 1-based number of this update of these units.
-        refreshed: t of their last refresh, 0 if none.
+        t: Number of this update of the K units, counted from 1.
+        refreshed: t of their last refresh, 0 if there was none.
         is_first_refresh: True inside the first refresh.
-        m: Rows of the whole matrix after turning.
-        n: Columns of the whole matrix after turning.
+        m: Rows of the whole matrix as the rule sees it, also where ``grad`` is a shard.
+        n: Columns of the whole matrix as the rule sees it.
         indices: One int per matrix, the key of its random draws.
         state_since: The update since which these units keep their state, 0 if they keep none.
-        number: Which member of the unit this is.
+        number: Position of the member in its unit.
         transposed: Whether the driver transposed the weight. Formulas never ask; only code that
-            must repeat the roundings and signs of a published factorisation does.
-        reductions: Sums over the weight's indices.
+            must repeat the roundings and signs of a published factorization does.
+        reductions: Completes sums over the weight's indices.
         finite: None, or flags (K,) float32 on the device, 0 where a gradient is not finite: only
             rules with ``handles_nonfinite`` see flags. State of such a matrix must stay as it is.
     """
@@ -253,15 +263,15 @@ class Member:
         return self._load()
 
     def write_back(self, W: Tensor) -> None:
-        """Make W, which ``value`` gave, the weights: for rules with ``writes_in_refresh``.
+        """Store the changed W that ``value`` returned; for rules with ``writes_in_refresh``.
 
-        A view is the weight already; what had to be copied is put back.
+        Does nothing where W is a view of the weight, copies where W is a copy.
         """
         if self._store is not None:
             self._store(W)
 
     def where_finite(self, new: Tensor, old: Tensor | float) -> Tensor:
-        """New state (K, ...), but the old one of matrices whose flag in ``finite`` is 0."""
+        """``new`` (K, ...), with ``old`` in the matrices whose flag in ``finite`` is 0."""
         if self.finite is None:
             return new
         return torch.where(self.finite.view(-1, *[1] * (new.dim() - 1)) != 0, new, old)
@@ -281,7 +291,7 @@ class Member:
         decay_power: int = 1,
         torch_bits: bool = False,
     ) -> Direction:
-        """Make a Direction for this member."""
+        """Return a :class:`Direction` for this member; the arguments are its attributes."""
         return Direction(
             self, terms, lr_factor, decay, decay_last, max_rel_norm, decay_power, torch_bits
         )
@@ -289,12 +299,12 @@ class Member:
 
 @dataclass(frozen=True)
 class BatchedCall:
-    """What an update yields to have small tensors worked on for many equal units in one call.
+    """A request that an update yields: one call of ``fn`` for the small tensors of many units.
 
     Attributes:
-        fn: Of stacks (K, ...); returns tensors (K, ...), which are what the ``yield`` returns.
-            It knows no unit: the same function of the rule for all.
-        args: Its arguments, one row for each matrix of this unit.
+        fn: Maps stacks (K, ...) to stacks (K, ...). The ``yield`` returns this unit's rows of the
+            results. All units pass the same function, so it must not depend on a unit.
+        args: Arguments of ``fn``, one row for each matrix of this unit.
     """
 
     fn: Callable[..., Sequence[Tensor]]
@@ -302,11 +312,11 @@ class BatchedCall:
 
 
 Steps = Generator[Direction | BatchedCall, Any, None]
-"""What ``update`` is as a generator: Directions to be written, and requests."""
+"""Type of an ``update`` that is a generator of Directions to write and of requests."""
 Slots = Mapping[str, Slot]
 
 RULE_CLASSES: dict[str, type[Rule]] = {}
-"""Every rule by its method's name: what the group key ``rule`` may say."""
+"""Rule classes by method name; the keys are the values of the group key ``rule``."""
 
 
 @dataclass(frozen=True)
@@ -318,29 +328,36 @@ class Rule:
     """
 
     members: ClassVar[tuple[str, ...]] = ("W",)
-    """Roles of a unit's parameters; a group's flat list is cut into runs of this length.
+    """Set to the roles of the parameters that are updated together, e.g. ``("A", "B")``.
 
-    A property may make them depend on fields. Empty: all matrices of a group are one unit.
+    The flat list of a group is cut into runs of this length. A property may derive the roles from
+    fields; an empty tuple makes all matrices of a group one unit.
     """
     refresh_offset: ClassVar[int] = 0
-    """0 refreshes at updates 1, T+1, 2T+1, ...; 1 at updates 1, T, 2T, ..."""
-    writes_in_refresh: ClassVar[bool] = False
-    """Whether ``refresh`` changes weights in place; such units are never stacked."""
-    yields_batched_calls: ClassVar[bool] = False
-    """Whether ``update`` yields :class:`BatchedCall`: equal units should run side by side."""
-    handles_nonfinite: ClassVar[bool] = False
-    """Whether ``update`` may see gradients that are narrow or not finite.
+    """Set to 1 if the published method counts its refreshes from 1.
 
-    It may if all that it does to state goes through operations that are told ``finite``, or
-    through ``Member.where_finite``. Where the host does not wait for the flags the driver copies
-    nothing then.
+    With T = ``refresh_interval``, 0 refreshes at updates 1, T+1, 2T+1, ..., 1 at 1, T, 2T, ...
+    """
+    writes_in_refresh: ClassVar[bool] = False
+    """Set True if ``refresh`` changes weights in place. The driver then never stacks the units."""
+    yields_batched_calls: ClassVar[bool] = False
+    """Set True if ``update`` yields :class:`BatchedCall`.
+
+    The driver then runs equal units together: all up to the first request, which is answered in
+    one call, then all up to the second.
+    """
+    handles_nonfinite: ClassVar[bool] = False
+    """Set True if every state update passes ``finite`` to its kernel or uses ``where_finite``.
+
+    The driver then need not back up state on devices, and the gradient that ``update`` sees may be
+    narrower than float32 and not finite.
     """
     refresh_in_lockstep: ClassVar[bool] = False
-    """Whether refreshes of all units belong to the same update, so that none can be shifted."""
+    """Set True if all units must refresh in the same update. ``stagger=True`` is refused then."""
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if abstract:  # what several methods share is no method
+        if abstract:  # a base class that several methods share has no name of its own
             return
         known = RULE_CLASSES.setdefault(cls.method(), cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -351,21 +368,27 @@ class Rule:
 
     @classmethod
     def method(cls) -> str:
-        """The method's name: the class name without a closing "Rule"."""
+        """The method's name, the value of the group key ``rule``: the class name less "Rule"."""
         return cls.__name__.removesuffix("Rule")
 
     @property
     def refresh_interval(self) -> int:
-        """Updates between refreshes; 0 for a rule that has none."""
+        """Updates between refreshes, T; 0 (default) if the rule has no ``refresh``."""
         return 0
 
     def refresh_due(self, t: int, refreshed: int, shift: int = 0) -> bool:
-        """Whether update t begins with a refresh; all but the first come `shift` updates early."""
+        """Whether update t begins with a refresh.
+
+        Args:
+            t: Number of the update, from 1.
+            refreshed: t of the unit's last refresh, 0 if there was none.
+            shift: Updates by which all refreshes but the first come early (default: 0).
+        """
         T = self.refresh_interval
         return bool(T) and (refreshed == 0 or (t - 1 + self.refresh_offset + shift) % T == 0)
 
     def transpose(self, m: int, n: int) -> bool:
-        """Whether the driver turns an m x n member over before this rule sees it."""
+        """Whether the driver transposes an m x n member before this rule sees it."""
         return False
 
     def transposed_members(self, sides: Sequence[tuple[int, int]]) -> tuple[bool, ...]:
@@ -373,38 +396,48 @@ class Rule:
         return tuple(self.transpose(m, n) for m, n in sides)
 
     def state(self, *sides: Any) -> Any:
-        """Slots of each member: ``state(m, n)`` for one, ``state((m, n), ...)`` for several."""
+        """Slots by name: ``state(m, n)`` for one member, ``state((m, n), ...)`` for several.
+
+        Must depend on shapes and fields only: all ranks and ``init_state`` allocate from the slots.
+        """
         return {} if len(self.members) == 1 else tuple({} for _ in self.members)
 
     def slots(self, sides: tuple[tuple[int, int], ...]) -> tuple[Slots, ...]:
-        """``state`` in one form for any number of members."""
+        """Slots of every member, whatever their number."""
         if len(sides) == 1:
             return (self.state(*sides[0]),)
         return tuple(self.state(*sides))
 
     def refresh(self, *members: Any, **unused: Any) -> None:
-        """Rare and eager: may factorise and wait for the device. Never sees a bad or zero G."""
+        """Recompute what lasts for a window, such as a basis.
+
+        May factorize and wait for the device. Never called on a zero or non-finite gradient.
+        """
 
     def update(self, *members: Any, **unused: Any) -> Direction | Iterable[Direction] | Steps:
         """Return or yield Directions; each is written before the next is asked for."""
         raise NotImplementedError
 
     def block_labels(self, names: Sequence[str | None]) -> Sequence[Hashable]:
-        """A label for every parameter of a group, by which `state_since_at` tells blocks apart.
+        """A label for every parameter of a group; ``state_since_at`` works on blocks of labels.
 
-        Parameters of equal label are one block, also in several groups; None is a block of its own.
+        Parameters of equal label are one block, in other groups too; each None is its own block.
         """
         return [None] * len(names)
 
     def state_since_at(self, position: BlockPosition, t: int) -> int:
-        """The update since which the unit keeps the state that it has at update t; 0: it has none.
+        """The update since which a unit keeps the state that it has at update t, 0 for no state.
 
-        State is dropped where this is 0, and starts anew after it.
+        Override it to keep state in some windows only: the driver drops the state where this is 0
+        and allocates it afresh afterwards.
         """
         return 1
 
     def adamw_order(self) -> tuple[bool, float] | None:
-        """None for torch's AdamW beside this rule; else (correct_bias, eps) of GaLore's order."""
+        """The order of AdamW's step for other parameters: None for torch's order.
+
+        (correct_bias, eps) asks for the order of GaLore's published code.
+        """
         return None
 
     @classmethod
@@ -412,12 +445,8 @@ class Rule:
         """Add what a saved group lacks and meant otherwise than today's default, in place."""
 
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
-        """Bytes beside the state that all weights of a device share, by what they are."""
+        """Bytes by key of what all weights on a device share, such as a table of cosines."""
         return {}
-
-    def splits(self, m: int, n: int) -> frozenset[str]:
-        """Dimensions along which shards are exact because every sum goes through ``reductions``."""
-        return frozenset()
 
 
 def rule_class(name: str) -> type[Rule]:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def check(condition: bool, message: str) -> None:
-    """Raise ValueError with message unless condition holds."""
+    """Raise ValueError with this message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -25,7 +25,7 @@ def check_momentum(momentum: float) -> None:
 
 
 def check_adam(betas: tuple[float, float], eps: float | None) -> None:
-    """Adam's range checks, with torch's texts."""
+    """Refuse betas outside [0, 1) and a negative eps, in the words of ``torch.optim.AdamW``."""
     check_eps(eps)
     for i, beta in enumerate(betas):
         check(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")
@@ -46,50 +46,48 @@ def check_positive(rule: Any, *names: str) -> None:
 
 
 def check_choices(rule: Any, **choices: tuple[str | None, ...]) -> None:
-    """Refuse a field whose value is not among its choices."""
+    """Refuse fields of a rule whose value is not among the given choices."""
     for name, known in choices.items():
         value = getattr(rule, name)
         check(value in known, f"{name} must be one of {known}, got {value!r}")
 
 
-def check_counts(rule: Any, *names: str) -> None:
-    """Refuse fields that are no ints of at least 1."""
-    for name in names:
-        count = getattr(rule, name)
-        valid = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-        check(valid, f"{name} must be an int of at least 1, got {count!r}")
-
-
 def check_decays(rule: Any, *names: str) -> None:
-    """Refuse fields that are no decay of a running average, nor None."""
+    """Refuse fields that are neither None nor the decay of a running average, in [0, 1)."""
     for name in names:
         beta = getattr(rule, name)
         check(beta is None or 0.0 <= beta < 1.0, f"{name} must be in [0, 1), got {beta}")
 
 
 def check_at_least(rule: Any, kind: type, **minimums: int) -> None:
-    """Refuse a field that is not of this type, or too small."""
+    """Refuse fields that are below a minimum or of another type.
+
+    Args:
+        rule: The rule.
+        kind: ``int``, or ``object`` for any number.
+        **minimums: Name of a field and its smallest value.
+    """
     for name, minimum in minimums.items():
         x, what = getattr(rule, name), "an int of " if kind is int else ""
-        valid = isinstance(x, kind) and bool(x >= minimum)  # type: ignore[operator]
+        is_kind = isinstance(x, kind) and not isinstance(x, bool)
+        valid = is_kind and bool(x >= minimum)
         check(valid, f"{name} must be {what}at least {minimum}, got {x!r}")
 
 
 def check_rank(r: int, largest: int) -> None:
-    """Raise ValueError unless 1 <= r <= largest."""
-    if not 1 <= r <= largest:
-        raise ValueError(f"rank must be from 1 to {largest}, got {r}")
+    """Refuse a number of basis vectors below 1 or above the largest that a matrix has."""
+    check(1 <= r <= largest, f"rank must be from 1 to {largest}, got {r}")
 
 
 def resolve_rank(rank: int | float, d: int) -> int:
-    """Turns the option ``rank`` into a count of columns, 1 <= r <= d.
+    """Turn the option ``rank`` into a number of columns r, 1 <= r <= d.
 
     Args:
-        rank: an int is a count, a float a fraction of d; 1 is rank one and 1.0 all of d.
-        d: the projected dimension.
+        rank: An int is a count, a float a fraction of d: 1 is rank one, 1.0 is all of d.
+        d: Size of the projected dimension.
 
     Raises:
-        ValueError: not a number, a bool, not positive, or a fraction above 1.
+        ValueError: If rank is no number, a bool, not positive, or a fraction above 1.
     """
     if isinstance(rank, numbers.Integral) and not isinstance(rank, bool) and rank > 0:
         return min(int(rank), d)
@@ -98,8 +96,14 @@ def resolve_rank(rank: int | float, d: int) -> int:
     raise ValueError(f"rank must be a positive int or a fraction in (0, 1], got rank={rank!r}")
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> str | None:
-    """One sentence about the first unknown name, with the nearest known one; None if all known."""
+def describe_unknown(names: Iterable[str], known: Iterable[str], what: str) -> str | None:
+    """A sentence about the first unknown name, for the caller's exception; None if all are known.
+
+    Args:
+        names: Names that a user gave.
+        known: Names that exist; the nearest one is suggested.
+        what: What the names are, e.g. "parameter group key".
+    """
     known = sorted(known)
     for name in names:
         if name not in known:

@@ -1,19 +1,19 @@
 """How a parameter becomes matrices: a pure function of a string and a shape.
 
-A view cuts a parameter into blocks. Each block is a unit of its own and is seen as k matrices of
-m x n, in place wherever strides allow it.
+A view gives a parameter one or more :class:`MatrixView`. Each of them is a unit of its own and is
+seen as k matrices of m x n, in place wherever strides allow that.
 
-| view | parameter | blocks of (k, m, n) |
+| view | parameter | matrices (k, m, n) |
 |---|---|---|
 | ``auto`` | 2-D; 3-D; more | (1, m, n); a batch of matrices; flattened |
 | ``flatten`` | (m, ...) | (1, m, rest) |
 | ``batch`` | (..., m, n) | (all leading, m, n) |
-| ``transposed`` | (..., n, m) | the same, turned: weights stored (in, out) |
+| ``transposed`` | (..., n, m) | as ``batch``, transposed: weights stored (in, out) |
 | ``heads:H`` | (H * d, n) | (H, d, n): q, k, v projections |
 | ``heads_in:H`` | (m, H * d) | (H, m, d): output projections |
-| ``rows:a,b,c`` | (..., a + b + c, n) | one block for each run of rows: fused qkv |
-| ``interleaved`` | (2 * f, n) | (2, f, n): even rows, odd rows; of a batch two blocks |
-| ``transposed:V`` | (..., n, m) | the view V of what is stored turned |
+| ``rows:a,b,c`` | (..., a + b + c, n) | one MatrixView for each run of rows: fused qkv |
+| ``interleaved`` | (2 * f, n) | (2, f, n): even rows, odd rows; of a batch two MatrixViews |
+| ``transposed:V`` | (..., n, m) | the view V of the transposed parameter |
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class MatrixView:
         n: Columns of each.
         to_matrices: Parameter-shaped tensor -> (k, m, n); a view where its strides allow, else a
             copy.
-        tag: ``""`` for a parameter of one block, else ``".0"``, ``".1"``, ... in state keys.
-        plain: Whether the block is the whole 2-D parameter as it is.
+        tag: Suffix of state keys: ``""`` for a parameter of one view, else ``".0"``, ``".1"``, ...
+        plain: Whether the matrix is the whole 2-D parameter as it is.
         stored_transposed: Whether the parameter holds the transposes.
     """
 
@@ -52,7 +52,7 @@ class MatrixView:
     stored_transposed: bool = False
 
     def from_matrices(self, X: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Blocks (k, m, n) of a whole parameter in the parameter's shape again."""
+        """Matrices (k, m, n) of a whole parameter in the parameter's shape."""
         return (X.mT if self.stored_transposed else X).reshape(shape)
 
 
@@ -91,7 +91,7 @@ def _heads(x: Tensor, dim: int, heads: int) -> Tensor:
 
 
 def _even_odd(x: Tensor) -> Tensor:
-    """(2 * f, n) as its even and its odd rows."""
+    """(2 * f, n) as (2, f, n), the even and the odd rows: always a view."""
     return x.as_strided(
         (2, x.shape[0] // 2, x.shape[1]),
         (x.stride(0), 2 * x.stride(0), x.stride(1)),
@@ -101,14 +101,14 @@ def _even_odd(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def split_view(view: str, shape: tuple[int, ...]) -> tuple[MatrixView, ...]:
-    """Blocks of a parameter of this shape under this view.
+    """Cut a parameter of this shape as the view says.
 
     Args:
         view: One of the strings in the module's table.
         shape: The parameter's shape, at least 2-D.
 
     Returns:
-        One block per unit.
+        One MatrixView per unit.
 
     Raises:
         ValueError: If the view is unknown or does not fit the shape.
@@ -147,7 +147,7 @@ def split_view(view: str, shape: tuple[int, ...]) -> tuple[MatrixView, ...]:
 
 
 def _transposed_views(view: str, shape: tuple[int, ...]) -> tuple[MatrixView, ...]:
-    """Blocks of a parameter that holds the transposes of what the view is of."""
+    """The view of the transposes of a parameter; ``shape`` is that of the transposes."""
     if view.partition(":")[0] not in CUTTING_VIEWS:
         raise ValueError(
             f"view 'transposed:{view}' is unknown; after the colon choose one of "
@@ -166,7 +166,7 @@ def _transposed_views(view: str, shape: tuple[int, ...]) -> tuple[MatrixView, ..
 def _cutting_view(
     view: str, kind: str, text: str, batch: int | None, m: int, n: int
 ) -> tuple[MatrixView, ...]:
-    """Blocks of a 2-D m x n parameter, or a batch of them, under the views that cut it."""
+    """The views in ``CUTTING_VIEWS`` of an m x n parameter, or of a batch of them."""
     if kind == "interleaved":
         if m % 2:
             raise ValueError(f"view {view!r} needs an even number of rows, got {m}")

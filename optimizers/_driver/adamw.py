@@ -1,9 +1,13 @@
-"""AdamW for everything that is not a matrix: torch's own functional form, never a second Adam."""
+"""AdamW for everything that is not a matrix: torch's own functional form, never a second Adam.
+
+It is the one step that rounds weights by itself and not through ``update_weight_``.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +15,23 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
+from ...kernels import update_weight_
+
 
 def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
-    """The group's ``adamw_betas``, else its method's ``betas``, else (0.9, 0.95)."""
+    """Betas of AdamW: ``adamw_betas``, else the method's ``betas``, else (0.9, 0.95)."""
     beta1, beta2 = group.get("adamw_betas") or group.get("betas") or (0.9, 0.95)
     return beta1, beta2
 
 
 def step_tensor(p: Tensor, group: Mapping[str, Any], value: float) -> Tensor:
-    """The step count as ``torch.optim.AdamW`` keeps it: on the device where its kernel reads it."""
+    """A step count as ``torch.optim.AdamW`` stores it, on the device if its kernel reads it there.
+
+    Args:
+        p: The parameter.
+        group: The group, for ``fused`` and ``capturable``.
+        value: The count.
+    """
     on_device = group["fused"] or group["capturable"]
     double = torch.get_default_dtype() == torch.float64 and not group["fused"]
     return torch.tensor(
@@ -30,7 +42,7 @@ def step_tensor(p: Tensor, group: Mapping[str, Any], value: float) -> Tensor:
 
 
 def allocate(p: Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None:
-    """Make the state of one parameter as ``torch.optim.AdamW`` does, unless it is there."""
+    """Allocate the state of one parameter as ``torch.optim.AdamW`` does, if it has none."""
     if "exp_avg" not in entry:
         if group["fused"]:
             _device_dtype_check_for_fused(p)
@@ -47,7 +59,7 @@ def step(
     *,
     order: tuple[bool, float] | None = None,
 ) -> None:
-    """One step on lists, bit-equal to ``torch.optim.AdamW``.
+    """Step lists of parameters, bit-equal to ``torch.optim.AdamW``.
 
     Args:
         group: Settings: lr, weight_decay, adamw_*, foreach, fused, capturable, maximize.
@@ -65,7 +77,7 @@ def step(
         return
     # M / (sqrt(V) + eps) * sqrt(c2) / c1 is torch's step with eps / sqrt(c2), c = 1 - beta^t
     correct_bias, eps = order
-    clocks = [int(entry["step"]) + 1 for entry in entries]  # read once: stepping moves them
+    clocks = [int(entry["step"]) + 1 for entry in entries]  # read before any step changes them
     for t in sorted(set(clocks)):
         c1, c2 = 1 - betas[0] ** t, 1 - betas[1] ** t
         step_size = lr if correct_bias else lr * c1 / math.sqrt(c2)
@@ -82,7 +94,9 @@ def step(
             0.0,
         )
         if decay:
-            torch._foreach_mul_(params_at_t, 1.0 - float(lr) * decay)
+            factor = 1.0 - float(lr) * decay
+            for p in params_at_t:
+                update_weight_(p, partial(Tensor.mul_, other=factor), p.dtype)
 
 
 def _torch(

@@ -1,4 +1,4 @@
-"""Updates that run side by side, so that small work of many units is done as one stack."""
+"""Updates that run side by side, so that their small tensors are worked on as one stack."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from torch import Tensor
 from .._core.rule import BatchedCall, Direction
 
 UpdateGenerator = Generator[BatchedCall, Any, None]
-"""A unit's update; it stops at every request and goes on with the answer."""
+"""The step of a bucket: yields requests, and is sent their answers."""
 MAX_WAITING_BYTES = {"cpu": 64 * 2**20}
-"""Bytes of gradients of the units that meet, which bounds what they hold while they wait."""
+"""Bytes of gradients of the units that wait for each other: a bound on their temporaries."""
 MAX_WAITING_BYTES_ACCELERATOR = 128 * 2**20
 
 
 class DirectionIterator:
-    """What an update returns or yields, one by one; `answer` goes in where it asked for one."""
+    """Iterates over what ``update`` returned or yields.
+
+    Attributes:
+        answer: Set it before the next iteration to answer a :class:`BatchedCall`.
+    """
 
     def __init__(self, steps: Direction | Iterable[Direction | BatchedCall]) -> None:
         self._steps = iter((steps,) if isinstance(steps, Direction) else steps)
@@ -35,7 +39,7 @@ class DirectionIterator:
 
 
 class CallBatcher:
-    """Takes runs in turn; those of one key wait for each other until they are large enough."""
+    """Runs updates in order; those of one key wait for each other until they are large enough."""
 
     def __init__(self) -> None:
         self._runs: list[UpdateGenerator] = []
@@ -43,7 +47,13 @@ class CallBatcher:
         self._size = 0
 
     def add(self, run: UpdateGenerator, key: tuple[int, torch.device] | None, size: int) -> None:
-        """Run at once if key is None, else together with others of this group and device."""
+        """Run an update, at once or together with later ones.
+
+        Args:
+            run: The update.
+            key: Group and device of updates that wait for each other; None: run at once.
+            size: Bytes of its gradients.
+        """
         if self._runs and key != self._key:
             self.flush()
         if key is None:
@@ -55,13 +65,13 @@ class CallBatcher:
             self.flush()
 
     def flush(self) -> None:
-        """Run what has waited."""
+        """Run all updates that wait."""
         runs, self._runs, self._size = self._runs, [], 0
         run_batched(runs)
 
 
 def run_batched(runs: Sequence[UpdateGenerator]) -> None:
-    """Run all to the end; requests of equal function and shapes that meet are one call."""
+    """Run all to the end; requests of equal function and shapes become one call."""
     waiting = [(run, request) for run in runs if (request := next(run, None)) is not None]
     while waiting:
         answers = _batched_answers([request for _, request in waiting])
@@ -75,7 +85,7 @@ def run_batched(runs: Sequence[UpdateGenerator]) -> None:
 
 
 def _batched_answers(requests: Sequence[BatchedCall]) -> list[tuple[Tensor, ...]]:
-    """What each request asks for."""
+    """The answer to each request, in order."""
     same_call: dict[Hashable, list[int]] = {}
     for i, request in enumerate(requests):
         fn = getattr(request.fn, "__func__", request.fn)

@@ -1,7 +1,7 @@
-"""The plan that runs equal units together.
+"""Buckets of equal units, and the plan of a step.
 
-A bucket holds units of equal shape and equal clocks: small plain matrices run as one stack,
-everything else one unit at a time on views of the live tensors.
+A bucket holds units of equal shape and equal clocks. Small plain matrices run as one stack, every
+other unit is a bucket of its own on views of the live tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .units import State, Unit, is_slab_row, scale_of
 from .windows import block_labels_of, drops_state
 
 MAX_STACK_BYTES = {"cpu": 64 * 2**20}
-"""Largest stack in bytes, so that stacking never costs what low rank saved."""
+"""Largest stack of weights in bytes: a stack is a copy, and must not cost what low rank saves."""
 MAX_STACK_BYTES_ACCELERATOR = 512 * 2**20
 
 
@@ -30,23 +30,25 @@ def max_stack_bytes(device: torch.device) -> int:
 
 
 def max_abs(X: Tensor) -> Tensor:
-    """The largest magnitude, a NaN if there is one: one pass, no temporary of X's size."""
+    """The largest magnitude, NaN if X has one; in one pass without a temporary of X's size."""
     low, high = torch.aminmax(X)
     return torch.maximum(-low, high)
 
 
 @dataclass(eq=False)
 class Bucket:
-    """Units of equal shape and clocks, run together or as one view.
+    """Units of equal shape and clocks, run as one stack, or one unit run on views.
 
     Attributes:
-        units: K > 1 stacked units, or one unit run on views.
-        present: Whether each member has a gradient.
+        units: K > 1 units of a stack, or one unit.
+        present: Per member, whether it has a gradient.
+        state_since: The update since which the units keep their state, 0 if they keep none.
         states: Per member, slot name -> (K, *axes).
         quantized: Per member, slot name -> codes (K, *axes) and scales, for state in eight bits.
-        owners: (parameter, its state dict), and
-        bindings: (state dict, key, tensor) of every live state tensor: to notice foreign changes.
-        clock_dicts: State dict that holds each unit's clocks.
+        owners: (parameter, its state dict), to notice a dict that other code has replaced.
+        bindings: (state dict, key, tensor) of every live state tensor, to notice a tensor that
+            other code has replaced.
+        clock_dicts: Per unit, the state dict that holds its clocks.
     """
 
     units: list[Unit]
@@ -67,7 +69,7 @@ class Bucket:
         self.params_by_member = [[u.params[i] for u in self.units] for i in range(len(unit.params))]
 
     def bind_state(self, state: State) -> None:
-        """Point at the live state: slabs for a stack, views otherwise."""
+        """Bind the live state: slabs for a stack, views otherwise."""
         self.clock_dicts = [state[u.params[0]] for u in self.units]
         for i, slots in enumerate(self.unit.slots):
             member_state: dict[str, Tensor] = {}
@@ -100,37 +102,37 @@ class Bucket:
         return slab
 
     def _rule_view(self, i: int, name: str, stored: Tensor) -> Tensor:
-        """Stored tensors (K, ...) as the rule sees them."""
+        """Stored tensors (K, ...) transposed and cut as the rule sees them."""
         if len(self.units) == 1:
             return self.unit.rule_view(i, name, stored[0])
         like = self.unit.slots[i][name].axes == "mn"
         return stored.mT if like and self.unit.transposed[i] else stored
 
     def dequantized(self) -> list[dict[str, Tensor]]:
-        """Per member, the state that is kept in codes as (K, ...) floats."""
+        """Per member, the quantized state as (K, ...) floats."""
         return [
             {name: dequantize_blocks(*pair, self.dtype) for name, pair in quantized.items()}
             for quantized in self.quantized
         ]
 
     def quantize(self, dequantized: Sequence[Mapping[str, Tensor]]) -> None:
-        """Store what an update has made of the decoded state."""
+        """Quantize and store what an update has made of ``dequantized()``."""
         for quantized, plain in zip(self.quantized, dequantized, strict=True):
             for name, X in plain.items():
                 quantize_blocks(X, *quantized[name])
 
     def clocks(self) -> tuple[int, int]:
-        """Number of the update that comes next, and of the last refresh."""
+        """Number of the next update, and of the last refresh (0: none)."""
         entry = self.clock_dicts[0]
         return entry[self.unit.step_key] + 1, entry.get(self.unit.refreshed_key, 0)
 
     def set_step(self, t: int) -> None:
-        """All units have made update t."""
+        """Record that all units have made update t."""
         for unit, entry in zip(self.units, self.clock_dicts, strict=True):
             entry[unit.step_key] = t
 
     def set_refreshed(self, t: int) -> None:
-        """All units were refreshed at update t."""
+        """Record that all units were refreshed at update t."""
         for unit, entry in zip(self.units, self.clock_dicts, strict=True):
             entry[unit.refreshed_key] = t
 
@@ -139,13 +141,31 @@ class Bucket:
         parts = [G[j] if self.stacked else G for G in Gs if G is not None]
         return any(bool(max_abs(G) != 0) for G in parts)
 
-    def prepare_grad(
-        self, i: int, G: Tensor, maximize: bool, finite: Tensor | None, unmasked: bool = False
-    ) -> Tensor:
-        """A gradient as the rule takes it: precise enough, turned; zeros where it is not finite.
+    def prepare_grads(
+        self,
+        Gs: Sequence[Tensor | None],
+        maximize: bool,
+        finite: Tensor | None,
+        unmasked: bool = False,
+    ) -> list[Tensor | None]:
+        """Gradients as the rule takes them: precise enough, transposed, zero where not finite.
 
-        If ``unmasked`` it stays as it is, unless state is as narrow as the gradient itself.
+        Args:
+            Gs: Per member (K, m, n) as they were given, or None.
+            maximize: Whether to negate them.
+            finite: None, or flags (K,) on the device.
+            unmasked: Whether the rule takes the flags itself. Gradients then keep their dtype and
+                values, unless state is as narrow as the gradient itself.
         """
+        return [
+            None if G is None else self._prepare_grad(i, G, maximize, finite, unmasked)
+            for i, G in enumerate(Gs)
+        ]
+
+    def _prepare_grad(
+        self, i: int, G: Tensor, maximize: bool, finite: Tensor | None, unmasked: bool
+    ) -> Tensor:
+        """One of ``prepare_grads``."""
         G = G if unmasked and self._state_is_full_precision else G.to(self.dtype)
         if maximize:
             G = -G
@@ -156,13 +176,13 @@ class Bucket:
         return G.mT if self.unit.transposed[i] else G
 
     def runs_on_kernels(self, Gs: Sequence[Tensor | None]) -> bool:
-        """Whether the state is as the rule sees it, and kernels do all passes over gradients."""
+        """Whether kernels pass over these gradients, and no state is quantized."""
         grads_on_kernels = all(G is None or fuses_passes(G) for G in Gs)
         return grads_on_kernels and not any(self.quantized)
 
     @cached_property
     def _state_is_full_precision(self) -> bool:
-        """Whether no state is of a precision below float32."""
+        """Whether no state has a dtype narrower than float32."""
         return all(X.dtype.itemsize >= 4 for X in self._state_tensors() if X.is_floating_point())
 
     def clone_state(self) -> list[Tensor]:
@@ -176,12 +196,12 @@ class Bucket:
         ]
 
     def restore(self, saved: list[Tensor], finite: Tensor) -> None:
-        """Undo the change of state of units that are not finite."""
+        """Put back the state of units whose flag is False, from ``clone_state``."""
         for X, old in zip(self._state_tensors(), saved, strict=True):
             X.copy_(torch.where(finite.to(X.device).view(-1, *[1] * (X.dim() - 1)), X, old))
 
     def is_current(self, state: State) -> bool:
-        """Whether the optimizer's state still holds the dicts and tensors this bucket points at."""
+        """Whether the optimizer's state still holds the dicts and tensors of this bucket."""
         for p, owned in self.owners:
             if state.get(p) is not owned:
                 return False
@@ -202,7 +222,7 @@ class Bucket:
         return present_grads
 
     def gradient(self, i: int, grads: Sequence[Tensor | None]) -> Tensor:
-        """Gradients of member i as (K, m, n) before turning, in their own dtype."""
+        """Gradients of member i as (K, m, n), not yet transposed, in their own dtype."""
         present_grads = self.grads_of(i, grads)
         return (
             torch.stack(present_grads)
@@ -211,7 +231,7 @@ class Bucket:
         )
 
     def load(self, i: int) -> Tensor:
-        """Weights of member i (K, m, n) after turning: a stack is a copy, a view is live."""
+        """Weights of member i (K, m, n) as the rule sees them: a copy for a stack, else live."""
         W = (
             torch.stack(self.params_by_member[i])
             if self.stacked
@@ -220,9 +240,9 @@ class Bucket:
         return W.mT if self.unit.transposed[i] else W
 
     def weight_list(self, i: int) -> list[Tensor]:
-        """The live weights of member i as K matrices (m, n) after turning.
+        """The live weights of member i as K matrices (m, n), for kernels that write to a list.
 
-        None of them where `load` serves as well: of a single unit, and where no kernels are.
+        Empty where ``load`` serves as well: for a single unit, and where no kernels run.
         """
         if not self.stacked or not fuses_passes(self.params_by_member[i]):
             return []
@@ -230,7 +250,7 @@ class Bucket:
         return [W.mT for W in Ws] if self.unit.transposed[i] else Ws
 
     def store(self, i: int, W: Tensor) -> None:
-        """Put the weights of member i back where `load` made a copy."""
+        """Copy the weights of member i back where ``load`` made a copy."""
         W = W.mT if self.unit.transposed[i] else W
         if self.stacked:
             torch._foreach_copy_(self.params_by_member[i], list(W.unbind(0)))
@@ -263,12 +283,20 @@ class Bucket:
         refreshed: int,
         finite: Tensor | None = None,
     ) -> list[Member]:
-        """What the rule sees; `finite` are flags that it takes itself."""
+        """The arguments of ``refresh`` and ``update``.
+
+        Args:
+            grads: What ``prepare_grads`` returned.
+            dequantized: What ``dequantized()`` returned.
+            t: Number of this update.
+            refreshed: Number of the last refresh, 0 if there was none.
+            finite: None, or flags of the units for a rule that takes them itself.
+        """
         members = []
         for i, G in enumerate(grads):
             m, n = self.unit.sides(i)
             load = partial(self.load, i)
-            K = len(self.indices)  # a block has the flag of its whole parameter
+            K = len(self.indices)  # all matrices of one parameter share its flag
             state = dict(self.states[i])
             state.update((name, self._rule_view(i, name, X)) for name, X in dequantized[i].items())
             members.append(
@@ -302,10 +330,10 @@ def buckets_of(
 
     Args:
         units: All units.
-        mask: Which parameters have a gradient.
+        mask: Per parameter, whether it has a gradient.
         state: The optimizer's state.
         rules: Per group, its rule.
-        old: Buckets of the plan so far; one that stays as it is keeps its slabs.
+        old: Buckets of the plan so far; one with the same units keeps its slabs.
     """
     sorted_units: dict[tuple[Any, ...], list[Unit]] = {}
     for unit in units:
@@ -354,9 +382,10 @@ class StepPlan:
         adamw_orders: Per group, the order of AdamW's steps, see :meth:`Rule.adamw_order`.
         units: All units.
         adamw_positions: Per group, flat positions of its AdamW parameters.
-        mask: Which parameters had a gradient when `buckets` was made.
-        buckets: Present units, sorted.
-        entries: Number of parameters with state when `buckets` was made.
+        mask: Per parameter, whether it had a gradient when ``buckets`` was made; None forces the
+            next step to make buckets anew.
+        buckets: Units with a gradient, sorted.
+        entries: Number of parameters with state when ``buckets`` was made.
     """
 
     flat_params: list[Tensor]
@@ -370,7 +399,7 @@ class StepPlan:
     entries: int = 0
 
     def is_stale(self, mask: list[bool], state: State) -> bool:
-        """Whether the buckets no longer fit what is present or what the state holds."""
+        """Whether the buckets no longer fit the present gradients or the optimizer's state."""
         return (
             self.mask != mask
             or len(state) != self.entries
@@ -395,7 +424,7 @@ class StepPlan:
         self.mask, self.entries = mask, len(state)
 
     def update_rule(self, group: int, rule: Rule, settings: Mapping[str, Any]) -> bool:
-        """Take a rule with other values for a group; False if its units would change."""
+        """Give a group a rule with other values; False, and nothing done, if units would change."""
         previous = self.rules[group]
         if previous is None or previous.members != rule.members:
             return False

@@ -1,7 +1,7 @@
 """Loading: refuse what does not fit before anything changes, and keep every dtype.
 
 ``torch.optim.Optimizer.load_state_dict`` casts all state to the parameter's dtype, integers
-included. The driver lets it work and then puts back what it cast.
+included. The driver lets torch load and then puts back the tensors that were cast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ExpectedState = dict[str, tuple[tuple[int, ...], torch.dtype, str | torch.device
 
 
 def _pairs(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """(parameter, id in the checkpoint) in order; empty where torch will refuse the lengths."""
+    """(parameter, id in the checkpoint) in order; empty if the groups differ in length."""
     same_lengths = len(groups) == len(saved) and all(
         len(g["params"]) == len(s["params"]) for g, s in zip(groups, saved, strict=True)
     )
@@ -83,13 +83,13 @@ def prepare(
 def _units(
     default_rule: type[Rule], index: int, group: Mapping[str, Any], position: int
 ) -> list[Unit]:
-    """Units of a group whose first parameter has this flat position."""
+    """Units of a group; ``position`` is the flat position of its first parameter."""
     rule = rule_of(group, default_rule)
     return [] if rule is None else units_of(index, group, rule, routed(group, rule, position)[0])
 
 
 def _tables(units: Sequence[Unit]) -> dict[Tensor, ExpectedState]:
-    """Per parameter of the units, its state keys with shape and dtype."""
+    """Per parameter of the units, its state keys with shape, dtype and device."""
     tables: dict[Tensor, ExpectedState] = {}
     for unit in units:
         for i, p in enumerate(unit.params):
@@ -106,7 +106,18 @@ def _is_clock(key: str) -> bool:
 def _check_entry(
     entry: Any, shapes: dict[str, tuple[int, ...]] | None, p: Tensor, text: str, method: str
 ) -> None:
-    """One parameter's saved state must be empty, or all of it and nothing else."""
+    """Refuse the saved state of a parameter unless it is empty or complete.
+
+    Args:
+        entry: The saved state.
+        shapes: Expected shape per state key; None for a parameter of AdamW.
+        p: The parameter.
+        text: How a message names the parameter.
+        method: Name of the optimizer's method.
+
+    Raises:
+        ValueError: With the first key that is missing, unknown or of another shape.
+    """
     if not isinstance(entry, Mapping):
         raise ValueError(f"checkpoint state of {text} must be a dict, got {type(entry).__name__}")
     found = {key: value for key, value in entry.items() if not _is_clock(key)}
@@ -145,6 +156,12 @@ def restore(
 
     Integers come back exactly as saved, floats in their slot's dtype (for a checkpoint of the same
     settings: as saved). AdamW's state stays as torch loads it.
+
+    Args:
+        default_rule: The optimizer's rule class.
+        groups: The optimizer's groups, as torch has loaded them.
+        state: The optimizer's state, as torch has loaded it; changed in place.
+        saved: What :func:`prepare` returned.
     """
     ids, position = dict(_pairs(groups, saved["param_groups"])), 0
     for i, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""Finite or not: one number per parameter, looked at before any state changes."""
+"""Non-finite gradients: one flag per parameter, found before any state changes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .write import LOW_PRECISION_DTYPES
 
 Grads = Sequence[Tensor | None]
 Waits = Callable[[torch.device], bool]
-"""Whether the host reads the flags of this device within the step."""
+"""Whether the host waits for the flags of a device within the step."""
 
 
 class LateFlags:
-    """Flags on their way to the host: by the next step they have arrived, and nothing waits."""
+    """Flags that are copied to the host while the step goes on, and read in the next step."""
 
     def __init__(self, finite: Tensor) -> None:
         self._event = None
@@ -42,7 +42,7 @@ class LateFlags:
 def finite_sums(
     buckets: Sequence[Bucket], grads: Grads, waits: Waits
 ) -> tuple[list[list[Tensor | None] | None], list[Tensor]]:
-    """Per bucket, one number per unit that is finite only if its gradients are.
+    """Make a number per unit that is finite exactly if its gradients are, unless a sum overflows.
 
     Args:
         buckets: What this step runs.
@@ -50,8 +50,8 @@ def finite_sums(
         waits: Whether the host waits for a device.
 
     Returns:
-        The gradients of stacks, kept for the update up to one stack's budget in all (None: stack
-        them again), and the numbers, (K,) each.
+        Per bucket, its stacked gradients for the update, None where they are no stack or beyond
+        one stack's budget in all; and per bucket the numbers, (K,).
     """
     stacks: list[list[Tensor | None] | None] = []
     flags, used = [], 0
@@ -76,8 +76,8 @@ def finite_sums(
 def _stack_and_flag(
     unit_grads: list[Tensor], stacked: bool, waits: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """A stack of gradients if there is to be one, and numbers (K,)."""
-    if not stacked:  # a block of a parameter looks at the whole of it: one clock, one flag
+    """The stack of gradients, None if they are not stacked, and the numbers (K,)."""
+    if not stacked:  # all units of one parameter share the flag of the whole gradient
         return None, _flag(unit_grads[0], stacked, waits)
     if not waits and fuses_passes(unit_grads):
         if len({(G.stride(), G.dtype) for G in unit_grads}) == 1:
@@ -90,7 +90,10 @@ def _stack_and_flag(
 
 
 def _flag(G: Tensor, stacked: bool, waits: bool) -> Tensor:
-    """(K,) sums where the host waits; elsewhere the largest entries, which cannot overflow."""
+    """(K,) sums where the host waits, else the largest magnitudes, which cannot overflow.
+
+    An overflow can be looked at again only where the host waits.
+    """
     if waits:  # a sum that overflows is looked at again
         dims = tuple(range(1 if stacked else 0, G.dim()))
         flag = G.sum(dims, dtype=torch.float32 if G.dtype in LOW_PRECISION_DTYPES else None)
@@ -105,10 +108,10 @@ def read_flags(
     grads: Grads,
     waits: Waits,
 ) -> list[list[bool] | None]:
-    """Per bucket, which units are fine; None where the host does not wait for the device.
+    """Read on the host which units have finite gradients; None where the host does not wait.
 
     Raises:
-        RuntimeError: For a bad unit of a group with ``nonfinite="raise"``.
+        RuntimeError: For a non-finite gradient in a group with ``nonfinite="raise"``.
     """
     finite_units: list[list[bool] | None] = [None] * len(flags)
     by_device: dict[torch.device, list[int]] = {}
@@ -136,7 +139,7 @@ def read_flags(
 
 
 def _is_finite(unit: Unit, grads: Grads) -> bool:
-    """Look again elementwise: a finite gradient may overflow its sum."""
+    """Whether all entries are finite; the sum of a finite gradient may have overflowed."""
     present = [grads[i] for i in unit.positions]
     return all(grad is None or bool(grad.isfinite().all()) for grad in present)
 

@@ -1,4 +1,4 @@
-"""How many bytes a method keeps, before anything is allocated."""
+"""``memory_report``: the bytes of a method's state, counted before any are allocated."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class MemoryRow(NamedTuple):
     """One parameter; all sizes in bytes.
 
     Attributes:
-        name: Its name, or its position where it has none.
-        shape: Its shape.
-        rule: What trains it.
+        name: Name of the parameter, "parameter" and its position if it has none.
+        shape: Shape of the parameter.
+        rule: Name of the rule, or "adamw".
         weight: Size of the parameter.
-        gradient: Size of its gradient, 0 if it is frozen.
-        state: What the optimizer keeps for it.
-        adamw: What ``torch.optim.AdamW`` would keep for it.
+        gradient: Size of the gradient, 0 if the parameter is frozen.
+        state: Size of the optimizer's state.
+        adamw: Size of the state of ``torch.optim.AdamW``.
     """
 
     name: str
@@ -58,7 +58,7 @@ class MemoryReport:
 
     @classmethod
     def of(cls, optimizer: StackedOptimizer) -> MemoryReport:
-        """Count what this optimizer keeps once it has stepped; it is not changed."""
+        """Count the state that an optimizer has after a step, without changing the optimizer."""
         plan = optimizer._get_plan()
         state = _state_bytes(plan, optimizer)
         rows = [
@@ -95,7 +95,7 @@ class MemoryReport:
 
     @cached_property
     def state(self) -> int:
-        """Bytes of all state, what is shared included."""
+        """Bytes of all state, with what weights share."""
         return sum(row.state for row in self.rows) + self.shared
 
     @cached_property
@@ -104,9 +104,9 @@ class MemoryReport:
         return sum(row.adamw for row in self.rows)
 
     def layers(self) -> list[tuple[str, int, MemoryRow]]:
-        """Parameters that differ in the numbers of their names only, together: (name, count, sum).
+        """Sums over parameters whose names differ in numbers only: (name, count, sum).
 
-        Layers that are treated differently, as blocks are by FRUGAL, stay apart.
+        Layers with different state, as FRUGAL's blocks, stay apart.
         """
         same_layers: dict[Hashable, list[MemoryRow]] = {}
         for row in self.rows:
@@ -120,7 +120,7 @@ class MemoryReport:
         return merged
 
     def __str__(self) -> str:
-        """The table: a line per kind of layer, then the totals."""
+        """A table with a line per kind of layer, then the totals."""
         head = ["parameter", "shape", "rule", "weights", "gradients", self.method, "AdamW"]
         lines = [head]
         for name, count, row in self.layers():
@@ -144,7 +144,7 @@ class MemoryReport:
 
 
 def _size(count: int) -> str:
-    """Bytes for people, in powers of 1024."""
+    """Bytes in powers of 1024, as text."""
     value, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
@@ -156,7 +156,7 @@ def _size(count: int) -> str:
 def memory_report(
     params: Any, optimizer_class: type[StackedOptimizer], **options: Any
 ) -> MemoryReport:
-    """Count what a method would keep for a model, from shapes alone.
+    """Count the bytes of a method's state for a model, from shapes alone.
 
     Nothing is allocated, so a model on the meta device will do:
     ``with torch.device("meta"): model = ...``.
@@ -197,21 +197,20 @@ def _bytes(p: Tensor) -> int:
 
 
 def _adamw_bytes(p: Tensor, group: dict[str, Any]) -> int:
-    """What torch's AdamW keeps, by letting it allocate on the meta device."""
+    """Bytes of AdamW's state, which torch allocates on the meta device for this."""
     entry: dict[str, Any] = {}
     adamw.allocate(p.detach().to("meta"), {**group, "fused": None, "capturable": False}, entry)
     return sum(_bytes(value) for value in entry.values())
 
 
 def _state_bytes(plan: StepPlan, optimizer: StackedOptimizer) -> dict[int, int]:
-    """Bytes of state by the flat position of the parameter."""
+    """Bytes of state by flat position of the parameter."""
     sizes: dict[tuple[int, str], int] = {}
     for unit in plan.units:
         for i, position in enumerate(unit.positions):
             for key, size in _slot_bytes(plan, unit, i).items():
-                sizes[position, key] = (
-                    size  # blocks of one parameter share what is laid out like it
-                )
+                # the units of one parameter share state that is shaped like the parameter
+                sizes[position, key] = size
     for group, positions in zip(optimizer.param_groups, plan.adamw_positions, strict=True):
         for position in positions:
             sizes[position, "adamw"] = _adamw_bytes(plan.flat_params[position], group)

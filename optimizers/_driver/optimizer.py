@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from operator import is_
 from typing import Any, ClassVar, overload
@@ -11,8 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._core.rule import RULE_CLASSES, BatchedCall, Rule, defaults_of, rule_class, settings_of
-from .._core.validation import refuse_unknown
+from .._core.rule import (
+    RULE_CLASSES,
+    BatchedCall,
+    Direction,
+    Rule,
+    defaults_of,
+    rule_class,
+    settings_of,
+)
+from .._core.validation import describe_unknown
 from .._roles.classify import Assignment
 from . import adamw, checkpoint
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
@@ -37,7 +45,7 @@ from .windows import assign_block_positions, stagger_refreshes
 from .write import write_, write_list_
 
 UNIT_SETTINGS = ("rule", "view", "state_dtype", "stagger")
-"""Settings beside the rule's fields from which units are made."""
+"""Group keys beside the rule's fields that decide how parameters become units."""
 
 
 class StackedOptimizer(Optimizer):
@@ -52,22 +60,28 @@ class StackedOptimizer(Optimizer):
             and ``rule``: ``"adamw"``, or the name of a method.
         rule: The method and its hyper-parameters.
         lr: Learning rate, a float or a 1-element tensor.
-        weight_decay: Decoupled weight decay.
-        adamw_lr: Learning rate of the AdamW parameters; None: ``lr``. If given they get groups of
-            their own, so that schedulers scale both. Wrappers that mirror groups
-            (ZeroRedundancyOptimizer) need these groups spelled out, each with its ``lr``.
-        adamw_betas: Betas of the AdamW parameters; None: the method's ``betas``, else (0.9, 0.95).
-        adamw_eps: Their eps (default: 1e-8).
-        adamw_weight_decay: Their weight decay; None: ``weight_decay``.
+        weight_decay: Decoupled weight decay (default: 0).
+        adamw_lr: Learning rate of the AdamW parameters; None (default): ``lr``. If given, these
+            parameters get groups of their own, so that schedulers scale both. Wrappers that mirror
+            groups (ZeroRedundancyOptimizer) need the groups spelled out, each with its ``lr``.
+        adamw_betas: Betas of the AdamW parameters; None (default): the method's ``betas``, else
+            (0.9, 0.95).
+        adamw_eps: Eps of the AdamW parameters (default: 1e-8).
+        adamw_weight_decay: Weight decay of the AdamW parameters; None (default): ``weight_decay``.
         maximize: Ascend instead of descend (default: False).
-        foreach, fused, capturable: As in ``torch.optim.AdamW``, for the AdamW parameters.
-        nonfinite: ``"skip"`` leaves a matrix with a NaN or infinite gradient and its state alone
-            and counts it in :attr:`skipped`; ``"raise"`` raises before anything changes.
-        view: How a parameter becomes matrices, see ``views.py`` (default: ``"auto"``).
-        state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None: float32
-            (float64 for float64 weights). ``"int8"``: moments and momentum in 8 bits with a scale
-            for every 256 of them, the rest as under None; see ``kernels/quantize.py``. Averages of
-            squares follow falling gradients late then: steps of 0.001 round away.
+        foreach: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
+        fused: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
+        capturable: As in ``torch.optim.AdamW``, for groups without matrices (default: False).
+        differentiable: Must be False (default); the key is there because torch reads it.
+        nonfinite: ``"skip"`` (default) leaves a matrix with a NaN or infinite gradient and its
+            state alone and counts it in :attr:`skipped`; ``"raise"`` raises before anything
+            changes.
+        view: How a parameter becomes matrices, see ``_core/views.py`` (default: ``"auto"``).
+        state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None
+            (default): float32 (float64 for float64 weights). ``"int8"``: moments and momentum in 8
+            bits with a scale for every 256 of them, the rest as under None; see
+            ``kernels/quantize.py``. Averages of squares follow falling gradients late then: steps
+            of 0.001 round away.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.
 
@@ -87,12 +101,12 @@ class StackedOptimizer(Optimizer):
     """
 
     _reference_key: ClassVar[str | None] = None
-    """Group key by which the method's reference package marks its matrix groups."""
+    """Group key by which the published package of the method marks its matrix groups."""
     _plan: StepPlan | None = None
     _skipped = 0
     _pending: Sequence[tuple[LateFlags, list[Bucket]]] = ()
     _wait: bool | None = None
-    """Whether the host waits for the finite flags; None: on CPU."""
+    """Whether the host waits for the finite flags; None: on CPU only. Tests set it."""
 
     def __init__(
         self,
@@ -104,7 +118,7 @@ class StackedOptimizer(Optimizer):
     ) -> None:
         method_keys = {"lr", "weight_decay", *settings_of(rule)}
         what = f"{type(self).__name__} keyword"
-        message = refuse_unknown(common, COMMON.keys() | method_keys, what)
+        message = describe_unknown(common, COMMON.keys() | method_keys, what)
         if message:
             raise TypeError(message)
         defaults = {
@@ -148,7 +162,7 @@ class StackedOptimizer(Optimizer):
             raise
 
     def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
-        """A user's group as the groups that torch shall add."""
+        """Turn a user's group into the groups that torch adds, after all checks."""
         if not isinstance(param_group, dict):
             return [param_group]
         group = dict(param_group)
@@ -172,18 +186,7 @@ class StackedOptimizer(Optimizer):
                 group.setdefault("adamw_betas", group.pop("betas"))
         rule = self._default_rule if rule_name in (None, "adamw") else rule_class(rule_name)
         other_defaults = {} if rule is self._default_rule else defaults_of(rule)
-        known_keys = (
-            GROUP_KEYS
-            | SCHEDULER_KEYS
-            | COMMON.keys()
-            | defaults_of(self._default_rule).keys()
-            | other_defaults.keys()
-        )
-        message = refuse_unknown(
-            group, known_keys | ({key} if key else set()), "parameter group key"
-        )
-        if message:
-            raise ValueError(message)
+        self._refuse_unknown_keys(group, other_defaults)
         # a group of another method starts from that method's defaults, not from this one's
         full_group = {**self.defaults, **other_defaults, **group}
         check_group(full_group, self._default_rule, is_marked=is_marked)
@@ -191,10 +194,22 @@ class StackedOptimizer(Optimizer):
             group.setdefault(name, other_defaults[name])
         return self._split_adamw(group, full_group)
 
+    def _refuse_unknown_keys(
+        self, group: Mapping[str, Any], other_defaults: Mapping[str, Any]
+    ) -> None:
+        """Raise for a key that neither the driver nor the group's rule knows."""
+        known_keys = GROUP_KEYS | SCHEDULER_KEYS | COMMON.keys() | other_defaults.keys()
+        known_keys |= defaults_of(self._default_rule).keys()
+        if self._reference_key is not None:
+            known_keys |= {self._reference_key}
+        message = describe_unknown(group, known_keys, "parameter group key")
+        if message:
+            raise ValueError(message)
+
     def _split_adamw(
         self, group: dict[str, Any], full_group: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        """Give AdamW parameters with a learning rate of their own a group of their own."""
+        """Move AdamW parameters into a group of their own if ``adamw_lr`` is given."""
         if full_group["adamw_lr"] is None:
             return [group]
         rule = rule_of(full_group, self._default_rule)
@@ -224,7 +239,7 @@ class StackedOptimizer(Optimizer):
         return parts
 
     def assignment(self) -> Assignment:
-        """Which parameter gets which rule and why: a table that prints."""
+        """Return a table of every parameter's rule, and why; the table prints."""
         table = []
         for group in self.param_groups:
             rule = rule_of(group, self._default_rule)
@@ -238,7 +253,7 @@ class StackedOptimizer(Optimizer):
     # plan -----------------------------------------------------------------------------------------
 
     def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What a group's rule and units are made from; a rule's own default where no key says."""
+        """Values that decide a group's rule and units, with defaults for missing keys."""
         cls = self._default_rule if group["rule"] in (None, "adamw") else rule_class(group["rule"])
         return {
             **{name: group[name] for name in UNIT_SETTINGS},
@@ -246,11 +261,11 @@ class StackedOptimizer(Optimizer):
         }
 
     def _get_plan(self) -> StepPlan:
-        """The plan's lasting part: rules and units, made anew only when groups changed.
+        """The plan, with rules and units made anew only if groups changed.
 
         Raises:
-            ValueError: If settings changed that shape the state of a parameter; nothing has changed
-                then.
+            ValueError: If settings changed that shape the state of a parameter. Plan and state are
+                as before.
         """
         flat_params = [p for group in self.param_groups for p in group["params"]]
         settings = [self._settings(group) for group in self.param_groups]
@@ -276,7 +291,7 @@ class StackedOptimizer(Optimizer):
         return plan
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
-        """Rules and units of the groups as they are now."""
+        """Make rules and units for the groups as they are now; buckets come with the first step."""
         rules = [rule_of(group, self._default_rule) for group in self.param_groups]
         adamw_orders = [self._adamw_order(group) for group in self.param_groups]
         plan = StepPlan(flat_params, settings, rules, adamw_orders, [], [])
@@ -300,7 +315,7 @@ class StackedOptimizer(Optimizer):
     def _changes(
         old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
     ) -> dict[int, str]:
-        """Per group whose settings changed, the changed ones as a message names them."""
+        """Changed settings by index of the group, worded for an error message."""
         texts = {}
         for i, (before, after) in enumerate(zip(old, new, strict=False)):
             if before == after:
@@ -312,7 +327,7 @@ class StackedOptimizer(Optimizer):
         return texts
 
     def _adamw_order(self, group: dict[str, Any]) -> tuple[bool, float] | None:
-        """How AdamW parameters of a group are stepped: as the optimizer's method has it."""
+        """The order of AdamW's step in a group, see :meth:`Rule.adamw_order`."""
         rule_name = group["rule"]
         rule = rule_of(
             {**group, "rule": None if rule_name == "adamw" else rule_name}, self._default_rule
@@ -320,7 +335,7 @@ class StackedOptimizer(Optimizer):
         return None if rule is None else rule.adamw_order()
 
     def _update_rules(self, plan: StepPlan, settings: list[dict[str, Any]]) -> bool:
-        """Follow hyper-parameters that a scheduler rewrote without making units anew."""
+        """Give the plan rules with the new values; False if its units do not fit them."""
         for i, (old, new) in enumerate(zip(plan.settings, settings, strict=False)):
             if old != new:
                 group = self.param_groups[i]
@@ -333,7 +348,7 @@ class StackedOptimizer(Optimizer):
         return len(plan.settings) == len(settings)
 
     def init_state(self) -> None:
-        """Allocate all state of trainable parameters now; shapes and keys as after a step."""
+        """Allocate the state of all trainable parameters, with the keys and shapes of a step."""
         plan = self._get_plan()
         for unit in plan.units:
             rule = plan.rules[unit.group]
@@ -374,7 +389,7 @@ class StackedOptimizer(Optimizer):
         return loss
 
     def _update(self) -> None:
-        """One step from the gradients as they are now."""
+        """Step all parameters by their gradients as they are now."""
         self._apply_late_flags()
         plan = self._get_plan()
         grads = [p.grad for p in plan.flat_params]
@@ -393,7 +408,7 @@ class StackedOptimizer(Optimizer):
             adamw.step(group, params, present_grads, entries, order=order)
 
     def _is_dry_step(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether this is a checkpoint probe: every lr 0 and every gradient 0."""
+        """Whether every lr and every gradient is 0, as in a checkpointer's probing step."""
         for group in self.param_groups:
             lr = group["lr"]
             if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:
@@ -401,7 +416,7 @@ class StackedOptimizer(Optimizer):
         return not any(grad is not None and bool(grad.any()) for grad in grads)
 
     def _adamw_steps(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> list[tuple[Any, ...]]:
-        """What AdamW steps: whole AdamW groups, and what is no matrix in other groups."""
+        """Arguments of :func:`adamw.step` per group that has parameters without a matrix rule."""
         adamw_steps = []
         for group, order, positions in zip(
             self.param_groups, plan.adamw_orders, plan.adamw_positions, strict=True
@@ -417,7 +432,7 @@ class StackedOptimizer(Optimizer):
         return adamw_steps
 
     def _step_matrices(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> None:
-        """Look at every gradient before any state changes, then run bucket after bucket."""
+        """Find non-finite gradients before any state changes, then step bucket after bucket."""
         stacks, flags = finite_sums(plan.buckets, grads, self._waits)
         finite_units = read_flags(plan, self.param_groups, flags, grads, self._waits)
         batcher = CallBatcher()
@@ -458,10 +473,17 @@ class StackedOptimizer(Optimizer):
         finite: list[bool] | None,
         flag: Tensor,
     ) -> UpdateGenerator:
-        """One bucket: gradients made ready, refresh if due, update, write, clocks."""
+        """Step one bucket, as a generator that stops where the rule asks for a batched call.
+
+        Args:
+            plan: The plan.
+            bucket: The bucket.
+            Gs: Per member its gradients (K, m, n) as they were given, None if it has none.
+            finite: Per unit, whether its gradients are finite; None if the host does not know yet.
+            flag: (K,) on the device, finite where the gradients are.
+        """
         rule = plan.rules[bucket.group]
         assert rule is not None
-        group = self.param_groups[bucket.group]
         t, refreshed = bucket.clocks()
         refresh_due = finite is not None and rule.refresh_due(t, refreshed, bucket.unit.shift)
         nonzero = [not refresh_due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
@@ -476,15 +498,12 @@ class StackedOptimizer(Optimizer):
             self._count_skipped(bucket.unit)
             return
         device_finite = None if finite is not None else flag.isfinite()
+        # the rule itself keeps bad gradients out of its state: no mask, no backup
         unmasked = (
             device_finite is not None and rule.handles_nonfinite and bucket.runs_on_kernels(Gs)
         )
-        Gs = [
-            None
-            if G is None
-            else bucket.prepare_grad(i, G, group["maximize"], device_finite, unmasked)
-            for i, G in enumerate(Gs)
-        ]
+        maximize = self.param_groups[bucket.group]["maximize"]
+        Gs = bucket.prepare_grads(Gs, maximize, device_finite, unmasked)
         state_backup = [] if device_finite is None or unmasked else bucket.clone_state()
         dequantized = bucket.dequantized()
         member_finite = device_finite.float() if device_finite is not None and unmasked else None
@@ -494,29 +513,45 @@ class StackedOptimizer(Optimizer):
                 member.refreshed, member.is_first_refresh = t, refreshed == 0
             rule.refresh(*members)
             bucket.set_refreshed(t)
-        lr = self._lr_value(group["lr"])
-        steps = DirectionIterator(rule.update(*members))
-        for step in steps:
-            if isinstance(step, BatchedCall):
-                steps.answer = yield step
-                continue
-            i, decay = step.member.number, group["weight_decay"]
-            write_mask = (
-                None if device_finite is None else device_finite.to(bucket.dtype).view(-1, 1, 1)
-            )
-            if write_list_(bucket.weight_list(i), step, lr, decay, write_mask):
-                continue
-            W = bucket.load(i)
-            write_(W, step, lr, decay, write_mask)
-            bucket.store(i, W)
+        yield from self._write_directions(bucket, rule.update(*members), device_finite)
         bucket.quantize(dequantized)
         bucket.set_step(t)
         if device_finite is not None and not unmasked:
             bucket.restore(state_backup, device_finite)
 
+    def _write_directions(
+        self,
+        bucket: Bucket,
+        update: Direction | Iterable[Direction | BatchedCall],
+        device_finite: Tensor | None,
+    ) -> UpdateGenerator:
+        """Write each Direction before the rule makes the next; hand its requests on.
+
+        Args:
+            bucket: Whose weights are written.
+            update: What the rule's ``update`` returned.
+            device_finite: None, or flags (K,): weights whose flag is False stay as they are.
+        """
+        group = self.param_groups[bucket.group]
+        lr, decay = self._lr_value(group["lr"]), group["weight_decay"]
+        write_mask = None
+        if device_finite is not None:
+            write_mask = device_finite.to(bucket.dtype).view(-1, 1, 1)
+        steps = DirectionIterator(update)
+        for step in steps:
+            if isinstance(step, BatchedCall):
+                steps.answer = yield step
+                continue
+            i = step.member.number
+            if write_list_(bucket.weight_list(i), step, lr, decay, write_mask):
+                continue
+            W = bucket.load(i)
+            write_(W, step, lr, decay, write_mask)
+            bucket.store(i, W)
+
     @staticmethod
     def _lr_value(lr: float | Tensor) -> float | Tensor:
-        """A float wherever the host can read it without waiting; never cached."""
+        """The learning rate as a float where the host need not wait for it; never cached."""
         if isinstance(lr, Tensor):
             return float(lr) if lr.device.type == "cpu" else lr.reshape(())
         return lr
@@ -524,7 +559,7 @@ class StackedOptimizer(Optimizer):
     # flags that arrive late -----------------------------------------------------------------------
 
     def _apply_late_flags(self) -> None:
-        """Read the flags of the last step; units that were skipped get their clocks back."""
+        """Read the flags of the last step and set back the clocks of units that were skipped."""
         pending, self._pending = self._pending, ()
         for late_flags, buckets in pending:
             units = [unit for bucket in buckets for unit in bucket.units]
@@ -536,12 +571,12 @@ class StackedOptimizer(Optimizer):
                         self._plan.mask = None
 
     def _count_skipped(self, unit: Unit) -> None:
-        """Count a parameter once, however many blocks it has."""
+        """Count a skipped parameter once, however many units its view makes."""
         self._skipped += unit.number == 0
 
     @property
     def skipped(self) -> int:
-        """Updates left out so far because a gradient was not finite; on a device this waits."""
+        """Number of updates left out because a gradient was not finite; waits for the device."""
         self._apply_late_flags()
         return self._skipped
 

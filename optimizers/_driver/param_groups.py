@@ -1,4 +1,4 @@
-"""Parameter groups: every form they come in, their checks, and where each parameter goes."""
+"""Parameter groups: the forms in which users pass them, their checks, and each parameter's rule."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ COMMON: dict[str, Any] = {
 SCHEDULER_KEYS = frozenset(
     ("param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 )
-"""Keys that schedulers and trainers add to groups."""
+"""Group keys that schedulers and trainers add."""
 GROUP_KEYS = frozenset(("params", "lr", "weight_decay", "rule", "method", "roles", "reasons"))
 LARGE_SIDE = 16384
-"""A side above which a matrix without a name is more likely an embedding."""
+"""Side above which a matrix without a name is more likely an embedding, so the user is warned."""
 
 
 def rule_of(group: Mapping[str, Any], default_rule: type[Rule]) -> Rule | None:
-    """The rule that a group's values describe, or None for an AdamW group."""
+    """Build the rule that a group's values describe; None for an AdamW group."""
     name = group.get("rule")
     if name == "adamw":
         return None
@@ -140,7 +140,7 @@ def _from_module(
 
 
 def _refuse_view(view: str | Sequence[str], rows: Iterable[Row]) -> None:
-    """A model has a view for every weight; one for all of them must not say something else."""
+    """Raise if the one view that a user gave contradicts the view that the model needs."""
     for row in rows if view != "auto" else ():
         if _plain_view(view, row) != _plain_view(row.view, row):
             raise ValueError(
@@ -150,16 +150,20 @@ def _refuse_view(view: str | Sequence[str], rows: Iterable[Row]) -> None:
 
 
 def _plain_view(view: str | Sequence[str], row: Row) -> str | Sequence[str]:
-    """Another name of a view for weights of this shape, the same for all that mean the same."""
+    """One name for all views that mean the same for a weight of this shape."""
     if view == "auto" or (view == "flatten" and len(row.shape) == 2):
         return "batch" if len(row.shape) <= 3 else "flatten"
     return view
 
 
 def roles_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
-    """Where each parameter of a group goes and why; ``rule`` is ``matrix`` or ``adamw``.
+    """A row per parameter of a group: its rule, ``matrix`` or ``adamw``, and why.
 
-    A pure function of the group's values, so that it can be taken again after a load or a copy.
+    A pure function of the group's values, so the answer is the same after a load or a copy.
+
+    Args:
+        group: The group.
+        rule: Its rule, None for an AdamW group.
     """
     names = group.get("param_names") or ()
     roles, reasons = group.get("roles"), group.get("reasons")
@@ -212,12 +216,12 @@ def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]
 
 
 def describe(name: str | None, p: Tensor, position: int) -> str:
-    """How a message names a parameter."""
+    """Words that name a parameter in a message."""
     return f"parameter {name!r}" if name else f"parameter {position} of shape {tuple(p.shape)}"
 
 
 def check_values(group: Mapping[str, Any]) -> None:
-    """Range checks of what is not a field of the rule, with torch's texts where it has them."""
+    """Check the ranges of all values but the rule's fields, in torch's words where it has them."""
     for key in ("lr", "adamw_lr"):
         lr = group[key]
         if isinstance(lr, Tensor):
@@ -255,7 +259,7 @@ def check_values(group: Mapping[str, Any]) -> None:
 
 
 def _check_unsharded(p: Tensor, text: str, method: str) -> None:
-    """Refuse weights whose matrix a wrapper has hidden."""
+    """Raise for a parameter that DeepSpeed or FSDP1 has flattened or partitioned."""
     if hasattr(p, "ds_id") or hasattr(p, "ds_shape") or getattr(p, "_is_flat_param", False):
         raise ValueError(
             f"{text} is flattened or partitioned (DeepSpeed ZeRO or FSDP1), which hides its matrix "
@@ -264,7 +268,7 @@ def _check_unsharded(p: Tensor, text: str, method: str) -> None:
 
 
 def check_matrix(p: Tensor, text: str, method: str) -> None:
-    """Refuse what no matrix rule can train, naming the way around."""
+    """Raise for a parameter that no matrix rule can train, naming the way around."""
     if hasattr(p, "device_mesh"):
         raise ValueError(
             f"{text} is a DTensor, which {method} does not shard yet; use DDP with "
@@ -278,13 +282,16 @@ def check_matrix(p: Tensor, text: str, method: str) -> None:
 def check_group(
     group: Mapping[str, Any], default_rule: type[Rule], *, is_marked: bool = False
 ) -> None:
-    """Every check of a group before torch adds it; changes nothing.
+    """Run every check of a group before torch adds it; nothing is changed.
 
     Args:
         group: A group with all defaults filled in.
         default_rule: The optimizer's rule class.
-        is_marked: Whether the group is written in the reference package's format, in which other
-            parameters than matrices are trained by AdamW, with one warning.
+        is_marked: Whether the group is in the format of the method's published package. Vectors
+            in it go to AdamW with one warning; elsewhere they are refused.
+
+    Raises:
+        ValueError: If a value is out of range or a parameter cannot be trained.
     """
     check_values(group)
     rule = rule_of(group, default_rule)
@@ -328,7 +335,7 @@ def _refuse_vector(p: Tensor, text: str, method: str) -> None:
 def _check_shape(
     p: Tensor, name: str | None, text: str, group: Mapping[str, Any], rule: Rule, method: str
 ) -> None:
-    """The view must fit, and a very wide matrix without a name is pointed out."""
+    """Raise if the view does not fit; warn of a very large side in a matrix without a name."""
     if p.ndim < 2 or p.numel() == 0:
         _refuse_vector(p, text, method)
     if len(rule.members) == 1:
@@ -341,7 +348,7 @@ def _check_shape(
 
 
 def warn_user(text: str) -> None:
-    """Warn at the line of the user's code that led here."""
+    """Warn with the location of the user's call, the first frame outside this package and torch."""
     level, frame = 2, sys._getframe(1)
     package = os.path.dirname(os.path.dirname(__file__))  # the folder above _driver
     ours = (package, os.path.dirname(torch.__file__))

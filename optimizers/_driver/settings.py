@@ -1,4 +1,4 @@
-"""Settings that change in the middle of a run: what shapes no state passes, all else is refused."""
+"""Settings that change in the middle of a run: those that shape state are refused."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .units import State, Unit
 
 
 class Entry(NamedTuple):
-    """What one state key of a parameter stands for.
+    """What the numbers of one state tensor stand for.
 
     Attributes:
-        axes: The slot's axes.
+        axes: Axes of the slot.
         shape: Shape of the stored tensor.
-        dtype: Its dtype.
+        dtype: Dtype of the stored tensor.
         transposed: Whether the rule sees the weight transposed; False for state shaped like the
             weight, which is stored untransposed in either case.
     """
@@ -29,7 +29,7 @@ class Entry(NamedTuple):
 
 
 Entries = dict[str, Entry | None]
-"""State keys of one parameter; None for a clock."""
+"""Per state key of one parameter its entry; None for a clock."""
 
 
 def refuse_state_changes(
@@ -42,7 +42,7 @@ def refuse_state_changes(
 ) -> None:
     """Raise unless every parameter that has state needs the same state under the new settings.
 
-    A parameter without state may get any, and one that was taken out of the groups keeps its own.
+    A parameter without state may get any, and a parameter that has left the groups keeps its state.
 
     Args:
         old: Units before the change.
@@ -50,7 +50,7 @@ def refuse_state_changes(
         new: Units after it.
         new_adamw: Parameters that AdamW trains after it.
         state: The optimizer's state, which is not changed.
-        changes: Per changed group, what was set, in words.
+        changes: Per index of a changed group, the settings that changed, in words.
 
     Raises:
         ValueError: If state would be added, dropped, reshaped or given another meaning.
@@ -76,7 +76,7 @@ def refuse_state_changes(
 
 
 def _entries(units: Iterable[Unit]) -> dict[Tensor, Entries | None]:
-    """Per parameter, the state that its units keep with it."""
+    """Per parameter, the entries of all its units."""
     tables: dict[Tensor, Entries | None] = {}
     for unit in units:
         for i, p in enumerate(unit.params):
@@ -91,7 +91,7 @@ def _entries(units: Iterable[Unit]) -> dict[Tensor, Entries | None]:
 
 
 def _difference(before: Entries, after: Entries) -> str:
-    """What the first difference does to the state, as a phrase that follows "would"."""
+    """A phrase for the first difference of two tables, to follow the word "would"."""
     for key in sorted(before.keys() | after.keys()):
         was, now = before.get(key), after.get(key)
         if was == now and key in before and key in after:

@@ -1,6 +1,7 @@
-"""Units: what is updated together, what state it has, and when that comes and goes.
+"""Units: what is updated together, and the allocation of its state.
 
-A unit is a weight, a block of one, or several weights of a rule with several members.
+A unit is a weight, one part of a weight that a view cuts, or several weights of a rule with several
+members, such as a LoRA pair.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from .._core.views import MatrixView, split_view
 from .windows import drops_state
 
 MAX_STACKED_NUMEL = {"cpu": 2**15}
-"""Largest matrix, in elements, that is stacked: below it calls saved outweigh the copies.
+"""Largest matrix, in elements, that is stacked: below it fewer calls outweigh the copies.
 
-``python bench/toolkit.py --only stack`` shows what a limit costs. A larger one would still help
-GaLore, but stacks are copies, and ``kernels/reference/matmul.py`` counts on a limit below 2**16.
+``python bench/toolkit.py --only stack`` measures a limit. A larger limit would still help GaLore,
+but stacks are copies, and ``kernels/reference/matmul.py`` needs a limit below 2**16.
 """
 MAX_STACKED_NUMEL_ACCELERATOR = 2**22
 QUANTIZED_DTYPES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "momentum_buffer": torch.int8}
-"""State that ``state_dtype="int8"`` keeps in codes, and in which: signed, or roots of squares."""
+"""State that ``state_dtype="int8"`` quantizes, with its codes: signed, or roots of squares."""
 MIN_QUANTIZED_NUMEL = 4096
-"""Smallest number of entries that is kept in codes."""
+"""Smallest state tensor, in entries, that is quantized."""
 
 ONLY_BLOCK = BlockPosition()
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -44,17 +45,18 @@ class Unit:
     """Parameters that are updated together.
 
     Attributes:
-        group: Index of its parameter group.
-        positions: Places of its parameters in the optimizer's flat list.
+        group: Index of the parameter group.
+        positions: Positions of the parameters in the optimizer's flat list.
         params: One parameter per member.
-        views: How each becomes matrices.
-        transposed: Whether each is handed to the rule transposed.
-        number: Which block of the parameter this is.
-        slots: State of each member.
+        views: Per member, how the parameter becomes matrices.
+        transposed: Per member, whether the rule sees it transposed.
+        number: Number of the MatrixView within the parameter, 0 where there is only one.
+        slots: Per member, its slots.
         state_dtype: Dtype of state whose slot names none; None: float32, or float64.
         quantized: Whether moments are kept in eight bits.
-        block_position: Which block of the optimizer this is, for rules that drop state by blocks.
-        shift: By how many updates its refreshes come early, where they are staggered.
+        block_position: The unit's block, for rules that drop state by blocks.
+        shift: Updates by which refreshes come early, where they are staggered.
+        key: What units of one stack have in common.
     """
 
     group: int
@@ -92,7 +94,7 @@ class Unit:
         )
 
     def sides(self, i: int) -> tuple[int, int]:
-        """Sides of member i after turning."""
+        """Rows and columns of member i as the rule sees it."""
         view = self.views[i]
         return (view.n, view.m) if self.transposed[i] else (view.m, view.n)
 
@@ -102,7 +104,7 @@ class Unit:
         return tuple(self.index + (j << 40) for j in range(self.views[0].k))
 
     def expected_state(self, i: int) -> dict[str, tuple[Slot, tuple[int, ...], torch.dtype]]:
-        """State keys of member i with slot, shape and dtype."""
+        """Per state key of member i, its slot, stored shape and stored dtype."""
         p = self.params[i]
         table = {}
         for name, slot in self.slots[i].items():
@@ -116,7 +118,7 @@ class Unit:
         return table
 
     def key_of(self, i: int, name: str) -> str:
-        """Under which key a slot of member i is stored."""
+        """State key of a slot of member i."""
         return name if self.slots[i][name].axes == "mn" else name + self.tag
 
     def _shape(self, i: int, slot: Slot) -> tuple[int, ...]:
@@ -126,7 +128,7 @@ class Unit:
         return (k, *shape) if k > 1 else shape
 
     def quantized_dtype(self, i: int, name: str) -> torch.dtype | None:
-        """In which codes a slot of member i is kept, None if as it is."""
+        """Dtype of the codes in which a slot of member i is stored, None if it is not quantized."""
         slot = self.slots[i][name]
         fits = (
             self.quantized
@@ -144,10 +146,13 @@ class Unit:
         return full if slot.dtype == "full" else self.state_dtype or full
 
     def allocate(self, state: State, rule: Rule) -> int:
-        """Make what is missing of clocks and state, by shapes alone; drop what is not held.
+        """Allocate missing clocks and state from shapes alone; drop state outside its window.
 
         Returns:
-            The update since which the unit holds its state, 0 if it has none at its next update.
+            The update since which the unit keeps its state, 0 if it has none at its next update.
+
+        Raises:
+            ValueError: If a state tensor has another shape than the settings need.
         """
         first = state[self.params[0]]
         first.setdefault(self.step_key, 0)
@@ -171,10 +176,10 @@ class Unit:
         return state_since
 
     def _state_since(self, state: State, rule: Rule) -> int:
-        """The update since which a unit of a rule that drops state holds its own.
+        """The update since which a unit of a rule that drops state keeps its state.
 
-        That is what the rule says, unless state began between windows because settings changed;
-        then it is kept beside the clocks, as are all but the first.
+        The rule decides it, unless the state began inside a window because settings changed. Any
+        but the first update is stored beside the clocks, so that a resumed run knows it.
         """
         first = state[self.params[0]]
         has_state = any(
@@ -189,14 +194,14 @@ class Unit:
         return state_since
 
     def state_since_at(self, rule: Rule, state_since: int, t: int) -> int:
-        """What `state_since`, the update since which there is state (0: none), becomes at t."""
+        """What ``state_since`` (0: no state) becomes at update t."""
         start = rule.state_since_at(self.block_position, t)
         if not start or not any(self.slots):
             return start
         return t if start == t or not state_since else state_since
 
     def detach_from_slab(self, state: State) -> None:
-        """Give a unit that sits out tensors of its own: a row keeps the whole slab alive."""
+        """Clone state out of slabs for a unit without a gradient: a row keeps its slab alive."""
         for p in self.params:
             entry = state.get(p, {})
             for key, value in entry.items():
@@ -213,7 +218,7 @@ class Unit:
 
 
 def scale_of(key: str) -> str:
-    """Under which key the scales of coded state are stored."""
+    """State key of the scales of quantized state."""
     name, dot, tag = key.partition(".")
     return f"{name}_scale{dot}{tag}"
 
@@ -230,12 +235,12 @@ def _initial_state(
 
 
 def pinned(X: Tensor, device: torch.device) -> Tensor:
-    """A tensor that stays on the host, in memory that a CUDA device can read by itself."""
+    """X in pinned memory if a CUDA device is to read it from the host, else X itself."""
     return X.pin_memory() if device.type == "cuda" and not X.is_cuda else X
 
 
 def views_of(view: str | Sequence[str], rule: Rule, count: int = 0) -> list[str]:
-    """One view per member of the rule, of which there are `count` if it does not say."""
+    """One view per member of the rule; ``count`` members if the rule does not fix their number."""
     count = len(rule.members) or count
     views = [view] * count if isinstance(view, str) else list(view)
     if len(views) != count:

@@ -1,6 +1,6 @@
-"""Windows: which block a unit belongs to, when its state comes and goes, when it is refreshed.
+"""Windows: blocks of units that keep state in turns, and refreshes spread over a window.
 
-Only rules that refresh, and rules that keep state for some windows, need what is here.
+Only rules that override ``state_since_at`` or ``refresh_interval`` need this file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def assign_block_positions(
     units: Sequence[Unit], rules: Sequence[Rule | None], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Tell the units of rules that drop state by blocks which block they are, over all groups."""
+    """Set ``block_position`` of the units of rules that drop state, numbered over all groups."""
     numbers: dict[str, dict[Hashable, int]] = {}
     labels: list[Hashable] = []
     for group, rule in zip(groups, rules, strict=True):
@@ -43,16 +43,17 @@ def block_labels_of(group: Mapping[str, Any], rule: Rule | None) -> list[Hashabl
 
 
 def drops_state(rule: Rule | None) -> bool:
-    """Whether a rule keeps state for some windows only."""
+    """Whether a rule keeps state in some windows only."""
     return rule is not None and type(rule).state_since_at is not Rule.state_since_at
 
 
 def stagger_refreshes(
     units: Sequence[Unit], rules: Sequence[Rule | None], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Spread refreshes evenly over the window where a group asks for it.
+    """Set ``shift`` of the units of groups with ``stagger``, evenly over the window.
 
-    What may run as one stack stays together: small matrices, which stall nothing.
+    Units that may run as one stack keep one shift: stacking small matrices saves more time than
+    their refreshes cost.
     """
     shifts: dict[Hashable, list[Unit]] = {}
     for unit in units:

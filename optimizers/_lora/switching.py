@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...kernels import update_weight_
 from .._core.rule import Factored, Member
 from .._core.validation import check
 from .._core.views import split_view
@@ -57,9 +58,9 @@ def exchange_vectors_(
     """
     work = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     old_rows, kept_columns = A[I].to(work), B[:, I].to(work)
-    A[I] = C
+    update_weight_(A, lambda X: X.index_put_((I,), C.to(X)), A.dtype)
     old_columns = B[:, J].to(work)
-    B[:, J] = D.mT
+    update_weight_(B.mT, lambda X: X.index_put_((J,), D.to(X)), B.dtype)
     P = torch.cat([kept_columns, old_columns - D.mT.to(work)], 1)
     return P, torch.cat([old_rows - C.to(work), A[J].to(work)])
 

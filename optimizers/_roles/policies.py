@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._core.rule import RULE_CLASSES, Rule, rule_class, settings_of
-from .._core.validation import check, refuse_unknown
+from .._core.validation import check, describe_unknown
 from .classify import Assignment, Row
 from .residual_sides import asks_side, short_side
 from .role_table import PART_TABLE, RULE_OF_ROLE
@@ -89,7 +89,7 @@ POLICY_KEYS |= {"token", "position", "tied", "vocabulary", "classes", "patch"}
 def check_role_policy(policy: Any) -> None:
     """Refuse an unknown policy before any weight is looked at."""
     if isinstance(policy, Mapping):
-        message = refuse_unknown(policy, POLICY_KEYS, "policy key")
+        message = describe_unknown(policy, POLICY_KEYS, "policy key")
         check(message is None, message or "")
         return
     known = ", ".join(ROLE_POLICIES)

@@ -1,0 +1,298 @@
+"""Rules on shards: two or three simulated ranks take the steps of one process.
+
+One process is the optimizer itself on the whole weights. The shards are uneven, and the gradient of
+one of them is ordinary or 1e-16 of the others': a sum in which each shard has a scale of its own,
+or a count of local entries, is far off there.
+"""
+
+import math
+
+import pytest
+import torch
+from helpers.simulated_ranks import ShardReductions, SimulatedRanks, UnequalMatrices
+
+from stiefel.optimizers import Dense, Rule, Slot, StackedOptimizer
+from stiefel.optimizers._core.rule import RULE_CLASSES, Reductions
+from stiefel.optimizers._toolkit.moments import safe_square_scale
+from stiefel.optimizers.aro import ARORule
+from stiefel.optimizers.auon import AuONRule
+from stiefel.optimizers.dctadamw import DCTAdamWRule
+from stiefel.optimizers.fira import FiraRule
+from stiefel.optimizers.frugal import FRUGALRule
+from stiefel.optimizers.galore import GaLoreRule
+from stiefel.optimizers.hybrid import HybridRule
+from stiefel.optimizers.muon import MuonRule
+from stiefel.optimizers.rownorm import RowNormRule
+from stiefel.optimizers.spectral import SpectralRule
+
+FULL, ONE = "on_full_matrix", "on_one_rank"
+GUARDS = {"rows": {"most", "both", FULL}, "cols": {"most", "both", FULL}}
+LOW_RANK = {"rank": 2, "update_proj_gap": 2}
+
+CASES = {
+    "rownorm": (RowNormRule(), {"rows": set(), "cols": {"cols"}}),
+    "rownorm of columns": (RowNormRule(axis="cols"), {"rows": set(), "cols": {"cols"}}),
+    "rownorm, relative": (RowNormRule(row_mode="relative"), {"rows": {"rows"}, "cols": {"cols"}}),
+    "rownorm, centred": (RowNormRule(centred=True), {"rows": {"rows"}, "cols": {"cols"}}),
+    "spectral": (SpectralRule(), {"rows": {"rows", FULL}, "cols": {"cols", FULL}}),
+    "spectral, published scale": (
+        SpectralRule(adjust_lr_fn="none", alpha=1.0),
+        {"rows": {"both", FULL}, "cols": {"both", FULL}},
+    ),
+    "spectral, centred": (
+        SpectralRule(centred=True),
+        {"rows": {"rows", FULL}, "cols": {"cols", FULL}},
+    ),
+    "hybrid": (HybridRule(), {"rows": {"rows", FULL}, "cols": {"cols", FULL}}),
+    "hybrid, centred": (HybridRule(centred=True), {"rows": {"rows", FULL}, "cols": {"cols", FULL}}),
+    "hybrid of columns, polar first, centred": (
+        HybridRule(axis="cols", order="polar_then_row", centred=True, row_mode="relative"),
+        {"rows": {"rows", FULL}, "cols": {"cols", FULL}},
+    ),
+    "auon": (AuONRule(), {"rows": {"both"}, "cols": {"both"}}),
+    "auon, repo2026": (
+        AuONRule(variant="repo2026", nesterov=False),
+        {"rows": {"both"}, "cols": {"both"}},
+    ),
+    "auon, hybrid": (AuONRule(ns_steps=1), {"rows": {"both", FULL}, "cols": {"both", FULL}}),
+    "auon, hybrid, no scale": (
+        AuONRule(ns_steps=1, adjust_lr_fn="none"),
+        {"rows": {"both", FULL}, "cols": {"both", FULL}},
+    ),
+    "auon, hybrid, repo2026": (
+        AuONRule(ns_steps=1, variant="repo2026"),
+        {"rows": {"both", FULL}, "cols": {"both", FULL}},
+    ),
+    "muon": (MuonRule(), {"rows": {FULL}, "cols": {FULL}}),
+    "normuon": (
+        MuonRule(second_moment="normuon"),
+        {"rows": {"rows", FULL}, "cols": {"cols", FULL}},
+    ),
+    "adamuon": (
+        MuonRule(second_moment="adamuon"),
+        {"rows": {"both", FULL}, "cols": {"both", FULL}},
+    ),
+    "muon, clip_grad_rms": (MuonRule(clip_grad_rms=0.01), GUARDS),
+    "muon, spike_ratio": (MuonRule(spike_ratio=1.05), GUARDS),
+    "muon, normalize_grad": (MuonRule(normalize_grad=True), GUARDS),
+    "aro": (ARORule(), {"cols": {"most", "cols", "both", FULL, ONE}}),
+    "aro, adam": (
+        ARORule(base="adam", rotation="polar", rms_target=None),
+        {"cols": {"most", "cols", ONE}},
+    ),
+    "galore": (GaLoreRule(**LOW_RANK), {"cols": {ONE}}),
+    "galore, rotate": (GaLoreRule(**LOW_RANK, moments="rotate"), {"cols": {ONE}}),
+    "galore, dct": (GaLoreRule(**LOW_RANK, projection="dct"), {"cols": {ONE}}),
+    "fira": (FiraRule(**LOW_RANK), {"cols": {"cols", ONE}}),
+    "fira, matrix": (
+        FiraRule(**LOW_RANK, scaling="matrix", variant="paper"),
+        {"cols": {"cols", ONE}},
+    ),
+    "frugal, columns": (FRUGALRule(density=0.4, update_gap=2), {"rows": set()}),
+    "frugal, columns, threshold": (
+        FRUGALRule(density=0.4, update_gap=2, sign_threshold=0.5),
+        {"rows": {"both"}},
+    ),
+    "frugal, rows": (FRUGALRule(density=0.4, update_gap=2, split="rows"), {"cols": set()}),
+    "dctadamw": (DCTAdamWRule(rank=3, update_proj_gap=2), {"cols": {"most", "cols"}}),
+    "dctadamw, l2, every step": (DCTAdamWRule(rank=3, norm="l2"), {"cols": {"most", "cols"}}),
+    "dctadamw, error feedback": (
+        DCTAdamWRule(rank=3, update_proj_gap=2, error_feedback="full"),
+        {"cols": {"most", "cols"}},
+    ),
+}
+"""Rule, and per side that may be split the reductions that then need other ranks."""
+
+RUNS = [
+    pytest.param(name, split, id=f"{name}-{split}") for name, (_, calls) in CASES.items()
+    for split in calls
+]  # fmt: skip
+FEEDS_WHOLE_GRADIENT = (GaLoreRule, FiraRule)
+"""Their refresh hands a shard to ``on_one_rank``, which takes whole matrices only.
+
+Until a refresh can say that it wants the whole gradient, the ranks are given the basis of that.
+"""
+K, M, N, STEPS = 2, 7, 11, 5
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
+"""Relative to the largest number of a shard; polar factors of centred matrices are the worst."""
+
+
+def shares_of(rule, split, ranks):
+    """Uneven parts of the side that is split, as the rule sees it."""
+    m, n = (N, M) if rule.transpose(M, N) else (M, N)
+    side = m if split == "rows" else n
+    return {2: [side - 2, 2], 3: [side - 5, 2, 3]}[ranks]
+
+
+def gradients(rule, split, shares, scale, dtype):
+    """Whole gradients (K, M, N) of all steps; those of the second shard are scaled."""
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(STEPS):
+        G = torch.randn(K, M, N, generator=generator, dtype=torch.float64)
+        shards = (G.mT if rule.transpose(M, N) else G).split(shares, -2 if split == "rows" else -1)
+        shards[1].mul_(scale)
+        yield G.to(dtype)
+
+
+def one_process(rule, grads, dtype):
+    """Weights (K, M, N) after every step, and the optimizer."""
+    params = [torch.nn.Parameter(torch.zeros(M, N, dtype=dtype)) for _ in range(K)]
+    optimizer = StackedOptimizer(params, rule, 0.1, 0.1)
+    weights = []
+    for grad in grads:
+        for p, G in zip(params, grad, strict=True):
+            p.grad = G.clone()
+        optimizer.step()
+        weights.append(torch.stack([p.detach().clone() for p in params]))
+    return weights, optimizer
+
+
+def on_ranks(rule, split, shares, grads, dtype, broken=None):
+    """The same on ranks, and the ranks."""
+    ranks = SimulatedRanks(
+        rule,
+        torch.zeros(K, M, N, dtype=dtype),
+        split,
+        shares,
+        lr=0.1,
+        weight_decay=0.1,
+        broken=broken,
+        feeds_whole_gradient=isinstance(rule, FEEDS_WHOLE_GRADIENT),
+    )
+    weights = []
+    for grad in grads:
+        ranks.step(grad)
+        weights.append(ranks.whole_weights().clone())
+    return weights, ranks
+
+
+def error(found, expected):
+    """The largest difference relative to the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
+
+
+def largest_error(rule, split, shares, found, expected):
+    """Over all steps and shards, each relative to itself."""
+
+    def shards(W):
+        return (W.mT if rule.transpose(M, N) else W).split(shares, -2 if split == "rows" else -1)
+
+    pairs = zip(found, expected, strict=True)
+    return max(error(*pair) for W in pairs for pair in zip(*map(shards, W), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("scale", [1.0, 1e-16])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(("name", "split"), RUNS)
+def test_ranks_take_the_steps_of_one_process(name, split, count, scale, dtype):
+    rule, calls = CASES[name]
+    shares = shares_of(rule, split, count)
+    grads = list(gradients(rule, split, shares, scale, dtype))
+    expected, optimizer = one_process(rule, grads, dtype)
+    found, ranks = on_ranks(rule, split, shares, grads, dtype)
+    assert largest_error(rule, split, shares, found, expected) <= TOLERANCE[dtype]
+    assert set(ranks.calls) == calls[split]
+    state = ranks.whole_state()
+    assert state.keys() == ranks.slots.keys()
+    for key, X in state.items():
+        stored = torch.stack([entry[key] for entry in optimizer.state.values()])
+        stored = stored.mT if ranks.slots[key].axes == "mn" and ranks.transposed else stored
+        if X.dtype.is_floating_point:
+            assert X.dtype == stored.dtype and error(X, stored) <= TOLERANCE[dtype], key
+        else:
+            assert torch.equal(X, stored), key
+
+
+@pytest.mark.parametrize(("name", "split"), RUNS)
+def test_a_rule_needs_every_reduction_that_it_calls(name, split):
+    rule, calls = CASES[name]
+    shares = shares_of(rule, split, 2)
+    # equal small matrices have equal results on all ranks, here if not on every device
+    same_anyway = set() if isinstance(rule, FEEDS_WHOLE_GRADIENT) else {ONE}
+    for method in sorted(calls[split] - same_anyway):
+        largest = 0.0
+        for scale in (1.0, 1e-16):
+            grads = list(gradients(rule, split, shares, scale, torch.float32))
+            expected, _ = one_process(rule, grads, torch.float32)
+            try:
+                found, ranks = on_ranks(rule, split, shares, grads, torch.float32, broken=method)
+            except UnequalMatrices:  # sums of their own, noticed where one rank works for all
+                largest = math.inf
+                break
+            assert method not in ranks.calls
+            largest = max(largest, largest_error(rule, split, shares, found, expected))
+        assert largest > 1e-2, f"the result is the same without {method}"
+
+
+@pytest.mark.parametrize("rule", [GaLoreRule(**LOW_RANK), FiraRule(**LOW_RANK)], ids=str)
+def test_a_shard_is_no_whole_small_matrix(rule):
+    shares = shares_of(rule, "cols", 2)
+    ranks = SimulatedRanks(rule, torch.zeros(K, M, N), "cols", shares)
+    with pytest.raises(UnequalMatrices, match="whole small matrices"):
+        ranks.step(torch.randn(K, M, N))
+
+
+def test_shards_scale_by_the_largest_entry_of_all():
+    small, ordinary = torch.full((1, 2, 2), 1e-16), torch.ones(1, 2, 2)
+    assert safe_square_scale(small) == 2.0**96
+
+    class Largest(Reductions):
+        def most(self, x):
+            return torch.maximum(x, ordinary.amax((-2, -1), keepdim=True))
+
+    assert safe_square_scale(small, Largest()) == 1.0
+
+
+def test_every_reduction_is_the_identity_on_one_process():
+    x = torch.tensor([1.0, -2.0])
+    one = Reductions()
+    assert all(getattr(one, name)(x) is x for name in ("rows", "cols", "both", "most"))
+    assert one.on_full_matrix(torch.neg, x).tolist() == [-1.0, 2.0]
+    assert one.on_one_rank(torch.maximum, x, -x).tolist() == [1.0, 2.0]
+
+
+def test_the_ranks_simulate_every_reduction():
+    def public(cls):
+        return {name for name in vars(cls) if not name.startswith("_")}
+
+    assert public(ShardReductions) == public(Reductions)
+
+
+@pytest.fixture
+def lost_rank():
+    """A rule in which the rank with the larger shard does what it is told, others do not."""
+
+    class LostRankRule(Rule, abstract=True):
+        behave: object = None
+
+        def state(self, m, n):
+            return {"momentum_buffer": Slot("mn")}
+
+        def update(self, w):
+            LostRankRule.behave(w, w.grad.shape[-2] > 2)
+            return w.step(Dense(w.grad))
+
+    assert "LostRank" not in RULE_CLASSES
+    return LostRankRule
+
+
+@pytest.mark.parametrize(
+    ("behave", "error_type", "text"),
+    [
+        (lambda w, large: w.reductions.both(w.grad.sum()) if large else None,
+         AssertionError, r"only ranks \[0\] ask"),
+        (lambda w, large: getattr(w.reductions, "both" if large else "most")(w.grad.sum()),
+         AssertionError, "different things"),
+        (lambda w, large: w.reductions.both(w.grad),
+         AssertionError, "different shapes"),
+        (lambda w, large: w.reductions.both(w.grad.sum() if large else {}["missing"]),
+         KeyError, "missing"),
+    ],
+    ids=["one asks", "another method", "another shape", "an error"],
+)  # fmt: skip
+def test_ranks_that_do_not_agree_fail_instead_of_waiting(lost_rank, behave, error_type, text):
+    lost_rank.behave = behave
+    ranks = SimulatedRanks(lost_rank(), torch.zeros(1, 7, 3), "rows", [5, 2])
+    with pytest.raises(error_type, match=text):
+        ranks.step(torch.ones(1, 7, 3))
