@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SymmetryStackRule(Rule):
-    """No map of its own: every group names the rule of another method.
+    """Default rule of a stack, which never runs: every group names the rule of another method.
 
-    Its one field is there for schedulers that cycle the momentum of all groups.
+    The field ``momentum`` is there for schedulers that cycle the momentum of all groups.
     """
 
     momentum: float = 0.95
 
+    @override
     def update(self, *members: Member, **unused: Any) -> Direction:
-        """Never asked for."""
         raise NotImplementedError("a group of SymmetryStack names its rule")
 
 
@@ -76,22 +76,31 @@ class SymmetryStack(StackedOptimizer):
             ``"position"``, ..., which counts first) -> a rule: ``RowNorm``,
             ``partial(GaLore, rank=0.25)``, ``"Muon"``, ``"adamw"``, or group keys
             ``{"rule": "Spectral", "polar": "svd", "lr": 1e-2}``. ``view="heads"`` in these means
-            head by head. Roles that it leaves out are as under ``"symmetry"``. ``centred``,
-            ``axis`` and ``pair`` of a rule follow the weight unless they are given.
+            head by head. Roles without an entry are as under ``"symmetry"``. ``centred``, ``axis``
+            and ``pair`` of a rule follow the weight unless the policy gives them; all else has the
+            defaults of the rule's class.
         overrides: What :func:`classify` takes (roles, or dicts of a row's fields), or rules as in
             ``policy``, by name, pattern, parameter, module or function; the first match counts.
+            None (default): no override.
         adjust_lr_fn: ``"match_rms_adamw"`` (default), one lr for all; ``"paper"``, or
             ``"paper:qwen3"``, ``"paper:gemma3"``, ``"paper:olmoe"``, ``"paper:gpt_oss"``: rules as
             published, each role at its published rate relative to the hidden matrices', which is
             ``lr`` (theirs: 2e-2, 2e-2, 5e-3, 1e-3; see ``PAPER_LRS``). ``"paper"`` takes
             ``"olmoe"`` for a model with routers, else ``"qwen3"``.
-        weight_decay: Decoupled weight decay (default: 0); embeddings, heads and routers have none.
+        weight_decay: Decoupled weight decay (default: 0.0); embeddings, heads and routers have
+            none.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: For an unknown policy, role, part or rule, a value out of range, ``overrides``
+            without a module, an override that matches nothing, or ``adjust_lr_fn="paper"`` with a
+            tensor ``lr``.
+        TypeError: For an unknown keyword.
 
     State: one ``momentum_buffer`` for each matrix, half of AdamW's state; AdamW's for the rest.
 
-    What it is not: shown to be better everywhere. Symmetry says which updates are consistent, not
-    which is best, and the published comparison tunes every role's rate by itself.
+    Caveat: symmetry says which updates are consistent, which leaves open which one is best; the
+    published comparison tunes every role's rate by itself.
 
     Example:
         >>> from functools import partial
@@ -110,6 +119,7 @@ class SymmetryStack(StackedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
+        *,
         policy: str | Mapping[str, Any] = "symmetry",
         overrides: Any = None,
         adjust_lr_fn: str = "match_rms_adamw",
@@ -142,7 +152,7 @@ class SymmetryStack(StackedOptimizer):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Without ``rule`` the policy sorts what is in the group."""
+        """Add a group; one without ``rule`` becomes groups by the policy."""
         groups = [param_group]
         if isinstance(param_group, dict) and "rule" not in param_group:
             groups = self._grouped_by_policy(param_group)
@@ -155,7 +165,7 @@ class SymmetryStack(StackedOptimizer):
             raise
 
     def _grouped_by_policy(self, group: dict[str, Any]) -> list[Settings]:
-        """A group without a rule as groups with one; what torch refuses is left to it."""
+        """Groups with a rule from a group without one; what torch refuses stays as it is."""
         if "params" not in group or isinstance(group["params"], set):
             return [group]
         params, names = parameters_of(group)
@@ -174,31 +184,32 @@ class SymmetryStack(StackedOptimizer):
         """Groups of a model's trainable parameters."""
         pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
         rule_overrides = [rule_override(choice) for _, choice in pairs]
-        # which override counts for each parameter, whatever it says
-        override_marks = classify(
-            model, [(key, {"part": f"#{i}"}) for i, (key, _) in enumerate(pairs)]
-        )
-        roles = [
-            pair for pair, own_keys in zip(pairs, rule_overrides, strict=True) if own_keys is None
+        # the number of the override that counts for each parameter, be it a role or a rule
+        marks = classify(model, [(key, {"part": f"#{i}"}) for i, (key, _) in enumerate(pairs)])
+        role_overrides = [
+            pair for pair, keys in zip(pairs, rule_overrides, strict=True) if keys is None
         ]
-        named, rows = dict(model.named_parameters()), []
-        own_keys: dict[str | None, Settings] = {}
-        for mark, row in zip(override_marks, classify(model, roles), strict=True):
+        named = dict(model.named_parameters())
+        rows, own_keys = [], dict[str | None, Settings]()
+        for mark, row in zip(marks, classify(model, role_overrides), strict=True):
             if row.name is None or not named[row.name].requires_grad:
                 continue
-            if mark.part.startswith("#"):
-                i = int(mark.part[1:])
-                if (choice := rule_overrides[i]) is not None:
-                    own_keys[row.name], row = choice, replace(row, why=mark.why)
+            is_overridden = mark.part.startswith("#")
+            keys = rule_overrides[int(mark.part[1:])] if is_overridden else None
+            if keys is not None:
+                own_keys[row.name] = keys
+                row = replace(row, why=mark.why)
             rows.append(row)
         params = [named[row.name] for row in rows if row.name]
         return policy_groups(rows, params, self._policy, self._scale, lr, own_keys)
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_policy": self._policy, "_scale": self._scale}
 
+    @override
     def assignment(self) -> Assignment:
-        """Which parameter gets which rule, view, lr and decay, and why: a table that prints."""
+        """Rule, view, lr and decay of each parameter, and the reason: a table that prints."""
         table = []
         for group in self.param_groups:
             rule = rule_of(group, self._default_rule)

@@ -1,7 +1,7 @@
-"""What the frozen weights under LoRA pairs tell about their gradient, by hooks.
+"""Row and column sums of G*G of the frozen weights under LoRA pairs, read by hooks.
 
-A factor's gradient shows a part of G only. Whoever wants row and column energies of all of it has
-to let autograd form G: each base weight gets a gradient, which a hook reads and drops.
+A factor's gradient shows a part of G only. For energies of all of G autograd has to form G: each
+base weight gets a gradient, which a hook reads and drops.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from .._core.validation import check
 from .._core.views import MatrixView, split_view
@@ -27,9 +28,9 @@ class BaseWeights:
 
     Args:
         source: The model, or groups of triples ``[A, B, W0, ...]``, as ``pairs_to_groups`` makes.
-        pairs: {A: B} of those that are wanted.
-        optimizer: Whose ``state[A]["seen"]`` and ``state[B]["seen"]`` the sums go to.
-        reduce: None, or what averages a vector over processes, in place.
+        pairs: {A: B} of the wanted pairs.
+        optimizer: Its ``state[A]["seen"]`` and ``state[B]["seen"]`` receive the sums.
+        reduce: None (default), or a function that averages a vector over processes, in place.
 
     Raises:
         ValueError: If a wanted pair has no base weight there, or one that trains.
@@ -42,7 +43,7 @@ class BaseWeights:
         optimizer: Optimizer,
         reduce: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        self._optimizer, self._reduce = optimizer, reduce  # its state is replaced when it loads
+        self._optimizer, self._reduce = optimizer, reduce  # loading replaces its state
         self._pairs_over: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
         self._views: dict[Tensor, MatrixView] = {}
         self._passes: dict[Tensor, int] = {}  # by W0: backward passes since the last step
@@ -82,11 +83,11 @@ class BaseWeights:
                 seen.lerp_(x.view_as(seen).to(seen.dtype), 1 / k)
 
     def has_gradient_of(self, A: Tensor) -> bool:
-        """Whether a backward pass has come by since the last step."""
+        """Whether a backward pass has run since the last step."""
         return self._base.get(A) in self._passes
 
     def average(self) -> None:
-        """Average what was seen over processes."""
+        """Average the sums over processes."""
         if self._reduce is not None:
             seen = self._seen()
             flat = torch.cat([x.flatten() for x in seen])
@@ -95,12 +96,12 @@ class BaseWeights:
                 x.copy_(part.view_as(x))
 
     def clear(self) -> None:
-        """Begin anew: the step has been made, or left out."""
+        """Set the sums to zero after a step, or after one that was left out."""
         self._passes.clear()
         torch._foreach_zero_(self._seen())
 
     def remove(self) -> None:
-        """Take the hooks away; base weights need no gradient again."""
+        """Remove the hooks and freeze the base weights again."""
         for handle in self._handles:
             handle.remove()
         for W in self._pairs_over:
@@ -112,9 +113,9 @@ class BaseWeights:
 
 
 class WatchingOptimizer(PairOptimizer):
-    """An optimizer of pairs whose groups may take statistics from base weights.
+    """An optimizer of pairs whose groups with ``stats="exact"`` take statistics from base weights.
 
-    Those with ``stats="exact"`` do; their rule finds the mean sums of G*G of this step in ``seen``.
+    Their rule finds the mean sums of G*G of this step in ``seen``.
     """
 
     _base: BaseWeights | None = None
@@ -126,12 +127,13 @@ class WatchingOptimizer(PairOptimizer):
         pass, and one gradient of m x n, which is gone before the next one comes. Call it after
         parameters were gathered for this or another optimizer, after wrappers and copies, and
         again after loading into a new optimizer. Squares are averaged over the backward passes
-        between two steps. What scales gradients afterwards, as a GradScaler or clipping does, is
-        not seen, so a constant scale changes what lr means.
+        between two steps. The hooks run before a GradScaler or clipping scales gradients, so a
+        constant scale changes what lr means.
 
         Args:
             source: The model, or ``pairs_to_groups([(A, B, W0), ...], scale=...)``.
-            reduce: For data parallelism: averages a vector over processes, in place.
+            reduce: For data parallelism a function that averages a vector over processes, in place
+                (default: None).
 
         Raises:
             ValueError: If a pair's base weight is not there, or trains.
@@ -141,13 +143,13 @@ class WatchingOptimizer(PairOptimizer):
         self._base = BaseWeights(source, self._exact_pairs(), self, reduce)
 
     def unwatch(self) -> None:
-        """Take the hooks away; the base weights are frozen again."""
+        """Remove the hooks and freeze the base weights again."""
         if self._base is not None:
             self._base.remove()
         self._base = None
 
     def _exact_pairs(self) -> dict[Tensor, Tensor]:
-        """{A: B} of pairs whose statistics come from base weights."""
+        """Pairs {A: B} whose statistics come from base weights."""
         exact_groups = [
             g["params"]
             for g in self.param_groups
@@ -157,6 +159,7 @@ class WatchingOptimizer(PairOptimizer):
             A: B for params in exact_groups for A, B in zip(params[::2], params[1::2], strict=True)
         }
 
+    @override
     def _update(self) -> None:
         exact, base = self._exact_pairs(), self._base
         if not exact:

@@ -30,7 +30,7 @@ __all__ = [
 DAMPING_FLOOR = 4.0
 """Least damping in units of r * eps * mean eigenvalue, about the round-off of a Gram matrix."""
 FALLBACK_DAMPING = 256.0
-"""The same where Cholesky's factorisation fails."""
+"""Damping in the same units where Cholesky's factorization fails."""
 
 
 def gram(X: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -47,12 +47,12 @@ def gram(X: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def cross_gram(X: Tensor, Y: Tensor) -> Tensor:
-    """X^T Y of two (K, m, r): how the columns of Y look in those of X. (K, r, r)."""
+    """X^T Y (K, r, r) of X and Y (K, m, r): the columns of Y seen in those of X."""
     return product(X.mT, Y)
 
 
 def left_matmul(T: Tensor, M: Tensor) -> Tensor:
-    """T M for T (K, r, r) and M (K, r, n), laid out as M is, so that nothing is turned."""
+    """T M for T (K, r, r) and M (K, r, n), in the layout of M, so that nothing is transposed."""
     return right_matmul(M.mT, T.mT).mT
 
 
@@ -74,7 +74,7 @@ def damped_inverse(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
     """(S + (delta + relative * mean eigenvalue) I)^-1 by Cholesky; zero where S is zero.
 
     Damping is never below the round-off of the Gram matrix, so that a singular one does not fill
-    the result with noise, and more where the factorisation fails; no device is waited for.
+    the result with noise, and more where the factorization fails; no device is waited for.
 
     Args:
         S: (K, r, r), symmetric, no negative eigenvalues beyond round-off.
@@ -102,8 +102,8 @@ def inverse_from(L: Tensor, at_once: bool | None = None) -> Tensor:
 
     Args:
         L: The factors.
-        at_once: Whether by one triangular solve and one product for all of them; None: on an
-            accelerator, where torch launches a Cholesky solve for one matrix after the other.
+        at_once: Whether one triangular solve and one product serve all matrices. None (default): on
+            an accelerator, where torch launches a Cholesky solve for one matrix after the other.
     """
     eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
     if not (L.device.type != "cpu" if at_once is None else at_once):
@@ -113,7 +113,7 @@ def inverse_from(L: Tensor, at_once: bool | None = None) -> Tensor:
 
 
 def transport(S: Tensor, inverse: Tensor, C: Tensor) -> Tensor:
-    """What carries a momentum M of X_old D over to X: M <- T M is the nearest in W-space.
+    """T (K, r, r) that carries a momentum M along: X (T M) is as near to X_old M as can be.
 
     Where X has not moved T is I exactly: damping would shrink M step by step.
 
@@ -123,7 +123,7 @@ def transport(S: Tensor, inverse: Tensor, C: Tensor) -> Tensor:
         C: X^T X_old.
 
     Returns:
-        T = inverse C, (K, r, r).
+        T = inverse C.
     """
     unmoved = (S == C).all(-1, keepdim=True).all(-2, keepdim=True)
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
@@ -136,6 +136,6 @@ def debias_factor(count: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
 
 
 def right_matmul(X: Tensor, K: Tensor) -> Tensor:
-    """X K of X (K, m, r) and K (K, r, r), a new tensor laid out as X is."""
+    """X K of X (K, m, r) and K (K, r, r), a new tensor in the layout of X."""
     is_column_major = X.stride(-1) != 1 and X.stride(-2) == 1
     return product(K.mT, X.mT).mT if is_column_major else product(X, K)

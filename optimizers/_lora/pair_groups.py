@@ -149,7 +149,7 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
 
 
 def _check_group(group: Mapping[str, Any], size: int) -> None:
-    """Cut a group in pairs (triples) and look at each."""
+    """Check each pair (or triple) of a group."""
     params, names = parameters_of(group)
     wanted = "[A1, B1, A2, B2, ...]" if size == 2 else "[A1, B1, W1, A2, B2, W2, ...]"
     check(
@@ -200,8 +200,8 @@ def lora_param_groups(
         adapter: Name of the only adapter to pair; None (default): all that train. Two adapters of
             a module are two pairs.
         kinds: Which pairs are wanted of ``"linear"``, ``"conv"``, ``"expert"`` (factors stacked in
-            three dimensions) and ``"embedding"`` (default: all but the last); others go with the
-            rest.
+            three dimensions) and ``"embedding"``; others go with the rest
+            (default: ("linear", "conv", "expert")).
         fallback: Keys of the group of the rest, such as its ``lr`` (default: None).
         base_weight: Whether groups hold triples ``[A, B, W0]`` (default: False).
         unpaired: What becomes of a trainable factor without its other: ``"error"`` (default), or
@@ -396,7 +396,7 @@ def _names_of(
 
 
 def _counterparts(name: str) -> Iterator[tuple[str, int, str]]:
-    """What the other factor of this parameter may be called: by the last such component first."""
+    """Possible names of the other factor of this parameter, by the last such component first."""
     parts = name.split(".")
     for i in reversed(range(len(parts))):
         if parts[i] in COUNTERPART:
@@ -404,7 +404,7 @@ def _counterparts(name: str) -> Iterator[tuple[str, int, str]]:
 
 
 def _find_pairs(names: Iterable[str]) -> tuple[list[_PairNames], dict[str, str]]:
-    """Pairs in the order of their A, and names without a counterpart with what that would be."""
+    """Pairs in the order of A, and {name: missing component} of names without a counterpart."""
     known = dict.fromkeys(names)
     found: list[_PairNames] = []
     taken: set[str] = set()
@@ -500,7 +500,7 @@ def _unused_parameters(
     return [*rest.values()][::-1]
 
 
-# checks and what modules tell ---------------------------------------------------------------------
+# checks, and scales and base weights of modules ---------------------------------------------------
 
 
 def _is_scale(s: Any) -> bool:
@@ -514,7 +514,7 @@ def _scale_message(s: Any) -> str:
 def _pair_kind(
     A: Tensor, B: Tensor, a: str, b: str, embedding: bool = False
 ) -> tuple[str, list[str]]:
-    """What kind of pair two factors are, and their views; refuses what is none."""
+    """Kind of a pair and the views of its factors; refuses factors that are no pair."""
     _check_pair(A, B, a, b)
     if embedding:
         return "embedding", ["transposed", "transposed"]
@@ -529,7 +529,7 @@ def _is_conv(A: Tensor, B: Tensor) -> bool:
 
 
 def _check_pair(A: Tensor, B: Tensor, a: str, b: str) -> None:
-    """Refuse factors that do not belong together, with what to do."""
+    """Refuse factors that do not belong together; the message says what to do."""
     for p, name in ((A, a), (B, b)):
         if hasattr(p, "device_mesh"):
             raise NotImplementedError(
@@ -557,7 +557,7 @@ def _check_pair(A: Tensor, B: Tensor, a: str, b: str) -> None:
 
 
 def _scale_of(scale: Scale, owner: nn.Module | None, names: _PairNames) -> float:
-    """The scale of one pair, from where the caller says."""
+    """The scale of one pair, by the option ``scale`` or from the module."""
     found: Any = scale
     if scale is None:
         found = getattr(owner, "scaling", None)

@@ -1,4 +1,4 @@
-"""Exchanging vectors of LoRA factors: the schedule, what W0 takes over, initialisation, export.
+"""Exchange of vectors of LoRA factors: schedule, fold into W0, initialization, export.
 
 W = W0 + s B A, with row i of A and column i of B each other's counterpart.
 """
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def switch_rate(t: int, horizon: float) -> float:
-    """0.3^(t / horizon), never below 1e-8: by what update t (from 1) slows switching down."""
+    """Share of the switches left at update t, from 1: 0.3^(t / horizon), at least 1e-8."""
     return max(math.pow(0.3, t / horizon), 1e-8)
 
 
@@ -73,14 +73,14 @@ def fold_into_weight_(W: Tensor, P: Tensor, N: Tensor, s: float) -> None:
 
 
 def reset_vectors_(w: Member, j: int, at: Tensor, freeze: int) -> None:
-    """Vectors `at` of matrix j lose what they learned beside their old counterparts, and freeze."""
+    """Zero the state of vectors `at` of matrix j, whose counterparts are new, and freeze them."""
     to = {"exp_avg": 0, "exp_avg_sq": 0, "count": 0, "frozen": max(freeze, 0)}
     for key, value in to.items():
         X = w.state[key][j]
         X.index_fill_(w.number, at.to(X.device), value)
 
 
-# initialisation -----------------------------------------------------------------------------------
+# initialization -----------------------------------------------------------------------------------
 
 
 def init_stds(m: int, n: int, r: int, s: float) -> tuple[float, float]:
@@ -97,16 +97,17 @@ def init_stds(m: int, n: int, r: int, s: float) -> tuple[float, float]:
 def switchlora_init_(
     W0: Tensor, A: Tensor, B: Tensor, scale: float, generator: torch.Generator | None = None
 ) -> None:
-    """Draw both factors as SwitchLoRA has them, and take s B A from W0: the layer's weight stays.
+    """Draw both factors as SwitchLoRA does, and subtract s B A from W0: the layer's weight stays.
 
     The optimizer draws its pools from the same distribution.
 
     Args:
         W0: (m, n), changed in place; ``weight.mT`` of a layer that stores it transposed.
         A: (r, n), overwritten by uniform numbers.
-        B: (m, r), likewise.
+        B: (m, r), overwritten by uniform numbers.
         scale: s of W = W0 + s B A; 1 / r in the published runs.
-        generator: Of the factors' device; None: torch's global one.
+        generator: Source of random numbers on the factors' device; None (default): torch's global
+            one.
 
     Raises:
         ValueError: If the shapes do not fit.

@@ -1,11 +1,11 @@
-"""What both gradients of a LoRA pair show of the full one: sums of squares of its rows and columns.
+"""Row and column sums of squares of the full gradient, as far as a LoRA pair's gradients show it.
 
 With a = A^T (n x r), b = B (m x r) and P orthogonal projectors on what their columns span, the
 gradients Ga = s G^T b and Gb = s G a show the projection of G on the moves that the pair can make,
 
     G_T = P_b G + G P_a - P_b G P_a.
 
-It is never formed: each sum is a quadratic form of a row of the gradient and of the factor. A
+G_T is never formed: each sum is a quadratic form of a row of the gradient and of the factor. A
 gradient that is missing, or belongs to a zero factor, shows nothing; the others' share stays.
 """
 
@@ -23,7 +23,7 @@ __all__ = ["tangent_cores", "tangent_grams", "tangent_squares"]
 
 
 def tangent_grams(X: Sequence[Tensor], G: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """All that has to be known of whole factors.
+    """The r x r matrices that all sums over whole factors need.
 
     Args:
         X: a (K, n, r) and b (K, m, r).
@@ -44,17 +44,17 @@ def tangent_grams(X: Sequence[Tensor], G: Sequence[Tensor | None]) -> tuple[Tens
 def tangent_cores(
     Sa: Tensor, Sb: Tensor, Na: Tensor, Nb: Tensor, Ca: Tensor, Cb: Tensor, n: Tensor, m: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All that is r x r, of many pairs.
+    """The r x r cores of the quadratic forms, for many pairs.
 
     Args:
-        Sa: What :func:`tangent_grams` returns, in its order:
-        Sb: of b,
-        Na: of Ga,
-        Nb: of Gb,
-        Ca: of a with Ga,
-        Cb: of b with Gb.
-        n: Rows of a, (K, 1, 1), and
-        m: of b.
+        Sa: Gram matrix of a, (K, r, r), as :func:`tangent_grams` returns it.
+        Sb: Gram matrix of b.
+        Na: Gram matrix of Ga.
+        Nb: Gram matrix of Gb.
+        Ca: Cross Gram matrix a^T Ga.
+        Cb: Cross Gram matrix b^T Gb.
+        n: Rows of a, (K, 1, 1).
+        m: Rows of b, (K, 1, 1).
 
     Returns:
         For squares of columns the cores of Ga and of a, for those of rows the cores of Gb and b;

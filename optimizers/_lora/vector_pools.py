@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._core.rule import Member, Slot
 from .._driver.param_groups import warn_user
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 POOL_STREAM, ROUNDING_STREAM, CHOICE_STREAM = range(3)
-"""Purposes of random numbers."""
+"""Streams of random numbers, one for each purpose."""
 COUNTER_DTYPE = torch.int32
 
 
@@ -44,7 +45,7 @@ def rng_for(seed: int, indices: tuple[int, ...], t: int, purpose: int) -> StackR
 
 
 def pool_slots(m: int, n: int, r: int) -> tuple[dict[str, Slot], ...]:
-    """State of A (r, n) and of B (m, r): clocks per vector, what is in which slot, all vectors."""
+    """State of A (r, n) and B (m, r): a clock per vector, the entry in each slot, all vectors."""
     size = max(r, min(m, n))
     return tuple(
         {
@@ -84,12 +85,12 @@ class VectorPool:
 
     @property
     def is_filled(self) -> bool:
-        """Whether there are vectors yet."""
+        """Whether vectors have been drawn."""
         return self.slots[0] >= 0
 
     @property
     def waiting_count(self) -> int:
-        """How many vectors wait."""
+        """Number of vectors that are not in use."""
         return len(self.vectors) - len(self.slots)
 
     def start(self, shift: int) -> None:
@@ -148,7 +149,7 @@ class VectorPool:
 
 
 def max_exchanges(a: VectorPool, b: VectorPool) -> int:
-    """How many vectors of each factor can be exchanged without touching a frozen one.
+    """Largest number of vectors of each factor to exchange without touching a frozen one.
 
     Exchanged slots of one factor freeze the same slots of the other: frozen rows of A are those
     just behind B's cursor, and the other way round.
@@ -174,7 +175,7 @@ def start_pools_(a: VectorPool, b: VectorPool, s: float, generator: torch.Genera
 
 
 def _without_pools(saved: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint without the pools of groups that do not want them saved."""
+    """A checkpoint without the pools of groups with ``save_pools=False``."""
     state = dict(saved["state"])
     for group in saved["param_groups"]:
         for i in group["params"] if group.get("save_pools") is False else ():
@@ -184,9 +185,9 @@ def _without_pools(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_pools(saved: Any, units: Sequence[Unit]) -> tuple[Any, list[Unit]]:
-    """A checkpoint with empty pools where it has none, and the units whose pools these are."""
+    """A checkpoint with empty pools where it lacks them, and the units of these pools."""
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
-        return saved, []  # refused by the driver, with its own text
+        return saved, []  # the driver refuses it, with a text of its own
     ids = [i for group in saved["param_groups"] for i in group["params"]]
     state, without_pools = dict(saved["state"]), []
     for unit in units:
@@ -218,13 +219,10 @@ def _redraw_(
 
 
 class TripleOptimizer(PairOptimizer):
-    """What an optimizer of triples A, B, W0 with pools has beside its rule.
+    """Base class for triples A, B, W0 with pools; arguments as :class:`PairOptimizer`."""
 
-    Arguments are those of :class:`PairOptimizer`.
-    """
-
+    @override
     def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
-        """Check W0 too, once the pairs are checked."""
         groups = super()._prepare_groups(param_group)
         for group in groups:
             full = {**self.defaults, **group}
@@ -232,12 +230,14 @@ class TripleOptimizer(PairOptimizer):
                 check_triples(full)
         return groups
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's; without pools under ``save_pools=False``."""
+        """State and groups as torch gives them; without pools under ``save_pools=False``."""
         return _without_pools(super().state_dict())
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer's; pools that the checkpoint lacks are drawn anew, with a warning."""
+        """Load a checkpoint; pools that it lacks are drawn anew, with a warning."""
         filled, without_pools = _with_pools(state_dict, self._get_plan().units)
         super().load_state_dict(filled)
         _redraw_(without_pools, self._get_plan(), self.state)

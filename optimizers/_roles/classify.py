@@ -38,24 +38,24 @@ __all__ = ["Assignment", "Row", "classify", "route"]
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its role, the rule it gets, the reason, and what its place in a layer says.
+    """One parameter: role, rule, the reason for both, and what its place in a layer says.
 
     Attributes:
-        name: Its first name, None where names are not known.
-        shape: As it is stored.
+        name: First name of the parameter, None where names are not known.
+        shape: Stored shape.
         role: hidden, conv, expert, router, embedding, head, norm, bias, vector or quantised.
         rule: ``"matrix"`` or ``"adamw"``.
-        why: What decided.
-        view: How it becomes matrices (out, in); see ``views.py``. Fused weights are cut.
+        why: The reason for role and rule.
+        view: How the parameter becomes matrices (out, in); see ``views.py``. Fused weights are cut.
         part: query, key, value, qkv, out, gate, up, gate_up, down or patch; token, position or
             tied for embeddings; vocabulary or classes for heads; else "".
-        side: Which side of its matrices is the residual stream: ``"rows"`` for what writes to it,
-            ``"cols"`` for what reads it, None if that is not known.
+        side: Which side of the matrices is the residual stream: ``"rows"`` where the weight writes
+            to the stream, ``"cols"`` where the weight reads it, None if that is not known.
         heads: Attention heads in each block of the view; () if not known.
         pair: Name of the up projection of a gate, and the other way round.
         centred: Whether the loss stays as it is when one vector is added to every row.
-        aliases: Its other names.
-        kind: Class of its module.
+        aliases: Other names of the parameter.
+        kind: Class of the module.
     """
 
     name: str | None
@@ -73,7 +73,7 @@ class Row:
     kind: str = ""
 
     def _cells(self) -> dict[str, str]:
-        """Texts of the columns; what is not known is empty."""
+        """Texts of the columns, empty for unknown values."""
         cells = {column: getattr(self, column) or "" for column in _COLUMNS}
         return {
             **cells,
@@ -162,7 +162,7 @@ def _swap(value: Any, old: type, new: type) -> Any:
 
 
 def _assign_role(sites: list[ParamSite]) -> Row:
-    """Ask the table; of several places the one that the earliest line holds for decides."""
+    """Row by the role table; of several places the one that the earliest line matches decides."""
     own, *others = sites
     role, view, why, site = next(
         (role, view, why, site)
@@ -183,7 +183,7 @@ def _assign_role(sites: list[ParamSite]) -> Row:
 
 
 def _with_place(row: Row, s: ParamSite, tied: bool) -> Row:
-    """Fill in what the place of a weight in its layer says."""
+    """Fill in part, view, side, heads, pair and centring by the place of a weight in its layer."""
     part, view, why, side = part_of(s, row.role), row.view, row.why, None
     row = replace(row, part="tied" if tied else part, kind=s.kind)
     if (
@@ -228,7 +228,7 @@ _NUMBERED_BLOCK = re.compile(r"(^|\.)[^\d.][^.]*\.\d+\.")
 """Names in numbered blocks: no heads, even if their width happens to equal a vocabulary."""
 _TOKEN_NAMES = re.compile(r"(?i)tok|word|wte|vocab")
 _SMALL_VOCABULARY = 256
-"""Rows up to which a table may be of anything."""
+"""Number of rows up to which a table need not be a vocabulary."""
 
 
 Key = str | Tensor | nn.Module | Callable[[str, nn.Parameter, nn.Module], bool]
@@ -249,12 +249,13 @@ def classify(
 
     Args:
         model: Any module. Only its tree and its shapes are read, so the meta device will do.
-        overrides: Choices by name, glob pattern, parameter, module (all that is in it) or function
-            of (name, parameter, module): a mapping or pairs. A choice is a role, or ``"matrix"`` or
-            ``"adamw"``, which keep the role and set the rule, or a dict of :class:`Row`'s fields.
-            The first that matches wins over everything else.
-        strict: Raise if nothing but the number of dimensions could decide, or if it is not known
-            how experts are stored.
+        overrides: Choices by name, glob pattern, parameter, module (all parameters in it) or
+            function of (name, parameter, module): a mapping or pairs. A choice is a role, or
+            ``"matrix"`` or ``"adamw"``, which keep the role and set the rule, or a dict of
+            :class:`Row`'s fields. The first match wins over everything else. None (default): no
+            override.
+        strict: Whether to raise if nothing but the number of dimensions could decide, or if it is
+            not known how experts are stored (default: False).
 
     Returns:
         The table, in the order of `model.named_parameters()`.
@@ -322,7 +323,7 @@ def _matches(key: Key, p: nn.Parameter, sites: list[ParamSite]) -> bool:
 
 
 def _describe_key(key: Any, row: Row | None = None) -> str:
-    """How an override is named in a reason (with the row that it is for) or in an error."""
+    """Name of an override in a reason (where ``row`` is its row) or in an error."""
     if isinstance(key, str):
         return repr(key)
     what = "parameter" if isinstance(key, Tensor) else type(key).__name__
@@ -332,7 +333,7 @@ def _describe_key(key: Any, row: Row | None = None) -> str:
 
 
 def _override(row: Row, pattern: str, choice: Choice) -> Row:
-    """Apply what the caller chose; the view stays unless the role has its own."""
+    """Apply a choice of the caller; the view stays unless the new role has a view of its own."""
     why = f"override {pattern!r}"
     if isinstance(choice, Mapping):
         known = [f.name for f in fields(Row) if f.name not in ("name", "shape", "aliases", "kind")]
@@ -361,7 +362,7 @@ def _one_of(why: str, choice: Any, known: tuple[str, ...]) -> str:
 
 
 def _stored_as(p: Tensor) -> str:
-    """What a parameter holds instead of the entries of its weight, "" for a plain weight."""
+    """Kind of codes that a parameter holds instead of plain numbers, "" for a plain weight."""
     coded = re.search(r"4bit|8bit|Int8Params|Quantized|Float8|NF4", type(p).__name__)
     if coded:
         return type(p).__name__
@@ -404,7 +405,7 @@ def _token_embeddings(sites: dict[int, list[ParamSite]]) -> list[ParamSite]:
 
 
 def _inferred_heads(model: nn.Module, sites: dict[int, list[ParamSite]]) -> dict[int, str]:
-    """Find an output head that neither its name nor a tie tells."""
+    """Find an output head without a telling name or a tie: {id of the weight: reason}."""
     with suppress(AttributeError, NotImplementedError):
         weight = model.get_output_embeddings().weight  # type: ignore[operator]
         return {id(weight): "get_output_embeddings()"} if id(weight) in sites else {}

@@ -6,13 +6,14 @@ layer tells (view, axis, pair, centring, side) is filled in for rules that have 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .._core.rule import RULE_CLASSES, Rule, rule_class, settings_of
 from .._core.validation import check, describe_unknown
@@ -36,14 +37,14 @@ ROLE_POLICIES: dict[str, dict[str, Settings]] = {
     "muon+adamw": {role: {"rule": "Muon"} for role in ("hidden", "conv", "expert", "router")},
     "adamw": {},
 }
-"""Part or role of a weight -> group keys, the part first; what is not there is AdamW's."""
+"""Part or role of a weight -> group keys, the part first; a weight without entry is AdamW's."""
 PAPER_LRS = {
     "qwen3": {"adamw": 5e-2, "hidden": 2e-2, "embedding": 5e-1, "head": 5e-3},
     "gemma3": {"adamw": 5e-2, "hidden": 2e-2, "embedding": 5e-3, "head": 5e-3},
     "olmoe": {"adamw": 1e-2, "hidden": 5e-3, "embedding": 5e-1, "head": 5e-3, "router": 7.5e-4},
     "gpt_oss": {"adamw": 5e-3, "hidden": 1e-3, "embedding": 1e-1, "head": 1e-3, "router": 7.5e-4},
 }
-"""Published learning rates by model, for row norm on embedding and centred row norm on head."""
+"""Published learning rates by model: row norm for the embedding, centred row norm for the head."""
 PAPER_SETTINGS: dict[str, Settings] = {
     "RowNorm": {"adjust_lr_fn": "none", "eps": 1e-8},
     "Hybrid": {
@@ -55,7 +56,7 @@ PAPER_SETTINGS: dict[str, Settings] = {
     },
     "Muon": {"adjust_lr_fn": "original", "momentum_kind": "sum", "polar": "polar_express_safe"},
 }
-"""How the published code sets the rules of these policies."""
+"""Settings of the published code for the rules of these policies."""
 
 
 def to_group_keys(choice: Any) -> Settings:
@@ -82,11 +83,11 @@ def to_group_keys(choice: Any) -> Settings:
 
 POLICY_KEYS = {*RULE_OF_ROLE, *(part for part, _, _ in PART_TABLE)}
 POLICY_KEYS |= {"token", "position", "tied", "vocabulary", "classes", "patch"}
-"""What a policy may have as keys: roles and parts."""
+"""Keys that a policy may have: roles and parts."""
 
 
 def check_role_policy(policy: Any) -> None:
-    """Refuse what is no policy, before any weight is looked at."""
+    """Refuse an unknown policy before any weight is looked at."""
     if isinstance(policy, Mapping):
         message = describe_unknown(policy, POLICY_KEYS, "policy key")
         check(message is None, message or "")
@@ -107,41 +108,55 @@ def policy_groups(
     """Parameter groups: one for each set of keys, with gate and up of a layer side by side.
 
     Args:
-        rows: What is known of each weight.
+        rows: One row for each weight.
         params: The weights.
         policy: One of :data:`ROLE_POLICIES`, or rules by part and role.
         scale: ``"match_rms_adamw"``, ``"paper"`` or ``"paper:NAME"``.
         lr: Learning rate of the hidden matrices.
         own: Keys of weights that have an override, by name.
     """
+    table = _paper_lrs(scale, rows)
+    keys = [_group_keys(row, policy, own.get(row.name), table, lr) for row in rows]
+    groups: dict[str, Settings] = {}
+    for run, group_keys in _member_runs(rows, keys):
+        group = groups.setdefault(
+            repr(sorted(group_keys.items())),
+            {"params": [], **group_keys, "roles": [], "reasons": []},
+        )
+        for j in run:
+            row, p = rows[j], params[j]
+            group["params"].append(p if row.name is None else (row.name, p))
+            group["roles"].append(row.role)
+            group["reasons"].append(f"{row.part}: {row.why}" if row.part else row.why)
+    return sorted(groups.values(), key=lambda group: group["rule"] == "adamw")
+
+
+def _paper_lrs(scale: str, rows: Sequence[Row]) -> Mapping[str, float]:
+    """The published learning rates that ``adjust_lr_fn`` names; empty under match_rms_adamw."""
     name = scale.removeprefix("paper").removeprefix(":")
     if scale == "paper":
         name = "olmoe" if any(row.role == "router" for row in rows) else "qwen3"
-    table = PAPER_LRS.get(name, {})
-    keys = [_group_keys(row, policy, own.get(row.name), table, lr) for row in rows]
-    place = {row.name: i for i, row in enumerate(rows) if row.name is not None}
-    groups: dict[str, Settings] = {}
+    return PAPER_LRS.get(name, {})
+
+
+def _member_runs(
+    rows: Sequence[Row], keys: Sequence[Settings]
+) -> Iterator[tuple[list[int], Settings]]:
+    """Positions of weights that are stepped together, gate before up, with their group keys."""
+    position = {row.name: i for i, row in enumerate(rows) if row.name is not None}
     done = set[int]()
     for i, row in enumerate(rows):
         if i in done:
             continue
-        members_run, group = [i], keys[i]
-        if group.get("pair") == "members":
-            other = place.get(row.pair or "")
-            if other is None or other in done or keys[other] != group:
-                group = {**group, "pair": None}
+        run, group_keys = [i], keys[i]
+        if group_keys.get("pair") == "members":
+            other = position.get(row.pair or "")
+            if other is None or other in done or keys[other] != group_keys:
+                group_keys = {**group_keys, "pair": None}
             else:
-                members_run = [i, other] if row.part == "gate" else [other, i]
-        done.update(members_run)
-        target = groups.setdefault(
-            repr(sorted(group.items())), {"params": [], **group, "roles": [], "reasons": []}
-        )
-        for j in members_run:
-            row, p = rows[j], params[j]
-            target["params"].append(p if row.name is None else (row.name, p))
-            target["roles"].append(row.role)
-            target["reasons"].append(f"{row.part}: {row.why}" if row.part else row.why)
-    return sorted(groups.values(), key=lambda group: group["rule"] == "adamw")
+                run = [i, other] if row.part == "gate" else [other, i]
+        done.update(run)
+        yield run, group_keys
 
 
 def _group_keys(
@@ -151,11 +166,13 @@ def _group_keys(
     table: Mapping[str, float],
     lr: Any,
 ) -> Settings:
-    """Group keys of one weight; rules of ours are as published where rates are."""
-    chosen, is_ours = _policy_choice(row, policy) if own is None else (own, False)
-    keys = _with_place_keys(
-        row, {**chosen, **(PAPER_SETTINGS.get(chosen["rule"], {}) if table and is_ours else {})}
-    )
+    """Group keys of one weight.
+
+    Under published learning rates the rules of this file's policies have published settings too.
+    """
+    chosen, is_own_policy = _policy_choice(row, policy) if own is None else (own, False)
+    published = PAPER_SETTINGS.get(chosen["rule"], {}) if table and is_own_policy else {}
+    keys = _with_place_keys(row, {**chosen, **published})
     if table and "lr" not in keys:
         kind = "adamw" if keys["rule"] == "adamw" else row.role
         keys["lr"] = lr * (table.get(kind, table["hidden"]) / table["hidden"])
@@ -163,7 +180,7 @@ def _group_keys(
 
 
 def _policy_choice(row: Row, policy: str | Mapping[str, Any]) -> tuple[Settings, bool]:
-    """What the policy says of a weight, and whether that is one of ours."""
+    """Group keys that the policy has for a weight, and whether a policy of this file gave them."""
     if isinstance(policy, Mapping):
         for label in (row.part, row.role):
             if label in policy:
@@ -178,7 +195,7 @@ def _policy_choice(row: Row, policy: str | Mapping[str, Any]) -> tuple[Settings,
 
 
 def rule_override(choice: Any) -> Settings | None:
-    """Group keys if an override names a rule; None if it is for :func:`classify`."""
+    """Group keys if an override names a rule; None for a role, which is :func:`classify`'s."""
     if isinstance(choice, str):
         return to_group_keys(choice) if choice == "adamw" or choice in RULE_CLASSES else None
     if isinstance(choice, Mapping):
@@ -191,7 +208,7 @@ def rule_override(choice: Any) -> Settings | None:
 
 
 def _with_place_keys(row: Row, keys: Settings) -> Settings:
-    """Fill in what the place of a weight says: view, side, and the axis, pair and centring."""
+    """Fill in keys by the place of a weight in its layer: view, side, axis, pair, centred."""
     keys = dict(keys)
     if keys["rule"] == "adamw":
         return keys
@@ -222,7 +239,7 @@ def _with_place_keys(row: Row, keys: Settings) -> Settings:
 
 
 def _head_view(row: Row) -> str:
-    """The view that takes a weight head by head, its own where heads are not known."""
+    """The view that takes a weight head by head; the row's view where heads are not known."""
     count = sum(row.heads)
     if not count:
         return row.view
@@ -232,12 +249,13 @@ def _head_view(row: Row) -> str:
 
 @dataclass(frozen=True)
 class StackRow(Row):
-    """A row with what its group says: pair or axis of its rule, learning rate, weight decay."""
+    """A row with values of its group: pair or axis of the rule, learning rate, weight decay."""
 
     layout: str = ""
     lr: float = 0.0
     decay: float = 0.0
 
+    @override
     def _cells(self) -> dict[str, str]:
         return {
             **super()._cells(),
@@ -248,10 +266,11 @@ class StackRow(Row):
 
 
 class StackAssignment(Assignment):
-    """The table of a stack."""
+    """The table that :meth:`SymmetryStack.assignment` returns."""
 
     _columns = ("name", "shape", "role", "rule", "view", "layout", "centred", "lr", "decay", "why")
 
+    @override
     def __str__(self) -> str:
         table = self._table(self._columns, "view", "layout", "centred")
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -259,8 +278,8 @@ class StackAssignment(Assignment):
         return "\n".join([*lines, self._counts()])
 
     @classmethod
+    @override
     def from_dict(cls, data: Mapping[str, Any]) -> StackAssignment:
-        """Read back what `to_dict` wrote."""
         swapped: list[dict[str, Any]] = [
             {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
             for row in data["rows"]

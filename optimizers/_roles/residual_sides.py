@@ -1,4 +1,4 @@
-"""Which side of a weight is the residual stream, for rules that ask: a field ``side`` at "auto"."""
+"""Which side of a weight is the residual stream, for rules whose field ``side`` is "auto"."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def sides_of(rows: Sequence[Row], rule: Rule) -> dict[str | None, str | tuple[st
 
 
 def _shared_side(run: Sequence[Row]) -> str | tuple[str, ...] | None:
-    """The residual side of each of some weights, None if none is known or it is not the shortest.
+    """The residual side of each weight of a run, one word if all are the same.
 
-    Where it is not known it is the side of that length, and the rows if both are. One word says it
-    if it is the same for all.
+    None if no side is known, or if the known ones are not the shortest length that all share. A
+    weight of unknown side has the side of that length, the rows if both sides have it.
     """
     views_of_rows = [split_view(row.view, row.shape) for row in run]
     if any(len(views) > 1 for views in views_of_rows):
-        return None  # which several members cannot follow
+        return None  # a shared rotation cannot follow weights that are cut
     sizes = [(views[0].m, views[0].n) for views in views_of_rows]
     lengths = {
         m if row.side == "rows" else n for row, (m, n) in zip(run, sizes, strict=True) if row.side
@@ -69,7 +69,7 @@ def _accepts_side(rule: Rule, side: Any) -> bool:
 def asks_side(rule: Rule) -> bool:
     """Whether the rule has a field ``side`` that takes "rows" and "cols" and was left at "auto".
 
-    A unit of several weights has a side for each of them, which is not for one row to say.
+    False for units of several weights: these have a side each, and one row knows only its own.
     """
     if getattr(rule, "side", None) != "auto" or len(rule.members) != 1:
         return False
@@ -79,8 +79,8 @@ def asks_side(rule: Rule) -> bool:
 def short_side(row: Row) -> str | None:
     """The residual side of a matrix; None if it is not known, or is the longer one.
 
-    What a rule keeps for a side has that side twice: on the longer one it costs more than the
-    weight, and no gradient has the rank to settle it.
+    State for a side of length d is d x d: on the longer side it costs more than the weight, and no
+    gradient has the rank to determine it.
     """
     views = split_view(row.view, row.shape)
     fits = all((b.m <= b.n) if row.side == "rows" else (b.n <= b.m) for b in views)

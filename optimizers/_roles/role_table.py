@@ -1,4 +1,4 @@
-"""What a parameter's place in a model says: its role, its part in the layer, its residual side.
+"""Tables that find role, part and residual side of a parameter by its place in a model.
 
 Three tables, asked in this order: :data:`ROLE_TABLE` for the role, :data:`PART_TABLE` for the part,
 and the counts that configurations and attention modules hold, under the names of :data:`COUNTS`.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ParamSite:
-    """One place where a parameter is registered: all that the decision table looks at."""
+    """One place where a parameter is registered, with everything that the tables look at."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class ParamSite:
 
     @property
     def parent(self) -> nn.Module | None:
-        """The module around it."""
+        """The module around the parameter's module."""
         return self.owners[1] if len(self.owners) > 1 else None
 
     @property
@@ -55,12 +55,12 @@ class ParamSite:
 
     @property
     def word(self) -> str:
-        """The component that says what the parameter is."""
+        """The last component that names the parameter."""
         return self.parts[-1]
 
     @property
     def head_name(self) -> str:
-        """The components of the name that make it an output head's, "" if it is none."""
+        """The components of the name that mark an output head, "" if there are none."""
         return _head_name(self)
 
     @property
@@ -74,7 +74,7 @@ class ParamSite:
 
     @property
     def siblings(self) -> dict[str, nn.Module | nn.Parameter | None]:
-        """What is registered beside the word, itself included: modules and parameters by name."""
+        """Modules and parameters registered beside the word, by name, the word's own included."""
         for owner in self.owners:
             if self.word in owner._modules or self.word in owner._parameters:
                 return {**owner._modules, **owner._parameters}
@@ -90,11 +90,11 @@ class ParamSite:
         return isinstance(self.module, classes) or named is not None
 
     def has_sibling(self, pattern: str) -> bool:
-        """Whether something beside the word is named like the pattern."""
+        """Whether a module or parameter beside the word has a name of this pattern."""
         return any(re.fullmatch(pattern, name) for name in self.siblings if name != self.word)
 
     def config_values(self, *names: str) -> Iterator[Any]:
-        """What the nearest configuration that has one of these names says, nearest first."""
+        """Values of these names in the configurations around, nearest first."""
         for owner in self.owners:
             for config in (getattr(owner, "config", None), getattr(owner, "args", None)):
                 yield from (getattr(config, name) for name in names if hasattr(config, name))
@@ -172,17 +172,17 @@ UNKNOWN_ORIENTATION = "stored (in, out) or (out, in) is not known"
 
 
 def is_linear(s: ParamSite) -> bool:
-    """A linear layer, also a quantised one."""
+    """Whether the module is a linear layer, also a quantized one."""
     return s.is_instance("Linear$", nn.Linear)
 
 
 def is_embedding(s: ParamSite) -> bool:
-    """A lookup table."""
+    """Whether the module is a lookup table."""
     return s.is_instance("Embedding$", nn.Embedding, nn.EmbeddingBag) and not is_linear(s)
 
 
 def _is_row(s: ParamSite) -> bool:
-    """Only one side has more than one entry."""
+    """Whether only one side has more than one entry."""
     return prod(s.shape) == max(s.shape)
 
 
@@ -234,7 +234,7 @@ def _head_name(s: ParamSite) -> str:
 
 
 def _is_last(s: ParamSite) -> bool:
-    """Whether nothing with a matrix is registered after the word, which it would feed."""
+    """Whether no matrix is registered after the word: a head feeds none."""
     around = next((owner for owner in s.owners if s.word in owner._modules), nn.ModuleList())
     if isinstance(around, nn.ModuleList):
         return True
@@ -327,7 +327,7 @@ _SOFTMAX = re.compile(r"^(Mixtral|Qwen2Moe|Qwen3Moe|Olmoe|GptOss)")
 
 
 def part_of(s: ParamSite, role: str) -> str:
-    """What the parameter is within its layer, "" if that is not known."""
+    """Part of the parameter in its layer, "" if that is not known."""
     if role == "embedding":
         return "position" if names_position(s) else "token" if is_embedding(s) else ""
     if role == "head":
