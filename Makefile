@@ -31,7 +31,7 @@ bench: $(VENV)/.examples
 
 gpu-check: $(VENV)/.test
 	@$(BIN)/python bench/kernels.py --probe
-	STIEFEL_DEVICE=cuda TRITON_DEFAULT_FP_FUSION=1 $(BIN)/pytest -q tests/interpreted
+	STIEFEL_DEVICE=cuda TRITON_DEFAULT_FP_FUSION=1 $(BIN)/pytest -q tests/kernels/interpreted
 	$(BIN)/python bench/kernels.py --out runs/kernels
 
 clean:

@@ -93,7 +93,7 @@ def galore_step(setting: Setting) -> Iterator[Contest]:
 
 
 def short_rows(G: Tensor) -> Tensor:
-    """G, turned if it is tall."""
+    """G, transposed if it is tall."""
     return G if G.shape[0] <= G.shape[1] else G.mT
 
 
@@ -430,9 +430,10 @@ def overhead(setting: Setting) -> Iterator[Contest]:
     """Many small matrices, where arithmetic is nothing and Python is all."""
     model = parse_model("8x8x6" if setting.quick else "8x8x200")
     fused = partial(torch.optim.AdamW, weight_decay=0.1, fused=True)
+    driver = partial(StackedOptimizer, rule=ZeroRule(), lr=1e-3, weight_decay=0.1)
     contest = Contest(
         {
-            "driver": partial(Step, lambda p: StackedOptimizer(p, ZeroRule(), 1e-3, 0.1), model),
+            "driver": partial(Step, driver, model),
             "Muon": partial(Step, partial(Muon, weight_decay=0.1), model),
             "GaLore": partial(Step, ours_galore(4, NEVER), model),
             "AdamW fused": partial(Step, fused, model),

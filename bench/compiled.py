@@ -9,7 +9,7 @@ A case says how a kernel is launched on large matrices whose pointers, sizes and
 multiples of 16. Columns: registers of a thread; spilled bytes (NVIDIA) or registers (AMD); bytes of
 stack; shared memory of a block in bytes; matrix instructions by kind and operand; global loads of
 less than four bytes; bytes of the widest load and store; asynchronous copies; blocks that fit on
-a multiprocessor at once. tests/test_static.py compares with kernels/static.json.
+a multiprocessor at once. tests/kernels/test_static.py compares with kernels/static.json.
 
 How many blocks fit: on NVIDIA 65536 registers, given to warps by 256, 64 warps, 32 blocks, 164 KiB
 of shared memory (sm_80) or 228, of which each block takes one more, and 512 columns of tensor

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from stiefel.optimizers import GaLore
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-from allocations import AllocationCounter
-from peers import Missing, fira_adamw, galore_torch_adamw
+from helpers.allocations import AllocationCounter
+from helpers.peers import Missing, fira_adamw, galore_torch_adamw
 
 Shape = tuple[int, ...]
 Model = tuple[Shape, ...]

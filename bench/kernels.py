@@ -231,14 +231,14 @@ OPERATIONS: Mapping[str, Operation] = {
 }  # fmt: skip
 
 
-def _normalised(X: Tensor, dtype: torch.dtype) -> Tensor:
+def _normalized(X: Tensor, dtype: torch.dtype) -> Tensor:
     return (X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)
 
 
 def plain() -> SimpleNamespace:
     """Plain torch: the reference, and shorter forms where that guards against overflow."""
     shorter = {
-        "normalized": _normalised,
+        "normalized": _normalized,
         "squares": lambda X, dim: X.square().sum(dim, keepdim=True),
         "row_norm": lambda X: X / X.norm(dim=-1, keepdim=True).add_(1e-8),
         "column_norm": lambda X: X / X.norm(dim=-2, keepdim=True).add_(1e-8),

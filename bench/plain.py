@@ -1,7 +1,7 @@
 """One step of each method in plain torch operations, which kernels are held against.
 
-W (m, n) and G are of the model's dtype, state and arithmetic are float32. W is turned so that the
-rows are projected, m <= n. New bases are left out. All of it runs on meta tensors.
+W (m, n) and G are of the model's dtype, state and arithmetic are float32. W is transposed so that
+the rows are projected, m <= n. New bases are left out. All of it runs on meta tensors.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from traffic import LANES, Idle, Log, Point, Work, recorded, scaled, watched
 
 from stiefel import optimizers
 from stiefel.kernels import reference
-from stiefel.kernels.reference import reductions as sums
+from stiefel.kernels.reference import reductions
 from stiefel.optimizers._driver import write
 from stiefel.optimizers._toolkit import power_sums
 
@@ -157,9 +157,10 @@ def as_on_a_device(kernels: str) -> Iterator[None]:
     os.environ["STIEFEL_KERNELS"] = kernels
     try:
         with set_to(
-            (write, "PANEL", write.PANEL_ACCELERATOR), (power_sums, "PANEL", 2**62),
-            (sums, "_PANEL_DEVICES", ()),
-        ):  # fmt: skip
+            (write, "WRITE_PANEL", write.WRITE_PANEL_ACCELERATOR),
+            (power_sums, "POWER_SUM_PANEL", 2**62),
+            (reductions, "_PANEL_DEVICES", ()),
+        ):
             yield
     finally:
         if before is None:

@@ -187,7 +187,7 @@ PROBLEMS = {
 
 
 class Sign(torch.optim.Optimizer):
-    """Descent along the sign of the gradient: no state, the plainest normalised method."""
+    """Descent along the sign of the gradient: no state, the plainest normalized method."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})

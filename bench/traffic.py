@@ -139,7 +139,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _same(X: Tensor) -> tuple[Any, ...]:
-    """What views of the same entries have in common, turned or expanded ones too."""
+    """What views of the same entries have in common, transposed or expanded ones too."""
     sides = sorted((s, n) for s, n in zip(X.stride(), X.shape, strict=True) if s and n > 1)
     return (X.untyped_storage()._cdata, X.storage_offset(), *sides)
 

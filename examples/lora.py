@@ -25,7 +25,7 @@ import report
 import torch
 from adapters import peft_model, plain_model, start_adapters
 from common import Corpus, LanguageModel, Run, Settings, build_model, load_corpus
-from methods import BETAS, UserError, default_lr, method_options
+from methods import BETAS, UserError, default_lr, exported_methods, method_options
 from torch import Tensor, nn
 
 from stiefel.optimizers import AdaPreLoRA, AltLoRA, SwitchLoRA, lora_param_groups
@@ -41,7 +41,8 @@ class Method(NamedTuple):
     settings: dict[str, Any]
 
 
-# The best lr of a sweep on "micro", from "code" to "prose" (rank 8, 100 steps, seed 0).
+# The best lr of a sweep on "micro", from "code" to "prose" (rank 8, 100 steps, seed 0). Other
+# methods of pairs take part with the defaults of their constructors.
 METHODS = {
     "adamw": Method(torch.optim.AdamW, 2e-2, {}),
     "altlora": Method(AltLoRA, 10.0, {}),
@@ -50,6 +51,8 @@ METHODS = {
     # 11 exchanges of a vector per factor; its own schedule (ratio 0.1) comes to one in 100 steps
     "switchlora": Method(SwitchLoRA, 1e-2, {"ratio": 1.0}),
 }
+for _name, _cls in exported_methods(pairs=True).items():
+    METHODS.setdefault(_name, Method(_cls, inspect.signature(_cls).parameters["lr"].default, {}))
 
 
 # ---------------------------------------------------------------------------------------- runs

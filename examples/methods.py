@@ -59,16 +59,23 @@ METHODS = {
 }
 
 
-def available_methods() -> dict[str, type[torch.optim.Optimizer]]:
-    """Every optimizer by its lower-case name: torch's AdamW and whatever the package exports."""
-    found: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW}
-    for name, value in vars(stiefel.optimizers).items():
+def exported_methods(pairs: bool) -> dict[str, type[torch.optim.Optimizer]]:
+    """The optimizers that the package exports, of LoRA pairs or of matrices, by lower-case name."""
+    found: dict[str, type[torch.optim.Optimizer]] = {}
+    for name in stiefel.optimizers.__all__:
+        value = getattr(stiefel.optimizers, name)
         if not isinstance(value, type) or not issubclass(value, torch.optim.Optimizer):
             continue
+        keys = inspect.signature(value).parameters
         # A class that asks for its rule is the driver below the methods, not a method.
-        if not name.startswith("_") and "rule" not in inspect.signature(value).parameters:
-            found.setdefault(name.lower(), value)
+        if "rule" not in keys and ("lr_ratio_b" in keys) == pairs:
+            found[name.lower()] = value
     return found
+
+
+def available_methods() -> dict[str, type[torch.optim.Optimizer]]:
+    """Every optimizer of matrices by its lower-case name: torch's AdamW and the package's."""
+    return {"adamw": torch.optim.AdamW, **exported_methods(pairs=False)}
 
 
 def constructor(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, inspect.Parameter]]:

@@ -125,7 +125,16 @@ def sized_dct(
 def idct(X: Tensor, dim: int = -1, path: str = "auto") -> Tensor:
     """The inverse of :func:`dct`, the orthonormal DCT-III: X C for dim -1, C^T X for dim -2.
 
-    Arguments, result and errors as there.
+    Args:
+        X: As in :func:`dct`.
+        dim: As in :func:`dct` (default: -1).
+        path: As in :func:`dct` (default: ``"auto"``).
+
+    Returns:
+        A new tensor like X.
+
+    Raises:
+        ValueError: Where :func:`dct` does.
     """
     if _checked(X, dim, path) == "matmul":
         return _multiplied(X, dim, inverse=True)

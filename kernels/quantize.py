@@ -29,7 +29,11 @@ _QUANTIZE_PANEL = 2**17
 
 
 def blockwise_scales(numel: int) -> int:
-    """How many scales a tensor of so many numbers has."""
+    """Number of scales of a tensor.
+
+    Args:
+        numel: Its number of entries.
+    """
     return -(-numel // BLOCK)
 
 
@@ -38,6 +42,9 @@ def blockwise_levels(signed: bool) -> Tensor:
 
     Decade i below 1 holds 2^(6-i) of them if signed, 2^(7-i) else, evenly from 10^-(i+1) (left out)
     to 10^-i (kept).
+
+    Args:
+        signed: Whether the codes have a sign.
     """
     decades = 7 if signed else 8
     parts = []
@@ -102,7 +109,13 @@ def quantize_blocks(X: Tensor, codes: Tensor, scales: Tensor) -> None:
 
 
 def dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers that codes and scales stand for, a new contiguous tensor shaped like codes."""
+    """The numbers that codes and scales stand for, a new contiguous tensor shaped like codes.
+
+    Args:
+        codes: Of :func:`quantize_blocks`: int8 with a sign, uint8 without one.
+        scales: Of :func:`quantize_blocks`.
+        dtype: Of the result, float32 unless given.
+    """
     signed, K = codes.dtype == torch.int8, codes.shape[0]
     values = _decoder(signed, codes.device)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..kernels import add_product_, product
 from ._core.rule import BatchedCall, Dense, Member, Scaled, Slot, Steps
-from ._core.validation import check, check_adam, check_choices
+from ._core.validation import (
+    check,
+    check_adam,
+    check_choices,
+    check_not_negative,
+    check_positive,
+)
 from ._lora.pair_algebra import (
     cross_gram,
     damped_inverse,
@@ -21,17 +27,12 @@ from ._lora.pair_algebra import (
     left_matmul,
     transport,
 )
-from ._lora.pair_groups import LoRARule, PairOptimizer, Scale
+from ._lora.pair_groups import LoRARule, PairOptimizer, Scale, accepts_groups
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._driver.param_groups import Common
-
-
-def as_A(x: Tensor, w: Member) -> Tensor:
-    """Formulas are those of A; B's are the same for the transposed W, whose pair is B^T, A^T."""
-    return x.mT if w.number else x
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class AltLoRARule(LoRARule):
     compact_alignment: bool = False
     compat: str | None = None
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_adam(self.betas, self.eps)
@@ -63,26 +65,15 @@ class AltLoRARule(LoRARule):
             second_moment=(None, "elementwise"),
             compat=(None, "reference"),
         )
-        least, cap = self.switch_every, self.max_rel_step
-        check(self.delta >= 0.0, f"delta must not be negative, got {self.delta!r}")
-        check(least >= 1, f"switch_every must be at least 1, got {least!r}")
-        check(cap is None or cap > 0.0, f"max_rel_step must be positive, got {cap!r}")
-        compatible = not (self.published and self.compact_alignment)
-        check(compatible, "compat='reference' keeps the old factors; leave compact_alignment out")
+        check_not_negative(self, "delta")
+        check_positive(self, "max_rel_step")
+        check(self.switch_every >= 1, f"switch_every must be at least 1, got {self.switch_every!r}")
+        check(
+            not (self.published and self.compact_alignment),
+            "compat='reference' keeps the old factors; leave compact_alignment out",
+        )
 
-    @property
-    def published(self) -> bool:
-        """Whether the published code is followed to the letter."""
-        return self.compat == "reference"
-
-    def state(self, *sides: tuple[int, int]) -> tuple[dict[str, Slot], ...]:
-        """Momentum and its clock; the factor as the other half last saw it, or T itself."""
-        slots = {"exp_avg": Slot("mn"), "count": Slot("11", dtype=torch.int32)}
-        ref_slot = Slot("rr", fill="eye", r=sides[0][0]) if self.compact_alignment else Slot("mn")
-        slots["carry" if self.compact_alignment else "ref"] = ref_slot
-        second_moment_slots = {"exp_avg_sq": Slot("mn")} if self.second_moment else {}
-        return {**slots, **second_moment_slots}, {**slots, **second_moment_slots}
-
+    @override
     def update(self, A: Member, B: Member) -> Steps:
         """A first; then B, with the new A but the gradient that was taken at the old one."""
         for w, other in ((A, B), (B, A)):
@@ -95,18 +86,6 @@ class AltLoRARule(LoRARule):
                 S = gram(X)
                 T = transport(S, self.inverse(S), cross_gram(X, old.to(X.dtype)))
                 carry.copy_(product(T, carry))
-
-    def is_active(self, w: Member) -> bool:
-        """Whether it is this factor's turn."""
-        if self.schedule == "both":
-            return True
-        others = (w.t - 1) // self.switch_every % 2 == 1
-        return others != (self.first == self.members[w.number])
-
-    def inverse(self, S: Tensor) -> Tensor:
-        """(S + delta I)^-1, zero for S = 0: no step of one factor moves W while the other is 0."""
-        relative = self.delta_mode == "relative"
-        return damped_inverse(S, 0.0 if relative else self.delta, self.delta if relative else 0.0)
 
     def factor_step(self, w: Member, other: Member) -> Steps:
         """The step of one factor, in A's letters: w is A (r, n), X is B (m, r)."""
@@ -122,14 +101,14 @@ class AltLoRARule(LoRARule):
             ref = as_A(other.state["ref"], w)
             C = cross_gram(X, ref)
             ref.copy_(X)
-        T, K, clock, nonzero, debias = yield BatchedCall(self.small_solves, (S, C, state["count"]))
-        state["count"].copy_(clock)
+        T, K, count, nonzero, debias = yield BatchedCall(self.small_solves, (S, C, state["count"]))
+        state["count"].copy_(count)
         if self.second_moment is None:
             N = left_matmul(T, M)
             add_product_(N, K, G)
             U = M.copy_(N)
         else:
-            U, debias = self.adam_direction(w, M, left_matmul(K, G), T, clock), nonzero
+            U, debias = self.adam_direction(w, M, left_matmul(K, G), T, count), nonzero
         U, lr_factor = as_A(U, w), self.lr_factor_b if w.number else 1.0
         term = Scaled(U, debias) if self.max_rel_step is None else Dense(U * debias)
         yield w.step(
@@ -137,33 +116,71 @@ class AltLoRARule(LoRARule):
         )
 
     def small_solves(self, S: Tensor, C: Tensor, count: Tensor) -> tuple[Tensor, ...]:
-        """All that is r x r, of many pairs: b1 T, (1 - b1) K / s^2, the clock, its correction."""
+        """All that is r x r, of many pairs.
+
+        Args:
+            S: X^T X, (K, r, r).
+            C: X^T X_old; under ``compact_alignment`` the carried T itself.
+            count: Steps of this factor so far, (K, 1, 1).
+
+        Returns:
+            b1 T; (1 - b1) K / s^2, in AltLoRA+ K / s^2; the new count; 1 where X is not zero, else
+            0; and the bias correction of M.
+        """
         b1 = self.betas[0]
         inverse, nonzero = self.inverse(S), is_nonzero(S)
-        transport_fn = product if self.published else partial(transport, S)
-        T = C if self.compact_alignment else transport_fn(inverse, C)
-        clock = count + (1 if self.published else nonzero.to(count.dtype))
+        if self.compact_alignment:
+            T = C
+        elif self.published:
+            T = product(inverse, C)
+        else:
+            T = transport(S, inverse, C)
+        count = count + (1 if self.published else nonzero.to(count.dtype))
         nonzero = nonzero.to(S.dtype)  # a bool times 0.9 is a float32
         s2 = self.s**2 if self.scale_aware and not self.published else 1.0
         share = 1.0 if self.second_moment else 1 - b1
-        return (
-            T * (nonzero * b1),
-            inverse * (share / s2),
-            clock,
-            nonzero,
-            debias_factor(clock, b1, S.dtype),
-        )
+        debias = debias_factor(count, b1, S.dtype)
+        return T * (nonzero * b1), inverse * (share / s2), count, nonzero, debias
 
-    def adam_direction(self, w: Member, M: Tensor, Z: Tensor, T: Tensor, clock: Tensor) -> Tensor:
+    def adam_direction(self, w: Member, M: Tensor, Z: Tensor, T: Tensor, count: Tensor) -> Tensor:
         """AltLoRA+: Adam's direction of Z, the first moment carried along, the second not."""
         (b1, b2), V = self.betas, as_A(w.state["exp_avg_sq"], w)
         N = left_matmul(T, M).add_(Z, alpha=1 - b1)
         # the published code carries M for the step only, and does not correct V
         M.mul_(b1).add_(Z, alpha=1 - b1) if self.published else M.copy_(N)
         V.mul_(b2).add_(Z.square(), alpha=1 - b2)
-        c1, c2 = debias_factor(clock, b1, Z.dtype), debias_factor(clock, b2, Z.dtype)
+        c1, c2 = debias_factor(count, b1, Z.dtype), debias_factor(count, b2, Z.dtype)
         eps = self.eps if self.eps is not None else 1e-4 if self.published else 1e-8
         return N.mul_(c1).div_((V if self.published else V * c2).sqrt().add_(eps))
+
+    def inverse(self, S: Tensor) -> Tensor:
+        """(S + delta I)^-1, zero for S = 0: no step of one factor moves W while the other is 0."""
+        relative = self.delta_mode == "relative"
+        return damped_inverse(S, 0.0 if relative else self.delta, self.delta if relative else 0.0)
+
+    def is_active(self, w: Member) -> bool:
+        """Whether the schedule lets this factor move in this step."""
+        if self.schedule == "both":
+            return True
+        others = (w.t - 1) // self.switch_every % 2 == 1
+        return others != (self.first == self.members[w.number])
+
+    @property
+    def published(self) -> bool:
+        """Whether the published code is followed to the letter."""
+        return self.compat == "reference"
+
+    @override
+    def state(self, *sides: tuple[int, int]) -> tuple[dict[str, Slot], ...]:
+        r = sides[0][0]
+        slots = {"exp_avg": Slot("mn"), "count": Slot("11", dtype=torch.int32)}
+        if self.compact_alignment:
+            slots["carry"] = Slot("rr", fill="eye", r=r)
+        else:
+            slots["ref"] = Slot("mn")  # this factor as the other half last saw it
+        if self.second_moment:
+            slots["exp_avg_sq"] = Slot("mn")
+        return slots, dict(slots)
 
 
 class AltLoRA(PairOptimizer):
@@ -183,35 +200,41 @@ class AltLoRA(PairOptimizer):
     Projections*, arXiv 2505.12455; its published code, and a second one.
 
     Args:
-        groups: A model, its named parameters, or groups as :func:`lora_param_groups` and
+        params: A model, its named parameters, or groups as :func:`lora_param_groups` and
             :func:`pairs_to_groups` make them.
         lr: Learning rate of a step of the full gradient (default: 1e-3).
         betas: Decays of M and, in AltLoRA+, of v (default: (0.9, 0.999)).
         delta: Damping (default: 1e-5).
         schedule: ``"both"`` (default) in every step, or ``"alternate"``, one factor at a time.
-        second_moment: None for AltLoRA (default), ``"elementwise"`` for AltLoRA+.
-        weight_decay: Decoupled weight decay (default: 0).
-        compat: ``"reference"``: as published, without 1 / s^2, with decay after the step; AltLoRA+
-            stores M without carrying it, and has no bias correction of v and eps 1e-4.
-        scale: s of pairs whose group or module names none.
-        eps: Of AltLoRA+; None: 1e-8.
+        second_moment: None (default) for AltLoRA, ``"elementwise"`` for AltLoRA+.
+        weight_decay: Decoupled weight decay (default: 0.0).
+        compat: None (default), or ``"reference"``: as published, without 1 / s^2, with decay after
+            the step; AltLoRA+ stores M without carrying it, and has no bias correction of v and
+            eps 1e-4.
+        scale: s of pairs whose group or module names none; None (default): all must name theirs.
+        eps: Added to the root of v in AltLoRA+. None (default): 1e-8, 1e-4 under ``compat``.
         delta_mode: ``"absolute"`` (default), or ``"relative"`` to the mean eigenvalue of B^T B.
         switch_every: Steps of one factor in ``"alternate"`` (default: 1).
         first: The factor that begins there (default: ``"B"``, as A cannot move while B = 0).
         scale_aware: Whether Z has the 1 / s^2 (default: True); without, lr changes with alpha.
-        max_rel_step: Largest step of a factor relative to its norm; None: any. The first steps of
-            A after B = 0 are as large as A itself however small lr is.
-        compact_alignment: Keep K (B^T B_old), r x r, instead of B_old (default: False). Only the
-            optimizer may change the factors then.
-        lr_ratio_b: Multiplies the learning rate of B; None: 1.
+        max_rel_step: Largest step of a factor relative to its norm. None (default): no limit. The
+            first steps of A after B = 0 are as large as A itself however small lr is.
+        compact_alignment: Whether K (B^T B_old), r x r, is kept instead of B_old (default: False).
+            Only the optimizer may change the factors then.
+        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: For a value out of range, ``compact_alignment`` with ``compat``, a list of bare
+            tensors, a pair whose factors do not fit, or one without a scale.
+        TypeError: For an unknown keyword, or ``params`` given under its old name ``groups`` too.
 
     State per factor: ``exp_avg`` and ``ref``, the factor as the other's half last saw it, both
     like the factor; ``count`` (1 x 1); ``exp_avg_sq`` in AltLoRA+; ``carry`` (r x r) for ``ref``
     under ``compact_alignment``. Peak temporary memory: three matrices of the largest factor.
 
-    What it is not: independent of how B A is split into factors, under damping or in AltLoRA+,
-    whose squares belong to entries. ``"both"`` takes the gradient of B at the old A.
+    Caveat: under damping, and in AltLoRA+, whose squares belong to entries, the step depends on how
+    B A is split into factors. ``"both"`` takes the gradient of B at the old A.
 
     Example:
         >>> import torch
@@ -222,17 +245,18 @@ class AltLoRA(PairOptimizer):
         >>> optimizer.step()
     """
 
+    @accepts_groups
     def __init__(
         self,
-        groups: Any,
+        params: Any,
         lr: float | Tensor = 1e-3,
+        *,
         betas: tuple[float, float] = (0.9, 0.999),
         delta: float = 1e-5,
         schedule: str = "both",
         second_moment: str | None = None,
         weight_decay: float = 0.0,
         compat: str | None = None,
-        *,
         scale: Scale = None,
         eps: float | None = None,
         delta_mode: str = "absolute",
@@ -245,19 +269,26 @@ class AltLoRA(PairOptimizer):
         **options: Unpack[Common],
     ) -> None:
         rule = AltLoRARule(
-            None,
-            lr_ratio_b,
-            betas,
-            delta,
-            schedule,
-            second_moment,
-            eps,
-            delta_mode,
-            switch_every,
-            first,
-            scale_aware,
-            max_rel_step,
-            compact_alignment,
-            compat,
+            betas=betas,
+            delta=delta,
+            schedule=schedule,
+            second_moment=second_moment,
+            compat=compat,
+            eps=eps,
+            delta_mode=delta_mode,
+            switch_every=switch_every,
+            first=first,
+            scale_aware=scale_aware,
+            max_rel_step=max_rel_step,
+            compact_alignment=compact_alignment,
+            lr_ratio_b=lr_ratio_b,
         )
-        super().__init__(groups, rule, lr, weight_decay, scale=scale, **options)
+        super().__init__(params, rule, lr, weight_decay, scale=scale, **options)
+
+
+def as_A(x: Tensor, w: Member) -> Tensor:
+    """Take x as it is for A, transposed for B.
+
+    Formulas are those of A; B's are the same for the transposed W, whose pair is B^T, A^T.
+    """
+    return x.mT if w.number else x

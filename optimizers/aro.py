@@ -1,4 +1,8 @@
-"""ARO: momentum in a rotated frame, where a cheap map of rows, columns or entries is applied."""
+"""ARO: momentum in a rotated frame, where a cheap map of rows, columns or entries is applied.
+
+Read :meth:`ARORule.update` beside the algorithm in :class:`ARO`. :class:`RotationRule` says which
+weights share a rotation, on which side, and how the rotation is found.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,7 @@ from ._core.validation import check, check_at_least, check_choices, check_decays
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import routed, rule_of
 from ._driver.units import units_of
+from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
 
 if TYPE_CHECKING:
@@ -88,17 +93,20 @@ class RotationRule(Rule, abstract=True):
 
     @property
     def handles_nonfinite(self) -> bool:  # type: ignore[override]
-        """Where no factorisation has to wait, and no average of gradients is kept beside M."""
+        """Whether bad gradients may be seen: no factorization waits and no ``gram`` is kept."""
         factorization_waits = self.rotation not in ("qr", "none") or self.init == "svd"
         return not factorization_waits and self.gram_beta is None
 
     @property
     def refresh_interval(self) -> int:
-        """A rotation of every step needs no refresh, for which the host would wait."""
+        """Updates between rotations; 0 for one in every step, since the host waits in a refresh."""
         return 0 if self.rotation_every == 1 else self.rotation_every
 
     def transposed_members(self, sides: Sequence[tuple[int, int]]) -> tuple[bool, ...]:
-        """Bring the side that is rotated to the rows: of all that share it the shortest."""
+        """Whether each member is transposed, so that the side to rotate lies on the rows.
+
+        Under ``side="auto"`` this is the shortest side that all members share.
+        """
         if not isinstance(self.side, str):
             valid = len(self.side) == len(sides)
             check(
@@ -116,7 +124,7 @@ class RotationRule(Rule, abstract=True):
         return tuple(m != min(shared) for m, _ in sides)
 
     def state(self, *sides: Any) -> Any:
-        """Slots of the members; see :meth:`Rule.state`."""
+        """Slots of the members of a unit, whose rotated sides must be equal."""
         if isinstance(sides[0], int):
             return self.member_slots(True)
         rows = sorted({m for m, _ in sides})
@@ -127,23 +135,24 @@ class RotationRule(Rule, abstract=True):
         """Slots of one member; the rotation lies with the first."""
         slots = {"momentum_buffer": Slot("mn")}
         if first and self.rotation != "none":
-            slots["rotation"] = Slot("mm", "full", fill="eye")  # turns what it touches
+            # full precision, since its rounding would enter M and the step
+            slots["rotation"] = Slot("mm", "full", fill="eye")
         if first and self.gram_beta is not None:
             slots["gram"] = Slot("mm")
         return slots
 
     def rotation_due(self, first: Member) -> bool:
-        """Whether the rotation of this unit is found anew in this update."""
+        """Whether this update computes a new rotation for the unit."""
         return self.rotation != "none" and (self.refresh_interval == 0 or first.age == 0)
 
     def updated_gram(self, gram: Tensor, S: Tensor) -> Tensor:
-        """The average of G G^T moved by S (K, m, m), unless that is too large to be added."""
+        """The average of G G^T moved towards S (K, m, m), or left where S is too large to add."""
         assert self.gram_beta is not None
         largest = torch.maximum(-S.amin((-2, -1)), S.amax((-2, -1))).view(-1, 1, 1)
         return ema(gram, torch.where(largest <= max_safe_value(gram, S), S, gram), self.gram_beta)
 
     def next_rotation(self, A: Tensor, R: Tensor) -> Tensor:
-        """The rotation that A (K, m, m) asks for; R (K, m, m) where it leaves it open."""
+        """The rotation R(A) (K, m, m); in directions that a singular A leaves open, the old R."""
         if self.rotation == "eigh":
             return eigenbasis(A, R)
         if self.rotation == "polar":
@@ -178,13 +187,13 @@ class ARORule(RotationRule):
         )
 
     def member_slots(self, first: bool) -> dict[str, Slot]:
-        """Adam's second moment lives in the rotated frame and is not turned with it."""
+        """Slots of one member; Adam's second moment stays as it is when the frame rotates."""
         return super().member_slots(first) | (
             {"exp_avg_sq": Slot("mn")} if self.base == "adam" else {}
         )
 
     def update(self, *members: Member) -> Iterator[Direction]:
-        """One step for a stack of units; a member without a gradient sits out."""
+        """One step of K equal units; a member without a gradient is left out."""
         check_equal_stacks([len(w.state["momentum_buffer"]) for w in members])
         ws = [w for w in members if w.grad is not None]
         Ms = [self.momentum_of(w) for w in ws]  # (K, m, n) each
@@ -198,11 +207,11 @@ class ARORule(RotationRule):
             if self.rms_target is not None:  # the mean square of R F is that of F
                 mean = w.reductions.both(total(column_squares(F))).div_(w.m * w.n)
                 F.mul_(torch.where(mean > 0, self.rms_target * mean.rsqrt(), 0.0))
-            lr_factor = 0.2 * math.sqrt(max(w.m, w.n)) if self.adjust_lr_fn else 1.0
+            lr_factor = adjust_lr(self.adjust_lr_fn or "none", w.m, w.n, min(w.m, w.n))
             yield w.step(Dense(F) if R is None else Factored(R, F), lr_factor=lr_factor)
 
     def momentum_of(self, w: Member) -> Tensor:
-        """M (K, m, n)."""
+        """The momentum M (K, m, n) of this step."""
         assert w.grad is not None
         return momentum_step(
             w.state["momentum_buffer"], w.grad, self.momentum, self.nesterov, finite=w.finite
@@ -211,7 +220,7 @@ class ARORule(RotationRule):
     def current_rotation(
         self, first: Member, ws: Sequence[Member], Ms: Sequence[Tensor], cs: Sequence[Tensor]
     ) -> Tensor:
-        """The rotation R (K, m, m) of this step, found anew if that is due."""
+        """The rotation R (K, m, m) of this step, computed anew where that is due."""
         stored = first.state["rotation"]
         R = stored.to(Ms[0].dtype)
         if self.init == "svd" and first.t == 1:
@@ -236,7 +245,7 @@ class ARORule(RotationRule):
     def base_map(
         self, w: Member, M: Tensor, R: Tensor | None, c: Tensor, store_moment: bool = False
     ) -> Tensor:
-        """F = f(R^T M) (K, m, n), a new tensor; `keep` stores the second moment that saw it."""
+        """F = f(R^T M) (K, m, n), a new tensor; ``store_moment`` stores the new second moment."""
         X = M if R is None else w.reductions.rows(product((R * c).mT, M))
         if self.base != "adam":
             if self.base == "sinkhorn":
@@ -263,7 +272,7 @@ def _cross_gram_sum(ws: Sequence[Member], pairs: Iterable[tuple[Tensor, Tensor]]
 def check_shared_rotations(
     groups: list[dict[str, Any]], first: int, default_rule: type[Rule]
 ) -> None:
-    """Refuse and take out groups from a first one on if weights cannot share their rotations."""
+    """Remove the groups from a first one on and raise if weights cannot share their rotations."""
     try:
         for i, group in enumerate(groups[first:], first):
             rule = rule_of(group, default_rule)
@@ -287,14 +296,14 @@ def check_equal_stacks(counts: Sequence[int]) -> None:
 
 
 def max_safe_value(*Xs: Tensor) -> float:
-    """What all of these dtypes hold, and a difference of two such."""
+    """A quarter of the smallest dtype maximum: sums and differences cannot overflow."""
     return min(torch.finfo(X.dtype).max for X in Xs) / 4
 
 
 class ARO(StackedOptimizer):
-    """ARO: a cheap map in a rotated frame, which the map itself turns.
+    """ARO: a cheap map in a rotated frame, which the map itself rotates.
 
-    For each matrix W with gradient G (m x n, turned so that the side to rotate is on the rows)::
+    For each matrix W with gradient G (m x n, transposed so that the side to rotate is the rows)::
 
         M <- M + (1 - momentum) (G - M)
         A  = M f(R^T M)^T                     m x m: how the mapped momentum lies to the momentum
@@ -305,7 +314,7 @@ class ARO(StackedOptimizer):
     Sources: *ARO: A New Lens On Matrix Optimization For Large Models*, arXiv 2602.09006, known from
     summaries: the idea, A and R, ``"adam"``, the RMS, sharing, sides. Maps, momentum and the order
     of steps are those of a third-party implementation (``microsoft/dion``), whose recorded steps
-    are tested; Sinkhorn, arXiv 2502.06742. Relative clamps, what a singular A leaves open, ``init``
+    are tested; Sinkhorn, arXiv 2502.06742. Relative clamps, the treatment of a singular A, ``init``
     and ``gram_beta`` are additions.
 
     Args:
@@ -315,36 +324,43 @@ class ARO(StackedOptimizer):
         weight_decay: Decoupled weight decay (default: 0.1).
         base: f: ``"sinkhorn"`` (default); ``"row_norm"``, rows to norm sqrt(n); ``"sign"``;
             ``"adam"``, X / (sqrt(V) + eps) with the running average V of X * X.
-        rotation: ``"qr"`` (default); ``"polar"``, the orthogonal factor of A; ``"eigh"``,
+        rotation: R(A): ``"qr"`` (default); ``"polar"``, the orthogonal factor of A; ``"eigh"``,
             eigenvectors of M M^T; ``"none"``, R = I. ``"eigh"`` and ``"polar"`` wait for a device.
         rotation_every: Updates between two rotations (default: 1).
         rotation_sharing: ``"per_param"`` (default); ``"chain"``, one rotation for every ``layer``
             consecutive weights of a group, by the sum of their A; ``"global"``, one for a group.
-        rms_target: Root mean square of D (default: 0.2); None: as f leaves it, 1 for most.
+        rms_target: Root mean square of D (default: 0.2). None: as f leaves it, 1 for most.
         layer: Weights of a chain (default: 1).
-        side: Which side of a weight is rotated: ``"rows"``, ``"cols"`` or ``"auto"`` (default),
-            the shorter one, or the one that all weights of a unit have; ties: rows. Best is the
-            residual stream: ``"rows"`` for what writes to it, ``"cols"`` for what reads it
+        side: Side of a weight that is rotated: ``"rows"``, ``"cols"`` or ``"auto"`` (default), the
+            shorter one, or the one that all weights of a unit have; of equal sides the rows. Best
+            is the residual stream: ``"rows"`` for what writes to it, ``"cols"`` for what reads it
             (nn.Linear). Shared rotations take a list, one side per weight. Under ``"auto"`` a
             model tells it for every weight of which it is known, unless the other one is shorter.
         nesterov: Look ahead by one gradient (default: False).
         init: First R: ``"identity"`` (default) or ``"svd"``, left singular vectors of the first M.
         iterations: Rounds of ``"sinkhorn"`` (default: 5).
-        beta2: Decay of V (default: 0.95).
-        eps: Added to sqrt(V) (default: 1e-8).
-        gram_beta: With ``"eigh"``, decay of an average of G G^T to take, not M M^T (default: None).
+        beta2: Decay of V, for ``"adam"`` (default: 0.95).
+        eps: Added to sqrt(V), for ``"adam"`` (default: 1e-8).
+        gram_beta: For ``"eigh"``: decay of an average of G G^T that takes the place of M M^T
+            (default: None, no average).
         adjust_lr_fn: With ``rms_target=None``: ``"match_rms_adamw"`` multiplies D by
-            0.2 sqrt(max(m, n)), as published for maps of another scale; None (default): by 1.
+            0.2 sqrt(max(m, n)), as published for maps of another scale (default: None, by 1).
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: If an argument is out of range, unknown, or excluded by another one, or if
+            weights of a unit share no side to rotate; the text names it.
+        TypeError: If a keyword is unknown.
 
     State: ``momentum_buffer`` (like W), ``rotation`` (m x m; with the first weight that shares it),
     for ``"adam"`` ``exp_avg_sq`` (like W, in the rotated frame), with ``gram_beta`` ``gram``
     (m x m), and ``step``; float32. Peak temporary memory: two m x n and three m x m matrices.
 
-    What it is not: ascent. On a steady M ``"polar"`` never lowers <M, D> for an exact f (not
-    ``"adam"``), ``"qr"`` often does; with ``"row_norm"`` it tends to singular vectors, where <M, D>
-    is smallest and ARO is Muon. Savings over AdamW and Muon were not reproduced. A side m > n
-    leaves R open in m - n directions, in which it stays as it was, up to rounding.
+    Caveat: <M, D> may fall from step to step. On a steady M ``"polar"`` keeps it from falling for
+    an exact f (all but ``"adam"``), ``"qr"`` often lets it fall; with ``"row_norm"`` R tends to
+    singular vectors, where <M, D> is smallest and ARO is Muon. Savings over AdamW and Muon were
+    not reproduced. A side m > n leaves R open in m - n directions, in which R stays as it was, up
+    to rounding.
 
     Example:
         >>> import torch
@@ -359,6 +375,7 @@ class ARO(StackedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
+        *,
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         base: str = "sinkhorn",
@@ -378,21 +395,21 @@ class ARO(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         rule = ARORule(
-            rotation,
-            rotation_every,
-            rotation_sharing,
-            layer,
-            side,
-            init,
-            gram_beta,
-            momentum,
-            base,
-            rms_target,
-            nesterov,
-            iterations,
-            beta2,
-            eps,
-            adjust_lr_fn,
+            rotation=rotation,
+            rotation_every=rotation_every,
+            rotation_sharing=rotation_sharing,
+            layer=layer,
+            side=side,
+            init=init,
+            gram_beta=gram_beta,
+            momentum=momentum,
+            base=base,
+            rms_target=rms_target,
+            nesterov=nesterov,
+            iterations=iterations,
+            beta2=beta2,
+            eps=eps,
+            adjust_lr_fn=adjust_lr_fn,
         )
         super().__init__(params, rule, lr, weight_decay, **options)
 

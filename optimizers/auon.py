@@ -1,19 +1,22 @@
-"""AuON: momentum of unit norm, if wanted after a Newton-Schulz step."""
+"""AuON: momentum divided by its norm; its hybrid takes Newton-Schulz steps after that."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..kernels import polar_factor
 from ._core.rule import Direction, Member, Rule, Scaled, Slot
 from ._core.validation import check, check_choices
 from ._driver.optimizer import StackedOptimizer
+from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import momentum_step
+from ._toolkit.norm_floor import check_norm_floor, norm_floor
 from ._toolkit.power_sums import momentum_norms, norms_of, series_length, to_float64
 
 if TYPE_CHECKING:
@@ -22,8 +25,9 @@ if TYPE_CHECKING:
     from ._driver.param_groups import Common
 
 ADJUST_LR_FNS = ("match_rms_adamw", "aspect", "none")
-NORM_EPS, RMS_EPS = 1e-7, 1e-8  # added to norms, and to r, where they divide
-QUINTIC_BOUND = 1.21  # of the singular values of Y: the quintic is below it on [0, QUINTIC_BOUND]
+PUBLISHED_EPS = 1e-7  # added to the norms of the published code
+RMS_EPS = 1e-8  # added to r, which is 1 or more
+QUINTIC_BOUND = 1.21  # of the singular values of Y: the quintic maps [0, 1.21] into itself
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class AuONRule(Rule):
     ns_steps: int = 0
     adjust_lr_fn: str = "match_rms_adamw"
     init_norm: str = "fro"
+    eps: float | None = None
 
     def __post_init__(self) -> None:
         check(0.0 <= self.momentum < 1.0, f"momentum must be in [0, 1), got {self.momentum}")
@@ -60,18 +65,23 @@ class AuONRule(Rule):
             self.init_norm == "fro" or self.ns_steps > 0,
             "init_norm is what Newton-Schulz starts from; it needs ns_steps=1 or more",
         )
+        check_norm_floor(self.eps)
 
     @property
     def cosh_scale(self) -> float:
         """What multiplies the argument of cosh."""
         return self.gamma or (1.0 if self.variant == "paper" else 1.5)
 
+    def norm_eps(self, dtype: torch.dtype) -> float:
+        """What is added to norms of tensors of this dtype."""
+        return norm_floor(self.eps, dtype, PUBLISHED_EPS if self.variant == "repo2026" else None)
+
     def state(self, m: int, n: int) -> dict[str, Slot]:
         """The buffer."""
         return {"momentum_buffer": Slot("mn")}
 
     def update(self, w: Member) -> Direction:
-        """One step for a stack; nothing is asked of the device, a zero V gives a zero step."""
+        """One step of K equal weights; the host never waits, and a zero V gives a zero step."""
         assert w.grad is not None
         if self.ns_steps:
             return self.hybrid(w)
@@ -79,20 +89,19 @@ class AuONRule(Rule):
         work = torch.promote_types(torch.promote_types(B.dtype, G.dtype), torch.float32)
         M = B.to(work)  # (K, m, n), the buffer itself where it is as wide
         terms = series_length(w.m * w.n, self.cosh_scale)
-        V = momentum_norms(
-            M, G, mu, self.nesterov, terms, w.finite
-        )  # its sums; it need not be whole
+        # only sums of V are taken, so V need not be whole
+        V = momentum_norms(M, G, mu, self.nesterov, terms, w.finite)
         if M is not B:
             B.copy_(M)
-        size = V.norm(w.reductions) + NORM_EPS
+        norm = V.norm(w.reductions) + self.norm_eps(work)  # (K, 1, 1)
         step_scale = 1.0 / (
-            self.rms_cosh(V.sinh_squares(self.cosh_scale / size, w.reductions), w) + RMS_EPS
+            self.rms_cosh(V.sinh_squares(self.cosh_scale / norm, w.reductions), w) + RMS_EPS
         )
         if self.variant == "paper":  # the other variant divides V itself by rms(cosh)
-            step_scale = step_scale * self.lr_factor(w.m, w.n) / size
+            step_scale = step_scale * self.lr_factor(w.m, w.n) / norm
         if not self.nesterov:
-            return w.step(Scaled(M, step_scale.to(M.dtype)))
-        shares = (step_scale * (1 - mu)).to(M.dtype), (step_scale * mu).to(M.dtype)
+            return w.step(Scaled(M, _finite_scale(step_scale, M.dtype)))
+        shares = [_finite_scale(step_scale * share, M.dtype) for share in (1 - mu, mu)]
         return w.step(Scaled(G, shares[0]), Scaled(M, shares[1]))
 
     def hybrid(self, w: Member) -> Direction:
@@ -100,34 +109,34 @@ class AuONRule(Rule):
         assert w.grad is not None
         B = w.state["momentum_buffer"]
         V = momentum_step(B, w.grad, self.momentum, self.nesterov, finite=w.finite)  # (K, m, n)
-        inverse_sqrt_norm = (norms_of(V, 1).norm(w.reductions) + NORM_EPS).rsqrt().to(V.dtype)
-        X = (
-            V.mul_(inverse_sqrt_norm) if self.nesterov else V * inverse_sqrt_norm
-        )  # then again, since 1 / |V| may vanish
+        eps = self.norm_eps(V.dtype)
+        inverse_sqrt_norm = (norms_of(V, 1).norm(w.reductions) + eps).rsqrt().to(V.dtype)
+        # the root is multiplied by twice, since 1 / |V| may vanish
+        X = V.mul_(inverse_sqrt_norm) if self.nesterov else V * inverse_sqrt_norm
         del V
         Y = w.reductions.on_full_matrix(self.whiten, X.mul_(inverse_sqrt_norm))
         del X
-        paper, max_square_sum = self.variant == "paper", min(w.m, w.n)
-        if paper and self.adjust_lr_fn == "match_rms_adamw":  # rms(cosh) would cancel
-            step_scale = self.lr_factor(w.m, w.n) / (norms_of(Y, 1).norm(w.reductions) + NORM_EPS)
-        elif paper:
-            power_sums = norms_of(
-                Y, series_length(w.m * w.n, QUINTIC_BOUND * self.cosh_scale, max_square_sum)
+        return w.step(Scaled(Y, _finite_scale(self.hybrid_scale(w, Y, eps), Y.dtype)))
+
+    def hybrid_scale(self, w: Member, Y: Tensor, eps: float) -> Tensor:
+        """What multiplies Y (K, m, n) in the hybrid's step, (K, 1, 1)."""
+        entries, c = w.m * w.n, self.cosh_scale
+        if self.variant == "repo2026":  # r of Y / |Y|
+            sums = norms_of(Y, series_length(entries, c))
+            factor, cosh_scale = 1.0, c / (sums.norm(w.reductions) + eps)
+        elif self.adjust_lr_fn == "match_rms_adamw":  # r cancels
+            return self.lr_factor(w.m, w.n) / (norms_of(Y, 1).norm(w.reductions) + eps)
+        else:  # r of Y, whose squares sum to min(m, n) * QUINTIC_BOUND^2 at most
+            sums = norms_of(Y, series_length(entries, QUINTIC_BOUND * c, min(w.m, w.n)))
+            factor, cosh_scale = (
+                self.lr_factor(w.m, w.n),
+                torch.full_like(to_float64(Y[:, :1, :1]), c),
             )
-            c = torch.full_like(to_float64(Y[:, :1, :1]), self.cosh_scale)
-            step_scale = self.lr_factor(w.m, w.n) / (
-                self.rms_cosh(power_sums.sinh_squares(c, w.reductions), w) + RMS_EPS
-            )
-        else:
-            power_sums = norms_of(Y, series_length(w.m * w.n, self.cosh_scale))
-            c = self.cosh_scale / (power_sums.norm(w.reductions) + NORM_EPS)
-            step_scale = 1.0 / (
-                self.rms_cosh(power_sums.sinh_squares(c, w.reductions), w) + RMS_EPS
-            )
-        return w.step(Scaled(Y, step_scale.to(Y.dtype)))
+        r = self.rms_cosh(sums.sinh_squares(cosh_scale, w.reductions), w)
+        return factor / (r + RMS_EPS)
 
     def whiten(self, X: Tensor) -> Tensor:
-        """Newton-Schulz on X (K, m, n) of norm 1 at most, which eps=1 leaves as it is."""
+        """Newton-Schulz steps on X (K, m, n), whose norm of 1 at most eps=1 leaves as it is."""
         norm = "frobenius" if self.init_norm == "fro" else "rowsum"
         return polar_factor(X, "ns5", steps=self.ns_steps, eps=1.0, norm=norm)
 
@@ -136,10 +145,13 @@ class AuONRule(Rule):
         return (1.0 + sinh_squares / (w.m * w.n)).sqrt()
 
     def lr_factor(self, m: int, n: int) -> float:
-        """What multiplies lr in the update, never in the decay."""
-        if self.adjust_lr_fn == "match_rms_adamw":
-            return 0.2 * math.sqrt(m * n)
-        return math.sqrt(max(1.0, m / n)) if self.adjust_lr_fn == "aspect" else 1.0
+        """What multiplies lr in the update of a step of norm 1, never in the decay."""
+        return adjust_lr(self.adjust_lr_fn, m, n, rank=1)
+
+
+def _finite_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale in a narrower dtype; one over the norm of zeros, times lr, stays finite there."""
+    return scale.clamp(max=torch.finfo(dtype).max / 1024).to(dtype)
 
 
 class AuON(StackedOptimizer):
@@ -148,7 +160,7 @@ class AuON(StackedOptimizer):
     For each matrix W (m x n) with gradient G, N = m n::
 
         M <- momentum M + (1 - momentum) G
-        V  = (1 - momentum) G + momentum M  if nesterov else  M;   X = V / (|V|_F + 1e-7)
+        V  = (1 - momentum) G + momentum M  if nesterov else  M;   X = V / (|V|_F + eps)
         r  = sqrt(mean(cosh(gamma X)^2))                       U = X / (r + 1e-8)
         W <- (1 - lr * weight_decay) W - lr * s * U            s = 0.2 sqrt(N), so RMS 0.2 / r
         hybrid: Y = ns_steps Newton-Schulz steps on X, r of Y, U = Y / r;  s = 0.2 sqrt(N) / |U|_F
@@ -163,23 +175,30 @@ class AuON(StackedOptimizer):
         weight_decay: Decoupled weight decay (default: 0).
         variant: ``"paper"`` (default) as above; ``"repo2026"``, the later published code:
             U = V / r, without a norm and without s, and in the hybrid r of Y / |Y|_F.
-        gamma: Inside cosh; None (default): 1, for ``"repo2026"`` 1.5.
+        gamma: Factor inside cosh (default: None, which is 1, for ``"repo2026"`` 1.5).
         ns_steps: 0 (default), or the steps of the hybrid; the paper's has 1.
         adjust_lr_fn: s: ``"match_rms_adamw"`` (default), ``"aspect"`` sqrt(max(1, m / n)) as
             published, ``"none"`` 1. ``"repo2026"`` has none.
         init_norm: What the hybrid divides V by before the steps: ``"fro"`` (default) its norm, as
-            published, or ``"spectral-bound"`` the smaller ||V V^T||_inf^(1/2), still no singular
-            value, so that one step acts where it bends.
+            published, or ``"spectral-bound"`` the smaller ||V V^T||_inf^(1/2), an upper bound of
+            the largest singular value, so that one step acts where the quintic bends.
+        eps: Added to norms that divide. None (default): the smallest normal number of the dtype;
+            for ``"repo2026"`` the published 1e-7.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: If an argument is out of range, unknown, or excluded by another one; the text
+            names it.
+        TypeError: If a keyword is unknown.
 
     State: ``momentum_buffer`` (like W, float32) and ``step``. Peak temporary memory: panels, for
     small matrices four of their stack; of the hybrid five matrices.
 
-    What it is not: a reconditioning. r is between 1 and 1 + gamma^2 / N or so, exactly 1 in float32
-    for a large layer, so plain AuON is momentum SGD with one step length per matrix: the direction,
-    singular vectors and condition number of V. In its author's tables it loses to AdamW on
-    language. ``"repo2026"`` is not even normalised: its step grows with the loss. The hybrid's
-    step is nearly linear too where |V|_F is far above the largest singular value.
+    Caveat: r is between 1 and 1 + gamma^2 / N or so, exactly 1 in float32 for a large layer, so
+    plain AuON is momentum SGD with one step length per matrix: the direction, singular vectors and
+    condition number are those of V. In its author's tables it loses to AdamW on language. Under
+    ``"repo2026"`` the step grows with the loss. The hybrid's step is nearly linear too where |V|_F
+    is far above the largest singular value.
 
     Example:
         >>> import torch
@@ -194,6 +213,7 @@ class AuON(StackedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
+        *,
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.0,
@@ -202,7 +222,32 @@ class AuON(StackedOptimizer):
         ns_steps: int = 0,
         adjust_lr_fn: str = "match_rms_adamw",
         init_norm: str = "fro",
+        eps: float | None = None,
         **options: Unpack[Common],
     ) -> None:
-        rule = AuONRule(momentum, nesterov, variant, gamma, ns_steps, adjust_lr_fn, init_norm)
+        rule = AuONRule(
+            momentum=momentum,
+            nesterov=nesterov,
+            variant=variant,
+            gamma=gamma,
+            ns_steps=ns_steps,
+            adjust_lr_fn=adjust_lr_fn,
+            init_norm=init_norm,
+            eps=eps,
+        )
         super().__init__(params, rule, lr, weight_decay, **options)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(_with_eps(state_dict))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(_with_eps(state))
+
+
+def _with_eps(saved: Any) -> Any:
+    """A checkpoint whose groups have ``eps``: version 0.1 saved none, and added 1e-7."""
+    if not isinstance(saved, Mapping) or "param_groups" not in saved:
+        return saved  # refused where it is read
+    groups = [{"eps": PUBLISHED_EPS, **group} for group in saved["param_groups"]]
+    return {**saved, "param_groups": groups}

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..kernels import dequantize_rows, quantize_rows
 from ._core.rule import AdamFactored, Direction, Member, Rule, Slot
-from ._core.validation import check, check_adam, check_choices, resolve_rank
+from ._core.validation import check_adam, check_at_least, check_choices, resolve_rank
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import warn_user
 from ._toolkit.moments import IndexBasisChange
@@ -23,19 +24,19 @@ if TYPE_CHECKING:
     from ._driver.param_groups import Common
 
 DCT_MOMENT_POLICIES = ("match", "slot", "reset", "keep_if_same")
-CARRIED_KEYS = ("exp_avg", "exp_avg_sq", "age")
+MIN_COMMON_SHARE = {"match": 0.0, "keep_if_same": 0.5, "reset": 2.0}
+"""Share of the indices that must stay for moments to be carried; above 1 none ever are."""
 FEEDBACK_KINDS = (None, "full", "int8", "int4")
-_CODED_PANEL = 2**18  # entries that are coded at a time, so that no buffer of E's size is made
 
 
 @dataclass(frozen=True)
 class DCTAdamWRule(Rule):
     """S = D^T G; I its r largest rows every T updates; N = adam(S[I]); step along D[:, I] N.
 
-    ``refresh`` is left empty: that the driver calls it (G is finite and not zero, the schedule or
-    a first choice that is still open asks for it) is all ``update`` must know, and the coefficients
-    S in which it chooses are those that it goes on with. With T = 1 there is no schedule: every
-    update chooses, no host number decides, so no device is waited for.
+    ``refresh`` stays empty. The driver calls it where G is finite and not zero and a choice is due,
+    which makes ``Member.age`` 0, and ``update`` then chooses by the coefficients S that it needs
+    anyway. With T = 1 there is no schedule: every update chooses, so the host decides nothing and
+    waits for no device.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -55,8 +56,7 @@ class DCTAdamWRule(Rule):
     def __post_init__(self) -> None:
         check_adam(self.betas, self.eps)
         resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
-        gap, text = self.update_proj_gap, "update_proj_gap must be an int of at least 1"
-        check(isinstance(gap, int) and gap >= 1, f"{text}, got {gap!r}")
+        check_at_least(self, int, update_proj_gap=1)
         check_choices(
             self,
             norm=("l1", "l2"),
@@ -68,154 +68,115 @@ class DCTAdamWRule(Rule):
             side=("auto", "left", "right"),
         )
 
-    @property
-    def handles_nonfinite(self) -> bool:  # type: ignore[override]
-        """Without error feedback, whose stores know no flags."""
-        return self.error_feedback is None
+    @override
+    def update(self, w: Member) -> Direction:
+        """S = D^T G + E; choose I; R = S[I]; E <- S with rows I zeroed; step along D[:, I] adam(R).
 
-    @property
-    def refresh_interval(self) -> int:
-        """Updates between two choices, for the driver to count; 0 where every update chooses."""
-        return self.update_proj_gap if self.update_proj_gap > 1 else 0
+        S is made only where all of it is needed: to choose, or for the error feedback.
+        """
+        assert w.grad is not None
+        G = w.grad
+        state = w.state
+        D = self.cosines
+        feedback = self.feedback
+        choose_now = self.refresh_interval == 0 or w.age == 0
+
+        S = None  # (K, m, n)
+        row_scores = None
+        if feedback is not None:  # E is stored as coefficients, so nothing is lifted to be added
+            S = D.transform(G, onto=feedback.load(state, w.n, G.dtype))
+        elif choose_now:
+            S, row_scores = D.spectrum(G)
+        if choose_now and S is not None:
+            self.choose(w, D, S, row_scores)
+
+        index = state["index"].clamp(min=0)  # -1 where none was chosen yet
+        if S is None:
+            R = w.reductions.rows(D.project_onto(G, index))  # (K, r, n)
+        else:
+            R = take_rows(S, index)
+        P = D.selected_columns(index, w.m, R.dtype)  # (K, m, r)
+        if feedback is not None and S is not None:
+            feedback.store(state, clear_rows_(S, index))
+
+        M = state["exp_avg"]
+        V = state["exp_avg_sq"]
+        return w.step(AdamFactored(P, R, M, V, self.adam_step(w), self.betas, self.eps, w.finite))
+
+    def choose(self, w: Member, D: DctProjector, S: Tensor, row_scores: Tensor | None) -> None:
+        """Choose a new index: rows that stay keep their moments and ages, new ones begin at 0."""
+        state = w.state
+        old = state["index"]
+        r = old.shape[-1]
+        new = w.where_finite(D.choose(S, r, old, w.reductions, row_scores), old)
+        if self.moments != "slot":
+            change = IndexBasisChange(old, new)
+            common = (change.source >= 0).sum(-1)
+            too_few_stay = (common < MIN_COMMON_SHARE[self.moments] * r).view(-1, 1, 1)
+            for key in ("exp_avg", "exp_avg_sq", "age"):
+                if key in state:
+                    X = state[key]
+                    X.copy_(w.where_finite(change.apply(X).masked_fill_(too_few_stay, 0), X))
+        if "age" in state:  # a slot that was empty begins now, whatever the policy
+            state["age"].masked_fill_((old < 0).unsqueeze(-1), 0)
+        old.copy_(new)
+
+    def adam_step(self, w: Member) -> int | Tensor:
+        """Adam's t: the ages of the rows, counted here, or the number of the update."""
+        if self.bias_correction == "global":
+            return w.t
+        counted = 1 if w.finite is None else w.finite.to(torch.int32).view(-1, 1, 1)
+        return w.state["age"].add_(counted)
 
     @property
     def cosines(self) -> DctProjector:
         """The system D, one for all matrices of a size."""
         return DctProjector(self.norm, self.basis, self.transform)
 
+    @property
+    def feedback(self) -> ErrorFeedback | None:
+        """The store of E, if ``error_feedback`` names one."""
+        return None if self.error_feedback is None else ErrorFeedback(self.error_feedback)
+
+    @property
+    @override
+    def refresh_interval(self) -> int:
+        """Updates between two choices that the driver counts; 0 where every update chooses."""
+        return self.update_proj_gap if self.update_proj_gap > 1 else 0
+
+    @property
+    @override
+    def handles_nonfinite(self) -> bool:  # type: ignore[override]
+        """True without error feedback, whose store takes no flags."""
+        return self.error_feedback is None
+
+    @override
     def transpose(self, m: int, n: int) -> bool:
         """The shorter side is transformed; of a square, as published, the columns."""
         return m >= n if self.side == "auto" else self.side == "right"
 
+    @override
     def state(self, m: int, n: int) -> dict[str, Slot]:
-        """Numbers instead of a basis; -1 where none was chosen yet."""
         r = resolve_rank(self.rank, m)
         slots = {"index": Slot("r", torch.int32, fill=-1, r=r)}
         if self.bias_correction == "age":
             slots["age"] = Slot("r1", torch.int32, r=r)
-        slots |= {"exp_avg": Slot("rn", r=r), "exp_avg_sq": Slot("rn", r=r)}
-        feedback = make_error_feedback(self.error_feedback)
-        return slots if feedback is None else slots | feedback.slots(n)
+        slots["exp_avg"] = Slot("rn", r=r)
+        slots["exp_avg_sq"] = Slot("rn", r=r)
+        if self.feedback is not None:
+            slots |= self.feedback.slots(n)
+        return slots
 
+    @override
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
-        """The cosines."""
         return self.cosines.shared(m)
-
-    def update(self, w: Member) -> Direction:
-        """One step for a stack; after turning, rows are transformed."""
-        assert w.grad is not None
-        G, D, state, feedback = (
-            w.grad,
-            self.cosines,
-            w.state,
-            make_error_feedback(self.error_feedback),
-        )
-        choose_now, S, row_scores = not self.refresh_interval or w.age == 0, None, None
-        if feedback is not None:  # E waits as coefficients: nothing is lifted to be subtracted
-            S = D.transform(G, onto=feedback.load(state, w.n, G.dtype))  # (K, m, n), D^T G + E
-        elif choose_now:
-            S, row_scores = D.spectrum(G)
-        if choose_now and S is not None:
-            self.choose(w, D, S, row_scores)
-        index = state["index"].clamp(min=0)
-        R = (
-            w.reductions.rows(D.project_onto(G, index)) if S is None else take_rows(S, index)
-        )  # (K, r, n)
-        P = D.selected_columns(index, w.m, R.dtype)  # (K, m, r)
-        if feedback is not None and S is not None:
-            feedback.store(state, clear_rows_(S, index))
-        counted = 1 if w.finite is None else w.finite.to(torch.int32).view(-1, 1, 1)
-        t: int | Tensor = state["age"].add_(counted) if self.bias_correction == "age" else w.t
-        M, V = state["exp_avg"], state["exp_avg_sq"]
-        return w.step(AdamFactored(P, R, M, V, t, self.betas, self.eps, w.finite))
-
-    def choose(self, w: Member, D: DctProjector, S: Tensor, row_scores: Tensor | None) -> None:
-        """A new index; moments and ages follow theirs, and start at 0 where one enters."""
-        state, old = w.state, w.state["index"]
-        new = w.where_finite(D.choose(S, old.shape[-1], old, w.reductions, row_scores), old)
-        change, carried_rows = (
-            IndexBasisChange(old, new),
-            [X for X in map(state.get, CARRIED_KEYS) if X is not None],
-        )
-        min_share = {"reset": 2.0, "keep_if_same": 0.5}.get(self.moments, 0.0)  # share to stay
-        too_few_stay = (change.source >= 0).sum(-1) < min_share * old.shape[-1]
-        for X in carried_rows if self.moments != "slot" else ():
-            X.copy_(change.apply(X).masked_fill_(too_few_stay.view(-1, 1, 1), 0))
-        if "age" in state:  # a slot that was empty begins now, whatever the policy
-            state["age"].masked_fill_((old < 0).unsqueeze(-1), 0)
-        old.copy_(new)
-
-
-@dataclass(frozen=True)
-class ErrorFeedback:
-    """A store for one matrix E (m, n) per weight: exact, or codes with a range for every row.
-
-    Attributes:
-        kind: ``"full"`` (in the state's dtype), ``"int8"`` or ``"int4"``.
-    """
-
-    kind: str
-
-    @property
-    def bits(self) -> int:
-        """Bits per entry of the quantised kinds."""
-        return 8 if self.kind == "int8" else 4
-
-    def slots(self, n: int) -> dict[str, Slot]:
-        """State of a matrix with n columns: m n floats, or m n (m n / 2) bytes and 2 m floats."""
-        if self.kind == "full":
-            return {"error": Slot("mn")}
-        row, byte = torch.float32, torch.uint8
-        codes = Slot("mn", byte) if self.kind == "int8" else Slot("mh", byte, h=(n + 1) // 2)
-        return {"error": codes, "error_low": Slot("m1", row), "error_high": Slot("m1", row)}
-
-    def load(self, state: Mapping[str, Tensor], n: int, dtype: torch.dtype) -> Tensor:
-        """E (K, m, n) in this dtype: the state itself where it is kept so, else a new tensor."""
-        E = state["error"]
-        if self.kind == "full":
-            return E.to(dtype)
-        low, high = state["error_low"], state["error_high"]
-        shape = (*E.shape[:-1], n)  # codes of 8 bits lie in memory as the weight does
-        weight_shaped = E.shape == shape
-        out = (
-            torch.empty_like(E, dtype=dtype) if weight_shaped else low.new_empty(shape, dtype=dtype)
-        )
-        for i in _row_panels(out):
-            part = dequantize_rows(E[:, i], low[:, i], high[:, i], self.bits, n)
-            out[:, i].copy_(part)
-        return out
-
-    def store(self, state: Mapping[str, Tensor], E: Tensor) -> None:
-        """Keep E (K, m, n); nothing happens if it is the state itself."""
-        stored = state["error"]
-        if self.kind == "full":
-            if stored is not E:
-                stored.copy_(E)
-            return
-        for i in _row_panels(E):
-            codes, low, high = quantize_rows(E[:, i].float(), self.bits)
-            stored[:, i].copy_(codes)
-            state["error_low"][:, i].copy_(low)
-            state["error_high"][:, i].copy_(high)
-
-
-def make_error_feedback(kind: str | None) -> ErrorFeedback | None:
-    """The store that a user names in ``error_feedback=``."""
-    return None if kind is None else ErrorFeedback(kind)
-
-
-def _row_panels(X: Tensor) -> list[slice]:
-    """Rows of X (K, m, n) in pieces of one size."""
-    K, m, n = X.shape
-    carried_rows = max(1, _CODED_PANEL // (K * n))
-    return [slice(i, i + carried_rows) for i in range(0, m, carried_rows)]
 
 
 class DCTAdamW(StackedOptimizer):
     """DCT-AdamW: Adam's moments for r cosines of the gradient, without any factorisation.
 
-    For each matrix W with gradient G (m x n, turned so that m <= n; a square is turned), D the
-    orthonormal cosines of length m, one matrix for all weights of that side::
+    For each matrix W with gradient G (m x n, transposed so that m <= n; a square is transposed), D
+    the orthonormal cosines of length m, one matrix for all weights of that side::
 
         S = D^T G + E                     E: error feedback, zero without it
         t = 1, T, 2T, ...:  I <- the r rows of S of largest norm; M, V, ages follow, or begin at 0
@@ -227,41 +188,52 @@ class DCTAdamW(StackedOptimizer):
     Language Models*, arXiv 2505.17967.
 
     Args:
-        params: As for :class:`StackedOptimizer`; where some group names ``rank``, others are AdamW.
+        params: A module, (named) parameters or groups, as :class:`StackedOptimizer` takes them;
+            where some group names ``rank``, the groups without it are AdamW.
         lr: Learning rate (default: 1e-3); there is no further scale.
-        betas: Decays of the moments (default: (0.9, 0.999)).
+        betas: Decays of the two moments (default: (0.9, 0.999)).
         eps: Added to the bias-corrected root (default: 1e-8).
-        weight_decay: Decoupled weight decay (default: 0).
-        rank: r, a count or a fraction of the transformed side (default: 128).
-        update_proj_gap: Updates between two choices, T (default: 1).
-        norm: Norm of a row of S: ``"l1"`` (default, as published) or ``"l2"``, which captures the
-            most of S, at least the share r / m.
-        moments: At a new choice: ``"match"`` (default) rows of equal index, ``"reset"`` all,
-            ``"keep_if_same"`` match where at least half of the indices stay and else reset, or
-            ``"slot"`` leave them where they are, as published: they then belong to other cosines.
-        error_feedback: What the step leaves out waits as E: None (default), ``"full"``, or
-            ``"int8"`` and ``"int4"`` with one range per row of E. Use T >= 10 with it: what was
-            just used is empty in the next step, so T = 1 changes I wholly every time, and matched
-            moments never grow old.
-        bias_correction: ``"age"`` (default): of every row by the updates since it entered;
-            ``"global"``: by t, as published, which moves a new row up to 6.6 times too far.
-        basis: ``"dct2"`` (default), or ``"dct3"``, D transposed, as in the published product path.
-        transform: ``"fft"``, ``"matmul"``, or by length and device ``"auto"`` (default).
-        side: ``"auto"`` (default) transforms the shorter side, ``"left"`` the columns of W (its
-            first dimension), ``"right"`` its rows.
+        weight_decay: Decoupled weight decay (default: 0.0).
+        rank: Number r of cosines (default: 128). An int is a count, a float a fraction of the
+            transformed side.
+        update_proj_gap: Updates T between two choices (default: 1).
+        norm: Norm of a row of S by which it is chosen (default: ``"l1"``, as published). ``"l2"``
+            captures most of S, at least the share r / m.
+        moments: What a new choice does to the moments (default: ``"match"``). ``"match"`` moves
+            rows of equal index, ``"reset"`` zeroes all, ``"keep_if_same"`` matches where at least
+            half of the indices stay and else resets, ``"slot"`` leaves rows where they are, as
+            published, though they belong to other cosines from then on.
+        error_feedback: Store E of what a step leaves out (default: None, no store). ``"full"`` is
+            exact, ``"int8"`` and ``"int4"`` have one range for each row of E. Use T >= 10 with it:
+            rows that were just used are empty in the next step, so T = 1 changes all of I every
+            time and matched moments never grow old.
+        bias_correction: Which clock corrects the moments (default: ``"age"``). ``"age"`` counts for
+            each row the updates since it entered; ``"global"`` uses t, as published, which moves a
+            new row up to 6.6 times too far.
+        basis: The matrix D (default: ``"dct2"``). ``"dct3"`` is its transpose, as in the published
+            code's path by products.
+        transform: How S is made (default: ``"auto"``, by length and device). ``"fft"`` or
+            ``"matmul"`` fixes it.
+        side: Transformed side (default: ``"auto"``, the shorter one). ``"left"`` transforms the
+            columns of W (its first dimension), ``"right"`` its rows.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: For a value out of range.
+        TypeError: For an unknown keyword.
 
     State of an m x n weight, m <= n: ``index`` (r,) and ``age`` (r, 1) int32, ``exp_avg`` and
     ``exp_avg_sq`` (r, n); ``error`` (m, n) float32 in the weight's layout, or uint8 codes (m, n),
     packed (m, ceil(n / 2)), with ``error_low`` and ``error_high`` (m, 1). An index of -1 is not
-    chosen yet. Peak temporary memory: r x n buffers and P (m x r); where S is made (at a choice,
-    or always with feedback) also S, one matrix like W, and panels; ``"full"`` makes S in E.
+    chosen yet. Peak temporary memory: buffers of r x n elements and P (m x r); where S is made (at
+    a choice, or always with feedback) also S, one matrix like W, and panels; ``"full"`` makes S in
+    place of E.
 
-    What it is not: near an SVD on any gradient. Cosines capture as much only where neighbouring
-    rows are alike; else as much as any fixed vectors, about r / m. A gradient of zeros chooses
-    nothing. E is kept as coefficients D^T E, where the published code keeps E itself: in exact
-    arithmetic the same, one product cheaper, what was used stays exactly zero when quantised, and
-    the range of a row is that of one cosine. The published quantisers' slips are not copied.
+    Caveat: cosines come near an SVD only where neighbouring rows are alike; elsewhere they capture
+    as much as any fixed vectors, about r / m. A gradient of zeros chooses nothing. E is stored as
+    the coefficients D^T E, where the published code stores E: equal in exact arithmetic, one
+    product cheaper, exactly zero in rows that were used even when quantized, and with the range of
+    one cosine for each row. The published quantizers' slips are not repeated.
 
     Example:
         >>> import torch
@@ -281,6 +253,7 @@ class DCTAdamW(StackedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
         rank: int | float = 128,
         update_proj_gap: int = 1,
         norm: str = "l1",
@@ -293,31 +266,98 @@ class DCTAdamW(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         rule = DCTAdamWRule(
-            betas,
-            eps,
-            rank,
-            update_proj_gap,
-            norm,
-            moments,
-            error_feedback,
-            bias_correction,
-            basis,
-            transform,
-            side,
+            betas=betas,
+            eps=eps,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            norm=norm,
+            moments=moments,
+            error_feedback=error_feedback,
+            bias_correction=bias_correction,
+            basis=basis,
+            transform=transform,
+            side=side,
         )
         super().__init__(params, rule, lr, weight_decay, **options)
 
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see :class:`StackedOptimizer`; warns where feedback empties the moments."""
         before = len(self.param_groups)
         super().add_param_group(param_group)
         for group in self.param_groups[before:]:
-            policy, has_feedback = (
-                group["moments"],
-                group["error_feedback"] and group["rule"] != "adamw",
-            )
+            policy = group["moments"]
+            has_feedback = group["error_feedback"] and group["rule"] != "adamw"
             if has_feedback and group["update_proj_gap"] == 1 and policy not in ("slot", "reset"):
                 warn_user(
                     "error_feedback with update_proj_gap=1 chooses other cosines at every step, so "
                     f"moments={policy!r} empties them; use update_proj_gap >= 10"
                 )
+
+
+QUANTIZE_PANEL = 2**18
+"""Entries that are quantized at a time, so that no second buffer of E's size is made."""
+
+
+@dataclass(frozen=True)
+class ErrorFeedback:
+    """A store for one matrix E (m, n) per weight: exact, or codes with a range for every row.
+
+    Attributes:
+        kind: ``"full"`` (in the state's dtype), ``"int8"`` or ``"int4"``.
+    """
+
+    kind: str
+
+    @property
+    def bits(self) -> int:
+        """Bits per entry of the quantized kinds."""
+        return 8 if self.kind == "int8" else 4
+
+    def slots(self, n: int) -> dict[str, Slot]:
+        """State of a matrix with n columns: m n floats, or m n (m n / 2) bytes and 2 m floats."""
+        if self.kind == "full":
+            return {"error": Slot("mn")}
+        if self.kind == "int8":
+            codes = Slot("mn", torch.uint8)
+        else:
+            codes = Slot("mh", torch.uint8, h=(n + 1) // 2)
+        row = Slot("m1", torch.float32)
+        return {"error": codes, "error_low": row, "error_high": row}
+
+    def load(self, state: Mapping[str, Tensor], n: int, dtype: torch.dtype) -> Tensor:
+        """E (K, m, n) in this dtype: the state itself where it has that form, else a new tensor."""
+        stored = state["error"]
+        if self.kind == "full":
+            return stored.to(dtype)
+        low = state["error_low"]
+        high = state["error_high"]
+        shape = (*stored.shape[:-1], n)
+        if stored.shape == shape:  # codes of 8 bits have the weight's layout, so E gets it too
+            E = torch.empty_like(stored, dtype=dtype)
+        else:
+            E = low.new_empty(shape, dtype=dtype)
+        for i in _row_panels(E):
+            part = dequantize_rows(stored[:, i], low[:, i], high[:, i], self.bits, n)
+            E[:, i].copy_(part)
+        return E
+
+    def store(self, state: Mapping[str, Tensor], E: Tensor) -> None:
+        """Write E (K, m, n) into the state, unless E is the state itself."""
+        stored = state["error"]
+        if self.kind == "full":
+            if stored is not E:
+                stored.copy_(E)
+            return
+        for i in _row_panels(E):
+            codes, low, high = quantize_rows(E[:, i].float(), self.bits)
+            stored[:, i].copy_(codes)
+            state["error_low"][:, i].copy_(low)
+            state["error_high"][:, i].copy_(high)
+
+
+def _row_panels(X: Tensor) -> list[slice]:
+    """Rows of X (K, m, n) in pieces of one size."""
+    K, m, n = X.shape
+    height = max(1, QUANTIZE_PANEL // (K * n))
+    return [slice(i, i + height) for i in range(0, m, height)]

@@ -1,4 +1,4 @@
-"""Fira: GaLore's step, and what it throws away of the gradient at Adam's scale."""
+"""Fira: GaLore's step, and the residual of its projection scaled as Adam scales the rest."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ._core.rule import LOCAL_REDUCTIONS, Direction, Member, Scaled, Slot
-from ._core.validation import check, check_choices
+from ._core.validation import check, check_at_least, check_choices
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.lowrank import LowRankRule
 from ._toolkit.moments import column_squares, total
@@ -37,96 +38,102 @@ class FiraRule(LowRankRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, variant=("reference", "paper"), scaling=("column", "matrix"))
-        for name, least in (("gamma", 1.0), ("limiter_floor", 0.0)):
-            value = getattr(self, name)
-            check(value >= least, f"{name} must be at least {least}, got {value!r}")
+        check_at_least(self, object, gamma=1, limiter_floor=0)
         check(
             self.variant == "reference" or not self.published,
             "compat='reference' is the published code; it has variant='reference'",
         )
 
-    def state(self, m: int, n: int) -> dict[str, Slot]:
-        """GaLore's, and the norm of the last residual; below zero it is absent."""
-        slots = super().state(m, n)
-        return {**slots, "limiter_norm": Slot("11", fill=-1.0)} if self.limiter else slots
-
+    @override
     def update(self, w: Member) -> Direction:
-        """P N + S in one lift: phi scales columns and so commutes with it."""
+        """R = P^T G; N = adam(R); S = phi (G - a P R), limited; step along a P N + S.
+
+        One lift makes both, since phi scales columns and so commutes with it:
+        a P N + S = a P (N - phi R) + phi G.
+        """
         assert w.grad is not None
-        P, G, state = self.projector, w.grad, w.state
-        R, G2 = P.project_with_squares(
-            state, G, w.reductions
-        )  # (K, r, n), (K, 1, n); P^T G Q is (K, r, r)
+        P = self.projector
+        G = w.grad
+        # (K, r, n) and (K, 1, n); with a basis on both sides R = P^T G Q is (K, r, r)
+        R, G_squares = P.project_with_squares(w.state, G, w.reductions)
         N, factor = self.direction(w, R)
-        N, c = N.mul_(factor) if factor != 1.0 else N, self.bias_factor(w)
-        # the published code has alpha inside the residual, not before it, and c after the limiter
-        a, lr_factor, c = (
-            (1.0, self.alpha, 1.0) if self.variant == "paper" else (self.alpha, 1.0, c)
-        )
-        phi, norm = self.residual_scale(w, G2, R, N, a)
+        if factor != 1.0:
+            N.mul_(factor)
+
+        # the published code has alpha inside the residual, not before the sum of both parts
+        in_paper = self.variant == "paper"
+        a = 1.0 if in_paper else self.alpha
+        lr_factor = self.alpha if in_paper else 1.0
+        phi, S_norm = self.residual_scale(w, R, N, G_squares, a)
         if self.limiter:
+            # the published code limits S before it corrects the bias
+            norm = S_norm if in_paper else S_norm / self.bias_factor(w)
             floor = None if self.published else self.limiter_floor
             phi = phi / norm_growth_limiter(
-                norm / c, state["limiter_norm"], self.gamma, floor, w.finite
+                norm, w.state["limiter_norm"], self.gamma, floor, w.finite
             )
-        lift = P.lift(state, N.sub_(R.mul_(phi)).mul_(a), w.m)  # a P (N - phi R), then phi G
+
+        lift = P.lift(w.state, N.sub_(R.mul_(phi)).mul_(a), w.m)
         return w.step(lift, Scaled(G, phi), lr_factor=lr_factor, decay_last=self.published)
 
     def residual_scale(
-        self, w: Member, G2: Tensor, R: Tensor, N: Tensor, a: float
-    ) -> tuple[Tensor, ...]:
-        """Phi (K, 1, n) and |phi (G - a P R)| (K, 1, 1) by Pythagoras, without that difference."""
-        guard, full = self.compat is None, self.proj_type == "full"
-        R2, N2 = column_squares(R), column_squares(N)
-        cols = LOCAL_REDUCTIONS.cols if full else w.reductions.cols  # with two sides R is whole
-        r2, n2, g2 = cols(total(R2)), cols(total(N2)), w.reductions.cols(total(G2))
-        phi = n2.sqrt() / (r2.sqrt() + NORM_EPS)  # where all of R is round-off it tells no scale:
-        phi = phi.where(r2 > 1e-12 * g2, 0.0) if guard else phi
-        if full or self.scaling == "matrix":
-            R2, G2, cols = r2, g2, LOCAL_REDUCTIONS.cols
+        self, w: Member, R: Tensor, N: Tensor, G_squares: Tensor, a: float
+    ) -> tuple[Tensor, Tensor]:
+        """Compute phi and |phi (G - a P R)|, by Pythagoras and so without that difference.
+
+        Args:
+            w: The member, for its reductions.
+            R: (K, r, n), the projected gradient.
+            N: (K, r, n), Adam's direction.
+            G_squares: (K, 1, n), squared norms of the columns of G.
+            a: What P R is multiplied by.
+
+        Returns:
+            phi: (K, 1, n), or (K, 1, 1) where the whole matrix has one factor.
+            norm: (K, 1, 1).
+        """
+        both_sides = self.proj_type == "full"
+        # a projection on both sides leaves R whole on every rank
+        cols = LOCAL_REDUCTIONS.cols if both_sides else w.reductions.cols
+        R_squares = column_squares(R)
+        N_squares = column_squares(N)
+        R_total = cols(total(R_squares))
+        N_total = cols(total(N_squares))
+        G_total = w.reductions.cols(total(G_squares))
+
+        phi = N_total.sqrt() / (R_total.sqrt() + NORM_EPS)
+        if not self.published:  # an R that is all round-off tells no scale
+            phi = phi.where(R_total > 1e-12 * G_total, 0.0)
+        if both_sides or self.scaling == "matrix":
+            R_squares = R_total
+            G_squares = G_total
+            cols = LOCAL_REDUCTIONS.cols
         else:
-            columns = N2.sqrt() / (R2.sqrt() + NORM_EPS)  # R may miss a column that N remembers:
-            phi = columns.where(R2 > NORM_EPS**2 * r2, phi) if guard else columns
-        S2, norm_now = (cols(total(phi.square() * x)) for x in ((G2 - (2 * a - a * a) * R2), G2))
-        noise = 64 * torch.finfo(S2.dtype).eps if guard else 0.0  # what cancelled is no residual
-        return phi, S2.masked_fill(S2 < noise * norm_now, 0.0).sqrt()
+            column_phi = N_squares.sqrt() / (R_squares.sqrt() + NORM_EPS)
+            if self.published:
+                phi = column_phi
+            else:  # N may remember a column that R has none of: it takes the matrix's factor
+                phi = column_phi.where(R_squares > NORM_EPS**2 * R_total, phi)
 
+        phi_squares = phi.square()
+        S_total = cols(total(phi_squares * (G_squares - (2 * a - a * a) * R_squares)))
+        phi_G_total = cols(total(phi_squares * G_squares))
+        # a difference that cancelled is round-off, not a residual
+        noise = 0.0 if self.published else 64 * torch.finfo(S_total.dtype).eps
+        return phi, S_total.masked_fill(S_total < noise * phi_G_total, 0.0).sqrt()
 
-def norm_growth_limiter(
-    norm: Tensor,
-    stored: Tensor,
-    gamma: float = 1.01,
-    floor: float | None = 1e-8,
-    finite: Tensor | None = None,
-) -> Tensor:
-    """What a quantity is divided by so that its norm grows by gamma per step at most.
-
-    L = max(norm / (stored + 1e-8), gamma) / gamma, and the limited norm / L is stored. A stored
-    norm below zero is absent: then L = 1. Source: Fira, arXiv 2410.01623.
-
-    Args:
-        norm: (K, 1, 1) norms of this step. One that is not finite gives L = inf and is not stored.
-        stored: (K, 1, 1) limited norms of the last step, changed in place.
-        gamma: At least 1.
-        floor: A stored norm up to it is absent too: L would hold the next ones down for long. None:
-            as published.
-        finite: None, or flags (K,): where one is 0 nothing is stored.
-
-    Returns:
-        (K, 1, 1), at least 1.
-    """
-    previous = stored.to(norm.dtype)
-    absent, finite = previous < 0 if floor is None else previous <= floor, norm.isfinite()
-    L = (norm / (previous + 1e-8)).div_(gamma).clamp_(min=1.0).masked_fill_(absent, 1.0)
-    updated = finite if finite is None else finite & (finite.view(-1, 1, 1) != 0)
-    stored.copy_(torch.where(updated, norm / L, previous))
-    return L.masked_fill_(~finite, math.inf)
+    @override
+    def state(self, m: int, n: int) -> dict[str, Slot]:
+        slots = super().state(m, n)
+        if self.limiter:
+            slots["limiter_norm"] = Slot("11", fill=-1.0)  # below zero: no step yet
+        return slots
 
 
 class Fira(StackedOptimizer):
     """Fira: GaLore, and the residual of its projection at the scale that Adam gives the rest.
 
-    For each matrix W with gradient G (m x n, turned so that m <= n under ``"std"``), as published::
+    For each matrix W with gradient G (m x n, transposed so that m <= n under ``"std"``)::
 
         R = P^T G;  psi = M / (sqrt(V) + eps) with Adam's moments of R, c its bias correction
         phi_i = |psi_i| / |R_i|, a factor per column;  S = phi (G - alpha P R)
@@ -136,35 +143,48 @@ class Fira(StackedOptimizer):
     Source: *Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?* arXiv 2410.01623.
 
     Args:
-        params: As for :class:`StackedOptimizer`; where some group names ``rank``, others are AdamW.
+        params: A module, (named) parameters or groups, as :class:`StackedOptimizer` takes them.
+            Groups of the package ``fira`` work as they are: where some group names ``rank``, the
+            groups without it are AdamW.
         lr: Learning rate (default: 1e-3).
-        betas: Decays of the moments (default: (0.9, 0.999)).
-        eps: Added to the bias-corrected root; None: 1e-8, under ``compat`` 1e-6.
-        weight_decay: Decoupled weight decay (default: 0).
-        rank: Columns of P, a count or a fraction of the projected side (default: 128).
+        betas: Decays of the two moments (default: (0.9, 0.999)).
+        eps: Added to the bias-corrected root (default: None). None is 1e-8, and 1e-6 under
+            ``compat="reference"``.
+        weight_decay: Decoupled weight decay (default: 0.0).
+        rank: Columns r of P (default: 128). An int is a count, a float a fraction of the projected
+            side; never more than the smaller side.
         update_proj_gap: Steps between two bases (default: 200).
         alpha: Size of the projected part (default: 0.25), see ``variant``.
-        proj_type: As in :class:`GaLore` (default: ``"std"``); ``"full"`` has ``"matrix"`` scaling.
-        variant: ``"reference"`` (default) as above, or ``"paper"``: S = phi (G - P R) with
-            N = c psi for psi, and W moves by lr * alpha * (P N + S).
-        scaling: ``"column"`` (default), or ``"matrix"`` for one factor |psi| / |R|.
-        limiter: Whether the growth of S is limited (default: True).
-        gamma: Most growth of |S| in a step (default: 1.01).
-        limiter_floor: A norm up to it limits nothing in the next step (default: 1e-8).
+        proj_type: Projected side, as in :class:`GaLore` (default: ``"std"``). ``"full"`` always has
+            the scaling ``"matrix"``.
+        variant: Published code or paper (default: ``"reference"``). ``"reference"`` is the
+            algorithm above. ``"paper"`` has S = phi (G - P R) and N = c psi in place of psi, and W
+            moves by lr * alpha * (P N + S).
+        scaling: Which norms make phi (default: ``"column"``). ``"matrix"`` has one factor
+            |psi| / |R| for all columns.
+        limiter: Whether the growth of |S| is limited (default: True).
+        gamma: Largest growth of |S| in one step (default: 1.01).
+        limiter_floor: A norm of S up to this does not limit the next step (default: 1e-8).
         projection: How P is found, as in :class:`GaLore` (default: ``"svd"``).
-        moments: What a new basis does to M, V, as in :class:`GaLore` (default: ``"keep"``).
-        correct_bias: False (c = 1) only under ``compat``; with betas (0, b) it is the RMSProp form.
-        compat: ``"reference"``: all as published (order, eps, decay, LAPACK's signs), unguarded.
+        moments: What a new basis does to the moments, as in :class:`GaLore` (default: ``"keep"``).
+        correct_bias: Whether c is applied (default: True). False (c = 1) is allowed only under
+            ``compat="reference"``; with betas (0, b) it is the published RMSProp form.
+        compat: ``"reference"`` repeats the published code (default: None): its order, eps, decay
+            after the step and LAPACK's signs, without the guards against round-off.
         seed: Decides the draws of random projections (default: 0).
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
-    State of an m x n weight, m <= n: ``basis`` (m, r), ``exp_avg`` and ``exp_avg_sq`` (r, n),
-    ``limiter_norm`` (1, 1). Peak temporary memory: buffers r x n and panels.
+    Raises:
+        ValueError: For a value out of range or settings that exclude each other.
+        TypeError: For an unknown keyword.
 
-    What it is not: one method. Paper and code differ: in the code alpha shrinks what is subtracted
-    but not S, so S keeps 1 - alpha of the projected gradient and weighs 1 / alpha times more, and
-    |S| is limited before c. They agree at alpha = 1 without limiter. |S| comes from a difference of
-    squares: in default mode one below 0.3 % of |phi G| (in float32) counts as zero.
+    State of an m x n weight, m <= n: ``basis`` (m, r), ``exp_avg`` and ``exp_avg_sq`` (r, n),
+    ``limiter_norm`` (1, 1). Peak temporary memory: buffers of r x n elements, and panels.
+
+    Caveat: paper and published code differ. In the code alpha shrinks what is subtracted but not S,
+    so S contains 1 - alpha of the projected gradient and weighs 1 / alpha times more, and |S| is
+    limited before c. Both agree at alpha = 1 without limiter. |S| comes from a difference of
+    squares: unless ``compat`` is set, a norm below 0.3 % of |phi G| (in float32) counts as zero.
 
     Example:
         >>> import torch
@@ -184,6 +204,7 @@ class Fira(StackedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float | None = None,
         weight_decay: float = 0.0,
+        *,
         rank: int | float = 128,
         update_proj_gap: int = 200,
         alpha: float = 0.25,
@@ -201,21 +222,54 @@ class Fira(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         rule = FiraRule(
-            betas,
-            eps,
-            rank,
-            update_proj_gap,
-            proj_type,
-            projection,
-            moments,
-            correct_bias,
-            compat,
-            seed,
-            alpha,
-            variant,
-            scaling,
-            limiter,
-            gamma,
-            limiter_floor,
+            betas=betas,
+            eps=eps,
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            alpha=alpha,
+            proj_type=proj_type,
+            variant=variant,
+            scaling=scaling,
+            limiter=limiter,
+            gamma=gamma,
+            limiter_floor=limiter_floor,
+            projection=projection,
+            moments=moments,
+            correct_bias=correct_bias,
+            compat=compat,
+            seed=seed,
         )
         super().__init__(params, rule, lr, weight_decay, **options)
+
+
+def norm_growth_limiter(
+    norm: Tensor,
+    stored: Tensor,
+    gamma: float = 1.01,
+    floor: float | None = 1e-8,
+    finite: Tensor | None = None,
+) -> Tensor:
+    """Compute the divisor L that lets a norm grow by gamma per step at most.
+
+    L = max(norm / (stored + 1e-8), gamma) / gamma, and the limited norm / L is stored. Where no
+    norm is stored yet (a number below zero) L = 1. Source: Fira, arXiv 2410.01623.
+
+    Args:
+        norm: (K, 1, 1) norms of this step. A norm that is not finite gives L = inf and is not
+            stored.
+        stored: (K, 1, 1) limited norms of the last step, changed in place.
+        gamma: At least 1 (default: 1.01).
+        floor: Stored norms up to this count as absent, because they would hold the next ones down
+            for hundreds of steps (default: 1e-8). None: as published, only those below zero do.
+        finite: Flags (K,), 0 where nothing may be stored (default: None, all may).
+
+    Returns:
+        L: (K, 1, 1), at least 1.
+    """
+    previous = stored.to(norm.dtype)
+    is_absent = previous < 0 if floor is None else previous <= floor
+    is_finite = norm.isfinite()
+    L = (norm / (previous + NORM_EPS)).div_(gamma).clamp_(min=1.0).masked_fill_(is_absent, 1.0)
+    may_store = is_finite if finite is None else is_finite & (finite.view(-1, 1, 1) != 0)
+    stored.copy_(torch.where(may_store, norm / L, previous))
+    return L.masked_fill_(~is_finite, math.inf)

@@ -6,12 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from ..kernels import row_norm
 from ._core.rule import LOCAL_REDUCTIONS, Member
-from ._core.validation import check_choices
+from ._core.validation import check_choices, check_eps
 from ._driver.optimizer import StackedOptimizer
-from ._toolkit.row_rules import ROW_MODES, RowPolarRule, center, row_factors, row_squares
+from ._toolkit.row_rules import (
+    ROW_MODES,
+    RowPolarRule,
+    center,
+    kernel_eps,
+    row_factors,
+    row_squares,
+    unit_range,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,40 +28,52 @@ if TYPE_CHECKING:
     from ._driver.param_groups import Common
 
 MAP_ORDERS = ("row_then_polar", "polar_then_row")
-ROW_EPS = 1e-8
+OLD_ROW_EPS = 1e-8
+"""What was added to lengths of rows while ``row_eps`` did not exist and ``eps`` was None."""
 
 
 @dataclass(frozen=True)
 class HybridRule(RowPolarRule):
-    """M <- mu M + (1 - mu) G; U = polar(rownorm(M)) or rownorm(polar(M)); centred between all."""
+    """M <- momentum M + (1 - momentum) G; U = polar(rownorm(M)) or rownorm(polar(M))."""
 
     order: str = "row_then_polar"
     row_mode: str = "inverse_eps"
     side: str = "right"
+    row_eps: float | None = None
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, order=MAP_ORDERS, row_mode=ROW_MODES, side=("left", "right"))
+        check_eps(self.row_eps)
 
+    @override
     def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
-        """Both maps of X (K, m, n), and nu^alpha where it is not lost again."""
+        """Both maps of X (K, m, n), and nu^alpha where the second map does not undo it."""
         left = self.side == "left"
-        if self.order == "polar_then_row":
-            U = self.orthogonalize(X, w, left)
-            by = self.nuclear_scale(X, U, w)  # felt beside eps only
-            return self.normalize_rows(U if by is None else U * by, w), None
-        Y = self.normalize_rows(X, w)
-        Y = center(Y, w.reductions, self.row_count(w), in_place=True) if self.centred else Y
-        U = self.orthogonalize(Y, w, left)
-        return U, self.nuclear_scale(Y, U, w)
+        if self.order == "row_then_polar":
+            Y = self.normalize_rows(X, w)
+            Y = center(Y, w.reductions, self.row_count(w), in_place=True) if self.centred else Y
+            U = self.orthogonalize(Y, w, left, has_unit_rows=True)
+            return U, self.nuclear_scale(Y, U, w)
+        U = self.orthogonalize(X, w, left)
+        by = self.nuclear_scale(X, U, w)  # felt beside row_eps only
+        return self.normalize_rows(U if by is None else U * by, w), None
 
     def normalize_rows(self, X: Tensor, w: Member) -> Tensor:
         """Rows of X (K, m, n) at norm 1."""
-        eps = ROW_EPS if self.eps is None else self.eps
+        eps = self.eps if self.row_eps is None else self.row_eps
         if w.reductions is LOCAL_REDUCTIONS:
-            return row_norm(X, eps, self.row_mode)
+            X = unit_range([X])[0] if eps is None else X
+            return row_norm(X, kernel_eps(eps), self.row_mode)
         squares = row_squares(X, w.reductions)
         return X * row_factors(squares, self.row_mode, eps, w.reductions, self.row_count(w))
+
+    @classmethod
+    @override
+    def complete_saved(cls, group: dict[str, Any]) -> None:
+        if "row_eps" not in group and group.get("eps") is None:
+            group["row_eps"] = OLD_ROW_EPS
 
 
 class Hybrid(StackedOptimizer):
@@ -66,42 +87,51 @@ class Hybrid(StackedOptimizer):
         W <- (1 - lr * weight_decay) W         decay with the bare lr
         W <- W - lr * s * U                    s = 0.2 / rms of the rows of U that are not zero
 
-    What it commutes with: permutations of the rows and orthogonal maps of the columns, in both
-    orders, and no more: not with rotations of the rows, as :class:`Spectral`, and only the first
-    order ignores how long single rows are, as :class:`RowNorm`.
+    In both orders the map commutes with permutations of the rows and orthogonal maps of the
+    columns. :class:`Spectral` commutes with rotations of the rows too, and of the two orders only
+    the first ignores how long single rows are, as :class:`RowNorm` does.
 
     Source: *Symmetry-Compatible Principle for Optimizer Design: Embeddings, LM Heads, SwiGLU MLPs,
-    and MoE Routers*, arXiv 2605.18106, whose published steps are tested. Experts are scaled each by
-    itself; the published alpha sums over all experts of a stack.
+    and MoE Routers*, arXiv 2605.18106, whose published steps are tested (``polar="inverse_root",
+    eps=1e-8, alpha=1, adjust_lr_fn="none"``). Experts are scaled each by itself; the published
+    alpha sums over all experts of a stack.
 
     Args:
         params: A module, (named) parameters or groups; see :class:`RowNorm`.
         lr: Learning rate (default: 1e-3); AdamW's carries over.
-        weight_decay: Decoupled weight decay (default: 0).
+        weight_decay: Decoupled weight decay (default: 0.0).
         momentum: Decay of the momentum average (default: 0.95).
         order: ``"row_then_polar"`` (default) or ``"polar_then_row"``.
-        row_mode: How rows are normalised, see :class:`RowNorm` (default: ``"inverse_eps"``).
-        side: Which Gram matrix ``polar="inverse_root"`` takes where ``eps`` is given: ``"right"``
-            (default) or ``"left"``.
-        centred: Take the mean row off wherever it may have come back (default: False).
+        row_mode: How rows are normalized, see :class:`RowNorm` (default: ``"inverse_eps"``).
+        side: ``"right"`` (default) or ``"left"``: the Gram matrix that ``polar="inverse_root"``
+            takes where ``eps`` is a number.
+        centred: Whether the mean row is taken off wherever it may have come back (default: False).
         axis: ``"rows"`` (default), or ``"cols"``: columns of W take the part of rows, as neurons of
             a down projection do.
-        pair: Gate and up with one row for each neuron, see :class:`RowNorm`; None (default).
+        pair: Gate and up with one row for each neuron, see :class:`RowNorm`; None (default): rows
+            as they are.
         polar: As in :class:`Spectral` (default: ``"auto"``).
-        ns_steps: As in :class:`Spectral`.
-        eps: Added to lengths of rows; None (default): 1e-8. Damping of ``"inverse_root"``, see
-            :class:`Spectral`.
-        alpha: Power of nu = <Y, polar(Y)> that multiplies U (default: 0); published is 1, with
+        ns_steps: As in :class:`Spectral` (default: None).
+        eps: Damping of ``"inverse_root"``, see :class:`Spectral` (default: None).
+        row_eps: Added to lengths of rows. None (default): ``eps`` and, where that is None too, the
+            smallest normal number, so that the size of the gradient does not matter.
+        alpha: Power of nu = <Y, polar(Y)> that multiplies U (default: 0.0). Published: 1, with
             which a 3072 x 1024 Gaussian moves by an RMS of 30 lr.
         adjust_lr_fn: ``"match_rms_adamw"`` (default), or ``"none"``: s = nu^alpha, as published.
-        rms_target: That root mean square (default: 0.2).
+        rms_target: Root mean square of a step under ``"match_rms_adamw"`` (default: 0.2).
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: For a value out of range, ``alpha`` without ``adjust_lr_fn="none"``, ``pair``
+            with ``axis="cols"``, an unknown group key, or a parameter that is no matrix under
+            ``rule="Hybrid"``.
+        TypeError: For an unknown keyword.
 
     State: ``momentum_buffer`` (like W, float32) and ``step``. Peak temporary memory: six matrices,
     for ``"inverse_root"`` ten.
 
-    What it is not: at rest in both norms. The second map undoes some of the first: rows of a polar
-    factor of a tall matrix differ in length again.
+    Caveat: the second map undoes some of the first: rows of a polar factor of a tall matrix differ
+    in length again.
 
     Example:
         >>> import torch
@@ -116,6 +146,7 @@ class Hybrid(StackedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
+        *,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         order: str = "row_then_polar",
@@ -127,24 +158,26 @@ class Hybrid(StackedOptimizer):
         polar: str = "auto",
         ns_steps: int | None = None,
         eps: float | None = None,
+        row_eps: float | None = None,
         alpha: float = 0.0,
         adjust_lr_fn: str = "match_rms_adamw",
         rms_target: float = 0.2,
         **options: Unpack[Common],
     ) -> None:
         rule = HybridRule(
-            momentum,
-            centred,
-            axis,
-            pair,
-            adjust_lr_fn,
-            rms_target,
-            alpha,
-            polar,
-            ns_steps,
-            eps,
-            order,
-            row_mode,
-            side,
+            momentum=momentum,
+            order=order,
+            row_mode=row_mode,
+            side=side,
+            centred=centred,
+            axis=axis,
+            pair=pair,
+            polar=polar,
+            ns_steps=ns_steps,
+            eps=eps,
+            row_eps=row_eps,
+            alpha=alpha,
+            adjust_lr_fn=adjust_lr_fn,
+            rms_target=rms_target,
         )
         super().__init__(params, rule, lr, weight_decay, **options)

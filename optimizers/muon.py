@@ -1,11 +1,14 @@
-"""Muon: momentum, then the orthogonal factor of the momentum."""
+"""Muon: momentum, then the orthogonal factor of the momentum.
+
+Read :meth:`MuonRule.update` beside the algorithm in :class:`Muon`. ``momentum_step`` is in
+``_toolkit/moments.py``, ``polar_factor`` in ``stiefel.kernels``; the rest is below.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,9 @@ from ..kernels import (
 from ._core.rule import Dense, Direction, Member, Reductions, Rule, Scaled, Slot, Term
 from ._core.validation import check, check_choices
 from ._driver.optimizer import StackedOptimizer
+from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
+from ._toolkit.norm_floor import check_norm_floor, norm_floor
 from ._toolkit.random_keys import StackRNG
 
 if TYPE_CHECKING:
@@ -33,20 +38,26 @@ if TYPE_CHECKING:
     from ._driver.param_groups import Common
 
 ADJUST_LR_FNS = ("auto", "original", "match_rms_adamw", "spectral", "none", None)
+TORCH_EPS = 1e-7  # the norm floor of torch.optim.Muon
 
 
 @dataclass(frozen=True)
-class OrthogonalRule(Rule, abstract=True):
-    """A polar step, its scale, and guards of the gradient, as Muon's docstring explains them."""
+class MuonRule(Rule):
+    """B <- B + (1 - mu)(G - B); U = G + mu (B - G); step along polar(U), scaled by its shape."""
 
+    # momentum
+    momentum: float = 0.95
+    nesterov: bool = True
+    momentum_kind: str = "ema"
+    # polar factor
     polar: str = "auto"
     ns_steps: int | None = None
     ns_coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None
-    eps: float = 1e-7
-    adjust_lr_fn: str | None = "auto"
+    eps: float | None = None
     compat: str | None = None
     polar_norm: str | None = None
     polar_dtype: str | None = None
+    # polar factor inside a sketch, for polar="low_rank"
     rank: int | float = 0.125
     oversample: int = 10
     power: int = 1
@@ -54,83 +65,122 @@ class OrthogonalRule(Rule, abstract=True):
     inner: str = "polar_express"
     rank_compensate: bool = False
     seed: int = 0
-    report_steps: int = 0
+    # second moment, scale and decay
+    second_moment: str | None = None
+    beta2: float | None = None
+    adjust_lr_fn: str | None = "auto"
+    cautious: bool = False
+    decay_schedule: str = "lr"
+    # guards of the gradient, reports of the factor
     clip_grad_rms: float | None = None
     normalize_grad: bool = False
     spike_ratio: float | None = None
+    report_steps: int = 0
 
-    def __post_init__(self) -> None:
-        check(0.0 <= self.eps, f"Invalid epsilon value: {self.eps}")
-        check(
-            self.adjust_lr_fn in ADJUST_LR_FNS,
-            f"Adjust learning rate function {self.adjust_lr_fn} is not supported",
-        )
-        check(
-            self.compat in (None, "torch"), f"compat must be None or 'torch', got {self.compat!r}"
-        )
-        known = (*POLAR_METHODS, "low_rank")
-        check(
-            self.polar in ("auto", *known),
-            f"polar must be 'auto' or one of {', '.join(known)}, got {self.polar!r}",
-        )
-        check(
-            self.compat is None or self.polar in ("auto", "ns5"),
-            f"compat='torch' iterates with ns5; leave polar unset instead of {self.polar!r}",
-        )
-        check(
-            self.compat is None or self.polar_norm is None,
-            "compat='torch' divides by the Frobenius norm; leave polar_norm unset",
-        )
-        check(
-            self.compat is None or self.polar_dtype is None,
-            "compat='torch' iterates in bfloat16; leave polar_dtype unset",
-        )
-        steps = self.ns_steps
-        check(
-            steps is None or (isinstance(steps, int) and not isinstance(steps, bool)),
-            f"ns_steps must be None or an int, got {steps!r}",
-        )
-        check(
-            steps is None or 1 <= steps < 100,
-            "Number of steps must be less than 100 for computational efficiency",
-        )
-        check(
-            self.sketch in SKETCHES,
-            f"sketch must be one of {', '.join(SKETCHES)}, got {self.sketch!r}",
-        )
-        for name in ("seed", "report_steps"):
-            value = getattr(self, name)
-            check(
-                isinstance(value, int) and not isinstance(value, bool) and value >= 0,
-                f"{name} must be an int of at least 0, got {value!r}",
-            )
-        clip, ratio = self.clip_grad_rms, self.spike_ratio
-        check(clip is None or clip > 0, f"clip_grad_rms must be above 0, got {clip}")
-        check(ratio is None or ratio > 1, f"spike_ratio must be above 1, got {ratio}")
-        check(
-            not self.normalize_grad or (clip is None and ratio is None),
-            "normalize_grad fixes the norm; leave clip_grad_rms and spike_ratio unset",
-        )
-        low_rank_size(1, 1, self.rank, self.oversample)
-        self.orthogonalize(torch.empty(1, 0, 1))  # what the kernel refuses is refused here
+    # the step -------------------------------------------------------------------------------------
 
-    @property
-    def handles_nonfinite(self) -> bool:  # type: ignore[override]
-        """Where nothing is reported, and no draw looks at G."""
-        drawn = self.polar == "low_rank" and self.sketch == "kaczmarz"
-        return self.compat is None and not drawn and not self.report_steps
-
-    def extra_slots(self) -> dict[str, Slot]:
-        """The state of ``clipped_grad`` and ``polar_step``."""
-        slots = {}
+    def state(self, m: int, n: int) -> dict[str, Slot]:
+        """The buffer, in the weight's dtype under ``compat`` as torch keeps it, and extras."""
+        slots = {"momentum_buffer": Slot("mn", dtype="weight" if self.compat else None)}
+        if self.second_moment == "normuon":
+            slots["row_second_moment"] = Slot("m1")
+        if self.second_moment == "adamuon":
+            slots["second_moment"] = Slot("mn")
         if self.spike_ratio is not None:
             slots["grad_norm"] = Slot("11")
         if self.report_steps:
             slots["polar_report"] = Slot("f", dtype=torch.float32, f=5)
         return slots
 
+    def update(self, w: Member) -> Direction:
+        """One step of K equal weights (m, n), in the order of the algorithm."""
+        B = w.state["momentum_buffer"]  # (K, m, n)
+        G = self.clipped_grad(w).to(B.dtype) if self.compat else self.clipped_grad(w)
+        U = momentum_step(B, G, self.momentum, self.nesterov, self.momentum_kind, w.finite)
+        O = self.polar_step(w, U.sign() if self.second_moment == "adamuon" else U)
+        O, term = self.second_moment_step(w, O)
+        # the second moment multiplies O by positive numbers, so O has the signs of the step
+        decay = O * w.value.to(O.dtype) >= 0 if self.cautious else None
+        return w.step(
+            term,
+            lr_factor=self.lr_factor(w.m, w.n),
+            decay=decay,
+            decay_power=2 if self.decay_schedule == "lr2" else 1,
+            torch_bits=self.compat == "torch",
+        )
+
+    def polar_step(self, w: Member, U: Tensor) -> Tensor:
+        """The polar factor of U (K, m, n); every ``report_steps`` updates its quality is stored."""
+        rng = StackRNG(self.seed, w.indices, w.t)
+        keys = [rng.key(k) for k in range(len(U))] if self.polar == "low_rank" else []
+
+        def factor_with_report(X: Tensor) -> Tensor:
+            O = self.orthogonalize(X, keys)
+            if self.report_steps and w.t % self.report_steps == 0:
+                rows = [_report_row(M.clone(), P.clone()) for M, P in zip(X, O, strict=True)]
+                w.state["polar_report"].copy_(torch.tensor(rows))
+            return O
+
+        return w.reductions.on_full_matrix(factor_with_report, U)
+
+    def orthogonalize(self, U: Tensor, keys: Sequence[int] = ()) -> Tensor:
+        """The polar factor of every matrix of U (K, m, n).
+
+        Args:
+            U: The momentum, not changed.
+            keys: One key per matrix for the random numbers of its sketch.
+        """
+        options: dict[str, Any] = {
+            "steps": self.ns_steps,
+            "coefficients": self.ns_coefficients,
+            "eps": norm_floor(self.eps, U.dtype, TORCH_EPS if self.compat else None),
+        }
+        if self.compat == "torch":
+            O = polar_factor(U, "ns5", dtype=torch.bfloat16, exact=True, **options)
+            # torch adds the factor of a tall matrix as a transposed view; bfloat16 weights round
+            # such a sum otherwise
+            return O if U.shape[-2] <= U.shape[-1] else O.mT.contiguous().mT
+        if self.polar_norm is not None:
+            options["norm"] = self.polar_norm
+        if self.polar_dtype is not None:
+            options["dtype"] = getattr(torch, self.polar_dtype, None) or self.polar_dtype
+        if self.polar == "low_rank":
+            for name in ("rank", "oversample", "power", "sketch", "inner"):
+                options[name] = getattr(self, name)
+            options["key"] = keys or 0
+        return polar_factor(U, self.polar, **options)
+
+    def second_moment_step(self, w: Member, O: Tensor) -> tuple[Tensor, Term]:
+        """O (K, m, n) with entries divided by their size under AdaMuon, and the step's term."""
+        if self.second_moment == "normuon":
+            V, beta2 = w.state["row_second_moment"], self.second_moment_decay
+            return O, Scaled(O, normuon_scale(O, V, beta2, w.reductions, w.n, finite=w.finite))
+        if self.second_moment == "adamuon":
+            V, beta2 = w.state["second_moment"], self.second_moment_decay
+            exact_norm = math.sqrt(min(w.m, w.n))
+            O, scale = adamuon_scale(O, V, beta2, w.reductions, exact_norm, finite=w.finite)
+            return O, Scaled(O, scale)
+        return O, Dense(O)
+
+    @property
+    def second_moment_decay(self) -> float:
+        """Decay of the second moment."""
+        if self.beta2 is not None:
+            return self.beta2
+        return self.momentum if self.second_moment == "adamuon" else 0.95
+
+    def lr_factor(self, m: int, n: int) -> float:
+        """What multiplies lr in the update, never in the decay."""
+        name = self.adjust_lr_fn or "original"
+        if name == "auto":
+            name = "original" if self.compat else "match_rms_adamw"
+        factor = adjust_lr(name, m, n, min(m, n))
+        if self.rank_compensate and self.polar == "low_rank":
+            factor *= math.sqrt(min(m, n) / low_rank_size(m, n, self.rank, self.oversample))
+        return factor
+
     def clipped_grad(self, w: Member) -> Tensor:
-        """The gradient (K, m, n), normalised or limited where the rule is told so."""
+        """The gradient (K, m, n), normalized or limited where the rule is told so."""
         assert w.grad is not None
         clip, ratio = self.clip_grad_rms, self.spike_ratio
         if not self.normalize_grad and clip is None and ratio is None:
@@ -150,150 +200,305 @@ class OrthogonalRule(Rule, abstract=True):
             )
         return G.mul_(row_scale)
 
-    def polar_step(self, w: Member, U: Tensor) -> Tensor:
-        """The polar factor of U (K, m, n) for a step of w; its quality goes into the state."""
-        rng = StackRNG(self.seed, w.indices, w.t)
-        keys = [rng.key(k) for k in range(len(U))] if self.polar == "low_rank" else []
+    # checks ---------------------------------------------------------------------------------------
 
-        def factor_with_report(X: Tensor) -> Tensor:
-            O = self.orthogonalize(X, keys)
-            if self.report_steps and w.t % self.report_steps == 0:
-                rows = [_report_row(M.clone(), P.clone()) for M, P in zip(X, O, strict=True)]
-                w.state["polar_report"].copy_(torch.tensor(rows))
-            return O
-
-        return w.reductions.on_full_matrix(factor_with_report, U)
-
-    def orthogonalize(self, U: Tensor, keys: Sequence[int] = ()) -> Tensor:
-        """The polar factor of every matrix of U (K, m, n); ``keys`` for their sketches."""
-        factor = partial(
-            polar_factor, steps=self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps
-        )
-        if self.compat == "torch":
-            O = factor(U, "ns5", dtype=torch.bfloat16, torch_bits=True)
-            # torch adds the factor of a tall matrix as a transposed view; bfloat16 weights round
-            # such a sum otherwise
-            return O if U.shape[-2] <= U.shape[-1] else O.mT.contiguous().mT
-        options: dict[str, Any] = {}
-        if self.polar_norm is not None:
-            options["norm"] = self.polar_norm
-        if self.polar_dtype is not None:
-            options["dtype"] = getattr(torch, self.polar_dtype, None) or self.polar_dtype
-        if self.polar == "low_rank":
-            for name in ("rank", "oversample", "power", "sketch", "inner"):
-                options[name] = getattr(self, name)
-            options["key"] = keys or 0
-        return factor(U, self.polar, **options)
-
-    def lr_factor(self, m: int, n: int) -> float:
-        """What multiplies lr in the update, never in the decay."""
-        name = self.adjust_lr_fn
-        if name == "auto":
-            name = "original" if self.compat else "match_rms_adamw"
-        ratio = {
-            "match_rms_adamw": 0.2 * math.sqrt(max(m, n)),
-            "spectral": math.sqrt(m / n),
-            "none": 1.0,
-        }.get(name or "original", math.sqrt(max(1, m / n)))
-        if self.rank_compensate and self.polar == "low_rank":
-            ratio *= math.sqrt(min(m, n) / low_rank_size(m, n, self.rank, self.oversample))
-        return ratio
-
-
-@dataclass(frozen=True)
-class MuonRule(OrthogonalRule):
-    """B <- B + (1 - mu)(G - B); U = G + mu (B - G); step along polar(U), scaled by its shape."""
-
-    momentum: float = 0.95
-    nesterov: bool = True
-    momentum_kind: str = "ema"
-    second_moment: str | None = None
-    beta2: float | None = None
-    cautious: bool = False
-    decay_schedule: str = "lr"
+    @property
+    def handles_nonfinite(self) -> bool:  # type: ignore[override]
+        """Whether bad gradients may be seen: not where a report or a draw looks at values of G."""
+        drawn = self.polar == "low_rank" and self.sketch == "kaczmarz"
+        return self.compat is None and not drawn and not self.report_steps
 
     def __post_init__(self) -> None:
+        self._check_torch_options()
+        self._check_compat()
+        self._check_polar()
+        self._check_second_moment()
+        self._check_guards()
+        self.orthogonalize(torch.empty(1, 0, 1))  # what the kernel refuses is refused here
+
+    def _check_torch_options(self) -> None:
+        """What torch.optim.Muon has too, with its texts."""
         check(0.0 <= self.momentum, f"momentum should be >= 0 but is: {self.momentum}")
-        super().__post_init__()
+        check_norm_floor(self.eps)
+        check(
+            self.adjust_lr_fn in ADJUST_LR_FNS,
+            f"Adjust learning rate function {self.adjust_lr_fn} is not supported",
+        )
+        steps, coefficients = self.ns_steps, self.ns_coefficients
+        check(
+            not isinstance(coefficients, str),
+            f"ns_coefficients must be numbers, got {coefficients!r}; name a polar method by "
+            f"keyword, polar={coefficients!r}",
+        )
+        check(
+            steps is None or (isinstance(steps, int) and not isinstance(steps, bool)),
+            f"ns_steps must be None or an int, got {steps!r}",
+        )
+        check(
+            steps is None or 1 <= steps < 100,
+            "Number of steps must be less than 100 for computational efficiency",
+        )
+
+    def _check_compat(self) -> None:
+        """``compat="torch"`` leaves no choice of the iteration and of the momentum."""
+        check(
+            self.compat in (None, "torch"), f"compat must be None or 'torch', got {self.compat!r}"
+        )
+        if self.compat is None:
+            return
+        check(
+            self.polar in ("auto", "ns5"),
+            f"compat='torch' iterates with ns5; leave polar unset instead of {self.polar!r}",
+        )
+        check(
+            self.polar_norm is None,
+            "compat='torch' divides by the Frobenius norm; leave polar_norm unset",
+        )
+        check(
+            self.polar_dtype is None,
+            "compat='torch' iterates in bfloat16; leave polar_dtype unset",
+        )
+        check(
+            self.momentum_kind == "ema" and self.second_moment is None,
+            "compat='torch' averages, and once; leave momentum_kind and second_moment unset",
+        )
+
+    def _check_polar(self) -> None:
+        """The method of the polar factor, its sketch and its reports."""
+        known = (*POLAR_METHODS, "low_rank")
+        check(
+            self.polar in ("auto", *known),
+            f"polar must be 'auto' or one of {', '.join(known)}, got {self.polar!r}",
+        )
+        check(
+            self.sketch in SKETCHES,
+            f"sketch must be one of {', '.join(SKETCHES)}, got {self.sketch!r}",
+        )
+        for name in ("seed", "report_steps"):
+            value = getattr(self, name)
+            check(_is_count(value, least=0), f"{name} must be an int of at least 0, got {value!r}")
+        low_rank_size(1, 1, self.rank, self.oversample)  # refuses values out of range
+
+    def _check_second_moment(self) -> None:
+        """Kinds of momentum, second moment and decay."""
         check_choices(
             self,
             momentum_kind=("ema", "sum"),
             second_moment=(None, "normuon", "adamuon"),
             decay_schedule=("lr", "lr2"),
         )
+        decay = self.second_moment_decay
+        check(0.0 <= decay < 1.0, f"beta2 must lie in [0, 1), got {decay}")
         check(
-            0.0 <= self.second_moment_decay < 1.0,
-            f"beta2 must lie in [0, 1), got {self.second_moment_decay}",
-        )
-        corrected_twice = self.rank_compensate and self.second_moment == "adamuon"
-        check(
-            not corrected_twice,
+            not (self.rank_compensate and self.second_moment == "adamuon"),
             "second_moment='adamuon' has an exact RMS; leave rank_compensate unset",
         )
-        matches_torch = self.momentum_kind == "ema" and self.second_moment is None
+
+    def _check_guards(self) -> None:
+        """Limits of the gradient."""
+        clip, ratio = self.clip_grad_rms, self.spike_ratio
+        check(clip is None or clip > 0, f"clip_grad_rms must be above 0, got {clip}")
+        check(ratio is None or ratio > 1, f"spike_ratio must be above 1, got {ratio}")
         check(
-            self.compat is None or matches_torch,
-            "compat='torch' averages, and once; leave momentum_kind and second_moment unset",
+            not self.normalize_grad or (clip is None and ratio is None),
+            "normalize_grad fixes the norm; leave clip_grad_rms and spike_ratio unset",
         )
 
-    @property
-    def second_moment_decay(self) -> float:
-        """Decay of the second moment."""
-        if self.beta2 is not None:
-            return self.beta2
-        return self.momentum if self.second_moment == "adamuon" else 0.95
 
-    def state(self, m: int, n: int) -> dict[str, Slot]:
-        """The buffer, in the gradient's dtype under ``compat`` as torch keeps it, and extras."""
-        slots = {"momentum_buffer": Slot("mn", dtype="weight" if self.compat else None)}
-        if self.second_moment == "normuon":
-            slots["row_second_moment"] = Slot("m1")
-        if self.second_moment == "adamuon":
-            slots["second_moment"] = Slot("mn")
-        return {**slots, **self.extra_slots()}
+class Muon(StackedOptimizer):
+    """Muon: orthogonalized momentum for matrices, AdamW for everything else.
 
-    def update(self, w: Member) -> Direction:
-        """One step for a stack."""
-        B, mu = w.state["momentum_buffer"], self.momentum
-        G = self.clipped_grad(w).to(B.dtype) if self.compat else self.clipped_grad(w)
-        U = momentum_step(B, G, mu, self.nesterov, self.momentum_kind, w.finite)  # (K, m, n)
-        O = self.polar_step(w, U.sign() if self.second_moment == "adamuon" else U)
-        term: Term = Dense(O)
-        if self.second_moment == "normuon":
-            V = w.state["row_second_moment"]
-            term = Scaled(
-                O, normuon_scale(O, V, self.second_moment_decay, w.reductions, w.n, finite=w.finite)
-            )
-        elif self.second_moment == "adamuon":
-            norm, V = math.sqrt(min(w.m, w.n)), w.state["second_moment"]  # of an exact factor
-            O, row_scale = adamuon_scale(
-                O, V, self.second_moment_decay, w.reductions, norm, finite=w.finite
-            )
-            term = Scaled(O, row_scale)
-        # what scales O above is never negative, so O has the signs of the step
-        decay = O * w.value.to(O.dtype) >= 0 if self.cautious else None
-        power = 2 if self.decay_schedule == "lr2" else 1
-        return w.step(
-            term,
-            lr_factor=self.lr_factor(w.m, w.n),
-            decay=decay,
-            decay_power=power,
-            torch_bits=self.compat == "torch",
+    For each matrix W (m x n) with gradient G::
+
+        B <- B + (1 - momentum) (G - B)                       momentum
+        U  = G + momentum (B - G)   if nesterov else   B
+        O  = polar(U)                                         all singular values near 1
+        W <- (1 - lr * weight_decay) W                        decay with the bare lr
+        W <- W - lr * ratio(m, n) * O                         RMS 0.2 by default, as AdamW's
+
+    Source: Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024; *Muon is
+    Scalable for LLM Training*, arXiv 2502.16982; low rank 2605.06884, NorMuon 2510.05491, AdaMuon
+    2507.11005. The positional arguments are those of ``torch.optim.Muon``, in its order.
+
+    Args:
+        params: A module, (named) parameters or groups (KellerJordan's with ``use_muon`` too). Every
+            argument below is a group key too.
+        lr: Learning rate (default: 1e-3); AdamW's carries over.
+        weight_decay: Decoupled weight decay (default: 0.1).
+        momentum: Decay of the momentum average (default: 0.95).
+        nesterov: Look ahead by one gradient (default: True).
+        ns_coefficients: Coefficients (a, b, c) of a polynomial method, or one triple for each step
+            (default: None, the method's own).
+        eps: Smallest norm to divide by. None (default): the smallest normal number of the dtype;
+            under ``compat`` torch's 1e-7.
+        ns_steps: Iterations of a polynomial method (default: None, the method's own number).
+        adjust_lr_fn: ratio(m, n): ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)); ``"original"`` (or
+            None, as in torch) sqrt(max(1, m / n)); ``"spectral"`` sqrt(m / n); ``"none"`` 1;
+            ``"auto"`` (default) ``"match_rms_adamw"``, under ``compat`` ``"original"``.
+        polar: Method of the polar factor, a name of :func:`stiefel.kernels.polar_factor` or
+            ``"low_rank"``. ``"auto"`` (default): ``"zolo"`` on a CPU; ``"ns5"`` in bfloat16 on
+            accelerators and wherever ``ns_steps``, ``ns_coefficients`` or ``polar_norm`` is given.
+        compat: ``"torch"`` has the arithmetic of ``torch.optim.Muon``, bit for bit: ns5 in
+            bfloat16 and the buffer in the gradient's dtype, which is slow on a CPU (default: None).
+        polar_norm: What a polynomial method divides by: ``"frobenius"``, ``"schatten4"``,
+            ``"aol"``, ``"power:k"`` (default: None, the method's own).
+        polar_dtype: Name of the iteration's dtype (default: None, that of ``polar_factor``).
+        rank: Of ``polar="low_rank"``: columns of its sketch, a count or a fraction of min(m, n)
+            (default: 0.125).
+        oversample: Of ``"low_rank"``: columns of the sketch beyond ``rank`` (default: 10).
+        power: Of ``"low_rank"``: power steps (default: 1).
+        sketch: Of ``"low_rank"``: ``"signs"`` (default), from a hash on W's device;
+            ``"gaussian"`` or ``"kaczmarz"``, drawn on the CPU. All are functions of ``seed``, the
+            position of W and the step.
+        inner: Of ``"low_rank"``: the method inside the sketch, to which ``ns_steps`` and
+            ``ns_coefficients`` belong (default: ``"polar_express"``).
+        rank_compensate: Of ``"low_rank"``: whether ratio grows by sqrt(min(m, n) / rank of O), so
+            that the RMS stays (default: False).
+        seed: Of ``"low_rank"``: seed of the sketches (default: 0).
+        momentum_kind: ``"ema"`` (default), or ``"sum"``: B <- momentum B + G, U = G + momentum B,
+            the same direction with a buffer 1 / (1 - momentum) times as large.
+        second_moment: ``"normuon"`` divides rows of O by their running size and keeps its norm;
+            ``"adamuon"`` takes polar(sign(U)), divides entries, and makes the norm exact
+            (default: None).
+        beta2: Decay of the second moment (default: None, which is 0.95 for NorMuon and
+            ``momentum`` for AdaMuon).
+        cautious: Whether decay touches only entries where O * W >= 0 (default: False).
+        decay_schedule: ``"lr"`` (default), or ``"lr2"``: W <- (1 - lr^2 * weight_decay) W.
+        clip_grad_rms: Limit of the RMS of G, which guards B against heavy tails (default: None).
+        normalize_grad: Whether G / ||G||_F takes the place of G (default: False).
+        spike_ratio: Limit of ||G||_F relative to its running average of decay 0.9 (default: None).
+        report_steps: Keep a :class:`PolarReport` of every so many steps for :meth:`reports`. Steps
+            stay the same; one with a report takes an SVD of U and waits for the device
+            (default: 0, never).
+        matrix_view: ``view`` by another name: ``"auto"``, ``"batch"``, or ``"flatten"``, which a
+            Conv1d needs (default: None, ``view`` counts).
+        split_sizes: Rows of fused weights, such as q, k, v, each orthogonalized by itself
+            (default: None).
+        num_heads: Number of equal runs of rows, each orthogonalized by itself (default: None).
+        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: If an argument is out of range, unknown, or excluded by another one; the text
+            names it.
+        TypeError: If a keyword is unknown.
+
+    State: ``momentum_buffer`` (like W, float32) and ``step``; ``row_second_moment`` (m x 1) or
+    ``second_moment`` (like W), ``grad_norm`` (1 x 1), ``polar_report`` (5) where asked for.
+    Checkpoints of ``torch.optim.Muon`` load. Peak temporary memory: five matrices of the largest
+    weight, one more each under AdaMuon and the guards of G; half of it for ``"low_rank"``.
+
+    Caveat: O is orthogonal up to the band that :func:`stiefel.kernels.polar_factor` states:
+    singular values 0.87 to 1.13 for ``"zolo"`` (0.94 to 1.06 above a shorter side of 256), falling
+    to zero where those of U are below about 1/300 (1/1000) of its norm. ``"low_rank"`` leaves out
+    what its sketch misses. Embeddings and heads belong to AdamW, where a module or parameter names
+    route them.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import Muon
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+        >>> optimizer = Muon(model, lr=1e-3)
+        >>> loss = model(torch.ones(2, 8)).square().mean()
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    _reference_key = "use_muon"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None,
+        eps: float | None = None,
+        ns_steps: int | None = None,
+        adjust_lr_fn: str | None = "auto",
+        *,
+        polar: str = "auto",
+        compat: str | None = None,
+        polar_norm: str | None = None,
+        polar_dtype: str | None = None,
+        rank: int | float = 0.125,
+        oversample: int = 10,
+        power: int = 1,
+        sketch: str = "signs",
+        inner: str = "polar_express",
+        rank_compensate: bool = False,
+        seed: int = 0,
+        momentum_kind: str = "ema",
+        second_moment: str | None = None,
+        beta2: float | None = None,
+        cautious: bool = False,
+        decay_schedule: str = "lr",
+        clip_grad_rms: float | None = None,
+        normalize_grad: bool = False,
+        spike_ratio: float | None = None,
+        report_steps: int = 0,
+        matrix_view: str | None = None,
+        split_sizes: Sequence[int] | None = None,
+        num_heads: int | None = None,
+        **options: Unpack[Common],
+    ) -> None:
+        rule = MuonRule(
+            momentum=momentum,
+            nesterov=nesterov,
+            momentum_kind=momentum_kind,
+            polar=polar,
+            ns_steps=ns_steps,
+            ns_coefficients=ns_coefficients,
+            eps=eps,
+            compat=compat,
+            polar_norm=polar_norm,
+            polar_dtype=polar_dtype,
+            rank=rank,
+            oversample=oversample,
+            power=power,
+            sketch=sketch,
+            inner=inner,
+            rank_compensate=rank_compensate,
+            seed=seed,
+            second_moment=second_moment,
+            beta2=beta2,
+            adjust_lr_fn=adjust_lr_fn,
+            cautious=cautious,
+            decay_schedule=decay_schedule,
+            clip_grad_rms=clip_grad_rms,
+            normalize_grad=normalize_grad,
+            spike_ratio=spike_ratio,
+            report_steps=report_steps,
         )
+        shape = {"matrix_view": matrix_view, "split_sizes": split_sizes, "num_heads": num_heads}
+        super().__init__(params, rule, lr, weight_decay, **settings_with_view({**options, **shape}))
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which may name ``matrix_view``, ``split_sizes`` or ``num_heads``."""
+        is_group = isinstance(param_group, dict)  # torch refuses what is none
+        super().add_param_group(settings_with_view(param_group) if is_group else param_group)
+
+    def reports(self) -> dict[str, list[PolarReport | None]]:
+        """The last report of each matrix under ``report_steps``, by its parameter's name.
+
+        A parameter without a name is called by its position; a matrix that was zero has None.
+        """
+        return collect_reports(self.param_groups, self.state)
 
 
 def spike_factor(
     norm: Tensor, stored: Tensor, ratio: float, beta: float = 0.9, finite: Tensor | None = None
 ) -> Tensor:
-    """What a gradient is multiplied by so that its norm is at most ratio times their average.
+    """The factor by which a gradient's norm becomes at most ratio times the norms' average.
 
     Args:
         norm: (K, 1, 1) norms of this step.
-        stored: (K, 1, 1) the average of the limited norms, changed in place; 0: none yet. A norm
-            that is not finite is not stored.
-        ratio: Above 1.
-        beta: Decay of the average.
-        finite: None, or flags (K,): where one is 0 nothing is stored.
+        stored: (K, 1, 1) average of the limited norms, changed in place; 0 where there is none yet.
+            A norm that is not finite is not stored.
+        ratio: The limit, above 1.
+        beta: Decay of the average (default: 0.9).
+        finite: None (default), or flags (K,): where one is 0 nothing is stored.
 
     Returns:
         (K, 1, 1), at most 1.
@@ -320,7 +525,7 @@ def normuon_scale(
     eps: float = 1e-10,
     finite: Tensor | None = None,
 ) -> Tensor:
-    """NorMuon's: rows of O divided by their own running size, ||O||_F kept.
+    """NorMuon's scale of rows: each is divided by its own running size, and ||O||_F is kept.
 
     v <- beta2 v + (1 - beta2) mean over columns of O*O; O' = O / (sqrt(v) + eps), then scaled to
     the norm of O. A bias of v is one factor for all rows, so it cancels. Both norms come from the
@@ -332,11 +537,11 @@ def normuon_scale(
         beta2: Decay of v.
         reductions: Sums over the weight's indices.
         n: Columns of the whole weight.
-        eps: Added to the root and to the norm of O'.
-        finite: As for :func:`momentum_step`.
+        eps: Added to the root and to the norm of O' (default: 1e-10).
+        finite: None (default), or flags (K,): where one is 0 v stays.
 
     Returns:
-        (K, m, 1), by which the rows of O are multiplied.
+        (K, m, 1), the factors of the rows of O.
     """
     squares = reductions.cols(column_squares(O.mT).mT)
     row_scale = ema(second_moment, squares / n, beta2, finite).sqrt().add(eps).reciprocal()
@@ -355,7 +560,7 @@ def adamuon_scale(
     eps: float = 1e-8,
     finite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """AdaMuon's: entries of O divided by their own running size, then scaled to a given norm.
+    """AdaMuon's step: entries of O divided by their running size, then scaled to a given norm.
 
     V <- beta2 V + (1 - beta2) O*O; O' = O / (sqrt(V) + eps), without bias correction, which would
     cancel. Source: AdaMuon, arXiv 2507.11005.
@@ -366,11 +571,11 @@ def adamuon_scale(
         beta2: Decay of V.
         reductions: Sums over the weight's indices.
         norm: The Frobenius norm to scale to.
-        eps: Added to the root and to the norm of O'.
-        finite: As for :func:`momentum_step`.
+        eps: Added to the root and to the norm of O' (default: 1e-8).
+        finite: None (default), or flags (K,): where one is 0 V stays.
 
     Returns:
-        O' (K, m, n), a new tensor, and what it is to be multiplied by, (K, 1, 1).
+        O' (K, m, n), a new tensor, and its factor (K, 1, 1).
     """
     V = ema(second_moment, O.square(), beta2, finite)
     scaled = O / V.sqrt().add_(eps)
@@ -387,7 +592,7 @@ def _report_row(M: Tensor, O: Tensor) -> list[float]:
     return [getattr(quality, name) for name in PolarReport.__dataclass_fields__]
 
 
-def reports(
+def collect_reports(
     groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> dict[str, list[PolarReport | None]]:
     """The last recorded report of every matrix, by the parameter's name or else its position."""
@@ -397,7 +602,7 @@ def reports(
         for group in groups
         for p, name in zip(
             group["params"],
-            chain(group.get("param_names") or (), repeat(None)),  # some were appended later
+            chain(group.get("param_names") or (), repeat(None)),  # late parameters have no name
             strict=False,
         )
     ]
@@ -411,10 +616,10 @@ def reports(
 
 
 def settings_with_view(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with Muon's words for shapes put into ``view``'s: see ``views.py``.
+    """Settings in which Muon's words for shapes are replaced by the key ``view``.
 
     ``matrix_view="flatten" | "batch" | "auto"`` is taken as it is, ``split_sizes=(a, b, c)`` is
-    ``rows:a,b,c`` and ``num_heads=h`` is ``heads:h``.
+    ``rows:a,b,c`` and ``num_heads=h`` is ``heads:h``; ``_core/views.py`` reads them.
     """
     settings = dict(settings)
     view_options = {
@@ -449,8 +654,8 @@ def settings_with_view(settings: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def heavy_tail_schedule(T: int, alpha: float | None = None) -> tuple[float, float]:
@@ -465,14 +670,14 @@ def heavy_tail_schedule(T: int, alpha: float | None = None) -> tuple[float, floa
 
     Args:
         T: Number of steps, at least 1.
-        alpha: The moment; None: not known, then the exponents are 1/2 and 3/4, which are those of
-            alpha = 2, at the rate T^(-(alpha - 1) / (2 alpha)).
+        alpha: The moment. None (default): not known, then the exponents are 1/2 and 3/4, which are
+            those of alpha = 2, at the rate T^(-(alpha - 1) / (2 alpha)).
 
     Returns:
-        (what the learning rate is multiplied by, momentum).
+        (factor of the learning rate, momentum).
 
     Raises:
-        ValueError: T or alpha is out of range.
+        ValueError: If T or alpha is out of range.
     """
     if T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
@@ -482,165 +687,3 @@ def heavy_tail_schedule(T: int, alpha: float | None = None) -> tuple[float, floa
         raise ValueError(f"alpha must lie in (1, 2], got {alpha}: pass None if it is not known")
     d = 3 * alpha - 2
     return T ** (-(2 * alpha - 1) / d), 1 - T ** (-alpha / d)
-
-
-class Muon(StackedOptimizer):
-    """Muon: orthogonalised momentum for matrices, AdamW for everything else.
-
-    For each matrix W (m x n) with gradient G::
-
-        B <- B + (1 - momentum) (G - B)                       momentum
-        U  = G + momentum (B - G)   if nesterov else   B
-        O  = polar(U)                                         all singular values near 1
-        W <- (1 - lr * weight_decay) W                        decay with the bare lr
-        W <- W - lr * ratio(m, n) * O                         RMS 0.2 by default, as AdamW's
-
-    Source: Jordan et al., *Muon: an optimizer for hidden layers in neural networks*, 2024; *Muon is
-    Scalable for LLM Training*, arXiv 2502.16982; low rank 2605.06884, NorMuon 2510.05491, AdaMuon
-    2507.11005. All that follows ``compat`` is off by default, and each a group key too.
-
-    Args:
-        params: A module, (named) parameters or groups (KellerJordan's with ``use_muon`` too).
-        lr: Learning rate (default: 1e-3); AdamW's carries over.
-        weight_decay: Decoupled weight decay (default: 0.1).
-        momentum: Decay of the momentum average (default: 0.95).
-        nesterov: Look ahead by one gradient (default: True).
-        polar: ``"auto"`` (``"zolo"`` on CPU, ``"ns5"`` in bfloat16 on accelerators, and wherever
-            ``ns_steps``, ``ns_coefficients`` or ``polar_norm`` is given), ``"low_rank"``, or
-            another method of :func:`stiefel.kernels.polar_factor`.
-        ns_steps: Iterations of a polynomial method; None: its own number.
-        ns_coefficients: One triple (a, b, c), or one for each step; None: the method's own.
-        eps: Smallest norm to divide by (default: 1e-7).
-        adjust_lr_fn: ratio(m, n): ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)); ``"original"`` (or
-            None, as in torch) sqrt(max(1, m / n)); ``"spectral"`` sqrt(m / n); ``"none"`` 1.
-            ``"auto"`` (default): ``"match_rms_adamw"``, under ``compat`` ``"original"``.
-        compat: ``"torch"`` has the arithmetic of ``torch.optim.Muon``, bit for bit: ns5 in
-            bfloat16 and the buffer in the gradient's dtype. It is slow on a CPU.
-        polar_norm: What a polynomial method divides by: ``"frobenius"``, ``"schatten4"``,
-            ``"aol"``, ``"power:k"``; None: the method's own.
-        polar_dtype: Name of the iteration's dtype; None: as ``polar_factor`` has it.
-        rank: Of ``"low_rank"``: columns of its sketch, a count or a fraction of min(m, n) (0.125);
-        oversample: columns beyond them (10);
-        power: power steps (1);
-        sketch: ``"signs"`` from a hash on W's device, ``"gaussian"`` or ``"kaczmarz"``, which are
-            drawn on the CPU, all from (``seed``, position, step);
-        inner: the method inside, to which ``ns_steps`` and ``ns_coefficients`` belong;
-        rank_compensate: whether ratio grows by sqrt(min(m, n) / rank of O), to keep the RMS;
-        seed: and the seed (0).
-        momentum_kind: ``"ema"``, or ``"sum"``: B <- momentum B + G, U = G + momentum B. The same
-            direction, but B is 1 / (1 - momentum) as large.
-        second_moment: ``"normuon"`` divides rows of O by their running size and keeps its norm;
-            ``"adamuon"`` takes polar(sign(U)), divides entries, and makes the norm exact.
-        beta2: Its decay; None: 0.95 (NorMuon) or ``momentum`` (AdaMuon).
-        cautious: Decay only entries where O * W >= 0.
-        decay_schedule: ``"lr"``, or ``"lr2"``: W <- (1 - lr^2 * weight_decay) W.
-        clip_grad_rms: Limit of the RMS of G; like the next two it guards B against heavy tails.
-        normalize_grad: Take G / ||G||_F.
-        spike_ratio: Limit of ||G||_F, relative to its running average (decay 0.9).
-        report_steps: Keep a :class:`PolarReport` of every so many steps for :meth:`reports`; the
-            steps are the same, but such a one takes an SVD of U and waits for the device. 0: never.
-        matrix_view: ``view`` by other names: ``"auto"``, ``"flatten"`` (a Conv1d needs it), or
-            ``"batch"``;
-        split_sizes: rows of fused weights, such as q, k, v, each orthogonalised by itself;
-        num_heads: or equal runs of rows.
-        **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
-
-    State: ``momentum_buffer`` (like W, float32) and ``step``; ``row_second_moment`` (m x 1) or
-    ``second_moment`` (like W), ``grad_norm`` (1 x 1), ``polar_report`` (5) where asked for.
-    Checkpoints of ``torch.optim.Muon`` load. Peak temporary memory: five matrices of the largest
-    weight, one more each under AdaMuon and the guards of G; half of it for ``"low_rank"``.
-
-    What it is not: exactly orthogonal. Singular values of O lie in the band that
-    :func:`stiefel.kernels.polar_factor` states, 0.87 to 1.13 for ``"zolo"`` (0.94 to 1.06 above a
-    shorter side of 256), and fall to zero for singular values of U below about 1/300 (1/1000) of
-    its norm. ``"low_rank"`` leaves out what its sketch does not span. Embeddings and heads belong
-    to AdamW, where a module or parameter names route them.
-
-    Example:
-        >>> import torch
-        >>> from stiefel.optimizers import Muon
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
-        >>> optimizer = Muon(model, lr=1e-3)
-        >>> loss = model(torch.ones(2, 8)).square().mean()
-        >>> loss.backward()
-        >>> optimizer.step()
-    """
-
-    _reference_key = "use_muon"
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        polar: str = "auto",
-        ns_steps: int | None = None,
-        ns_coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None,
-        eps: float = 1e-7,
-        adjust_lr_fn: str | None = "auto",
-        compat: str | None = None,
-        polar_norm: str | None = None,
-        polar_dtype: str | None = None,
-        rank: int | float = 0.125,
-        oversample: int = 10,
-        power: int = 1,
-        sketch: str = "signs",
-        inner: str = "polar_express",
-        rank_compensate: bool = False,
-        seed: int = 0,
-        momentum_kind: str = "ema",
-        second_moment: str | None = None,
-        beta2: float | None = None,
-        cautious: bool = False,
-        decay_schedule: str = "lr",
-        clip_grad_rms: float | None = None,
-        normalize_grad: bool = False,
-        spike_ratio: float | None = None,
-        report_steps: int = 0,
-        matrix_view: str | None = None,
-        split_sizes: Sequence[int] | None = None,
-        num_heads: int | None = None,
-        **options: Unpack[Common],
-    ) -> None:
-        rule = MuonRule(
-            polar,
-            ns_steps,
-            ns_coefficients,
-            eps,
-            adjust_lr_fn,
-            compat,
-            polar_norm,
-            polar_dtype,
-            rank,
-            oversample,
-            power,
-            sketch,
-            inner,
-            rank_compensate,
-            seed,
-            report_steps,
-            clip_grad_rms,
-            normalize_grad,
-            spike_ratio,
-            momentum,
-            nesterov,
-            momentum_kind,
-            second_moment,
-            beta2,
-            cautious,
-            decay_schedule,
-        )
-        shape = {"matrix_view": matrix_view, "split_sizes": split_sizes, "num_heads": num_heads}
-        super().__init__(params, rule, lr, weight_decay, **settings_with_view({**options, **shape}))
-
-    @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Knows ``matrix_view``, ``split_sizes``, ``num_heads``."""
-        is_group = isinstance(param_group, dict)  # else torch refuses it
-        super().add_param_group(settings_with_view(param_group) if is_group else param_group)
-
-    def reports(self) -> dict[str, list[PolarReport | None]]:
-        """The last report of each matrix under ``report_steps``, by name or position."""
-        return reports(self.param_groups, self.state)

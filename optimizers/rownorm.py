@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from ..kernels import row_norm
-from ._core.rule import LOCAL_REDUCTIONS, Direction, Member, Scaled, Term
-from ._core.validation import check, check_choices
+from .. import kernels
+from ..kernels import Stack, row_norm
+from ._core.rule import (
+    LOCAL_REDUCTIONS,
+    Deferred,
+    Direction,
+    Member,
+    Scaled,
+    Term,
+    WriteScalars,
+)
+from ._core.validation import check_choices, check_eps
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.row_rules import (
     ROW_MODES,
     RowRule,
-    RowStep,
     join_pairs,
+    kernel_eps,
     row_factors,
     row_squares,
     split_pairs,
+    unit_range,
 )
 
 if TYPE_CHECKING:
@@ -31,25 +42,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowNormRule(RowRule):
-    """M <- mu M + (1 - mu) G; U_i = M_i / |M_i|; centred: less the mean row, before and after."""
+    """M <- momentum M + (1 - momentum) G; U_i = M_i / |M_i|; centred: U = C rownorm(C M)."""
 
     row_mode: str = "inverse_eps"
-    eps: float = 1e-8
+    eps: float | None = None
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, row_mode=ROW_MODES)
-        check(self.eps >= 0.0, f"Invalid epsilon value: {self.eps}")
+        check_eps(self.eps)
 
-    @property
-    def squares(self) -> str | None:  # type: ignore[override]
-        """Row norms come with the momentum."""
-        return None if self.centred else "rows"
-
+    @override
     def update(self, *members: Member) -> tuple[Direction, ...]:
         """One step for a stack, by one kernel where rows do not depend on each other."""
         w = members[0]
-        G, M = w.grad, w.state["momentum_buffer"]
+        G, M = w.grad, w.state["momentum_buffer"]  # (K, m, n)
         rows_independent = not self.centred and self.pair is None and self.row_mode != "relative"
         if not rows_independent or w.reductions is not LOCAL_REDUCTIONS or G is None:
             return super().update(*members)
@@ -57,6 +65,12 @@ class RowNormRule(RowRule):
         length = self.rms_target * self.row_entries(w) ** 0.5 if matches_rms else 1.0
         return (w.step(RowStep(M, G, self.momentum, self.eps, self.row_mode, length, w.finite)),)
 
+    @property
+    def squares(self) -> str | None:  # type: ignore[override]
+        """Row norms come with the momentum, unless the mean row has to be taken off first."""
+        return None if self.centred else "rows"
+
+    @override
     def terms(
         self, ws: Sequence[Member], Ms: Sequence[Tensor], squares: Sequence[Tensor | None]
     ) -> list[Term]:
@@ -64,22 +78,29 @@ class RowNormRule(RowRule):
         if self.centred:
             return super().terms(ws, Ms, squares)
         w, layout = ws[0], self.pair
-        pair_squares = [join_pairs(s, layout) for s in squares if s is not None]
-        by = self.row_scales(torch.cat(pair_squares, -1).sum(-1, keepdim=True), w)  # (K, m, 1)
+        found: Sequence[Tensor] = [s for s in squares if s is not None]
+        if self.eps is None and w.reductions is LOCAL_REDUCTIONS:
+            Ms, found = with_exact_squares(Ms, found)
+        pair_squares = torch.cat([join_pairs(s, layout) for s in found], -1)
+        by = self.row_scales(pair_squares.sum(-1, keepdim=True), w)  # (K, m, 1)
         if self.adjust_lr_fn == "match_rms_adamw":
             by = by * (self.rms_target * self.row_entries(w, len(ws)) ** 0.5)
         if layout in ("halves", "interleaved"):  # one for the gate's row, one for the up row
             by = split_pairs(by.expand(-1, -1, 2), layout)
         return [Scaled(M, by) for M in Ms]
 
+    @override
     def centered_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
-        """One operation, but for the sums of shards."""
+        """One operation for both centrings and the norms, unless rows lie on several shards."""
         if w.reductions is not LOCAL_REDUCTIONS:
             return super().centered_map(X, w)
-        return row_norm(X, self.eps, self.row_mode, self.centred), None
+        if self.eps is None and X.device.type == "cpu":
+            X = unit_range([X])[0]
+        return row_norm(X, kernel_eps(self.eps), self.row_mode, self.centred), None
 
+    @override
     def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
-        """Rows of X (K, m, n) at norm 1; only asked for where rows are centred."""
+        """Rows of X (K, m, n) at norm 1, in X itself: only centred rows come here."""
         return X.mul_(self.row_scales(row_squares(X, w.reductions), w)), None
 
     def row_scales(self, squares: Tensor, w: Member) -> Tensor:
@@ -98,43 +119,51 @@ class RowNorm(StackedOptimizer):
         W <- (1 - lr * weight_decay) W         decay with the bare lr
         W <- W - lr * s * U                    s = 0.2 / rms of the rows of U that are not zero
 
-    What it commutes with: permutations of the rows, bit for bit unless centred, and orthogonal maps
-    of the columns; positive scaling of single rows leaves U as it is, unless centred. So it fits
-    rows that are tokens, neurons or experts, which may change places, over a residual stream, which
-    may be rotated. ``centred`` fits rows to which one vector can be added without a change of the
-    loss, as those of a softmax: U then never moves their mean. Centring once would not do, since
-    rows of equal length have a mean again.
+    The map commutes with permutations of the rows, bit for bit unless centred, and with orthogonal
+    maps of the columns; positive scaling of single rows leaves U as it is, unless centred. So the
+    method fits rows that are tokens, neurons or experts, which may change places, over a residual
+    stream, which may be rotated. ``centred`` fits rows to which one vector can be added without a
+    change of the loss, as those of a softmax: U then never moves their mean. Centring once would
+    not do, since rows of equal length have a mean again.
 
-    Sources: *Symmetry-Compatible Principle for Optimizer Design: Embeddings, LM Heads, SwiGLU MLPs,
-    and MoE Routers*, arXiv 2605.18106, whose published steps are tested (``adjust_lr_fn="none"``).
-    ``"relative"`` and the match of the RMS are additions.
+    Source: *Symmetry-Compatible Principle for Optimizer Design: Embeddings, LM Heads, SwiGLU MLPs,
+    and MoE Routers*, arXiv 2605.18106, whose published steps are tested (``eps=1e-8,
+    adjust_lr_fn="none"``). ``"relative"`` and the match of the RMS are additions.
 
     Args:
         params: A module, (named) parameters or groups. Where a module or names send embeddings
             and heads to AdamW, a group with ``rule="RowNorm"``, or :class:`SymmetryStack`, brings
             them here.
         lr: Learning rate (default: 1e-3); AdamW's carries over.
-        weight_decay: Decoupled weight decay (default: 0).
+        weight_decay: Decoupled weight decay (default: 0.0).
         momentum: Decay of the momentum average (default: 0.95).
         row_mode: ``"inverse_eps"`` (default) as above; ``"inverse"`` or ``"unit"``: divide by
             max(|M_i|, eps); ``"relative"``: by |M_i| + 0.01 times the root mean square length,
-            so that rows which got no gradient for long fade, instead of moving at full speed until
-            eps stops them hundreds of steps later.
-        centred: Take the mean row off M and off U (default: False).
+            so that rows which got no gradient for long fade, instead of moving at full speed.
+        centred: Whether the mean row is taken off M and off U (default: False).
         axis: ``"rows"`` (default), or ``"cols"``: columns of W take the part of rows.
         pair: One row for each neuron of gate and up together: ``"members"``, two parameters in turn
             in the group; ``"halves"``, one parameter with the gate's rows first;
             ``"interleaved"``, one with their rows in turn. None (default): rows as they are.
-        eps: Added to |M_i| (default: 1e-8).
+        eps: Added to |M_i|. None (default): the smallest normal number of the dtype of the norms,
+            so that the size of the gradient does not matter. Published: 1e-8, which stops rows
+            whose gradients are that small.
         adjust_lr_fn: ``"match_rms_adamw"`` (default), or ``"none"``: s = 1, as published.
-        rms_target: That root mean square (default: 0.2).
+        rms_target: Root mean square of a step under ``"match_rms_adamw"`` (default: 0.2).
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: For a value out of range, ``pair`` with ``axis="cols"``, an unknown group key,
+            or a parameter that is no matrix under ``rule="RowNorm"``.
+        TypeError: For an unknown keyword.
 
     State: ``momentum_buffer`` (like W, float32) and ``step``. Peak temporary memory: half a matrix,
     two if centred, three if centred pairs.
 
-    What it is not: aware of how rows lie to each other; rows that all point one way are not
-    spread. A zero row stays, every other row moves by the same length, however small its gradient.
+    Caveat: rows are scaled each by itself, so rows that all point one way stay alike. A zero row
+    stays; every other row moves by the same length, however small its gradient. A row whose squares
+    vanish beside larger rows of its matrix (float32: length below 1e-19) counts as zero; so does
+    every such row on an accelerator.
 
     Example:
         >>> import torch
@@ -149,16 +178,102 @@ class RowNorm(StackedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
+        *,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         row_mode: str = "inverse_eps",
         centred: bool = False,
         axis: str = "rows",
         pair: str | None = None,
-        eps: float = 1e-8,
+        eps: float | None = None,
         adjust_lr_fn: str = "match_rms_adamw",
         rms_target: float = 0.2,
         **options: Unpack[Common],
     ) -> None:
-        rule = RowNormRule(momentum, centred, axis, pair, adjust_lr_fn, rms_target, row_mode, eps)
+        rule = RowNormRule(
+            momentum=momentum,
+            row_mode=row_mode,
+            centred=centred,
+            axis=axis,
+            pair=pair,
+            eps=eps,
+            adjust_lr_fn=adjust_lr_fn,
+            rms_target=rms_target,
+        )
         super().__init__(params, rule, lr, weight_decay, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class RowStep(Deferred):
+    """Rows of the momentum at one length, not made yet: M moves while the weight is written.
+
+    Attributes:
+        M: (K, m, n), the buffer.
+        G: (K, m, n), the gradient.
+        momentum: Decay of M.
+        eps: See :func:`row_factors`.
+        mode: See :func:`row_factors`, but not ``"relative"``, which needs all rows first.
+        length: Norm of the rows.
+        finite: None, or flags (K,): where one is 0, M stays.
+    """
+
+    accepts_list: ClassVar[bool] = True
+    M: Tensor
+    G: Tensor
+    momentum: float
+    eps: float | None
+    mode: str
+    length: float = 1.0
+    finite: Tensor | None = None
+
+    @override
+    def materialize(self) -> Scaled:
+        U, by = self.unit_rows()
+        return Scaled(U, by if self.length == 1.0 else by * self.length)
+
+    def unit_rows(self) -> tuple[Tensor, Tensor]:
+        """U (K, m, n), the new momentum, and what brings its rows to norm 1 (K, m, 1)."""
+        U, squares = kernels.momentum_step_(
+            self.M, self.G, self.momentum, squares="rows", finite=self.finite
+        )
+        if self.eps is None:
+            (U,), (squares,) = with_exact_squares([U], [squares])
+        return U, kernels.row_factors(squares, self.mode, kernel_eps(self.eps))
+
+    @override
+    def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
+        """One pass over M, or two where W is a list or rows lie across the memory.
+
+        There the sums of rows come first; W is not copied into a stack.
+        """
+        if other is not None:
+            return False
+        is_column_major = self.G.stride(-1) != 1 or self.M.stride(-1) != 1
+        if is_column_major or not isinstance(W, Tensor):
+            return self.materialized.fused_write_(W, by)
+        scalars = by.scale_alpha(self.length)
+        if self.eps is None and not kernels.fuses_passes(W):
+            U, row_scales = self.unit_rows()
+            kernels.scaled_add_(W, U, row_scales, *scalars)
+            return True
+        eps = kernel_eps(self.eps)
+        kernels.row_step_(W, self.M, self.G, self.momentum, eps, self.mode, *scalars)
+        return True
+
+
+def with_exact_squares(
+    Ms: Sequence[Tensor], squares: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Momentum (K, m, n) and its squared row norms (K, m, 1), scaled up if some matrix is tiny.
+
+    Squares of float32 entries below 1e-19 lose bits, but the direction of a row does not depend on
+    its scale. An accelerator would have to wait for the answer, so there nothing is scaled.
+    """
+    if squares[0].device.type != "cpu" or squares[0].numel() == 0:
+        return Ms, squares
+    info = torch.finfo(squares[0].dtype)
+    largest = torch.stack([s.amax(-2) for s in squares]).amax(0)
+    if not bool((largest < info.tiny / info.eps**2).any()):
+        return Ms, squares
+    Ms = unit_range(Ms)
+    return Ms, [kernels.squares(M, -1) for M in Ms]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from ._core.rule import Member
 from ._core.validation import check_choices
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SpectralRule(RowPolarRule):
-    """M <- mu M + (1 - mu) G; U = polar(M) times nu^alpha; centred: C polar(C M)."""
+    """M <- momentum M + (1 - momentum) G; U = nu^alpha polar(M); centred: C polar(C M)."""
 
     side: str = "right"
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, side=("left", "right"))
 
+    @override
     def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """Polar factor of X (K, m, n), and nu^alpha."""
         U = self.orthogonalize(X, w, self.side == "left")
@@ -45,43 +48,53 @@ class Spectral(StackedOptimizer):
         W <- (1 - lr * weight_decay) W         decay with the bare lr
         W <- W - lr * s * U                    s = 0.2 / rms of the rows of U that are not zero
 
-    What it commutes with: orthogonal maps of rows and of columns; centred: permutations of the rows
-    and orthogonal maps of the columns, and adding one vector to all rows of G changes nothing.
+    The map commutes with orthogonal maps of rows and of columns. Centred, it commutes with
+    permutations of the rows and orthogonal maps of the columns, and adding one vector to all rows
+    of G changes nothing.
 
-    Sources: *Symmetry-Compatible Principle for Optimizer Design: Embeddings, LM Heads, SwiGLU MLPs,
-    and MoE Routers*, arXiv 2605.18106, whose published steps are tested; ``alpha=1`` alone is
-    PolarGrad, arXiv 2505.21799. The damping that follows the size of M, and the match of the RMS,
-    are additions. It differs from :class:`Muon` by centring, alpha, and the measured RMS.
+    Source: *Symmetry-Compatible Principle for Optimizer Design: Embeddings, LM Heads, SwiGLU MLPs,
+    and MoE Routers*, arXiv 2605.18106, whose published steps are tested (``polar="inverse_root",
+    eps=1e-8, alpha=1, adjust_lr_fn="none"``); ``alpha=1`` alone is PolarGrad, arXiv 2505.21799. The
+    damping that follows the size of M, and the match of the RMS, are additions. :class:`Muon` has
+    neither centring nor alpha, and an RMS by shape instead of a measured one.
 
     Args:
         params: A module, (named) parameters or groups; see :class:`RowNorm`.
         lr: Learning rate (default: 1e-3); AdamW's carries over.
-        weight_decay: Decoupled weight decay (default: 0).
+        weight_decay: Decoupled weight decay (default: 0.0).
         momentum: Decay of the momentum average (default: 0.95).
-        side: ``"right"`` (default) or ``"left"``: which Gram matrix the published code takes, and
-            ``polar="inverse_root"`` with an ``eps``. All else takes the smaller one.
-        centred: Take the mean row off M and off U (default: False).
+        side: ``"right"`` (default) or ``"left"``: the Gram matrix that ``polar="inverse_root"``
+            takes where ``eps`` is a number, as published. Without one the smaller is taken.
+        centred: Whether the mean row is taken off M and off U (default: False).
         axis: ``"rows"`` (default) or ``"cols"``: what counts as rows.
-        pair: Gate and up with one row for each neuron, see :class:`RowNorm`; None (default).
+        pair: Gate and up with one row for each neuron, see :class:`RowNorm`; None (default): rows
+            as they are.
         polar: ``"auto"`` (default) or another method of :func:`stiefel.kernels.polar_factor` but
             ``"turbo"``, which is not equivariant. ``"svd"``, ``"eigh"`` and ``"qdwh"`` are exact.
             ``"inverse_root"``: the published iteration on the Gram matrix.
-        ns_steps: Steps of an iteration; None: its own number, 5 for ``"inverse_root"``, where 8
-            leave no error to speak of.
-        eps: Damping of ``"inverse_root"``, added to the Gram matrix; None (default): 1e-8
-            (float32: 1e-7) of its mean eigenvalue. Published is 1e-8, which swallows gradients
-            of norm 1e-4 and less. Other methods damp in proportion to M.
-        alpha: Power of nu = <M, polar(M)>, the nuclear norm, that multiplies U (default: 0).
-            Published is 1, which makes a step grow with the gradient and with the size of W.
+        ns_steps: Steps of an iteration. None (default): its own number, 5 for ``"inverse_root"``,
+            where 8 leave no error to speak of.
+        eps: Damping of ``"inverse_root"``, added to the Gram matrix. None (default): 1e-8
+            (float32: 1e-7) of the mean eigenvalue, and the smallest normal number as the least
+            norm that other methods divide by and the least nu, so that the size of the gradient
+            does not matter. Published: 1e-8, which swallows gradients of norm 1e-4 and less.
+        alpha: Power of nu = <M, polar(M)>, the nuclear norm, that multiplies U (default: 0.0).
+            Published: 1, which makes a step grow with the gradient and with the size of W.
         adjust_lr_fn: ``"match_rms_adamw"`` (default), or ``"none"``: s = nu^alpha, as published.
-        rms_target: That root mean square (default: 0.2).
+        rms_target: Root mean square of a step under ``"match_rms_adamw"`` (default: 0.2).
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: For a value out of range, ``alpha`` without ``adjust_lr_fn="none"``, ``pair``
+            with ``axis="cols"``, an unknown group key, or a parameter that is no matrix under
+            ``rule="Spectral"``.
+        TypeError: For an unknown keyword.
 
     State: ``momentum_buffer`` (like W, float32) and ``step``. Peak temporary memory: five matrices,
     for ``"inverse_root"`` eight.
 
-    What it is not: two methods. Left and right differ in cost and damping only, and where M has
-    full rank not at all. Published steps are five of an iteration that needs eight.
+    Caveat: left and right are one method where M has full rank; they differ in cost and damping
+    only. Published steps are five of an iteration that needs eight.
 
     Example:
         >>> import torch
@@ -96,6 +109,7 @@ class Spectral(StackedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
+        *,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         side: str = "right",
@@ -111,16 +125,16 @@ class Spectral(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         rule = SpectralRule(
-            momentum,
-            centred,
-            axis,
-            pair,
-            adjust_lr_fn,
-            rms_target,
-            alpha,
-            polar,
-            ns_steps,
-            eps,
-            side,
+            momentum=momentum,
+            side=side,
+            centred=centred,
+            axis=axis,
+            pair=pair,
+            polar=polar,
+            ns_steps=ns_steps,
+            eps=eps,
+            alpha=alpha,
+            adjust_lr_fn=adjust_lr_fn,
+            rms_target=rms_target,
         )
         super().__init__(params, rule, lr, weight_decay, **options)

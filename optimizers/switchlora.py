@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ._core.rule import Dense, Direction, Member, Slot
 from ._core.validation import check, check_adam, check_choices
-from ._lora.pair_groups import LoRARule, Scale
+from ._lora.pair_groups import LoRARule, Scale, accepts_groups
 from ._lora.switching import exchange_vectors_, fold_into_weight_, reset_vectors_, switch_rate
 from ._lora.vector_pools import (
     CHOICE_STREAM,
@@ -51,48 +52,30 @@ class SwitchLoRARule(LoRARule):
     count_frozen_steps: bool = False
     save_pools: bool = True
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         check_adam(self.betas, self.eps)
         check_choices(self, rounding=("accumulate", "stochastic"), choice=("fifo", "random"))
-        T, ratio, N, interval = self.total_steps, self.ratio, self.freeze_steps, self.interval0
-        check(ratio is None or ratio > 0.0, f"ratio must be positive or None, got {ratio!r}")
         check(
-            ratio is None or (T is not None and T >= 1),
-            f"total_steps must be the number of updates of the whole run, got {T!r}; leave it "
-            "out only with ratio=None, which never slows switching down",
+            self.ratio is None or self.ratio > 0.0,
+            f"ratio must be positive or None, got {self.ratio!r}",
         )
+        check(
+            self.ratio is None or (self.total_steps is not None and self.total_steps >= 1),
+            "total_steps must be the number of updates of the whole run, got "
+            f"{self.total_steps!r}; leave it out only with ratio=None, which never slows "
+            "switching down",
+        )
+        N = self.freeze_steps
         check(N >= -1, f"freeze_steps must be -1 or more, got {N!r}")
         check(
-            interval > 0 and interval >= 2 * N,
+            self.interval0 > 0 and self.interval0 >= 2 * N,
             f"interval0 must be positive and at least 2 * freeze_steps = {2 * N}, got "
-            f"{interval!r}: else vectors would be switched while they are frozen",
+            f"{self.interval0!r}: else vectors would be switched while they are frozen",
         )
 
-    @property
-    def refresh_interval(self) -> int:
-        """Every update may exchange vectors."""
-        return 1
-
-    def state(self, *sides: tuple[int, int]) -> tuple[dict[str, Slot], ...]:
-        """Moments, a clock per vector, and the pools; the fraction of a vector that is due."""
-        (r, n), (m, _), _ = sides
-        moments = {"exp_avg": Slot("mn"), "exp_avg_sq": Slot("mn")}
-        A, B = ({**moments, **slots} for slots in pool_slots(m, n, r))
-        return {**A, "due": Slot("", torch.float64, device="cpu")}, B, {}
-
-    def exchange_count(self, A: Member, j: int) -> int:
-        """k: the schedule's number of vectors of each factor, rounded so that the mean is kept."""
-        rate = 1.0 if self.ratio is None else switch_rate(A.t, self.ratio * (self.total_steps or 1))
-        k = A.m * rate / self.interval0
-        if self.rounding == "stochastic":
-            rng = rng_for(self.seed, A.indices, A.t, ROUNDING_STREAM)
-            return math.floor(k) + (rng.key(j) / 2**64 < k % 1)
-        due = A.state["due"][j]
-        k += float(due)
-        due.fill_(k % 1)
-        return math.floor(k)
-
+    @override
     def refresh(self, A: Member, B: Member, W: Member) -> None:
         """The exchange; it needs no gradient, but with one half missing it waits for both."""
         if A.grad is None or B.grad is None:
@@ -120,6 +103,19 @@ class SwitchLoRARule(LoRARule):
         for w, value in ((A, X), (B, Y), (W, W0)):
             w.write_back(value)
 
+    def exchange_count(self, A: Member, j: int) -> int:
+        """k: the schedule's number of vectors of each factor, rounded so that the mean is kept."""
+        rate = 1.0 if self.ratio is None else switch_rate(A.t, self.ratio * (self.total_steps or 1))
+        k = A.m * rate / self.interval0
+        if self.rounding == "stochastic":
+            rng = rng_for(self.seed, A.indices, A.t, ROUNDING_STREAM)
+            return math.floor(k) + (rng.key(j) / 2**64 < k % 1)
+        due = A.state["due"][j]
+        k += float(due)
+        due.fill_(k % 1)
+        return math.floor(k)
+
+    @override
     def update(self, A: Member, B: Member, W: Member) -> Iterator[Direction]:
         """Adam for every vector that is not frozen."""
         for w in (A, B):
@@ -129,19 +125,34 @@ class SwitchLoRARule(LoRARule):
     def factor_step(self, w: Member) -> Direction:
         """One factor: a clock per vector, which stops while the vector is frozen."""
         assert w.grad is not None
-        (b1, b2), state, G = self.betas, w.state, w.grad
-        frozen = state["frozen"] > 0
-        any_frozen, mask, step = bool(frozen.any()), frozen.to(G.device), frozen.to(torch.int32)
+        G, state = w.grad, w.state
+        beta1, beta2 = self.betas
+        frozen = state["frozen"] > 0  # on the host, as the clock is
+        any_frozen, step = bool(frozen.any()), frozen.to(torch.int32)
+        mask = frozen.to(G.device)
         clock = state["count"].add_(1 if self.count_frozen_steps else 1 - step)
         if any_frozen:
             G = G.masked_fill(mask, 0)
             state["frozen"].sub_(step)
         M, V, t = state["exp_avg"], state["exp_avg_sq"], clock.clamp(min=1).to(G.device)
-        N = adam(G, M, V, t, beta1=b1, beta2=b2, eps=self.eps)
+        N = adam(G, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps)
         if any_frozen:
             N.masked_fill_(mask, 0)  # 0 / 0 where eps is 0
-        ratio = self.lr_factor_b if w.number else 1.0
-        return w.step(Dense(N), lr_factor=ratio, decay=~mask if any_frozen else None)
+        lr_factor = self.lr_factor_b if w.number else 1.0
+        return w.step(Dense(N), lr_factor=lr_factor, decay=~mask if any_frozen else None)
+
+    @property
+    @override
+    def refresh_interval(self) -> int:
+        return 1  # every update may exchange vectors
+
+    @override
+    def state(self, *sides: tuple[int, int]) -> tuple[dict[str, Slot], ...]:
+        (r, n), (m, _), _ = sides
+        moments = {"exp_avg": Slot("mn"), "exp_avg_sq": Slot("mn")}
+        A, B = ({**moments, **slots} for slots in pool_slots(m, n, r))
+        due = Slot("", torch.float64, device="cpu")  # the fraction of a vector
+        return {**A, "due": due}, B, {}
 
 
 class SwitchLoRA(TripleOptimizer):
@@ -159,37 +170,45 @@ class SwitchLoRA(TripleOptimizer):
     arXiv 2406.06564, and its published code.
 
     Args:
-        groups: A model, its named parameters, or groups of ``[A1, B1, W1, A2, ...]`` as
+        params: A model, its named parameters, or groups of ``[A1, B1, W1, A2, ...]`` as
             ``lora_param_groups(model, base_weight=True)`` and :func:`pairs_to_groups` make them.
             W0 is frozen; the optimizer writes it.
         lr: Learning rate (default: 1e-3); published runs have 2e-2 where full rank has 1e-3.
-        total_steps: Updates of the whole run; needed unless ``ratio`` is None.
         betas: Decays of the moments (default: (0.9, 0.999)).
         eps: Added to the bias-corrected root (default: 1e-8).
-        weight_decay: Decoupled decay of A and B, never of W0 (default: 0).
+        weight_decay: Decoupled decay of A and B, never of W0 (default: 0.0).
+        total_steps: Updates of the whole run; needed unless ``ratio`` is None (default: None).
         interval0: Updates in which every vector is exchanged once, at first (default: 40); at
             least twice ``freeze_steps``; ``math.inf`` for no switching.
         ratio: Part of the run after which 0.3 of the switches are left (default: 0.1); None:
             ``interval0`` throughout.
         freeze_steps: Updates a counterpart stays still, with the switching one (default: 5);
             -1: none.
-        rounding: Of k: ``"accumulate"`` (default) carries the fraction, ``"stochastic"`` draws.
+        rounding: Rounding of k: ``"accumulate"`` (default) carries the fraction, ``"stochastic"``
+            draws.
         seed: Decides pools and draws (default: 0).
-        scale: s of triples whose group or module names none.
+        scale: s of triples whose group or module names none; None (default): all must name theirs.
         choice: ``"fifo"`` (default): vectors of a pool take turns; ``"random"``: any that wait.
         count_frozen_steps: Whether clocks go on while frozen, as published, which halves the
             first step after it (default: False).
-        save_pools: False keeps pools out of checkpoints; loading then draws new ones.
-        lr_ratio_b: Multiplies the learning rate of B; None: 1.
+        save_pools: Whether checkpoints hold the pools (default: True). Without them loading draws
+            new ones.
+        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: For a value out of range, ``total_steps`` missing, a list of bare tensors, a
+            triple that does not fit or whose factor is frozen, or a base weight that trains.
+        TypeError: For an unknown keyword, a quantized base weight, or ``params`` given under its
+            old name ``groups`` too.
 
     State of A and B in all: ``exp_avg``, ``exp_avg_sq``, 2 r (m + n). On the host, pinned for CUDA:
     ``pool``, min(m, n) (m + n) in the weight's dtype; ``count``, ``frozen``, ``slots``, 6 r int32;
     ``cursor``, ``due``. Peak temporary memory: four matrices of the largest factor; of a
     low-precision W0 also two float32 panels, and two more of a factor.
 
-    What it is not: a saving of host memory, where pools take 1 + min / max of the sides times W0's
-    bytes. A and B alone are no model: save W0 too. A bfloat16 W0 rounds at every switch.
+    Caveat: pools take 1 + min / max of the sides times W0's bytes of host memory. The model is W0,
+    A and B together: save W0 too. A bfloat16 W0 rounds at every switch.
 
     Example:
         >>> import torch
@@ -202,20 +221,21 @@ class SwitchLoRA(TripleOptimizer):
         >>> optimizer.step()
     """
 
+    @accepts_groups
     def __init__(
         self,
-        groups: Any,
+        params: Any,
         lr: float | Tensor = 1e-3,
-        total_steps: int | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        total_steps: int | None = None,
         interval0: float = 40,
         ratio: float | None = 0.1,
         freeze_steps: int = 5,
         rounding: str = "accumulate",
         seed: int = 0,
-        *,
         scale: Scale = None,
         choice: str = "fifo",
         count_frozen_steps: bool = False,
@@ -223,19 +243,20 @@ class SwitchLoRA(TripleOptimizer):
         lr_ratio_b: float | None = None,
         **options: Unpack[Common],
     ) -> None:
+        if not isinstance(betas, Sequence):
+            raise TypeError(f"betas must be two numbers, got {betas!r}; total_steps is a keyword")
         rule = SwitchLoRARule(
-            None,
-            lr_ratio_b,
-            total_steps,
-            betas,
-            eps,
-            interval0,
-            ratio,
-            freeze_steps,
-            rounding,
-            seed,
-            choice,
-            count_frozen_steps,
-            save_pools,
+            total_steps=total_steps,
+            betas=betas,
+            eps=eps,
+            interval0=interval0,
+            ratio=ratio,
+            freeze_steps=freeze_steps,
+            rounding=rounding,
+            seed=seed,
+            choice=choice,
+            count_frozen_steps=count_frozen_steps,
+            save_pools=save_pools,
+            lr_ratio_b=lr_ratio_b,
         )
-        super().__init__(groups, rule, lr, weight_decay, scale=scale, **options)
+        super().__init__(params, rule, lr, weight_decay, scale=scale, **options)

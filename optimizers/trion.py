@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +13,9 @@ from ..kernels import POLAR_METHODS, add_product_, polar_factor
 from ._core.rule import Direction, Factored, Member, Rule, Slot
 from ._core.validation import check, check_choices, resolve_rank
 from ._driver.optimizer import StackedOptimizer
+from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import momentum_step
+from ._toolkit.norm_floor import norm_floor
 from ._toolkit.projectors import DctProjector, take_rows
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ class TrionRule(Rule):
     polar: str = "ns5"
     ns_steps: int | None = None
     ns_coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None
-    eps: float = 1e-7
+    eps: float | None = None
 
     def __post_init__(self) -> None:
         check(0.0 <= self.momentum <= 1.0, f"momentum must be in [0, 1], got {self.momentum}")
-        check(0.0 < self.eps, f"eps must be above 0, got {self.eps}")  # a momentum may be zero
+        # a momentum may be zero
+        check(self.eps is None or self.eps > 0.0, f"eps must be above 0, got {self.eps}")
         check_choices(self, adjust_lr_fn=ADJUST_LR_FNS, polar=("auto", *POLAR_METHODS))
         resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
         _ = self.cosines  # raises for an unknown norm or basis
@@ -51,28 +53,30 @@ class TrionRule(Rule):
 
     @property
     def cosines(self) -> DctProjector:
-        """The system D that all matrices of a size share."""
+        """The cosines D, which all matrices of a size share."""
         return DctProjector(norm=self.norm, basis=self.basis)
 
     def transpose(self, m: int, n: int) -> bool:
-        """The shorter side is transformed; of a square, as published, the columns."""
+        """Whether the weight is transposed: its shorter side goes on the rows, which D transforms.
+
+        A square is transposed, as published.
+        """
         return m >= n
 
     def state(self, m: int, n: int) -> dict[str, Slot]:
-        """The buffer alone: a basis is three numbers per matrix, its size, norm and kind."""
+        """The buffer alone: D follows from the size, ``norm`` and ``basis``."""
         return {"momentum_buffer": Slot("mn")}
 
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
-        """The cosines."""
+        """Bytes of the cosines."""
         return self.cosines.shared(m)
 
     def update(self, w: Member) -> Direction:
-        """One step for a stack; nothing waits for the choice of I."""
+        """One step of K equal weights; the host never waits for the choice of I."""
         assert w.grad is not None
         B, G, D, r = w.state["momentum_buffer"], w.grad, self.cosines, resolve_rank(self.rank, w.m)
-        M = momentum_step(
-            B, G, 1.0, kind="sum", finite=w.finite
-        )  # (K, m, n), B itself where it is as wide as G
+        # (K, m, n), B itself where B is as wide as G
+        M = momentum_step(B, G, 1.0, kind="sum", finite=w.finite)
         S, row_scores = D.spectrum(M)  # (K, m, n)
         index = D.choose(S, r, reductions=w.reductions, row_scores=row_scores)  # (K, r), ascending
         A = take_rows(S, index)  # (K, r, n)
@@ -85,19 +89,18 @@ class TrionRule(Rule):
         return w.step(Factored(P, self.orthogonalize(A)), lr_factor=self.lr_factor(*sides, r))
 
     def orthogonalize(self, A: Tensor) -> Tensor:
-        """The polar factor of every matrix of A (K, r, n); that of D_I A is D_I times it."""
-        steps, coefficients = self.ns_steps, self.ns_coefficients
-        return polar_factor(A, self.polar, steps=steps, coefficients=coefficients, eps=self.eps)
+        """The polar factor O of every matrix of A (K, r, n); the factor of D_I A is D_I O."""
+        return polar_factor(
+            A,
+            self.polar,
+            steps=self.ns_steps,
+            coefficients=self.ns_coefficients,
+            eps=norm_floor(self.eps, A.dtype),
+        )
 
     def lr_factor(self, rows: int, columns: int, r: int) -> float:
         """What multiplies lr in the update of a weight, never in its decay."""
-        name = self.adjust_lr_fn
-        if name == "match_rms_adamw":
-            return 0.2 * math.sqrt(rows * columns / r)  # an exact factor has Frobenius norm sqrt(r)
-        if name == "kimi":
-            return 0.2 * math.sqrt(max(rows, columns))
-        shape = {"none": 1.0, "dion": rows / columns, "kj": max(1.0, rows / columns)}[name]
-        return math.sqrt(shape)
+        return adjust_lr(self.adjust_lr_fn, rows, columns, r)
 
 
 def _subtract_(M: Tensor, P: Tensor, A: Tensor, share: float) -> None:
@@ -109,9 +112,9 @@ def _subtract_(M: Tensor, P: Tensor, A: Tensor, share: float) -> None:
 
 
 class Trion(StackedOptimizer):
-    """Trion: orthogonalised momentum of rank r, in cosines chosen anew at every step.
+    """Trion: orthogonalized momentum of rank r, in cosines chosen anew at every step.
 
-    For each matrix W with gradient G (m x n, turned so that m <= n; a square is turned)::
+    For each matrix W with gradient G (m x n, transposed so that m <= n; a square is transposed)::
 
         M <- M + G
         S  = D^T M;  I = the r rows of S with the largest norm, A = S[I]      r x n
@@ -123,33 +126,40 @@ class Trion(StackedOptimizer):
     Language Models*, arXiv 2505.17967; Dion, arXiv 2504.05295.
 
     Args:
-        params: A module, (named) parameters or groups; see :class:`StackedOptimizer`. Groups with
-            ``use_muon`` work as they are.
+        params: A module, (named) parameters or groups, those with ``use_muon`` too; see
+            :class:`StackedOptimizer`.
         lr: Learning rate (default: 1e-3); AdamW's carries over.
-        momentum: What chosen coefficients keep per step (default: 0.95).
+        momentum: Share that chosen coefficients keep per step (default: 0.95).
         weight_decay: Decoupled weight decay (default: 0).
-        rank: r, a count or a fraction of the shorter side (default: 0.25).
+        rank: Number of cosines r, a count or a fraction of the shorter side (default: 0.25).
         adjust_lr_fn: ratio for R rows and C columns: ``"match_rms_adamw"`` (default)
             0.2 sqrt(R C / r), so that an exact factor of rank r moves W by RMS 0.2 lr; ``"dion"``
             sqrt(R / C); ``"kj"`` sqrt(max(1, R / C)); ``"kimi"`` 0.2 sqrt(max(R, C)); ``"none"`` 1.
-        norm: Score of a row of S: ``"l1"`` (default, as published) or ``"l2"``, which captures the
-            most of M, at least the share r / m.
+        norm: Score of a row of S: ``"l1"`` (default), as published, or ``"l2"``, which captures
+            the most of M, at least the share r / m.
         basis: ``"dct2"`` (default), the transform of a row is its DCT-II; ``"dct3"``, its inverse,
             as in the published product path.
-        polar: As in :class:`Muon`, here ``"ns5"`` by default, as published.
-        ns_steps: Iterations of a polynomial method; None: its own number.
-        ns_coefficients: One triple (a, b, c), or one for each step; None: the method's own.
-        eps: Smallest norm to divide by (default: 1e-7).
+        polar: Method of the polar factor, ``"auto"`` or a name of
+            :func:`stiefel.kernels.polar_factor` (default: ``"ns5"``, as published).
+        ns_steps: Iterations of a polynomial method (default: None, the method's own number).
+        ns_coefficients: Coefficients (a, b, c) of a polynomial method, or one triple for each step
+            (default: None, the method's own).
+        eps: Smallest norm to divide by (default: None, the smallest normal number of the dtype;
+            published is 1e-7).
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown; the text names it.
+        TypeError: If a keyword is unknown.
 
     State: ``momentum_buffer`` (like W, float32) and ``step``; neither indices nor a basis. One D
     (m x m) per shorter side is kept for all matrices. Peak temporary memory: S (m x n) and P, A, or
     with S gone six matrices r x n.
 
-    What it is not: near an SVD on any gradient. Cosines capture as much as singular vectors only
-    where neighbouring rows are alike; else no more than other fixed vectors, and what they miss
-    waits in M, without decay, until it is the largest. The time depends on the rank once the
-    iteration outweighs the transform. ``"ns5"`` leaves singular values between 0.7 and 1.2.
+    Caveat: cosines capture as much of M as singular vectors where neighbouring rows are alike, and
+    elsewhere as little as any fixed vectors; what they miss waits in M, without decay, until it is
+    the largest. The time grows with the rank once the iteration outweighs the transform. ``"ns5"``
+    leaves singular values between 0.7 and 1.2.
 
     Example:
         >>> import torch
@@ -166,6 +176,7 @@ class Trion(StackedOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
+        *,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         rank: int | float = 0.25,
@@ -175,10 +186,18 @@ class Trion(StackedOptimizer):
         polar: str = "ns5",
         ns_steps: int | None = None,
         ns_coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None,
-        eps: float = 1e-7,
+        eps: float | None = None,
         **options: Unpack[Common],
     ) -> None:
         rule = TrionRule(
-            momentum, rank, adjust_lr_fn, norm, basis, polar, ns_steps, ns_coefficients, eps
+            momentum=momentum,
+            rank=rank,
+            adjust_lr_fn=adjust_lr_fn,
+            norm=norm,
+            basis=basis,
+            polar=polar,
+            ns_steps=ns_steps,
+            ns_coefficients=ns_coefficients,
+            eps=eps,
         )
         super().__init__(params, rule, lr, weight_decay, **options)

@@ -3,6 +3,7 @@
 On the CPU a matrix comes out the same, bit for bit, in whatever stack it sits.
 """
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -124,17 +125,30 @@ def _normalized(X: Tensor, call: PolarCall, eps: float) -> Tensor:
     """
     work = torch.float32 if call.dtype == torch.float16 else call.dtype
     Y = X.to(work)
-    scale = (call.margin * _frobenius(Y)).clamp(min=eps)
+    scale = (call.margin * _frobenius(Y, eps)).clamp(min=eps)
     Y = Y / scale if Y is X else Y.div_(scale)
     return Y.to(call.dtype)
 
 
-def _frobenius(X: Tensor) -> Tensor:
-    """||X||_F, a scalar for one matrix, (K, 1, 1) for a stack."""
+def _frobenius(X: Tensor, eps: float) -> Tensor:
+    """||X||_F, a scalar for one matrix, (K, 1, 1) for a stack; exact where it is above eps."""
     dim = (-2, -1) if X.ndim == 3 else None
     norm: Tensor = torch.linalg.vector_norm(X, dim=dim, keepdim=X.ndim == 3)
-    if X.device.type == "cpu" and bool(norm.isinf().any()):
-        # The squares of finite entries may overflow. On an accelerator we do not wait to look.
+    # below it squares of entries may have vanished, which matters if the floor is lower still
+    least = 2.0**23 * math.sqrt(torch.finfo(X.dtype).tiny)
+    if X.device.type != "cpu":  # we do not wait to look whether squares overflowed
+        return norm if eps >= least else torch.where(norm < least, _small_frobenius(X), norm)
+    if bool(norm.isinf().any()):  # the squares of finite entries may overflow
         wide = torch.linalg.vector_norm(X, dim=dim, keepdim=X.ndim == 3, dtype=torch.float64)
         norm = torch.where(norm.isinf(), wide.to(X.dtype), norm)
+    if eps < least and bool((norm < least).any()):
+        norm = torch.where(norm < least, _small_frobenius(X), norm)
     return norm
+
+
+def _small_frobenius(X: Tensor) -> Tensor:
+    """``_frobenius`` of matrices whose squares vanish: of X over its largest entry."""
+    dim = (-2, -1) if X.ndim == 3 else None
+    largest = X.abs().amax((-2, -1), keepdim=X.ndim == 3).clamp(min=torch.finfo(X.dtype).tiny)
+    norm: Tensor = torch.linalg.vector_norm(X / largest, dim=dim, keepdim=X.ndim == 3)
+    return norm * largest

@@ -90,8 +90,14 @@ def low_rank(
 def low_rank_size(m: int, n: int, rank: int | float, oversample: int) -> int:
     """The rank r of the factor of an m x n matrix: ``rank`` and ``oversample``, at most min(m, n).
 
+    Args:
+        m: Rows of the matrix.
+        n: Columns of the matrix.
+        rank: Columns of the sketch: an int is a count, a float a fraction of min(m, n).
+        oversample: Columns beyond ``rank``.
+
     Raises:
-        ValueError: if one of them is out of range.
+        ValueError: If one of them is out of range.
     """
     whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
     if not whole and not (isinstance(rank, float) and 0.0 < rank <= 1.0):

@@ -135,7 +135,11 @@ def eigenbasis(S: Tensor, old: Tensor) -> Tensor:
 
 
 def left_basis(X: Tensor) -> Tensor:
-    """All left singular vectors of X (K, m, n) as (K, m, m), also those that X leaves open."""
+    """All left singular vectors of X as (K, m, m), also those that X leaves open.
+
+    Args:
+        X: (K, m, n).
+    """
     return _each(lambda M: torch.linalg.svd(M, full_matrices=M.shape[-2] > M.shape[-1])[0], X)
 
 

@@ -102,7 +102,15 @@ def _adam_fused(
 def update_moments_(
     R: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: float, beta2: float
 ) -> tuple[Tensor, Tensor]:
-    """Update both averages in place; return them in R's dtype, before the store rounded them."""
+    """Update both averages in place; return them in R's dtype, before the store rounded them.
+
+    Args:
+        R: (K, r, n), what Adam takes for a gradient.
+        exp_avg: (K, r, n), the average of R, changed in place.
+        exp_avg_sq: (K, r, n), the average of R * R, changed in place.
+        beta1: Decay of ``exp_avg``.
+        beta2: Decay of ``exp_avg_sq``.
+    """
     M = exp_avg.to(R.dtype).mul_(beta1).add_(R, alpha=1 - beta1)
     V = exp_avg_sq.to(R.dtype).mul_(beta2).addcmul_(R, R, value=1 - beta2)
     for stored, moved in ((exp_avg, M), (exp_avg_sq, V)):

@@ -110,7 +110,11 @@ def column_squares(X: Tensor) -> Tensor:
 
 
 def row_total(X: Tensor) -> Tensor:
-    """Sum of a row (K, 1, n) as (K, 1, 1), pairwise like :func:`column_squares`."""
+    """Sum of a row as (K, 1, 1), pairwise like :func:`column_squares`.
+
+    Args:
+        X: (K, 1, n).
+    """
     if X.device.type in _PANEL_DEVICES:
         return _pairwise_sum(X.mT.clone())
     return X.sum(-1, keepdim=True)

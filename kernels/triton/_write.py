@@ -13,6 +13,8 @@ def store_weight(pointers, value, mask):
     """Round a tile of new values to the weight's dtype, to nearest, and store it.
 
     Together with ``update_weight_`` of plain torch this function is all that rounds weights:
-    another rounding mode (stochastic, say) is a change in these two functions.
+    another rounding mode is a change in these two functions. The docstring there says what a mode
+    needs; here it comes beside the mask, made of the key of matrix k and of the rows and columns of
+    the tile, and a residual as pointers of its own.
     """
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)

@@ -18,7 +18,9 @@ from ..reference._stacks import Stack
 from ._launch import INTERPRETED, Case, config, guard, options, scratch, strides
 from ._pointer_lists import Operand, as_list, is_column_major, is_unsupported, matrix_pointer
 
-_SCALE = tl.constexpr(2.0**-80)
+_DOWN = tl.constexpr(2.0**-80)
+_UP = tl.constexpr(2.0**80)
+_VANISHING = tl.constexpr(2.0**-80)  # below it squares of entries may have flushed to zero
 
 
 @triton.jit
@@ -26,32 +28,36 @@ def squares_kernel(
     X, parts, m, n, x_k, x_m, x_n, across, count, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Sums of squares of one tile: of its entries, and of entries so small that none overflows."""
+    """Sums of squares of one tile: as it is, scaled down, scaled up, so that one sum is exact."""
     tile, k = tl.program_id(0), tl.program_id(1)
     rows = (tile // across * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
     cols = (tile % across * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
     place = matrix_pointer(X, k, x_k, TYPE, ALIGNED) + rows * x_m + cols * x_n
     x = tl.load(place, mask=(rows < m) & (cols < n), other=0.0).to(tl.float32)
-    y = x * _SCALE
-    parts += k.to(tl.int64) * (2 * count) + tile
+    small, large = x * _DOWN, x * _UP
+    parts += k.to(tl.int64) * (3 * count) + tile
     tl.store(parts, tl.sum(tl.sum(x * x, 1), 0))
-    tl.store(parts + count, tl.sum(tl.sum(y * y, 1), 0))
+    tl.store(parts + count, tl.sum(tl.sum(small * small, 1), 0))
+    tl.store(parts + 2 * count, tl.sum(tl.sum(large * large, 1), 0))
 
 
 @triton.jit
 def inverse_kernel(parts, inverse, count, margin, eps, BN: tl.constexpr):
     """1 / max(margin ||X||_F, eps) of one matrix; the parts are added in a fixed order."""
     k = tl.program_id(0)
-    parts += k.to(tl.int64) * (2 * count)
+    parts += k.to(tl.int64) * (3 * count)
     lane = tl.arange(0, BN)
     total = tl.zeros((BN,), tl.float32)
     small = tl.zeros((BN,), tl.float32)
+    large = tl.zeros((BN,), tl.float32)
     for start in range(0, count, BN):
         left = lane < count - start
         total += tl.load(parts + start + lane, mask=left, other=0.0)
         small += tl.load(parts + count + start + lane, mask=left, other=0.0)
+        large += tl.load(parts + 2 * count + start + lane, mask=left, other=0.0)
     square = tl.sum(total, 0)
-    size = tl.where(square == float("inf"), tl.sqrt(tl.sum(small, 0)) / _SCALE, tl.sqrt(square))
+    size = tl.where(square == float("inf"), tl.sqrt(tl.sum(small, 0)) / _DOWN, tl.sqrt(square))
+    size = tl.where(square < _VANISHING, tl.sqrt(tl.sum(large, 0)) / _UP, size)
     size *= margin
     tl.store(inverse + k, 1.0 / tl.where(size < eps, eps, size))  # keeps NaN, which max does not
 
@@ -103,7 +109,7 @@ def _inverse(Xs: Sequence[Tensor], margin: float, eps: float) -> Tensor:
     across = triton.cdiv(n, chosen.tile_sizes["BN"])
     count = triton.cdiv(m, chosen.tile_sizes["BM"]) * across
     count = count if INTERPRETED else _ceil(count, 16)  # those beyond X add 0, and loads are wide
-    parts, inverse = scratch(X.first, K, 2, count), scratch(X.first, K)
+    parts, inverse = scratch(X.first, K, 3, count), scratch(X.first, K)
     squares_kernel[(count, K)](
         X.pointer, parts, m, n, *X.strides, across, count, TYPE=X.type, ALIGNED=X.aligned,
         **options(chosen),

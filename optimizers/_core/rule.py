@@ -440,6 +440,10 @@ class Rule:
         """
         return None
 
+    @classmethod
+    def complete_saved(cls, group: dict[str, Any]) -> None:
+        """Add what a saved group lacks and meant otherwise than today's default, in place."""
+
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         """Bytes by key of what all weights on a device share, such as a table of cosines."""
         return {}

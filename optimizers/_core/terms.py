@@ -1,6 +1,7 @@
 """Parts of a direction in their cheapest forms, and how each is put into a weight.
 
-A term is written in panels by torch, or whole by one kernel.
+Torch adds a term to panels, which ``update_weight_`` hands over and rounds into the weight; or one
+kernel, ``fused_write_``, reads, changes and rounds the weight.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ class WriteScalars(NamedTuple):
 
 
 class Term:
-    """A part of a direction in its cheapest form; ``add_`` puts alpha times it into a panel."""
+    """A part of a direction in its cheapest form; ``add_`` puts alpha times it into a panel.
+
+    A panel holds values of a weight in the accumulation dtype: it may be the weight's own memory or
+    a copy. Only ``fused_write_`` is given the weight.
+    """
 
     supports_row_panels: ClassVar[bool] = True
     """Whether the term can be written a panel of rows at a time."""

@@ -14,11 +14,35 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_eps(eps: float | None) -> None:
+    """Refuse a negative eps, with torch's text; None is the method's own."""
+    check(eps is None or eps >= 0.0, f"Invalid epsilon value: {eps}")
+
+
+def check_momentum(momentum: float) -> None:
+    """Refuse a decay of a momentum average outside [0, 1]."""
+    check(0.0 <= momentum <= 1.0, f"momentum must be in [0, 1], got {momentum}")
+
+
 def check_adam(betas: tuple[float, float], eps: float | None) -> None:
     """Refuse betas outside [0, 1) and a negative eps, in the words of ``torch.optim.AdamW``."""
-    check(eps is None or eps >= 0.0, f"Invalid epsilon value: {eps}")
+    check_eps(eps)
     for i, beta in enumerate(betas):
         check(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")
+
+
+def check_not_negative(rule: Any, *names: str) -> None:
+    """Refuse fields that are below 0; None is allowed."""
+    for name in names:
+        x = getattr(rule, name)
+        check(x is None or x >= 0.0, f"{name} must not be negative, got {x!r}")
+
+
+def check_positive(rule: Any, *names: str) -> None:
+    """Refuse fields that are not above 0; None is allowed."""
+    for name in names:
+        x = getattr(rule, name)
+        check(x is None or x > 0.0, f"{name} must be positive, got {x!r}")
 
 
 def check_choices(rule: Any, **choices: tuple[str | None, ...]) -> None:

@@ -1,15 +1,21 @@
-"""AdamW for everything that is not a matrix: torch's own functional form, never a second Adam."""
+"""AdamW for everything that is not a matrix: torch's own functional form, never a second Adam.
+
+It is the one step that rounds weights by itself and not through ``update_weight_``.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _device_dtype_check_for_fused
+
+from ...kernels import update_weight_
 
 
 def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
@@ -88,7 +94,9 @@ def step(
             0.0,
         )
         if decay:
-            torch._foreach_mul_(params_at_t, 1.0 - float(lr) * decay)
+            factor = 1.0 - float(lr) * decay
+            for p in params_at_t:
+                update_weight_(p, partial(Tensor.mul_, other=factor), p.dtype)
 
 
 def _torch(

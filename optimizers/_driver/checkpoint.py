@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.rule import Rule
+from .._core.rule import RULE_CLASSES, Rule
 from . import adamw
 from .param_groups import describe, routed, rule_of
 from .units import Unit, pinned, units_of
@@ -59,6 +59,7 @@ def prepare(
     if not pairs:
         return dict(state_dict)  # torch says which length differs
     for group, new in zip(groups, saved, strict=True):
+        RULE_CLASSES.get(str(new.get("rule")), default_rule).complete_saved(new)
         for key, value in group.items():
             if key != "params":  # names too: torch keeps the optimizer's where none were saved
                 new.setdefault(key, value)

@@ -1,18 +1,19 @@
-"""How a weight is written: the one place that touches parameters.
+"""What is written into a weight: decay factor, alpha, flags, and by one kernel or in panels.
 
-Rounding is to nearest. Terms of the weight's own dtype are added in that dtype, as torch does;
-terms of a higher precision are summed in it with the decayed weight and rounded once.
+How it is rounded is the business of ``update_weight_``, through which every panel goes. Terms of
+the weight's own dtype are added in that dtype, as torch does; terms of a higher precision are
+summed in it with the decayed weight and rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ...kernels import Stack, fuses_passes
+from ...kernels import Stack, fuses_passes, update_weight_
 from .._core.rule import Dense, Direction, Term, WriteScalars
 from .._core.validation import check
 
@@ -21,6 +22,11 @@ WRITE_PANEL = 2**17
 WRITE_PANEL_ACCELERATOR = 2**26
 """The same on accelerators, where it only bounds the float32 copy of a low-precision weight."""
 LOW_PRECISION_DTYPES = (torch.bfloat16, torch.float16)
+ALL = slice(None)
+Panel = tuple[slice, slice]
+"""Matrices and rows."""
+Change = Callable[[Tensor], object]
+"""What a panel's values become, in place."""
 
 
 def write_(
@@ -44,38 +50,30 @@ def write_(
         terms = _limit_rel_norm(W, terms, step.max_rel_norm, lr, step.lr_factor)
     if _try_fused_write_(W, step, terms, lr, weight_decay, finite):
         return
+    # what a rule that takes flags itself found not finite is still in its terms: such a matrix is
+    # put back, as no factor of 0 takes a NaN away
+    puts_back = finite is not None and step.member.finite is not None
+    flags = None if puts_back else finite
     alpha, decay_factor = -step.lr_factor, 1.0 - lr**step.decay_power * weight_decay
-    if finite is not None and step.member.finite is not None:
-        # what is not finite there is still in the terms, and no factor of 0 would take it away
-        new = W.clone()
-        write_(new, replace(step, torch_bits=True), lr, weight_decay)
-        W.copy_(torch.where(finite != 0, new, W))
-        return
     if isinstance(lr, Tensor):
         terms = [term.scaled(lr.to(W.device)) for term in terms]
     else:
         alpha *= lr
-    for mask in (step.decay, finite):
-        if mask is not None and weight_decay != 0.0:
-            # chosen, not computed, and in the accumulator's precision: the bits of a plain number
-            if not isinstance(decay_factor, Tensor):  # made there: a copy would wait for the device
-                decay_factor = torch.full(
-                    (), decay_factor, dtype=_accumulation_dtype(W), device=W.device
-                )
-            decay_factor = decay_factor.to(W.device, _accumulation_dtype(W))
-            decay_factor = torch.where(mask != 0, decay_factor, torch.ones_like(decay_factor))
-    if finite is not None:
-        terms = [_masked(term, finite) for term in terms]
+    if weight_decay != 0.0:
+        decay_factor = _masked_decay(W, decay_factor, step.decay, flags)
+    if flags is not None:
+        terms = [_masked(term, flags) for term in terms]
     if W.stride(-1) != 1 and W.stride(-2) == 1:
         # panels must run along the memory: write the turned weight turned back
         W, terms = W.mT, [term.mT for term in terms]
-        decay_factor = (
-            decay_factor.mT
-            if isinstance(decay_factor, Tensor) and decay_factor.dim() > 1
-            else decay_factor
-        )
+        if isinstance(decay_factor, Tensor) and decay_factor.dim() > 1:
+            decay_factor = decay_factor.mT
     terms.sort(key=lambda term: not term.fuses_decay)
-    _write_panels(W, terms, alpha, decay_factor, step.decay_last)
+    dtype = W.dtype if _adds_in_weight_dtype(W, terms) else _accumulation_dtype(W)
+    for panel, change in _changes(W, dtype, terms, alpha, decay_factor, step.decay_last):
+        if puts_back and finite is not None:
+            change = _where_finite(change, finite if len(finite) == 1 else finite[panel[0]])
+        update_weight_(W, change, dtype, panel)
 
 
 def write_list_(
@@ -126,6 +124,22 @@ def _try_fused_write_(
     return first.fused_write_(W, WriteScalars(decay_factor, alpha, control), *others)
 
 
+def _masked_decay(W: Tensor, decay_factor: float | Tensor, *masks: Tensor | None) -> float | Tensor:
+    """The decay factor, and 1 where a mask is 0.
+
+    It is chosen, not computed, and in the accumulator's precision: the bits of a plain number.
+    """
+    for mask in masks:
+        if mask is not None:
+            if not isinstance(decay_factor, Tensor):  # made there: a copy would wait for the device
+                decay_factor = torch.full(
+                    (), decay_factor, dtype=_accumulation_dtype(W), device=W.device
+                )
+            decay_factor = decay_factor.to(W.device, _accumulation_dtype(W))
+            decay_factor = torch.where(mask != 0, decay_factor, torch.ones_like(decay_factor))
+    return decay_factor
+
+
 def _masked(term: Term, finite: Tensor) -> Term:
     """The term times 0 or 1, in its own dtype: a product with float32 would widen it."""
     return (
@@ -156,7 +170,7 @@ def _limit_rel_norm(
     return [term.scaled(shrink) for term in terms]
 
 
-def _panels(W: Tensor, all_rows: bool) -> Iterator[tuple[slice, slice]]:
+def _panels(W: Tensor, all_rows: bool) -> Iterator[Panel]:
     """Matrices and rows of each panel: several small matrices at once, or rows of a large one."""
     K, m, n = W.shape
     size = WRITE_PANEL if W.device.type == "cpu" else WRITE_PANEL_ACCELERATOR
@@ -168,40 +182,75 @@ def _panels(W: Tensor, all_rows: bool) -> Iterator[tuple[slice, slice]]:
             yield slice(k, k + matrices), slice(i, i + rows)
 
 
-def _write_panels(
-    W: Tensor, terms: list[Term], alpha: float, decay_factor: float | Tensor, decay_last: bool
-) -> None:
-    upcast = W.dtype in LOW_PRECISION_DTYPES and not _adds_in_weight_dtype(W, terms)
+def _changes(
+    W: Tensor,
+    dtype: torch.dtype,
+    terms: list[Term],
+    alpha: float,
+    decay_factor: float | Tensor,
+    decay_last: bool,
+) -> Iterator[tuple[Panel, Change]]:
+    """Each panel of W, and what is to be done to its values in the accumulation dtype."""
     decay_before, decay_after = (1.0, decay_factor) if decay_last else (decay_factor, 1.0)
-    if not upcast and terms and terms[0].fuses_decay and not isinstance(decay_before, Tensor):
+    in_place = W.dtype == dtype
+    if in_place and terms and terms[0].fuses_decay and not isinstance(decay_before, Tensor):
         # in one go over the whole matrix, with the decay inside
-        for k in range(W.shape[0]) if W.shape[0] * W[0].numel() > WRITE_PANEL else [slice(None)]:
-            ks = slice(k, k + 1) if isinstance(k, int) else k
-            terms[0].write_(W[ks], ks, slice(None), decay_before, alpha)
-        decay_before, terms = 1.0, terms[1:]
+        whole, terms = terms[0], terms[1:]
+        for ks in _matrices(W):
+            yield (ks, ALL), partial(_write_term, whole, ks, decay_before, alpha)
+        decay_before = 1.0
         if not terms and _is_one(decay_after):
             return
-    all_rows = not all(term.supports_row_panels for term in terms)
-    for ks, rows in _panels(W, all_rows):
-        target = W[ks, rows]
-        panel = target.float() if upcast else target
-        _decay_(panel, decay_before, ks, rows)
-        for term in terms:
-            term.add_(panel, ks, rows, alpha)
-        _decay_(panel, decay_after, ks, rows)
-        if upcast:
-            target.copy_(panel)
+    for panel in _panels(W, not all(term.supports_row_panels for term in terms)):
+        yield panel, partial(_write_terms, terms, panel, alpha, decay_before, decay_after)
+
+
+def _matrices(W: Tensor) -> list[slice]:
+    """All matrices at once if they are small together, else one by one."""
+    if W.numel() <= WRITE_PANEL:
+        return [ALL]
+    return [slice(k, k + 1) for k in range(len(W))]
+
+
+def _write_term(term: Term, ks: slice, decay_factor: float, alpha: float, X: Tensor) -> None:
+    """X <- decay_factor * X + alpha * term, for whole matrices in one go."""
+    term.write_(X, ks, ALL, decay_factor, alpha)
+
+
+def _write_terms(
+    terms: list[Term],
+    panel: Panel,
+    alpha: float,
+    decay_before: float | Tensor,
+    decay_after: float | Tensor,
+    X: Tensor,
+) -> None:
+    """X <- decay_after * (decay_before * X + alpha * sum(terms)), for one panel."""
+    _decay_(X, decay_before, *panel)
+    for term in terms:
+        term.add_(X, *panel, alpha)
+    _decay_(X, decay_after, *panel)
+
+
+def _where_finite(change: Change, finite: Tensor) -> Change:
+    """The change, of those matrices only whose flag (K, 1, 1) is not 0."""
+
+    def masked(X: Tensor) -> None:
+        new = X.clone()
+        change(new)
+        X.copy_(torch.where(finite != 0, new, X))
+
+    return masked
 
 
 def _is_one(decay_factor: float | Tensor) -> bool:
     return not isinstance(decay_factor, Tensor) and decay_factor == 1.0
 
 
-def _decay_(panel: Tensor, decay_factor: float | Tensor, ks: slice, rows: slice) -> None:
-    if isinstance(decay_factor, Tensor):
-        if decay_factor.dim() > 1:
-            decay_factor = decay_factor if decay_factor.shape[0] == 1 else decay_factor[ks]
-            decay_factor = decay_factor if decay_factor.shape[-2] == 1 else decay_factor[:, rows]
-        panel.mul_(decay_factor)
-    elif not _is_one(decay_factor):
-        panel.mul_(decay_factor)
+def _decay_(X: Tensor, decay_factor: float | Tensor, ks: slice, rows: slice) -> None:
+    """X <- decay_factor * X, for rows of matrices; nothing is done for the number 1."""
+    if isinstance(decay_factor, Tensor) and decay_factor.dim() > 1:
+        decay_factor = decay_factor if decay_factor.shape[0] == 1 else decay_factor[ks]
+        decay_factor = decay_factor if decay_factor.shape[-2] == 1 else decay_factor[:, rows]
+    if not _is_one(decay_factor):
+        X.mul_(decay_factor)

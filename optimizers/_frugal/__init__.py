@@ -1,1 +1,1 @@
-"""How FRUGAL splits a gradient: by coordinates, by a subspace, or by blocks in turn."""
+"""FRUGAL's splits of a gradient: by coordinates, by a subspace, or by a schedule of blocks."""

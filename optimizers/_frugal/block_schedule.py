@@ -1,4 +1,4 @@
-"""Blocks of parameters that take turns: in a window some have state, the others move without."""
+"""Schedule of blocks of parameters: in a window some have state, the others move without."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ BLOCK_ORDERS = ("random", "ascending", "descending", "mirror")
 
 @dataclass(frozen=True)
 class BlockSchedule(GradientSplit):
-    """Which of several blocks are active in which window of `gap` updates, numbered from 0.
+    """Which blocks are active in which window of `gap` updates; windows are numbered from 0.
 
     Attributes:
         order: ``"random"``: a new set in each window; ``"ascending"``, ``"descending"``: the next
-            ones, around the end; ``"mirror"``: as many from the front as from the back.
-        share: How many blocks are active, or their part; halves are rounded to even.
+            ones, then from the start again; ``"mirror"``: as many from the front as from the back.
+        share: Count of active blocks, or their part; halves are rounded to even.
         gap: Updates in a window.
         seed: Decides the random sets.
         keeps_state: Whether a block that stays active keeps its state.
@@ -43,30 +43,32 @@ class BlockSchedule(GradientSplit):
 
     @override
     def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
-        """Only an active block has them."""
+        """State of an active block; the driver drops it where `state_since` is 0."""
         return base_optimizer.slots("mn")
 
     @override
     def terms(
         self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
-        """An active block is chosen whole; its clock starts then."""
+        """The whole of an active block; moments and clock begin in the step that activates it."""
         assert w.grad is not None
         if w.t == w.state_since:
             for X in w.state.values():
                 X.zero_()
-        return (Dense(base_optimizer.direction(w.state, w.grad, w.t - w.state_since + 1)),)
+        own_step = w.t - w.state_since + 1
+        return (Dense(base_optimizer.direction(w.state, w.grad, own_step)),)
 
     def active_blocks(self, window: int, count: int) -> frozenset[int]:
-        """The active blocks among `count`."""
+        """Numbers of the active blocks among `count`."""
         return _active_blocks(self, window, count)
 
     def state_since(self, number: int, count: int, t: int) -> int:
-        """The update since which block `number` has the state that it has at update t; or 0."""
+        """The update since which block `number` has its state of update t; 0 without state."""
         window = (t - 1) // self.gap
-        if number not in self.active_blocks(window, count):
+        active = self.active_blocks(window, count)
+        if number not in active:
             return 0
-        if self.keeps_state and len(self.active_blocks(window, count)) == count:
+        if self.keeps_state and len(active) == count:  # then every window is like this one
             return 1
         while self.keeps_state and window > 0 and number in self.active_blocks(window - 1, count):
             window -= 1
@@ -75,6 +77,7 @@ class BlockSchedule(GradientSplit):
 
 @lru_cache(maxsize=65536)
 def _active_blocks(schedule: BlockSchedule, window: int, count: int) -> frozenset[int]:
+    """Compute `active_blocks`, cached since every block asks for the same window."""
     a = resolve_count(schedule.share, count)
     if a == 0 and schedule.share > 0:
         warn_rounds_to_zero(schedule.share, f"{count} blocks")
@@ -94,12 +97,15 @@ def _active_blocks(schedule: BlockSchedule, window: int, count: int) -> frozense
 
 
 def block_labels(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[Hashable]:
-    """Which block each parameter is part of; None is a block of its own.
+    """The block of each parameter; None is a block of its own.
 
     Args:
         blocks: ``"tensor"``, ``"layer"`` (the first whole number in a name), or a number for each
             parameter, -1 for none.
-        names: Their names.
+        names: Names of the parameters.
+
+    Raises:
+        ValueError: If there are not as many numbers as parameters, or ``"layer"`` lacks names.
     """
     if not isinstance(blocks, str):
         length = len(blocks)
@@ -121,8 +127,8 @@ def assign_block_numbers(
     """Give every group the number of each parameter's block, -1 for what AdamW trains.
 
     Args:
-        groups: Groups as users give them.
-        defaults: Values of keys that they lack.
+        groups: Groups as users give them, changed in place.
+        defaults: Values of keys that a group lacks.
         listed: Block of every tensor in the user's lists.
 
     Raises:
@@ -130,11 +136,11 @@ def assign_block_numbers(
     """
     for group in groups:
         full = {**defaults, **group}
-        other = full["rule"] not in (None, "FRUGAL")
-        if other or "block_of" in group or isinstance(group["params"], set):
+        is_other_method = full["rule"] not in (None, "FRUGAL")
+        if is_other_method or "block_of" in group or isinstance(group["params"], set):
             continue
         params, names = parameters_of(group)
-        # any rule with one member: what counts is whether it is a matrix's
+        # any rule with one member will do: only whether a parameter goes to the rule is asked
         rows = roles_of({**full, "params": params, "param_names": names}, Rule())
         group["block_of"] = tuple(listed.get(p, -1) for p in params)
         for i, (row, number) in enumerate(zip(rows, group["block_of"], strict=True)):

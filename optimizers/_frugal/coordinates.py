@@ -1,4 +1,4 @@
-"""Ways to divide a gradient in two: by coordinates, both in one pass, by subspaces, or in turns."""
+"""FRUGAL on coordinates: columns, rows or entries, both parts in one pass over the weight."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .gradient_split import ALL, GradientSplit, StateFreeUpdate, slots_if_any
 
 COORDINATE_KINDS = ("columns", "rows", "randk")
 SPLIT_PANEL = 2**19
-"""Entries of a panel on CPU: more than ``write.WRITE_PANEL``, as each needs a dozen calls."""
+"""Entries of a panel on CPU: more than ``write.WRITE_PANEL``, as a panel needs a dozen calls."""
 
 DirectionFn = Callable[[Tensor, slice, slice], Tensor]
-"""Direction of the coordinates R of the matrices `ks`, of which `part` is asked for."""
+"""(R, ks, part) -> direction of R, which is `part` of the coordinates of the matrices `ks`."""
 
 
 @dataclass(frozen=True)
 class CoordinateSplit(GradientSplit):
     """A random choice of columns, rows or single entries (``"randk"``), stored as int32 numbers.
 
-    Entries are numbered row by row. They are kept as the columns of a 1 x mn matrix, so their
-    state is (1, c). An index of 4 bytes beside 8 bytes of moments is cheaper than a seed: drawing
-    a quarter of 1024 x 4096 entries again takes more than ten times as long as a whole step.
+    Entries are numbered row by row and treated as the columns of a 1 x mn matrix, so their state
+    is (1, c). An index of 4 bytes beside 8 bytes of moments is cheaper than a seed: drawing a
+    quarter of 1024 x 4096 entries again takes more than ten times as long as a whole step.
 
     Attributes:
         kind: One of ``COORDINATE_KINDS``.
-        share: How many of them are chosen, or their part, rounded down.
-        ordered: Whether numbers ascend; else they stay as drawn.
-        ages: Whether each counts the updates of its own.
+        share: Count of chosen coordinates, or their part, rounded down.
+        ordered: Whether the numbers ascend; else they stay as drawn.
+        ages: Whether every coordinate counts its own updates.
     """
 
     handles_nonfinite: ClassVar[tuple[str, ...]] = ("adamw",)
@@ -55,39 +55,34 @@ class CoordinateSplit(GradientSplit):
 
     @property
     def axes(self) -> str:
-        """Axes of the chosen part, for slots."""
+        """Slot axes of the chosen part."""
         return {"columns": "mc", "rows": "cn", "randk": "1c"}[self.kind]
 
     def length(self, m: int, n: int) -> int:
-        """How many there are."""
+        """Count of all coordinates of an m x n matrix."""
         return {"columns": n, "rows": m, "randk": m * n}[self.kind]
 
     @override
     def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
         length = self.length(m, n)
         c = min(self.share, length) if isinstance(self.share, int) else int(self.share * length)
-        # another letter, so that a run does not take numbers in one order for those in the other
+        # two letters, so that a change of `ordered` is a change of the slots and not overlooked
         axis = "c" if self.ordered else "u"
         index = Slot(axis, dtype=torch.int32, **{axis: c})  # type: ignore[arg-type]
         index_slots = {"index": index, "age": index} if self.ages else {"index": index}
-        return slots_if_any(
-            c, self.share, m, n, {**index_slots, **base_optimizer.slots(self.axes, c=c)}
-        )
+        slots = {**index_slots, **base_optimizer.slots(self.axes, c=c)}
+        return slots_if_any(c, self.share, m, n, slots)
 
     def draw(self, rng: StackRNG, length: int, c: int) -> Tensor:
-        """Numbers (K, c), every set equally likely."""
-        return torch.stack(
-            [
-                torch.randperm(length, generator=rng.generator(k))[:c]
-                for k in range(len(rng.indices))
-            ]
-        )
+        """Draw numbers (K, c), every set equally likely."""
+        generators = [rng.generator(k) for k in range(len(rng.indices))]
+        return torch.stack([torch.randperm(length, generator=g)[:c] for g in generators])
 
     def find(self, rng: StackRNG, m: int, n: int, old: Tensor) -> Tensor:
-        """What `draw` drew, in the order in which it is kept, like `old`."""
+        """Draw numbers and put them in the order, dtype and device in which `old` is stored."""
         length = self.length(m, n)
         index = self.draw(rng, length, old.shape[-1])
-        if self.ordered:  # faster than a sort of many
+        if self.ordered:  # by a mask, which is faster than a sort
             chosen = torch.zeros(len(index), length, dtype=torch.bool)
             chosen.scatter_(1, index, True)
             index = chosen.nonzero()[:, 1].view(len(index), -1)
@@ -101,46 +96,56 @@ class CoordinateSplit(GradientSplit):
         new = self.find(rng, w.m, w.n, index)
         change = IndexBasisChange(index.clone(), new)
         if not w.is_first_refresh:
-            moments = {k: X for k, X in state.items() if k not in ("index", "age")}
-            if self.kind != "rows":  # a change moves rows
+            moments = self.moments_of(state)
+            if self.kind != "rows":  # a basis change moves rows
                 moments = {k: X.mT for k, X in moments.items()}
             base_optimizer.carry_state(policy, moments, change, w.t - 1)
         if "age" in state:
             age = state["age"]
-            age.zero_() if w.is_first_refresh else age.copy_(
-                change.apply(age.unsqueeze(-1)).squeeze(-1)
-            )
+            if w.is_first_refresh:
+                age.zero_()
+            else:
+                age.copy_(change.apply(age.unsqueeze(-1)).squeeze(-1))
         index.copy_(new)
 
     @override
     def terms(
         self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
-        """One term for both."""
+        """One term that writes both parts."""
         assert w.grad is not None
         adam_step: int | Tensor = t
         if "age" in w.state:
             counted = 1 if w.finite is None else w.finite.to(torch.int32).view(-1, 1)
             adam_step = w.state["age"].add_(counted).unsqueeze(-1 if self.kind == "rows" else -2)
-        moments = {k: X for k, X in w.state.items() if k not in ("index", "age")}
+        moments = self.moments_of(w.state)
 
         def step(R: Tensor, ks: slice, part: slice) -> Tensor:
             state = {k: self.panel_of(X, ks, part) for k, X in moments.items()}
-            own_step = (
-                adam_step if isinstance(adam_step, int) else self.panel_of(adam_step, ks, part)
-            )
-            return base_optimizer.direction(
-                state, R, own_step, finite=None if w.finite is None else w.finite[ks]
-            )
+            own_step = adam_step
+            if isinstance(adam_step, Tensor):
+                own_step = self.panel_of(adam_step, ks, part)
+            finite = None if w.finite is None else w.finite[ks]
+            return base_optimizer.direction(state, R, own_step, finite=finite)
 
-        return (
-            SplitTerm(
-                self, w.grad, w.state["index"], state_free, step, base_optimizer, moments, adam_step
-            ),
+        term = SplitTerm(
+            coordinates=self,
+            G=w.grad,
+            index=w.state["index"],
+            state_free=state_free,
+            step=step,
+            base_optimizer=base_optimizer,
+            moments=moments,
+            adam_step=adam_step,
         )
+        return (term,)
+
+    def moments_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The base optimizer's tensors among the state."""
+        return {k: X for k, X in state.items() if k not in ("index", "age")}
 
     def panel_of(self, X: Tensor, ks: slice, part: slice) -> Tensor:
-        """State or clocks of what a panel asks for."""
+        """The part of a moment or of the ages X that belongs to a panel; see `DirectionFn`."""
         if self.kind == "rows":
             return X[ks, part]
         if self.kind == "randk":
@@ -152,20 +157,21 @@ class CoordinateSplit(GradientSplit):
 class SplitTerm(Term):
     """`step` on the chosen coordinates of G, `state_free` on the rest, in one pass over the weight.
 
-    Moments move while the weight is written: every coordinate is asked for exactly once, a panel
-    of rows at a time, so that what belongs together meets in the cache. A weight that cannot be
-    written so, or a flag on a device that multiplies the term, makes it whole first.
+    Moments move while the weight is written: `step` is called exactly once for every coordinate, a
+    panel of rows at a time, so that gradient, moments and weight of a panel share the cache. Where
+    a weight cannot be written so, or a flag on a device multiplies the term, both parts are first
+    made as one tensor.
 
     Attributes:
-        coordinates: What the coordinates are.
+        coordinates: Kind of the coordinates.
         G: (K, m, n).
-        index: (K, c) their numbers.
-        state_free: Direction of the others.
-        step: Direction of the chosen ones (K, ., .): rows `part` if these are columns, else
-            coordinates `part`.
-        base_optimizer: None, or what `step` is, for a kernel that does both parts.
-        moments: Its state.
-        adam_step: Its number of this update, or clocks that broadcast against the coordinates.
+        index: (K, c), numbers of the chosen coordinates.
+        state_free: Direction of the other coordinates.
+        step: Direction of the chosen coordinates (K, ., .); `part` counts rows where the
+            coordinates are columns, else coordinates.
+        base_optimizer: The optimizer behind `step`, for a kernel that does both parts, or None.
+        moments: State of the base optimizer.
+        adam_step: The base optimizer's t, or ages that broadcast against the coordinates.
     """
 
     coordinates: CoordinateSplit
@@ -181,19 +187,19 @@ class SplitTerm(Term):
 
     @property
     def supports_row_panels(self) -> bool:  # type: ignore[override]
-        """Which rows or entries a panel holds is known to the host, if they are in order."""
-        known = self.coordinates.ordered and self.G.device.type == "cpu"
-        return self.coordinates.kind == "columns" or known
+        """True for columns, and where the host can look up which coordinates a panel contains."""
+        can_look_up = self.coordinates.ordered and self.G.device.type == "cpu"
+        return self.coordinates.kind == "columns" or can_look_up
 
     @cached_property
     def positions(self) -> Tensor:
-        """The numbers as gather and scatter want them."""
+        """The numbers as int64, which gather and scatter need."""
         return self.index.long()
 
     @property
     @override
     def mT(self) -> Term:
-        """Columns are rows then, whose direction is made beforehand."""
+        """Columns become rows, whose direction is computed beforehand."""
         if self.coordinates.kind == "randk":
             return Dense(self.whole().mT)
         N = self.step(_gather(self.G, self.coordinates.dim, self.positions), ALL, ALL).mT
@@ -265,7 +271,7 @@ class SplitTerm(Term):
         return True
 
     def _fill_rows(self, U: Tensor, ks: slice, rows: slice) -> None:
-        """Put the rows `rows` of both parts into U."""
+        """Write the rows `rows` of both parts into U."""
         X = self.G[ks, rows]
         self.state_free(X, ks, U)
         if self.coordinates.kind == "randk":
@@ -276,28 +282,28 @@ class SplitTerm(Term):
             _scatter_(U, self.coordinates.dim, positions, N)
 
     def _part_in_rows(self, ks: slice, rows: slice) -> tuple[slice, Tensor]:
-        """What `step` is asked for in these rows, and where it stands in the panel."""
+        """The `part` for `step` in these rows, and its positions within the panel."""
         start, stop, _ = rows.indices(self.G.shape[-2])
         if self.coordinates.kind == "columns":
             return rows, self.positions[ks]
         if (start, stop) == (0, self.G.shape[-2]):
             return ALL, self.positions[ks]
         unit = 1 if self.coordinates.kind == "rows" else self.G.shape[-1]
-        numbers = self.positions[ks]  # a single matrix: only large ones are cut
+        numbers = self.positions[ks]  # of one matrix: only single ones are cut into rows
         edges = torch.tensor([[start * unit, stop * unit]])
         low, high = torch.searchsorted(numbers, edges)[0].tolist()
         return slice(low, high), numbers[:, low:high] - start * unit
 
 
 def _gather(X: Tensor, dim: int, positions: Tensor) -> Tensor:
-    """Rows or columns of X (K, m, n), a new tensor; by the copy that is fastest."""
+    """Rows or columns of X (K, m, n) as a new tensor; one matrix has a faster operation."""
     if len(X) == 1:
         return X[0].index_select(dim, positions[0]).unsqueeze(0)
     return X.take_along_dim(positions.unsqueeze(-1 if dim == -2 else -2), dim)
 
 
 def _scatter_(U: Tensor, dim: int, positions: Tensor, N: Tensor) -> None:
-    """Rows or columns of U (K, m, n) <- N."""
+    """Write N into rows or columns of U (K, m, n)."""
     if len(U) == 1 and dim == -2:
         U[0].index_copy_(0, positions[0], N[0])
     else:

@@ -1,4 +1,4 @@
-"""What a way to divide a gradient in two is, and what moves the part that needs no state."""
+"""Base class of FRUGAL's gradient splits, and the state-free update (sign, SGD or none)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class StateFreeUpdate:
 
     Attributes:
         kind: ``"sign_sgd"``, ``"sgd"`` or ``"no"``.
-        scale: Multiplies it.
-        floor: None, or (K, 1, 1): an entry up to it in magnitude has the sign 0.
+        scale: Multiplies the direction.
+        floor: None, or (K, 1, 1): entries of at most this magnitude have the sign 0.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class StateFreeUpdate:
     floor: Tensor | None = None
 
     def __call__(self, X: Tensor, ks: slice = ALL, out: Tensor | None = None) -> Tensor:
-        """Of X (K, m, n), rows of the matrices `ks`: a new tensor, or `out`."""
+        """The direction of X (K, m, n), rows of the matrices `ks`: a new tensor, or `out`."""
         if self.kind == "no":
             return torch.zeros_like(X) if out is None else out.zero_()
         if self.kind == "sgd":
@@ -47,60 +47,61 @@ class StateFreeUpdate:
 
 
 def make_state_free(w: Member, kind: str, scale: float, threshold: float) -> StateFreeUpdate:
-    """A state-free rule; signs up to `threshold` times G's root mean square are 0."""
+    """Make a state-free update; up to `threshold` times G's root mean square signs are 0."""
     if threshold == 0.0 or kind != "sign_sgd":
         return StateFreeUpdate(kind, scale)
     assert w.grad is not None
     squares = w.reductions.both(total(column_squares(w.grad)))
-    return StateFreeUpdate(kind, scale, squares.div_(w.m * w.n).sqrt_().mul_(threshold))
+    floor = squares.div_(w.m * w.n).sqrt_().mul_(threshold)
+    return StateFreeUpdate(kind, scale, floor)
 
 
 @dataclass(frozen=True)
 class GradientSplit:
-    """How a gradient is divided: what every kind can do, for stacks (K, m, n)."""
+    """Base class: which part of a gradient (K, m, n) is state-full, and the terms of both parts."""
 
     handles_nonfinite: ClassVar[tuple[str, ...]] = ()
-    """With which inner optimizers all that moves takes flags; see :class:`Rule`."""
+    """Base optimizers with which every state update takes `finite`; see :class:`Rule`."""
 
     def transpose(self, m: int, n: int) -> bool:
-        """Whether an m x n weight is turned first."""
+        """Whether an m x n weight is transposed first."""
         return False
 
     def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
-        """What tells the chosen part, and inner's state of it; empty if none is chosen."""
+        """Slots of the choice and of the base optimizer's state; empty if nothing is chosen."""
         raise NotImplementedError
 
     def shared(self, m: int) -> Mapping[Hashable, int]:
-        """Bytes of what all weights with as many rows share, by what it is."""
+        """Bytes of what all weights with m rows share, by name of the shared thing."""
         return {}
 
     def reselect(
         self, w: Member, rng: StackRNG, base_optimizer: BaseOptimizer, policy: str
     ) -> None:
-        """Choose anew, and take inner's state along: zeroed, left in place or moved."""
+        """Choose another part, and carry the base optimizer's state by `policy`."""
 
     def terms(
         self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
-        """Inner's direction of the chosen part at its update t, and what is free of the rest."""
+        """The base optimizer's direction of the chosen part at its update t, and the rest's."""
         raise NotImplementedError
 
 
 def slots_if_any(c: int, share: float, m: int, n: int, slots: dict[str, Slot]) -> dict[str, Slot]:
-    """The slots, or none where nothing is chosen."""
+    """The slots, or none where the count c is 0; warns if `share` asked for some."""
     if c == 0 and share > 0:
         warn_rounds_to_zero(share, f"a {m} x {n} weight")
     return slots if c else {}
 
 
 def resolve_count(share: float, length: int) -> int:
-    """A count as it is, a part to the nearest number, halves to even."""
+    """Turn a share of `length` into a count: an int stays, a part is rounded, halves to even."""
     return min(share, length) if isinstance(share, int) else round(share * length)
 
 
 @lru_cache(maxsize=1024)
 def warn_rounds_to_zero(share: float, what: str) -> None:
-    """Point out, once, that a share which is not 0 is rounded to nothing."""
+    """Warn once that a share which is not 0 rounds to nothing."""
     warnings.warn(
         f"density {share} of {what} rounds to nothing, so all of it moves by the state-free rule; "
         "raise density to change that",

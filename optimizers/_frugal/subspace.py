@@ -1,4 +1,4 @@
-"""FRUGAL on subspaces: Adam on the part inside a basis, a state-free update of what is left."""
+"""FRUGAL on subspaces: Adam on the part inside a basis, a state-free update of the residual."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .gradient_split import (
 )
 
 ROUNDOFF_ULPS = 64.0
-"""Units of round-off, relative to G's root mean square, up to which a residual has no sign."""
+"""Units of round-off, relative to G's root mean square, up to which a residual has sign 0."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class SubspaceSplit(GradientSplit):
     """The part P P^T G (or P P^T G Q Q^T) of G, P a basis by any projector.
 
     Attributes:
-        kind: Which projector, as :func:`make_projector` names it.
+        kind: Name of the projector, as :func:`make_projector` takes it.
         share: Rank, or its part of the projected side, halves rounded to even.
-        proj_type: Which side that is, as for :class:`LowRankRule`.
-        published: LAPACK's own SVD, and signs of a residual that is round-off.
+        proj_type: Projected side, as for :class:`LowRankRule`.
+        published: Whether to use LAPACK's own SVD, and signs of a residual that is round-off.
     """
 
     handles_nonfinite: ClassVar[tuple[str, ...]] = ("adamw", "lion", "sgdm")
@@ -46,7 +46,7 @@ class SubspaceSplit(GradientSplit):
     published: bool = False
 
     def __post_init__(self) -> None:
-        self.projector  # noqa: B018  which refuses what does not go together
+        self.projector  # noqa: B018  which refuses kinds and sides that do not go together
 
     @property
     def full(self) -> bool:
@@ -55,24 +55,22 @@ class SubspaceSplit(GradientSplit):
 
     @property
     def projector(self) -> Projector:
-        """How P is found, stored and used."""
+        """The projector that finds, stores and applies P."""
         exact = self.published and self.kind == "svd"
-        return make_projector(
-            "svd_full" if exact else self.kind, both=self.full, lapack_signs=exact
-        )
+        kind = "svd_full" if exact else self.kind
+        return make_projector(kind, both=self.full, lapack_signs=exact)
 
     @override
     def transpose(self, m: int, n: int) -> bool:
-        """What is projected are rows."""
+        """The projected side becomes the rows."""
         return projects_columns(self.proj_type, m, n)
 
     @override
     def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
-        r = min(resolve_count(self.share, min(m, n) if self.full else m), m, n)
-        slots = {
-            **self.projector.slots(m, r),
-            **base_optimizer.slots("rr" if self.full else "rn", r=r),
-        }
+        side = min(m, n) if self.full else m
+        r = min(resolve_count(self.share, side), m, n)
+        axes = "rr" if self.full else "rn"
+        slots = {**self.projector.slots(m, r), **base_optimizer.slots(axes, r=r)}
         return slots_if_any(r, self.share, m, n, slots)
 
     @override
@@ -80,10 +78,10 @@ class SubspaceSplit(GradientSplit):
         self, w: Member, rng: StackRNG, base_optimizer: BaseOptimizer, policy: str
     ) -> None:
         assert w.grad is not None
-        P, old = self.projector, self.projector.state_tensors(w.state)
-        new = w.reductions.on_one_rank(
-            partial(P.find, rng=rng, transposed=w.transposed), w.grad, *old
-        )
+        P = self.projector
+        old = P.state_tensors(w.state)
+        find = partial(P.find, rng=rng, transposed=w.transposed)
+        new = w.reductions.on_one_rank(find, w.grad, *old)
         if not w.is_first_refresh:
             base_optimizer.carry_state(policy, w.state, P.overlap(old, new), w.t - 1)
         P.install(w.state, new)
@@ -92,28 +90,26 @@ class SubspaceSplit(GradientSplit):
     def terms(
         self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
-        """P N beside the rest, G - P R; sgd has one lift for both."""
+        """P N beside the state-free update of the residual G - P R; SGD has one lift for both."""
         assert w.grad is not None
-        P, G, state, m = self.projector, w.grad, w.state, w.m
-        R = P.project(state, G, w.reductions)  # (K, r, n); P^T G Q is (K, r, r)
-        no_residual = state_free.kind == "no" or (
-            self.covers_gradient(w, R.shape[-2]) and not self.published
-        )
-        if state_free.kind == "sgd" and not no_residual:
-            by, N = (
-                R.new_full((1, 1, 1), state_free.scale),
-                base_optimizer.direction(state, R, t, w.reductions, w.finite),
-            )
-            return P.lift(state, N.sub_(R, alpha=state_free.scale), m), Scaled(G, by)
+        P = self.projector
+        G = w.grad
+        state = w.state
+        m = w.m
+        R = P.project(state, G, w.reductions)  # (K, r, n); with two sides P^T G Q is (K, r, r)
+        is_roundoff = self.covers_gradient(w, R.shape[-2]) and not self.published
+        no_residual = state_free.kind == "no" or is_roundoff
+        if state_free.kind == "sgd" and not no_residual:  # P N + f (G - P R) = P (N - f R) + f G
+            N = base_optimizer.direction(state, R, t, w.reductions, w.finite)
+            f = R.new_full((1, 1, 1), state_free.scale)
+            return P.lift(state, N.sub_(R, alpha=state_free.scale), m), Scaled(G, f)
         basis = P.left_factor(state, m, R.dtype)
         lift = self.lifted_term(w, base_optimizer, R, t, basis)
         if no_residual:
             return (lift,)
-        if not self.published:  # what is round-off has no sign
-            thresholded = make_state_free(
-                w, state_free.kind, state_free.scale, ROUNDOFF_ULPS * torch.finfo(R.dtype).eps
-            )
-            state_free = thresholded if state_free.floor is None else state_free
+        if not self.published and state_free.floor is None:  # round-off shall have the sign 0
+            threshold = ROUNDOFF_ULPS * torch.finfo(R.dtype).eps
+            state_free = make_state_free(w, state_free.kind, state_free.scale, threshold)
 
         def residual(k: slice, i: slice, j: slice) -> Tensor:
             return state_free(G[k, i, j] - P.lift_block(state, R, m, k, i, j), k)
@@ -129,18 +125,17 @@ class SubspaceSplit(GradientSplit):
     def lifted_term(
         self, w: Member, base_optimizer: BaseOptimizer, R: Tensor, t: int, P: Tensor | None
     ) -> Term:
-        """The term P N (or P N Q^T) of inner's direction N of R."""
+        """The term P N (or P N Q^T) of the base optimizer's direction N of R."""
         state = w.state
-        if P is not None and isinstance(base_optimizer, Adam):  # N is made where it is used
+        if P is not None and isinstance(base_optimizer, Adam):  # N is made during the write
             M, V = state["exp_avg"], state["exp_avg_sq"]
             return AdamFactored(P, R, M, V, t, base_optimizer.betas, base_optimizer.eps, w.finite)
-        return self.projector.lift(
-            state, base_optimizer.direction(state, R, t, w.reductions, w.finite), w.m
-        )
+        N = base_optimizer.direction(state, R, t, w.reductions, w.finite)
+        return self.projector.lift(state, N, w.m)
 
     def covers_gradient(self, w: Member, r: int) -> bool:
         """Whether G lies in the subspace, so that a residual is round-off and its signs noise."""
-        known = self.kind.partition(":")[0] in ("svd", "svd_full", "range", "power")
-        just_found = known and w.age == 0  # from the singular vectors of this very G
+        follows_gradient = self.kind.partition(":")[0] in ("svd", "svd_full", "range", "power")
+        just_found = follows_gradient and w.age == 0  # P has singular vectors of this very G
         side = max(w.m, w.n) if self.full else w.m
         return r == (min(w.m, w.n) if just_found else side)

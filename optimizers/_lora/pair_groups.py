@@ -7,18 +7,26 @@ module knows. Nothing here needs peft; names and attributes are enough.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .._core.rule import Rule
-from .._core.validation import check
+from .._core.validation import check, check_not_negative
 from .._driver.optimizer import StackedOptimizer
 from .._driver.param_groups import describe, parameters_of, warn_user
 
-__all__ = ["LoRARule", "PairOptimizer", "lora_param_groups", "pairs_to_groups"]
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec
+
+    P = ParamSpec("P")
+
+__all__ = ["LoRARule", "PairOptimizer", "accepts_groups", "lora_param_groups", "pairs_to_groups"]
 
 PAIR_KINDS = ("linear", "conv", "embedding", "expert")
 COUNTERPART = {
@@ -45,24 +53,21 @@ class LoRARule(Rule, abstract=True):
             self.scale is None or _is_scale(self.scale),
             f"scale must be a positive finite number, got {self.scale!r}",
         )
-        check(
-            self.lr_ratio_b is None or self.lr_ratio_b >= 0.0,
-            f"lr_ratio_b must not be negative, got {self.lr_ratio_b!r}",
-        )
+        check_not_negative(self, "lr_ratio_b")
 
     @property
     def s(self) -> float:
-        """The scale; the optimizer has seen to it that there is one."""
+        """The scale; 1 only for a rule outside of an optimizer, which asks for a scale."""
         return 1.0 if self.scale is None else self.scale
 
     @property
     def lr_factor_b(self) -> float:
-        """By what the learning rate of B is multiplied."""
+        """Multiplier of the learning rate of B."""
         return 1.0 if self.lr_ratio_b is None else self.lr_ratio_b
 
 
 class PairOptimizer(StackedOptimizer):
-    """What optimizers of LoRA pairs share: how pairs reach them, and the checks of a group.
+    """Base class of optimizers of LoRA pairs: takes models and groups, and checks each pair.
 
     Args:
         params: A module, which goes through :func:`lora_param_groups`; its named parameters, which
@@ -70,8 +75,8 @@ class PairOptimizer(StackedOptimizer):
             ``[A1, B1, A2, B2, ...]`` and a ``scale``.
         rule: The method; a third member is the base weight.
         lr: Learning rate.
-        weight_decay: Decoupled weight decay.
-        scale: The scale of pairs whose group or module names none.
+        weight_decay: Decoupled weight decay (default: 0.0).
+        scale: The scale of pairs whose group or module names none (default: None).
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
     """
 
@@ -87,13 +92,35 @@ class PairOptimizer(StackedOptimizer):
     ) -> None:
         super().__init__(_to_pair_groups(params, rule, scale), rule, lr, weight_decay, **options)
 
+    @override
     def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
-        """Check pair by pair before the driver checks the rest."""
         if isinstance(param_group, dict) and isinstance(param_group.get("params"), (list, tuple)):
             full = {**self.defaults, **param_group}
             if full["rule"] in (None, self._default_rule.method()):
                 _check_group(full, len(self._default_rule.members))
         return super()._prepare_groups(param_group)
+
+
+def accepts_groups(init: Callable[P, None]) -> Callable[P, None]:
+    """Let a constructor take its argument ``params`` under the old name ``groups``, with a warning.
+
+    Raises:
+        TypeError: If both are given.
+    """
+
+    @wraps(init)
+    def with_groups(*args: P.args, **kwargs: P.kwargs) -> None:
+        if "groups" in kwargs:
+            name = type(args[0]).__name__
+            if len(args) > 1 or "params" in kwargs:
+                raise TypeError(f"{name} got both params and groups, which is its old name")
+            warnings.warn(
+                f"{name}(groups=...) is now {name}(params=...)", DeprecationWarning, stacklevel=2
+            )
+            kwargs["params"] = kwargs.pop("groups")
+        init(*args, **kwargs)
+
+    return with_groups
 
 
 def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
@@ -142,53 +169,7 @@ def _check_group(group: Mapping[str, Any], size: int) -> None:
         _check_pair(*sides, *texts[i : i + 2])
 
 
-# the pairs of a model -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _NamedPair:
-    """Two names that differ in one component, lora_A and lora_B."""
-
-    module: str
-    adapter: str | None
-    embedding: bool
-    a: str
-    b: str
-
-
-def _counterparts(name: str) -> Iterator[tuple[str, int, str]]:
-    """What the other factor of this parameter may be called: by the last such component first."""
-    parts = name.split(".")
-    for i in reversed(range(len(parts))):
-        if parts[i] in COUNTERPART:
-            yield ".".join([*parts[:i], COUNTERPART[parts[i]], *parts[i + 1 :]]), i, parts[i]
-
-
-def _find_pairs(names: Iterable[str]) -> tuple[list[_NamedPair], dict[str, str]]:
-    """Pairs in the order of their A, and names without a counterpart with what that would be."""
-    known = dict.fromkeys(names)
-    found: list[_NamedPair] = []
-    taken: set[str] = set()
-    unmatched: dict[str, str] = {}
-    for name in known:
-        options = list(_counterparts(name))
-        if not options or name in taken:
-            continue
-        matches = [(other, i, word) for other, i, word in options if other in known]
-        if not matches:
-            unmatched[name] = COUNTERPART[options[0][2]]
-            continue
-        other, i, word = matches[0]
-        a, b = (name, other) if word in A_NAMES else (other, name)
-        taken |= {a, b}
-        parts, embedding = name.split("."), "embedding" in word
-        suffix = parts[i + 1 :]
-        if suffix[-1:] == ["weight"] and not embedding:
-            suffix = suffix[:-1]
-        adapter = ".".join(suffix) or None
-        found.append(_NamedPair(".".join(parts[:i]), adapter, embedding, a, b))
-    order = {name: i for i, name in enumerate(known)}
-    return sorted(found, key=lambda pair: order[pair.a]), unmatched
+# groups of pairs ----------------------------------------------------------------------------------
 
 
 def lora_param_groups(
@@ -213,19 +194,20 @@ def lora_param_groups(
 
     Args:
         model: A module, or its named parameters, of which only names are used.
-        scale: s of W = W0 + s B A. None reads ``scaling`` of the module that owns the pair, a
-            number or a dict by adapter; a number is taken for all, a dict by the longest prefix of
-            the module's name, a callable is asked with the module's name.
-        adapter: Name of the only adapter to pair; None: all that train. Two adapters of a module
-            are two pairs.
+        scale: s of W = W0 + s B A. None (default) reads ``scaling`` of the module that owns the
+            pair, a number or a dict by adapter; a number is taken for all, a dict by the longest
+            prefix of the module's name, a callable is asked with the module's name.
+        adapter: Name of the only adapter to pair; None (default): all that train. Two adapters of
+            a module are two pairs.
         kinds: Which pairs are wanted of ``"linear"``, ``"conv"``, ``"expert"`` (factors stacked in
-            three dimensions) and ``"embedding"``; others go with the rest.
-        fallback: Keys of the group of the rest, such as its ``lr``.
-        base_weight: Whether groups hold triples ``[A, B, W0]``.
-        unpaired: What becomes of a trainable factor without its other: ``"error"``, or
+            three dimensions) and ``"embedding"`` (default: all but the last); others go with the
+            rest.
+        fallback: Keys of the group of the rest, such as its ``lr`` (default: None).
+        base_weight: Whether groups hold triples ``[A, B, W0]`` (default: False).
+        unpaired: What becomes of a trainable factor without its other: ``"error"`` (default), or
             ``"fallback"`` for AdamW.
-        lr: Learning rate of pairs; None: the optimizer's.
-        lr_ratio_b: Multiplies the learning rate of B; None: 1.
+        lr: Learning rate of pairs; None (default): the optimizer's.
+        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
         **group_options: More keys for every group of pairs.
 
     Returns:
@@ -234,7 +216,7 @@ def lora_param_groups(
 
     Raises:
         ValueError: If there is no pair, no scale, or factors that do not fit.
-        TypeError: If ``base_weight`` meets a quantised weight.
+        TypeError: If ``base_weight`` meets a quantized weight.
         NotImplementedError: For factors that are DTensors.
 
     Example:
@@ -259,77 +241,26 @@ def lora_param_groups(
         unpaired in ("error", "fallback"),
         f"unpaired must be 'error' or 'fallback', got {unpaired!r}",
     )
-    modules: dict[str, nn.Module] = {}
-    named: dict[str, Tensor]
-    if isinstance(model, nn.Module):
-        named = {**dict(model.named_parameters(remove_duplicate=False))}
-        modules = dict(model.named_modules(remove_duplicate=False))
-    else:
-        named = dict(model)
+    named, modules = _names_of(model)
     found, unmatched = _find_pairs(named)
-    for name, other in unmatched.items():
-        if named[name].requires_grad and unpaired == "error":
-            raise ValueError(
-                f"'{name}' has no matching {other}; rename it, freeze it or pass "
-                "unpaired='fallback'"
-            )
-    pairs: list[tuple[Any, ...]] = []
-    views: list[list[str]] = []
+    if unpaired == "error":
+        _refuse_unmatched(unmatched, named)
     used: dict[int, tuple[int, int]] = {}
-    for pair in found:
-        A, B = named[pair.a], named[pair.b]
-        if not (A.requires_grad or B.requires_grad) or adapter not in (None, pair.adapter):
-            continue
-        owner = modules.get(pair.module)
-        kind, view = _pair_kind(A, B, pair.a, pair.b, pair.embedding)
-        base = getattr(owner, "base_layer", owner)
-        if kind == "conv" and getattr(base, "groups", 1) != 1:
-            warn_user(f"'{pair.a}' belongs to a convolution in groups, which is no pair: AdamW")
-            continue
-        if kind not in kinds:
-            continue
-        pair_ids = (id(A), id(B))
-        if pair_ids in used.values():
-            continue  # a tied module, reached by another name
-        for p, name in ((A, pair.a), (B, pair.b)):
-            check(id(p) not in used, f"'{name}' is shared by two pairs; give each its own factors")
-        used.update(dict.fromkeys(pair_ids, pair_ids))
-        s = _scale_of(scale, owner, pair)
-        members: tuple[Any, ...] = ((pair.a, A), (pair.b, B))
-        if (
-            pair.embedding
-        ):  # the table is (V, d): its pair is A^T (V, r), which starts at 0, and B^T
-            members = members[::-1]
-        if base_weight:
-            members = (*members, _base_weight(owner, base, pair))
-            view = [
-                *view,
-                "transposed"
-                if _is_stored_transposed(owner, base)
-                else "flatten"
-                if kind == "conv"
-                else "auto",
-            ]
-        pairs.append((*members, s))
-        views.append(view)
-    if not pairs:
-        raise ValueError(
-            "no trainable lora_A/lora_B pair found; pass (A, B) tuples or check that the adapter "
-            "is active"
-        )
+    pairs = []
+    for names in found:
+        if adapter in (None, names.adapter):
+            pair = _read_pair(names, named, modules.get(names.module), kinds, used)
+            if pair is not None:
+                pairs.append(_with_scale_and_base(pair, scale, base_weight))
     if base_weight:
         group_options = {"rule": "SwitchLoRA", **group_options}
-    groups = _group_pairs(pairs, views, lr, lr_ratio_b, group_options)
-    rest = {
-        id(p): (name, p)
-        for name, p in reversed(named.items())
-        if p.requires_grad and id(p) not in used
-    }
+    groups = _group_pairs(pairs, lr, lr_ratio_b, group_options)
+    rest = _unused_parameters(named, used)
     if rest:
         own = dict(fallback or {})
         if "betas" not in own:
             own.setdefault("adamw_betas", (0.9, 0.999))
-        groups.append({"params": [*rest.values()][::-1], "rule": "adamw", **own})
+        groups.append({"params": rest, "rule": "adamw", **own})
     return groups
 
 
@@ -347,9 +278,9 @@ def pairs_to_groups(
         pairs: ``(A, B)`` or ``(A, B, s)``, with the base weight ``(A, B, W0)`` or
             ``(A, B, W0, s)``; a factor may be ``(name, tensor)``. A is (r, n) and B (m, r), both
             stacked in a first dimension, or those of a convolution.
-        scale: s of W = W0 + s B A where a pair names none.
-        lr: Learning rate of pairs; None: the optimizer's.
-        lr_ratio_b: Multiplies the learning rate of B; None: 1.
+        scale: s of W = W0 + s B A where a pair names none (default: None).
+        lr: Learning rate of pairs; None (default): the optimizer's.
+        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
         **group_options: More keys for every group.
 
     Returns:
@@ -358,9 +289,8 @@ def pairs_to_groups(
     Raises:
         ValueError: If a pair has no scale or its factors do not fit.
     """
-    groups: list[tuple[Any, ...]] = []
-    views: list[list[str]] = []
     used: set[int] = set()
+    read = []
     for i, given in enumerate(pairs):
         *members, last = given
         s = scale
@@ -379,39 +309,195 @@ def pairs_to_groups(
             f"'{p[0]}'" if isinstance(p, tuple) else f"{letter} of pair {i}"
             for p, letter in zip(members, ("A", "B", "W0"), strict=False)
         ]
-        _, view = _pair_kind(*tensors[:2], *names[:2])
+        _, views = _pair_kind(*tensors[:2], *names[:2])
         for p, name in zip(tensors, names, strict=True):
             check(id(p) not in used, f"{name} is shared by two pairs; give each its own factors")
             used.add(id(p))
-        groups.append((*members, s))
-        views.append([*view, *view[:1]][: len(members)])
-    if not groups:
+        read.append(Pair(tuple(members), [*views, *views[:1]][: len(members)], float(s)))  # type: ignore[arg-type]
+    return _group_pairs(read, lr, lr_ratio_b, group_options)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair or triple, ready to join a group.
+
+    Attributes:
+        members: Tensors, or (name, tensor): A, B and maybe W0.
+        views: How each becomes matrices.
+        scale: s of W = W0 + s B A.
+    """
+
+    members: tuple[Any, ...]
+    views: list[str]
+    scale: float
+
+
+def _group_pairs(
+    pairs: Sequence[Pair], lr: float | None, lr_ratio_b: float | None, options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """One group for each scale and view, in order of their first pairs."""
+    if not pairs:
         raise ValueError(
             "no trainable lora_A/lora_B pair found; pass (A, B) tuples or check that the adapter "
             "is active"
         )
-    return _group_pairs(groups, views, lr, lr_ratio_b, group_options)
-
-
-def _group_pairs(
-    pairs: Sequence[tuple[Any, ...]],
-    views: Sequence[list[str]],
-    lr: float | None,
-    lr_ratio_b: float | None,
-    options: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """One group for each scale and view, in order of their first pairs."""
     shared = {"lr": lr, "lr_ratio_b": lr_ratio_b}
     given = {key: value for key, value in shared.items() if value is not None}
     groups: dict[Any, dict[str, Any]] = {}
-    for (*members, s), view in zip(pairs, views, strict=True):
-        same = view[0] if len(set(view)) == 1 else view
-        key = (float(s), tuple(view))
+    for pair in pairs:
+        view = pair.views[0] if len(set(pair.views)) == 1 else pair.views
         group = groups.setdefault(
-            key, {"params": [], "scale": float(s), "view": same, **given, **options}
+            (pair.scale, tuple(pair.views)),
+            {"params": [], "scale": pair.scale, "view": view, **given, **options},
         )
-        group["params"] += members
+        group["params"] += pair.members
     return [*groups.values()]
+
+
+# the pairs of a model -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _PairNames:
+    """Two names that differ in one component, lora_A and lora_B."""
+
+    module: str
+    adapter: str | None
+    embedding: bool
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class _NamedPair:
+    """Two factors of a model that train together, and the module that owns them."""
+
+    names: _PairNames
+    A: Tensor
+    B: Tensor
+    kind: str
+    views: list[str]
+    owner: Any
+
+    @property
+    def base(self) -> Any:
+        """The module of the base weight: peft keeps it below the owner."""
+        return getattr(self.owner, "base_layer", self.owner)
+
+
+def _names_of(
+    model: nn.Module | Iterable[tuple[str, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
+    """Parameters and modules by name, under every name that they have."""
+    if not isinstance(model, nn.Module):
+        return dict(model), {}
+    named: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False))}
+    return named, dict(model.named_modules(remove_duplicate=False))
+
+
+def _counterparts(name: str) -> Iterator[tuple[str, int, str]]:
+    """What the other factor of this parameter may be called: by the last such component first."""
+    parts = name.split(".")
+    for i in reversed(range(len(parts))):
+        if parts[i] in COUNTERPART:
+            yield ".".join([*parts[:i], COUNTERPART[parts[i]], *parts[i + 1 :]]), i, parts[i]
+
+
+def _find_pairs(names: Iterable[str]) -> tuple[list[_PairNames], dict[str, str]]:
+    """Pairs in the order of their A, and names without a counterpart with what that would be."""
+    known = dict.fromkeys(names)
+    found: list[_PairNames] = []
+    taken: set[str] = set()
+    unmatched: dict[str, str] = {}
+    for name in known:
+        options = list(_counterparts(name))
+        if not options or name in taken:
+            continue
+        matches = [(other, i, word) for other, i, word in options if other in known]
+        if not matches:
+            unmatched[name] = COUNTERPART[options[0][2]]
+            continue
+        other, i, word = matches[0]
+        a, b = (name, other) if word in A_NAMES else (other, name)
+        taken |= {a, b}
+        parts, embedding = name.split("."), "embedding" in word
+        suffix = parts[i + 1 :]
+        if suffix[-1:] == ["weight"] and not embedding:
+            suffix = suffix[:-1]
+        adapter = ".".join(suffix) or None
+        found.append(_PairNames(".".join(parts[:i]), adapter, embedding, a, b))
+    order = {name: i for i, name in enumerate(known)}
+    return sorted(found, key=lambda pair: order[pair.a]), unmatched
+
+
+def _refuse_unmatched(unmatched: Mapping[str, str], named: Mapping[str, Tensor]) -> None:
+    """Refuse factors that train without their other one."""
+    for name, other in unmatched.items():
+        check(
+            not named[name].requires_grad,
+            f"'{name}' has no matching {other}; rename it, freeze it or pass unpaired='fallback'",
+        )
+
+
+def _read_pair(
+    names: _PairNames,
+    named: Mapping[str, Tensor],
+    owner: nn.Module | None,
+    kinds: Sequence[str],
+    used: dict[int, tuple[int, int]],
+) -> _NamedPair | None:
+    """The pair of these names; None if it is frozen, not wanted, or known by other names.
+
+    Args:
+        names: The names.
+        named: Parameters by name.
+        owner: The module that the names belong to, if it is known.
+        kinds: Which kinds of pairs are wanted.
+        used: The pair of ids by the id of a factor; a new pair is added.
+    """
+    A, B = named[names.a], named[names.b]
+    if not (A.requires_grad or B.requires_grad):
+        return None
+    kind, views = _pair_kind(A, B, names.a, names.b, names.embedding)
+    pair = _NamedPair(names, A, B, kind, views, owner)
+    if kind == "conv" and getattr(pair.base, "groups", 1) != 1:
+        warn_user(f"'{names.a}' belongs to a convolution in groups, which is no pair: AdamW")
+        return None
+    pair_ids = (id(A), id(B))
+    if kind not in kinds or pair_ids in used.values():  # a tied module has several names
+        return None
+    for p, name in ((A, names.a), (B, names.b)):
+        check(id(p) not in used, f"'{name}' is shared by two pairs; give each its own factors")
+    used.update(dict.fromkeys(pair_ids, pair_ids))
+    return pair
+
+
+def _with_scale_and_base(pair: _NamedPair, scale: Scale, base_weight: bool) -> Pair:
+    """A pair of a model with its scale, and with its base weight if that is wanted."""
+    s = _scale_of(scale, pair.owner, pair.names)
+    members: tuple[Any, ...] = ((pair.names.a, pair.A), (pair.names.b, pair.B))
+    views = pair.views
+    if pair.names.embedding:  # the table is (V, d): its pair is A^T (V, r), which starts at 0, B^T
+        members = members[::-1]
+    if base_weight:
+        members = (*members, _base_weight(pair))
+        if _is_stored_transposed(pair.owner, pair.base):
+            views = [*views, "transposed"]
+        else:
+            views = [*views, "flatten" if pair.kind == "conv" else "auto"]
+    return Pair(members, views, s)
+
+
+def _unused_parameters(
+    named: dict[str, Tensor], used: Mapping[int, Any]
+) -> list[tuple[str, Tensor]]:
+    """Trainable parameters outside of pairs, each under its first name at the place of its last."""
+    rest = {
+        id(p): (name, p)
+        for name, p in reversed(named.items())
+        if p.requires_grad and id(p) not in used
+    }
+    return [*rest.values()][::-1]
 
 
 # checks and what modules tell ---------------------------------------------------------------------
@@ -470,38 +556,48 @@ def _check_pair(A: Tensor, B: Tensor, a: str, b: str) -> None:
         )
 
 
-def _scale_of(scale: Scale, owner: nn.Module | None, pair: _NamedPair) -> float:
+def _scale_of(scale: Scale, owner: nn.Module | None, names: _PairNames) -> float:
     """The scale of one pair, from where the caller says."""
     found: Any = scale
     if scale is None:
         found = getattr(owner, "scaling", None)
         if isinstance(found, Mapping):
-            found = found.get(pair.adapter)
+            found = found.get(names.adapter)
         if isinstance(found, Tensor) and found.numel() == 1:
             found = float(found)
     elif isinstance(scale, Mapping):
         matching_prefixes = [
-            prefix for prefix in scale if f"{pair.module}.".startswith(f"{prefix}.") or not prefix
+            prefix for prefix in scale if f"{names.module}.".startswith(f"{prefix}.") or not prefix
         ]
         found = scale[max(matching_prefixes, key=len)] if matching_prefixes else None
     elif callable(scale):
-        found = scale(pair.module)
-    where = f"module '{pair.module}' tells none, so pass scale=alpha/r"
+        found = scale(names.module)
+    where = f"module '{names.module}' tells none, so pass scale=alpha/r"
     check(_is_scale(found), f"scale must be a positive finite number, got {found!r} ({where})")
     return float(found)
 
 
-def _base_weight(owner: Any, base: Any, pair: _NamedPair) -> tuple[str, Tensor]:
+def _base_weight(pair: _NamedPair) -> tuple[str, Tensor]:
     """The weight under a pair, by name."""
-    W = getattr(base, "weight", None)
+    module = pair.names.module
+    W = getattr(pair.base, "weight", None)
     if not isinstance(W, Tensor):
-        raise ValueError(f"module '{pair.module}' has no base weight; pass (A, B, W0) tuples")
+        raise ValueError(f"module '{module}' has no base weight; pass (A, B, W0) tuples")
+    refuse_quantized(W, f"'{module}'")
+    path = [module, "" if pair.base is pair.owner else "base_layer", "weight"]
+    return ".".join(filter(None, path)), W
+
+
+def refuse_quantized(W: Tensor, owner: str) -> None:
+    """Refuse a base weight that the optimizer cannot write.
+
+    Raises:
+        TypeError: If W holds no plain floating point numbers.
+    """
     if not W.is_floating_point() or hasattr(W, "quant_state"):
         raise TypeError(
-            f"base weight of '{pair.module}' is quantised; SwitchLoRA needs a floating point weight"
+            f"base weight of {owner} is quantized; SwitchLoRA needs a floating point weight"
         )
-    path = [pair.module, "" if base is owner else "base_layer", "weight"]
-    return ".".join(filter(None, path)), W
 
 
 def _is_stored_transposed(owner: nn.Module | None, base: nn.Module | None) -> bool:

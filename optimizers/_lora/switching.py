@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...kernels import update_weight_
 from .._core.rule import Factored, Member
 from .._core.validation import check
 from .._core.views import split_view
 from .._driver.param_groups import describe, parameters_of
 from .._driver.write import write_
+from .pair_groups import refuse_quantized
 
 if TYPE_CHECKING:
     from .._driver.buckets import StepPlan
@@ -56,9 +58,9 @@ def exchange_vectors_(
     """
     work = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     old_rows, kept_columns = A[I].to(work), B[:, I].to(work)
-    A[I] = C
+    update_weight_(A, lambda X: X.index_put_((I,), C.to(X)), A.dtype)
     old_columns = B[:, J].to(work)
-    B[:, J] = D.mT
+    update_weight_(B.mT, lambda X: X.index_put_((J,), D.to(X)), B.dtype)
     P = torch.cat([kept_columns, old_columns - D.mT.to(work)], 1)
     return P, torch.cat([old_rows - C.to(work), A[J].to(work)])
 
@@ -162,37 +164,43 @@ def check_triples(group: Mapping[str, Any]) -> None:
     views = [group["view"]] * 3 if isinstance(group["view"], str) else list(group["view"])
     used: set[int] = set()
     for i in range(0, len(params), 3):
-        a, b, base = (describe(names[i + k], params[i + k], i + k) for k in range(3))
-        A, B, W = params[i : i + 3]
-        if not W.is_floating_point() or hasattr(W, "quant_state"):
-            raise TypeError(
-                f"base weight of {a} is quantised; SwitchLoRA needs a floating point weight"
-            )
-        for p, text in ((A, a), (B, b)):
-            check(
-                p.requires_grad,
-                f"{text} is frozen, but SwitchLoRA trains both factors; set requires_grad or leave "
-                "the triple out",
-            )
+        texts = [describe(names[i + k], params[i + k], i + k) for k in range(3)]
+        _check_trained(params[i : i + 3], texts)
+        base_weight = params[i + 2]
         check(
-            not W.requires_grad,
-            f"{base} is a base weight, which SwitchLoRA writes itself; call requires_grad_(False)",
+            id(base_weight) not in used,
+            f"{texts[2]} is the base weight of two pairs; only one of them can be switched",
         )
+        used.add(id(base_weight))
+        _check_shapes(params[i : i + 3], texts, views)
+
+
+def _check_trained(triple: Sequence[Tensor], texts: Sequence[str]) -> None:
+    """Both factors must train, and W0 must be a frozen plain weight."""
+    *factors, W = triple
+    refuse_quantized(W, texts[0])
+    for p, text in zip(factors, texts, strict=False):
         check(
-            id(W) not in used,
-            f"{base} is the base weight of two pairs; only one of them can be switched",
+            p.requires_grad,
+            f"{text} is frozen, but SwitchLoRA trains both factors; set requires_grad or leave "
+            "the triple out",
         )
-        used.add(id(W))
-        x, y, w = (
-            split_view(view, tuple(p.shape))[0] for view, p in zip(views, (A, B, W), strict=True)
-        )
-        check(
-            (w.k, w.m, w.n) == (x.k, y.m, x.n),
-            f"{base} must hold {x.k} matrices of {y.m} x {x.n} for its factors, got shape "
-            f"{tuple(W.shape)}; give it view 'transposed' if it is stored (in, out)",
-        )
-        check(
-            x.m >= 2,
-            f"{a} has rank 1, but switching needs rank 2 at least: a vector stays still while its "
-            "counterpart is new",
-        )
+    check(
+        not W.requires_grad,
+        f"{texts[2]} is a base weight, which SwitchLoRA writes itself; call requires_grad_(False)",
+    )
+
+
+def _check_shapes(triple: Sequence[Tensor], texts: Sequence[str], views: Sequence[str]) -> None:
+    """W0 must have the sides of B A, and the rank must leave a vector to switch."""
+    A, B, W = (split_view(view, tuple(p.shape))[0] for view, p in zip(views, triple, strict=True))
+    check(
+        (W.k, W.m, W.n) == (A.k, B.m, A.n),
+        f"{texts[2]} must hold {A.k} matrices of {B.m} x {A.n} for its factors, got shape "
+        f"{tuple(triple[2].shape)}; give it view 'transposed' if it is stored (in, out)",
+    )
+    check(
+        A.m >= 2,
+        f"{texts[0]} has rank 1, but switching needs rank 2 at least: a vector stays still while "
+        "its counterpart is new",
+    )

@@ -45,7 +45,7 @@ PAPER_LRS = {
 }
 """Published learning rates by model, for row norm on embedding and centred row norm on head."""
 PAPER_SETTINGS: dict[str, Settings] = {
-    "RowNorm": {"adjust_lr_fn": "none"},
+    "RowNorm": {"adjust_lr_fn": "none", "eps": 1e-8},
     "Hybrid": {
         "adjust_lr_fn": "none",
         "alpha": 1.0,

@@ -1,7 +1,7 @@
-"""What runs on projected or selected coordinates R: Adam, Lion, momentum SGD, Adafactor.
+"""Base optimizers on projected or selected coordinates R: Adam, Lion, momentum SGD, Adafactor.
 
-The parts of a step that a low-rank or splitting method leaves to a known optimizer. Each declares
-its state, moves it, and returns the direction N: the coordinates move by -lr * N.
+A low-rank or splitting method leaves its coordinates to one of them. A base optimizer declares its
+state, moves it and returns the direction N: the coordinates move by -lr * N.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ State = Mapping[str, Tensor]
 
 
 def _moment_slot(axes: str, sizes: Mapping[str, int]) -> Slot:
+    # by position, since a type checker cannot tell that no size is called dtype, fill or device
     return Slot(axes, None, 0.0, None, **sizes)
 
 
 @dataclass(frozen=True)
 class BaseOptimizer:
-    """One optimizer on coordinates R (K, r, n); fields as the method has them."""
+    """One optimizer on coordinates R (K, r, n).
+
+    Attributes:
+        betas: The method's betas, which every optimizer reads as its own paper does.
+        eps: The method's eps.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -45,23 +51,33 @@ class BaseOptimizer:
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
     ) -> Tensor:
-        """N, a new tensor like R; `t` counts updates from 1, for all of R or per row or column.
+        """Move the state and return N, a new tensor like R.
 
-        `finite` is None, or flags (K,): where one is 0 the state stays, and N means nothing.
+        Args:
+            state: The tensors that `slots` declared, changed in place.
+            R: (K, r, n), not changed.
+            t: Number of this update from 1, for all of R or for each row or column.
+            reductions: Sums over the columns of the weight (default: those of one process).
+            finite: None, or flags (K,), 0 where the state stays and N means nothing.
         """
         raise NotImplementedError
 
     def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
-        """Take the state from an old basis to a new one; policies as in :func:`carry_moments`.
+        """Carry the state from an old basis to a new one, in place.
 
-        Without Adam's second moment "ldadam" is "rotate".
+        Args:
+            policy: A policy of :func:`carry_moments`; "ldadam" is "rotate" for an optimizer
+                without Adam's second moment.
+            state: The tensors that `slots` declared.
+            change: Change from the old basis to the new one.
+            t: Updates that the state has seen.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Adam(BaseOptimizer):
-    """Adam, arXiv 1412.6980; decay is the driver's."""
+    """Adam, arXiv 1412.6980; the driver applies the weight decay."""
 
     @override
     def slots(self, axes: str, **sizes: int) -> dict[str, Slot]:
@@ -77,7 +93,8 @@ class Adam(BaseOptimizer):
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
     ) -> Tensor:
-        (beta1, beta2), M, V = self.betas, state["exp_avg"], state["exp_avg_sq"]
+        M, V = state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = self.betas
         return adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps, finite=finite)
 
     @override
@@ -103,7 +120,8 @@ class Lion(BaseOptimizer):
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
     ) -> Tensor:
-        (beta1, beta2), M = self.betas, state["exp_avg"]
+        M = state["exp_avg"]
+        beta1, beta2 = self.betas
         N = M.to(R.dtype).lerp(R, 1 - beta1).sign_()
         ema(M, R, beta2, finite)
         return N
@@ -131,8 +149,8 @@ class SGDM(BaseOptimizer):
         finite: Tensor | None = None,
     ) -> Tensor:
         B = state["momentum_buffer"]
-        momentum = momentum_step(B, R, self.betas[0], kind="sum", finite=finite)
-        return momentum.clone() if momentum is B else momentum
+        N = momentum_step(B, R, self.betas[0], kind="sum", finite=finite)
+        return N.clone() if N is B else N
 
     @override
     def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
@@ -162,7 +180,9 @@ class Adafactor(BaseOptimizer):
             "exp_avg_sq_row": _moment_slot(axes[0] + "1", sizes),
             "exp_avg_sq_col": _moment_slot("1" + axes[1], sizes),
         }
-        return {"exp_avg": _moment_slot(axes, sizes), **factors} if self.betas[0] > 0.0 else factors
+        if self.betas[0] == 0.0:
+            return factors
+        return {"exp_avg": _moment_slot(axes, sizes), **factors}
 
     @override
     def direction(
@@ -182,18 +202,20 @@ class Adafactor(BaseOptimizer):
         N = R * (v / (total(v.mT) / r)).rsqrt() * w.rsqrt()
         rms = (reductions.cols(total(column_squares(N))) / (r * n)).sqrt()
         N.div_((rms / self.clip_threshold).clamp(min=1.0))
-        return ema(state["exp_avg"], N, self.betas[0], finite).clone() if self.betas[0] > 0.0 else N
+        if self.betas[0] == 0.0:
+            return N
+        return ema(state["exp_avg"], N, self.betas[0], finite).clone()
 
     @override
     def carry_state(self, policy: str, state: State, change: BasisChange, t: int) -> None:
-        """The average per column belongs to no basis."""
+        """Carry the first moment and the row averages; column averages belong to no basis."""
         if "exp_avg" in state:
             _carry_first_moment(policy, state["exp_avg"], change)
         rows = state["exp_avg_sq_row"]
         if policy == "reset":
             rows.zero_()
             state["exp_avg_sq_col"].zero_()
-        elif policy != "keep":  # a fresh row starts at the floor: at zero its step would be 1/0
+        elif policy != "keep":  # a new row starts at the floor: from zero its step would be 1/0
             rows.copy_(change.apply_squares(rows).clamp_(min=self.floor))
 
 
@@ -213,7 +235,12 @@ BASE_OPTIMIZERS: dict[str, type[BaseOptimizer]] = {
 
 
 def make_base_optimizer(name: str, betas: tuple[float, float], eps: float) -> BaseOptimizer:
-    """The optimizer that a user names in ``inner=``: adamw, adafactor, lion or sgdm.
+    """Make the optimizer that a user names in ``inner=``.
+
+    Args:
+        name: adamw, adafactor, lion or sgdm.
+        betas: The method's betas.
+        eps: The method's eps.
 
     Raises:
         ValueError: Unknown name.

@@ -1,4 +1,4 @@
-"""What a projector is, and the kinds that store a dense basis."""
+"""Base class of the projectors, and the kinds that store a dense basis."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Projector:
-    """What every kind can do, for stacks (K, m, n) whose rows are projected.
+    """Base class: a basis P of the rows of each matrix in a stack (K, m, n).
 
-    R = P^T G has shape (K, r, n); with a basis on both sides R = P^T G Q is (K, r, r). Gradients
-    are finite and not zero where ``find`` sees them, and never changed. Each matrix of a stack has
-    the bits that it has alone.
+    R = P^T G has shape (K, r, n); with a basis on both sides R = P^T G Q is (K, r, r). ``find`` is
+    given finite gradients that are not zero, and changes none. A matrix in a stack has the bits
+    that it has alone.
     """
 
     state_keys: ClassVar[tuple[str, ...]]
-    """State keys, in the order of ``slots``."""
+    """Names of the state tensors, in the order of ``slots``."""
     permutes: ClassVar[bool] = False
-    """Whether a new basis only moves coordinates (see :class:`BasisChange`)."""
+    """Whether a new basis only permutes coordinates (see :class:`BasisChange`)."""
 
     def slots(self, m: int, r: int) -> dict[str, Slot]:
         """State tensors of one matrix with m rows."""
@@ -44,25 +44,26 @@ class Projector:
     def find(
         self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
-        """New state tensors, in the order of ``names``.
+        """Compute new state tensors, in the order of ``state_keys``.
 
         Args:
             G: (K, m, n), any strides.
-            *old: The state tensors as they are (K, ...): zeros before the first refresh. Their
-                shape tells r; nothing is changed in place.
+            *old: The present state tensors (K, ...), zeros before the first refresh, whose last
+                size is r; not changed.
             rng: Seed and keys of random numbers.
-            transposed: Whether the weight was stored transposed; decides LAPACK's signs only.
+            transposed: Whether the driver transposed the weight (default: False); decides LAPACK's
+                signs only.
         """
         raise NotImplementedError
 
     def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
-        """R, a new tensor (K, r, n) or (K, r, r), in G's dtype and at least float32."""
+        """R as a new tensor (K, r, n) or (K, r, r), in G's dtype and at least float32."""
         raise NotImplementedError
 
     def project_with_squares(
         self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS
     ) -> tuple[Tensor, Tensor]:
-        """R, and the sums of squares of the columns of G (K, 1, n)."""
+        """R, and the squared norms of the columns of G (K, 1, n)."""
         return self.project(state, G, reductions), reductions.rows(column_squares(G))
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
@@ -70,39 +71,39 @@ class Projector:
         raise NotImplementedError
 
     def left_factor(self, state: State, m: int, dtype: torch.dtype) -> Tensor | None:
-        """P (K, m, r) if ``lift`` of an N of this dtype is a product with it, else None."""
+        """P (K, m, r) if ``lift`` is a product with P alone, for N of this dtype; else None."""
         return None
 
     def lift_block(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
     ) -> Tensor:
-        """Rows i and columns j of P R for the matrices k, as ``Blocks`` asks for them.
+        """Rows i and columns j of P R for the matrices k, as :class:`PanelTerm` asks for them.
 
-        For residuals G - P R that are never whole.
+        So a residual G - P R needs no tensor of the size of G.
         """
         raise NotImplementedError
 
     def overlap(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> BasisChange:
-        """The change of basis C = P_new^T P_old, computed when a policy needs it."""
+        """The change of basis C = P_new^T P_old, computed only if a policy needs C."""
         raise NotImplementedError
 
     def shared(self, m: int) -> Mapping[Hashable, int]:
-        """Bytes of what all matrices with m rows on a device share, by what it is."""
+        """Bytes of what all matrices with m rows on a device share, by name of the shared thing."""
         return {}
 
     def state_tensors(self, state: State) -> tuple[Tensor, ...]:
-        """This projector's tensors among a rule's state, in the order of ``names``."""
+        """This projector's tensors among a rule's state, in the order of ``state_keys``."""
         return tuple(state[name] for name in self.state_keys)
 
     def install(self, state: State, new: tuple[Tensor, ...]) -> None:
-        """Put what ``find`` returned into the state, in place."""
+        """Copy what ``find`` returned into the state."""
         for name, X in zip(self.state_keys, new, strict=True):
             state[name].copy_(X)
 
 
 @dataclass(frozen=True)
 class DenseProjector(Projector):
-    """P is stored (K, m, r), orthonormal columns; with ``both`` sides also Q (K, n, r)."""
+    """Base class: P (K, m, r) is stored, orthonormal columns; with ``both`` also Q (K, n, r)."""
 
     both: bool = False
 
@@ -124,7 +125,7 @@ class DenseProjector(Projector):
     def project_with_squares(
         self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS
     ) -> tuple[Tensor, Tensor]:
-        """One read of G for both."""
+        """One read of G gives R and the squares."""
         if self.both:
             return super().project_with_squares(state, G, reductions)
         R, squares = kernels.project(state["basis"], G, squares=True)
@@ -157,7 +158,7 @@ class DenseProjector(Projector):
 
 @dataclass(frozen=True)
 class SvdProjector(DenseProjector):
-    """The r leading singular vectors of G, by falling singular value; see :func:`top_basis`."""
+    """The r leading singular vectors of G, by falling singular value, from :func:`top_basis`."""
 
     exact: bool = False
     lapack_signs: bool = False
@@ -166,7 +167,8 @@ class SvdProjector(DenseProjector):
     def find(
         self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
-        kind, r = "svd_full" if self.exact else "svd", old[0].shape[-1]
+        kind = "svd_full" if self.exact else "svd"
+        r = old[0].shape[-1]
         if self.both:
             return top_bases(G, r, kind, lapack_signs=self.lapack_signs, old=(old[0], old[1]))
         if self.lapack_signs and transposed:  # LAPACK's signs belong to the matrix as it was stored
@@ -176,7 +178,7 @@ class SvdProjector(DenseProjector):
 
 @dataclass(frozen=True)
 class RangeProjector(DenseProjector):
-    """Nearly the same by random sampling; see :func:`range_bases`."""
+    """Nearly the leading singular vectors, from the randomized :func:`range_bases`."""
 
     oversample: int = 8
     iterations: int = 1
@@ -188,13 +190,19 @@ class RangeProjector(DenseProjector):
     def find(
         self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
-        p, q = self.oversample, self.iterations
-        return range_bases(G, old[0].shape[-1], rng, old, oversample=p, iterations=q)
+        return range_bases(
+            G,
+            old[0].shape[-1],
+            rng,
+            old,
+            oversample=self.oversample,
+            iterations=self.iterations,
+        )
 
 
 @dataclass(frozen=True)
 class PowerProjector(DenseProjector):
-    """One step of subspace iteration from the old basis; see :func:`power_bases`."""
+    """One step of subspace iteration from the old basis, by :func:`power_bases`."""
 
     probes: int = 8
 
@@ -210,7 +218,7 @@ class PowerProjector(DenseProjector):
 
 @dataclass(frozen=True)
 class RandomProjector(DenseProjector):
-    """Haar-distributed, blind to G; see :func:`random_bases`."""
+    """Haar-distributed and independent of G, from :func:`random_bases`."""
 
     @override
     def find(

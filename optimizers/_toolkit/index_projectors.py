@@ -1,4 +1,4 @@
-"""Projectors that choose vectors of a fixed orthonormal system and store their numbers only."""
+"""Projectors that choose vectors of a fixed orthonormal system and store only their indices."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from .svd import full_precision_matmul, normalized_panels, work_dtype
 
 DCT_BASES = ("dct2", "dct3")
 SPECTRUM_PANEL = 2**18
-"""Entries of G that are transformed at a time on a CPU: they stay in the cache."""
+"""Entries of G that are transformed at a time on a CPU, so that they stay in the cache."""
 SPECTRUM_PANEL_ACCELERATOR = 2**26
-"""The same on accelerators, where it only bounds what the transform needs beside its result."""
+"""The same on accelerators, where it only bounds the transform's temporary memory."""
 
 
 def spectrum_slices(X: Tensor) -> list[slice]:
-    """The columns of X (K, m, n) that are transformed at a time."""
+    """Slices of the columns of X (K, m, n), each transformed at a time."""
     size = SPECTRUM_PANEL if X.device.type == "cpu" else SPECTRUM_PANEL_ACCELERATOR
     width = max(64, size // max(1, X.shape[-2]))
     return [slice(j, j + width) for j in range(0, max(1, X.shape[-1]), width)]
 
 
 def take_rows(X: Tensor, index: Tensor) -> Tensor:
-    """Rows of X (K, m, n) by their numbers (K, r), a new tensor (K, r, n)."""
+    """Gather rows of X (K, m, n) by index (K, r) into a new tensor (K, r, n)."""
     rows: Tensor = kernels.dct_take(X, index, -2)
     return rows
 
 
 def clear_rows_(X: Tensor, index: Tensor) -> Tensor:
-    """Rows of X (K, m, n) by their numbers (K, r) become zero, in place."""
+    """Zero rows of X (K, m, n) by index (K, r), in place."""
     if len(X) == 1:
         X[0].index_fill_(0, index[0].long(), 0.0)
         return X
-    where = index.long().unsqueeze(-1).expand(-1, -1, X.shape[-1])
-    return X.scatter_(-2, where, 0.0)
+    rows = index.long().unsqueeze(-1).expand(-1, -1, X.shape[-1])
+    return X.scatter_(-2, rows, 0.0)
 
 
 @dataclass(frozen=True)
 class IndexProjector(Projector):
-    """P is r columns of a fixed orthonormal system; stored are their numbers, ascending."""
+    """Base class: P is r columns of a fixed orthonormal system, stored as ascending indices."""
 
     state_keys: ClassVar[tuple[str, ...]] = ("index",)
     permutes: ClassVar[bool] = True
@@ -70,15 +70,15 @@ class IndexProjector(Projector):
         return (torch.stack(indices).sort(dim=-1).values.to(G.device, torch.int32),)
 
     def _choose(self, G: Tensor, r: int, rng: StackRNG, k: int) -> Tensor:
-        """Numbers of r different rows of one matrix G (m, n)."""
+        """Choose r different indices for one matrix G (m, n)."""
         scores = torch.zeros(G.shape[0], dtype=work_dtype(G), device=G.device)
         for _, X in normalized_panels(G, work_dtype(G)):
             scores += self._scores(X)
-        # a stable sort takes the lowest number among equal scores; topk takes any
+        # a stable sort takes the lowest index among equal scores; topk takes any
         return scores.sort(descending=True, stable=True).indices[:r]
 
     def _scores(self, X: Tensor) -> Tensor:
-        """One number per row for some columns X (m, w) of G / max|G|; panels add up."""
+        """Score every index on some columns X (m, w) of G / max|G|; scores of panels add up."""
         raise NotImplementedError
 
     @override
@@ -95,7 +95,6 @@ class TopKProjector(IndexProjector):
 
     @override
     def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
-        """A gather."""
         return take_rows(G, state["index"]).to(work_dtype(G))
 
     @override
@@ -106,13 +105,14 @@ class TopKProjector(IndexProjector):
     def lift_block(
         self, state: State, R: Tensor, m: int, k: slice = ALL, i: slice = ALL, j: slice = ALL
     ) -> Tensor:
-        """A scatter into zeros."""
         start, stop, _ = i.indices(m)
-        R, place = R[k, :, j], state["index"][k].long() - start
-        inside = (place >= 0) & (place < stop - start)
-        place = torch.where(inside, place, stop - start)  # the others meet in one row too many
-        out = R.new_zeros(len(R), stop - start + 1, R.shape[-1])
-        return out.scatter_(-2, place.unsqueeze(-1).expand_as(R), R)[:, :-1]
+        height = stop - start
+        R = R[k, :, j]
+        row = state["index"][k].long() - start
+        is_inside = (row >= 0) & (row < height)
+        row = torch.where(is_inside, row, height)  # rows outside go to an extra row, cut off below
+        out = R.new_zeros(len(R), height + 1, R.shape[-1])
+        return out.scatter_(-2, row.unsqueeze(-1).expand_as(R), R)[:, :-1]
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,13 @@ class RandKProjector(TopKProjector):
 class DctProjector(IndexProjector):
     """P = D[:, I]: the cosines (columns of D) whose coefficients in G are largest.
 
-    ``norm`` "l2" captures most of G among all choices of r cosines, at least the share r / m; "l1"
-    is the published default and usually chooses alike, without that bound. ``basis`` "dct2" is
-    D = C^T, "dct3" is D = C, with C of :func:`dct_basis`; ``path`` is that of :func:`dct`.
     Source: arXiv 2505.17967.
+
+    Attributes:
+        norm: ``"l2"`` captures most of G among all choices of r cosines, at least the share r / m;
+            ``"l1"`` is the published default and usually chooses alike, without that bound.
+        basis: ``"dct2"`` is D = C^T, ``"dct3"`` is D = C, with C of :func:`dct_basis`.
+        path: Way of the transform, as :func:`dct` takes it.
     """
 
     norm: str = "l2"
@@ -143,10 +146,7 @@ class DctProjector(IndexProjector):
             check(value in known, f"{name} must be one of {known}, got {value!r}")
 
     def transform(self, G: Tensor, onto: Tensor | None = None) -> Tensor:
-        """S = D^T G, all coefficients (K, m, n).
-
-        Made a panel of columns at a time; added onto a tensor in place if there is one, else new.
-        """
+        """S = D^T G, all coefficients (K, m, n): a new tensor, or added to ``onto`` in place."""
         if onto is None:
             return self.spectrum(G)[0]
         for j in spectrum_slices(G):
@@ -154,20 +154,22 @@ class DctProjector(IndexProjector):
         return onto
 
     def spectrum(self, G: Tensor) -> tuple[Tensor, Tensor | None]:
-        """S = D^T G, a new tensor (K, m, n), and sizes for :meth:`choose` (K, m).
+        """S = D^T G as a new tensor (K, m, n), and scores (K, m) for :meth:`choose` or None.
 
-        There are sizes where a kernel finds them while it writes S, and the norm is "l1": squares
-        need a scale that is known only when S is.
+        Scores come from a kernel that sums them while it writes S, under the norm "l1" only:
+        squares need a scale, which is known when S is complete.
         """
         slices = spectrum_slices(G)
         if len(slices) == 1:
             return self._transform_panel(G)
-        S, row_scores = torch.empty_like(G, dtype=work_dtype(G)), list[Tensor]()
+        S = torch.empty_like(G, dtype=work_dtype(G))
+        scores: list[Tensor] = []
         for j in slices:
             X, panel_scores = self._transform_panel(G[..., j])
             S[..., j].copy_(X)
-            row_scores += [] if panel_scores is None else [panel_scores]
-        return S, torch.stack(row_scores).sum(0) if row_scores else None
+            if panel_scores is not None:
+                scores.append(panel_scores)
+        return S, torch.stack(scores).sum(0) if scores else None
 
     def choose(
         self,
@@ -177,22 +179,30 @@ class DctProjector(IndexProjector):
         reductions: Reductions = LOCAL_REDUCTIONS,
         row_scores: Tensor | None = None,
     ) -> Tensor:
-        """Numbers (K, r) int32, ascending, of the rows of S (K, m, n) with the largest scores.
+        """Choose the r rows of S (K, m, n) with the largest scores; of equal ones the first.
 
-        Of equal scores the lowest number is taken. A matrix of zeros keeps its ``old`` numbers, if
-        there are any: nothing waits for a device to know it. ``row_scores`` are from ``spectrum``.
+        Args:
+            S: (K, m, n), all coefficients.
+            r: Count of rows.
+            old: Indices (K, r) that a matrix of zeros keeps (default: None). The choice is made by
+                ``where``, so that no device is waited for.
+            reductions: Sums over the columns of the weight (default: those of one process).
+            row_scores: Scores (K, m) that :meth:`spectrum` returned (default: None).
+
+        Returns:
+            Indices (K, r), int32, ascending.
         """
         check_rank(r, S.shape[-2])
         if row_scores is None:
             largest = torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1))).view(-1, 1, 1)
             largest = reductions.most(largest)
-            # divided by it, squares neither overflow nor vanish
+            # S / scale, since squares of S may overflow or vanish
             scale = largest.masked_fill(largest == 0, 1.0)
             row_scores = S.new_zeros(S.shape[:-1])
             for j in spectrum_slices(S):
                 row_scores += self._row_scores(S[..., j] / scale)
         scores = reductions.cols(row_scores)
-        # a stable sort takes the lowest number among equal scores; topk takes any
+        # a stable sort takes the lowest index among equal scores; topk takes any
         order = scores.sort(dim=-1, descending=True, stable=True).indices
         new = order[:, :r].sort(dim=-1).values.to(torch.int32)
         return new if old is None else torch.where(scores.amax(-1, keepdim=True) > 0, new, old)
@@ -204,20 +214,20 @@ class DctProjector(IndexProjector):
         return C[:, i].index_select(0, index.flatten()).view(*index.shape, -1).mT
 
     def project_onto(self, G: Tensor, index: Tensor) -> Tensor:
-        """P^T G of chosen cosines (K, r, n), at least float32, without the other coefficients."""
+        """P^T G (K, r, n) of cosines by index, at least float32, without other coefficients."""
         if self.basis == "dct2":
             R: Tensor = kernels.dct_project(G, index, -2)
             return R
         return product(self.selected_columns(index, G.shape[-2], work_dtype(G)).mT, G)
 
     def _transform_panel(self, X: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The transform of some columns, and the sizes of its rows if they cost nothing."""
+        """The transform of some columns, and the scores of its rows where they cost nothing."""
         if self.basis == "dct3":
             return idct(X, -2, self.path), None
         return sized_dct(X, -2, self.path, "l1" if self.norm == "l1" else None)
 
     def _row_scores(self, S: Tensor) -> Tensor:
-        """One number per row for some columns of S / max|S|; panels add up."""
+        """Score every row on some columns of S / max|S|; scores of panels add up."""
         return S.abs().sum(-1) if self.norm == "l1" else S.square().sum(-1)
 
     def _scores(self, X: Tensor) -> Tensor:

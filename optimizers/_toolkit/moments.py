@@ -1,6 +1,6 @@
-"""Moments on stacks of matrices: Adam, an average of gradients, and what a new basis does to them.
+"""Moments on stacks of matrices: Adam, an average of gradients, and changes of their basis.
 
-Pure tensor functions on (K, m, n). They change the moments in place and nothing else, and a stack
+Pure tensor functions on (K, m, n). The moments are changed in place and nothing else, and a stack
 gives the bits of its matrices taken one at a time.
 """
 
@@ -50,7 +50,7 @@ def adam(
     eps: float,
     finite: Tensor | None = None,
 ) -> Tensor:
-    """Moves both moments and returns the direction; see :func:`stiefel.kernels.adam`."""
+    """Move both moments and return Adam's direction, by :func:`stiefel.kernels.adam`."""
     return kernels.adam(R, exp_avg, exp_avg_sq, t, beta1=beta1, beta2=beta2, eps=eps, finite=finite)
 
 
@@ -64,7 +64,7 @@ def adam_reference(
     beta2: float,
     eps: float,
 ) -> tuple[Tensor, float]:
-    """Moves both moments as the published GaLore code does: eps on the uncorrected root.
+    """Move both moments as the published GaLore code does: eps on the uncorrected root.
 
     Source: the AdamW that accompanies GaLore, arXiv 2403.03507. Arguments as in :func:`adam`.
 
@@ -78,21 +78,22 @@ def adam_reference(
 
 
 def bias_correction(t: int, beta1: float, beta2: float) -> float:
-    """sqrt(1 - beta2^t) / (1 - beta1^t): what corrects M / sqrt(V) after t updates."""
+    """sqrt(1 - beta2^t) / (1 - beta1^t), the bias correction of M / sqrt(V) after t updates."""
     return math.sqrt(1 - beta2**t) / (1 - beta1**t)
 
 
 class BasisChange:
-    """A change of basis as the moments see it: coordinates X (K, r, n) turned into new ones.
+    """Base class: a change of basis of coordinates X (K, r, n).
 
-    With C = P_new^T P_old, ``apply`` is C X and ``apply_squares`` (C*C) X; computed when asked for.
+    With C = P_new^T P_old, ``apply`` is C X and ``apply_squares`` (C*C) X. C is computed at the
+    first call, since some policies need none.
     """
 
     permutes: ClassVar[bool] = False
     """Whether coordinates are moved or dropped, never mixed: then C*C = C and all rules agree."""
 
     def apply(self, X: Tensor) -> Tensor:
-        """The coordinates X in the new basis, a new tensor."""
+        """Coordinates X in the new basis, a new tensor."""
         raise NotImplementedError
 
     def apply_squares(self, X: Tensor) -> Tensor:
@@ -102,9 +103,9 @@ class BasisChange:
 
 @dataclass(frozen=True, eq=False)
 class DenseBasisChange(BasisChange):
-    """Between two dense bases P (K, m, r), on both sides if there are Q (K, n, q) too.
+    """Change between two dense bases P (K, m, r), and Q (K, n, q) where both sides have one.
 
-    Then D = Q_new^T Q_old, and X (K, r, q) turns to C X D^T and (C*C) X (D*D)^T.
+    With Q, D = Q_new^T Q_old, and X (K, r, q) becomes C X D^T and (C*C) X (D*D)^T.
     """
 
     P_old: Tensor
@@ -123,7 +124,7 @@ class DenseBasisChange(BasisChange):
 
     @cached_property
     def D(self) -> Tensor | None:
-        """Q_new^T Q_old, (K, q, q), if there are two sides."""
+        """Q_new^T Q_old, (K, q, q), or None for one side."""
         if self.Q_old is None or self.Q_new is None:
             return None
         return product(self.Q_new.mT, self.Q_old.to(self.Q_new.dtype))
@@ -134,9 +135,8 @@ class DenseBasisChange(BasisChange):
 
     @override
     def apply_squares(self, X: Tensor) -> Tensor:
-        return self._apply_two_sided(
-            self.C.square(), X, None if self.D is None else self.D.square()
-        )
+        D_squares = None if self.D is None else self.D.square()
+        return self._apply_two_sided(self.C.square(), X, D_squares)
 
     @staticmethod
     def _apply_two_sided(C: Tensor, X: Tensor, D: Tensor | None) -> Tensor:
@@ -146,11 +146,11 @@ class DenseBasisChange(BasisChange):
 
 @dataclass(frozen=True, eq=False)
 class IndexBasisChange(BasisChange):
-    """Between two choices of one orthonormal system: C is a partial permutation, so rows move.
+    """Change between two choices from one orthonormal system: C is a partial permutation of rows.
 
     Attributes:
-        old: (K, r) integers, ascending: what the rows of X belong to.
-        new: (K, r) integers: what they shall belong to.
+        old: (K, r) integers, ascending: index of each row of X now.
+        new: (K, r) integers: index of each row afterwards.
     """
 
     permutes: ClassVar[bool] = True
@@ -159,22 +159,25 @@ class IndexBasisChange(BasisChange):
 
     @cached_property
     def source(self) -> Tensor:
-        """(K, r) int64: the old place of each new index, -1 for one that enters."""
-        at = torch.searchsorted(self.old.contiguous(), self.new.contiguous())
-        at.clamp_(max=self.old.shape[-1] - 1)
-        return torch.where(self.old.gather(-1, at) == self.new, at, -1)
+        """(K, r) int64: the old row of each new index, -1 for an index that enters."""
+        row = torch.searchsorted(self.old.contiguous(), self.new.contiguous())
+        row.clamp_(max=self.old.shape[-1] - 1)
+        return torch.where(self.old.gather(-1, row) == self.new, row, -1)
 
+    @override
     def apply(self, X: Tensor) -> Tensor:
-        """Rows of X (K, r, ...) of any dtype in their new places, zeros where an index enters."""
-        at, entering = self.source.clamp(min=0), (self.source < 0).unsqueeze(-1)
-        if len(X) == 1:  # rows are copied whole
-            return X[0].index_select(0, at[0]).unsqueeze(0).masked_fill_(entering, 0)
-        return X.gather(-2, at.unsqueeze(-1).expand(-1, -1, X.shape[-1])).masked_fill_(entering, 0)
+        """Rows of X (K, r, ...) of any dtype in their new order, zeros where an index enters."""
+        row = self.source.clamp(min=0)
+        enters = (self.source < 0).unsqueeze(-1)
+        if len(X) == 1:  # faster for one matrix: rows are copied whole
+            moved = X[0].index_select(0, row[0]).unsqueeze(0)
+        else:
+            moved = X.gather(-2, row.unsqueeze(-1).expand(-1, -1, X.shape[-1]))
+        return moved.masked_fill_(enters, 0)
 
     @override
     def apply_squares(self, X: Tensor) -> Tensor:
-        """The same as ``apply``."""
-        return self.apply(X)
+        return self.apply(X)  # entries of C are 0 or 1, so C*C = C
 
 
 def check_moment_policy(policy: str, permutes: bool) -> None:
@@ -197,29 +200,29 @@ def carry_moments(
     t: int = 0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> None:
-    """Takes the moments M, V from an old basis to a new one, in place.
+    """Carry the moments M, V from an old basis to a new one, in place.
 
-    "keep" leaves them (GaLore, arXiv 2403.03507), "reset" zeroes them, "rotate" turns them by the
-    change of basis C = P_new^T P_old: M <- C M and V <- (C*C) V. The second is the second moment
-    of the turned coordinates if the old ones are uncorrelated, and is never negative. "ldadam"
-    (LDAdam, arXiv 2410.16103) takes the old ones for independent with mean m = M / (1 - beta1^t)
-    and variance v - m*m, v = V / (1 - beta2^t):
+    "keep" leaves the moments (GaLore, arXiv 2403.03507), "reset" zeroes them, "rotate" applies the
+    change of basis C = P_new^T P_old: M <- C M and V <- (C*C) V. This V is the second moment of
+    the new coordinates if the old ones are uncorrelated, and is never negative. "ldadam" (LDAdam,
+    arXiv 2410.16103) takes the old coordinates for independent with mean m = M / (1 - beta1^t) and
+    variance v - m*m, v = V / (1 - beta2^t):
 
         M <- C M,    V <- (1 - beta2^t) | (C*C) (v - m*m) + (C m)*(C m) |
 
     absolute because v - m*m may be negative: the averages have different windows. "match" moves
-    rows of equal index; where the change only moves, rotate and ldadam are the same.
+    rows of equal index; where the change only permutes, rotate and ldadam are the same.
 
     Args:
-        policy: one of CARRY_POLICIES.
+        policy: One of MOMENT_POLICIES.
         exp_avg: (K, r, n), or (K, r, q) with two bases.
-        exp_avg_sq: as exp_avg.
-        change: from the old basis to the new one.
-        t: for "ldadam": updates that the moments have seen; 0 leaves them alone.
-        betas: for "ldadam": their decays.
+        exp_avg_sq: As exp_avg.
+        change: Change from the old basis to the new one.
+        t: For "ldadam": updates that the moments have seen (default: 0, which leaves them alone).
+        betas: For "ldadam": decays of the moments (default: (0.9, 0.999)).
 
     Raises:
-        ValueError: unknown policy, or "match" on a change that mixes coordinates.
+        ValueError: For an unknown policy, or "match" on a change that mixes coordinates.
     """
     check_moment_policy(policy, change.permutes)
     if policy == "reset":
@@ -239,18 +242,19 @@ def _carry_ldadam(
         return
     c1, c2 = (1 - beta**t for beta in betas)
     work = torch.promote_types(M.dtype, torch.float32)
-    m, v = M.to(work) / c1, V.to(work) / c2
-    mean = change.apply(m)
-    v = change.apply_squares(v.addcmul_(m, m, value=-1)).addcmul_(mean, mean)
-    M.copy_(mean.mul_(c1))
-    V.copy_(v.abs_().mul_(c2))
+    m = M.to(work) / c1
+    v = V.to(work) / c2
+    new_m = change.apply(m)
+    new_v = change.apply_squares(v.addcmul_(m, m, value=-1)).addcmul_(new_m, new_m)
+    M.copy_(new_m.mul_(c1))
+    V.copy_(new_v.abs_().mul_(c2))
 
 
 def ema(buffer: Tensor, grad: Tensor, momentum: float, finite: Tensor | None = None) -> Tensor:
     """B <- B + (1 - momentum) (G - B), in place; returns B in the precision of G.
 
-    A buffer of a narrower dtype is worked on in G's and rounded when it is stored; ``finite`` is
-    that of :func:`momentum_step`.
+    A buffer of a narrower dtype is computed in G's dtype and rounded when it is stored. ``finite``
+    is as in :func:`momentum_step`.
     """
     return momentum_step(buffer, grad, momentum, finite=finite)
 
@@ -263,18 +267,19 @@ def momentum_step(
     kind: str = "ema",
     finite: Tensor | None = None,
 ) -> Tensor:
-    """Takes a gradient into an average or a sum, in place, and gives the step of both, in one pass.
+    """Add a gradient to a momentum buffer, in place, and return the step, in one pass.
 
     Args:
         buffer: (K, m, n), changed in place.
         grad: (K, m, n), not changed.
         momentum: Decay of the buffer.
-        nesterov: Whether the result is G + momentum (B - G), or G + momentum C, a new tensor.
-        kind: ``"ema"`` or ``"sum"``.
-        finite: None, or flags (K,): where one is 0 the buffer stays, and the result means nothing.
+        nesterov: Whether the step is Nesterov's (default: False): G + momentum (B - G) for an
+            average, G + momentum B for a sum.
+        kind: ``"ema"`` for an average (default), or ``"sum"``.
+        finite: None (default), or flags (K,), 0 where the buffer stays and the step means nothing.
 
     Returns:
-        The buffer as :func:`ema` returns it, or the step.
+        The buffer as :func:`ema` returns it, or for Nesterov the step as a new tensor.
     """
     step: Tensor
     step, _ = kernels.momentum_step_(
@@ -286,17 +291,17 @@ def momentum_step(
 def column_squares(X: Tensor) -> Tensor:
     """Sum of the squares of every column of X (K, m, n), any strides: (K, 1, n), at least fp32.
 
-    Nothing depends on how many matrices there are.
+    The bits of one matrix do not depend on how many there are.
     """
     sums: Tensor = kernels.squares(X, -2)
     return sums
 
 
 def safe_square_scale(X: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
-    """A power of two times which the squares of X neither overflow nor vanish; 1 for most X.
+    """Choose a power of two c such that squares of c X neither overflow nor vanish; mostly 1.
 
-    In float32 it is 2^-96 where the largest entry is above 2^48, and 2^96 where it is below 2^-48:
-    X times it has the digits of X, so that a method that knows no scale keeps its bits.
+    In float32 c is 2^-96 where the largest entry is above 2^48, and 2^96 where it is below 2^-48.
+    A power of two leaves the digits of X, so a scale-invariant method keeps its bits.
 
     Args:
         X: (K, m, n), any strides.

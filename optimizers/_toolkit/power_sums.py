@@ -1,6 +1,7 @@
 """The norm of a matrix and the sum of sinh^2 over its entries, from a few sums of their powers.
 
-The sums are those of scaled entries, so nothing overflows or vanishes; scales and results are
+AuON's step length needs these two numbers alone, so that its momentum is read once. Entries are
+scaled before they are squared, so that no power overflows or vanishes; scales and results are
 float64 where the device has it. A small matrix has the same bits in a stack and alone.
 """
 
@@ -17,15 +18,15 @@ from .._core.rule import LOCAL_REDUCTIONS, Reductions
 from .moments import column_squares, momentum_step, total
 
 POWER_SUM_PANEL = 2**17
-"""Entries above which a matrix on a CPU is walked through in panels, which stay in the cache."""
+"""Entries above which a matrix on a CPU is read in panels of rows, which stay in the cache."""
 SERIES_TOLERANCE = 5e-8
-"""What may be missing in sqrt(1 + sum sinh^2 / (m n)) where a series stands for sinh^2."""
+"""Largest error of sqrt(1 + sum sinh^2 / (m n)) where a series stands for sinh^2."""
 SINH_SQUARED_SERIES = tuple(2.0 ** (2 * j - 1) / math.factorial(2 * j) for j in range(1, 40))
 """sinh^2 x = sum of SINH_SQUARED_SERIES[j - 1] x^(2 j) = x^2 + x^4 / 3 + 2 x^6 / 45 + ..."""
 
 
 def uses_panels(X: Tensor) -> bool:
-    """Whether the matrices of X (K, m, n) are walked through in panels."""
+    """Whether the matrices of X (K, m, n) are read in panels."""
     return X.device.type == "cpu" and X.shape[-2] * X.shape[-1] > POWER_SUM_PANEL
 
 
@@ -36,12 +37,12 @@ def row_panels(m: int, n: int) -> Iterable[slice]:
 
 
 def series_length(entries: int, bound: float, max_square_sum: float = 1.0) -> int:
-    """How many terms of the series leave less than SERIES_TOLERANCE.
+    """Number of terms after which the series errs by less than SERIES_TOLERANCE.
 
     Args:
-        entries: m n.
-        bound: No entry is larger in magnitude.
-        max_square_sum: The sum of squares is at most max_square_sum * bound^2.
+        entries: Number of entries m n.
+        bound: Largest magnitude of an entry.
+        max_square_sum: Largest sum of squares, in units of bound^2 (default: 1.0).
     """
     remainder = math.sinh(bound) ** 2
     for j, factor in enumerate(SINH_SQUARED_SERIES, 1):
@@ -52,7 +53,12 @@ def series_length(entries: int, bound: float, max_square_sum: float = 1.0) -> in
 
 
 def norms_of(X: Tensor, terms: int) -> DenseNorms | SeriesNorms:
-    """Sums over X (K, m, n); terms count only where a series stands for sinh^2."""
+    """Sums over X (K, m, n).
+
+    Args:
+        X: The matrices, not changed.
+        terms: Number of terms where a series stands for sinh^2.
+    """
     if fuses_passes(X):
         return KernelNorms(*power_sums(X, terms))
     if not uses_panels(X):
@@ -63,17 +69,17 @@ def norms_of(X: Tensor, terms: int) -> DenseNorms | SeriesNorms:
 def momentum_norms(
     M: Tensor, G: Tensor, momentum: float, nesterov: bool, terms: int, finite: Tensor | None = None
 ) -> DenseNorms | SeriesNorms:
-    """Moves the average M (K, m, n) by G and measures the step in the same pass.
+    """Move the average M by G, M <- M + (1 - momentum) (G - M), and sum over the step.
 
-    By a kernel or in panels the step is never whole.
+    Kernels and panels do both in one pass, in which the step is never whole.
 
     Args:
-        M: Changed in place.
-        G: The gradient.
+        M: (K, m, n), changed in place.
+        G: (K, m, n), the gradient.
         momentum: Decay of M.
         nesterov: Whether the step is G + momentum (M - G) instead of M.
-        terms: How many terms of the series.
-        finite: None, or flags (K,) where kernels run: where one is 0, M stays.
+        terms: Number of terms where a series stands for sinh^2.
+        finite: None (default), or flags (K,) where kernels run: where one is 0, M stays.
     """
     if fuses_passes(G):
         return KernelNorms(
@@ -86,7 +92,7 @@ def momentum_norms(
 
 
 def _momentum_panels(M: Tensor, G: Tensor, momentum: float, nesterov: bool) -> Iterator[Tensor]:
-    """The step of one matrix (m, n), a panel of rows at a time; all are one buffer."""
+    """The step of one matrix (m, n), a panel of rows at a time, all in the same buffer."""
     V = None
     for i in row_panels(*M.shape):
         m, g = M[i].lerp_(G[i], 1 - momentum), G[i]
@@ -98,12 +104,12 @@ def _momentum_panels(M: Tensor, G: Tensor, momentum: float, nesterov: bool) -> I
 
 
 def along_memory(X: Tensor) -> Tensor:
-    """X (K, m, n), or X^T where that is how it lies in memory."""
+    """X (K, m, n), or X^T where the rows of X^T are contiguous."""
     return X.mT if X.stride(-1) != 1 and X.stride(-2) == 1 else X
 
 
 class DenseNorms:
-    """Sums over X (K, m, n), which is at hand as a whole; sinh is exact."""
+    """Sums over matrices X (K, m, n) that are held whole; sinh is exact."""
 
     def __init__(self, X: Tensor) -> None:
         largest = X.abs().amax((-2, -1), keepdim=True)
@@ -122,11 +128,11 @@ class DenseNorms:
 
 
 class SeriesNorms:
-    """Sums over matrices that pass by in panels; sinh^2 is its series.
+    """Sums over matrices that come in panels; a series stands for sinh^2.
 
     Args:
         matrices: The panels of each matrix, tensors that are read once and may then be reused.
-        terms: How many terms of the series.
+        terms: Number of terms of the series.
     """
 
     def __init__(self, matrices: Iterable[Iterable[Tensor]], terms: int) -> None:
@@ -145,7 +151,7 @@ class SeriesNorms:
         return reductions.both(self._scale.square().sum(-1).view(-1, 1, 1)).sqrt()
 
     def sinh_squares(self, c: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
-        """The sum of sinh^2(c x), (K, 1, 1), but for what the terms leave; c (K, 1, 1)."""
+        """The sum of sinh^2(c x), (K, 1, 1), up to the error of the series; c (K, 1, 1)."""
         squares = (self._scale * c.view(-1, 1)).square()
         power_sums, power = SINH_SQUARED_SERIES[0] * squares.sum(-1), squares
         for factor, sizes in zip(SINH_SQUARED_SERIES[1:], self._powers, strict=False):
@@ -155,11 +161,11 @@ class SeriesNorms:
 
 
 class KernelNorms(SeriesNorms):
-    """The same of what ``power_sums`` found of whole matrices.
+    """Sums over matrices from the norms and power sums that a kernel found.
 
     Args:
-        norm: (K, 1, 1).
-        sums: (K, terms), of the even powers of the entries, divided by the norm.
+        norm: (K, 1, 1), ||X||_F.
+        sums: (K, terms), sums of the even powers of the entries of X / norm.
     """
 
     def __init__(self, norm: Tensor, sums: Tensor) -> None:
@@ -168,11 +174,12 @@ class KernelNorms(SeriesNorms):
 
 
 def _panel_power_sums(X: Tensor, terms: int) -> list[Tensor]:
-    """Of a panel its norm in float64, and sums of (x / norm)^4, ^6, ..., terms numbers in all."""
+    """``terms`` numbers: the panel's norm in float64, and sums of (x / norm)^4, ^6 and so on."""
     norm: Tensor = torch.linalg.vector_norm(X, dtype=torch.float64)
     power_sums = [norm]
     if terms > 1:
-        inverse_norm = norm.reciprocal().clamp_(max=torch.finfo(X.dtype).max)  # of zeros: anything
+        inverse_norm = norm.reciprocal()
+        inverse_norm.clamp_(max=torch.finfo(X.dtype).max)  # a panel of zeros has finite products
         q = (X.reshape(-1) * inverse_norm.to(X.dtype)).square_()
         power = q.clone()
         for _ in range(terms - 1):
@@ -182,5 +189,5 @@ def _panel_power_sums(X: Tensor, terms: int) -> list[Tensor]:
 
 
 def to_float64(x: Tensor) -> Tensor:
-    """The same in float64, where the device has it."""
+    """X in float64 where the device has it, else x."""
     return x if x.device.type == "mps" else x.double()

@@ -1,7 +1,7 @@
-"""Projectors: how a low-rank method finds, stores and uses a basis P of the rows of a matrix.
+"""Projectors: how a low-rank method finds, stores and applies a basis P of the rows of a matrix.
 
-One frozen, stateless object per kind; everything it knows between steps is in the state tensors
-that its slots declare. A rule makes one with :func:`make_projector` and talks to nothing else.
+A projector is a frozen, stateless object; all that lasts between steps is in the state tensors that
+its slots declare. A rule gets one from :func:`make_projector` and needs nothing else of a kind.
 
 | ``projection=`` | basis | state, bytes | refresh / thin SVD |
 |---|---|---|---|
@@ -15,13 +15,13 @@ that its slots declare. A rule makes one with :func:`make_projector` and talks t
 | ``"dct"``, ``"dct:l1"`` | cosines of largest coefficients | 4 r | 0.014 |
 
 Ratios: one float32 1024 x 4096 matrix, r = 256, one CPU thread, +-15 %, as ``python
-bench/toolkit.py --only subspaces`` prints them. What they buy, as a share of the energy that the
-SVD captures, where sigma_i = i^-0.5 and singular vectors are random: svd, svd_full and (warm) power
-1.00, range 0.97 (0.85 without a power iteration, 0.99 with two), topk 0.41, dct 0.40, randk and
-random 0.31. So range is no bargain beside svd on a CPU, and power is one only while gradients
-change slowly between refreshes. Rows and cosines are cheap to keep, not good subspaces, unless
-single rows or neighbouring rows matter. dct keeps one basis of 4 m^2 bytes for all matrices with m
-rows, and gathers m x r of it in every step.
+bench/toolkit.py --only subspaces`` prints them. Share of the energy that the SVD captures, where
+sigma_i = i^-0.5 and singular vectors are random: svd, svd_full and (warm) power 1.00, range 0.97
+(0.85 without a power iteration, 0.99 with two), topk 0.41, dct 0.40, randk and random 0.31. So
+range gains little over svd on a CPU, and power pays only while gradients change slowly between
+refreshes. Rows and cosines are cheap to store but capture little, unless single rows or
+neighbouring rows matter. dct shares one basis of 4 m^2 bytes among all matrices with m rows, and
+gathers m x r of it in every step.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ __all__ = [
     "top_basis",
 ]
 
-# name: the projector with its defaults, and the fields that may follow a colon
+# the projector with its defaults, and the fields that may follow a colon
 _PROJECTORS: dict[str, tuple[Projector, tuple[str, ...]]] = {
     "svd": (SvdProjector(), ()),
     "svd_full": (SvdProjector(exact=True), ()),
@@ -82,24 +82,25 @@ PROJECTION_KINDS = tuple(_PROJECTORS)
 
 
 def projects_columns(proj_type: str, m: int, n: int) -> bool:
-    """Whether `proj_type` projects the right side of an m x n weight, which is then turned."""
+    """Whether `proj_type` projects the right side of an m x n weight, which is then transposed."""
     right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False, "full": False}
     return right[proj_type]
 
 
 @functools.lru_cache(maxsize=256)
 def make_projector(projection: str, *, both: bool = False, lapack_signs: bool = False) -> Projector:
-    """The projector that a user names in ``projection=``.
+    """Make the projector that a user names in ``projection=``.
 
     Args:
-        projection: One of ``PROJECTION_KINDS``; options follow a colon:
-            ``"range:8,1"`` (oversampling, power
-            iterations), ``"power:8"`` (probes), ``"dct:l1"`` or ``"dct:l2"`` (score).
-        both: A basis on both sides; dense kinds only.
-        lapack_signs: Leave signs as LAPACK gives them; ``"svd"`` and ``"svd_full"`` only.
+        projection: One of ``PROJECTION_KINDS``; options follow a colon: ``"range:8,1"``
+            (oversampling, power iterations), ``"power:8"`` (probes), ``"dct:l1"`` or ``"dct:l2"``
+            (score).
+        both: Whether both sides get a basis, dense kinds only (default: False).
+        lapack_signs: Whether signs stay as LAPACK gives them, ``"svd"`` and ``"svd_full"`` only
+            (default: False).
 
     Raises:
-        ValueError: Unknown kind or options, or both sides of a kind that has only one.
+        ValueError: For an unknown kind or option, or both sides of a kind that has only one.
     """
     name, colon, text = str(projection).partition(":")
     if name not in _PROJECTORS:

@@ -1,7 +1,7 @@
-"""Keys of random draws: every draw follows from the seed, the matrix and the update, nothing else.
+"""Keys of random draws: every draw depends on the seed, the matrix and the update, nothing else.
 
-Draws are made on the CPU from a generator of their own, so they are equal on every device, in every
-process and after a resume, and never touch the global generator.
+Numbers are drawn on the CPU from generators that live for one draw, so they are equal on every
+device, in every process and after a resume, and the global generator is never touched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _UINT64_MAX = 2**64 - 1
 
 
 def splitmix64(x: int) -> int:
-    """One output of the splitmix64 generator in state x: a good hash of 64-bit integers.
+    """Hash a 64-bit integer: one output of the splitmix64 generator in state x.
 
     Source: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
     """
@@ -29,7 +29,7 @@ def splitmix64(x: int) -> int:
 
 @dataclass(frozen=True)
 class StackRNG:
-    """What decides the random numbers of one refresh of a stack.
+    """Random numbers of one refresh of a stack, by seed, matrix and update.
 
     Attributes:
         seed: The rule's ``seed``.
@@ -53,6 +53,6 @@ class StackRNG:
         return torch.Generator().manual_seed(self.key(k) % 2**63)
 
     def gaussian(self, k: int, G: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
-        """Independent normal matrices of these shapes, fp32 draws in the work dtype of G."""
+        """Draw independent normal matrices of these shapes in fp32, in the work dtype of G."""
         generator = self.generator(k)
         return [torch.randn(shape, generator=generator).to(work_dtype(G)) for shape in shapes]

@@ -1,8 +1,7 @@
-"""Bases by random draws: range finder, warm power step, Haar; and the keys of every draw.
+"""Bases by random draws: range finder, warm power step, Haar.
 
-As in ``bases``: rows are projected, P is (K, m, r), each matrix of a stack is worked on by itself.
-Draws are made on the CPU from a generator of their own, so they are equal on every device, in every
-process and after a resume, and never touch the global generator.
+As in ``svd.py``, rows are projected, P is (K, m, r), and each matrix of a stack is factorised by
+itself. Draws follow the keys of ``random_keys.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def range_bases(
     oversample: int = 8,
     iterations: int = 1,
 ) -> tuple[Tensor, ...]:
-    """Nearly the leading left singular vectors, by the randomized range finder.
+    """Compute nearly the leading left singular vectors, by the randomized range finder.
 
     Y = G Omega with r + oversample Gaussian columns; each power iteration replaces it by
     G (G^T orth(Y)); inside Q = orth(Y) the best r directions come from an eigendecomposition of
@@ -45,11 +44,11 @@ def range_bases(
 
     Args:
         G: (K, m, n), finite and not zero, any strides.
-        r: number of columns, at most min(m, n).
-        rng: keys of the random numbers.
-        old: what to keep if all fails, one entry per side; its length is the number of sides.
-        oversample: extra columns p.
-        iterations: power iterations q.
+        r: Number of columns, at most min(m, n).
+        rng: Keys of the random numbers.
+        old: Bases that stay if all attempts fail, one entry per side (default: one side, None).
+        oversample: Extra columns p (default: 8).
+        iterations: Power iterations q (default: 1).
 
     Returns:
         P: (K, m, r) by falling singular value, signs fixed, and for two sides Q = orth(G^T P).
@@ -67,7 +66,7 @@ def range_bases(
 def _with_fallbacks(
     G: Tensor, r: int, find: Callable[[torch.dtype], Tensor], sides: int
 ) -> Sequence[Attempt]:
-    """``find`` in the work dtype, in fp64, then what "svd" would try; other sides follow P."""
+    """Attempts: ``find`` in the work dtype and in fp64, then those of "svd"; Q follows P."""
 
     def attempt(dtype: torch.dtype) -> Sequence[Tensor]:
         P = find(dtype)
@@ -78,7 +77,7 @@ def _with_fallbacks(
 
 
 def _range_finder(G: Tensor, r: int, Omega: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
-    """One matrix G (m, n), Omega (n, k) -> P (m, r)."""
+    """The basis P (m, r) of one matrix G (m, n) from random columns Omega (n, k)."""
     Omega = Omega.to(G.device, dtype)
     Y = Omega.new_zeros(G.shape[0], Omega.shape[1])
     for columns, X in normalized_panels(G, Omega.dtype):
@@ -90,13 +89,13 @@ def _range_finder(G: Tensor, r: int, Omega: Tensor, iterations: int, dtype: torc
     for _, X in normalized_panels(G, Q.dtype):
         B = Q.mT @ X
         S.addmm_(B, B.mT)
-    W = torch.linalg.eigh(S).eigenvectors[:, -r:].flip(-1)  # they come in rising order
+    W = torch.linalg.eigh(S).eigenvectors[:, -r:].flip(-1)  # eigh's order is rising
     P: Tensor = Q @ W
     return P
 
 
 def _gram_product(G: Tensor, P: Tensor) -> Tensor:
-    """G (G^T P) for one matrix, up to scale: one pass over G, and G^T P is never whole."""
+    """G (G^T P) for one matrix, up to scale, in one pass over G without all of G^T P."""
     Y = torch.zeros_like(P)
     for _, X in normalized_panels(G, P.dtype):
         Y.addmm_(X, X.mT @ P)
@@ -106,24 +105,24 @@ def _gram_product(G: Tensor, P: Tensor) -> Tensor:
 def power_bases(
     G: Tensor, r: int, rng: StackRNG, old: Sequence[Tensor], *, probes: int = 8
 ) -> tuple[Tensor, ...]:
-    """One step of subspace iteration from the old basis; from a truncated SVD if there is none.
+    """Do one step of subspace iteration from the old basis; without one, a truncated SVD.
 
-    With K = G G^T and S = [P_old, W], W random directions outside P_old, the new P are the r
-    leading eigenvectors of the Nystrom approximation (K S)(S^T K S)^+ (K S)^T. Without probes
-    that is orth(K P_old), the plain step, in the order of the singular values. The captured energy
-    never falls on a fixed G, and a top singular space stays. The plain step cannot find what its
-    start has lost; a probe has some of every direction, and K enlarges the strong ones, so a
-    direction that outweighs the weakest column comes back within one or a few refreshes.
+    With K = G G^T and S = [P_old, W], W random directions outside P_old, the columns of the new P
+    are the r leading eigenvectors of the Nystrom approximation (K S)(S^T K S)^+ (K S)^T. Without
+    probes W this is the plain step orth(K P_old), ordered by singular value. On a fixed G the
+    captured energy never falls, and a top singular space stays. The plain step cannot find a
+    direction that P_old has lost. A probe contains some of every direction, and K enlarges the
+    strong ones, so a direction that outweighs the weakest column returns within a few refreshes.
     Sources: LDAdam, arXiv 2410.16103 (the warm step); Tropp, Yurtsever, Udell, Cevher, arXiv
     1706.05736 (Nystrom, shifted for stability).
 
     Args:
         G: (K, m, n), finite and not zero, any strides.
-        r: number of columns, at most min(m, n).
-        rng: keys of the random numbers.
-        old: the bases (K, m, r)[, (K, n, r)] to start from; zeros where there is none yet. The
-            second side is not a start but follows: Q = orth(G^T P).
-        probes: random directions added to the start.
+        r: Number of columns, at most min(m, n).
+        rng: Keys of the random numbers.
+        old: Bases (K, m, r)[, (K, n, r)] to start from, zeros where there is none yet. The second
+            side only says that Q = orth(G^T P) is wanted.
+        probes: Random directions added to the start (default: 8).
 
     Returns:
         P: (K, m, r) by falling singular value, signs fixed, and for two sides Q.
@@ -140,13 +139,14 @@ def power_bases(
 
 
 def _nystrom_step(G: Tensor, P: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor:
-    """One matrix G (m, n), old basis P (m, r), Gaussian probes W (m, p) -> new basis (m, r)."""
+    """The new basis (m, r) of one matrix G (m, n) from the old P (m, r) and probes W (m, p)."""
     r = P.shape[1]
     P, W = P.to(G.device, dtype), W.to(G.device, dtype)
     W = torch.linalg.qr(W - P @ (P.mT @ W)).Q
     S = torch.cat([P, W], dim=1)
     Y = _gram_product(G, S)
-    Y = Y + torch.finfo(Y.dtype).eps * torch.linalg.matrix_norm(Y) * S  # Y^T S > 0 to rounding too
+    shift = torch.finfo(Y.dtype).eps * torch.linalg.matrix_norm(Y)
+    Y = Y + shift * S  # so that rounding leaves S^T Y positive definite
     M = S.mT @ Y
     L = torch.linalg.cholesky((M + M.mT) / 2)
     B = torch.linalg.solve_triangular(L, Y.mT, upper=False).mT  # B B^T is the approximation of K
@@ -158,16 +158,17 @@ def _nystrom_step(G: Tensor, P: Tensor, W: Tensor, dtype: torch.dtype) -> Tensor
 def random_bases(
     G: Tensor, r: int, rng: StackRNG, old: Sequence[Tensor | None] = (None,)
 ) -> tuple[Tensor, ...]:
-    """Haar-distributed bases that do not look at G: E[P P^T] = (r / m) I.
+    """Draw Haar-distributed bases that do not depend on G: E[P P^T] = (r / m) I.
 
-    P = Q sign(diag T) from the QR factors Q T of a Gaussian matrix. Drawn and factored on the CPU,
-    and drawn in fp32 also for fp64, so that all devices and widths have the same subspace.
+    P = Q sign(diag T) from the QR factors Q T of a Gaussian matrix. Factors are computed on the
+    CPU, and numbers are drawn in fp32 also for fp64, so that every device and dtype has the same
+    subspace.
 
     Args:
         G: (K, m, n), for shape, dtype and device only.
-        r: number of columns, at most m (and n, for two sides).
-        rng: keys of the random numbers.
-        old: one entry per side; its length is the number of sides.
+        r: Number of columns, at most m (and n, for two sides).
+        rng: Keys of the random numbers.
+        old: One entry per side (default: one side, None).
 
     Returns:
         P: (K, m, r), and for two sides an independent (K, n, r).

@@ -1,9 +1,9 @@
 """Bases by factorisation: the top singular directions of stacks of matrices.
 
-Rows are always projected (the driver has turned the weight before): a basis P is (K, m, r) with
-orthonormal columns, P^T G is the projected gradient (K, r, n) and P (P^T G) the part of G that is
-kept. Stateless functions; every matrix of a stack is factorised by itself, so a stack has the bits
-of its matrices taken one at a time. G must be finite and not zero.
+Rows are always projected (the driver transposes the weight where needed): a basis P is (K, m, r)
+with orthonormal columns, P^T G is the projected gradient (K, r, n) and P (P^T G) the part of G
+inside the subspace. Stateless functions; every matrix of a stack is factorised by itself, so a
+stack has the bits of its matrices taken one at a time. G must be finite and not zero.
 """
 
 import functools
@@ -30,16 +30,17 @@ __all__ = [
 
 SVD_KINDS = ("svd", "svd_full")
 
-_GRAM_PANEL = 2**20  # elements of G that are scaled and multiplied at a time: no copy of G is made
+_GRAM_PANEL = 2**20  # entries of G that are scaled and multiplied at a time, to copy no whole G
 _GRAM_ROWS = 256  # rows of a Gram matrix that are computed at a time, up to its diagonal
-_ORTHONORMALITY_TOLERANCE = 1e-3  # largest entry of P^T P - I that is still taken for a basis
+_ORTHONORMALITY_TOLERANCE = 1e-3  # largest entry of P^T P - I for a P that counts as a basis
 
 BasisPair = tuple[Tensor, Tensor]
 Attempt = Callable[[], Sequence[Tensor]]
+"""Computes one basis per side of one matrix, or raises LinAlgError."""
 
 
 def fix_signs(P: Tensor) -> Tensor:
-    """Gives each column of P (..., m, r) the sign that makes its largest entry positive.
+    """Give each column of P (..., m, r) the sign that makes its largest entry positive.
 
     Largest in magnitude, the first one on ties. A factorisation leaves the signs open; with this
     rule equal subspaces have equal columns, so moments keep their meaning and ranks agree.
@@ -56,7 +57,7 @@ def top_basis(
     lapack_signs: bool = False,
     old: Tensor | None = None,
 ) -> Tensor:
-    """The r leading left singular vectors of every matrix, by falling singular value.
+    """Compute the r leading left singular vectors of every matrix, by falling singular value.
 
     "svd" takes them from an eigendecomposition of the smaller Gram matrix (of G / max|G|, so that
     squares neither overflow nor vanish): about ten times cheaper, exact for directions whose
@@ -67,19 +68,19 @@ def top_basis(
 
     Args:
         G: (K, m, n), fp32 or fp64 (narrower dtypes are worked on in fp32), any strides.
-        r: number of columns, at most min(m, n).
-        kind: "svd" or "svd_full".
-        lapack_signs: leave the signs as LAPACK gives them instead of :func:`fix_signs`. They
-            belong to the matrix as it is passed: to have those of a published code that factorised
-            the transpose, pass ``G.mT`` to :func:`top_bases` and take the second basis.
-        old: (K, m, r), the basis to keep where no factorisation works; without it, or where it
-            is zero, the first r unit vectors are taken.
+        r: Number of columns, at most min(m, n).
+        kind: "svd" (default) or "svd_full".
+        lapack_signs: Whether signs stay as LAPACK gives them (default: False, :func:`fix_signs`).
+            LAPACK's signs belong to the matrix as it is passed: for those of a published code that
+            factorised the transpose, pass ``G.mT`` to :func:`top_bases`, take the second basis.
+        old: (K, m, r), the basis that stays where no factorisation works (default: None). Without
+            an old basis, or where it is zero, the first r unit vectors are taken.
 
     Returns:
         P: (K, m, r) fp32, or fp64 for fp64 G, contiguous, ||P^T P - I||_max <= 1e-5.
 
     Raises:
-        ValueError: unknown kind, or r out of range.
+        ValueError: If kind is unknown or r out of range.
     """
     return _top_singular_bases(G, r, kind, lapack_signs, (old,))[0]
 
@@ -92,24 +93,24 @@ def top_bases(
     lapack_signs: bool = False,
     old: tuple[Tensor, Tensor] | None = None,
 ) -> BasisPair:
-    """Leading left and right singular vectors of every matrix, from one factorisation.
+    """Compute leading left and right singular vectors of every matrix by one factorisation.
 
-    As :func:`top_basis`, for methods that project both sides (GaLore's ``proj_type="full"``). The
-    signs of the two are fixed independently, except under ``lapack_signs``, where "svd_full" gives
+    As :func:`top_basis`, for methods that project both sides (GaLore's ``proj_type="full"``). Signs
+    of P and Q are fixed independently, except under ``lapack_signs``, where "svd_full" gives
     U[:, :r] and V[:, :r] of one call.
 
     Args:
         G: (K, m, n).
-        r: number of columns, at most min(m, n).
-        kind: "svd" or "svd_full".
-        lapack_signs: leave the signs as they are computed.
-        old: the pair (K, m, r), (K, n, r) to keep where no factorisation works.
+        r: Number of columns, at most min(m, n).
+        kind: "svd" (default) or "svd_full".
+        lapack_signs: Whether signs stay as they are computed (default: False).
+        old: The pair (K, m, r), (K, n, r) that stays where no factorisation works (default: None).
 
     Returns:
         P: (K, m, r), and Q: (K, n, r).
 
     Raises:
-        ValueError: unknown kind, or r out of range.
+        ValueError: If kind is unknown or r out of range.
     """
     P, Q = _top_singular_bases(G, r, kind, lapack_signs, old or (None, None))
     return P, Q
@@ -132,37 +133,38 @@ def first_valid_bases(
     attempts: Callable[[int, Tensor], Sequence[Attempt]],
     sign_rule: Callable[[Tensor], Tensor] | None = fix_signs,
 ) -> tuple[Tensor, ...]:
-    """Runs every matrix through a chain of attempts and keeps the first sound result.
+    """Run every matrix through a chain of attempts and take the first valid result.
 
     Args:
         G: (K, m, n), finite.
-        r: number of columns.
-        old: what to keep where all attempts fail, one entry per side: (K, m, r)[, (K, n, r)], or
+        r: Number of columns.
+        old: Bases that stay where all attempts fail, one entry per side: (K, m, r)[, (K, n, r)], or
             None or zeros for unit vectors.
-        attempts: (number of the matrix, matrix (m, n)) -> functions that return one basis per
-            side, in the order in which they are tried.
-        sign_rule: rule for the signs of the columns.
+        attempts: (number of the matrix, matrix (m, n)) -> attempts in the order in which they are
+            tried.
+        sign_rule: Rule for the signs of the columns (default: :func:`fix_signs`), or None.
 
     Returns:
-        One basis (K, d, r) per entry of ``old``, fp32 or fp64 as :func:`top_basis` has it.
+        One basis (K, d, r) per entry of ``old``, in the dtype that :func:`top_basis` returns.
     """
-    found: list[list[Tensor]] = []
+    bases_of_matrices: list[list[Tensor]] = []
     with full_precision_matmul(G.device):
         for k, X in enumerate(G):
             bases = _first_valid(X, attempts(k, X), len(old))
             if bases is None:
+                old_of_matrix = [None if B is None else B[k] for B in old]
                 bases = [
-                    _fallback_basis(X.shape[s], r, X, B if B is None else B[k])
-                    for s, B in enumerate(old)
+                    _fallback_basis(d, r, X, B)
+                    for d, B in zip(X.shape, old_of_matrix, strict=False)
                 ]
             elif sign_rule is not None:
                 bases = [sign_rule(P) for P in bases]
-            found.append(bases)
-    return tuple(torch.stack(side) for side in zip(*found, strict=True))
+            bases_of_matrices.append(bases)
+    return tuple(torch.stack(side) for side in zip(*bases_of_matrices, strict=True))
 
 
 def _first_valid(G: Tensor, attempts: Sequence[Attempt], sides: int) -> list[Tensor] | None:
-    """The first sound result of the chain for one matrix (m, n); None if there is none."""
+    """The first orthonormal result of the attempts on one matrix (m, n), or None."""
     for attempt in attempts:
         try:
             bases = [B.to(G.device, work_dtype(G)) for B in attempt()[:sides]]
@@ -174,42 +176,50 @@ def _first_valid(G: Tensor, attempts: Sequence[Attempt], sides: int) -> list[Ten
 
 
 def svd_fallbacks(G: Tensor, r: int, kind: str, sides: int) -> tuple[Attempt, ...]:
-    """The chain of one matrix (m, n): what was asked for, the Gram matrix in fp64, a full SVD."""
-    work, both = work_dtype(G), sides == 2
+    """Attempts on one matrix (m, n): the kind asked for, the Gram matrix in fp64, a full SVD."""
+    work = work_dtype(G)
+    both = sides == 2
+
+    def asked_for() -> BasisPair:
+        if kind == "svd_full":
+            return _thin_svd(G.to(work), r)
+        return _gram_eigenvectors(G, r, work, both)
+
     return (
-        lambda: (
-            _thin_svd(G.to(work), r) if kind == "svd_full" else _gram_eigenvectors(G, r, work, both)
-        ),
+        asked_for,
         lambda: _gram_eigenvectors(G, r, torch.float64, both),
         lambda: _thin_svd(G.to("cpu", torch.float64), r),
     )
 
 
 def _thin_svd(G: Tensor, r: int) -> BasisPair:
-    """The exact thin SVD of one matrix (m, n), cut to r columns on both sides."""
+    """Singular vectors of one matrix (m, n) by the exact thin SVD, r columns on both sides."""
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     return U[:, :r], Vh[:r].mT
 
 
 def _gram_eigenvectors(G: Tensor, r: int, dtype: torch.dtype, both: bool) -> BasisPair:
-    """Leading vectors of one matrix (m, n) by its smaller Gram matrix; the second may be empty."""
+    """Singular vectors of one matrix (m, n) by its smaller Gram matrix; Q is empty unless `both`.
+
+    A tall matrix has Q anyway, from which P follows.
+    """
     m, n = G.shape
     if m > n:
         Q, P = _gram_eigenvectors(G.mT, r, dtype, both=True)
         return P, Q
     K = torch.zeros(m, m, dtype=dtype, device=G.device)
     for _, X in normalized_panels(G, dtype):
-        for i in range(0, m, _GRAM_ROWS):  # eigh reads the lower triangle only: leave out the rest
+        for i in range(0, m, _GRAM_ROWS):  # only the lower triangle, which is all that eigh reads
             j = min(i + _GRAM_ROWS, m)
             K[i:j, :j].addmm_(X[i:j], X[:j].mT)
-    P = torch.linalg.eigh(K).eigenvectors[:, -r:].flip(-1)  # they come in rising order
+    P = torch.linalg.eigh(K).eigenvectors[:, -r:].flip(-1)  # eigh's order is rising
     return P, right_basis(G, P) if both else P[:0]
 
 
 def right_basis(G: Tensor, P: Tensor) -> Tensor:
     """Q = orth(G^T P), the other side of one matrix G (m, n) for a basis P (m, r), in P's dtype.
 
-    Householder QR keeps it orthonormal where G is almost rank deficient, which the textbook
+    Householder QR keeps Q orthonormal where G is almost rank deficient, which the textbook
     G^T P / sigma does not.
     """
     Y = torch.empty(G.shape[1], P.shape[1], dtype=P.dtype, device=G.device)
@@ -220,7 +230,7 @@ def right_basis(G: Tensor, P: Tensor) -> Tensor:
 
 
 def normalized_panels(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Column panels of G / max|G|, contiguous: the same numbers whatever the strides of G."""
+    """Yield column panels of G / max|G|, contiguous, so that strides of G change no bits."""
     m, n = G.shape
     width = max(64, _GRAM_PANEL // m)
     low, high = G.aminmax()  # no temporary, and far cheaper than a norm
@@ -239,7 +249,7 @@ def _is_orthonormal(P: Tensor) -> bool:
 
 
 def _fallback_basis(d: int, r: int, G: Tensor, old: Tensor | None) -> Tensor:
-    """What stands in for a basis that could not be computed: the old one, else unit vectors."""
+    """The old basis in place of one that could not be computed, else unit vectors."""
     _warn_once("no factorisation of a gradient succeeded; its old projection basis is kept")
     if old is not None and bool(old.any()):
         return old.to(G.device, work_dtype(G))
@@ -252,13 +262,13 @@ def _warn_once(message: str) -> None:
 
 
 def work_dtype(G: Tensor) -> torch.dtype:
-    """LAPACK knows fp32 and fp64 only."""
+    """The dtype of factorisations: LAPACK has fp32 and fp64 only."""
     return torch.float64 if G.dtype == torch.float64 else torch.float32
 
 
 @contextmanager
 def full_precision_matmul(device: torch.device) -> Iterator[None]:
-    """Full fp32 products, also where the program allows TF32 or bf16 for its own."""
+    """Compute fp32 products in full, even if the program allows TF32 or bf16 elsewhere."""
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     backend = backend.matmul
     before = backend.fp32_precision

@@ -19,7 +19,7 @@ from stiefel.optimizers._toolkit.projectors import PROJECTION_KINDS
 
 def bench(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCH / "run.py"), "--out", str(out), *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=out, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=out, timeout=600)
 
 
 @pytest.fixture(scope="module")

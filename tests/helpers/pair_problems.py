@@ -94,13 +94,13 @@ def flat(pairs):
 
 def by_altlora(**settings):
     return lambda pairs, **kw: AltLoRA(
-        pairs_to_groups(pairs, lr_factor=2.0), **{"lr": 0.02, "weight_decay": 0.1, **settings, **kw}
+        pairs_to_groups(pairs, scale=2.0), **{"lr": 0.02, "weight_decay": 0.1, **settings, **kw}
     )
 
 
 def by_adaprelora(**settings):
     return lambda pairs, **kw: AdaPreLoRA(
-        pairs_to_groups(pairs, lr_factor=2.0), **{"lr": 0.02, "weight_decay": 0.1, **settings, **kw}
+        pairs_to_groups(pairs, scale=2.0), **{"lr": 0.02, "weight_decay": 0.1, **settings, **kw}
     )
 
 

@@ -122,10 +122,10 @@ def refreshes(optimizer, params, steps):
     return found
 
 
-def check_refusal(cls, bad, text):
+def check_refusal(cls, bad, text, shape=WIDE):
     """The constructor and ``add_param_group`` refuse a setting alike, in one sentence."""
     with pytest.raises(ValueError, match=text) as caught:
-        cls([weight(WIDE)], **bad)
+        cls([weight(shape)], **bad)
     assert "\n" not in str(caught.value)
     optimizer = cls([weight(WIDE)])
     with pytest.raises(ValueError, match=text):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stiefel.kernels import product
+from stiefel.kernels import product, update_weight_
 from stiefel.optimizers import (
     Dense,
     Factored,
@@ -142,7 +142,7 @@ class FoldRule(Rule):
         return self.gap
 
     def refresh(self, w):
-        w.value.mul_(0.5)
+        update_weight_(w.value, lambda X: X.mul_(0.5))
 
     def update(self, w):
         return w.step(Dense(w.grad.clone()))

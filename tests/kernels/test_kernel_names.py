@@ -104,7 +104,9 @@ def test_update_weight_changes_the_weight_itself_or_rounds_once():
     kernels.update_weight_(half, lambda X: seen.append(X), torch.float64)
     assert seen[2].dtype == torch.float64 and torch.equal(half, expected)
     view = torch.zeros(4, 6, dtype=torch.float16)[::2, 1::2]
-    kernels.update_weight_(view, lambda X: X.add_(1))
+    kernels.update_weight_(view, lambda X: X.add_(1), panel=(slice(1), slice(2, 3)))
+    assert view.sum() == view[0, 2] == 1
+    kernels.update_weight_(view.zero_(), lambda X: X.add_(1))
     assert torch.equal(view, torch.ones_like(view)) and view._base.sum() == view.numel()
 
 
@@ -145,7 +147,7 @@ def test_no_reference_writes_a_weight_but_by_update_weight(name, controlled, dty
         assert not torch.equal(W[0], before[0])
         assert torch.equal(W[1], before[1]) is controlled
         with monkeypatch.context() as patch:
-            patch.setattr(write, "update_weight_", lambda W, change, dtype=None: None)
+            patch.setattr(write, "_round_into_", lambda target, change, dtype: None)
             W, calls = before.clone(), steps(control, listed)
             calls[name](W)
             assert torch.equal(W, before), f"{name} wrote by itself"

@@ -12,7 +12,13 @@ from helpers.problems import gradients, run, same, tensors, weight
 from torch import nn
 
 from stiefel.kernels import product
-from stiefel.optimizers import AltLoRA, lora_param_groups, pairs_to_groups
+from stiefel.optimizers import (
+    AdaPreLoRA,
+    AltLoRA,
+    SwitchLoRA,
+    lora_param_groups,
+    pairs_to_groups,
+)
 from stiefel.optimizers._core.rule import Dense
 from stiefel.optimizers._lora.pair_algebra import (
     cross_gram,
@@ -281,7 +287,7 @@ def test_triples_name_the_base_weight_and_how_it_is_stored():
     net[0].base_layer.weight = nn.Parameter(
         torch.zeros(5, 6, dtype=torch.int8), requires_grad=False
     )
-    with pytest.raises(TypeError, match="base weight of '0' is quantised; SwitchLoRA needs"):
+    with pytest.raises(TypeError, match="base weight of '0' is quantized; SwitchLoRA needs"):
         lora_param_groups(net, base_weight=True)
     A, B = factors(5, 6, 2)
     W = weight((5, 6))
@@ -655,3 +661,37 @@ def test_a_method_on_pairs_is_one_rule():
         A.grad, B.grad = problem.grads(A.detach(), B.detach())
         optimizer.step()
     assert problem.loss(A.detach(), B.detach()) < 1e-2 * before
+
+
+# the first argument
+
+
+@pytest.mark.parametrize("cls", [AltLoRA, AdaPreLoRA, SwitchLoRA])
+def test_the_old_name_of_the_first_argument_warns_and_means_the_same(cls):
+    members = [weight(shape) for shape in ((2, 6), (5, 2), (5, 6))]
+    members[2].requires_grad_(False)
+    groups = pairs_to_groups([members if cls is SwitchLoRA else members[:2]], scale=1.0)
+    options = {"total_steps": 9} if cls is SwitchLoRA else {}
+    with pytest.warns(DeprecationWarning, match=rf"{cls.__name__}\(params=\.\.\.\)") as caught:
+        optimizer = cls(groups=groups, **options)
+    assert caught[0].filename == __file__
+    wanted = cls(params=groups, **options)
+    assert optimizer.param_groups == wanted.param_groups
+    for both in (lambda: cls(groups, groups=groups), lambda: cls(params=groups, groups=groups)):
+        with pytest.raises(TypeError, match="both params and groups"):
+            both()
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'params'"):
+        cls(**options)
+
+
+def test_positions_after_params_are_those_of_adam_or_lr_only():
+    for cls in (AltLoRA, AdaPreLoRA):
+        with pytest.raises(TypeError, match="positional"):
+            cls([], 1e-3, (0.9, 0.99))
+    members = [weight((2, 6)), weight((5, 2)), weight((5, 6)).requires_grad_(False)]
+    triples = pairs_to_groups([members], scale=1.0)
+    optimizer = SwitchLoRA(triples, 1e-3, (0.8, 0.9), 1e-6, 0.1, total_steps=9)
+    wanted = {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, "total_steps": 9}
+    assert wanted.items() <= optimizer.param_groups[0].items()
+    with pytest.raises(TypeError, match="total_steps is a keyword"):
+        SwitchLoRA(triples, 1e-3, 1000)

@@ -523,7 +523,7 @@ def test_sides_of_a_chain_may_be_given_one_by_one():
     params = [weight((8, 8), 0), weight((8, 8), 1)]
     optimizer = ARO(params, rotation_sharing="chain", layer=2, side=["cols", "rows"])
     unit = optimizer._get_plan().units[0]
-    assert unit.is_transposed == (True, False)
+    assert unit.transposed == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -669,14 +669,24 @@ def test_a_matrix_that_is_not_finite_keeps_the_old_factor(bad):
         assert torch.equal(R[0], want[0]) and torch.equal(R[2], want[2])
 
 
-def test_changing_the_sharing_of_a_group_makes_its_units_anew():
+def test_the_sharing_of_a_group_cannot_change_in_mid_run():
     params = [weight((8, 12), 0), weight((8, 20), 1)]
     optimizer = ARO(params, rotation_sharing="chain", layer=2)
     grads = [gradients((8, 12), 1), gradients((8, 20), 1)]
     run(optimizer, params, grads)
+    before = [p.detach().clone() for p in params]
     optimizer.param_groups[0].update(rotation_sharing="per_param", layer=1)
+    with pytest.raises(ValueError, match="rotation_sharing='per_param', layer=1 in parameter gro"):
+        run(optimizer, params, grads)
+    assert same(before, [p.detach() for p in params])
+    optimizer.param_groups[0].update(rotation_sharing="chain", layer=2)
     run(optimizer, params, grads)
-    assert all("rotation" in optimizer.state[p] for p in params)
+    assert not same(before, [p.detach() for p in params])
+
+
+def test_lr_is_the_only_positional_option():
+    with pytest.raises(TypeError, match="positional"):
+        ARO([weight(TALL)], 1e-3, 0.9)
 
 
 @pytest.mark.parametrize(

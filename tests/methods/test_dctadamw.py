@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stiefel.kernels import dct, dct_basis, dequantize_rows, idct, quantize_rows
 from stiefel.optimizers import DCTAdamW, GaLore
+from stiefel.optimizers._core.rule import Member
 from stiefel.optimizers._toolkit import index_projectors as module
-from stiefel.optimizers.dctadamw import ErrorFeedback
+from stiefel.optimizers.dctadamw import DCTAdamWRule, ErrorFeedback
 
 DOUBLE = torch.float64
 FED = [None, "full", "int8", "int4"]
@@ -300,7 +301,7 @@ def test_feedback_is_kept_in_panels(kind, monkeypatch):
     }
     store.store(state, E)
     whole, kept = store.load(state, 13, DOUBLE), {k: v.clone() for k, v in state.items()}
-    monkeypatch.setattr("stiefel.optimizers.dctadamw._CODED_PANEL", 52)
+    monkeypatch.setattr("stiefel.optimizers.dctadamw.QUANTIZE_PANEL", 52)
     store.store(state, E)
     assert same(state, kept) and torch.equal(store.load(state, 13, DOUBLE), whole)
     assert (whole - E).abs().max() <= {"full": 0.0, "int8": 0.02, "int4": 0.3}[kind]
@@ -454,6 +455,36 @@ def test_no_number_is_read_when_every_step_chooses(fed, policy):
         with Waiting() as waiting:
             optimizer.step()
         assert waiting.seen == []
+
+
+@pytest.mark.parametrize("policy", ["match", "slot", "reset", "keep_if_same"])
+def test_a_matrix_that_is_flagged_keeps_its_state(policy):
+    """As on a device that is not waited for: the rule sees the bad gradient and a flag."""
+    G = torch.stack(noise((6, 9), 2))
+    G[1, 2, 3] = math.nan
+    state = {
+        "index": torch.tensor([[0, 1], [0, 1]], dtype=torch.int32),
+        "age": torch.full((2, 2, 1), 4, dtype=torch.int32),
+        "exp_avg": torch.ones(2, 2, 9),
+        "exp_avg_sq": torch.ones(2, 2, 9),
+    }
+    before = {key: X.clone() for key, X in state.items()}
+    w = Member(
+        G,
+        lambda: G,
+        state,
+        t=5,
+        refreshed=1,
+        m=6,
+        n=9,
+        indices=(0, 1),
+        finite=torch.tensor([1.0, 0.0]),
+    )
+    (term,) = DCTAdamWRule(rank=2, moments=policy).update(w).terms
+    term.materialize()
+    for key, X in state.items():
+        assert torch.equal(X[1], before[key][1]), key
+        assert key == "index" or not torch.equal(X[0], before[key][0])
 
 
 @pytest.mark.parametrize("fed, extra", [(None, 0), ("full", 4), ("int8", 1), ("int4", 0.5)])

@@ -398,6 +398,12 @@ def test_a_bad_gradient_poisons_no_norm(variant):
     assert L.flatten().tolist() == [math.inf, math.inf, 1.0]
 
 
+def test_a_matrix_that_is_flagged_stores_no_norm():
+    stored, finite = torch.ones(2, 1, 1), torch.tensor([1.0, 0.0])
+    norm_growth_limiter(torch.full((2, 1, 1), 0.5), stored, finite=finite)
+    assert stored.flatten().tolist() == [0.5, 1.0]
+
+
 @variants
 def test_a_fixed_subspace_does_not_stall(variant):
     """On a quadratic with a full-rank gradient GaLore stops at what its first basis misses."""

@@ -3,8 +3,11 @@
 What holds for the polar factor itself is in tests/kernels/test_polar.py.
 """
 
+import ast
 import copy
+import inspect
 import math
+import textwrap
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from oracles.muon import muon
 
 from stiefel.kernels import POLAR_METHODS
 from stiefel.optimizers import Muon
+from stiefel.optimizers.muon import ADJUST_LR_FNS
 
 RECORDED = sorted(path.stem for path in FIXTURES.glob("muon-torch-*.json"))
 
@@ -65,6 +69,107 @@ def test_a_stack_has_torchs_bits_and_steps_coefficients_pass(dtype):
         theirs.step()
     assert [len(bucket.units) for bucket in ours._plan.buckets] == [4]
     assert same([p.detach() for p in params], [q.detach() for q in twins])
+
+
+# the interface of torch
+
+
+def names_of_scales():
+    """What the installed torch.optim.Muon accepts as ``adjust_lr_fn``, read from its source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(torch.optim.Muon.__init__)))
+    return {
+        name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and getattr(node.left, "id", "") == "adjust_lr_fn"
+        for choices in node.comparators
+        if isinstance(choices, (ast.List, ast.Tuple, ast.Set))
+        for name in ast.literal_eval(choices)
+    }
+
+
+def test_positional_arguments_are_those_of_torch_in_its_order():
+    theirs = [p for p in inspect.signature(torch.optim.Muon).parameters.values()]
+    names = [p.name for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD]
+    ours = inspect.signature(Muon).parameters.values()
+    found = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = [name for name in names if name not in found]
+    assert found == names, f"Muon lacks {missing}, or has them in another order: {found}"
+    missing = {p.name for p in theirs} - {p.name for p in ours}
+    assert not missing, f"Muon lacks torch's {', '.join(sorted(missing))}"
+
+
+def test_every_scale_of_torch_is_one_of_ours():
+    names = names_of_scales()
+    assert {"original", "match_rms_adamw"} <= names  # the source was understood
+    missing = names - set(ADJUST_LR_FNS)
+    assert not missing, f"adjust_lr_fn lacks torch's {', '.join(sorted(missing))}"
+
+
+def test_defaults_and_positions_of_torch_give_its_bits():
+    p, q, G = weight(TALL), weight(TALL), gradients(TALL, 1)[0]
+    values = (0.02, 0.3, 0.8, False, (3.0, -4.0, 2.0), 1e-6, 3, "match_rms_adamw")
+    p.grad = q.grad = G
+    Muon([p], *values, compat="torch").step()
+    torch.optim.Muon([q], *values).step()
+    assert torch.equal(p, q)
+
+
+def test_a_method_in_the_place_of_coefficients_is_refused():
+    """``polar`` was the sixth argument once."""
+    for make in (
+        lambda: Muon([weight(TALL)], 1e-3, 0.1, 0.95, True, "svd"),
+        lambda: Muon([weight(TALL)]).add_param_group(
+            {"params": [weight(WIDE)], "ns_coefficients": "svd"}
+        ),
+    ):
+        with pytest.raises(ValueError, match="by keyword, polar='svd'") as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
+# the smallest norm to divide by
+
+
+@pytest.mark.parametrize("polar", [*POLAR_METHODS, "low_rank"])
+def test_a_vanishing_gradient_takes_a_whole_step(polar):
+    """In float32, where its squares are zero; a denormal one takes a whole step at most."""
+
+    def norm(size):
+        p = torch.nn.Parameter(torch.zeros(TALL))
+        p.grad = size * gradients(TALL, 1)[0]
+        Muon([p], lr=1.0, polar=polar).step()
+        return float(p.detach().norm())
+
+    whole = norm(1.0)
+    for size in (1e-20, 1e-30, 1e-36):
+        assert math.isclose(norm(size), whole, rel_tol=0.05), (size, norm(size), whole)
+    assert 0 < norm(1e-41) < 1.5 * whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_eps_is_the_least_norm(dtype):
+    """None is the smallest normal number, torch's 1e-7 under compat; a number is kept."""
+    tiny, G = torch.finfo(torch.promote_types(dtype, torch.float32)).tiny, gradients(TALL, 1)[0]
+    for compat, value in ((None, tiny), ("torch", 1e-7)):
+        steps = []
+        for options in ({}, {"eps": value}, {"eps": 1e-3}):
+            p = torch.nn.Parameter(torch.zeros(TALL, dtype=dtype))
+            p.grad = (1e-9 * G).to(dtype)
+            optimizer = Muon([p], lr=1.0, polar="ns5", compat=compat, **options)
+            assert optimizer.param_groups[0]["eps"] == options.get("eps")
+            optimizer.step()
+            steps.append(p.detach())
+        assert torch.equal(steps[0], steps[1]) and not torch.equal(steps[0], steps[2])
+
+
+def test_eps_of_a_checkpoint_is_kept():
+    saved = Muon([weight(TALL)], eps=1e-7).state_dict()
+    optimizer = Muon([weight(TALL)])
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["eps"] == 1e-7
+
+
+# recorded trajectories
 
 
 @pytest.mark.parametrize("name", RECORDED)

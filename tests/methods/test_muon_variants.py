@@ -630,7 +630,7 @@ def test_polar_dtype_is_that_of_the_iteration(name):
         ({"compat": "torch", "second_moment": "normuon"}, "compat='torch' averages"),
         ({"compat": "torch", "polar_dtype": "float32"}, "leave polar_dtype unset"),
         ({"polar_dtype": "float31"}, "dtype"),
-        ({"polar": "svd", "polar_dtype": "bfloat16"}, "cannot be factorised"),
+        ({"polar": "svd", "polar_dtype": "bfloat16"}, "cannot be factorized"),
         ({"matrix_view": "rows"}, "matrix_view must be"),
         ({"split_sizes": (5, 5)}, "must add up"),
         ({"split_sizes": 8}, "split_sizes must be a list of ints of at least 1, got 8"),
@@ -647,4 +647,4 @@ def test_polar_dtype_is_that_of_the_iteration(name):
     ],
 )
 def test_bad_settings_are_one_sentence(bad, text):
-    check_refusal(Muon, bad, text)
+    check_refusal(Muon, bad, text, TALL)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from itertools import pairwise
 
 import pytest
@@ -125,13 +126,15 @@ KINDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("eps", [None, 1e-8])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str((kind[1], kind[2])))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_the_oracle(kind, shape):
+def test_equals_the_oracle(kind, shape, eps):
     cls, name, ours, theirs = kind
     p, grads = weight(shape, dtype=DOUBLE), doubles(shape, 5)
-    expected = oracle.run(name, p.detach(), grads, 0.1, wd=0.1, **theirs)
-    out = run(cls([p], lr=0.1, weight_decay=0.1, **ours), [p], [grads])
+    floor = sys.float_info.min if eps is None else eps
+    expected = oracle.run(name, p.detach(), grads, 0.1, wd=0.1, eps=floor, **theirs)
+    out = run(cls([p], lr=0.1, weight_decay=0.1, eps=eps, **ours), [p], [grads])
     short = shape[0] if ours.get("axis", "rows") == "rows" else shape[1]
     if ours.get("centred") and short == 1:  # one row is its own mean: what is left is rounding
         expected = [0.99 ** (t + 1) * weight(shape, dtype=DOUBLE).detach() for t in range(5)]
@@ -143,7 +146,10 @@ def test_equals_the_oracle(kind, shape):
 
 
 def test_a_stale_row_moves_at_full_speed_until_eps_stops_it():
-    """225 steps from a momentum row of 1e-3, 135 from 1e-5; ``relative`` lets it fade at once."""
+    """225 steps from a momentum row of 1e-3, 135 from 1e-5; ``relative`` lets it fade at once.
+
+    With the published eps, that is: the default stops no row that has a direction.
+    """
     for start, steps in ((1e-3, 225), (1e-5, 135)):
         assert math.log(start / 1e-8) / -math.log(0.95) == pytest.approx(steps, abs=1)
         p = torch.nn.Parameter(torch.zeros(3, 4, dtype=DOUBLE))
@@ -151,7 +157,7 @@ def test_a_stale_row_moves_at_full_speed_until_eps_stops_it():
         G[0] = 0.5 * start / 0.05  # a row of length start in the momentum after one step
         busy = torch.zeros(3, 4, dtype=DOUBLE)
         busy[1] = 1.0
-        optimizer = RowNorm([p], lr=1.0, adjust_lr_fn="none")
+        optimizer = RowNorm([p], lr=1.0, adjust_lr_fn="none", eps=1e-8)
         out = run(optimizer, [p], [[G] + [busy] * (steps + 40)])
         sizes = [float((b[0] - a[0]).norm()) for (a,), (b,) in pairwise(out)]
         assert sizes[steps // 2] > 0.96 and 0.4 < sizes[steps - 2] < 0.6 and sizes[-1] < 0.2
@@ -412,3 +418,76 @@ def test_pairs_that_do_not_fit_are_refused():
         optimizer.init_state()
     with pytest.raises(ValueError, match="one shape"):
         RowNorm([weight((5, 4)), weight((4, 4))], pair="members").init_state()
+
+
+# small numbers
+
+SCALE_FREE = [
+    (RowNorm, {}),
+    (RowNorm, {"centred": True}),
+    (RowNorm, {"pair": "halves"}),
+    (RowNorm, {"row_mode": "unit", "axis": "cols"}),
+    (RowNorm, {"row_mode": "relative"}),
+    (Hybrid, {"polar": "svd"}),
+    (Hybrid, {"polar": "inverse_root"}),
+    (Hybrid, {"order": "polar_then_row"}),
+    (Spectral, {"polar": "ns5"}),
+    (Spectral, {"polar": "inverse_root"}),
+]
+
+
+@pytest.mark.parametrize("cls, options", SCALE_FREE, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_the_size_of_the_gradient_does_not_matter_down_to_denormal_numbers(cls, options, dtype):
+    G = gradients((12, 7), 1, dtype=dtype)[0]
+    expected = change(cls, torch.zeros(12, 7, dtype=dtype), [G], **options)
+    lowest = torch.finfo(dtype).tiny
+    for size, atol in ((1e-9, 1e-4), (lowest * 2**10, 1e-4), (lowest / 2**6, 5e-3)):
+        moved = change(cls, torch.zeros(12, 7, dtype=dtype), [G * size], **options)
+        assert (moved - expected).norm() < atol * expected.norm(), size
+
+
+@pytest.mark.parametrize("cls, options", SCALE_FREE, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize("size", [1.0, 1e-41])
+def test_zero_rows_stay_whatever_the_size_of_the_others(cls, options, size):
+    G = gradients((12, 700), 1)[0] * size  # so long that 1 / tiny times a step overflows
+    G[3] = 0.0
+    if options.get("axis") == "cols":
+        G = G.mT
+    moved = change(cls, torch.zeros_like(G), [G], **options)
+    zero = change(cls, torch.ones_like(G), [torch.zeros_like(G)], **options)
+    assert moved.isfinite().all() and torch.equal(zero, torch.zeros_like(G))
+    rows = moved.mT if options.get("axis") == "cols" else moved
+    if not options.get("centred"):
+        assert rows[3].abs().max() < 1e-5 * rows.abs().max()
+    assert rows[4].norm() > 0
+
+
+def test_an_eps_that_is_given_stays():
+    for eps, share in ((1e-8, 0.5), (0.0, 1.0)):
+        G = torch.zeros(2, 3, dtype=DOUBLE)
+        G[0, 0] = 1e-8 / 0.05
+        moved = change(RowNorm, torch.zeros(2, 3, dtype=DOUBLE), [G], eps=eps, adjust_lr_fn="none")
+        assert float(-moved[0, 0]) == pytest.approx(0.1 * share)
+
+
+def test_a_hybrid_group_from_before_row_eps_keeps_what_was_added():
+    """Then ``eps=None`` meant 1e-8 for rows; a new optimizer adds the smallest normal number."""
+    old, G = Hybrid([weight((4, 6))], lr=0.1), [g * 1e-8 for g in gradients((4, 6), 2)]
+    saved = old.state_dict()
+    del saved["param_groups"][0]["row_eps"]
+    old.load_state_dict(saved)
+    assert old.param_groups[0]["row_eps"] == 1e-8 and old.param_groups[0]["eps"] is None
+    fresh = Hybrid([weight((4, 6))], lr=0.1)
+    fresh.load_state_dict(fresh.state_dict())
+    assert fresh.param_groups[0]["row_eps"] is None
+    W = torch.zeros(4, 6)
+    rows = {"row_eps": 1e-8, "order": "polar_then_row", "alpha": 1.0, "adjust_lr_fn": "none"}
+    a, b = (change(Hybrid, W, G, **{**rows, **more}) for more in ({}, {"row_eps": None}))
+    assert a.norm() < 0.9 * b.norm()
+
+
+@pytest.mark.parametrize("cls", [RowNorm, Hybrid, Spectral])
+def test_only_params_and_lr_are_positional(cls):
+    with pytest.raises(TypeError, match="positional"):
+        cls([weight((4, 6))], 0.1, 0.1)

@@ -1111,7 +1111,7 @@ def test_triples_that_cannot_be_switched_are_refused():
             "'w' is a base weight.*requires_grad_")  # fmt: skip
     refused([A, B, W0.detach().mT.clone()], "must hold 1 matrices of 10 x 7.*'transposed'")
     refused([A.detach(), B, W0], "is frozen, but SwitchLoRA trains both factors")
-    refused([A, B, torch.zeros(10, 7, dtype=torch.int8)], "quantised", TypeError)
+    refused([A, B, torch.zeros(10, 7, dtype=torch.int8)], "quantized", TypeError)
     C, D, _ = triple(*SHAPE, seed=1)
     refused([A, B, W0, C, D, W0], "base weight of two pairs")
     with pytest.raises(ValueError, match="scale must be"):

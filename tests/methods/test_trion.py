@@ -175,6 +175,36 @@ def test_zero_momentum_steps_nowhere():
             assert not q.state[p]["momentum_buffer"].any()
 
 
+@pytest.mark.parametrize("polar", ["ns5", "auto"])
+def test_a_vanishing_gradient_takes_a_whole_step(polar):
+    """In float32, where its squares are zero; a denormal one at most a whole step."""
+    for size in (1e-20, 1e-30, 1e-36, 1e-41):
+        steps = []
+        for scale in (1.0, size):
+            p = torch.nn.Parameter(torch.zeros(TALL))
+            p.grad = scale * gradients(TALL, 1)[0]
+            Trion([p], lr=1.0, polar=polar).step()
+            steps.append(p.detach())
+        if size > 1e-38:
+            torch.testing.assert_close(steps[1], steps[0], rtol=0, atol=2e-2)
+        assert 0 < float(steps[1].norm()) < 1.5 * float(steps[0].norm())
+
+
+def test_eps_is_the_least_norm():
+    """None is the smallest normal number; under a larger one the step grows with the gradient."""
+    G, steps = 1e-9 * gradients(TALL, 1)[0], []
+    for options in ({}, {"eps": torch.finfo(torch.float32).tiny}, {"eps": 1e-7}):
+        p = torch.nn.Parameter(torch.zeros(TALL))
+        run(Trion([p], lr=1.0, **options), [p], [[G]])
+        steps.append(p.detach())
+    assert torch.equal(steps[0], steps[1]) and not torch.equal(steps[0], steps[2])
+
+
+def test_lr_is_the_only_positional_option():
+    with pytest.raises(TypeError, match="positional"):
+        Trion([weight(TALL)], 1e-3, 0.9)
+
+
 def test_the_small_factor_is_enough():
     """NS5(a) P^T = NS5(a P^T) for P with orthonormal columns."""
     draw = torch.Generator().manual_seed(1)
@@ -189,8 +219,8 @@ def test_full_rank_is_muon_without_nesterov(shape):
     """M = mu B with B <- mu B + G, and U = NS5(B), in whatever basis."""
     grads, mu = doubles(shape, 8), 0.9
     p, q = weight(shape, dtype=DOUBLE), weight(shape, dtype=DOUBLE)
-    ours = Trion([p], lr=0.02, momentum=mu, rank=1.0, adjust_lr_fn="none", eps=1e-300)
-    muon = Muon([q], 0.02, 0.0, mu, nesterov=False, polar="ns5", adjust_lr_fn="none", eps=1e-300)
+    ours = Trion([p], lr=0.02, momentum=mu, rank=1.0, adjust_lr_fn="none")
+    muon = Muon([q], 0.02, 0.0, mu, nesterov=False, polar="ns5", adjust_lr_fn="none")
     for (W,), (V,) in zip(run(ours, [p], [grads]), run(muon, [q], [grads]), strict=True):
         torch.testing.assert_close(W, V, rtol=0, atol=1e-12)
     B = torch.zeros(shape, dtype=DOUBLE)

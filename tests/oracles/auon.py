@@ -4,7 +4,8 @@ import math
 
 import torch
 
-E1, E2 = 1e-7, 1e-8
+E1, E2 = 1e-7, 1e-8  # the published constants
+TINY = torch.finfo(torch.float64).tiny
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
@@ -34,10 +35,14 @@ def scale(name, shape):
     return math.sqrt(max(1, m / n)) if name == "aspect" else 1.0
 
 
-def direction(V, variant="paper", gamma=None, ns_steps=0, adjust="match_rms_adamw", init="fro"):
+def direction(
+    V, variant="paper", gamma=None, ns_steps=0, adjust="match_rms_adamw", init="fro", eps=None
+):
     """What is multiplied by lr, for a matrix V."""
     gamma = gamma or (1.0 if variant == "paper" else 1.5)
-    X = V / (V.norm() + E1)
+    if eps is None:
+        eps = TINY if variant == "paper" else E1
+    X = V / (V.norm() + eps)
     if not ns_steps:
         U = X if variant == "paper" else V
         s = scale(adjust, V.shape) if variant == "paper" else 1.0
@@ -47,9 +52,9 @@ def direction(V, variant="paper", gamma=None, ns_steps=0, adjust="match_rms_adam
         X = X / max(float((short @ short.T).abs().sum(1).max()) ** 0.5, 1e-30)
     Y = newton_schulz(X, ns_steps)
     if variant == "repo2026":
-        return Y / (crms(gamma * Y / (Y.norm() + E1)) + E2)
+        return Y / (crms(gamma * Y / (Y.norm() + eps)) + E2)
     if adjust == "match_rms_adamw":
-        return scale(adjust, V.shape) * Y / (Y.norm() + E1)
+        return scale(adjust, V.shape) * Y / (Y.norm() + eps)
     return scale(adjust, V.shape) * Y / (crms(gamma * Y) + E2)
 
 

@@ -33,25 +33,25 @@ def nuclear(X, U, alpha, eps=1e-8):
     return max(float((X * U).sum()), eps) ** alpha * U if alpha else U
 
 
-def hybrid(X, order="row_then_polar", alpha=0.0, centre=False, mode="inverse_eps"):
+def hybrid(X, order="row_then_polar", alpha=0.0, centre=False, mode="inverse_eps", eps=1e-8):
     """Both orders."""
     c = centred if centre else lambda Y: Y
     X = c(X)
     if order == "polar_then_row":
-        return c(row_norm(nuclear(X, polar(X), alpha), mode))
-    Y = c(row_norm(X, mode))
-    return c(nuclear(Y, polar(Y), alpha))
+        return c(row_norm(nuclear(X, polar(X), alpha, eps), mode, eps))
+    Y = c(row_norm(X, mode, eps))
+    return c(nuclear(Y, polar(Y), alpha, eps))
 
 
-def update(kind, X, alpha=0.0, centre=False, **options):
+def update(kind, X, alpha=0.0, centre=False, eps=1e-8, **options):
     """U of a momentum X whose rows are what counts as rows."""
     if kind == "hybrid":
-        return hybrid(X, alpha=alpha, centre=centre, **options)
+        return hybrid(X, alpha=alpha, centre=centre, eps=eps, **options)
     c = centred if centre else lambda Y: Y
     X = c(X)
     if kind == "rownorm":
-        return c(row_norm(X, **options))
-    return c(nuclear(X, polar(X), alpha))
+        return c(row_norm(X, eps=eps, **options))
+    return c(nuclear(X, polar(X), alpha, eps))
 
 
 def matched(U, target=0.2):

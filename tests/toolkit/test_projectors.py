@@ -868,7 +868,7 @@ def test_every_kind_projects(problem, kind):
 
 @every_kind
 @pytest.mark.parametrize("m, n, r", [(6, 17, 3), (24, 10, 4)])
-def test_lift_writes_what_back_says(kind, m, n, r):
+def test_lift_writes_what_lift_block_says(kind, m, n, r):
     G = gaussian(2, m, n)
     find, state = found(kind, G, r)
     N = gaussian(2, r, n, seed=4)
@@ -880,7 +880,7 @@ def test_lift_writes_what_back_says(kind, m, n, r):
         (slice(1, 2), slice(2, 5), slice(1, 4)),
         (slice(0, 2), slice(m - 2, m), slice(None)),
     ):
-        assert largest(find.back(state, N, m, k, i, j) - want[k, i, j]) <= 1e-6
+        assert largest(find.lift_block(state, N, m, k, i, j) - want[k, i, j]) <= 1e-6
     transposed = torch.zeros(2, n, m)
     term.mT.add_(transposed, slice(None), slice(None), 1.0)
     assert largest(transposed - want.mT) <= 1e-6
@@ -923,7 +923,7 @@ def test_stack_has_the_bits_of_its_matrices_for_every_kind(problem, kind, transp
             assert torch.equal(state[name][k], one[name][0])
             assert torch.equal(again[name][k], two[name][0])
         if not transposed:
-            assert torch.equal(find.down(state, G)[k], find.down(one, X)[0])
+            assert torch.equal(find.project(state, G)[k], find.project(one, X)[0])
 
 
 @every_kind

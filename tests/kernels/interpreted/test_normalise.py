@@ -77,6 +77,15 @@ def test_squares_that_overflow(size):
     close(normalized(X, torch.bfloat16), reference.normalized(X, torch.float64), torch.bfloat16)
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-20, 1e-30, 1e-37])
+def test_squares_that_vanish(size):
+    X = gaussian(2, 20, 33)
+    X[0] *= size
+    tiny = torch.finfo(torch.float32).tiny
+    Y = normalized(X, torch.bfloat16, eps=tiny)
+    close(Y, reference.normalized(X, torch.float64, eps=tiny), torch.bfloat16)
+
+
 def test_what_is_not_finite():
     X = gaussian(4, 20, 33)
     X[1, 3, 5], X[2, 3, 5] = float("nan"), float("inf")

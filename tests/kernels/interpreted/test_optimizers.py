@@ -22,7 +22,7 @@ OPERATIONS = {
     "frugal-columns": "split_step_",
     "frugal-rows": "split_step_",
     "frugal-svd": "adam_lift_",
-    "auon": "blend",
+    "auon": "momentum_step",
     "rownorm": "row_step_",
     "aro": "sinkhorn",
     "dctadamw": "adam_lift_",

@@ -1,4 +1,4 @@
-"""The optimizers inside: Adam with clocks per row, Lion, momentum SGD, Adafactor; and GaLore's."""
+"""Base optimizers: Adam with clocks per row, Lion, momentum SGD, Adafactor; and GaLore on them."""
 
 import math
 
