@@ -189,5 +189,5 @@ def _panel_power_sums(X: Tensor, terms: int) -> list[Tensor]:
 
 
 def to_float64(x: Tensor) -> Tensor:
-    """X in float64 where the device has it, else x."""
+    """Convert to float64 where the device has it."""
     return x if x.device.type == "mps" else x.double()
