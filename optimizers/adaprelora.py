@@ -15,8 +15,8 @@ from ._core.rule import BatchedCall, Dense, Member, Slot, Steps
 from ._core.validation import (
     check,
     check_adam,
+    check_at_least,
     check_choices,
-    check_not_negative,
     check_positive,
 )
 from ._lora.base_weight_hooks import WatchingOptimizer
@@ -56,7 +56,7 @@ class AdaPreLoRARule(LoRARule):
         check_choices(
             self, variant=("momentum", "sgd", "adamw"), stats=("tangent", "exact", "none")
         )
-        check_not_negative(self, "eps_rel")
+        check_at_least(self, object, eps_rel=0)
         check_positive(self, "max_rel_step")
         check(0.0 < self.floor <= 1.0, f"floor must lie in (0, 1], got {self.floor!r}")
 

@@ -14,8 +14,8 @@ from ._core.rule import BatchedCall, Dense, Member, Scaled, Slot, Steps
 from ._core.validation import (
     check,
     check_adam,
+    check_at_least,
     check_choices,
-    check_not_negative,
     check_positive,
 )
 from ._lora.pair_algebra import (
@@ -65,7 +65,7 @@ class AltLoRARule(LoRARule):
             second_moment=(None, "elementwise"),
             compat=(None, "reference"),
         )
-        check_not_negative(self, "delta")
+        check_at_least(self, object, delta=0)
         check_positive(self, "max_rel_step")
         check(self.switch_every >= 1, f"switch_every must be at least 1, got {self.switch_every!r}")
         check(

@@ -12,11 +12,11 @@ from typing_extensions import override
 
 from ..kernels import polar_factor
 from ._core.rule import Direction, Member, Rule, Scaled, Slot
-from ._core.validation import check, check_choices
+from ._core.validation import check, check_choices, check_eps
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import momentum_step
-from ._toolkit.norm_floor import check_norm_floor, norm_floor
+from ._toolkit.norm_floor import norm_floor
 from ._toolkit.power_sums import momentum_norms, norms_of, series_length, to_float64
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class AuONRule(Rule):
             self.init_norm == "fro" or self.ns_steps > 0,
             "init_norm is what Newton-Schulz starts from; it needs ns_steps=1 or more",
         )
-        check_norm_floor(self.eps)
+        check_eps(self.eps)
 
     @property
     def cosh_scale(self) -> float:

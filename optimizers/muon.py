@@ -25,11 +25,11 @@ from ..kernels import (
     polar_report,
 )
 from ._core.rule import Dense, Direction, Member, Reductions, Rule, Scaled, Slot, Term
-from ._core.validation import check, check_choices
+from ._core.validation import check, check_choices, check_eps
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
-from ._toolkit.norm_floor import check_norm_floor, norm_floor
+from ._toolkit.norm_floor import norm_floor
 from ._toolkit.random_keys import StackRNG
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class MuonRule(Rule):
     def _check_torch_options(self) -> None:
         """What torch.optim.Muon has too, with its texts."""
         check(0.0 <= self.momentum, f"momentum should be >= 0 but is: {self.momentum}")
-        check_norm_floor(self.eps)
+        check_eps(self.eps)
         check(
             self.adjust_lr_fn in ADJUST_LR_FNS,
             f"Adjust learning rate function {self.adjust_lr_fn} is not supported",

@@ -31,15 +31,8 @@ def check_adam(betas: tuple[float, float], eps: float | None) -> None:
         check(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")
 
 
-def check_not_negative(rule: Any, *names: str) -> None:
-    """Refuse fields that are below 0; None is allowed."""
-    for name in names:
-        x = getattr(rule, name)
-        check(x is None or x >= 0.0, f"{name} must not be negative, got {x!r}")
-
-
 def check_positive(rule: Any, *names: str) -> None:
-    """Refuse fields that are not above 0; None is allowed."""
+    """Refuse fields that are neither None nor above 0."""
     for name in names:
         x = getattr(rule, name)
         check(x is None or x > 0.0, f"{name} must be positive, got {x!r}")
@@ -64,13 +57,14 @@ def check_at_least(rule: Any, kind: type, **minimums: int) -> None:
 
     Args:
         rule: The rule.
-        kind: ``int``, or ``object`` for any number.
+        kind: ``int``, or ``object`` for any number, and for None, which leaves the choice to the
+            method.
         **minimums: Name of a field and its smallest value.
     """
     for name, minimum in minimums.items():
         x, what = getattr(rule, name), "an int of " if kind is int else ""
         is_kind = isinstance(x, kind) and not isinstance(x, bool)
-        valid = is_kind and bool(x >= minimum)
+        valid = (kind is object and x is None) or (is_kind and bool(x >= minimum))
         check(valid, f"{name} must be {what}at least {minimum}, got {x!r}")
 
 

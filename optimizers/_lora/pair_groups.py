@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._core.rule import Rule
-from .._core.validation import check, check_not_negative
+from .._core.validation import check, check_at_least
 from .._driver.optimizer import StackedOptimizer
 from .._driver.param_groups import describe, parameters_of, warn_user
 
@@ -53,7 +53,7 @@ class LoRARule(Rule, abstract=True):
             self.scale is None or _is_scale(self.scale),
             f"scale must be a positive finite number, got {self.scale!r}",
         )
-        check_not_negative(self, "lr_ratio_b")
+        check_at_least(self, object, lr_ratio_b=0)
 
     @property
     def s(self) -> float:

@@ -4,13 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from .._core.validation import check
-
-
-def check_norm_floor(eps: float | None) -> None:
-    """Raise ValueError if ``eps`` is a negative number."""
-    check(eps is None or eps >= 0.0, f"Invalid epsilon value: {eps}")
-
 
 def norm_floor(eps: float | None, dtype: torch.dtype, published: float | None = None) -> float:
     """The floor of norms that ``eps`` asks for.

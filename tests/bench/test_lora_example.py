@@ -129,7 +129,7 @@ def test_plan_has_scale_total_steps_and_base(texts: tuple[Path, Path], tmp_path:
     [
         (["--optimizer", "muon"], "Unknown optimizer 'muon': choose from adamw, altlora"),
         (["--optimizer", "altlora", "--set", "rnak=8"], "none of altlora takes 'rnak'"),
-        (["--optimizer", "altlora", "--set", "delta=-1"], "delta must not be negative"),
+        (["--optimizer", "altlora", "--set", "delta=-1"], "delta must be at least 0"),
         (["--optimizer", "altlora", "--lr", "x"], "'x' is not a number"),
         (["--optimizer", "adamw", "--hf"], "pip install '.[hf]'"),
     ],

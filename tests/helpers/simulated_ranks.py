@@ -139,12 +139,13 @@ class SimulatedRanks:
         shares: Rows or columns of each rank; they add up to the side.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
-        broken: Name of a method of ``Reductions`` that does nothing, as on one process.
+        broken: None, or (name, number): in every step, the call of this method of ``Reductions``
+            with this number, counted from 0, does nothing, as on one process.
         feeds_whole_gradient: Whether ``on_one_rank`` gets the whole gradient where a rule hands its
             shard of it. No rule may rely on this: shards are no small whole matrices.
 
     Attributes:
-        calls: How often each method was answered from several shards.
+        calls: Most calls in a step of each method that needs several shards.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class SimulatedRanks:
         self.rule, self.lr, self.weight_decay = rule, lr, weight_decay
         self.split, self.shares, self.broken = split, list(shares), broken
         self.feeds_whole_gradient = feeds_whole_gradient
-        self.calls, self.t, self.refreshed = Counter(), 0, 0
+        self.calls, self.t, self.refreshed = {}, 0, 0
         self.transposed = rule.transpose(*weights.shape[-2:])
         self.dim, self.letter = (-2, "m") if split == "rows" else (-1, "n")
         W = self._as_rule_sees(weights)
@@ -172,11 +173,13 @@ class SimulatedRanks:
         self.states = [self._allocate(W) for W in self.weights]
         self._lockstep = Lockstep(len(self.shares), self._answer)
         self._grads = [None] * len(self.shares)
+        self._calls_now = [Counter() for _ in self.shares]
 
     def step(self, grads):
         """One update from the whole gradients (K, M, N)."""
         self.t += 1
         self._grads = self._cut(self._as_rule_sees(grads))
+        self._calls_now = [Counter() for _ in self.shares]
         refresh_due = self.rule.refresh_due(self.t, self.refreshed)
         self._lockstep.run(
             [
@@ -185,6 +188,8 @@ class SimulatedRanks:
             ]
         )
         self.refreshed = self.t if refresh_due else self.refreshed
+        for name, count in self._calls_now[0].items():
+            self.calls[name] = max(count, self.calls.get(name, 0))
 
     def whole_weights(self):
         """The weights (K, M, N) as they would be stored."""
@@ -205,7 +210,11 @@ class SimulatedRanks:
 
     def ask(self, rank, name, args):
         """What a call of ``Reductions`` on this rank returns."""
-        if name == self.broken or name not in (self.split, *ALWAYS_SHARED):
+        if name not in (self.split, *ALWAYS_SHARED):
+            return getattr(Reductions(), name)(*args)
+        number = self._calls_now[rank][name]
+        self._calls_now[rank][name] += 1
+        if (name, number) == self.broken:
             return getattr(Reductions(), name)(*args)
         return self._lockstep.exchange(rank, (name, args))
 
@@ -254,7 +263,6 @@ class SimulatedRanks:
         names, calls = {name for name, _ in requests}, [args for _, args in requests]
         assert len(names) == 1, f"ranks ask for different things: {sorted(names)}"
         (name,) = names
-        self.calls[name] += 1
         if name == "on_full_matrix":
             return self._cut(calls[0][0](torch.cat([X for _, X in calls], self.dim)))
         if name == "on_one_rank":

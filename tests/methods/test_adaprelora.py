@@ -791,14 +791,14 @@ def test_int8_and_bfloat16_state():
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"eps_rel": -1.0}, "eps_rel must not be negative"),
+        ({"eps_rel": -1.0}, "eps_rel must be at least 0"),
         ({"eps": -1.0}, "Invalid epsilon value"),
         ({"variant": "lion"}, "variant must be one of"),
         ({"stats": "chain"}, "stats must be one of"),
         ({"floor": 0.0}, "floor must lie in"),
         ({"max_rel_step": 0.0}, "max_rel_step must be positive"),
         ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1"),
-        ({"lr_ratio_b": -1.0}, "lr_ratio_b must not be negative"),
+        ({"lr_ratio_b": -1.0}, "lr_ratio_b must be at least 0"),
     ],
 )
 def test_values_out_of_range_are_refused(wrong, text):

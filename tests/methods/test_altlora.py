@@ -447,7 +447,7 @@ def test_singular_factors_are_damped_not_left_out():
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"delta": -1.0}, "delta must not be negative"),
+        ({"delta": -1.0}, "delta must be at least 0"),
         ({"schedule": "neither"}, "schedule must be one of"),
         ({"second_moment": "full"}, "second_moment must be one of"),
         ({"switch_every": 0}, "switch_every must be at least 1"),
@@ -456,7 +456,7 @@ def test_singular_factors_are_damped_not_left_out():
         ({"compat": "reference", "compact_alignment": True}, "leave compact_alignment out"),
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0"),
         ({"delta_mode": "some"}, "delta_mode must be one of"),
-        ({"lr_ratio_b": -1.0}, "lr_ratio_b must not be negative"),
+        ({"lr_ratio_b": -1.0}, "lr_ratio_b must be at least 0"),
     ],
 )
 def test_values_out_of_range_are_refused(wrong, text):
