@@ -1013,7 +1013,7 @@ def test_one_rotation_of_the_residual_stream(sharing):
     transposed = {
         names[id(p)]: "cols" if turn else "rows"
         for unit in units
-        for p, turn in zip(unit.params, unit.is_transposed, strict=True)
+        for p, turn in zip(unit.params, unit.transposed, strict=True)
     }
     assert transposed == sides and set(sides.values()) == {"rows", "cols"}
     for p in model.parameters():
