@@ -1,6 +1,7 @@
 """The one place of plain torch that rounds a weight. Another rounding mode is a change here.
 
-The kernels' counterpart is ``store_weight`` in ``triton/_write.py``; nothing else rounds weights.
+The kernels' counterpart is ``store_weight`` in ``triton/_write.py``. Nothing else rounds weights, but
+torch's own AdamW, which trains what is no matrix.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ def update_weight_(
       parameter is stacked, viewed or cut;
     - for compensated sums, the residual, a tensor of W's shape.
 
-    Callers hand over the whole W and name the panel, so both are cut here, as W is. A mode other
-    than to nearest calls ``change`` in float32 whatever ``dtype`` says. A matrix that stays as it
+    Callers hand over the whole W and name the panel, so both are cut here, as W is. A matrix that stays as it
     is comes out of ``change`` unchanged, and values of W's dtype are fixed points of every mode.
 
     Args:
@@ -49,7 +49,11 @@ def update_weight_(
 
 
 def _round_into_(target: Tensor, change: Change, dtype: torch.dtype) -> None:
-    """What ``update_weight_`` does with a panel of a weight: the only line that writes weights."""
+    """Do what ``update_weight_`` does, with a panel of a weight: the only line that writes weights.
+
+    Another mode than to nearest must call ``change`` in float32 whatever ``dtype`` says: in the
+    weight's own dtype every sum of ``change`` is rounded to nearest already.
+    """
     if target.dtype == dtype:
         change(target)
         return

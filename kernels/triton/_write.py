@@ -1,7 +1,7 @@
 """The one place of the kernels that rounds a weight. Another rounding mode is a change here.
 
-Plain torch's counterpart is ``update_weight_`` in ``reference/write.py``; nothing else rounds
-weights.
+Plain torch's counterpart is ``update_weight_`` in ``reference/write.py``. Nothing else rounds
+weights, but torch's own AdamW.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def store_weight(pointers, value, mask):
-    """Round a tile of new values to the weight's dtype, to nearest, and store it.
+    """Round a tile of new values, float32, to the weight's dtype, to nearest, and store it.
 
     Together with ``update_weight_`` of plain torch this function is all that rounds weights:
     another rounding mode is a change in these two functions. The docstring there says what a mode

@@ -84,7 +84,7 @@ def _stack_and_flag(
             G, finite = cast_stack(
                 unit_grads, unit_grads[0].dtype, with_flags=True
             )  # all in one pass
-            return G, finite.reciprocal()
+            return G, finite.reciprocal()  # a flag of 0 becomes infinite, as bad sums are
     G = torch.stack(unit_grads)
     return G, _flag(G, stacked, waits)
 

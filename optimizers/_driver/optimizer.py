@@ -75,7 +75,8 @@ class StackedOptimizer(Optimizer):
         differentiable: Must be False (default); the key is there because torch reads it.
         nonfinite: ``"skip"`` (default) leaves a matrix with a NaN or infinite gradient and its
             state alone and counts it in :attr:`skipped`; ``"raise"`` raises before anything
-            changes.
+            changes, and waits for the device at every step. Gradients of AdamW parameters are not
+            looked at.
         view: How a parameter becomes matrices, see ``_core/views.py`` (default: ``"auto"``).
         state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None
             (default): float32 (float64 for float64 weights). ``"int8"``: moments and momentum in 8
@@ -377,8 +378,8 @@ class StackedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: For a sparse gradient, or a non-finite one under ``nonfinite="raise"``;
-                no weight and no value of the state has changed then.
+            RuntimeError: For a sparse gradient, or a non-finite one of a matrix under
+                ``nonfinite="raise"``; no weight and no value of the state has changed then.
         """
         loss = None
         if closure is not None:
