@@ -87,8 +87,8 @@ class SymmetryStack(StackedOptimizer):
             published, each role at its published rate relative to the hidden matrices', which is
             ``lr`` (theirs: 2e-2, 2e-2, 5e-3, 1e-3; see ``PAPER_LRS``). ``"paper"`` takes
             ``"olmoe"`` for a model with routers, else ``"qwen3"``.
-        weight_decay: Decoupled weight decay (default: 0.0); token embeddings, heads and routers have
-            none.
+        weight_decay: Decoupled weight decay (default: 0.0); token embeddings, heads and routers
+            have none.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     Raises:

@@ -1,7 +1,7 @@
 """The one place of plain torch that rounds a weight. Another rounding mode is a change here.
 
-The kernels' counterpart is ``store_weight`` in ``triton/_write.py``. Nothing else rounds weights, but
-torch's own AdamW, which trains what is no matrix.
+The kernels' counterpart is ``store_weight`` in ``triton/_write.py``. Nothing else rounds weights,
+but torch's own AdamW, which trains what is no matrix.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def update_weight_(
       parameter is stacked, viewed or cut;
     - for compensated sums, the residual, a tensor of W's shape.
 
-    Callers hand over the whole W and name the panel, so both are cut here, as W is. A matrix that stays as it
-    is comes out of ``change`` unchanged, and values of W's dtype are fixed points of every mode.
+    Callers hand over the whole W and name the panel, so both are cut here, as W is. A matrix that
+    stays as it is comes out of ``change`` unchanged, and values of W's dtype are fixed points of
+    every mode.
 
     Args:
         W: The weight, changed in place: any shape, strides and floating dtype.
