@@ -56,7 +56,7 @@ class AltLoRARule(LoRARule):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adam(self.betas, self.eps)
+        check_adam(self.betas, self.eps, eps_may_be_unset=True)
         check_choices(
             self,
             delta_mode=("absolute", "relative"),

@@ -178,7 +178,7 @@ class ARORule(RotationRule):
         check_choices(self, base=BASE_MAPS, adjust_lr_fn=(None, "match_rms_adamw"))
         check_decays(self, "momentum", "beta2")
         check_at_least(self, int, iterations=1)
-        check(0.0 <= self.eps, f"Invalid epsilon value: {self.eps}")
+        check(self.eps is not None and self.eps >= 0.0, f"Invalid epsilon value: {self.eps}")
         target = self.rms_target
         check(target is None or target > 0, f"rms_target must be positive or None, got {target}")
         check(

@@ -182,8 +182,9 @@ class AuON(StackedOptimizer):
         init_norm: What the hybrid divides V by before the steps: ``"fro"`` (default) its norm, as
             published, or ``"spectral-bound"`` the smaller ||V V^T||_inf^(1/2), an upper bound of
             the largest singular value, so that one step acts where the quintic bends.
-        eps: Added to norms that divide. None (default): the smallest normal number of the dtype;
-            for ``"repo2026"`` the published 1e-7.
+        eps: Added to norms that divide. None (default): the smallest normal number of the dtype,
+            where a step is whole for entries of G down to 1e-35 (float32); for ``"repo2026"`` the
+            published 1e-7.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     Raises:

@@ -173,7 +173,7 @@ class DCTAdamWRule(Rule):
 
 
 class DCTAdamW(StackedOptimizer):
-    """DCT-AdamW: Adam's moments for r cosines of the gradient, without any factorisation.
+    """DCT-AdamW: Adam's moments for r cosines of the gradient, without any factorization.
 
     For each matrix W with gradient G (m x n, transposed so that m <= n; a square is transposed), D
     the orthonormal cosines of length m, one matrix for all weights of that side::

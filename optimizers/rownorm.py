@@ -264,16 +264,18 @@ class RowStep(Deferred):
 def with_exact_squares(
     Ms: Sequence[Tensor], squares: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Momentum (K, m, n) and its squared row norms (K, m, 1), scaled up if some matrix is tiny.
+    """Momentum (K, m, n) and its squared row norms (K, m, 1), scaled where squares leave the range.
 
-    Squares of float32 entries below 1e-19 lose bits, but the direction of a row does not depend on
-    its scale. An accelerator would have to wait for the answer, so there nothing is scaled.
+    Squares of float32 entries below 1e-19 lose bits and those above 1e19 overflow, but the
+    direction of a row does not depend on its scale. An accelerator would have to wait for the
+    answer, so there nothing is scaled.
     """
     if squares[0].device.type != "cpu" or squares[0].numel() == 0:
         return Ms, squares
     info = torch.finfo(squares[0].dtype)
     largest = torch.stack([s.amax(-2) for s in squares]).amax(0)
-    if not bool((largest < info.tiny / info.eps**2).any()):
+    outside = (largest < info.tiny / info.eps**2) | ~largest.isfinite()
+    if not bool(outside.any()):
         return Ms, squares
     Ms = unit_range(Ms)
     return Ms, [kernels.squares(M, -1) for M in Ms]

@@ -1,4 +1,4 @@
-"""Trion: Dion with cosines for a basis, so that the small factor alone is orthogonalised."""
+"""Trion: Dion with cosines for a basis, so that the small factor alone is orthogonalized."""
 
 from __future__ import annotations
 

@@ -352,7 +352,7 @@ class Residual(PanelTerm):
     """The sign of G - P R, of what a subspace leaves of G, times `free`; made in blocks.
 
     Attributes:
-        fn: See :class:`PanelTerm`.
+        fn: Makes the sign of the rows i and columns j of the matrices k.
         P: (K, m, r).
         R: (K, r, n) = P^T G.
         G: (K, m, n).

@@ -24,8 +24,11 @@ def check_momentum(momentum: float) -> None:
     check(0.0 <= momentum <= 1.0, f"momentum must be in [0, 1], got {momentum}")
 
 
-def check_adam(betas: tuple[float, float], eps: float | None) -> None:
+def check_adam(
+    betas: tuple[float, float], eps: float | None, *, eps_may_be_unset: bool = False
+) -> None:
     """Refuse betas outside [0, 1) and a negative eps, in the words of ``torch.optim.AdamW``."""
+    check(eps is not None or eps_may_be_unset, f"Invalid epsilon value: {eps}")
     check_eps(eps)
     for i, beta in enumerate(betas):
         check(0.0 <= beta < 1.0, f"Invalid beta parameter at index {i}: {beta}")

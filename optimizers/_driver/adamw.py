@@ -96,7 +96,12 @@ def step(
         if decay:
             factor = 1.0 - float(lr) * decay
             for p in params_at_t:
-                update_weight_(p, partial(Tensor.mul_, other=factor), p.dtype)
+                update_weight_(p, partial(_decay_, factor=factor), p.dtype)
+
+
+def _decay_(p: Tensor, factor: float) -> None:
+    """Multiply by torch's operation on lists, which rounds the factor as published."""
+    torch._foreach_mul_([p], factor)
 
 
 def _torch(

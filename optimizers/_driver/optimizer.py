@@ -39,7 +39,7 @@ from .param_groups import (
     rule_of,
     to_param_groups,
 )
-from .settings import refuse_state_changes
+from .settings import refuse_state_changes, refuse_unfit_state
 from .units import Unit, units_of
 from .windows import assign_block_positions, stagger_refreshes
 from .write import write_, write_list_
@@ -279,12 +279,15 @@ class StackedOptimizer(Optimizer):
             if old.settings == settings or self._update_rules(old, settings):
                 return old
         plan = self._build_plan(flat_params, settings)
-        if old is not None:  # settings changed, or a group came
+        adamw_params = [flat_params[i] for positions in plan.adamw_positions for i in positions]
+        if old is None:  # a new optimizer, or one that was loaded or copied
+            refuse_unfit_state(plan.units, adamw_params, self.state)
+        else:  # settings changed, or a group came
             refuse_state_changes(
                 old.units,
                 [old.flat_params[i] for positions in old.adamw_positions for i in positions],
                 plan.units,
-                [flat_params[i] for positions in plan.adamw_positions for i in positions],
+                adamw_params,
                 self.state,
                 self._changes(old.settings, settings),
             )

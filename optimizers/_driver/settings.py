@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +18,20 @@ class Entry(NamedTuple):
         axes: Axes of the slot.
         shape: Shape of the stored tensor.
         dtype: Dtype of the stored tensor.
-        transposed: Whether the rule sees the weight transposed; False for state shaped like the
-            weight, which is stored untransposed in either case.
+        layout: How the rule sees the weight, as shape and strides; None for state shaped like the
+            weight, which is stored like the weight whatever the view.
     """
 
     axes: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    transposed: bool
+    layout: tuple[Any, ...] | None
 
 
 Entries = dict[str, Entry | None]
 """Per state key of one parameter its entry; None for a clock."""
+HAND_OVER = "hand a parameter with state from AdamW to the rule, or back"
+ADAMW_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 
 def refuse_state_changes(
@@ -65,14 +67,50 @@ def refuse_state_changes(
         if before == after:
             continue
         if before is None or after is None:
-            what = "hand a parameter with state from AdamW to the rule, or back"
+            what = HAND_OVER
         else:
             what = _difference(before, after)
         said = changes.get(groups.get(p, -1)) or "; ".join(changes.values()) or "these settings"
-        raise ValueError(
-            f"{said} would {what} in the middle of a run, which is not supported: set it back, or "
-            "build a new optimizer"
-        )
+        raise _refusal(said, what)
+
+
+def refuse_unfit_state(units: Sequence[Unit], adamw_params: Iterable[Tensor], state: State) -> None:
+    """Raise unless the state at hand is what the settings need: settings of a loaded or copied run.
+
+    Args:
+        units: Units by the present settings.
+        adamw_params: Parameters that AdamW trains.
+        state: The optimizer's state, which is not changed.
+
+    Raises:
+        ValueError: If state would be added, dropped, reshaped or converted.
+    """
+    for p in adamw_params:
+        if state.get(p, {}).keys() - ADAMW_KEYS:
+            raise _refusal("the settings", HAND_OVER)
+    for p, needed in _entries(units).items():
+        assert needed is not None
+        stored = {k: X for k, X in state.get(p, {}).items() if isinstance(X, Tensor)}
+        if "step" in stored:  # AdamW's clock is a tensor, a rule's a number
+            raise _refusal("the settings", HAND_OVER)
+        if not stored:  # not stepped yet, or between windows
+            continue
+        after = {key: entry for key, entry in needed.items() if entry is not None}
+        before = {
+            key: after[key]._replace(shape=tuple(X.shape), dtype=X.dtype)
+            if key in after
+            else Entry("", tuple(X.shape), X.dtype, None)
+            for key, X in stored.items()
+        }
+        if before != after:
+            raise _refusal("the settings", _difference(before, after))
+
+
+def _refusal(said: str, what: str) -> ValueError:
+    return ValueError(
+        f"{said} would {what} in the middle of a run, which is not supported: set it back, or "
+        "build a new optimizer"
+    )
 
 
 def _entries(units: Iterable[Unit]) -> dict[Tensor, Entries | None]:
@@ -83,14 +121,22 @@ def _entries(units: Iterable[Unit]) -> dict[Tensor, Entries | None]:
             table = tables.setdefault(p, {})
             assert table is not None
             for key, (slot, shape, dtype) in unit.expected_state(i).items():
-                transposed = unit.transposed[i] and slot.axes != "mn"
-                table[key] = Entry(slot.axes, shape, dtype, transposed)
+                layout = None if slot.axes == "mn" else _layout(unit, i)
+                table[key] = Entry(slot.axes, shape, dtype, layout)
             if i == 0:
                 table[unit.step_key] = None
     return tables
 
 
-def _difference(before: Entries, after: Entries) -> str:
+def _layout(unit: Unit, i: int) -> tuple[Any, ...]:
+    """Shape, strides and offset of member i of a unit, as the rule sees a contiguous parameter."""
+    whole = torch.empty(unit.params[i].shape, device="meta")
+    X = unit.views[i].to_matrices(whole)
+    X = X.mT if unit.transposed[i] else X
+    return tuple(X.shape), X.stride(), X.storage_offset()
+
+
+def _difference(before: Mapping[str, Entry | None], after: Mapping[str, Entry | None]) -> str:
     """A phrase for the first difference of two tables, to follow the word "would"."""
     for key in sorted(before.keys() | after.keys()):
         was, now = before.get(key), after.get(key)

@@ -38,7 +38,7 @@ class LowRankRule(Rule, abstract=True):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_adam(self.betas, self.eps)
+        check_adam(self.betas, self.eps, eps_may_be_unset=True)
         resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
         check_choices(self, proj_type=PROJ_TYPES, compat=(None, "reference"))
         check_at_least(self, int, update_proj_gap=1, seed=0)

@@ -1,6 +1,6 @@
 """Bases by random draws: range finder, warm power step, Haar.
 
-As in ``svd.py``, rows are projected, P is (K, m, r), and each matrix of a stack is factorised by
+As in ``svd.py``, rows are projected, P is (K, m, r), and each matrix of a stack is factorized by
 itself. Draws follow the keys of ``random_keys.py``.
 """
 

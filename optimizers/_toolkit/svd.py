@@ -1,8 +1,8 @@
-"""Bases by factorisation: the top singular directions of stacks of matrices.
+"""Bases by factorization: the top singular directions of stacks of matrices.
 
 Rows are always projected (the driver transposes the weight where needed): a basis P is (K, m, r)
 with orthonormal columns, P^T G is the projected gradient (K, r, n) and P (P^T G) the part of G
-inside the subspace. Stateless functions; every matrix of a stack is factorised by itself, so a
+inside the subspace. Stateless functions; every matrix of a stack is factorized by itself, so a
 stack has the bits of its matrices taken one at a time. G must be finite and not zero.
 """
 
@@ -42,7 +42,7 @@ Attempt = Callable[[], Sequence[Tensor]]
 def fix_signs(P: Tensor) -> Tensor:
     """Give each column of P (..., m, r) the sign that makes its largest entry positive.
 
-    Largest in magnitude, the first one on ties. A factorisation leaves the signs open; with this
+    Largest in magnitude, the first one on ties. A factorization leaves the signs open; with this
     rule equal subspaces have equal columns, so moments keep their meaning and ranks agree.
     """
     largest = P.gather(-2, P.abs().argmax(dim=-2, keepdim=True))
@@ -62,7 +62,7 @@ def top_basis(
     "svd" takes them from an eigendecomposition of the smaller Gram matrix (of G / max|G|, so that
     squares neither overflow nor vanish): about ten times cheaper, exact for directions whose
     singular value is above 3.5e-4 of the largest in fp32, with nearly the same energy below.
-    "svd_full" is the exact thin SVD. If a factorisation fails, fp64 and then a full SVD on the CPU
+    "svd_full" is the exact thin SVD. If a factorization fails, fp64 and then a full SVD on the CPU
     are tried; if nothing works the old basis stays, and a warning is given once.
     Source: GaLore, arXiv 2403.03507, section 4.
 
@@ -72,8 +72,8 @@ def top_basis(
         kind: "svd" (default) or "svd_full".
         lapack_signs: Whether signs stay as LAPACK gives them (default: False, :func:`fix_signs`).
             LAPACK's signs belong to the matrix as it is passed: for those of a published code that
-            factorised the transpose, pass ``G.mT`` to :func:`top_bases`, take the second basis.
-        old: (K, m, r), the basis that stays where no factorisation works (default: None). Without
+            factorized the transpose, pass ``G.mT`` to :func:`top_bases`, take the second basis.
+        old: (K, m, r), the basis that stays where no factorization works (default: None). Without
             an old basis, or where it is zero, the first r unit vectors are taken.
 
     Returns:
@@ -93,7 +93,7 @@ def top_bases(
     lapack_signs: bool = False,
     old: tuple[Tensor, Tensor] | None = None,
 ) -> BasisPair:
-    """Compute leading left and right singular vectors of every matrix by one factorisation.
+    """Compute leading left and right singular vectors of every matrix by one factorization.
 
     As :func:`top_basis`, for methods that project both sides (GaLore's ``proj_type="full"``). Signs
     of P and Q are fixed independently, except under ``lapack_signs``, where "svd_full" gives
@@ -104,7 +104,7 @@ def top_bases(
         r: Number of columns, at most min(m, n).
         kind: "svd" (default) or "svd_full".
         lapack_signs: Whether signs stay as they are computed (default: False).
-        old: The pair (K, m, r), (K, n, r) that stays where no factorisation works (default: None).
+        old: The pair (K, m, r), (K, n, r) that stays where no factorization works (default: None).
 
     Returns:
         P: (K, m, r), and Q: (K, n, r).
@@ -250,7 +250,7 @@ def _is_orthonormal(P: Tensor) -> bool:
 
 def _fallback_basis(d: int, r: int, G: Tensor, old: Tensor | None) -> Tensor:
     """The old basis in place of one that could not be computed, else unit vectors."""
-    _warn_once("no factorisation of a gradient succeeded; its old projection basis is kept")
+    _warn_once("no factorization of a gradient succeeded; its old projection basis is kept")
     if old is not None and bool(old.any()):
         return old.to(G.device, work_dtype(G))
     return torch.eye(d, r, dtype=work_dtype(G), device=G.device)
@@ -262,7 +262,7 @@ def _warn_once(message: str) -> None:
 
 
 def work_dtype(G: Tensor) -> torch.dtype:
-    """The dtype of factorisations: LAPACK has fp32 and fp64 only."""
+    """The dtype of factorizations: LAPACK has fp32 and fp64 only."""
     return torch.float64 if G.dtype == torch.float64 else torch.float32
 
 

@@ -4,6 +4,10 @@ What shapes no state passes; what would add, drop, convert or reshape state is r
 changed.
 """
 
+import copy
+import pickle
+from functools import partial
+
 import pytest
 import torch
 from helpers.checkpoints import through_a_file
@@ -34,7 +38,7 @@ REFUSED = {
     "bfloat16": (GaLore, LOW, {"state_dtype": "bfloat16"}, "convert state 'basis'"),
     "view": (GaLore, LOW, {"view": "rows:40,40"}, "drop state 'basis'"),
     "adamw": (Muon, {}, {"rule": "adamw"}, "from AdamW to the rule, or back"),
-    "another-rule": (Muon, {}, {"rule": "DCTAdamW"}, "add state 'age'"),
+    "another-rule": (Muon, {}, {"rule": "DCTAdamW", "eps": 1e-8}, "add state 'age'"),
 }
 
 ACCEPTED = {
@@ -253,3 +257,35 @@ def test_a_weight_that_is_taken_out_keeps_its_state_for_its_return():
     group["params"] = params
     run(optimizer, params, [gradients(SHAPE, 1, i) for i in range(2)])
     assert [optimizer.state[p]["step"] for p in params] == [6, 4]
+
+
+@pytest.mark.parametrize("reopen", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@pytest.mark.parametrize(("cls", "options", "change", "what"), REFUSED.values(), ids=REFUSED)
+def test_a_copy_refuses_what_the_optimizer_itself_refuses(cls, options, change, what, reopen):
+    optimizer, params, grads = trained(cls, options, 4)
+    run(optimizer, params, grads)
+    fresh = reopen(optimizer)
+    fresh.param_groups[0].update(change)
+    copies = fresh.param_groups[0]["params"]
+    before = everything(fresh, copies)
+    for p in copies:
+        p.grad = torch.ones_like(p)
+    if what.startswith(("give", "another")):  # equal tensors: only the plan knows what they were
+        return
+    with pytest.raises(ValueError, match="in the middle of a run, which is not supported"):
+        fresh.step()
+    assert equal(before, everything(fresh, copies))
+
+
+@pytest.mark.parametrize(
+    "make", [GaLore, Fira, FRUGAL, DCTAdamW, ARO, partial(Muon, second_moment="normuon")]
+)
+def test_a_view_that_gives_state_to_the_other_side_is_refused(make):
+    p = weight((24, 24))
+    optimizer = make([p])
+    run(optimizer, [p], [gradients((24, 24), 3)])
+    before = everything(optimizer, [p])
+    optimizer.param_groups[0]["view"] = "transposed"
+    with pytest.raises(ValueError, match="view='transposed' in parameter group 0 would give"):
+        run(optimizer, [p], [gradients((24, 24), 1)])
+    assert equal(before, everything(optimizer, [p]))
