@@ -164,7 +164,7 @@ def test_every_key_may_be_missing_in_an_older_checkpoint(method):
         if key == "eps" and type(optimizer) is AuON:
             continue  # a file without it means 1e-7, see test_auon.py
         if key == "row_eps":
-            continue  # a file without it means 1e-8, see test_spectral.py
+            continue  # a file without it means 1e-8, see test_rownorm.py
         older = copy.deepcopy(saved)
         for group in older["param_groups"]:
             group.pop(key, None)  # groups of other rules have other keys

@@ -258,7 +258,7 @@ def test_a_turned_matrix_is_the_transposed_problem(norm, m, n):
     find, state = chosen(G, 4, norm)
     _, transposed = chosen(stored.mT, 4, norm)
     assert torch.equal(state["index"], transposed["index"])
-    assert largest(find.down(state, G) - find.down(transposed, stored.mT)) <= 5e-6
+    assert largest(find.project(state, G) - find.project(transposed, stored.mT)) <= 5e-6
 
 
 def test_overlap_is_the_match_matrix():
