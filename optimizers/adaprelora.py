@@ -62,7 +62,7 @@ class AdaPreLoRARule(LoRARule):
 
     @override
     def update(self, A: Member, B: Member) -> Steps:
-        """Both steps from the old factors: they are one solution."""
+        """Compute both steps from the old factors, as one joint solution."""
         ws = (A, B)
         G = [None if w.grad is None else as_tall(w.grad, w) for w in ws]
         dtype = next(g.dtype for g in G if g is not None)
@@ -87,12 +87,12 @@ class AdaPreLoRARule(LoRARule):
     def energies(
         self, ws: Sequence[Member], X: Sequence[Tensor], G: Sequence[Tensor | None]
     ) -> Generator[BatchedCall, Any, list[Tensor]]:
-        """R (K, n, 1) and L (K, m, 1); L keeps its bias, as only its shape matters."""
+        """R (K, n, 1) and L (K, m, 1); L is not debiased, as only ratios of its entries matter."""
         beta2 = self.betas[1]
         sides = [x.new_full((len(x), 1, 1), x.shape[-2]) for x in X]
         if self.stats == "tangent":
-            c = yield BatchedCall(self.cores, (*tangent_grams(X, G), *sides))
-            means = [*map(tangent_squares, G, c[::2], X, c[1::2])]
+            cores = yield BatchedCall(self.cores, (*tangent_grams(X, G), *sides))
+            means = [*map(tangent_squares, G, cores[::2], X, cores[1::2])]
         else:
             means = [as_tall(w.state["seen"], w) / k for w, k in zip(ws, sides[::-1], strict=True)]
         results = []
@@ -118,7 +118,7 @@ class AdaPreLoRARule(LoRARule):
         return tuple(results)
 
     def averaged_grad(self, w: Member) -> tuple[Tensor | None, Tensor]:
-        """M of this factor, which is preconditioned, and the clock of its bias correction."""
+        """The average M of one factor's gradient, and the clock of the bias correction of M."""
         if w.grad is None or self.variant != "momentum":
             M, clock = w.grad, torch.ones_like(w.value[:, :1, :1], dtype=torch.int32)
         else:
@@ -126,7 +126,7 @@ class AdaPreLoRARule(LoRARule):
         return None if M is None else as_tall(M, w), clock
 
     def inverses(self, S_a: Tensor, S_b: Tensor, *clocks: Tensor) -> tuple[Tensor, ...]:
-        """K_Q, K_P, zero for a zero factor; and what M_A, M_B are multiplied by."""
+        """K_Q and K_P, zero for a zero factor; then the matrices that multiply M_A and M_B."""
         K_Q, K_P = damped_inverse(torch.cat([S_a, S_b]), self.eps, self.eps_rel).chunk(2)
         beta1 = self.betas[0] if self.variant == "momentum" else 0.0
         c_a, c_b = (debias_factor(clock, beta1, S_a.dtype) for clock in clocks)
@@ -143,21 +143,21 @@ class AdaPreLoRARule(LoRARule):
         own_inverse: Tensor,
         is_joint: bool,
     ) -> Tensor:
-        """The step of one factor, as it lies.
+        """The step of one factor, in that factor's own layout.
 
         Args:
             w: A or B.
-            M: Its averaged gradient, tall, (K, n, r) or (K, m, r).
+            M: The averaged gradient of the factor, tall, (K, n, r) or (K, m, r).
             K: The other factor's inverse with bias correction and 1 / s^2, (K, r, r).
             X: The factor itself, tall.
-            y: Its weights q or p; None: 1.
-            own_inverse: Its own inverse, (K, r, r).
+            y: The weights q of A or p of B; None: 1.
+            own_inverse: K_Q for A, K_P for B, zero for a zero factor, (K, r, r).
             is_joint: Whether the other factor has a gradient too.
         """
         U = right_matmul(M, K)
         C = product(own_inverse, product(X.mT, U))
         D = as_tall(U if y is None else U.div_(y), w)
-        if is_joint:  # what both factors can do is halved: least imbalance
+        if is_joint:  # halve the part that either factor could make: least imbalance
             add_product_(D, *((X, C) if w.number else (C.mT, X.mT)), alpha=-0.5)
         return D
 
@@ -280,5 +280,5 @@ class AdaPreLoRA(WatchingOptimizer):
 
 
 def as_tall(x: Tensor, w: Member) -> Tensor:
-    """A^T and B, whose formulas are the same: (K, n, r) and (K, m, r); energies (K, n, 1) alike."""
+    """Transpose A's tensors only: A^T (K, n, r) and B (K, m, r) then have the same formulas."""
     return x if w.number else x.mT

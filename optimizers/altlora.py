@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AltLoRARule(LoRARule):
-    """M <- b1 T M + (1 - b1) K G_A / s^2, K = (B^T B + delta I)^-1; B's half mirrors it."""
+    """M <- b1 T M + (1 - b1) K G_A / s^2, K = (B^T B + delta I)^-1; B is treated alike."""
 
     yields_batched_calls = True
     betas: tuple[float, float] = (0.9, 0.999)
@@ -75,7 +75,7 @@ class AltLoRARule(LoRARule):
 
     @override
     def update(self, A: Member, B: Member) -> Steps:
-        """A first; then B, with the new A but the gradient that was taken at the old one."""
+        """Step A, then B: B sees the new A, but its gradient was taken at the old A."""
         for w, other in ((A, B), (B, A)):
             if w.grad is None or not self.is_active(w):
                 continue
@@ -106,17 +106,17 @@ class AltLoRARule(LoRARule):
         if self.second_moment is None:
             N = left_matmul(T, M)
             add_product_(N, K, G)
-            U = M.copy_(N)
+            U, scale = M.copy_(N), debias
         else:
-            U, debias = self.adam_direction(w, M, left_matmul(K, G), T, count), nonzero
+            U, scale = self.adam_direction(w, M, left_matmul(K, G), T, count), nonzero
         U, lr_factor = as_A(U, w), self.lr_factor_b if w.number else 1.0
-        term = Scaled(U, debias) if self.max_rel_step is None else Dense(U * debias)
+        term = Scaled(U, scale) if self.max_rel_step is None else Dense(U * scale)
         yield w.step(
             term, lr_factor=lr_factor, decay_last=self.published, max_rel_norm=self.max_rel_step
         )
 
     def small_solves(self, S: Tensor, C: Tensor, count: Tensor) -> tuple[Tensor, ...]:
-        """All that is r x r, of many pairs.
+        """Compute everything of size r x r, for many pairs at once.
 
         Args:
             S: X^T X, (K, r, r).
@@ -124,8 +124,8 @@ class AltLoRARule(LoRARule):
             count: Steps of this factor so far, (K, 1, 1).
 
         Returns:
-            b1 T; (1 - b1) K / s^2, in AltLoRA+ K / s^2; the new count; 1 where X is not zero, else
-            0; and the bias correction of M.
+            b1 T, (K, r, r); (1 - b1) K / s^2, or K / s^2 in AltLoRA+, (K, r, r); and (K, 1, 1) each
+            the new count, 1 where X is not zero (else 0), and the bias correction of M.
         """
         b1 = self.betas[0]
         inverse, nonzero = self.inverse(S), is_nonzero(S)

@@ -93,7 +93,7 @@ class RotationRule(Rule, abstract=True):
 
     @property
     def handles_nonfinite(self) -> bool:  # type: ignore[override]
-        """Whether bad gradients may be seen: no factorization waits and no ``gram`` is kept."""
+        """False where a factorization that waits, or ``gram``, would read a bad gradient."""
         factorization_waits = self.rotation not in ("qr", "none") or self.init == "svd"
         return not factorization_waits and self.gram_beta is None
 
@@ -199,7 +199,7 @@ class ARORule(RotationRule):
         Ms = [self.momentum_of(w) for w in ws]  # (K, m, n) each
         R, cs = None, [torch.ones(())] * len(ws)
         if self.rotation != "none":
-            # (K, 1, 1) each, times which nothing overflows
+            # (K, 1, 1) each, so that products with c M do not overflow
             cs = [safe_square_scale(M, w.reductions) for w, M in zip(ws, Ms, strict=True)]
             R = self.current_rotation(members[0], ws, Ms, cs)  # (K, m, m)
         for w, M, c in zip(ws, Ms, cs, strict=True):
@@ -231,7 +231,7 @@ class ARORule(RotationRule):
                 first.state["gram"], _cross_gram_sum(ws, zip(Gs, Gs, strict=True))
             )
         if self.rotation_due(first):
-            c = reduce(torch.minimum, cs)  # that of the largest: R does not know the scale of A
+            c = reduce(torch.minimum, cs)  # that of the largest M: R ignores the scale of A
             if self.rotation != "eigh":
                 Fs = (self.base_map(w, M, R, k) for w, M, k in zip(ws, Ms, cs, strict=True))
                 A = _cross_gram_sum(ws, ((M, F.mul_(c)) for M, F in zip(Ms, Fs, strict=True)))
@@ -252,7 +252,7 @@ class ARORule(RotationRule):
                 return w.reductions.on_full_matrix(partial(sinkhorn, iterations=self.iterations), X)
             return w.reductions.on_full_matrix(torch.sign if self.base == "sign" else equal_rows, X)
         if R is not None:
-            X.div_(c)  # V knows the scale
+            X.div_(c)  # Adam's V depends on the scale
         stored = w.state["exp_avg_sq"]
         V = stored.to(X.dtype, copy=not store_moment or w.finite is not None).mul_(self.beta2)
         V.add_((X * X).mul_(1 - self.beta2))  # addcmul_ rounds by layout, stacks would differ
@@ -272,13 +272,13 @@ def _cross_gram_sum(ws: Sequence[Member], pairs: Iterable[tuple[Tensor, Tensor]]
 def check_shared_rotations(
     groups: list[dict[str, Any]], first: int, default_rule: type[Rule]
 ) -> None:
-    """Remove the groups from a first one on and raise if weights cannot share their rotations."""
+    """Raise if weights cannot share their rotations, and remove the groups from ``first`` on."""
     try:
         for i, group in enumerate(groups[first:], first):
             rule = rule_of(group, default_rule)
             if rule is None:
                 continue
-            matrices = {p: (j, p) for j, p in routed(group, rule, 0)[0]}  # a double counts once
+            matrices = {p: (j, p) for j, p in routed(group, rule, 0)[0]}  # given twice, counts once
             for unit in units_of(i, group, rule, list(matrices.values())):
                 check_equal_stacks([view.k for view in unit.views])
     except ValueError:
@@ -415,7 +415,7 @@ class ARO(StackedOptimizer):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Weights that cannot share a rotation are refused."""
+        """Add a group; weights that cannot share a rotation are refused."""
         count = len(self.param_groups)
         super().add_param_group(param_group)
         check_shared_rotations(self.param_groups, count, self._default_rule)

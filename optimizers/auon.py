@@ -69,15 +69,15 @@ class AuONRule(Rule):
 
     @property
     def cosh_scale(self) -> float:
-        """What multiplies the argument of cosh."""
+        """The factor gamma of cosh's argument."""
         return self.gamma or (1.0 if self.variant == "paper" else 1.5)
 
     def norm_eps(self, dtype: torch.dtype) -> float:
-        """What is added to norms of tensors of this dtype."""
+        """The number that is added to norms of tensors of this dtype."""
         return norm_floor(self.eps, dtype, PUBLISHED_EPS if self.variant == "repo2026" else None)
 
     def state(self, m: int, n: int) -> dict[str, Slot]:
-        """The buffer."""
+        """The momentum buffer."""
         return {"momentum_buffer": Slot("mn")}
 
     def update(self, w: Member) -> Direction:
@@ -89,7 +89,7 @@ class AuONRule(Rule):
         work = torch.promote_types(torch.promote_types(B.dtype, G.dtype), torch.float32)
         M = B.to(work)  # (K, m, n), the buffer itself where it is as wide
         terms = series_length(w.m * w.n, self.cosh_scale)
-        # only sums of V are taken, so V need not be whole
+        # only sums over V are needed, so V is never stored
         V = momentum_norms(M, G, mu, self.nesterov, terms, w.finite)
         if M is not B:
             B.copy_(M)
@@ -105,13 +105,13 @@ class AuONRule(Rule):
         return w.step(Scaled(G, shares[0]), Scaled(M, shares[1]))
 
     def hybrid(self, w: Member) -> Direction:
-        """The same with Newton-Schulz steps on V / |V|, which need V whole."""
+        """One step of the hybrid: Newton-Schulz steps on V / |V|, for which V is stored."""
         assert w.grad is not None
         B = w.state["momentum_buffer"]
         V = momentum_step(B, w.grad, self.momentum, self.nesterov, finite=w.finite)  # (K, m, n)
         eps = self.norm_eps(V.dtype)
         inverse_sqrt_norm = (norms_of(V, 1).norm(w.reductions) + eps).rsqrt().to(V.dtype)
-        # the root is multiplied by twice, since 1 / |V| may vanish
+        # multiply by the root twice, since 1 / |V| may underflow
         X = V.mul_(inverse_sqrt_norm) if self.nesterov else V * inverse_sqrt_norm
         del V
         Y = w.reductions.on_full_matrix(self.whiten, X.mul_(inverse_sqrt_norm))
@@ -119,7 +119,7 @@ class AuONRule(Rule):
         return w.step(Scaled(Y, _finite_scale(self.hybrid_scale(w, Y, eps), Y.dtype)))
 
     def hybrid_scale(self, w: Member, Y: Tensor, eps: float) -> Tensor:
-        """What multiplies Y (K, m, n) in the hybrid's step, (K, 1, 1)."""
+        """The scale (K, 1, 1) of Y (K, m, n) in the hybrid's step."""
         entries, c = w.m * w.n, self.cosh_scale
         if self.variant == "repo2026":  # r of Y / |Y|
             sums = norms_of(Y, series_length(entries, c))
@@ -136,7 +136,7 @@ class AuONRule(Rule):
         return factor / (r + RMS_EPS)
 
     def whiten(self, X: Tensor) -> Tensor:
-        """Newton-Schulz steps on X (K, m, n), whose norm of 1 at most eps=1 leaves as it is."""
+        """Newton-Schulz steps on X (K, m, n) of norm at most 1, which eps=1 leaves unscaled."""
         norm = "frobenius" if self.init_norm == "fro" else "rowsum"
         return polar_factor(X, "ns5", steps=self.ns_steps, eps=1.0, norm=norm)
 
@@ -145,7 +145,7 @@ class AuONRule(Rule):
         return (1.0 + sinh_squares / (w.m * w.n)).sqrt()
 
     def lr_factor(self, m: int, n: int) -> float:
-        """What multiplies lr in the update of a step of norm 1, never in the decay."""
+        """Factor of lr in an update of norm 1; weight decay takes the bare lr."""
         return adjust_lr(self.adjust_lr_fn, m, n, rank=1)
 
 
@@ -249,6 +249,6 @@ class AuON(StackedOptimizer):
 def _with_eps(saved: Any) -> Any:
     """A checkpoint whose groups have ``eps``: version 0.1 saved none, and added 1e-7."""
     if not isinstance(saved, Mapping) or "param_groups" not in saved:
-        return saved  # refused where it is read
+        return saved  # load_state_dict refuses it
     groups = [{"eps": PUBLISHED_EPS, **group} for group in saved["param_groups"]]
     return {**saved, "param_groups": groups}

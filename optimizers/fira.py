@@ -79,14 +79,14 @@ class FiraRule(LowRankRule):
     def residual_scale(
         self, w: Member, R: Tensor, N: Tensor, G_squares: Tensor, a: float
     ) -> tuple[Tensor, Tensor]:
-        """Compute phi and |phi (G - a P R)|, by Pythagoras and so without that difference.
+        """Compute phi and |phi (G - a P R)|, by Pythagoras, so the difference is never formed.
 
         Args:
             w: The member, for its reductions.
             R: (K, r, n), the projected gradient.
             N: (K, r, n), Adam's direction.
             G_squares: (K, 1, n), squared norms of the columns of G.
-            a: What P R is multiplied by.
+            a: Factor of P R.
 
         Returns:
             phi: (K, 1, n), or (K, 1, 1) where the whole matrix has one factor.
@@ -102,7 +102,7 @@ class FiraRule(LowRankRule):
         G_total = w.reductions.cols(total(G_squares))
 
         phi = N_total.sqrt() / (R_total.sqrt() + NORM_EPS)
-        if not self.published:  # an R that is all round-off tells no scale
+        if not self.published:  # an R of round-off has no scale
             phi = phi.where(R_total > 1e-12 * G_total, 0.0)
         if both_sides or self.scaling == "matrix":
             R_squares = R_total
@@ -112,7 +112,7 @@ class FiraRule(LowRankRule):
             column_phi = N_squares.sqrt() / (R_squares.sqrt() + NORM_EPS)
             if self.published:
                 phi = column_phi
-            else:  # N may remember a column that R has none of: it takes the matrix's factor
+            else:  # where R lacks a column that N still has, take the matrix's factor
                 phi = column_phi.where(R_squares > NORM_EPS**2 * R_total, phi)
 
         phi_squares = phi.square()

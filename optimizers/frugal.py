@@ -68,7 +68,7 @@ class FRUGALRule(Rule):
         check_at_least(self, int, update_gap=1, seed=0)
         check_at_least(self, object, state_free_lr_scale=0, proj_lr_scale=0, sign_threshold=0)
         self._check_split()
-        self.gradient_split  # noqa: B018  which refuses the projections that it does not know
+        self.gradient_split  # noqa: B018  building it refuses unknown projections
 
     def _check_split(self) -> None:
         """Refuse values of density, split and reset that do not go together."""
@@ -122,7 +122,7 @@ class FRUGALRule(Rule):
         )
         terms: tuple[Term, ...] = ()
         if w.state:
-            t = w.age + 1 if self.reset == "all" else w.t  # moments that were reset count anew
+            t = w.age + 1 if self.reset == "all" else w.t  # after a reset Adam counts from 1
             terms = self.gradient_split.terms(w, self.base_optimizer, t, state_free)
         elif state_free.kind != "no":  # an inactive block, or density 0
             terms = (PanelTerm(lambda k, i, j: state_free(G[k, i, j], k)),)
@@ -309,7 +309,8 @@ class FRUGAL(StackedOptimizer):
         if not isinstance(blocks, str):
             check(split == "block", "lists of blocks need split='block'")
             self._listed_blocks = {p: i for i, block in enumerate(blocks) for p in block}
-            blocks = "tensor"  # numbers per group take its place: a checkpoint holds plain values
+            # the group key block_of gets the numbers: a checkpoint holds plain values, no tensors
+            blocks = "tensor"
         rule = FRUGALRule(
             betas=betas,
             eps=eps,

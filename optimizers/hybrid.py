@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MAP_ORDERS = ("row_then_polar", "polar_then_row")
 OLD_ROW_EPS = 1e-8
-"""What was added to lengths of rows while ``row_eps`` did not exist and ``eps`` was None."""
+"""Added to row lengths under ``eps=None`` before the option ``row_eps`` existed."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class HybridRule(RowPolarRule):
             U = self.orthogonalize(Y, w, left, has_unit_rows=True)
             return U, self.nuclear_scale(Y, U, w)
         U = self.orthogonalize(X, w, left)
-        by = self.nuclear_scale(X, U, w)  # felt beside row_eps only
-        return self.normalize_rows(U if by is None else U * by, w), None
+        # rows are normalized next, so this scale counts only beside row_eps
+        scale = self.nuclear_scale(X, U, w)
+        return self.normalize_rows(U if scale is None else U * scale, w), None
 
     def normalize_rows(self, X: Tensor, w: Member) -> Tensor:
         """Rows of X (K, m, n) at norm 1."""

@@ -138,7 +138,7 @@ class MuonRule(Rule):
         if self.compat == "torch":
             O = polar_factor(U, "ns5", dtype=torch.bfloat16, exact=True, **options)
             # torch adds the factor of a tall matrix as a transposed view; bfloat16 weights round
-            # such a sum otherwise
+            # such a sum differently
             return O if U.shape[-2] <= U.shape[-1] else O.mT.contiguous().mT
         if self.polar_norm is not None:
             options["norm"] = self.polar_norm
@@ -151,7 +151,7 @@ class MuonRule(Rule):
         return polar_factor(U, self.polar, **options)
 
     def second_moment_step(self, w: Member, O: Tensor) -> tuple[Tensor, Term]:
-        """O (K, m, n) with entries divided by their size under AdaMuon, and the step's term."""
+        """O (K, m, n), whose entries AdaMuon divides by their size, and the term to write."""
         if self.second_moment == "normuon":
             V, beta2 = w.state["row_second_moment"], self.second_moment_decay
             return O, Scaled(O, normuon_scale(O, V, beta2, w.reductions, w.n, finite=w.finite))
@@ -170,7 +170,7 @@ class MuonRule(Rule):
         return self.momentum if self.second_moment == "adamuon" else 0.95
 
     def lr_factor(self, m: int, n: int) -> float:
-        """What multiplies lr in the update, never in the decay."""
+        """Factor of lr in the update; weight decay takes the bare lr."""
         name = self.adjust_lr_fn or "original"
         if name == "auto":
             name = "original" if self.compat else "match_rms_adamw"
@@ -180,7 +180,7 @@ class MuonRule(Rule):
         return factor
 
     def clipped_grad(self, w: Member) -> Tensor:
-        """The gradient (K, m, n), normalized or limited where the rule is told so."""
+        """The gradient (K, m, n), normalized or limited in norm as the options ask."""
         assert w.grad is not None
         clip, ratio = self.clip_grad_rms, self.spike_ratio
         if not self.normalize_grad and clip is None and ratio is None:
@@ -188,23 +188,22 @@ class MuonRule(Rule):
         G = w.grad.to(torch.promote_types(w.grad.dtype, torch.float32))
         square_scale = safe_square_scale(G, w.reductions)  # (K, 1, 1), a power of two
         G = G * square_scale
-        norm = w.reductions.both(total(column_squares(G))).sqrt()  # that of c times the gradient
+        norm = w.reductions.both(total(column_squares(G))).sqrt()  # of the scaled G
         if self.normalize_grad:
             return G.div_(norm.clamp(min=torch.finfo(norm.dtype).tiny))
-        row_scale = square_scale.reciprocal()
+        scale = square_scale.reciprocal()  # (K, 1, 1)
         if clip is not None:
-            row_scale = torch.minimum(clip * math.sqrt(w.m * w.n) / norm, row_scale)
+            scale = torch.minimum(clip * math.sqrt(w.m * w.n) / norm, scale)
         if ratio is not None:
-            row_scale = row_scale * spike_factor(
-                norm * row_scale, w.state["grad_norm"], ratio, finite=w.finite
-            )
-        return G.mul_(row_scale)
+            stored = w.state["grad_norm"]
+            scale = scale * spike_factor(norm * scale, stored, ratio, finite=w.finite)
+        return G.mul_(scale)
 
     # checks ---------------------------------------------------------------------------------------
 
     @property
     def handles_nonfinite(self) -> bool:  # type: ignore[override]
-        """Whether bad gradients may be seen: not where a report or a draw looks at values of G."""
+        """False under ``compat``, and where a report or a Kaczmarz sketch reads the gradient."""
         drawn = self.polar == "low_rank" and self.sketch == "kaczmarz"
         return self.compat is None and not drawn and not self.report_steps
 
@@ -214,10 +213,10 @@ class MuonRule(Rule):
         self._check_polar()
         self._check_second_moment()
         self._check_guards()
-        self.orthogonalize(torch.empty(1, 0, 1))  # what the kernel refuses is refused here
+        self.orthogonalize(torch.empty(1, 0, 1))  # raises here for what the kernel refuses
 
     def _check_torch_options(self) -> None:
-        """What torch.optim.Muon has too, with its texts."""
+        """Check the options that torch.optim.Muon has too, with its error texts."""
         check(0.0 <= self.momentum, f"momentum should be >= 0 but is: {self.momentum}")
         check_eps(self.eps)
         check(
@@ -240,7 +239,7 @@ class MuonRule(Rule):
         )
 
     def _check_compat(self) -> None:
-        """``compat="torch"`` leaves no choice of the iteration and of the momentum."""
+        """Refuse options that contradict ``compat="torch"``, which fixes iteration and momentum."""
         check(
             self.compat in (None, "torch"), f"compat must be None or 'torch', got {self.compat!r}"
         )
@@ -264,7 +263,7 @@ class MuonRule(Rule):
         )
 
     def _check_polar(self) -> None:
-        """The method of the polar factor, its sketch and its reports."""
+        """Check the method of the polar factor, its sketch and its reports."""
         known = (*POLAR_METHODS, "low_rank")
         check(
             self.polar in ("auto", *known),
@@ -280,7 +279,7 @@ class MuonRule(Rule):
         low_rank_size(1, 1, self.rank, self.oversample)  # refuses values out of range
 
     def _check_second_moment(self) -> None:
-        """Kinds of momentum, second moment and decay."""
+        """Check the kinds of momentum, second moment and decay."""
         check_choices(
             self,
             momentum_kind=("ema", "sum"),
@@ -295,7 +294,7 @@ class MuonRule(Rule):
         )
 
     def _check_guards(self) -> None:
-        """Limits of the gradient."""
+        """Check the limits of the gradient."""
         clip, ratio = self.clip_grad_rms, self.spike_ratio
         check(clip is None or clip > 0, f"clip_grad_rms must be above 0, got {clip}")
         check(ratio is None or ratio > 1, f"spike_ratio must be above 1, got {ratio}")
@@ -476,7 +475,7 @@ class Muon(StackedOptimizer):
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may name ``matrix_view``, ``split_sizes`` or ``num_heads``."""
-        is_group = isinstance(param_group, dict)  # torch refuses what is none
+        is_group = isinstance(param_group, dict)  # torch refuses anything else
         super().add_param_group(settings_with_view(param_group) if is_group else param_group)
 
     def reports(self) -> dict[str, list[PolarReport | None]]:
@@ -584,7 +583,7 @@ def adamuon_scale(
 
 
 def _report_row(M: Tensor, O: Tensor) -> list[float]:
-    """The five figures of a report; zeros for a zero matrix, which has none."""
+    """The five figures of a report; all 0 for a zero matrix, which has no report."""
     try:
         quality = polar_report(M, O)
     except ValueError:
@@ -616,7 +615,7 @@ def collect_reports(
 
 
 def settings_with_view(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which Muon's words for shapes are replaced by the key ``view``.
+    """Replace Muon's options for shapes by the key ``view``, in a copy of the settings.
 
     ``matrix_view="flatten" | "batch" | "auto"`` is taken as it is, ``split_sizes=(a, b, c)`` is
     ``rows:a,b,c`` and ``num_heads=h`` is ``heads:h``; ``_core/views.py`` reads them.
@@ -661,8 +660,8 @@ def _is_count(value: Any, least: int = 1) -> bool:
 def heavy_tail_schedule(T: int, alpha: float | None = None) -> tuple[float, float]:
     """Learning rate multiplier and momentum for T steps of gradients with heavy-tailed noise.
 
-    Of noise only the moment E ||noise||^alpha is finite, 1 < alpha <= 2. What balances the drift,
-    bias and noise terms lr / (1 - mu) + (1 - mu)^((alpha - 1) / alpha) + 1 / (lr T) is
+    Only the moment E ||noise||^alpha of the noise is finite, 1 < alpha <= 2. The drift, bias and
+    noise terms lr / (1 - mu) + (1 - mu)^((alpha - 1) / alpha) + 1 / (lr T) balance at
 
         1 - mu = T^(-alpha / (3 alpha - 2)),    lr ~ T^(-(2 alpha - 1) / (3 alpha - 2)).
 

@@ -1,4 +1,4 @@
-"""RowNorm: momentum whose rows are brought to one length, if wanted centred."""
+"""RowNorm: momentum whose rows are brought to one length, optionally centred."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ class RowNormRule(RowRule):
         if self.eps is None and w.reductions is LOCAL_REDUCTIONS:
             Ms, found = with_exact_squares(Ms, found)
         pair_squares = torch.cat([join_pairs(s, layout) for s in found], -1)
-        by = self.row_scales(pair_squares.sum(-1, keepdim=True), w)  # (K, m, 1)
+        scale = self.row_scales(pair_squares.sum(-1, keepdim=True), w)  # (K, m, 1)
         if self.adjust_lr_fn == "match_rms_adamw":
-            by = by * (self.rms_target * self.row_entries(w, len(ws)) ** 0.5)
+            scale = scale * (self.rms_target * self.row_entries(w, len(ws)) ** 0.5)
         if layout in ("halves", "interleaved"):  # one for the gate's row, one for the up row
-            by = split_pairs(by.expand(-1, -1, 2), layout)
-        return [Scaled(M, by) for M in Ms]
+            scale = split_pairs(scale.expand(-1, -1, 2), layout)
+        return [Scaled(M, scale) for M in Ms]
 
     @override
     def centered_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +104,7 @@ class RowNormRule(RowRule):
         return X.mul_(self.row_scales(row_squares(X, w.reductions), w)), None
 
     def row_scales(self, squares: Tensor, w: Member) -> Tensor:
-        """What rows of these squared norms (K, m, 1) are multiplied by."""
+        """Factors (K, m, 1) that bring rows of these squared norms (K, m, 1) to norm 1."""
         return row_factors(squares, self.row_mode, self.eps, w.reductions, self.row_count(w))
 
 
@@ -205,7 +205,7 @@ class RowNorm(StackedOptimizer):
 
 @dataclass(frozen=True, eq=False)
 class RowStep(Deferred):
-    """Rows of the momentum at one length, not made yet: M moves while the weight is written.
+    """Rows of the momentum at one length, computed only when the weight is written; M moves then.
 
     Attributes:
         M: (K, m, n), the buffer.
@@ -228,11 +228,11 @@ class RowStep(Deferred):
 
     @override
     def materialize(self) -> Scaled:
-        U, by = self.unit_rows()
-        return Scaled(U, by if self.length == 1.0 else by * self.length)
+        U, scale = self.unit_rows()
+        return Scaled(U, scale if self.length == 1.0 else scale * self.length)
 
     def unit_rows(self) -> tuple[Tensor, Tensor]:
-        """U (K, m, n), the new momentum, and what brings its rows to norm 1 (K, m, 1)."""
+        """The new momentum U (K, m, n), and the factors (K, m, 1) that bring its rows to norm 1."""
         U, squares = kernels.momentum_step_(
             self.M, self.G, self.momentum, squares="rows", finite=self.finite
         )
@@ -244,7 +244,7 @@ class RowStep(Deferred):
     def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
         """One pass over M, or two where W is a list or rows lie across the memory.
 
-        There the sums of rows come first; W is not copied into a stack.
+        In two passes the sums of rows come first; W is not copied into a stack.
         """
         if other is not None:
             return False

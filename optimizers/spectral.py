@@ -1,4 +1,4 @@
-"""Spectral: momentum with all its singular values at one, if wanted centred."""
+"""Spectral: momentum with all singular values at one, optionally centred."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SwitchLoRA: LoRA factors whose vectors are exchanged, so that the sum of it all has full rank."""
+"""SwitchLoRA: LoRA whose vectors are exchanged, so that the sum of its updates has full rank."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class SwitchLoRARule(LoRARule):
 
     @override
     def refresh(self, A: Member, B: Member, W: Member) -> None:
-        """The exchange; it needs no gradient, but with one half missing it waits for both."""
+        """Exchange vectors; without a gradient of both factors the exchange is left out."""
         if A.grad is None or B.grad is None:
             return
         ks = [self.exchange_count(A, j) for j in range(len(A.indices))]
@@ -104,7 +104,7 @@ class SwitchLoRARule(LoRARule):
             w.write_back(value)
 
     def exchange_count(self, A: Member, j: int) -> int:
-        """k: the schedule's number of vectors of each factor, rounded so that the mean is kept."""
+        """The schedule's number k of vectors of each factor, rounded without changing the mean."""
         rate = 1.0 if self.ratio is None else switch_rate(A.t, self.ratio * (self.total_steps or 1))
         k = A.m * rate / self.interval0
         if self.rounding == "stochastic":
@@ -128,12 +128,12 @@ class SwitchLoRARule(LoRARule):
         G, state = w.grad, w.state
         beta1, beta2 = self.betas
         frozen = state["frozen"] > 0  # on the host, as the clock is
-        any_frozen, step = bool(frozen.any()), frozen.to(torch.int32)
+        any_frozen, frozen_steps = bool(frozen.any()), frozen.to(torch.int32)
         mask = frozen.to(G.device)
-        clock = state["count"].add_(1 if self.count_frozen_steps else 1 - step)
+        clock = state["count"].add_(1 if self.count_frozen_steps else 1 - frozen_steps)
         if any_frozen:
             G = G.masked_fill(mask, 0)
-            state["frozen"].sub_(step)
+            state["frozen"].sub_(frozen_steps)
         M, V, t = state["exp_avg"], state["exp_avg_sq"], clock.clamp(min=1).to(G.device)
         N = adam(G, M, V, t, beta1=beta1, beta2=beta2, eps=self.eps)
         if any_frozen:
@@ -151,7 +151,7 @@ class SwitchLoRARule(LoRARule):
         (r, n), (m, _), _ = sides
         moments = {"exp_avg": Slot("mn"), "exp_avg_sq": Slot("mn")}
         A, B = ({**moments, **slots} for slots in pool_slots(m, n, r))
-        due = Slot("", torch.float64, device="cpu")  # the fraction of a vector
+        due = Slot("", torch.float64, device="cpu")  # a fraction of a vector
         return {**A, "due": due}, B, {}
 
 
@@ -182,15 +182,15 @@ class SwitchLoRA(TripleOptimizer):
             least twice ``freeze_steps``; ``math.inf`` for no switching.
         ratio: Part of the run after which 0.3 of the switches are left (default: 0.1); None:
             ``interval0`` throughout.
-        freeze_steps: Updates a counterpart stays still, with the switching one (default: 5);
-            -1: none.
+        freeze_steps: Updates for which the counterpart of a new vector stays frozen, the update
+            of the switch included (default: 5); -1: none.
         rounding: Rounding of k: ``"accumulate"`` (default) carries the fraction, ``"stochastic"``
             draws.
         seed: Decides pools and draws (default: 0).
         scale: s of triples whose group or module names none; None (default): all must name theirs.
         choice: ``"fifo"`` (default): vectors of a pool take turns; ``"random"``: any that wait.
-        count_frozen_steps: Whether clocks go on while frozen, as published, which halves the
-            first step after it (default: False).
+        count_frozen_steps: Whether clocks of frozen vectors go on, as published, which halves the
+            first step after the freeze (default: False).
         save_pools: Whether checkpoints hold the pools (default: True). Without them loading draws
             new ones.
         lr_ratio_b: Multiplies the learning rate of B; None (default): 1.

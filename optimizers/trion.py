@@ -44,12 +44,12 @@ class TrionRule(Rule):
 
     def __post_init__(self) -> None:
         check(0.0 <= self.momentum <= 1.0, f"momentum must be in [0, 1], got {self.momentum}")
-        # a momentum may be zero
+        # not 0, since the norm of a zero momentum is replaced by eps
         check(self.eps is None or self.eps > 0.0, f"eps must be above 0, got {self.eps}")
         check_choices(self, adjust_lr_fn=ADJUST_LR_FNS, polar=("auto", *POLAR_METHODS))
         resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
         _ = self.cosines  # raises for an unknown norm or basis
-        self.orthogonalize(torch.empty(1, 0, 1))  # what the kernel refuses is refused here
+        self.orthogonalize(torch.empty(1, 0, 1))  # raises here for what the kernel refuses
 
     @property
     def cosines(self) -> DctProjector:
@@ -99,7 +99,7 @@ class TrionRule(Rule):
         )
 
     def lr_factor(self, rows: int, columns: int, r: int) -> float:
-        """What multiplies lr in the update of a weight, never in its decay."""
+        """Factor of lr in the update; weight decay takes the bare lr."""
         return adjust_lr(self.adjust_lr_fn, rows, columns, r)
 
 

@@ -165,7 +165,7 @@ class Bucket:
     def _prepare_grad(
         self, i: int, G: Tensor, maximize: bool, finite: Tensor | None, unmasked: bool
     ) -> Tensor:
-        """One of ``prepare_grads``."""
+        """The gradient of member i as ``prepare_grads`` returns it."""
         G = G if unmasked and self._state_is_full_precision else G.to(self.dtype)
         if maximize:
             G = -G
@@ -231,7 +231,7 @@ class Bucket:
         )
 
     def load(self, i: int) -> Tensor:
-        """Weights of member i (K, m, n) as the rule sees them: a copy for a stack, else live."""
+        """Weights of member i (K, m, n) as the rule sees them: a copy for a stack, else a view."""
         W = (
             torch.stack(self.params_by_member[i])
             if self.stacked
@@ -373,7 +373,7 @@ def buckets_of(
 
 @dataclass(eq=False)
 class StepPlan:
-    """What one step runs, for one set of present gradients and one set of clocks.
+    """Rules, units and buckets of a step, for one set of present gradients and of clocks.
 
     Attributes:
         flat_params: All parameters, group after group.
@@ -438,7 +438,7 @@ class StepPlan:
             if unit.group != group:
                 continue
             sides = tuple(unit.sides(i) for i in range(len(unit.params)))
-            transposed = rule.transposed_members([(b.m, b.n) for b in unit.views])
+            transposed = rule.transposed_members([(v.m, v.n) for v in unit.views])
             if transposed != unit.transposed or rule.slots(sides) != unit.slots:
                 return False
         self.rules[group] = rule

@@ -50,8 +50,8 @@ def finite_sums(
         waits: Whether the host waits for a device.
 
     Returns:
-        Per bucket, its stacked gradients for the update, None where they are no stack or beyond
-        one stack's budget in all; and per bucket the numbers, (K,).
+        Per bucket, the stacked gradients for the update; None where the bucket is no stack, or
+        where all stacks so far exceed the byte budget of one. Per bucket, the numbers (K,).
     """
     stacks: list[list[Tensor | None] | None] = []
     flags, used = [], 0
@@ -81,9 +81,8 @@ def _stack_and_flag(
         return None, _flag(unit_grads[0], stacked, waits)
     if not waits and fuses_passes(unit_grads):
         if len({(G.stride(), G.dtype) for G in unit_grads}) == 1:
-            G, finite = cast_stack(
-                unit_grads, unit_grads[0].dtype, with_flags=True
-            )  # all in one pass
+            # the copy and its flags in one pass
+            G, finite = cast_stack(unit_grads, unit_grads[0].dtype, with_flags=True)
             return G, finite.reciprocal()  # a flag of 0 becomes infinite, as bad sums are
     G = torch.stack(unit_grads)
     return G, _flag(G, stacked, waits)

@@ -43,7 +43,7 @@ class MemoryRow(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What :func:`memory_report` returns; it prints as a table.
+    """The result of :func:`memory_report`, which prints as a table.
 
     Attributes:
         method: Name of the optimizer.

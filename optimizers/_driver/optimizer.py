@@ -145,8 +145,8 @@ class StackedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it whole; a refused group changes nothing.
 
-        A late group is routed by itself: that groups without a reference package's key are AdamW
-        is known to the constructor only.
+        A late group is routed without regard to the others. Only the constructor, which sees all
+        groups, gives those without a reference package's key to AdamW.
 
         Args:
             param_group: ``params`` and any overrides; see the class docstring.
@@ -299,10 +299,11 @@ class StackedOptimizer(Optimizer):
         rules = [rule_of(group, self._default_rule) for group in self.param_groups]
         adamw_orders = [self._adamw_order(group) for group in self.param_groups]
         plan = StepPlan(flat_params, settings, rules, adamw_orders, [], [])
-        position, first = 0, dict[Tensor, int]()  # torch only warns about a parameter given twice
+        position = 0
+        first_position = dict[Tensor, int]()  # torch only warns about a parameter given twice
         for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
             matrices, adamw_params = (
-                [(j, p) for j, p in part if first.setdefault(p, j) == j]
+                [(j, p) for j, p in part if first_position.setdefault(p, j) == j]
                 for part in routed(group, rule, position)
             )
             position += len(group["params"])
@@ -388,7 +389,7 @@ class StackedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch._C._DisableAutocast():  # a caller's autocast is for the model, not for this
+        with torch._C._DisableAutocast():  # the caller's autocast is for the model only
             self._update()
         return loss
 
@@ -400,7 +401,7 @@ class StackedOptimizer(Optimizer):
         for grad in grads:
             if grad is not None and grad.layout is not torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        adamw_steps = self._adamw_steps(plan, grads)  # may refuse, so before anything moves
+        adamw_steps = self._adamw_steps(plan, grads)  # may raise, so before any change
         if self._is_dry_step(grads):
             self.init_state()
         else:
@@ -492,7 +493,7 @@ class StackedOptimizer(Optimizer):
         refresh_due = finite is not None and rule.refresh_due(t, refreshed, bucket.unit.shift)
         nonzero = [not refresh_due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
         if bucket.stacked and finite is not None and not (all(finite) and all(nonzero)):
-            # a stack that is not whole runs as views: same bits, no second code path
+            # a stack with a unit to leave out runs unit by unit: same bits, no second code path
             for j in range(len(bucket.units)):
                 parts = [None if G is None else G[j : j + 1] for G in Gs]
                 yield from self._step_bucket(plan, bucket.single(j), parts, finite[j : j + 1], flag)
@@ -529,7 +530,7 @@ class StackedOptimizer(Optimizer):
         update: Direction | Iterable[Direction | BatchedCall],
         device_finite: Tensor | None,
     ) -> UpdateGenerator:
-        """Write each Direction before the rule makes the next; hand its requests on.
+        """Write each Direction before the rule makes the next; yield the rule's batched calls.
 
         Args:
             bucket: Whose weights are written.
@@ -616,7 +617,8 @@ class StackedOptimizer(Optimizer):
 
         if not isinstance(state_dict, dict):
             checkpoint.prepare(self._default_rule, self.param_groups, state_dict)
-        # last before torch reads, first after it wrote: a user's own hooks see what was meant
+        # ours run last before torch loads and first after: a user's own hooks see the checkpoint as
+        # it was passed, and the state as it was restored
         before = self.register_load_state_dict_pre_hook(prepare)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:

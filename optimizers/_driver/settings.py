@@ -12,7 +12,7 @@ from .units import State, Unit
 
 
 class Entry(NamedTuple):
-    """What the numbers of one state tensor stand for.
+    """Axes, shape, dtype and layout of a state tensor, which give its numbers their meaning.
 
     Attributes:
         axes: Axes of the slot.

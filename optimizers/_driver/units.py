@@ -1,4 +1,4 @@
-"""Units: what is updated together, and the allocation of its state.
+"""Units: parameters that are updated together, and the allocation of their state.
 
 A unit is a weight, one part of a weight that a view cuts, or several weights of a rule with several
 members, such as a LoRA pair.
@@ -88,8 +88,8 @@ class Unit:
             self.group,
             self.transposed,
             *(
-                (p.shape, p.dtype, p.device, b.k, b.m, b.n)
-                for p, b in zip(self.params, self.views, strict=True)
+                (p.shape, p.dtype, p.device, v.k, v.m, v.n)
+                for p, v in zip(self.params, self.views, strict=True)
             ),
         )
 
@@ -194,7 +194,7 @@ class Unit:
         return state_since
 
     def state_since_at(self, rule: Rule, state_since: int, t: int) -> int:
-        """What ``state_since`` (0: no state) becomes at update t."""
+        """The value at update t of ``state_since`` (0: no state), given the present one."""
         start = rule.state_since_at(self.block_position, t)
         if not start or not any(self.slots):
             return start
@@ -282,10 +282,10 @@ def units_of(
         if size > 1 and any(len(cut) > 1 for cut in views_of_params):
             raise ValueError(f"view {views} cuts a parameter, which {size} members cannot follow")
         for number, unit_views in enumerate(zip(*views_of_params, strict=True)):
-            transposed = rule.transposed_members([(b.m, b.n) for b in unit_views])
+            transposed = rule.transposed_members([(v.m, v.n) for v in unit_views])
             sides = tuple(
-                (b.n, b.m) if is_transposed else (b.m, b.n)
-                for b, is_transposed in zip(unit_views, transposed, strict=True)
+                (v.n, v.m) if is_transposed else (v.m, v.n)
+                for v, is_transposed in zip(unit_views, transposed, strict=True)
             )
             units.append(
                 Unit(

@@ -1,6 +1,6 @@
-"""What is written into a weight: decay factor, alpha, flags, and by one kernel or in panels.
+"""The write of a step: decay a weight and add the terms, by one kernel or in panels.
 
-How it is rounded is the business of ``update_weight_``, through which every panel goes. Terms of
+Every panel goes through ``update_weight_``, which decides how it is rounded. Terms of
 the weight's own dtype are added in that dtype, as torch does; terms of a higher precision are
 summed in it with the decayed weight and rounded once.
 """
@@ -26,7 +26,7 @@ ALL = slice(None)
 Panel = tuple[slice, ...]
 """Matrices, and which of their rows if not all."""
 Change = Callable[[Tensor], object]
-"""What a panel's values become, in place."""
+"""Changes the values of a panel in place."""
 
 
 def write_(
@@ -50,8 +50,8 @@ def write_(
         terms = _limit_rel_norm(W, terms, step.max_rel_norm, lr, step.lr_factor)
     if _try_fused_write_(W, step, terms, lr, weight_decay, finite):
         return
-    # what a rule that takes flags itself found not finite is still in its terms: such a matrix is
-    # put back, as no factor of 0 takes a NaN away
+    # a rule that takes flags itself leaves NaN in the terms of a bad matrix, which no factor of 0
+    # removes: the old values of such a matrix are put back
     puts_back = finite is not None and step.member.finite is not None
     flags = None if puts_back else finite
     alpha, decay_factor = -step.lr_factor, 1.0 - lr**step.decay_power * weight_decay
@@ -64,7 +64,7 @@ def write_(
     if flags is not None:
         terms = [_masked(term, flags) for term in terms]
     if W.stride(-1) != 1 and W.stride(-2) == 1:
-        # panels must run along the memory: write the turned weight turned back
+        # panels must run along the memory: write the transposed weight as it is stored
         W, terms = W.mT, [term.mT for term in terms]
         if isinstance(decay_factor, Tensor) and decay_factor.dim() > 1:
             decay_factor = decay_factor.mT
@@ -83,7 +83,7 @@ def write_list_(
     weight_decay: float,
     finite: Tensor | None = None,
 ) -> bool:
-    """The same for K matrices (m, n) wherever they lie, which need not be copied into a stack.
+    """``write_`` for a list of K matrices (m, n), which are not copied into a stack.
 
     Returns:
         Whether it was done: there must be a kernel that writes this step into a list.
@@ -127,11 +127,11 @@ def _try_fused_write_(
 def _masked_decay(W: Tensor, decay_factor: float | Tensor, *masks: Tensor | None) -> float | Tensor:
     """The decay factor, and 1 where a mask is 0.
 
-    It is chosen, not computed, and in the accumulator's precision: the bits of a plain number.
+    Selected by ``where``, not computed, in the accumulation dtype: same bits as a plain number.
     """
     for mask in masks:
         if mask is not None:
-            if not isinstance(decay_factor, Tensor):  # made there: a copy would wait for the device
+            if not isinstance(decay_factor, Tensor):  # filled there: a copy would wait
                 decay_factor = torch.full(
                     (), decay_factor, dtype=_accumulation_dtype(W), device=W.device
                 )
@@ -141,7 +141,7 @@ def _masked_decay(W: Tensor, decay_factor: float | Tensor, *masks: Tensor | None
 
 
 def _masked(term: Term, finite: Tensor) -> Term:
-    """The term times 0 or 1, in its own dtype: a product with float32 would widen it."""
+    """The term times 0 or 1, in the term's dtype: a product with float32 would widen the term."""
     return (
         Dense(term.U * finite.to(term.U.dtype)) if isinstance(term, Dense) else term.scaled(finite)
     )
@@ -161,8 +161,8 @@ def _accumulation_dtype(W: Tensor) -> torch.dtype:
 def _limit_rel_norm(
     W: Tensor, terms: list[Term], max_rel_norm: float, lr: float | Tensor, lr_factor: float
 ) -> list[Term]:
-    """Shrink the step to cap * ||W||_F per matrix; a zero weight does not cap."""
-    check(all(isinstance(term, Dense) for term in terms), "cap works with Dense terms only")
+    """Shrink the step to max_rel_norm * ||W||_F per matrix; a zero weight sets no limit."""
+    check(all(isinstance(term, Dense) for term in terms), "max_rel_norm needs Dense terms")
     U = sum((term.U for term in terms if isinstance(term, Dense)), torch.zeros((), device=W.device))
     size = torch.linalg.vector_norm(U, dim=(-2, -1), keepdim=True) * (lr * abs(lr_factor))
     limit = max_rel_norm * torch.linalg.vector_norm(W.to(U.dtype), dim=(-2, -1), keepdim=True)
@@ -206,7 +206,7 @@ def _changes(
 
 
 def _matrices(W: Tensor) -> list[slice]:
-    """All matrices at once if they are small together, else one by one."""
+    """Slices of the matrices: all at once if W is small, else one by one."""
     if W.numel() <= WRITE_PANEL:
         return [ALL]
     return [slice(k, k + 1) for k in range(len(W))]

@@ -50,7 +50,7 @@ class BlockSchedule(GradientSplit):
     def terms(
         self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
-        """The whole of an active block; moments and clock begin in the step that activates it."""
+        """One term for all of an active block; moments and clock begin in its first step."""
         assert w.grad is not None
         if w.t == w.state_since:
             for X in w.state.values():

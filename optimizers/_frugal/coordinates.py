@@ -244,7 +244,7 @@ class SplitTerm(Term):
 
     @override
     def fused_write_(self, W: Tensor, by: WriteScalars, other: Term | None = None) -> bool:
-        """Adam inside and no other term beside it."""
+        """Write by one kernel, for Adam and without another term."""
         if other is not None or not isinstance(self.base_optimizer, Adam):
             return False
         t, dim = self.adam_step, None if self.coordinates.kind == "randk" else self.coordinates.dim
@@ -288,11 +288,11 @@ class SplitTerm(Term):
             return rows, self.positions[ks]
         if (start, stop) == (0, self.G.shape[-2]):
             return ALL, self.positions[ks]
-        unit = 1 if self.coordinates.kind == "rows" else self.G.shape[-1]
+        width = 1 if self.coordinates.kind == "rows" else self.G.shape[-1]
         numbers = self.positions[ks]  # of one matrix: only single ones are cut into rows
-        edges = torch.tensor([[start * unit, stop * unit]])
+        edges = torch.tensor([[start * width, stop * width]])
         low, high = torch.searchsorted(numbers, edges)[0].tolist()
-        return slice(low, high), numbers[:, low:high] - start * unit
+        return slice(low, high), numbers[:, low:high] - start * width
 
 
 def _gather(X: Tensor, dim: int, positions: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ def _decay_and_add_(W: Tensor, U: Tensor, decay_factor: float, alpha: float) -> 
     """W <- decay_factor W + alpha U, in place; large ones in one pass, by torch's kernel of SGD.
 
     That kernel rounds the last entries of a tensor differently, so nothing that may be part of a
-    stack goes there, and takes tensors for runs of memory, which cut ones are not.
+    stack goes there. It reads memory from end to end, so W must be contiguous.
     """
     large = len(W) == 1 and W.numel() >= SPLIT_PANEL and W.is_contiguous() and W.dtype == U.dtype
     if decay_factor == 1.0 or alpha >= 0.0 or not large:

@@ -46,7 +46,7 @@ class SubspaceSplit(GradientSplit):
     published: bool = False
 
     def __post_init__(self) -> None:
-        self.projector  # noqa: B018  which refuses kinds and sides that do not go together
+        self.projector  # noqa: B018  building it refuses what excludes each other
 
     @property
     def full(self) -> bool:
@@ -107,7 +107,7 @@ class SubspaceSplit(GradientSplit):
         lift = self.lifted_term(w, base_optimizer, R, t, basis)
         if no_residual:
             return (lift,)
-        if not self.published and state_free.floor is None:  # round-off shall have the sign 0
+        if not self.published and state_free.floor is None:  # so that round-off has the sign 0
             threshold = ROUNDOFF_ULPS * torch.finfo(R.dtype).eps
             state_free = make_state_free(w, state_free.kind, state_free.scale, threshold)
 

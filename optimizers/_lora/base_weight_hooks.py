@@ -43,7 +43,7 @@ class BaseWeights:
         optimizer: Optimizer,
         reduce: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        self._optimizer, self._reduce = optimizer, reduce  # loading replaces its state
+        self._optimizer, self._reduce = optimizer, reduce  # not the state, which loading replaces
         self._pairs_over: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
         self._views: dict[Tensor, MatrixView] = {}
         self._passes: dict[Tensor, int] = {}  # by W0: backward passes since the last step
@@ -71,7 +71,7 @@ class BaseWeights:
         ]
 
     def _accumulate_squares(self, W: Tensor) -> None:
-        """After each backward pass: the mean of the sums so far; the gradient is dropped."""
+        """Average the sums of this backward pass into ``seen``, and drop the gradient."""
         assert W.grad is not None
         G, W.grad = self._views[W].to_matrices(W.grad), None
         G = G if G.dtype == torch.float64 else G.float()

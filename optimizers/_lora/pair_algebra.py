@@ -62,7 +62,7 @@ def is_nonzero(S: Tensor) -> Tensor:
 
 
 def damped(S: Tensor, delta: float, relative: float = 0.0, least: float = 0.0) -> Tensor:
-    """S + d I, d = delta + relative * mean eigenvalue, at least `least` of it: a new tensor."""
+    """S + d I as a new tensor, d = max(delta + relative * mean, least * mean) of eigenvalues."""
     K = S.clone()
     diagonal = K.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)

@@ -449,7 +449,7 @@ def _read_pair(
     """The pair of these names; None if it is frozen, not wanted, or known by other names.
 
     Args:
-        names: The names.
+        names: Names of the two factors.
         named: Parameters by name.
         owner: The module that the names belong to, if it is known.
         kinds: Which kinds of pairs are wanted.

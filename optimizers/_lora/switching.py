@@ -43,7 +43,7 @@ def switch_rate(t: int, horizon: float) -> float:
 def exchange_vectors_(
     A: Tensor, B: Tensor, I: Tensor, C: Tensor, J: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A[I] <- C, then B[:, J] <- D^T, in place, and what the product loses by it.
+    """Set A[I] <- C, then B[:, J] <- D^T, in place; return the loss of B A as two factors.
 
     Args:
         A: (r, n).
@@ -74,8 +74,8 @@ def fold_into_weight_(W: Tensor, P: Tensor, N: Tensor, s: float) -> None:
 
 def reset_vectors_(w: Member, j: int, at: Tensor, freeze: int) -> None:
     """Zero the state of vectors `at` of matrix j, whose counterparts are new, and freeze them."""
-    to = {"exp_avg": 0, "exp_avg_sq": 0, "count": 0, "frozen": max(freeze, 0)}
-    for key, value in to.items():
+    values = {"exp_avg": 0, "exp_avg_sq": 0, "count": 0, "frozen": max(freeze, 0)}
+    for key, value in values.items():
         X = w.state[key][j]
         X.index_fill_(w.number, at.to(X.device), value)
 
@@ -86,7 +86,7 @@ def reset_vectors_(w: Member, j: int, at: Tensor, freeze: int) -> None:
 def init_stds(m: int, n: int, r: int, s: float) -> tuple[float, float]:
     """Standard deviations of the entries of A and of B.
 
-    So that s B A has entries as ``torch.nn.Linear`` draws them, gain / sqrt(n) with gain
+    With them s B A has entries as ``torch.nn.Linear`` draws them, gain / sqrt(n) with gain
     1 / sqrt(3), and a step of A changes W as much as a step of B.
     """
     std = math.sqrt(1 / (math.sqrt(3) * s * math.sqrt(r * n)))

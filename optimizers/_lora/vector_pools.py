@@ -117,7 +117,7 @@ class VectorPool:
     def exchange(
         self, k: int, X: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Put the vectors of the next k slots back as they are now, and hand out what enters.
+        """Store the vectors of the next k slots in the pool, and return those that replace them.
 
         Args:
             k: How many, at least 1.
@@ -167,7 +167,7 @@ def fill_pools_(A: Tensor, B: Tensor, r: int, s: float, generator: torch.Generat
 
 
 def start_pools_(a: VectorPool, b: VectorPool, s: float, generator: torch.Generator) -> None:
-    """Draw both pools; cursors half a turn apart: what one frees the other has just frozen."""
+    """Draw both pools; cursors start r // 2 apart, so neither meets slots the other has frozen."""
     r = len(a.slots)
     fill_pools_(a.vectors, b.vectors, r, s, generator)
     a.start(0)
@@ -205,7 +205,7 @@ def _with_pools(saved: Any, units: Sequence[Unit]) -> tuple[Any, list[Unit]]:
 def _redraw_(
     units: Sequence[Unit], plan: StepPlan, state: Mapping[Tensor, Mapping[str, Any]]
 ) -> None:
-    """Fill the pools that a checkpoint lacked; vectors in use stay, and overwrite theirs later."""
+    """Fill pools that a checkpoint lacked; vectors in use stay, and are stored as they leave."""
     if units:
         warn_user("the checkpoint has no pools, so candidates are drawn anew")
     for unit in units:

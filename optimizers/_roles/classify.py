@@ -307,9 +307,7 @@ outputs of a vocabulary
 
 def _matches(key: Key, p: nn.Parameter, sites: list[ParamSite]) -> bool:
     """Whether an override is meant for this parameter, under any of its names."""
-    if isinstance(
-        key, str
-    ):  # exact first: a name may hold characters that mean something in a glob
+    if isinstance(key, str):  # exact first: a name may hold characters of a glob
         return any(key == s.name or fnmatchcase(s.name, key) for s in sites)
     if isinstance(key, Tensor):
         return key is p

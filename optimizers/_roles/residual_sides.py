@@ -14,8 +14,8 @@ from .classify import Row
 def sides_of(rows: Sequence[Row], rule: Rule) -> dict[str | None, str | tuple[str, ...]]:
     """The field ``side`` of each matrix's group, by name, where the model tells it.
 
-    One rotation for several weights has a side for each of them: every run of weights that share it
-    has a tuple. Runs with another tuple are of another group.
+    Weights that share one rotation have a tuple, with a side for each of them. Runs of weights with
+    different tuples go to different groups.
     """
     if len(rule.members) == 1:
         short_sides = {row.name: short_side(row) for row in rows if asks_side(rule)}
@@ -35,7 +35,7 @@ def sides_of(rows: Sequence[Row], rule: Rule) -> dict[str | None, str | tuple[st
 
 
 def _shared_side(run: Sequence[Row]) -> str | tuple[str, ...] | None:
-    """The residual side of each weight of a run, one word if all are the same.
+    """The residual side of each weight of a run, one string if all are the same.
 
     None if no side is known, or if the known ones are not the shortest length that all share. A
     weight of unknown side has the side of that length, the rows if both sides have it.
@@ -83,5 +83,5 @@ def short_side(row: Row) -> str | None:
     gradient has the rank to determine it.
     """
     views = split_view(row.view, row.shape)
-    fits = all((b.m <= b.n) if row.side == "rows" else (b.n <= b.m) for b in views)
+    fits = all((v.m <= v.n) if row.side == "rows" else (v.n <= v.m) for v in views)
     return row.side if fits else None

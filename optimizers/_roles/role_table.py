@@ -100,7 +100,7 @@ class ParamSite:
                 yield from (getattr(config, name) for name in names if hasattr(config, name))
 
     def count(self, what: str) -> int | None:
-        """One of :data:`COUNTS`: heads by the modules around, all by the configuration."""
+        """Look up one of :data:`COUNTS` in the modules around (but the width), then in configs."""
         names = COUNTS[what]
         near = (
             []
@@ -351,7 +351,7 @@ def part_of(s: ParamSite, role: str) -> str:
 
 
 def partner_name(s: ParamSite, part: str) -> str | None:
-    """The name of the up projection of a gate, of the gate of an up projection."""
+    """The name of the up projection of a gate, or of the gate of an up projection."""
     wanted = [words for other, words, _ in PART_TABLE if other == _PARTNERS.get(part)]
     before = s.name.rpartition(s.word)[0]
     for word, thing in s.siblings.items():

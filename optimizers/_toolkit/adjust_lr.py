@@ -1,6 +1,6 @@
-"""What multiplies lr in the update of a matrix, by the names that ``adjust_lr_fn`` takes.
+"""Factors of lr in the update of a matrix, by the names that ``adjust_lr_fn`` takes.
 
-The factor depends on the shape alone. It multiplies the update, never the weight decay.
+A factor depends on the shape alone, and multiplies the update, never the weight decay.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ADJUST_LR_FNS: dict[str, Callable[[int, int, int], float]] = {
 
 
 def adjust_lr(name: str, m: int, n: int, rank: int) -> float:
-    """What multiplies lr in the update of an m x n weight.
+    """The factor of lr in the update of an m x n weight.
 
     Args:
         name: A key of ``ADJUST_LR_FNS``.

@@ -133,7 +133,7 @@ class LowRankRule(Rule, abstract=True):
     @property
     @override
     def handles_nonfinite(self) -> bool:  # type: ignore[override]
-        """True but for the published order, whose moments take no flags."""
+        """False in the published order, whose moments take no flags."""
         return not self.published
 
     @override

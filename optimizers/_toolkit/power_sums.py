@@ -71,7 +71,7 @@ def momentum_norms(
 ) -> DenseNorms | SeriesNorms:
     """Move the average M by G, M <- M + (1 - momentum) (G - M), and sum over the step.
 
-    Kernels and panels do both in one pass, in which the step is never whole.
+    Kernels and panels do both in one pass, in which the step is never stored whole.
 
     Args:
         M: (K, m, n), changed in place.
@@ -109,7 +109,7 @@ def along_memory(X: Tensor) -> Tensor:
 
 
 class DenseNorms:
-    """Sums over matrices X (K, m, n) that are held whole; sinh is exact."""
+    """Sums over matrices X (K, m, n) that are stored as one tensor; sinh is exact."""
 
     def __init__(self, X: Tensor) -> None:
         largest = X.abs().amax((-2, -1), keepdim=True)
@@ -153,11 +153,11 @@ class SeriesNorms:
     def sinh_squares(self, c: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """The sum of sinh^2(c x), (K, 1, 1), up to the error of the series; c (K, 1, 1)."""
         squares = (self._scale * c.view(-1, 1)).square()
-        power_sums, power = SINH_SQUARED_SERIES[0] * squares.sum(-1), squares
+        series, power = SINH_SQUARED_SERIES[0] * squares.sum(-1), squares
         for factor, sizes in zip(SINH_SQUARED_SERIES[1:], self._powers, strict=False):
             power = power * squares
-            power_sums = power_sums + factor * (power * sizes).sum(-1)
-        return reductions.both(power_sums.view(-1, 1, 1))
+            series = series + factor * (power * sizes).sum(-1)
+        return reductions.both(series.view(-1, 1, 1))
 
 
 class KernelNorms(SeriesNorms):
@@ -176,16 +176,16 @@ class KernelNorms(SeriesNorms):
 def _panel_power_sums(X: Tensor, terms: int) -> list[Tensor]:
     """``terms`` numbers: the panel's norm in float64, and sums of (x / norm)^4, ^6 and so on."""
     norm: Tensor = torch.linalg.vector_norm(X, dtype=torch.float64)
-    power_sums = [norm]
+    sums = [norm]
     if terms > 1:
         inverse_norm = norm.reciprocal()
         inverse_norm.clamp_(max=torch.finfo(X.dtype).max)  # a panel of zeros has finite products
         q = (X.reshape(-1) * inverse_norm.to(X.dtype)).square_()
         power = q.clone()
         for _ in range(terms - 1):
-            power_sums.append(torch.dot(q, power))
+            sums.append(torch.dot(q, power))
             power.mul_(q)
-    return power_sums
+    return sums
 
 
 def to_float64(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What rules of one row per token, neuron or expert share: norms, centring, pairs, RMS scale."""
+"""Base of the rules that treat rows (tokens, neurons, experts) alike: norms, centring, pairs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class RowRule(Rule, abstract=True):
 
     @override
     def update(self, *members: Member) -> tuple[Direction, ...]:
-        """One step for a stack; a half of a pair without a gradient sits out."""
+        """One step for a stack; a member of a pair without a gradient is left out."""
         ws, Ms, squares_found = [], [], []
         for w in members:
             if w.grad is not None:
@@ -104,18 +104,19 @@ class RowRule(Rule, abstract=True):
         """
         w, layout = ws[0], self.pair
         X = join_pairs(torch.cat(list(Ms), -1) if len(Ms) > 1 else Ms[0], layout)
-        U, by = self.centered_map(X, w)
+        U, scale = self.centered_map(X, w)
         if self.adjust_lr_fn == "match_rms_adamw":
-            by = rms_factor(U, self.rms_target, w.reductions, self.row_entries(w, len(ws)))
+            scale = rms_factor(U, self.rms_target, w.reductions, self.row_entries(w, len(ws)))
         U = split_pairs(U, layout)
         parts = [U] if len(ws) == 1 else torch.split(U, w.n, -1)
-        return [Dense(V) if by is None else Scaled(V, by) for V in parts]
+        return [Dense(V) if scale is None else Scaled(V, scale) for V in parts]
 
     def centered_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """``base_map`` of X, with the mean row taken off before and after it if centred."""
         X = center(X, w.reductions, self.row_count(w)) if self.centred else X
-        U, by = self.base_map(X, w)
-        return center(U, w.reductions, self.row_count(w), in_place=True) if self.centred else U, by
+        U, scale = self.base_map(X, w)
+        U = center(U, w.reductions, self.row_count(w), in_place=True) if self.centred else U
+        return U, scale
 
     def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """The map of X (K, m, n) as a new tensor, and the published scale (K, 1, 1) or None.
@@ -153,7 +154,7 @@ class RowPolarRule(RowRule, abstract=True):
         steps = self.ns_steps
         check(steps is None or 1 <= steps < 100, f"ns_steps must be in [1, 99], got {steps}")
         check_eps(self.eps)
-        if self.polar != "inverse_root":  # what the kernel refuses is refused here
+        if self.polar != "inverse_root":  # raises here for what the kernel refuses
             polar_factor(torch.empty(1, 0, 1), self.polar, steps=steps)
         check(
             self.alpha == 0.0 or self.adjust_lr_fn == "none",
@@ -206,7 +207,7 @@ def row_squares(X: Tensor, reductions: Reductions) -> Tensor:
 def row_factors(
     squares: Tensor, mode: str, eps: float | None, reductions: Reductions, m: int
 ) -> Tensor:
-    """What brings rows of these squared norms (K, m, 1) to norm 1; zero rows stay zero.
+    """Factors (K, m, 1) that bring rows of these squared norms to norm 1; zero rows stay zero.
 
     Args:
         squares: (K, m, 1).
@@ -221,11 +222,11 @@ def row_factors(
 
 
 def rms_factor(U: Tensor, target: float, reductions: Reductions, n: int) -> Tensor:
-    """What brings the nonzero rows of U (K, m, n) to this root mean square, as (K, 1, 1)."""
+    """Factor (K, 1, 1) that brings the nonzero rows of U (K, m, n) to this root mean square."""
     squares = row_squares(U, reductions)
     rows = reductions.rows((squares > 0).to(U.dtype).sum(-2, keepdim=True))
-    size = reductions.rows(total(squares.mT))
-    return torch.where(size > 0, target * (rows * n / size).sqrt_(), 0.0)
+    square_sum = reductions.rows(total(squares.mT))
+    return torch.where(square_sum > 0, target * (rows * n / square_sum).sqrt_(), 0.0)
 
 
 def center(X: Tensor, reductions: Reductions, m: int, in_place: bool = False) -> Tensor:
