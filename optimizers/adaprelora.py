@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class AdaPreLoRARule(LoRARule):
     """dX = (U / y - 1/2 X K X^T U) / s^2 for X = A^T with weights y = q; B alike, with y = p.
 
-    U is the gradient times the other factor's damped (X^T diag(y) X)^-1, K is its own one.
+    U is the gradient times the other factor's damped (X^T diag(y) X)^-1, K is that inverse of X.
     """
 
     yields_batched_calls = True

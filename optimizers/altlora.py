@@ -162,8 +162,8 @@ class AltLoRARule(LoRARule):
         """Whether the schedule lets this factor move in this step."""
         if self.schedule == "both":
             return True
-        others = (w.t - 1) // self.switch_every % 2 == 1
-        return others != (self.first == self.members[w.number])
+        second_moves = (w.t - 1) // self.switch_every % 2 == 1
+        return second_moves != (self.first == self.members[w.number])
 
     @property
     def published(self) -> bool:

@@ -87,7 +87,7 @@ class AuONRule(Rule):
             return self.hybrid(w)
         mu, B, G = self.momentum, w.state["momentum_buffer"], w.grad
         work = torch.promote_types(torch.promote_types(B.dtype, G.dtype), torch.float32)
-        M = B.to(work)  # (K, m, n), the buffer itself where it is as wide
+        M = B.to(work)  # (K, m, n), the buffer itself if of that dtype
         terms = series_length(w.m * w.n, self.cosh_scale)
         # only sums over V are needed, so V is never stored
         V = momentum_norms(M, G, mu, self.nesterov, terms, w.finite)

@@ -109,7 +109,7 @@ class RowNormRule(RowRule):
 
 
 class RowNorm(StackedOptimizer):
-    """RowNorm: every row of the momentum at one length; AdamW for what is no matrix.
+    """RowNorm: every row of the momentum at one length; AdamW for everything that is not a matrix.
 
     For each matrix W (m x n) with gradient G, C X = X less the mean of its rows::
 

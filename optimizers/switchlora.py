@@ -93,9 +93,9 @@ class SwitchLoRARule(LoRARule):
             k = min(k, max_exchanges(a, b))
             if k:
                 rng = rng_for(self.seed, A.indices, A.t, CHOICE_STREAM)
-                order = rng.generator(j) if self.choice == "random" else None
-                I, C = a.exchange(k, X[j], order)
-                J, D = b.exchange(k, Y[j].mT, order)
+                generator = rng.generator(j) if self.choice == "random" else None
+                I, C = a.exchange(k, X[j], generator)
+                J, D = b.exchange(k, Y[j].mT, generator)
                 P, N = exchange_vectors_(X[j], Y[j], I, C, J, D)
                 fold_into_weight_(W0[j], P, N, self.s)
                 reset_vectors_(B, j, I, self.freeze_steps)

@@ -165,7 +165,7 @@ class SymmetryStack(StackedOptimizer):
             raise
 
     def _grouped_by_policy(self, group: dict[str, Any]) -> list[Settings]:
-        """Groups with a rule from a group without one; what torch refuses stays as it is."""
+        """Groups with a rule from a group without one; what torch refuses is returned unchanged."""
         if "params" not in group or isinstance(group["params"], set):
             return [group]
         params, names = parameters_of(group)

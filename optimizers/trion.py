@@ -74,8 +74,9 @@ class TrionRule(Rule):
     def update(self, w: Member) -> Direction:
         """One step of K equal weights; the host never waits for the choice of I."""
         assert w.grad is not None
-        B, G, D, r = w.state["momentum_buffer"], w.grad, self.cosines, resolve_rank(self.rank, w.m)
-        # (K, m, n), B itself where B is as wide as G
+        B, G = w.state["momentum_buffer"], w.grad
+        D, r = self.cosines, resolve_rank(self.rank, w.m)
+        # (K, m, n), B itself where its dtype is as wide as G's
         M = momentum_step(B, G, 1.0, kind="sum", finite=w.finite)
         S, row_scores = D.spectrum(M)  # (K, m, n)
         index = D.choose(S, r, reductions=w.reductions, row_scores=row_scores)  # (K, r), ascending

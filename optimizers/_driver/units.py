@@ -20,7 +20,7 @@ from .._core.views import MatrixView, split_view
 from .windows import drops_state
 
 MAX_STACKED_NUMEL = {"cpu": 2**15}
-"""Largest matrix, in elements, that is stacked: below it fewer calls outweigh the copies.
+"""Largest matrix, in elements, that is stacked: for smaller ones fewer calls outweigh the copies.
 
 ``python bench/toolkit.py --only stack`` measures a limit. A larger limit would still help GaLore,
 but stacks are copies, and ``kernels/reference/matmul.py`` needs a limit below 2**16.

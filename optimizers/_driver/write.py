@@ -190,7 +190,7 @@ def _changes(
     decay_factor: float | Tensor,
     decay_last: bool,
 ) -> Iterator[tuple[Panel, Change]]:
-    """Each panel of W, and what is to be done to its values in the accumulation dtype."""
+    """Each panel of W, and the change of its values, made in the accumulation dtype."""
     decay_before, decay_after = (1.0, decay_factor) if decay_last else (decay_factor, 1.0)
     in_place = W.dtype == dtype
     if in_place and terms and terms[0].fuses_decay and not isinstance(decay_before, Tensor):

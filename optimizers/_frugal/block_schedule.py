@@ -78,21 +78,21 @@ class BlockSchedule(GradientSplit):
 @lru_cache(maxsize=65536)
 def _active_blocks(schedule: BlockSchedule, window: int, count: int) -> frozenset[int]:
     """Compute `active_blocks`, cached since every block asks for the same window."""
-    a = resolve_count(schedule.share, count)
-    if a == 0 and schedule.share > 0:
+    active = resolve_count(schedule.share, count)
+    if active == 0 and schedule.share > 0:
         warn_rounds_to_zero(schedule.share, f"{count} blocks")
     if schedule.order == "random":
         generator = StackRNG(schedule.seed, (0,), window).generator(0)
-        return frozenset(torch.randperm(count, generator=generator)[:a].tolist())
+        return frozenset(torch.randperm(count, generator=generator)[:active].tolist())
     if schedule.order == "mirror":
         check(
-            a % 2 == 0,
+            active % 2 == 0,
             f"block_order='mirror' takes blocks in pairs, but density {schedule.share} of {count} "
-            f"blocks is {a}: choose a density that gives an even number, or another order",
+            f"blocks is {active}: choose a density that gives an even number, or another order",
         )
-        front = {(window * (a // 2) + i) % (count // 2) for i in range(a // 2)}
+        front = {(window * (active // 2) + i) % (count // 2) for i in range(active // 2)}
         return frozenset(front | {count - 1 - i for i in front})
-    forward = {(window * a + i) % count for i in range(a)}
+    forward = {(window * active + i) % count for i in range(active)}
     return frozenset(forward if schedule.order == "ascending" else {count - 1 - i for i in forward})
 
 

@@ -1,6 +1,6 @@
 """Row and column sums of G*G of the frozen weights under LoRA pairs, read by hooks.
 
-A factor's gradient shows a part of G only. For energies of all of G autograd has to form G: each
+A factor's gradient shows a part of G only. For sums over all of G autograd has to form G: each
 base weight gets a gradient, which a hook reads and drops.
 """
 

@@ -124,7 +124,7 @@ def accepts_groups(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
-    """Groups from a module or its named parameters; groups and torch's errors as they are."""
+    """Groups from a module or its named parameters; groups, and what torch refuses, unchanged."""
     base = len(rule.members) == 3
     if isinstance(params, nn.Module):
         return lora_param_groups(params, scale=scale, base_weight=base)

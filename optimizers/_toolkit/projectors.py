@@ -30,7 +30,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from .._core.validation import check, resolve_rank
+from .._core.validation import check
 from .dense_projectors import (
     DenseProjector,
     PowerProjector,
@@ -41,7 +41,6 @@ from .dense_projectors import (
 )
 from .index_projectors import (
     DctProjector,
-    IndexProjector,
     RandKProjector,
     TopKProjector,
     clear_rows_,
@@ -54,14 +53,12 @@ __all__ = [
     "PROJECTION_KINDS",
     "DctProjector",
     "DenseProjector",
-    "IndexProjector",
     "Projector",
     "StackRNG",
     "clear_rows_",
     "fix_signs",
     "make_projector",
     "projects_columns",
-    "resolve_rank",
     "take_rows",
     "top_bases",
     "top_basis",
