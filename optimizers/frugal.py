@@ -162,7 +162,7 @@ class FRUGALRule(Rule):
     @property
     @override
     def refresh_interval(self) -> int:
-        """Updates between two choices; 0 for blocks, which `state_since_at` chooses."""
+        """Updates between two choices; 0 for blocks, which ``state_since_at`` chooses."""
         return 0 if self.split == "block" or self.density == 0 else self.update_gap
 
     @property

@@ -49,7 +49,7 @@ class GaLoreRule(LowRankRule):
 
     @override
     def update(self, w: Member) -> Direction:
-        """R = P^T G; N = adam(R); step along scale * P N. The basis P is made by `refresh`."""
+        """R = P^T G; N = adam(R); step along scale * P N. The basis P is made by ``refresh``."""
         assert w.grad is not None
         # (K, r, n); with a basis on both sides R = P^T G Q is (K, r, r)
         R = self.projector.project(w.state, w.grad, w.reductions)

@@ -24,7 +24,7 @@ BLOCK_ORDERS = ("random", "ascending", "descending", "mirror")
 
 @dataclass(frozen=True)
 class BlockSchedule(GradientSplit):
-    """Which blocks are active in which window of `gap` updates; windows are numbered from 0.
+    """Which blocks are active in which window of ``gap`` updates; windows are numbered from 0.
 
     Attributes:
         order: ``"random"``: a new set in each window; ``"ascending"``, ``"descending"``: the next
@@ -43,7 +43,7 @@ class BlockSchedule(GradientSplit):
 
     @override
     def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
-        """State of an active block; the driver drops it where `state_since` is 0."""
+        """State of an active block; the driver drops it where ``state_since`` is 0."""
         return base_optimizer.slots("mn")
 
     @override
@@ -59,11 +59,11 @@ class BlockSchedule(GradientSplit):
         return (Dense(base_optimizer.direction(w.state, w.grad, own_step)),)
 
     def active_blocks(self, window: int, count: int) -> frozenset[int]:
-        """Numbers of the active blocks among `count`."""
+        """Numbers of the active blocks among ``count``."""
         return _active_blocks(self, window, count)
 
     def state_since(self, number: int, count: int, t: int) -> int:
-        """The update since which block `number` has its state of update t; 0 without state."""
+        """The update since which block ``number`` has its state of update t; 0 without state."""
         window = (t - 1) // self.gap
         active = self.active_blocks(window, count)
         if number not in active:
@@ -77,7 +77,7 @@ class BlockSchedule(GradientSplit):
 
 @lru_cache(maxsize=65536)
 def _active_blocks(schedule: BlockSchedule, window: int, count: int) -> frozenset[int]:
-    """Compute `active_blocks`, cached since every block asks for the same window."""
+    """Compute ``active_blocks``, cached since every block asks for the same window."""
     active = resolve_count(schedule.share, count)
     if active == 0 and schedule.share > 0:
         warn_rounds_to_zero(schedule.share, f"{count} blocks")

@@ -23,7 +23,7 @@ SPLIT_PANEL = 2**19
 """Entries of a panel on CPU: more than ``write.WRITE_PANEL``, as a panel needs a dozen calls."""
 
 DirectionFn = Callable[[Tensor, slice, slice], Tensor]
-"""(R, ks, part) -> direction of R, which is `part` of the coordinates of the matrices `ks`."""
+"""(R, ks, part) -> direction of R, which is ``part`` of the coordinates of the matrices ``ks``."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class CoordinateSplit(GradientSplit):
         return torch.stack([torch.randperm(length, generator=g)[:c] for g in generators])
 
     def find(self, rng: StackRNG, m: int, n: int, old: Tensor) -> Tensor:
-        """Draw numbers and put them in the order, dtype and device in which `old` is stored."""
+        """Draw numbers and put them in the order, dtype and device in which ``old`` is stored."""
         length = self.length(m, n)
         index = self.draw(rng, length, old.shape[-1])
         if self.ordered:  # by a mask, which is faster than a sort
@@ -145,7 +145,7 @@ class CoordinateSplit(GradientSplit):
         return {k: X for k, X in state.items() if k not in ("index", "age")}
 
     def panel_of(self, X: Tensor, ks: slice, part: slice) -> Tensor:
-        """The part of a moment or of the ages X that belongs to a panel; see `DirectionFn`."""
+        """The part of a moment or of the ages X that belongs to a panel; see ``DirectionFn``."""
         if self.kind == "rows":
             return X[ks, part]
         if self.kind == "randk":
@@ -155,21 +155,21 @@ class CoordinateSplit(GradientSplit):
 
 @dataclass(frozen=True, eq=False)
 class SplitTerm(Term):
-    """`step` on the chosen coordinates of G, `state_free` on the rest, in one pass over the weight.
+    """``step`` on chosen coordinates of G, ``state_free`` on the rest, in one pass over the weight.
 
-    Moments move while the weight is written: `step` is called exactly once for every coordinate, a
-    panel of rows at a time, so that gradient, moments and weight of a panel share the cache. Where
-    a weight cannot be written so, or a flag on a device multiplies the term, both parts are first
-    made as one tensor.
+    Moments move while the weight is written: ``step`` is called exactly once for every coordinate,
+    a panel of rows at a time, so that gradient, moments and weight of a panel share the cache.
+    Where a weight cannot be written so, or a flag on a device multiplies the term, both parts are
+    first made as one tensor.
 
     Attributes:
         coordinates: Kind of the coordinates.
         G: (K, m, n).
         index: (K, c), numbers of the chosen coordinates.
         state_free: Direction of the other coordinates.
-        step: Direction of the chosen coordinates (K, ., .); `part` counts rows where the
+        step: Direction of the chosen coordinates (K, ., .); ``part`` counts rows where the
             coordinates are columns, else coordinates.
-        base_optimizer: The optimizer behind `step`, for a kernel that does both parts, or None.
+        base_optimizer: The optimizer behind ``step``, for a kernel that does both parts, or None.
         moments: State of the base optimizer.
         adam_step: The base optimizer's t, or ages that broadcast against the coordinates.
     """
@@ -271,7 +271,7 @@ class SplitTerm(Term):
         return True
 
     def _fill_rows(self, U: Tensor, ks: slice, rows: slice) -> None:
-        """Write the rows `rows` of both parts into U."""
+        """Write the rows ``rows`` of both parts into U."""
         X = self.G[ks, rows]
         self.state_free(X, ks, U)
         if self.coordinates.kind == "randk":
@@ -282,7 +282,7 @@ class SplitTerm(Term):
             _scatter_(U, self.coordinates.dim, positions, N)
 
     def _part_in_rows(self, ks: slice, rows: slice) -> tuple[slice, Tensor]:
-        """The `part` for `step` in these rows, and its positions within the panel."""
+        """The ``part`` for ``step`` in these rows, and its positions within the panel."""
         start, stop, _ = rows.indices(self.G.shape[-2])
         if self.coordinates.kind == "columns":
             return rows, self.positions[ks]

@@ -22,7 +22,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class StateFreeUpdate:
-    """A direction that needs no state: the sign of X, X itself, or zero; times `scale`.
+    """A direction that needs no state: the sign of X, X itself, or zero; times ``scale``.
 
     Attributes:
         kind: ``"sign_sgd"``, ``"sgd"`` or ``"no"``.
@@ -35,7 +35,7 @@ class StateFreeUpdate:
     floor: Tensor | None = None
 
     def __call__(self, X: Tensor, ks: slice = ALL, out: Tensor | None = None) -> Tensor:
-        """The direction of X (K, m, n), rows of the matrices `ks`: a new tensor, or `out`."""
+        """The direction of X (K, m, n), rows of the matrices ``ks``: a new tensor, or ``out``."""
         if self.kind == "no":
             return torch.zeros_like(X) if out is None else out.zero_()
         if self.kind == "sgd":
@@ -47,7 +47,7 @@ class StateFreeUpdate:
 
 
 def make_state_free(w: Member, kind: str, scale: float, threshold: float) -> StateFreeUpdate:
-    """Make a state-free update; up to `threshold` times G's root mean square signs are 0."""
+    """Make a state-free update; up to ``threshold`` times G's root mean square signs are 0."""
     if threshold == 0.0 or kind != "sign_sgd":
         return StateFreeUpdate(kind, scale)
     assert w.grad is not None
@@ -61,7 +61,7 @@ class GradientSplit:
     """Base class: which part of a gradient (K, m, n) is state-full, and the terms of both parts."""
 
     handles_nonfinite: ClassVar[tuple[str, ...]] = ()
-    """Base optimizers with which every state update takes `finite`; see :class:`Rule`."""
+    """Base optimizers with which every state update takes ``finite``; see :class:`Rule`."""
 
     def transpose(self, m: int, n: int) -> bool:
         """Whether an m x n weight is transposed first."""
@@ -78,7 +78,7 @@ class GradientSplit:
     def reselect(
         self, w: Member, rng: StackRNG, base_optimizer: BaseOptimizer, policy: str
     ) -> None:
-        """Choose another part, and carry the base optimizer's state by `policy`."""
+        """Choose another part, and carry the base optimizer's state by ``policy``."""
 
     def terms(
         self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
@@ -88,14 +88,14 @@ class GradientSplit:
 
 
 def slots_if_any(c: int, share: float, m: int, n: int, slots: dict[str, Slot]) -> dict[str, Slot]:
-    """The slots, or none where the count c is 0; warns if `share` asked for some."""
+    """The slots, or none where the count c is 0; warns if ``share`` asked for some."""
     if c == 0 and share > 0:
         warn_rounds_to_zero(share, f"a {m} x {n} weight")
     return slots if c else {}
 
 
 def resolve_count(share: float, length: int) -> int:
-    """Turn a share of `length` into a count: an int stays, a part is rounded, halves to even."""
+    """Turn a share of ``length`` into a count: an int stays, a part is rounded, halves to even."""
     return min(share, length) if isinstance(share, int) else round(share * length)
 
 

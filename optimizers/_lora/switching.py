@@ -73,7 +73,7 @@ def fold_into_weight_(W: Tensor, P: Tensor, N: Tensor, s: float) -> None:
 
 
 def reset_vectors_(w: Member, j: int, at: Tensor, freeze: int) -> None:
-    """Zero the state of vectors `at` of matrix j, whose counterparts are new, and freeze them."""
+    """Zero the state of vectors ``at`` of matrix j, whose counterparts are new, and freeze them."""
     values = {"exp_avg": 0, "exp_avg_sq": 0, "count": 0, "frozen": max(freeze, 0)}
     for key, value in values.items():
         X = w.state[key][j]

@@ -94,7 +94,7 @@ class VectorPool:
         return len(self.vectors) - len(self.slots)
 
     def start(self, shift: int) -> None:
-        """The last r entries are in use; with the cursor at `shift` entry 0 enters first."""
+        """The last r entries are in use; with the cursor at ``shift`` entry 0 enters first."""
         r, first = len(self.slots), self.waiting_count
         self.slots = [first + (i - shift) % r for i in range(r)]
         self.cursor = shift
@@ -104,7 +104,7 @@ class VectorPool:
         """The k entries after the one that entered last: first out, first in; or any k that wait.
 
         Args:
-            k: At most `waiting_count`.
+            k: At most ``waiting_count``.
             generator: Decides which; None for the order.
         """
         if generator is None:
@@ -122,7 +122,7 @@ class VectorPool:
         Args:
             k: How many, at least 1.
             X: The factor's vectors, as rows; not changed.
-            generator: See `next_entries`.
+            generator: See ``next_entries``.
 
         Returns:
             The slots (k,), and their new vectors (k, length) on X's device, a tensor of its own.

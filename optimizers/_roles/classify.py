@@ -94,7 +94,7 @@ _PRINTED = ("name", "shape", "role", "rule", "view", "part", "side", "heads", "c
 
 @dataclass(frozen=True)
 class Assignment:
-    """The table that `classify` returns: one `Row` per distinct parameter, in the model's order."""
+    """Table that :func:`classify` returns: one row per distinct parameter, in the model's order."""
 
     rows: tuple[Row, ...]
 
@@ -133,12 +133,12 @@ class Assignment:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Assignment:
-        """Read back what `to_dict` wrote."""
+        """Read back what ``to_dict`` wrote."""
         rows = ({k: _swap(v, list, tuple) for k, v in row.items()} for row in data["rows"])
         return cls(tuple(Row(**row) for row in rows))
 
     def diff(self, other: Assignment) -> list[tuple[str, Row | None, Row | None]]:
-        """Return (name, before, after) for each row that `other` has changed, added or lost.
+        """Return (name, before, after) for each row that ``other`` has changed, added or lost.
 
         A row that one of the tables lacks is None there; rows without a name go by position.
         """
@@ -258,11 +258,11 @@ def classify(
             not known how experts are stored (default: False).
 
     Returns:
-        The table, in the order of `model.named_parameters()`.
+        The table, in the order of ``model.named_parameters()``.
 
     Raises:
         ValueError: An override matches no parameter, or is no role, or asks for the matrix rule
-            where there is no matrix; or `strict` is set and a role is a guess.
+            where there is no matrix; or ``strict`` is set and a role is a guess.
 
     Example:
         >>> from torch import nn

@@ -54,7 +54,7 @@ class BaseOptimizer:
         """Move the state and return N, a new tensor like R.
 
         Args:
-            state: The tensors that `slots` declared, changed in place.
+            state: The tensors that ``slots`` declared, changed in place.
             R: (K, r, n), not changed.
             t: Number of this update from 1, for all of R or for each row or column.
             reductions: Sums over the columns of the weight (default: those of one process).
@@ -68,7 +68,7 @@ class BaseOptimizer:
         Args:
             policy: A policy of :func:`carry_moments`; "ldadam" is "rotate" for an optimizer
                 without Adam's second moment.
-            state: The tensors that `slots` declared.
+            state: The tensors that ``slots`` declared.
             change: Change from the old basis to the new one.
             t: Updates that the state has seen.
         """

@@ -79,7 +79,7 @@ PROJECTION_KINDS = tuple(_PROJECTORS)
 
 
 def projects_columns(proj_type: str, m: int, n: int) -> bool:
-    """Whether `proj_type` projects the right side of an m x n weight, which is then transposed."""
+    """Whether ``proj_type`` projects the right side of an m x n weight by transposing it first."""
     right = {"std": m >= n, "reverse_std": m < n, "right": True, "left": False, "full": False}
     return right[proj_type]
 

@@ -130,7 +130,7 @@ class RowRule(Rule, abstract=True):
         return w.m // 2 if self.pair in ("halves", "interleaved") else w.m
 
     def row_entries(self, w: Member, count: int = 1) -> int:
-        """Entries of one row of the whole weight, of `count` members side by side."""
+        """Entries of one row of the whole weight, of ``count`` members side by side."""
         return count * (2 * w.n if self.pair in ("halves", "interleaved") else w.n)
 
 
@@ -230,7 +230,7 @@ def rms_factor(U: Tensor, target: float, reductions: Reductions, n: int) -> Tens
 
 
 def center(X: Tensor, reductions: Reductions, m: int, in_place: bool = False) -> Tensor:
-    """X (K, m, n) minus the mean of its m rows: (I - 1 1^T / m) X, in X itself if `in_place`."""
+    """X (K, m, n) minus the mean of its m rows: (I - 1 1^T / m) X, in X itself if ``in_place``."""
     mean = reductions.rows(product(X.new_ones(len(X), 1, X.shape[-2]), X)).div_(m)
     return X.sub_(mean) if in_place else X - mean
 

@@ -199,7 +199,7 @@ def _thin_svd(G: Tensor, r: int) -> BasisPair:
 
 
 def _gram_eigenvectors(G: Tensor, r: int, dtype: torch.dtype, both: bool) -> BasisPair:
-    """Singular vectors of one matrix (m, n) by its smaller Gram matrix; Q is empty unless `both`.
+    """Singular vectors of one matrix (m, n) by its smaller Gram matrix; Q is empty unless ``both``.
 
     A tall matrix has Q anyway, from which P follows.
     """
