@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from ._driver.optimizer import StackedOptimizer
 from ._toolkit.row_rules import (
     ROW_MODES,
     RowRule,
+    in_range,
     join_pairs,
     kernel_eps,
     row_factors,
@@ -236,7 +238,10 @@ class RowStep(Deferred):
         U, squares = kernels.momentum_step_(
             self.M, self.G, self.momentum, squares="rows", finite=self.finite
         )
-        if self.eps is None:
+        if self.eps is None and squares.device.type == "cpu":
+            tiny = torch.finfo(squares.dtype).tiny
+            if in_range(squares, *exact_squares(squares.dtype)):  # no row is zero, tiny or huge
+                return U, kernels.row_factors(squares, self.mode, tiny)
             (U,), (squares,) = with_exact_squares([U], [squares])
         return U, kernels.row_factors(squares, self.mode, kernel_eps(self.eps))
 
@@ -261,6 +266,13 @@ class RowStep(Deferred):
         return True
 
 
+@lru_cache
+def exact_squares(dtype: torch.dtype) -> tuple[float, float]:
+    """Between which bounds a sum of squares in this dtype has lost nothing."""
+    info = torch.finfo(dtype)
+    return info.tiny / info.eps**2, info.max
+
+
 def with_exact_squares(
     Ms: Sequence[Tensor], squares: Sequence[Tensor]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -272,10 +284,8 @@ def with_exact_squares(
     """
     if squares[0].device.type != "cpu" or squares[0].numel() == 0:
         return Ms, squares
-    info = torch.finfo(squares[0].dtype)
-    largest = torch.stack([s.amax(-2) for s in squares]).amax(0)
-    outside = (largest < info.tiny / info.eps**2) | ~largest.isfinite()
-    if not bool(outside.any()):
+    largest = reduce(torch.maximum, (s.amax(-2) for s in squares))
+    if in_range(largest, *exact_squares(largest.dtype)):
         return Ms, squares
     Ms = unit_range(Ms)
     return Ms, [kernels.squares(M, -1) for M in Ms]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -251,17 +252,27 @@ def kernel_eps(eps: float | None) -> float:
     return 0.0 if eps is None else eps
 
 
+def in_range(numbers: Tensor, least: float, most: float) -> bool:
+    """Whether all numbers lie from least to most; with a 0 among them the answer is False."""
+    if numbers.numel() == 0:
+        return True
+    low, high = torch.aminmax(numbers)
+    return least <= float(low) and float(high) <= most
+
+
 def unit_range(Xs: Sequence[Tensor]) -> Sequence[Tensor]:
     """Matrices of Xs (K, m, n) times a power of two that keeps squares of entries in range.
 
     The largest entry comes to [1/2, 1), or as near as a normal power of two brings it, and no bit
     is lost. Matrices at one place of the stack share the power; zero matrices stay.
     """
-    norms = [torch.linalg.vector_norm(X, torch.inf, (-2, -1), keepdim=True) for X in Xs]
-    largest = torch.stack(norms).amax(0)
+    if Xs[0].device.type == "cpu":  # an accelerator would have to wait for the answer
+        norms = [torch.linalg.vector_norm(X, dim=(-2, -1)) for X in Xs]
+        if all(in_range(x, 2.0**-SAFE_EXPONENT, 2.0**SAFE_EXPONENT) for x in norms):
+            return Xs
+    tops = (torch.maximum(X.amax((-2, -1)), -X.amin((-2, -1))) for X in Xs)
+    largest = reduce(torch.maximum, tops).view(-1, 1, 1)
     exponent = torch.frexp(largest).exponent
-    if largest.device.type == "cpu" and bool((exponent.abs() <= SAFE_EXPONENT).all()):
-        return Xs  # an accelerator would have to wait for the answer
     limit = 1 - math.frexp(torch.finfo(largest.dtype).tiny)[1]
     exponent = (-exponent).clamp(-limit, limit).to(largest.dtype)
     scale = torch.full_like(largest, 2.0) ** exponent  # ldexp takes its powers in float32
