@@ -260,8 +260,9 @@ def test_a_weight_that_is_taken_out_keeps_its_state_for_its_return():
 
 
 @pytest.mark.parametrize("reopen", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-@pytest.mark.parametrize(("cls", "options", "change", "what"), REFUSED.values(), ids=REFUSED)
-def test_a_copy_refuses_what_the_optimizer_itself_refuses(cls, options, change, what, reopen):
+@pytest.mark.parametrize("name", sorted(set(REFUSED) - {"frugal-order"}))  # equal tensors in both
+def test_a_copy_refuses_what_the_optimizer_itself_refuses(name, reopen):
+    cls, options, change, _ = REFUSED[name]
     optimizer, params, grads = trained(cls, options, 4)
     run(optimizer, params, grads)
     fresh = reopen(optimizer)
@@ -270,8 +271,6 @@ def test_a_copy_refuses_what_the_optimizer_itself_refuses(cls, options, change, 
     before = everything(fresh, copies)
     for p in copies:
         p.grad = torch.ones_like(p)
-    if what.startswith(("give", "another")):  # equal tensors: only the plan knows what they were
-        return
     with pytest.raises(ValueError, match="in the middle of a run, which is not supported"):
         fresh.step()
     assert equal(before, everything(fresh, copies))

@@ -448,6 +448,14 @@ def test_the_size_of_the_gradient_does_not_matter_down_to_denormal_numbers(cls, 
 
 
 @pytest.mark.parametrize("cls, options", SCALE_FREE, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_gradients_whose_squares_overflow_take_a_whole_step(cls, options):
+    G = gradients((12, 7), 1)[0]
+    expected = change(cls, torch.zeros(12, 7), [G], **options)
+    moved = change(cls, torch.zeros(12, 7), [G * 1e30], **options)
+    assert (moved - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("cls, options", SCALE_FREE, ids=lambda x: getattr(x, "__name__", str(x)))
 @pytest.mark.parametrize("size", [1.0, 1e-41])
 def test_zero_rows_stay_whatever_the_size_of_the_others(cls, options, size):
     G = gradients((12, 700), 1)[0] * size  # so long that 1 / tiny times a step overflows
