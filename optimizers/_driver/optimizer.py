@@ -25,14 +25,12 @@ from .._roles.classify import Assignment
 from . import adamw, checkpoint
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
 from .buckets import Bucket, StepPlan
+from .checks import check_group, check_matrix, check_values
 from .finite import LateFlags, finite_sums, read_flags
 from .param_groups import (
     COMMON,
     GROUP_KEYS,
     SCHEDULER_KEYS,
-    check_group,
-    check_matrix,
-    check_values,
     parameters_of,
     roles_of,
     routed,
