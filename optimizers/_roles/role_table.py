@@ -256,6 +256,8 @@ RULE_OF_ROLE = {
     **dict.fromkeys(("embedding", "head", "norm", "bias", "vector", "quantised"), "adamw"),
 }
 """The rule of each role."""
+UNDECAYED_ROLES = frozenset(("norm", "bias", "vector"))
+"""Roles that have no weight decay where a module is given as ``params``."""
 
 # The first line whose test holds gives role, view and reason. `route` asks without modules: there
 # the lines about modules never hold, and "N-D" is the last line.
