@@ -893,7 +893,11 @@ def test_every_optimizer_uses_the_table(cls, make):
     assert found == {
         row.name: (row.role, name if row.rule == "matrix" else "adamw", row.why) for row in expected
     }
-    views = {n: g["view"] for g in method.param_groups for n in g["param_names"]}
+    views = {
+        n: g["views"][i] if "views" in g else g["view"]
+        for g in method.param_groups
+        for i, n in enumerate(g["param_names"])
+    }
     assert all(views[row.name] == row.view for row in expected if row.rule == "matrix")
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e-2)
@@ -951,8 +955,13 @@ class OneSideRule(SidedRule):
 
 def sides_of(rule, model):
     optimizer = StackedOptimizer(model, rule, 1e-3, 0.0)
-    groups = [group for group in optimizer.param_groups if group["rule"] != "adamw"]
-    return {name: group["side"] for group in groups for name in group["param_names"]}
+    (group,) = optimizer.param_groups
+    names, sides = group["param_names"], group.get("sides") or [None] * len(group["params"])
+    return {
+        name: group["side"] if side is None else side
+        for name, side, rule in zip(names, sides, group["rules"], strict=True)
+        if rule == "matrix"
+    }
 
 
 def test_a_rule_with_a_side_gets_that_of_the_residual_stream():
