@@ -29,6 +29,7 @@ class ParamSite:
     stored: str = ""  # what the parameter holds if it is no plain floating tensor
     width: int | None = None  # of the residual stream as the embeddings tell it
     vocabularies: frozenset[int] = frozenset()  # numbers of rows of the embeddings
+    is_lazy: bool = False  # not initialised yet: the shape is not known, and ()
 
     @property
     def module(self) -> nn.Module | None:
@@ -43,8 +44,8 @@ class ParamSite:
 
     @property
     def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
+        """Number of dimensions; of a lazy parameter that which its module gives it, else 0."""
+        return lazy_ndim(self) if self.is_lazy else len(self.shape)
 
     @property
     def leaf(self) -> str:
@@ -189,7 +190,7 @@ _HEADS = re.compile(r"lm_?head|unembed|unembedding|embed_out|W_U")
 # These, and T5's "shared", count only at the top: inside a block an "output" is something else.
 _TOP_HEADS = re.compile(r"(\w+_)?heads?|output|classifier|score|fc|(to_)?logits|qa_outputs")
 # What may follow: "head.fc", "classifier.6", "v_head.summary".
-_HEAD_ENDS = re.compile(r"\d+|fc|proj|out_proj|linear|summary|decoder")
+_HEAD_ENDS = re.compile(r"\d+|fc|l|proj|out_proj|linear|summary|decoder")
 _CLASSES = re.compile(r"classifier|score|(value|reward|critic|v|q\d?)(_head)?")
 _TOP_MODULES = {
     "model",
@@ -201,9 +202,10 @@ _TOP_MODULES = {
     "heads",
 }
 
-_NORM = re.compile(r"(?i)\w*norm\d*|(ln|bn|gn)(_\w+|\d+)?")
+_NORM = re.compile(r"(?i)\w*norm(_\w+|\d+)?|(\w+_)?(ln|bn|gn)(_\w+|\d+)?")
 _BIAS = re.compile(r"bias|\w+_bias|bias_\w+")
 LORA_FACTOR = re.compile(r"(?i)lora_(embedding_)?[ab]")
+_PROJECTIONS = re.compile(r"(\w+_)?proj(ection)?")
 _CONV_NAMES = re.compile(r"(?i)\w*conv\w*")
 _EXPERTS = re.compile(r"(\w+_)?experts?")
 _SHARED_GATE = re.compile(r"shared_expert_gate|shared_gate")
@@ -213,7 +215,22 @@ _WRAPPERS = re.compile(
     r"|original_module|modules_to_save\.\w+)\."
 )
 UNKNOWN_ROLE = "nothing else known"
+UNINITIALISED = "not initialised yet"
 UNKNOWN_ORIENTATION = "stored (in, out) or (out, in) is not known"
+
+
+def shape_of(p: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, () as long as a lazy one is not initialised."""
+    return () if is_lazy(p) else tuple(p.shape)
+
+
+def lazy_ndim(s: ParamSite) -> int:
+    """Number of sides that the module gives a parameter, 0 if nothing tells."""
+    if _BIAS.fullmatch(s.leaf):
+        return 1
+    if isinstance(s.module, nn.modules.conv._ConvNd):
+        return 2 + len(s.module.kernel_size)
+    return 2 if s.leaf == "weight" and (is_linear(s) or is_embedding(s)) else 0
 
 
 def is_linear(s: ParamSite) -> bool:
@@ -241,12 +258,12 @@ def _is_word_table(s: ParamSite) -> bool:
 def is_token_table(s: ParamSite) -> bool:
     """Whether this is an embedding whose rows are words: by its module, or by its name alone."""
     found = is_embedding(s) or (s.module is None and not s.is_bare and _names_embedding(s))
-    return found and s.ndim == 2 and not names_position(s)
+    return found and len(s.shape) == 2 and not names_position(s)
 
 
 def _is_row(s: ParamSite) -> bool:
     """Whether only one side has more than one entry."""
-    return prod(s.shape) == max(s.shape)
+    return prod(s.shape) == max(s.shape, default=0)
 
 
 def _is_vector(s: ParamSite) -> bool:
@@ -276,13 +293,13 @@ def _is_depthwise(s: ParamSite) -> bool:
         return False
     groups, channels = (getattr(s.module, name, None) for name in ("groups", "in_channels"))
     if type(groups) is int and type(channels) is int:
-        return groups == channels and (groups > 1 or s.shape[0] == 1)
-    return s.shape[1] == 1
+        return groups == channels and (groups > 1 or s.shape[:1] == (1,))
+    return s.shape[1:2] == (1,)
 
 
 def _has_rows_only(s: ParamSite) -> bool:
     """Whether the matrices of a stack or of a convolution are single rows, by its shape."""
-    return s.ndim > 2 and s.shape[1] == 1 and not s.name_matches(LORA_FACTOR)
+    return s.ndim > 2 and s.shape[1:2] == (1,) and not s.name_matches(LORA_FACTOR)
 
 
 def _names_conv(s: ParamSite) -> bool:
@@ -314,10 +331,14 @@ def _is_bare_embedding(s: ParamSite) -> bool:
     return s.ndim > 2 and s.is_bare and _names_embedding(s)
 
 
+def _names_projection(s: ParamSite) -> bool:
+    return s.ndim == 2 and _PROJECTIONS.fullmatch(s.word) is not None
+
+
 def _has_first_side_1(s: ParamSite) -> bool:
     """Whether this is one row of a batch, as positions and queries are stored."""
     bare = s.module is not None or (s.name != "" and s.is_bare)
-    return s.ndim > 2 and s.shape[0] == 1 and bare
+    return s.ndim > 2 and s.shape[:1] == (1,) and bare
 
 
 def _names_bias(s: ParamSite) -> bool:
@@ -336,7 +357,7 @@ def _head_name(s: ParamSite) -> str:
         return ""
     *above, word = s.parts
     top = _TOP_MODULES.issuperset(above)
-    if _HEADS.fullmatch(word) or (top and word == "value" and s.shape[0] == 1):
+    if _HEADS.fullmatch(word) or (top and word == "value" and s.shape[:1] == (1,)):
         return word
     if top and _TOP_HEADS.fullmatch(word) and (word != "fc" or _is_last(s)):
         return word
@@ -372,14 +393,10 @@ def _is_last(s: ParamSite) -> bool:
 
 def _names_router(s: ParamSite) -> bool:
     # A "gate" is a router beside experts, or inside one, only: SwiGLU has a gate as well.
-    near = hasattr(s.parent, "experts") or s.parts[-2:-1] == ["router"]
+    beside = hasattr(s.parent, "experts") or "experts" in s.siblings
+    near = beside or s.parts[-2:-1] == ["router"]
     named = (near and s.word in ("gate", "wg")) or s.word == "router"
-    return s.ndim == 2 and named and s.count("experts") in (None, s.shape[0])
-
-
-def shape_of(p: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, () as long as a lazy one is not initialised."""
-    return () if is_lazy(p) else tuple(p.shape)
+    return s.ndim == 2 and named and s.count("experts") in (None, *s.shape[:1])
 
 
 _OTHER_HIDDEN = (nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -398,6 +415,7 @@ ROLE_TABLE: tuple[tuple[str, str, str, Callable[[ParamSite], object]], ...] = (
     ("norm", "auto", "{s.kind}", lambda s: s.is_instance(r"Norm\d*d?$")),
     ("norm", "auto", "{s.ndim}-D, norm by name", lambda s: s.ndim < 2 and s.name_matches(_NORM, 2)),
     ("bias", "auto", "{s.ndim}-D, bias by name", _names_bias),
+    ("vector", "auto", UNKNOWN_ROLE, lambda s: s.is_lazy and s.ndim < 1),
     ("vector", "auto", "{s.ndim}-D", lambda s: s.ndim < 2),
     ("vector", "auto", "name component '{s.leaf}'", lambda s: _RATES.fullmatch(s.leaf)),
     ("vector", "auto", "one side only", lambda s: _GAINS.fullmatch(s.leaf) and _is_row(s)),
@@ -421,6 +439,7 @@ ROLE_TABLE: tuple[tuple[str, str, str, Callable[[ParamSite], object]], ...] = (
     ("conv", "flatten", "{s.ndim}-D", _names_conv),
     ("hidden", "auto", "{s.ndim}-D", lambda s: s.module is None),
     ("vector", "auto", "one side only", _is_row),
+    ("hidden", "auto", "name component '{s.word}'", _names_projection),
     ("expert", "batch", "3-D stack", lambda s: s.ndim == 3),
     ("conv", "flatten", "{s.ndim}-D, " + UNKNOWN_ROLE, lambda s: s.ndim > 3),
     ("hidden", "auto", "{s.ndim}-D, " + UNKNOWN_ROLE, lambda s: True),
@@ -473,7 +492,7 @@ def part_of(s: ParamSite, role: str) -> str:
         base = s.head_name.partition(".")[0]
         if s.head or _HEADS.fullmatch(base):
             return "vocabulary"
-        classes = s.shape[0] not in known or _CLASSES.fullmatch(base)
+        classes = known.isdisjoint(s.shape[:1]) or _CLASSES.fullmatch(base)
         return "classes" if classes else "vocabulary"
     if role == "conv":
         return "patch" if any("patch" in part for part in s.parts) else ""
@@ -498,7 +517,9 @@ def partner_name(s: ParamSite, part: str) -> str | None:
         if isinstance(thing, Tensor):
             return before + word
         for name, p in thing.named_parameters(word) if thing is not None else ():
-            if ParamSite(name, ()).parts == [word] and p.shape == s.shape:  # also if it is wrapped
+            if (
+                ParamSite(name, ()).parts == [word] and shape_of(p) == s.shape
+            ):  # also if it is wrapped
                 return before + name
     return None
 
