@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -52,17 +53,17 @@ class ParamSite:
         """The last component of the name."""
         return self.name.rpartition(".")[2]
 
-    @property
+    @cached_property
     def plain_name(self) -> str:
         """The name without what wrappers and parametrizations add."""
         return _WRAPPERS.sub("", _PARAMETRIZED.sub(r"\1", self.name))
 
-    @property
+    @cached_property
     def is_bare(self) -> bool:
         """Whether the parameter has a name of its own: it is nobody's "weight"."""
         return self.plain_name.rpartition(".")[2] != "weight"
 
-    @property
+    @cached_property
     def parts(self) -> list[str]:
         """The components of the plain name without a last "weight"."""
         return self.plain_name.removesuffix(".weight").split(".")
@@ -72,7 +73,7 @@ class ParamSite:
         """The last component that names the parameter."""
         return self.parts[-1]
 
-    @property
+    @cached_property
     def head_name(self) -> str:
         """The components of the name that mark an output head, "" if there are none."""
         return _head_name(self)
@@ -86,7 +87,7 @@ class ParamSite:
         public = getattr(nn, cls.__name__, None) is cls
         return f"nn.{cls.__name__}" if public else cls.__name__
 
-    @property
+    @cached_property
     def siblings(self) -> dict[str, nn.Module | nn.Parameter | None]:
         """Modules and parameters registered beside the word, by name, the word's own included."""
         for owner in self.owners:
@@ -136,8 +137,8 @@ class NameTree(nn.Module):
         *path, leaf = name.split(".")
         owners: list[nn.Module] = [self]
         for child in path:
-            inner = owners[0]._modules.setdefault(child, NameTree())
-            assert inner is not None
+            inner = owners[0]._modules.get(child) or NameTree()
+            owners[0]._modules[child] = inner
             owners.insert(0, inner)
         weight = torch.empty(shape, device="meta", dtype=torch.float32)
         owners[0]._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
@@ -509,7 +510,9 @@ def part_of(s: ParamSite, role: str) -> str:
 
 def partner_name(s: ParamSite, part: str) -> str | None:
     """The name of the up projection of a gate, or of the gate of an up projection."""
-    wanted = [words for other, words, _ in PART_TABLE if other == _PARTNERS.get(part)]
+    if part not in _PARTNERS:
+        return None
+    wanted = [words for other, words, _ in PART_TABLE if other == _PARTNERS[part]]
     before = s.name.rpartition(s.word)[0]
     for word, thing in s.siblings.items():
         if word == s.word or not any(re.fullmatch(words, word) for words in wanted):
