@@ -56,7 +56,7 @@ class ParamSite:
     @cached_property
     def plain_name(self) -> str:
         """The name without what wrappers and parametrizations add."""
-        return _WRAPPERS.sub("", _PARAMETRIZED.sub(r"\1", self.name))
+        return _WRAPPERS.sub("", _PARAMETRIZED.sub(r"\1\2", self.name))
 
     @cached_property
     def is_bare(self) -> bool:
@@ -86,6 +86,18 @@ class ParamSite:
             cls = next((c for c in cls.__mro__ if getattr(nn, c.__name__, None) is c), cls)
         public = getattr(nn, cls.__name__, None) is cls
         return f"nn.{cls.__name__}" if public else cls.__name__
+
+    @property
+    def list_parts(self) -> list[str]:
+        """The components without the number that a parameter, or a table, has in a list of them."""
+        *above, word = self.parts
+        numbered = above and word.isdigit() and (self.is_bare or _LISTS.fullmatch(above[-1]))
+        return above if numbered else self.parts
+
+    @property
+    def list_word(self) -> str:
+        """The last component that is no number in a list."""
+        return self.list_parts[-1]
 
     @cached_property
     def siblings(self) -> dict[str, nn.Module | nn.Parameter | None]:
@@ -163,17 +175,20 @@ SCORES = ("scoring_func", "score_func", "score_function")
 # Components of names, whole. Patches and times are embedded by projections, not looked up.
 _NOUNS = r"(emb|embeds?|embeddings?)"
 _POSITIONS = re.compile(
-    rf"(\w+_)?pos(itions?|itional)?_({_NOUNS}|enc|encodings?)(_(?!\w*(proj|mlp|conv|norm)$)\w+)?"
-    r"|(\w+_)?rel(ative)?_pos(?!\w*(proj|mlp|conv)$)\w*|rel(ative)?_(bias|height|width|[hwkv])"
-    rf"|(\w+_)?(attention|attn|position|pos)_bias(es)?(_table)?|rel(ative)?_{_NOUNS}(_[hwkv])?"
-    rf"|(row|col|column|height|width|temporal|spatial|freq)_{_NOUNS}|emb_rel_[kv]|(height|width)_rel"
+    rf"(\w+_)?pos(itions?|itional)?_({_NOUNS}|enc|encodings?)\d*(_(?!\w*(proj|mlp|conv|norm)$)\w+)?"
+    r"|(\w+_)?rel(ative)?_pos(?!\w*(proj|mlp|conv)$)\w*|rel(ative)?_(height|width|[hwkv])"
+    r"|(\w+_)?(attention|attn|pos(ition)?|rel(ative)?)_bias(es)?(_table)?"
+    rf"|rel(ative)?_{_NOUNS}(_[hwkv])?|emb_rel_[kv]|(height|width)_rel"
+    rf"|(row|col|column|height|width|temporal|spatial|freq)_{_NOUNS}"
     r"|pos|pe|rpb|rpe(_table)?|wpe|W_pos|embed_positions|distance_embedding"
 )
 # What a parameter of its own, which is no module's "weight", may be called in addition.
-_BARE_POSITIONS = re.compile(r"(\w+_)?(pos|positions?|pe)")
+_BARE_POSITIONS = re.compile(r"(\w+_)?(pos|positions?|pe)\d*")
 # What a table may be called in a module that is named as positions are.
 _TABLES = re.compile(rf"{_NOUNS}|table|pe")
 _WORDS = rf"((\w+_)?(tok|token|word)_{_NOUNS}|tok|wte|W_E|embed_tokens)(_table|_layer)?"
+# Lists of tables: a number follows.
+_LISTS = re.compile(rf"{_WORDS}|(\w+_)?(embs|embeds|embeddings|tokens|queries|prompts)")
 _EMBEDDINGS = re.compile(
     rf"((\w+_)?(tok|token|word|type|segment|class|value|query|src|tgt|bos)_)?{_NOUNS}"
     r"|(?!(\w+_)?(patch|t|time|timestep|image|img|pixel)_)\w*embeddings?(_table|_layer)?"
@@ -182,14 +197,15 @@ _EMBEDDINGS = re.compile(
 )
 _BARE_EMBEDDINGS = re.compile(
     rf"(\w+_)?({_NOUNS}|tokens?|queries|latents?|registers?|prompts?|prototypes?|centroids?|slots?"
-    r"|codebooks?|probe|memory)_?\d*|(\w+_)?(object|learned|learnable|pool)_query|cls|ctx"
+    r"|codebooks?|anchors?|reference_points|probe|memory)_?\d*|latent_array|cls|ctx"
+    r"|(?!(w|W|proj|to|in)_)\w+_query"
 )
 # Bare parameters that are no matrices: rates of a recurrence, and gains where they are one row.
 _RATES = re.compile(r"A_logs?|time_(decay|first|faaaa)")
 _GAINS = re.compile(r"(\w+_)?(scale|gamma|beta|alpha|gain|lambda|ls)s?_?\d*")
 _HEADS = re.compile(r"lm_?head|unembed|unembedding|embed_out|W_U")
 # These, and T5's "shared", count only at the top: inside a block an "output" is something else.
-_TOP_HEADS = re.compile(r"(\w+_)?heads?|output|classifier|score|fc|(to_)?logits|qa_outputs")
+_TOP_HEADS = re.compile(r"(\w+_)?heads?(_dist)?|output|classifier|score|fc|(to_)?logits|qa_outputs")
 # What may follow: "head.fc", "classifier.6", "v_head.summary".
 _HEAD_ENDS = re.compile(r"\d+|fc|l|proj|out_proj|linear|summary|decoder")
 _CLASSES = re.compile(r"classifier|score|(value|reward|critic|v|q\d?)(_head)?")
@@ -204,13 +220,13 @@ _TOP_MODULES = {
 }
 
 _NORM = re.compile(r"(?i)\w*norm(_\w+|\d+)?|(\w+_)?(ln|bn|gn)(_\w+|\d+)?")
-_BIAS = re.compile(r"bias|\w+_bias|bias_\w+")
+_BIAS = re.compile(r"bias|\w+_bias|bias_\w+|(pos|rel)_bias_[uv]")
 LORA_FACTOR = re.compile(r"(?i)lora_(embedding_)?[ab]")
 _PROJECTIONS = re.compile(r"(\w+_)?proj(ection)?")
 _CONV_NAMES = re.compile(r"(?i)\w*conv\w*")
 _EXPERTS = re.compile(r"(\w+_)?experts?")
 _SHARED_GATE = re.compile(r"shared_expert_gate|shared_gate")
-_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$")
+_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$|\b(weight)_(v|orig)$")
 _WRAPPERS = re.compile(
     r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
     r"|original_module|modules_to_save\.\w+)\."
@@ -253,13 +269,18 @@ def may_be_linear(s: ParamSite) -> bool:
 def _is_word_table(s: ParamSite) -> bool:
     """Whether an embedding is a table that is looked up by the number of a word or token."""
     table = is_embedding(s) or (s.module is None and not s.is_bare)
-    return s.ndim == 2 and (table or re.fullmatch(_WORDS, s.word) is not None)
+    return s.ndim == 2 and (table or re.fullmatch(_WORDS, s.list_word) is not None)
+
+
+def _is_position(s: ParamSite) -> bool:
+    """Whether this is a table of positions, by its name or by the class of the lookup table."""
+    return names_position(s) or (is_embedding(s) and s.is_instance("Position|PosEmb|PosEnc"))
 
 
 def is_token_table(s: ParamSite) -> bool:
     """Whether this is an embedding whose rows are words: by its module, or by its name alone."""
     found = is_embedding(s) or (s.module is None and not s.is_bare and _names_embedding(s))
-    return found and len(s.shape) == 2 and not names_position(s)
+    return found and len(s.shape) == 2 and not _is_position(s)
 
 
 def _is_row(s: ParamSite) -> bool:
@@ -311,7 +332,7 @@ def _names_conv(s: ParamSite) -> bool:
 
 def names_position(s: ParamSite) -> bool:
     """Whether the name is that of a table of positions."""
-    *above, word = s.parts
+    *above, word = s.list_parts
     named = _POSITIONS.fullmatch(word) or (s.is_bare and _BARE_POSITIONS.fullmatch(word))
     inside = above and _TABLES.fullmatch(word) and _POSITIONS.fullmatch(above[-1])
     return bool(named or inside)
@@ -319,7 +340,7 @@ def names_position(s: ParamSite) -> bool:
 
 def _names_embedding(s: ParamSite) -> bool:
     """Whether the name is that of positions, tokens or queries; of many sides if it is bare."""
-    *above, word = s.parts
+    *above, word = s.list_parts
     if word == "query" and s.owners:  # a projection has bare keys beside it
         bare = {name for name, thing in s.siblings.items() if isinstance(thing, Tensor)}
         return word in bare and bare.isdisjoint(("key", "value"))
@@ -427,13 +448,13 @@ ROLE_TABLE: tuple[tuple[str, str, str, Callable[[ParamSite], object]], ...] = (
     ("head", "auto", "name component '{s.head_name}'", names_head),
     ("vector", "auto", "gate of a shared expert", lambda s: s.name_matches(_SHARED_GATE, 1)),
     ("router", "auto", "name component '{s.word}'", _names_router),
-    ("embedding", "auto", "name component '{s.word}'", _is_bare_embedding),
+    ("embedding", "auto", "name component '{s.list_word}'", _is_bare_embedding),
     ("vector", "auto", "{s.ndim}-D, one side only", _is_vector),
     ("depthwise", "flatten", "{s.kind}, a kernel for each channel alone", _is_depthwise),
     ("conv", "flatten", "{s.kind}", _is_conv),
     ("hidden", "transposed", "{s.kind}, (in, out)", lambda s: s.is_instance("^Conv1D$")),
     ("hidden", "auto", "{s.kind}", lambda s: is_linear(s) or isinstance(s.module, _OTHER_HIDDEN)),
-    ("embedding", "auto", "name component '{s.word}'", _names_embedding),
+    ("embedding", "auto", "name component '{s.list_word}'", _names_embedding),
     ("expert", "batch", "3-D, experts by name", lambda s: s.ndim == 3 and s.name_matches(_EXPERTS)),
     ("embedding", "auto", "{s.ndim}-D, first side 1", _has_first_side_1),
     ("depthwise", "flatten", "{s.ndim}-D, second side 1: rows of a kernel", _has_rows_only),
@@ -487,7 +508,7 @@ _SOFTMAX = re.compile(r"^(Mixtral|Qwen2Moe|Qwen3Moe|Olmoe|GptOss)")
 def part_of(s: ParamSite, role: str) -> str:
     """Part of the parameter in its layer, "" if that is not known."""
     if role == "embedding":
-        return "position" if names_position(s) else "token" if _is_word_table(s) else ""
+        return "position" if _is_position(s) else "token" if _is_word_table(s) else ""
     if role == "head":
         known = s.vocabularies.union(x for x in s.config_values("vocab_size") if x is not None)
         base = s.head_name.partition(".")[0]

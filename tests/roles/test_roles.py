@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -722,6 +723,9 @@ POSITIONS = {
     "row_embed": [(9, 8)],
     "query_pos": [(9, 8), (9, 1, 8)],
     "pos_emb": [(8, 3, 3)],
+    "pos_embed2": [(1, 9, 8)],
+    "pos_embeds.0": [(9, 8), (1, 9, 8)],
+    "relative_bias_table": [(49, 4)],
     "pe": [(9, 8), (9, 1, 8)],
     "rel_pos_h": [(27, 8)],
     "rel_height": [(27, 8)],
@@ -749,6 +753,11 @@ TOKENS = {
     "level_embed": [(4, 8)],
     "null_text_embed": [(1, 8), (4, 8)],
     "codebook": [(16, 8), (2, 16, 8)],
+    "latent_array": [(16, 8)],
+    "pool_query": [(1, 8), (4, 8)],
+    "prompts.3": [(4, 8), (1, 4, 8)],
+    "cls_tokens.0": [(1, 8)],
+    "reference_points": [(9, 4)],
 }
 
 
@@ -760,16 +769,25 @@ def test_positions_and_tokens_are_embeddings_of_any_number_of_sides(name, part):
         """Whose name says convolution."""
 
     for shape in {**POSITIONS, **TOKENS}[name]:
-        names = ["encoder." + name, "module.encoder." + name]
+        names = ["encoder." + name, "module.decoder." + name]
         for row in (
-            *classify(parts(encoder=Own(**{name: shape}))),
-            *classify(parts(encoder=ConvStem(**{name: shape}))),
+            *classify(parts(encoder=own_parameter(Own, name, shape))),
+            *classify(parts(encoder=own_parameter(ConvStem, name, shape))),
             *route_all(names, [shape, shape]),
         ):
             assert (row.role, row.rule, row.part) == ("embedding", "adamw", part), row
-            assert row.why == f"name component '{name}'"
+            assert row.why == f"name component '{name.partition('.')[0]}'"
         alone = route(names[0], shape)
         assert (alone.role, alone.rule) == ("embedding", "adamw")
+
+
+def own_parameter(kind, name, shape):
+    """A module of this class with one parameter, in a list where the name has a number."""
+    word, _, number = name.partition(".")
+    module = kind(**({} if number else {word: shape}))
+    if number:
+        module.add_module(word, nn.ParameterDict({number: nn.Parameter(torch.zeros(shape))}))
+    return module
 
 
 @pytest.mark.parametrize(
@@ -794,6 +812,45 @@ def test_layers_that_are_named_after_positions_stay_matrices(name, layer):
     assert row.rule == "matrix"
     assert route(row.name, row.shape).rule == "matrix"
     assert route_all([row.name], [row.shape])[0].rule == "matrix"
+
+
+def test_tables_in_lists():
+    def tables():
+        return nn.ModuleList(nn.Embedding(9, 8) for _ in range(2))
+
+    model = parts(embed_tokens=tables(), embeddings=tables(), embed=nn.Sequential(nn.Linear(8, 7)))
+    roles = ["embedding"] * 4 + ["hidden"]
+    assert [row.role for row in classify(model) if row.shape[1:]] == roles
+    assert [row.role for row in by_names_alone(model).values() if row.shape[1:]] == roles
+
+
+def test_weights_under_the_older_norms_of_weights():
+    model = parts(tok=nn.Embedding(9, 8), q_proj=nn.Linear(8, 8), k_proj=nn.Linear(8, 8))
+    torch.nn.utils.spectral_norm(model["tok"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(model["q_proj"])
+    for table in (by_name(model), by_names_alone(model)):
+        assert (table["tok.weight_orig"].role, table["tok.weight_orig"].part) == (
+            "embedding",
+            "token",
+        )
+        assert brief(table["q_proj.weight_v"]) == ("hidden", "matrix", "auto")
+        assert table["q_proj.weight_v"].part == "query"
+        assert table["q_proj.weight_g"].role == "vector"
+
+
+def test_biases_of_relative_attention_are_biases():
+    for row in (*classify(Own(pos_bias_u=(4, 8), r_w_bias=(4, 8))), route("pos_bias_v", (4, 8))):
+        assert (row.role, row.rule) == ("bias", "adamw")
+
+
+def test_tables_of_positions_by_their_class():
+    class LearnedPositionalEmbedding(nn.Embedding):
+        pass
+
+    model = parts(a=LearnedPositionalEmbedding(9, 8), b=nn.Embedding(9, 8), mix=nn.Linear(8, 9))
+    assert [row.part for row in classify(model) if row.role == "embedding"] == ["position", "token"]
 
 
 def test_tables_inside_modules_that_are_named_after_positions():
