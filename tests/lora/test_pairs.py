@@ -169,6 +169,7 @@ def test_a_zero_direction_of_one_factor_does_not_freeze_the_other(make, zeros, m
     with torch.no_grad():  # what the chain rule gives there
         for G in grads[1 if member else 0]:
             (G.mT if member else G)[zeros] = 0.0
+    grads[0 if member else 1] = [None] * 4  # so that the zero stays
     run(optimizer, [A, B], grads)
     other, was = (B.detach().mT, before[1].mT) if member else (A.detach(), before[0])
     rest = [i for i in range(3) if i not in zeros]
