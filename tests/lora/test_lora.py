@@ -503,8 +503,9 @@ def check_once(net, groups):
         ({"target_modules": ["q", "v"], "use_dora": True}, 2, 2.0, 2),
         ({"target_modules": ["q"], "modules_to_save": ["head"]}, 1, 2.0, 2),
         ({"target_modules": ["q", "emb"]}, 1, 2.0, 2),
+        ({"target_modules": ["q", "v"], "lora_bias": True}, 2, 2.0, 2),
     ],
-    ids=["linear", "rslora", "dora", "modules_to_save", "embedding"],
+    ids=["linear", "rslora", "dora", "modules_to_save", "embedding", "lora_bias"],
 )  # fmt: skip
 def test_pairs_of_real_peft_models(options, pairs, scale, rest):
     net = adapted(**options)
