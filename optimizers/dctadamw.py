@@ -12,7 +12,13 @@ from typing_extensions import override
 
 from ..kernels import dequantize_rows, quantize_rows
 from ._core.rule import AdamFactored, Direction, Member, Rule, Slot
-from ._core.validation import check_adam, check_at_least, check_choices, resolve_rank
+from ._core.validation import (
+    check_adam,
+    check_choices,
+    check_count_or_share,
+    check_ints,
+    resolve_rank,
+)
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import warn_user
 from ._toolkit.moments import IndexBasisChange
@@ -54,9 +60,9 @@ class DCTAdamWRule(Rule):
     refresh_offset = 1
 
     def __post_init__(self) -> None:
-        check_adam(self.betas, self.eps)
-        resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
-        check_at_least(self, int, update_proj_gap=1)
+        check_adam(self)
+        check_count_or_share(self, "rank")
+        check_ints(self, update_proj_gap="[1, inf)")
         check_choices(
             self,
             norm=("l1", "l2"),

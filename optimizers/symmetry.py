@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ._core.rule import Direction, Member, Rule
-from ._core.validation import check
+from ._core.validation import check, check_numbers, shown
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import parameters_of, roles_of, rule_of
 from ._roles.classify import Assignment, classify, route
@@ -38,6 +38,9 @@ class SymmetryStackRule(Rule):
     """
 
     momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_numbers(self, momentum="[0, 1]")
 
     @override
     def update(self, *members: Member, **unused: Any) -> Direction:
@@ -129,8 +132,16 @@ class SymmetryStack(StackedOptimizer):
         check_role_policy(policy)
         scales = ("match_rms_adamw", "paper", *(f"paper:{name}" for name in PAPER_LRS))
         check(
-            adjust_lr_fn in scales,
-            f"adjust_lr_fn must be one of {', '.join(scales)}, got {adjust_lr_fn!r}",
+            isinstance(adjust_lr_fn, str) and adjust_lr_fn in scales,
+            f"adjust_lr_fn must be one of {', '.join(scales)}, got {shown(adjust_lr_fn)}",
+        )
+        is_overrides = isinstance(overrides, Mapping) or (
+            isinstance(overrides, (tuple, list))
+            and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in overrides)
+        )
+        check(
+            overrides is None or is_overrides,
+            f"overrides must be None, a dict or a list of pairs, got {shown(overrides)}",
         )
         check(
             overrides is None or isinstance(params, nn.Module),

@@ -386,6 +386,8 @@ class StepPlan:
             next step to make buckets anew.
         buckets: Units with a gradient, sorted.
         entries: Number of parameters with state when ``buckets`` was made.
+        signature: Dtypes, shapes and devices of weights and gradients that the last step has
+            checked, see :func:`check_ready`.
     """
 
     flat_params: list[Tensor]
@@ -397,6 +399,7 @@ class StepPlan:
     mask: list[bool] | None = None
     buckets: list[Bucket] = field(default_factory=list)
     entries: int = 0
+    signature: Any = None
 
     def is_stale(self, mask: list[bool], state: State) -> bool:
         """Whether the buckets no longer fit the present gradients or the optimizer's state."""

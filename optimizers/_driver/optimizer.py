@@ -25,7 +25,15 @@ from .._roles.classify import Assignment
 from . import adamw, checkpoint
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
 from .buckets import Bucket, StepPlan
-from .checks import check_group, check_matrix, check_values
+from .checks import (
+    check_group,
+    check_matrix,
+    check_ready,
+    check_values,
+    check_written_values,
+    refuse_sharded_module,
+    warn_without_matrix,
+)
 from .finite import LateFlags, finite_sums, read_flags
 from .param_groups import (
     COMMON,
@@ -103,6 +111,8 @@ class StackedOptimizer(Optimizer):
     """Group key by which the published package of the method marks its matrix groups."""
     _plan: StepPlan | None = None
     _skipped = 0
+    _seen: Sequence[Mapping[str, Any]] = ()
+    """Groups as the last step has checked them."""
     _pending: Sequence[tuple[LateFlags, list[Bucket]]] = ()
     _wait: bool | None = None
     """Whether the host waits for the finite flags; None: on CPU only. Tests set it."""
@@ -130,9 +140,11 @@ class StackedOptimizer(Optimizer):
             "method": rule.method(),
         }
         check_values(defaults)
+        refuse_sharded_module(params, rule.method())
         super().__init__(
             to_param_groups(params, rule, self._reference_key, defaults["view"]), defaults
         )
+        warn_without_matrix(self.param_groups, type(rule))
 
     # groups ---------------------------------------------------------------------------------------
 
@@ -189,6 +201,7 @@ class StackedOptimizer(Optimizer):
         # a group of another method starts from that method's defaults, not from this one's
         full_group = {**self.defaults, **other_defaults, **group}
         check_group(full_group, self._default_rule, is_marked=is_marked)
+        group = {key: full_group[key] for key in group}  # with plain values
         for name in other_defaults:
             group.setdefault(name, other_defaults[name])
         return self._split_adamw(group, full_group)
@@ -266,6 +279,7 @@ class StackedOptimizer(Optimizer):
             ValueError: If settings changed that shape the state of a parameter. Plan and state are
                 as before.
         """
+        self._seen = check_written_values(self.param_groups, self._default_rule, self._seen)
         flat_params = [p for group in self.param_groups for p in group["params"]]
         settings = [self._settings(group) for group in self.param_groups]
         old = self._plan
@@ -380,8 +394,10 @@ class StackedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: For a sparse gradient, or a non-finite one of a matrix under
-                ``nonfinite="raise"``; no weight and no value of the state has changed then.
+            RuntimeError: For a sparse gradient or one of another shape than its weight, for weights
+                whose state does not fit after ``model.bfloat16()``, or for a non-finite gradient of
+                a matrix under ``nonfinite="raise"``; nothing has changed then.
+            ValueError: For a value that was written into a group and is out of range; likewise.
         """
         loss = None
         if closure is not None:
@@ -396,9 +412,10 @@ class StackedOptimizer(Optimizer):
         self._apply_late_flags()
         plan = self._get_plan()
         grads = [p.grad for p in plan.flat_params]
-        for grad in grads:
-            if grad is not None and grad.layout is not torch.strided:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        name = type(self).__name__
+        if not check_ready(plan, grads, self.param_groups, self.state, name):
+            self._plan = None  # weights have another dtype now, and their state fits
+            plan = self._get_plan()
         adamw_steps = self._adamw_steps(plan, grads)  # may raise, so before any change
         if self._is_dry_step(grads):
             self.init_state()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._core.rule import Rule
-from .._core.validation import check, check_at_least
+from .._core.validation import check, check_numbers, is_number, shown
 from .._driver.optimizer import StackedOptimizer
 from .._driver.param_groups import describe, parameters_of, warn_user
 
@@ -51,9 +51,9 @@ class LoRARule(Rule, abstract=True):
     def __post_init__(self) -> None:
         check(
             self.scale is None or _is_scale(self.scale),
-            f"scale must be a positive finite number, got {self.scale!r}",
+            f"scale must be a positive finite number, got {shown(self.scale)}",
         )
-        check_at_least(self, object, lr_ratio_b=0)
+        check_numbers(self, scale="(0, inf) or None", lr_ratio_b="[0, inf) or None")
 
     @property
     def s(self) -> float:
@@ -504,11 +504,11 @@ def _unused_parameters(
 
 
 def _is_scale(s: Any) -> bool:
-    return isinstance(s, (int, float)) and not isinstance(s, bool) and 0 < s < math.inf
+    return is_number(s) and 0 < s < math.inf
 
 
 def _scale_message(s: Any) -> str:
-    return f"scale must be a positive finite number, got {s!r}; it is alpha / r of the adapter"
+    return f"scale must be a positive finite number, got {shown(s)}; it is alpha / r of the adapter"
 
 
 def _pair_kind(
