@@ -290,7 +290,7 @@ def check_shared_rotations(
             matrices = {p: (j, p) for j, p in routed(group, rule, 0)[0]}  # given twice, counts once
             for unit in units_of(i, group, rule, list(matrices.values())):
                 check_equal_stacks([view.k for view in unit.views])
-    except ValueError:
+    except BaseException:
         del groups[first:]
         raise
 

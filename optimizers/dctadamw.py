@@ -295,10 +295,14 @@ class DCTAdamW(StackedOptimizer):
             policy = group["moments"]
             has_feedback = group["error_feedback"] and group["rule"] != "adamw"
             if has_feedback and group["update_proj_gap"] == 1 and policy not in ("slot", "reset"):
-                warn_user(
-                    "error_feedback with update_proj_gap=1 chooses other cosines at every step, so "
-                    f"moments={policy!r} empties them; use update_proj_gap >= 10"
-                )
+                try:
+                    warn_user(
+                        "error_feedback with update_proj_gap=1 chooses other cosines at every "
+                        f"step, so moments={policy!r} empties them; use update_proj_gap >= 10"
+                    )
+                except UserWarning:  # where warnings are errors
+                    del self.param_groups[before:]
+                    raise
 
 
 QUANTIZE_PANEL = 2**18

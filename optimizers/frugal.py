@@ -98,7 +98,7 @@ class FRUGALRule(Rule):
             check(is_name, f"{name} must be the name of a subspace, got {shown(x)}")
         check(
             self.split == "block" or self.block_of == "tensor",
-            f"split={self.split!r} has no blocks: leave them out, or use split='block'",
+            f"split={self.split!r} has no blocks: leave blocks out, or use split='block'",
         )
         check(
             self.projection is None or self.split == "svd",

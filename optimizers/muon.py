@@ -240,10 +240,11 @@ class MuonRule(Rule):
         check_flags(self, "nesterov")
         check_eps(self)
         name, coefficients = self.adjust_lr_fn, self.ns_coefficients
+        text = name if isinstance(name, str) else shown(name)
         check(
             (name is None or isinstance(name, str)) and name in ADJUST_LR_FNS,
-            f"Adjust learning rate function {shown(name) if name != str(name) else name} is not "
-            f"supported; adjust_lr_fn must be one of {tuple(ADJUST_LR_FNS)}",
+            f"Adjust learning rate function {text} is not supported; adjust_lr_fn must be one of "
+            f"{tuple(ADJUST_LR_FNS)}",
         )
         check(
             not isinstance(coefficients, str),

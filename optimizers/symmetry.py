@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from ._core.rule import Direction, Member, Rule
 from ._core.validation import check, check_numbers, shown
+from ._driver.checks import refuse_sharded_module
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import parameters_of, roles_of, rule_of
 from ._roles.classify import Assignment, classify, route
@@ -129,6 +130,7 @@ class SymmetryStack(StackedOptimizer):
         weight_decay: float = 0.0,
         **options: Unpack[Common],
     ) -> None:
+        refuse_sharded_module(params, "SymmetryStack")
         check_role_policy(policy)
         scales = ("match_rms_adamw", "paper", *(f"paper:{name}" for name in PAPER_LRS))
         check(

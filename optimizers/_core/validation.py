@@ -88,9 +88,9 @@ def is_number(x: Any, kind: type = numbers.Real) -> bool:
 
 def plain_number(x: Any) -> float:
     """The int or float that equals x; infinity for an int that no float reaches."""
-    if type(x) is float or (type(x) is int and -MAX_EXACT_INT <= x <= MAX_EXACT_INT):
+    if type(x) is float:
         return x
-    if isinstance(x, numbers.Integral) and -MAX_EXACT_INT <= x <= MAX_EXACT_INT:
+    if isinstance(x, numbers.Integral) and abs(int(x)) <= MAX_EXACT_INT:
         return int(x)
     try:
         return float(x)
@@ -130,11 +130,11 @@ def whole_number(name: str, x: Any, allowed: str) -> int | None:
     interval = parse_range(allowed)
     if x is None and interval.may_be_none:
         return None
-    is_allowed = is_number(x, numbers.Integral) and -INT_LIMIT <= x < INT_LIMIT
-    if not is_allowed or not interval.contains(int(x)):
-        limit = " and below 2**63" if is_number(x, numbers.Integral) and x >= INT_LIMIT else ""
+    value = int(x) if is_number(x, numbers.Integral) else None
+    if value is None or not -INT_LIMIT <= value < INT_LIMIT or not interval.contains(value):
+        limit = " and below 2**63" if value is not None and value >= INT_LIMIT else ""
         raise ValueError(f"{name} must be {interval.words(whole=True)}{limit}, got {shown(x)}")
-    return int(x)
+    return value
 
 
 def flag(name: str, x: Any, *, may_be_none: bool = False) -> bool | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from .._core.rule import Rule, rule_class
 from .._core.validation import (
@@ -22,6 +23,7 @@ from .._core.validation import (
     choice,
     dtype_name,
     flag,
+    is_number,
     number,
     shown,
     two_decays,
@@ -219,11 +221,22 @@ def _plain(
     check_values(copy, [key for key in written if key in VALUE_CHECKS])
     if any(key not in VALUE_CHECKS for key in written):
         name = copy.get("rule")
-        is_known = name is None or (isinstance(name, str) and name == "adamw")
-        cls = default_rule if is_known else rule_class(name)
+        is_default = name is None or (isinstance(name, str) and name == "adamw")
+        cls = default_rule if is_default else rule_class(str(name))
         if {"rule", *(f.name for f in fields(cls))} & {*written}:
             _check_rule(copy, default_rule)
     return copy
+
+
+def is_mark(key: str | None, value: Any) -> bool:
+    """Whether a value of a published package's key says that its group holds matrices.
+
+    Raises:
+        ValueError: If the key asks for True or False and has another value.
+    """
+    if key is not None and key.startswith("use_"):
+        return bool(flag(key, value, may_be_none=True))
+    return is_number(value) and bool(value)
 
 
 # parameters ---------------------------------------------------------------------------------------
@@ -232,7 +245,7 @@ def _plain(
 def _refuse_sharded(p: Tensor, name: str | None, text: str, method: str) -> None:
     """Raise for a parameter that DeepSpeed or FSDP1 has flattened or partitioned."""
     is_marked = any(getattr(p, mark, None) not in (None, False) for mark in SHARDED_MARKS)
-    if is_marked or (name is not None and SHARDED_NAMES & {*name.split(".")}):
+    if is_marked or (isinstance(name, str) and SHARDED_NAMES & {*name.split(".")}):
         raise ValueError(
             f"{text} is flattened or partitioned (DeepSpeed ZeRO or FSDP1), which hides its matrix "
             f"from {method}; use DDP with ZeroRedundancyOptimizer, or a group with rule='adamw'"
@@ -404,9 +417,12 @@ def warn_without_matrix(groups: Sequence[Mapping[str, Any]], default_rule: type[
 # tensors at a step --------------------------------------------------------------------------------
 
 
-def signature_of(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Any], ...]:
+def signature_of(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None], groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[Any], ...]:
     """What other code may change about tensors between steps, cheap to make and to compare."""
     return (
+        [(group.get("capturable"), group.get("fused")) for group in groups],
         [p.dtype for p in params],
         [p.shape for p in params],
         [p.device for p in params],
@@ -438,17 +454,21 @@ def check_ready(
     Raises:
         RuntimeError: If something does not fit; nothing has changed then.
     """
-    signature = signature_of(plan.flat_params, grads)
+    signature = signature_of(plan.flat_params, grads, groups)
     if plan.signature == signature:
         return True
     names = [name for g in groups for name in g.get("param_names") or [None] * len(g["params"])]
     names += [None] * (len(plan.flat_params) - len(names))
-    adamw = {i for positions in plan.adamw_positions for i in positions}
+    adamw = {
+        i: group
+        for group, positions in zip(groups, plan.adamw_positions, strict=True)
+        for i in positions
+    }
     for i, (p, grad, name) in enumerate(zip(plan.flat_params, grads, names, strict=True)):
         if grad is not None:
             _check_gradient(p, grad, _text(name, p, i), method, i in adamw)
             if i in adamw:
-                _check_moments(p, state.get(p, {}), _text(name, p, i))
+                _check_moments(p, state.get(p, {}), adamw[i], _text(name, p, i))
     fits = True
     for unit in plan.units:
         for j, (i, p) in enumerate(zip(unit.positions, unit.params, strict=True)):
@@ -488,8 +508,21 @@ def _check_gradient(p: Tensor, grad: Tensor, text: str, method: str, is_adamw: b
 REBUILD = "build the optimizer after the model is converted, moved or wrapped"
 
 
-def _check_moments(p: Tensor, entry: Mapping[str, Any], text: str) -> None:
-    """Raise if torch's AdamW cannot use the state of a parameter."""
+def _check_moments(
+    p: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any], text: str
+) -> None:
+    """Raise if torch's AdamW cannot use the state of a parameter, or its own flags for it."""
+    step = entry.get("step")
+    if group.get("fused"):
+        _device_dtype_check_for_fused(p)
+    if group.get("capturable") and p.device.type == "cpu":
+        raise RuntimeError(f"capturable=True needs an accelerator, but {text} is on {p.device}")
+    for flag_name in ("capturable", "fused"):
+        if group.get(flag_name) and isinstance(step, Tensor) and step.device != p.device:
+            raise RuntimeError(
+                f"{flag_name}=True keeps the step count of {text} on {p.device}, but it is on "
+                f"{step.device}; set {flag_name} at construction"
+            )
     for key in ("exp_avg", "exp_avg_sq"):
         X = entry.get(key)
         if isinstance(X, Tensor) and (X.shape, X.dtype, X.device) != (p.shape, p.dtype, p.device):

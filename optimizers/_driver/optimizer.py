@@ -31,6 +31,7 @@ from .checks import (
     check_ready,
     check_values,
     check_written_values,
+    is_mark,
     refuse_sharded_module,
     warn_without_matrix,
 )
@@ -184,7 +185,8 @@ class StackedOptimizer(Optimizer):
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
         key = self._reference_key
-        is_marked = key is not None and bool(group.get(key)) and "rule" not in group
+        mark = None if key is None else group.get(key)
+        is_marked = is_mark(key, mark) and "rule" not in group
         if is_marked:
             group["rule"] = self._default_rule.method()
         elif key is not None and group.get(key) is False:
@@ -228,7 +230,7 @@ class StackedOptimizer(Optimizer):
         if rule is None:
             return [{"lr": full_group["adamw_lr"], **group}]
         params, names = parameters_of(group)
-        if None in names and any(names):
+        if (None in names and any(names)) or not all(isinstance(p, Tensor) for p in params):
             return [group]  # torch refuses names of some parameters only, with its own text
         rows = roles_of({**full_group, "params": params, "param_names": names}, rule)
         parts = []

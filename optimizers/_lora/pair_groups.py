@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from .._core.rule import Rule
 from .._core.validation import check, check_numbers, is_number, shown
+from .._driver.checks import check_values, refuse_sharded_module, refuse_sharded_parameters
 from .._driver.optimizer import StackedOptimizer
 from .._driver.param_groups import describe, parameters_of, warn_user
 
@@ -90,6 +91,11 @@ class PairOptimizer(StackedOptimizer):
         scale: Scale = None,
         **options: Any,
     ) -> None:
+        check(
+            scale is None or _is_scale(scale) or isinstance(scale, Mapping) or callable(scale),
+            f"{_scale_message(scale)}, a dict by module, or a function of its name",
+        )
+        refuse_sharded_module(params, rule.method())
         super().__init__(_to_pair_groups(params, rule, scale), rule, lr, weight_decay, **options)
 
     @override
@@ -97,6 +103,7 @@ class PairOptimizer(StackedOptimizer):
         if isinstance(param_group, dict) and isinstance(param_group.get("params"), (list, tuple)):
             full = {**self.defaults, **param_group}
             if full["rule"] in (None, self._default_rule.method()):
+                check_values(full)
                 _check_group(full, len(self._default_rule.members))
         return super()._prepare_groups(param_group)
 
@@ -132,13 +139,15 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
         return params
     items = list(params)
     if items and isinstance(items[0], tuple):
+        named = [item for item in items if len(item) == 2]
+        refuse_sharded_parameters([p for _, p in named], [n for n, _ in named], rule.method())
         return lora_param_groups(items, scale=scale, base_weight=base)
     if items and isinstance(items[0], Tensor):
         raise ValueError(
             f"{rule.method()} cannot tell which of these tensors are pairs; pass the model, "
             "lora_param_groups(model) or pairs_to_groups([(A1, B1), ...], scale=...)"
         )
-    if isinstance(scale, (int, float)):
+    if _is_scale(scale):
         items = [
             {"scale": scale, **group}
             if isinstance(group, Mapping) and group.get("rule") in (None, rule.method())
@@ -159,6 +168,7 @@ def _check_group(group: Mapping[str, Any], size: int) -> None:
     )
     if not all(isinstance(p, Tensor) for p in params):
         return  # torch refuses what is no tensor, with its own text
+    refuse_sharded_parameters(params, names, "a method of LoRA pairs")
     check(_is_scale(group.get("scale")), _scale_message(group.get("scale")))
     texts = [describe(name, p, i) for i, (name, p) in enumerate(zip(names, params, strict=True))]
     views = group["view"]
