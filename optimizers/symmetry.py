@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from ._core.rule import Direction, Member, Rule
 from ._core.validation import check, check_numbers, shown
-from ._driver.checks import refuse_sharded_module
+from ._driver.checks import check_trainable, refuse_sharded_module, refuse_sharded_parameters
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import parameters_of, roles_of, rule_of
 from ._roles.classify import Assignment, classify, route
@@ -185,6 +185,8 @@ class SymmetryStack(StackedOptimizer):
         mixed = None in names and any(names)
         if not params or mixed or not all(isinstance(p, Tensor) for p in params):
             return [group]
+        check_trainable(params, names)
+        refuse_sharded_parameters(params, names, "SymmetryStack")
         rows = [route(name, tuple(p.shape)) for name, p in zip(names, params, strict=True)]
         own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names")}
         lr = own_keys.get("lr", self.defaults["lr"])

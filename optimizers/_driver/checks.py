@@ -260,8 +260,8 @@ def refuse_sharded_module(params: Any, method: str) -> None:
         if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__):
             raise ValueError(
                 f"module {name or type(module).__name__!r} is wrapped by FSDP1, which flattens its "
-                f"weights and so hides their matrices from {method}; use fully_shard (FSDP2) or "
-                "DDP, or torch.optim.AdamW"
+                f"weights and so hides their matrices from {method}; use DDP with "
+                "ZeroRedundancyOptimizer, or torch.optim.AdamW"
             )
 
 
@@ -292,6 +292,13 @@ def _obstacle(p: Tensor) -> str | None:
     if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         return "is expanded, so several of its entries share memory; make it of p.contiguous()"
     return None
+
+
+def check_trainable(params: Sequence[Tensor], names: Sequence[str | None]) -> None:
+    """Raise for a parameter that no optimizer can write; what is frozen may be quantized, say."""
+    for i, (p, name) in enumerate(zip(params, names, strict=True)):
+        obstacle = _obstacle(p) if p.requires_grad and not is_lazy(p) else None
+        check(obstacle is None, f"{_text(name, p, i)} {obstacle}")
 
 
 def check_matrix(p: Tensor, text: str, method: str) -> None:
@@ -325,10 +332,7 @@ def check_group(
     params, names = parameters_of(group)
     if any(not isinstance(p, Tensor) for p in params):
         return  # torch refuses what is no tensor, with its own text
-    for i, (p, name) in enumerate(zip(params, names, strict=True)):
-        # what is frozen may be quantized: it takes part in no step
-        obstacle = _obstacle(p) if p.requires_grad and not is_lazy(p) else None
-        check(obstacle is None, f"{_text(name, p, i)} {obstacle}")
+    check_trainable(params, names)
     if rule is not None:
         _check_rule_parameters(group, rule, params, names, is_marked)
 
@@ -399,18 +403,20 @@ def _check_shape(
 def warn_without_matrix(groups: Sequence[Mapping[str, Any]], default_rule: type[Rule]) -> None:
     """Warn of an optimizer that has no matrix, as of shards that nothing marks.
 
-    One parameter alone is a hook's own optimizer, and names or a rule show that the user knows.
+    One parameter alone is a hook's own optimizer, and names or a rule show that the user knows. A
+    group with ``roles`` has its rule from a policy.
     """
     params = [p for group in groups for p in group["params"]]
     if len(params) < 2 or any(is_lazy(p) for p in params):
         return
-    if any(group.get("rule") is not None or group.get("param_names") for group in groups):
+    has_rule = any(group.get("rule") is not None and "roles" not in group for group in groups)
+    if has_rule or any(group.get("param_names") for group in groups):
         return
     rows = [row for group in groups for row in roles_of(group, rule_of(group, default_rule))]
     if not any(row.rule == "matrix" for row in rows):
         warn_user(
             f"no matrix among {len(params)} parameters, so AdamW trains them all; if a wrapper "
-            f"such as FSDP1 has flattened them, use fully_shard (FSDP2) or DDP"
+            f"such as FSDP1 has flattened them, use DDP with ZeroRedundancyOptimizer"
         )
 
 

@@ -160,6 +160,7 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
 def _check_group(group: Mapping[str, Any], size: int) -> None:
     """Check each pair (or triple) of a group."""
     params, names = parameters_of(group)
+    refuse_sharded_parameters(params, names, "a method of LoRA pairs")
     wanted = "[A1, B1, A2, B2, ...]" if size == 2 else "[A1, B1, W1, A2, B2, W2, ...]"
     check(
         len(params) % size == 0,
@@ -168,7 +169,6 @@ def _check_group(group: Mapping[str, Any], size: int) -> None:
     )
     if not all(isinstance(p, Tensor) for p in params):
         return  # torch refuses what is no tensor, with its own text
-    refuse_sharded_parameters(params, names, "a method of LoRA pairs")
     check(_is_scale(group.get("scale")), _scale_message(group.get("scale")))
     texts = [describe(name, p, i) for i, (name, p) in enumerate(zip(names, params, strict=True))]
     views = group["view"]
