@@ -76,7 +76,7 @@ def parse_range(text: str) -> Range:
 def shown(x: Any) -> str:
     """A value in one short line of a message; a tensor is named and not read."""
     if isinstance(x, Tensor):
-        return f"a {x.dtype} tensor of {x.numel()} elements" if not x.is_nested else "nested tensor"
+        return "a nested tensor" if x.is_nested else f"a {x.dtype} tensor of size {x.numel()}"
     text = " ".join(repr(x).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -4,18 +4,13 @@ import warnings
 
 import pytest
 import torch
+from helpers.every_class import EVERY, PLAIN, problem, set_gradients
 from helpers.problems import same, tensors
 from torch import nn
 
-from driver.test_values import CLASSES, EVERY, problem, set_gradients
 from stiefel.optimizers import GaLore, Muon, SymmetryStack
 from stiefel.optimizers._lora.pair_groups import PairOptimizer
 
-PLAIN = pytest.mark.parametrize(
-    "cls",
-    [cls for cls in CLASSES if not issubclass(cls, PairOptimizer)],
-    ids=lambda cls: cls.__name__,
-)
 FLOAT8 = torch.float8_e4m3fn
 
 
@@ -143,7 +138,7 @@ def test_a_model_on_the_meta_device_may_be_planned_but_not_stepped(cls):
     optimizer.step()  # no gradient, nothing to do
     for p in params:
         p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="gradient of parameter 0 .* is on the meta device"):
+    with pytest.raises(RuntimeError, match=r"gradient of parameter 0 .* is on the meta device"):
         optimizer.step()
     assert torch.equal(params[1], torch.ones(3)) and not optimizer.state.get(params[1])
 
