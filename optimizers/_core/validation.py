@@ -62,7 +62,7 @@ class Range(NamedTuple):
             text = "positive and finite" if self.low == 0 else f"above {low} and finite"
         else:
             text = f"at least {low} and finite"
-        return f"None or {text}" if self.may_be_none else text
+        return f"{text}, or None" if self.may_be_none else text
 
 
 @lru_cache

@@ -20,7 +20,6 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from .._core.rule import Rule, rule_class
 from .._core.validation import (
     check,
-    choice,
     dtype_name,
     flag,
     is_number,
@@ -115,6 +114,13 @@ def _adamw_betas(name: str, x: Any) -> tuple[float, float]:
     return two_decays(name, x, f"Invalid {name} parameter")
 
 
+def _nonfinite(name: str, x: Any) -> Any:
+    *names, last = map(repr, NONFINITE_POLICIES)
+    is_known = isinstance(x, str) and x in NONFINITE_POLICIES
+    check(is_known, f"{name} must be {', '.join(names)} or {last}, got {shown(x)}")
+    return x
+
+
 def _differentiable(name: str, x: Any) -> bool | None:
     value = flag(name, x)
     check(not value, "differentiable=True is not supported; differentiate the loss instead")
@@ -133,7 +139,7 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "fused": partial(flag, may_be_none=True),
     "capturable": flag,
     "differentiable": _differentiable,
-    "nonfinite": partial(choice, known=NONFINITE_POLICIES),
+    "nonfinite": _nonfinite,
     "view": _view,
     "state_dtype": _state_dtype,
     "stagger": flag,

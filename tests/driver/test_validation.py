@@ -50,7 +50,7 @@ def is_outcome(check, x, expected):
         ("[1, inf)", 2**63, f"x must be an int of at least 1 and below 2**63, got {2**63}"),
         ("[0, 99]", 100, "x must be an int from 0 to 99, got 100"),
         ("[0, 99] or None", None, None),
-        ("[0, 99] or None", "x", "x must be None or an int from 0 to 99, got 'x'"),
+        ("[0, 99] or None", "x", "x must be an int from 0 to 99, or None, got 'x'"),
     ],
 )
 def test_whole_numbers_have_a_range(allowed, x, expected):
@@ -77,7 +77,7 @@ def test_whole_numbers_have_a_range(allowed, x, expected):
         ("(-inf, inf)", -math.inf, "x must be a finite number, got -inf"),
         ("(-inf, inf)", 2**70, 2.0**70),
         ("(0, inf) or None", None, None),
-        ("(0, inf) or None", [1], "x must be None or positive and finite, got [1]"),
+        ("(0, inf) or None", [1], "x must be positive and finite, or None, got [1]"),
     ],
 )
 def test_numbers_have_a_range(allowed, x, expected):
