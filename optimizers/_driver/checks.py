@@ -20,6 +20,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from .._core.rule import Rule, rule_class
 from .._core.validation import (
     check,
+    choice,
     dtype_name,
     flag,
     is_number,
@@ -29,11 +30,9 @@ from .._core.validation import (
 )
 from .._core.views import VIEW_KINDS, split_view
 from .buckets import StepPlan
-from .param_groups import describe, parameters_of, roles_of, rule_of, warn_user
+from .param_groups import describe, listed, parameters_of, roles_of, rule_of, warn_user
 from .units import State, Unit, views_of
 
-LARGE_SIDE = 16384
-"""Side above which a matrix without a name is more likely an embedding, so the user is warned."""
 NONFINITE_POLICIES = ("skip", "raise")
 TRAINABLE_DTYPES = frozenset(
     (
@@ -110,6 +109,19 @@ def _or_none(check_value: Callable[[str, Any], Any]) -> Callable[[str, Any], Any
     return lambda name, x: None if x is None else check_value(name, x)
 
 
+def _listed(check_value: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """The check of a list with one value per parameter; the list stays the user's."""
+
+    def check_list(name: str, values: Any) -> Any:
+        is_list = values is None or isinstance(values, (tuple, list))
+        check(is_list, f"{name} must be a list with a value per parameter, got {shown(values)}")
+        for x in values or ():
+            check_value(name, x)
+        return values
+
+    return check_list
+
+
 def _adamw_betas(name: str, x: Any) -> tuple[float, float]:
     return two_decays(name, x, f"Invalid {name} parameter")
 
@@ -143,6 +155,11 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "view": _view,
     "state_dtype": _state_dtype,
     "stagger": flag,
+    "adamw_lr_ratio": _or_none(_decay),
+    "draws": partial(choice, known=("name", "position")),
+    "rules": _listed(partial(choice, known=(None, "matrix", "adamw"))),
+    "views": _listed(_or_none(_view)),
+    "decays": _listed(_or_none(_decay)),
 }
 """Group key -> what checks its value and makes it plain; a rule checks its own fields."""
 
@@ -234,15 +251,15 @@ def _plain(
     return copy
 
 
-def is_mark(key: str | None, value: Any) -> bool:
-    """Whether a value of a published package's key says that its group holds matrices.
+def is_mark(key: str, value: Any) -> bool | None:
+    """Whether a published package's key says that its group holds matrices; None: it says nothing.
 
     Raises:
         ValueError: If the key asks for True or False and has another value.
     """
-    if key is not None and key.startswith("use_"):
-        return bool(flag(key, value, may_be_none=True))
-    return is_number(value) and bool(value)
+    if key.startswith("use_"):
+        return flag(key, value, may_be_none=True)
+    return True if is_number(value) and value else None
 
 
 # parameters ---------------------------------------------------------------------------------------
@@ -371,10 +388,10 @@ def _check_rule_parameters(
         text = describe(name, p, i)
         if row.rule == "matrix":
             check_matrix(p, text, method)
-            _check_shape(p, name, text, group, rule, method)
+            _check_shape(p, text, listed(group, "views", i) or group["view"], rule, method)
         elif is_marked:
             moved_to_adamw.append(text)
-        elif group.get("rule") is not None:
+        elif group.get("rule") is not None and listed(group, "rules", i) is None:
             _refuse_vector(p, text, method)
     if group["capturable"] and any(row.rule == "matrix" for row in rows):
         raise ValueError(
@@ -391,19 +408,12 @@ def _refuse_vector(p: Tensor, text: str, method: str) -> None:
     )
 
 
-def _check_shape(
-    p: Tensor, name: str | None, text: str, group: Mapping[str, Any], rule: Rule, method: str
-) -> None:
-    """Raise if the view does not fit; warn of a very large side in a matrix without a name."""
+def _check_shape(p: Tensor, text: str, view: Any, rule: Rule, method: str) -> None:
+    """Raise if the view does not fit."""
     if p.ndim < 2 or p.numel() == 0:
         _refuse_vector(p, text, method)
     if len(rule.members) == 1:
-        split_view(views_of(group["view"], rule)[0], tuple(p.shape))
-    if p.ndim == 2 and max(p.shape) > LARGE_SIDE and name is None and group.get("rule") is None:
-        warn_user(
-            f"{text} has a side above {LARGE_SIDE} and goes to {method}; if it is an embedding or "
-            "a head, pass the model or its named_parameters(), or give it rule='adamw'"
-        )
+        split_view(views_of(view, rule)[0], tuple(p.shape))
 
 
 def warn_without_matrix(groups: Sequence[Mapping[str, Any]], default_rule: type[Rule]) -> None:
@@ -416,7 +426,7 @@ def warn_without_matrix(groups: Sequence[Mapping[str, Any]], default_rule: type[
     if len(params) < 2 or any(is_lazy(p) for p in params):
         return
     has_rule = any(group.get("rule") is not None and "roles" not in group for group in groups)
-    if has_rule or any(group.get("param_names") for group in groups):
+    if has_rule or any(group.get("param_names") or group.get("rules") for group in groups):
         return
     rows = [row for group in groups for row in roles_of(group, rule_of(group, default_rule))]
     if not any(row.rule == "matrix" for row in rows):
@@ -466,11 +476,11 @@ def check_ready(
     Raises:
         RuntimeError: If something does not fit; nothing has changed then.
     """
-    signature = signature_of(plan.flat_params, grads, groups)
+    params = [p for p in plan.flat_params if not is_lazy(p)] if plan.lazy_params else None
+    signature = signature_of(plan.flat_params if params is None else params, grads, groups)
     if plan.signature == signature:
         return True
-    names = [name for g in groups for name in g.get("param_names") or [None] * len(g["params"])]
-    names += [None] * (len(plan.flat_params) - len(names))
+    names = [listed(g, "param_names", i) for g in groups for i in range(len(g["params"]))]
     adamw = {
         i: group
         for group, positions in zip(groups, plan.adamw_positions, strict=True)
@@ -484,7 +494,7 @@ def check_ready(
     fits = True
     for unit in plan.units:
         for j, (i, p) in enumerate(zip(unit.positions, unit.params, strict=True)):
-            if (p.shape, p.dtype, p.device) != unit.key[2 + j][:3]:
+            if (p.shape, p.dtype, p.device) != unit.key[j - len(unit.params)][:3]:
                 _check_state(unit, j, p, state.get(p, {}), _text(names[i], p, i))
                 fits = False
     plan.signature = signature
@@ -543,7 +553,7 @@ def _check_moments(
 
 def _check_state(unit: Unit, j: int, p: Tensor, entry: Mapping[str, Any], text: str) -> None:
     """Raise if the state of member j of a unit is not that of the weight as it is now."""
-    shape, _, device = unit.key[2 + j][:3]
+    shape, _, device = unit.key[j - len(unit.params)][:3]
     for key, (_, _, dtype) in unit.expected_state(j).items():
         X = entry.get(key)
         if isinstance(X, Tensor) and (p.shape != shape or p.device != device or X.dtype != dtype):
