@@ -426,7 +426,7 @@ def warn_without_matrix(groups: Sequence[Mapping[str, Any]], default_rule: type[
     if len(params) < 2 or any(is_lazy(p) for p in params):
         return
     has_rule = any(group.get("rule") is not None and "roles" not in group for group in groups)
-    if has_rule or any(group.get("param_names") or group.get("rules") for group in groups):
+    if has_rule or any(group.get("param_names") for group in groups):
         return
     rows = [row for group in groups for row in roles_of(group, rule_of(group, default_rule))]
     if not any(row.rule == "matrix" for row in rows):

@@ -367,7 +367,7 @@ def test_shards_that_nothing_marks_are_told_once(cls):
         cls(shards)
     assert len(seen) == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="no matrix")
         cls(shards[:1])  # one optimizer for each parameter
         cls([("norm.weight", shards[0]), ("norm.bias", shards[1])])
         cls([{"params": shards, "rule": "adamw"}])
