@@ -254,13 +254,9 @@ class MuonRule(Rule):
         check_coefficients(self, "ns_coefficients")
         steps = self.ns_steps
         check(
-            steps is None or is_number(steps, numbers.Integral),
-            f"ns_steps must be None or an int, got {shown(steps)}",
-        )
-        check(
-            steps is None or 1 <= steps < 100,
+            not is_number(steps, numbers.Integral) or 1 <= steps < 100,  # type: ignore[operator]
             "Number of steps must be less than 100 for computational efficiency; ns_steps must be "
-            f"from 1 to 99, got {steps}",
+            f"from 1 to 99, got {shown(steps)}",
         )
         check_ints(self, ns_steps="[1, 99] or None")
 
