@@ -6,6 +6,7 @@ since the last one, and what has happened to weights and gradients, before anyth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -200,8 +201,8 @@ def _check_rule(group: MutableMapping[str, Any], default_rule: type[Rule]) -> Ru
 def check_written_values(
     groups: Sequence[dict[str, Any]],
     default_rule: type[Rule],
-    seen: Sequence[Mapping[str, Any]],
-) -> Sequence[Mapping[str, Any]]:
+    seen: Sequence[dict[str, Any]],
+) -> Sequence[dict[str, Any]]:
     """Check what was written into groups since the last step; values are compared by identity.
 
     Args:
@@ -215,11 +216,14 @@ def check_written_values(
     Raises:
         ValueError: If a value has a wrong type or is out of range; no group has changed then.
     """
-    for group in groups:
-        for key in ("lr", "adamw_lr"):
-            lr = group.get(key)
-            if isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.numel() == 1:
-                _check_tensor_lr(key, lr)  # written in place; a device is not waited for
+    for group, old in zip(groups, seen, strict=False):
+        lr, decay = group.get("lr"), group.get("weight_decay")
+        if type(lr) is float and 0.0 <= lr < math.inf:  # as a scheduler writes it
+            old["lr"] = lr
+        elif isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.numel() == 1:
+            _check_tensor_lr("lr", lr)  # written in place; a device is not waited for
+        if type(decay) is float and 0.0 <= decay < math.inf:
+            old["weight_decay"] = decay
     written = [
         i for i, group in enumerate(groups) if i >= len(seen) or not _is_unchanged(group, seen[i])
     ]

@@ -128,7 +128,7 @@ class StackedOptimizer(Optimizer):
     _is_built = False
     _has_warned_of_shapes = False
     _skipped = 0
-    _seen: Sequence[Mapping[str, Any]] = ()
+    _seen: Sequence[dict[str, Any]] = ()
     """Groups as the last step has checked them."""
     _pending: Sequence[tuple[LateFlags, list[Bucket]]] = ()
     _wait: bool | None = None
