@@ -28,6 +28,7 @@ from .._core.validation import (
     number,
     shown,
     two_decays,
+    whole_number,
 )
 from .._core.views import VIEW_KINDS, split_view
 from .buckets import StepPlan
@@ -123,6 +124,11 @@ def _listed(check_value: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]
     return check_list
 
 
+def _name(name: str, x: Any) -> Any:
+    check(isinstance(x, str), f"{name} must hold a word or None per parameter, got {shown(x)}")
+    return x
+
+
 def _adamw_betas(name: str, x: Any) -> tuple[float, float]:
     return two_decays(name, x, f"Invalid {name} parameter")
 
@@ -160,7 +166,11 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "draws": partial(choice, known=("name", "position")),
     "rules": _listed(partial(choice, known=(None, "matrix", "adamw"))),
     "views": _listed(_or_none(_view)),
+    "sides": _listed(_or_none(_name)),
+    "roles": _listed(_or_none(_name)),
+    "reasons": _listed(_or_none(_name)),
     "decays": _listed(_or_none(_decay)),
+    "positions": _listed(partial(whole_number, allowed="[0, inf) or None")),
 }
 """Group key -> what checks its value and makes it plain; a rule checks its own fields."""
 

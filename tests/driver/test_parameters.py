@@ -321,6 +321,25 @@ def test_checks_pass_over_lazy_parameters(cls):
         warn_without_matrix([group], optimizer._default_rule)
 
 
+@PLAIN
+@pytest.mark.parametrize("form", ["params", "named", "groups"])
+def test_lazy_parameters_train_once_they_have_a_shape(cls, form):
+    net = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 4))
+    params = {
+        "params": net.parameters,
+        "named": net.named_parameters,
+        "groups": lambda: [{"params": [*net.parameters()]}],
+    }[form]()
+    optimizer = cls(params)
+    optimizer.step()  # nothing has a gradient
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.ones(3, 7)).square().sum().backward()
+        before = net[0].weight.detach().clone()
+        optimizer.step()
+    assert not torch.equal(net[0].weight, before) and optimizer.state[net[0].weight]
+
+
 # shards -------------------------------------------------------------------------------------------
 
 

@@ -235,6 +235,37 @@ def test_a_rule_of_no_name_is_refused_in_a_group(cls):
     assert is_equal(before, snapshot(optimizer, weights))
 
 
+LISTS = {
+    "rules": ("Muon", [3]),
+    "views": ([3], ["sideways"], [()]),
+    "sides": ([3],),
+    "roles": ([3],),
+    "reasons": ([3],),
+    "decays": ([-1.0], ["x"], [math.nan]),
+    "positions": (["x"], [-1], [0.5]),
+    "draws": (3, "x", None),
+    "adamw_lr_ratio": ("x", -1.0, math.nan, [1.0]),
+    "param_names": (True, "x", 3),
+    "use_muon": ("x", 3, torch.ones(2)),
+}
+"""Keys that the optimizer writes itself or that mark groups, with values that they cannot have."""
+
+
+@EVERY
+@pytest.mark.parametrize("name", LISTS)
+def test_keys_that_are_no_keywords_are_checked_too(cls, name):
+    params, needed, weights = problem(cls)
+    optimizer = cls(params, **needed)
+    late, _, _ = problem(cls, 1)
+    group = late[0] if isinstance(late[0], dict) else {"params": late[:1]}
+    before = snapshot(optimizer, weights)
+    for value in (*LISTS[name], object() if name != "use_muon" else 2.5):
+        with pytest.raises((ValueError, TypeError), match=name) as caught:
+            optimizer.add_param_group({**group, name: value})
+        check_sentence(caught.value, name)
+    assert is_equal(before, snapshot(optimizer, weights))
+
+
 # what is accepted ---------------------------------------------------------------------------------
 
 
