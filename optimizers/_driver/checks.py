@@ -32,7 +32,15 @@ from .._core.validation import (
 )
 from .._core.views import VIEW_KINDS, split_view
 from .buckets import StepPlan
-from .param_groups import describe, listed, parameters_of, roles_of, rule_of, warn_user
+from .param_groups import (
+    describe,
+    listed,
+    parameters_of,
+    roles_of,
+    rule_of,
+    view_of,
+    warn_user,
+)
 from .units import State, Unit, views_of
 
 NONFINITE_POLICIES = ("skip", "raise")
@@ -389,20 +397,15 @@ def _check_rule_parameters(
         "weights at once; leave stagger out",
     )
     refuse_sharded_parameters(params, names, method)
-    # a lazy parameter tells its shape at the first step
-    indices = [i for i, p in enumerate(params) if not (is_lazy(p) or p.is_nested)]
-    known = {
-        key: [values[i] for i in indices]
-        for key, values in (("params", params), ("param_names", names))
-    }
-    rows = roles_of({**group, **known}, rule)
+    rows = roles_of({**group, "params": params, "param_names": names}, rule)
     moved_to_adamw = []
-    for i, row in zip(indices, rows, strict=True):
-        p, name = params[i], names[i]
+    for i, (p, name, row) in enumerate(zip(params, names, rows, strict=True)):
+        if is_lazy(p):  # it tells its shape at the first step
+            continue
         text = describe(name, p, i)
         if row.rule == "matrix":
             check_matrix(p, text, method)
-            _check_shape(p, text, listed(group, "views", i) or group["view"], rule, method)
+            _check_shape(p, text, view_of(group, i, row), rule, method)
         elif is_marked:
             moved_to_adamw.append(text)
         elif group.get("rule") is not None and listed(group, "rules", i) is None:
