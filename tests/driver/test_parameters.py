@@ -322,12 +322,14 @@ def test_checks_pass_over_lazy_parameters(cls):
 
 
 @PLAIN
-@pytest.mark.parametrize("form", ["params", "named", "groups"])
+@pytest.mark.parametrize("form", ["params", "named", "module", "groups"])
 def test_lazy_parameters_train_once_they_have_a_shape(cls, form):
-    net = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 4))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 4))
     params = {
         "params": net.parameters,
         "named": net.named_parameters,
+        "module": lambda: net,
         "groups": lambda: [{"params": [*net.parameters()]}],
     }[form]()
     optimizer = cls(params)
