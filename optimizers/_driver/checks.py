@@ -42,8 +42,11 @@ def check_values(group: Mapping[str, Any]) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if group["differentiable"]:
         raise ValueError("differentiable=True is not supported; differentiate the loss instead")
-    if group["nonfinite"] not in ("skip", "raise"):
-        raise ValueError(f"nonfinite must be 'skip' or 'raise', got {group['nonfinite']!r}")
+    if group["nonfinite"] not in ("skip", "skip_step", "raise", "ignore"):
+        raise ValueError(
+            "nonfinite must be 'skip', 'skip_step', 'raise' or 'ignore', got "
+            f"{group['nonfinite']!r}"
+        )
     name = group["state_dtype"]
     dtype: Any = getattr(torch, name, None) if isinstance(name, str) else None
     # what cannot hold small squares makes a second moment zero, and a step of it without bound
