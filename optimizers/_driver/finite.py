@@ -111,14 +111,6 @@ class Findings:
             return [True] * len(bucket.units)
         return [self.bad.isdisjoint(unit.positions) for unit in bucket.units]
 
-    def skipped_params(self, plan: StepPlan) -> list[Tensor]:
-        """Parameters that do not move: those with a bad gradient, and the others of their units."""
-        params = [plan.flat_params[i] for i in self.bad]
-        for unit in plan.units:
-            if not self.bad.isdisjoint(unit.positions):
-                params += unit.params
-        return params
-
     def flag(self, j: int) -> Tensor | None:
         """Unread numbers (K,) of the units of bucket j, finite where all their gradients are."""
         present = [number for number in self.unread[j] or () if number is not None]
@@ -297,7 +289,7 @@ def _flags_of(grads: Sequence[Tensor]) -> Tensor:
         G.numel() and not hasattr(G, "device_mesh") and G.is_floating_point() for G in grads
     )
     numbers = torch._foreach_norm(list(grads), math.inf) if plain else map(largest, grads)
-    return torch.stack([number.float().isfinite() for number in numbers])
+    return torch.stack([number.isfinite() for number in numbers])
 
 
 Sum = tuple[Tensor, Sequence[int]]
@@ -415,7 +407,7 @@ def refuse(found: Findings, groups: Groups) -> None:
 
 def stops_step(found: Findings, groups: Groups) -> bool:
     """Whether a bad gradient in a group with ``nonfinite="skip_step"`` stops the whole step."""
-    group_of = _group_of(groups)
+    group_of = _group_of(groups) if found.bad else []
     return any(groups[group_of[i]]["nonfinite"] == "skip_step" for i in found.bad)
 
 

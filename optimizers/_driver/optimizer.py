@@ -420,33 +420,32 @@ class StackedOptimizer(Optimizer):
             self.init_state()
             for work in adamw_steps:
                 work.allocate(self.state)
-            found, fresh = Findings(), list[Tensor]()
+            found = Findings()
         else:
-            found, fresh = self._look(plan, grads, adamw_steps)
+            found = self._look(plan, grads, adamw_steps)
             if found.bad and self._count_skipped(found):
                 return
             self._step_matrices(plan, grads, found)
         for work in adamw_steps:
             work.step(found.bad, found.adamw_flags)
-        if found.unread:
+        if found.joined or any(found.unread):
             self._pending = [*self._pending, *found.late_flags(plan, self.param_groups)]
-        for p in fresh:  # a skipped parameter keeps having no state, as without a gradient
-            self.state.pop(p, None)
 
     def _look(
         self, plan: StepPlan, grads: Sequence[Tensor | None], adamw_steps: Sequence[adamw.Work]
-    ) -> tuple[Findings, list[Tensor]]:
-        """Allocate and sort what has a gradient, and find bad ones; undone if the step is refused.
+    ) -> Findings:
+        """Allocate and sort what has a gradient, and find bad ones; undone if nothing is to move.
 
         Args:
             plan: The plan.
             grads: Gradients of all parameters.
             adamw_steps: What AdamW steps.
 
-        Returns:
-            The findings, and the parameters whose new state is to go again.
+        Raises:
+            RuntimeError: For a bad gradient under ``nonfinite="raise"``.
         """
         mask, before = [grad is not None for grad in grads], None
+        stops = True
         try:
             if any(work.new for work in adamw_steps) or plan.is_stale(mask, self.state):
                 before = snapshot(self.state)
@@ -456,17 +455,12 @@ class StackedOptimizer(Optimizer):
             found = look(plan, grads, self.param_groups, self._waits)
             if found.bad:
                 refuse(found, self.param_groups)
-        except BaseException:
-            if before is not None:
+            stops = stops_step(found, self.param_groups)
+        finally:
+            if stops and before is not None:
                 plan.mask = None
                 roll_back(self.state, before)
-            raise
-        if before is None or not found.bad:
-            return found, []
-        plan.mask = None
-        if stops_step(found, self.param_groups):
-            roll_back(self.state, before)
-        return found, [p for p in found.skipped_params(plan) if p not in before]
+        return found
 
     def _is_dry_step(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether every lr and every gradient is 0, as in a checkpointer's probing step."""

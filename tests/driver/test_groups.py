@@ -50,7 +50,7 @@ def refusals():
         ("nothing", [{"params": [weight((0, 3))], "rule": "Muon"}], ValueError, "needs matrices"),
         ("rule", [{"params": [p], "rule": "SGD"}], ValueError, "group key 'rule' must be"),
         ("decay", [{"params": [p], "weight_decay": -0.1}], ValueError, "Invalid weight_decay"),
-        ("nonfinite", [{"params": [p], "nonfinite": "ignore"}], ValueError, "nonfinite must be"),
+        ("nonfinite", [{"params": [p], "nonfinite": "maybe"}], ValueError, "nonfinite must be"),
         ("dtype", [{"params": [p], "state_dtype": "int32"}], ValueError, "state_dtype must be"),
         ("capturable", [{"params": [p], "capturable": True}], ValueError, "capturable=True"),
         ("through", [{"params": [p], "differentiable": True}], ValueError, "differentiable"),
