@@ -215,8 +215,7 @@ def _look_at_buckets(
             found.unread.append(None)
             continue
         device = bucket.unit.params[0].device
-        rule = plan.rules[bucket.group]
-        assert rule is not None
+        rule = plan.rule(bucket)
         read = waits(device) or any(reads[unit.group] for unit in bucket.units)
         read = read or rule.writes_in_refresh
         read = read or rule.refresh_due(*bucket.clocks(), bucket.unit.shift)
