@@ -285,7 +285,7 @@ def step(
         if group["fused"] and order is None:
             _step_fused_unread(group, *lists, values, flags)
         else:
-            _step_and_put_back(group, *lists, values, flags)
+            _step_and_restore(group, *lists, values, flags)
 
 
 def _step_fused_unread(
@@ -322,7 +322,7 @@ def _step_fused_unread(
     torch._foreach_sub_(steps, bad)
 
 
-def _step_and_put_back(
+def _step_and_restore(
     group: Mapping[str, Any],
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -340,7 +340,7 @@ def _step_and_put_back(
         before = _Copies(tensors, [flag for *_, flag in chunk for _ in range(3)])
         ps, gs, es, _ = zip(*chunk, strict=True)
         _step(group, ps, gs, es, values)
-        before.put_back()
+        before.restore()
     if clock_is_on_device(group):
         steps = [entry["step"] for entry in entries]
         bad = [flag.logical_not().to(s.dtype) for flag, s in zip(finite, steps, strict=True)]
@@ -405,7 +405,7 @@ class _Copies:
     def _join(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         return torch.cat([X.reshape(-1) for X, _ in pairs])
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Write the copies whose flag is False."""
         for X, old, flag in self._large:
             X.copy_(torch.where(flag, X, old))

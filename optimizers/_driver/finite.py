@@ -144,7 +144,7 @@ class Findings:
         return [LateFlags(torch.cat(tensors), owners) for tensors, owners in parts.values()]
 
 
-def look(plan: StepPlan, grads: Grads, groups: Groups, waits: Waits) -> Findings:
+def inspect_grads(plan: StepPlan, grads: Grads, groups: Groups, waits: Waits) -> Findings:
     """Look at every gradient of a step once, unless its group has ``nonfinite="ignore"``.
 
     The host reads where ``waits`` says so, where a matrix must not be refreshed with a bad
@@ -159,7 +159,7 @@ def look(plan: StepPlan, grads: Grads, groups: Groups, waits: Waits) -> Findings
     found, sums = Findings(), _Sums(grads)
     modes = [group["nonfinite"] for group in groups]
     reads = ["skip_step" in modes or mode == "raise" for mode in modes]
-    _look_at_buckets(found, sums, plan, grads, modes, reads, waits)
+    _inspect_buckets(found, sums, plan, grads, modes, reads, waits)
     unread: dict[torch.device, list[int]] = {}
     small_by_kind: dict[Kind, list[int]] = {}
     for mode, read, parts in zip(modes, reads, _adamw_parts(plan), strict=True):
@@ -196,7 +196,7 @@ def _adamw_parts(plan: StepPlan) -> list[dict[Kind, list[int]]]:
     return plan.adamw_parts
 
 
-def _look_at_buckets(
+def _inspect_buckets(
     found: Findings,
     sums: _Sums,
     plan: StepPlan,

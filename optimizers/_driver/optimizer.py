@@ -30,8 +30,8 @@ from .checks import check_group, check_matrix, check_values
 from .finite import (
     Findings,
     LateFlags,
+    inspect_grads,
     is_capturing,
-    look,
     names_of,
     refuse,
     roll_back,
@@ -506,7 +506,7 @@ class StackedOptimizer(Optimizer):
                 work.allocate(self.state)
             found = Findings()
         else:
-            found = self._look(plan, grads, adamw_steps)
+            found = self._inspect(plan, grads, adamw_steps)
             if found.bad and self._count_skipped(found):
                 return
             self._step_matrices(plan, grads, found)
@@ -515,7 +515,7 @@ class StackedOptimizer(Optimizer):
         if found.joined or any(found.unread):
             self._pending = [*self._pending, *found.late_flags(plan, self.param_groups)]
 
-    def _look(
+    def _inspect(
         self, plan: StepPlan, grads: Sequence[Tensor | None], adamw_steps: Sequence[adamw.Work]
     ) -> Findings:
         """Allocate and sort what has a gradient, and find bad ones; undone if nothing is to move.
@@ -536,7 +536,7 @@ class StackedOptimizer(Optimizer):
                 for work in adamw_steps:
                     work.allocate(self.state)
                 plan.rebuild(mask, self.state)
-            found = look(plan, grads, self.param_groups, self._waits)
+            found = inspect_grads(plan, grads, self.param_groups, self._waits)
             if found.bad:
                 refuse(found, self.param_groups)
             stops = stops_step(found, self.param_groups)
