@@ -469,6 +469,9 @@ def _torch(
     eps: float,
     weight_decay: float,
 ) -> None:
+    has_complex = any(map(torch.is_complex, params))
+    if has_complex:  # torch takes no lazy conjugate
+        grads = [grad.resolve_conj() for grad in grads]
     adamw(
         list(params),
         list(grads),
@@ -479,7 +482,7 @@ def _torch(
         foreach=group["foreach"],
         capturable=group["capturable"],
         fused=group["fused"],
-        has_complex=any(map(torch.is_complex, params)),
+        has_complex=has_complex,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],

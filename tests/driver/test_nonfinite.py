@@ -268,17 +268,18 @@ def test_complex_empty_and_strided_gradients(wait, flags):
         nn.Parameter(torch.randn(200, 300)),
     ]
     twins = copy.deepcopy(params)
-    optimizer = Muon([{"params": params, "rule": "adamw"}], lr=0.1, **FLAGS[flags])
+    options = {"lr": 0.1, "weight_decay": 0.1, **FLAGS[flags]}
+    optimizer = Muon([{"params": params, "rule": "adamw"}], **options)
     optimizer._wait = wait
-    twin = torch.optim.AdamW(twins, lr=0.1, betas=(0.9, 0.95), weight_decay=0.0, **FLAGS[flags])
+    twin = torch.optim.AdamW(twins, betas=(0.9, 0.95), **options)
     for step in range(4):
         for i, (p, q) in enumerate(zip(params, twins, strict=True)):
             q.grad = torch.randn_like(p)
             if p.dim() == 2:
                 q.grad = torch.randn_like(p.mT.contiguous()).mT
-            if i == 0:
-                q.grad = q.grad.conj()
             p.grad = q.grad.clone()
+            if i == 0:
+                p.grad, q.grad = q.grad.conj(), q.grad.conj().resolve_conj()
             if i == 1 and step == 0:
                 p.grad[:] = complex(1e308, 1e308)
                 q.grad = p.grad.clone()
