@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...kernels import dequantize_blocks, fuses_passes, quantize_blocks
 from .._core.rule import Member, Rule
+from .adamw import EntryCache
 from .units import State, Unit, is_slab_row, scale_of
 from .windows import block_labels_of, drops_state
 
@@ -142,9 +143,9 @@ class Bucket:
             entry[unit.refreshed_key] = t
 
     def nonzero(self, Gs: Sequence[Tensor | None], j: int) -> bool:
-        """Whether some gradient of unit j is not all zero."""
-        parts = [G[j] if self.stacked else G for G in Gs if G is not None]
-        return any(bool(max_abs(G) != 0) for G in parts)
+        """Whether some gradient of unit j is not all zero, and all are finite."""
+        parts = [max_abs(G[j] if self.stacked else G) for G in Gs if G is not None]
+        return any(map(bool, parts)) and all(bool(part.isfinite()) for part in parts)
 
     def prepare_grads(
         self,
@@ -406,6 +407,8 @@ class StepPlan:
         entries: Number of parameters with state when ``buckets`` was made.
         signature: Dtypes, shapes and devices of weights and gradients that the last step has
             checked, see :func:`check_ready`.
+        adamw_parts: What ``finite.py`` knows of the AdamW parameters, made at the first step.
+        adamw_entries: State of AdamW parameters, as long as nobody replaces it.
     """
 
     flat_params: list[Tensor]
@@ -422,6 +425,8 @@ class StepPlan:
     buckets: list[Bucket] = field(default_factory=list)
     entries: int = 0
     signature: Any = None
+    adamw_parts: list[dict[Any, list[int]]] | None = None
+    adamw_entries: EntryCache = field(default_factory=EntryCache)
 
     def rule(self, of: Unit | Bucket) -> Rule:
         """The rule of a unit, or of all units of a bucket."""

@@ -43,7 +43,7 @@ from .param_groups import (
 )
 from .units import State, Unit, views_of
 
-NONFINITE_POLICIES = ("skip", "raise")
+NONFINITE_POLICIES = ("skip", "skip_step", "raise", "ignore")
 TRAINABLE_DTYPES = frozenset(
     (
         torch.float16,

@@ -36,7 +36,18 @@ from .checks import (
     refuse_sharded_module,
     warn_without_matrix,
 )
-from .finite import LateFlags, finite_sums, read_flags
+from .finite import (
+    Findings,
+    LateFlags,
+    inspect_grads,
+    is_capturing,
+    names_of,
+    refuse,
+    roll_back,
+    skip_warning,
+    snapshot,
+    stops_step,
+)
 from .model_roles import ModelRoles, complete_names, fill_lists, rows_of
 from .param_groups import (
     COMMON,
@@ -57,7 +68,7 @@ from .param_groups import (
     with_adamw_names,
 )
 from .settings import refuse_state_changes, refuse_unfit_state
-from .units import Unit, units_of
+from .units import units_of
 from .windows import assign_block_positions, stagger_refreshes
 from .write import Run, write_, write_list_, write_runs_
 
@@ -93,10 +104,14 @@ class StackedOptimizer(Optimizer):
         fused: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
         capturable: As in ``torch.optim.AdamW``, for groups without matrices (default: False).
         differentiable: Must be False (default); the key is there because torch reads it.
-        nonfinite: ``"skip"`` (default) leaves a matrix with a NaN or infinite gradient and its
-            state alone and counts it in :attr:`skipped`; ``"raise"`` raises before anything
-            changes, and waits for the device at every step. Gradients of AdamW parameters are not
-            looked at.
+        nonfinite: What a NaN or infinite gradient does, of a matrix or of an AdamW parameter.
+            ``"skip"`` (default): weight, state and clock of that parameter (of its whole pair, for
+            LoRA factors) stay, all others move as in a step without it. ``"skip_step"``: nothing
+            moves if a gradient of this group is bad, whatever the other groups say.
+            ``"raise"``: RuntimeError before anything changes, which names the parameters.
+            ``"ignore"``: gradients are not looked at, as in torch. What is skipped counts in
+            :attr:`skipped`, and the first time warns. ``"skip_step"`` and ``"raise"`` wait for the
+            device at every step.
         view: How a parameter becomes matrices, see ``_core/views.py`` (default: ``"auto"``).
         state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None
             (default): float32 (float64 for float64 weights). ``"int8"``: moments and momentum in 8
@@ -127,10 +142,10 @@ class StackedOptimizer(Optimizer):
     _model_roles: ModelRoles | None = None
     _is_built = False
     _has_warned_of_shapes = False
-    _skipped = 0
+    _skipped: dict[Tensor, int] | None = None
     _seen: Sequence[dict[str, Any]] = ()
     """Groups as the last step has checked them."""
-    _pending: Sequence[tuple[LateFlags, list[Bucket]]] = ()
+    _pending: Sequence[LateFlags] = ()
     _wait: bool | None = None
     """Whether the host waits for the finite flags; None: on CPU only. Tests set it."""
 
@@ -483,8 +498,8 @@ class StackedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: For a sparse gradient or one of another shape than its weight, for weights
-                whose state does not fit after ``model.bfloat16()``, or for a non-finite gradient of
-                a matrix under ``nonfinite="raise"``; nothing has changed then.
+                whose state does not fit after ``model.bfloat16()``, or for a non-finite gradient
+                under ``nonfinite="raise"``; nothing has changed then.
             ValueError: For a value that was written into a group and is out of range; likewise.
         """
         loss = None
@@ -507,13 +522,49 @@ class StackedOptimizer(Optimizer):
         adamw_steps = self._adamw_steps(plan, grads)  # may raise, so before any change
         if self._is_dry_step(grads):
             self.init_state()
+            for work in adamw_steps:
+                work.allocate(self.state)
+            found = Findings()
         else:
-            mask = [grad is not None for grad in grads]
-            if plan.is_stale(mask, self.state):
+            found = self._inspect(plan, grads, adamw_steps)
+            if found.bad and self._count_skipped(found):
+                return
+            self._step_matrices(plan, grads, found)
+        for work in adamw_steps:
+            work.step(found.bad, found.adamw_flags)
+        if found.joined or any(found.unread):
+            self._pending = [*self._pending, *found.late_flags(plan, self.param_groups)]
+
+    def _inspect(
+        self, plan: StepPlan, grads: Sequence[Tensor | None], adamw_steps: Sequence[adamw.Work]
+    ) -> Findings:
+        """Allocate and sort what has a gradient, and find bad ones; undone if nothing is to move.
+
+        Args:
+            plan: The plan.
+            grads: Gradients of all parameters.
+            adamw_steps: What AdamW steps.
+
+        Raises:
+            RuntimeError: For a bad gradient under ``nonfinite="raise"``.
+        """
+        mask, before = [grad is not None for grad in grads], None
+        stops = True
+        try:
+            if any(work.new for work in adamw_steps) or plan.is_stale(mask, self.state):
+                before = snapshot(self.state)
+                for work in adamw_steps:
+                    work.allocate(self.state)
                 plan.rebuild(mask, self.state)
-            self._step_matrices(plan, grads)
-        for group, params, present_grads, entries, order in adamw_steps:
-            adamw.step(group, params, present_grads, entries, order=order)
+            found = inspect_grads(plan, grads, self.param_groups, self._waits)
+            if found.bad:
+                refuse(found, self.param_groups)
+            stops = stops_step(found, self.param_groups)
+        finally:
+            if stops and before is not None:
+                plan.mask = None
+                roll_back(self.state, before)
+        return found
 
     def _is_dry_step(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether every lr and every gradient is 0, as in a checkpointer's probing step."""
@@ -523,49 +574,50 @@ class StackedOptimizer(Optimizer):
                 return False
         return not any(grad is not None and bool(grad.any()) for grad in grads)
 
-    def _adamw_steps(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> list[tuple[Any, ...]]:
-        """Arguments of :func:`adamw.step` per group that has parameters without a matrix rule."""
-        adamw_steps = []
-        for group, order, positions in zip(
-            self.param_groups, plan.adamw_orders, plan.adamw_positions, strict=True
-        ):
-            present = [
-                (plan.flat_params[i], grad) for i in positions if (grad := grads[i]) is not None
-            ]
-            entries = [self.state[p] for p, _ in present]
-            for (p, _), entry in zip(present, entries, strict=True):
-                adamw.allocate(p, group, entry)
-            if present:
-                adamw_steps.append((group, *map(list, zip(*present, strict=True)), entries, order))
-        return adamw_steps
+    def _adamw_steps(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> list[adamw.Work]:
+        """What AdamW steps in each group that has a gradient for it.
 
-    def _step_matrices(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> None:
-        """Find non-finite gradients before any state changes, then step bucket after bucket."""
-        stacks, flags = finite_sums(plan.buckets, grads, self._waits)
-        finite_units = read_flags(plan, self.param_groups, flags, grads, self._waits)
-        batcher = CallBatcher()
-        for bucket, stack, flag, finite in zip(
-            plan.buckets, stacks, flags, finite_units, strict=True
+        Raises:
+            RuntimeError: For a parameter that AdamW cannot step.
+        """
+        works, start, cache = [], 0, plan.adamw_entries
+        cache.follow(self.state)
+        for i, (group, order, positions) in enumerate(
+            zip(self.param_groups, plan.adamw_orders, plan.adamw_positions, strict=True)
         ):
+            if positions:
+                work = adamw.Work.of(group, order, positions, start, plan.flat_params, grads)
+                if work.positions:
+                    work.find(self.state, cache, i, work.positions is positions)
+                    work.check(self._describe)
+                    works.append(work)
+            start += len(group["params"])
+        return works
+
+    def _describe(self, position: int) -> str:
+        """Words that name the parameter at a flat position."""
+        name = names_of(self.param_groups)[position]
+        p = [p for group in self.param_groups for p in group["params"]][position]
+        return describe(name if isinstance(name, str) else None, p, position)
+
+    def _step_matrices(
+        self, plan: StepPlan, grads: Sequence[Tensor | None], found: Findings
+    ) -> None:
+        """Step bucket after bucket, without the units whose gradient is known to be bad."""
+        batcher = CallBatcher()
+        for j, (bucket, stack) in enumerate(zip(plan.buckets, found.stacks, strict=True)):
             Gs = stack or [
                 bucket.gradient(i, grads) if has_grad else None
                 for i, has_grad in enumerate(bucket.present)
             ]
             rule = plan.rule(bucket)
             own_stack = plan.stack_keys[bucket.unit.rule]
-            key = (own_stack, flag.device) if rule.yields_batched_calls else None
+            device = bucket.unit.params[0].device
+            key = (own_stack, device) if rule.yields_batched_calls else None
             size = sum(G.nbytes for G in Gs if G is not None)
-            batcher.add(self._step_bucket(plan, bucket, Gs, finite, flag), key, size)
+            finite = found.finite_units(j, bucket)
+            batcher.add(self._step_bucket(plan, bucket, Gs, finite, found.flag(j)), key, size)
         batcher.flush()
-        late = [
-            (flag, bucket)
-            for flag, bucket, finite in zip(flags, plan.buckets, finite_units, strict=True)
-            if finite is None
-        ]
-        for device in {flag.device for flag, _ in late}:
-            on_device = [(flag, bucket) for flag, bucket in late if flag.device == device]
-            late_flags = LateFlags(torch.cat([flag for flag, _ in on_device]).isfinite())
-            self._pending = [*self._pending, (late_flags, [bucket for _, bucket in on_device])]
 
     def _waits(self, device: torch.device) -> bool:
         return device.type == "cpu" if self._wait is None else self._wait
@@ -576,7 +628,7 @@ class StackedOptimizer(Optimizer):
         bucket: Bucket,
         Gs: Sequence[Tensor | None],
         finite: list[bool] | None,
-        flag: Tensor,
+        flag: Tensor | None = None,
     ) -> UpdateGenerator:
         """Step one bucket, as a generator that stops where the rule asks for a batched call.
 
@@ -585,7 +637,7 @@ class StackedOptimizer(Optimizer):
             bucket: The bucket.
             Gs: Per member its gradients (K, m, n) as they were given, None if it has none.
             finite: Per unit, whether its gradients are finite; None if the host does not know yet.
-            flag: (K,) on the device, finite where the gradients are.
+            flag: If the host does not know, (K,) on the device, finite where the gradients are.
         """
         rule = plan.rule(bucket)
         t, refreshed = bucket.clocks()
@@ -595,13 +647,12 @@ class StackedOptimizer(Optimizer):
             # a stack with a unit to leave out runs unit by unit: same bits, no second code path
             for j in range(len(bucket.units)):
                 parts = [None if G is None else G[j : j + 1] for G in Gs]
-                yield from self._step_bucket(plan, bucket.single(j), parts, finite[j : j + 1], flag)
+                yield from self._step_bucket(plan, bucket.single(j), parts, finite[j : j + 1])
             plan.mask = None  # clocks differ now: sort again at the next step
             return
         if finite is not None and not finite[0]:
-            self._count_skipped(bucket.unit)
             return
-        device_finite = None if finite is not None else flag.isfinite()
+        device_finite = None if flag is None else flag.isfinite()
         # the rule itself keeps bad gradients out of its state: no mask, no backup
         unmasked = (
             device_finite is not None and rule.handles_nonfinite and bucket.runs_on_kernels(Gs)
@@ -681,25 +732,44 @@ class StackedOptimizer(Optimizer):
 
     def _apply_late_flags(self) -> None:
         """Read the flags of the last step and set back the clocks of units that were skipped."""
+        if not self._pending or is_capturing():
+            return
         pending, self._pending = self._pending, ()
-        for late_flags, buckets in pending:
-            units = [unit for bucket in buckets for unit in bucket.units]
-            for unit, finite in zip(units, late_flags.read(), strict=True):
-                if not finite:
-                    self.state[unit.params[0]][unit.step_key] -= 1
-                    self._count_skipped(unit)
-                    if self._plan is not None:
-                        self._plan.mask = None
+        owners = [owner for late_flags in pending for owner in late_flags.bad_owners()]
+        for owner in owners:
+            if owner.clock is not None and owner.clock[1] in self.state.get(owner.clock[0], {}):
+                self.state[owner.clock[0]][owner.clock[1]] -= 1
+        if owners:
+            if self._plan is not None:
+                self._plan.mask = None
+            self._count([owner.param for owner in owners if owner.param is not None])
 
-    def _count_skipped(self, unit: Unit) -> None:
-        """Count a skipped parameter once, however many units its view makes."""
-        self._skipped += unit.number == 0
+    def _count_skipped(self, found: Findings) -> bool:
+        """Count bad gradients that the host has found; True if they stop the whole step."""
+        flat_params = [p for group in self.param_groups for p in group["params"]]
+        stopped = stops_step(found, self.param_groups)
+        self._count([flat_params[i] for i in sorted(found.bad)], stopped)
+        return stopped
+
+    def _count(self, params: Sequence[Tensor], stopped: bool = False) -> None:
+        """Count skipped parameters, once each however many units a view makes; warn once."""
+        is_first, self._skipped = not self._skipped, self._skipped or {}
+        for p in params:
+            self._skipped[p] = self._skipped.get(p, 0) + 1
+        if is_first and params:
+            warn_user(skip_warning(list(self.skipped), stopped))
 
     @property
-    def skipped(self) -> int:
-        """Number of updates left out because a gradient was not finite; waits for the device."""
+    def skipped(self) -> dict[str | int, int]:
+        """Updates left out because a gradient was not finite, by name, else by position.
+
+        Reading it waits for the device. A step replayed from a CUDA graph does not count.
+        """
         self._apply_late_flags()
-        return self._skipped
+        counts = self._skipped or {}
+        flat_params = [p for group in self.param_groups for p in group["params"]]
+        names = names_of(self.param_groups)
+        return {name: counts[p] for name, p in zip(names, flat_params, strict=True) if p in counts}
 
     # checkpoints ----------------------------------------------------------------------------------
 

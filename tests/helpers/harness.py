@@ -103,7 +103,7 @@ def shared_errors(name, says):
                 foreach=True),
         refused("differentiable", "differentiable=True is not supported", differentiable=True),
         refused("capturable matrices", "capturable=True is not supported", capturable=True),
-        refused("nonfinite", "nonfinite must be 'skip' or 'raise'", nonfinite="ignore"),
+        refused("nonfinite", "nonfinite must be 'skip', 'skip_step',", nonfinite="maybe"),
         refused("state of integers", "state_dtype must be None,", state_dtype="int32"),
         refused("a view nobody knows", "unknown", view="sideways"),
         refused("a view that does not fit", "must divide", view="heads:3"),

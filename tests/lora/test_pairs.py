@@ -121,7 +121,7 @@ def test_a_pair_with_one_bad_gradient_is_skipped_whole(make, member, bad):
     broken[member][0, 0] = bad
     run(optimizer, flat(pairs), [[G] for G in broken])
     assert same(before, [p.detach() for p in pairs[0]]) and same(state, tensors(optimizer))
-    assert optimizer.skipped == 1
+    assert sum(optimizer.skipped.values()) == 1
 
 
 @methods
@@ -216,7 +216,7 @@ def test_the_path_that_does_not_wait_for_flags_agrees(make):
         optimizer = make(pairs)
         optimizer._wait = wait
         outs.append(run(optimizer, flat(pairs), grads)[-1])
-        assert optimizer.skipped == 1
+        assert sum(optimizer.skipped.values()) == 1
         outs.append([optimizer.state[A]["step"] for A, _ in pairs])
     assert same(outs[0], outs[2]) and outs[1] == outs[3] == [4, 5]
 
