@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +153,11 @@ class SwitchLoRARule(LoRARule):
         A, B = ({**moments, **slots} for slots in pool_slots(m, n, r))
         due = Slot("", torch.float64, device="cpu")  # a fraction of a vector
         return {**A, "due": due}, B, {}
+
+    @override
+    def index_counts(self, sides: tuple[tuple[int, int], ...]) -> Mapping[str, int]:
+        (r, n), (m, _), _ = sides
+        return {"slots": max(r, min(m, n)), "cursor": r}
 
 
 class SwitchLoRA(TripleOptimizer):

@@ -408,6 +408,16 @@ class Rule:
             return (self.state(*sides[0]),)
         return tuple(self.state(*sides))
 
+    def index_counts(self, sides: tuple[tuple[int, int], ...]) -> Mapping[str, int]:
+        """Slots that number distinct things, such as rows, with how many things there are.
+
+        A checkpoint whose numbers are too large, or name a thing twice, is refused.
+
+        Args:
+            sides: Rows and columns of every member as the rule sees it.
+        """
+        return {}
+
     def refresh(self, *members: Any, **unused: Any) -> None:
         """Recompute what lasts for a window, such as a basis.
 

@@ -1,43 +1,45 @@
 """Loading: refuse what does not fit before anything changes, and keep every dtype.
 
-``torch.optim.Optimizer.load_state_dict`` casts all state to the parameter's dtype, integers
-included. The driver lets torch load and then puts back the tensors that were cast.
+``torch.optim.Optimizer.load_state_dict`` matches parameters by position and casts all state to the
+parameter's dtype, integers included. The driver hands torch a checkpoint in the optimizer's own
+order (``matching.py``) whose every value was checked (``saved_state.py``), and then puts back the
+tensors that were cast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._core.rule import RULE_CLASSES, Rule
+from .._core.rule import RULE_CLASSES, Rule, defaults_of
 from . import adamw
-from .param_groups import describe, routed, rule_of
+from .checks import check_values
+from .matching import LISTS, Place, is_list, match, realigned, regroup
+from .param_groups import COMMON, describe, routed, rule_of, warn_user
+from .saved_state import (
+    Entry,
+    adamw_entry,
+    check_clocks,
+    check_tensor,
+    check_values_of,
+    clock_value,
+    entries_of,
+    is_clock,
+    missing_key,
+)
 from .units import Unit, pinned, units_of
 
-ExpectedState = dict[str, tuple[tuple[int, ...], torch.dtype, str | torch.device]]
-
-
-def _pairs(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """(parameter, id in the checkpoint) in order; empty if the groups differ in length."""
-    same_lengths = len(groups) == len(saved) and all(
-        len(g["params"]) == len(s["params"]) for g, s in zip(groups, saved, strict=True)
-    )
-    if not same_lengths:
-        return []
-    return [
-        pair
-        for g, s in zip(groups, saved, strict=True)
-        for pair in zip(g["params"], s["params"], strict=True)
-    ]
+MEANT_BEFORE = {"draws": "position"}
+"""Values of keys that older files lack, where today's default is another."""
 
 
 def prepare(
     default_rule: type[Rule], groups: Sequence[Mapping[str, Any]], state_dict: Any
 ) -> dict[str, Any]:
-    """Check a checkpoint against the optimizer and fill in group keys that it lacks.
+    """Check a checkpoint against the optimizer, whole, and put it in the optimizer's order.
 
     Args:
         default_rule: The optimizer's rule class.
@@ -45,105 +47,264 @@ def prepare(
         state_dict: What is to be loaded; it is not changed.
 
     Returns:
-        The checkpoint with complete groups.
+        The checkpoint with complete groups, as many and in the order of the optimizer's.
 
     Raises:
         ValueError: With the first thing that does not fit.
     """
+    saved = _saved_groups(state_dict)
+    _refuse_other_methods(default_rule, saved)
+    found = match(groups, saved, lambda group: _matrix_flags(default_rule, group))
+    if found is None:
+        return dict(state_dict)  # torch says which length differs
+    _check_ids(groups, found.places, state_dict["state"])
+    for group in saved:
+        RULE_CLASSES.get(str(group.get("rule")), default_rule).complete_saved(group)
+        for key, value in MEANT_BEFORE.items():
+            group.setdefault(key, value)
+    _fill_in(groups, saved, found.places)
+    try:
+        new_groups = regroup(groups, saved, found.places)
+    except (TypeError, ValueError, KeyError) as error:
+        raise _bad_settings("the checkpoint", error) from error
+    for group, new in zip(groups, new_groups, strict=True):
+        for key, value in group.items():
+            if key not in ("params", "positions"):  # positions are those of the file
+                new.setdefault(key, value)
+    _check_settings(default_rule, groups, new_groups)
+    _check_state(default_rule, groups, new_groups, state_dict["state"])
+    if found.warning is not None:
+        warn_user(found.warning)
+    return {**state_dict, "param_groups": new_groups}
+
+
+def _saved_groups(state_dict: Any) -> list[dict[str, Any]]:
+    """Copies of the groups of a checkpoint, which has the form of one."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError(
             "state_dict needs the keys 'state' and 'param_groups'; pass what state_dict() returned"
         )
-    saved = [dict(group) for group in state_dict["param_groups"]]
-    pairs = _pairs(groups, saved)
-    if not pairs:
-        return dict(state_dict)  # torch says which length differs
-    for group, new in zip(groups, saved, strict=True):
-        RULE_CLASSES.get(str(new.get("rule")), default_rule).complete_saved(new)
-        for key, value in group.items():
-            if key != "params":  # names too: torch keeps the optimizer's where none were saved
-                new.setdefault(key, value)
-    state, position = state_dict["state"], 0
-    for i, (group, new) in enumerate(zip(groups, saved, strict=True)):
-        if new["method"] != default_rule.method():
+    state, saved = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"checkpoint 'state' must be a dict, got {type(state).__name__}")
+    if not isinstance(saved, list | tuple):
+        raise ValueError(f"checkpoint 'param_groups' must be a list, got {type(saved).__name__}")
+    for i, group in enumerate(saved):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise ValueError(f"group {i} of the checkpoint must be a dict with a list 'params'")
+        if not all(isinstance(key, Hashable) and key is not None for key in group["params"]):
+            raise ValueError(f"'params' of group {i} of the checkpoint must be a list of ids")
+        for key in ("param_names", *LISTS):
+            value, count = group.get(key), len(group["params"])
+            # shorter: a parameter was appended to the list of a group
+            if value is not None and not (isinstance(value, list | tuple) and len(value) <= count):
+                raise ValueError(
+                    f"{key!r} of group {i} of the checkpoint must be a list with a value for each "
+                    f"of its {count} parameters"
+                )
+    return [realigned(group) for group in saved]
+
+
+def _refuse_other_methods(default_rule: type[Rule], saved: Sequence[Mapping[str, Any]]) -> None:
+    for group in saved:
+        method = group.get("method", default_rule.method())
+        if method != default_rule.method():
             raise ValueError(
-                f"checkpoint was saved by {new['method']}; load it into {new['method']}, not into "
+                f"checkpoint was saved by {method}; load it into {method}, not into "
                 f"{default_rule.method()}"
             )
-        tables = _tables(_units(default_rule, i, {**new, "params": group["params"]}, position))
-        names = group.get("param_names") or [None] * len(group["params"])
-        for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
-            entry = state.get(new["params"][j], {})
-            shapes = {key: row[0] for key, row in tables[p].items()} if p in tables else None
-            _check_entry(entry, shapes, p, describe(name, p, j), default_rule.method())
-        position += len(group["params"])
-    return {**state_dict, "param_groups": saved}
+
+
+def _matrix_flags(default_rule: type[Rule], group: Mapping[str, Any]) -> list[bool]:
+    """Per parameter of a group of the optimizer, whether the group's rule trains it."""
+    rule = rule_of(group, default_rule)
+    matrices = {position for position, _ in routed(group, rule, 0)[0]}
+    return [i in matrices for i in range(len(group["params"]))]
+
+
+def _check_ids(
+    groups: Sequence[Mapping[str, Any]],
+    places: Sequence[Sequence[Place | None]],
+    state: Mapping[Any, Any],
+) -> None:
+    """Raise if an id of the checkpoint stands for two parameters, or state for none."""
+    owners: dict[Any, Tensor] = {}
+    for group, row in zip(groups, places, strict=True):
+        for p, place in zip(group["params"], row, strict=True):
+            if place is not None and owners.setdefault(place.id, p) is not p:
+                raise ValueError(
+                    f"checkpoint lists the id {place.id!r} twice in 'params', for two parameters"
+                )
+    for key in state:
+        if key not in owners:
+            raise ValueError(
+                f"checkpoint holds state under {key!r}, which is in 'params' of none of its groups"
+            )
+
+
+def _fill_in(
+    groups: Sequence[Mapping[str, Any]],
+    saved: Sequence[dict[str, Any]],
+    places: Sequence[Sequence[Place | None]],
+) -> None:
+    """Give saved groups the optimizer's values of settings that they lack, in place."""
+    for group, row in zip(groups, places, strict=True):
+        for i in {place.group for place in row if place is not None}:
+            for key, value in group.items():
+                if key not in ("params", "param_names", "adamw_lr_ratio", *LISTS):
+                    saved[i].setdefault(key, value)
+
+
+def complete(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """Fill in what groups and defaults of an older pickle lack, in place.
+
+    Args:
+        groups: The groups of an optimizer that was unpickled, copied or loaded.
+        defaults: Its defaults, which an older pickle brings too.
+    """
+    default_rule = RULE_CLASSES[defaults["method"]]
+    for values in (defaults, *groups):
+        name = values.get("rule")
+        rule = default_rule if name in (None, "adamw") else RULE_CLASSES.get(name, default_rule)
+        rule.complete_saved(values)
+        if values is not defaults:
+            for key, value in MEANT_BEFORE.items():
+                if key in COMMON:
+                    values.setdefault(key, value)
+        own = {} if rule is default_rule or values is defaults else defaults_of(rule)
+        known = {"rule": None, **COMMON, **defaults_of(default_rule)}
+        for key, value in {**known, **defaults, **own}.items():
+            values.setdefault(key, value)
+
+
+def _bad_settings(where: str, error: Exception) -> ValueError:
+    return ValueError(f"{where} has settings that cannot be: {error}")
+
+
+def _check_settings(
+    default_rule: type[Rule],
+    groups: Sequence[Mapping[str, Any]],
+    new_groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Raise for a value of a group that no optimizer accepts."""
+    for i, (group, new) in enumerate(zip(groups, new_groups, strict=True)):
+        try:
+            check_values(new)
+            rule_of(new, default_rule)
+            _check_lists(new)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _bad_settings(f"group {i} of the checkpoint", error) from error
+        rule_name = new["rule"]
+        if rule_name is not None and not isinstance(rule_name, str):
+            raise ValueError(f"group key 'rule' must be a name or None, got {rule_name!r}")
+        assert len(group["params"]) == len(new["params"])
+
+
+def _check_lists(group: Mapping[str, Any]) -> None:
+    """Raise for a value of one parameter that is not what its list holds."""
+    for rule in group.get("rules") or ():
+        if rule not in ("matrix", "adamw"):
+            raise ValueError(f"rules must be 'matrix' or 'adamw', got {rule!r}")
+    for decay in group.get("decays") or ():
+        is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
+        if not is_number or not 0.0 <= decay < float("inf"):
+            raise ValueError(f"decays must be factors from 0, got {decay!r}")
+    for position in group.get("positions") or ():
+        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+            raise ValueError(f"positions must be whole numbers from 0, got {position!r}")
 
 
 def _units(
-    default_rule: type[Rule], index: int, group: Mapping[str, Any], position: int
-) -> list[Unit]:
-    """Units of a group; ``position`` is the flat position of its first parameter."""
-    rule = rule_of(group, default_rule)
-    return [] if rule is None else units_of(index, group, rule, routed(group, rule, position)[0])
+    default_rule: type[Rule], groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[Unit], dict[int, Rule]]:
+    """Units of all groups, and the rule of each group that has one."""
+    units: list[Unit] = []
+    rules: dict[int, Rule] = {}
+    position = 0
+    for i, group in enumerate(groups):
+        rule = rule_of(group, default_rule)
+        if rule is not None:
+            rules[i] = rule
+            units += units_of(i, group, rule, routed(group, rule, position)[0])
+        position += len(group["params"])
+    return units, rules
 
 
-def _tables(units: Sequence[Unit]) -> dict[Tensor, ExpectedState]:
-    """Per parameter of the units, its state keys with shape, dtype and device."""
-    tables: dict[Tensor, ExpectedState] = {}
-    for unit in units:
-        for i, p in enumerate(unit.params):
-            table = tables.setdefault(p, {})
-            for key, (slot, shape, dtype) in unit.expected_state(i).items():
-                table[key] = (shape, dtype, slot.device or p.device)
-    return tables
+def _check_state(
+    default_rule: type[Rule],
+    groups: Sequence[Mapping[str, Any]],
+    new_groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Any],
+) -> None:
+    """Raise unless the saved state of every parameter is empty or complete, and sound."""
+    targets = [
+        {**new, "params": group["params"]} for group, new in zip(groups, new_groups, strict=True)
+    ]
+    try:
+        units, rules = _units(default_rule, targets)
+    except TypeError as error:
+        raise _bad_settings("the checkpoint", error) from error
+    entries = entries_of(units, rules)
+    by_param = {
+        p: state.get(key, {})
+        for group, new in zip(groups, new_groups, strict=True)
+        for p, key in zip(group["params"], new["params"], strict=True)
+    }
+    started = {
+        p for unit in units for p in unit.params if _is_started(unit, by_param[unit.params[0]])
+    }
+    for group in groups:
+        names = group.get("param_names")
+        for j, p in enumerate(group["params"]):
+            name = names[j] if is_list(names, len(group["params"])) else None  # type: ignore[index]
+            text = describe(name, p, j)
+            method = default_rule.method() if p in entries else "AdamW"
+            entry = entries[p] if p in entries else adamw_entry(p)
+            _check_entry(by_param[p], entry, p, text, method, p in started)
 
 
-def _is_clock(key: str) -> bool:
-    return key.partition(".")[0] in ("step", "refreshed", "held")
+def _is_started(unit: Unit, found: Any) -> bool:
+    """Whether a saved unit was updated and refreshed, as far as its clocks tell."""
+    if not isinstance(found, Mapping):
+        return False
+    key = unit.refreshed_key if unit.refreshed_key in found else unit.step_key
+    value = found.get(key, 0)
+    return isinstance(value, int | float | Tensor) and clock_value(key, value, "a parameter") > 0
 
 
 def _check_entry(
-    entry: Any, shapes: dict[str, tuple[int, ...]] | None, p: Tensor, text: str, method: str
+    found: Any, expected: Entry, p: Tensor, text: str, method: str, started: bool
 ) -> None:
-    """Refuse the saved state of a parameter unless it is empty or complete.
+    """Refuse the saved state of a parameter unless it is empty, or complete and sound.
 
     Args:
-        entry: The saved state.
-        shapes: Expected shape per state key; None for a parameter of AdamW.
+        found: The saved state.
+        expected: What it may hold.
         p: The parameter.
         text: How a message names the parameter.
-        method: Name of the optimizer's method.
+        method: Name of what trains it.
+        started: Whether its state was in use.
 
     Raises:
-        ValueError: With the first key that is missing, unknown or of another shape.
+        ValueError: With the first key that is missing, unknown or wrong.
     """
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"checkpoint state of {text} must be a dict, got {type(entry).__name__}")
-    found = {key: value for key, value in entry.items() if not _is_clock(key)}
-    if not found:
-        return
-    if shapes is None:
-        method, shapes = "AdamW", dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
-    names = set(shapes)
-    for key in sorted(set(found) - names):
+    if not isinstance(found, Mapping):
+        raise ValueError(f"checkpoint state of {text} must be a dict, got {type(found).__name__}")
+    tensors = {key: value for key, value in found.items() if not is_clock(str(key))}
+    advice = "load a checkpoint of the same optimizer with the same groups"
+    for key in sorted(tensors.keys() - expected.tensors.keys(), key=str):
         raise ValueError(
-            f"checkpoint holds {key!r} for {text}, which {method} does not know; load a checkpoint "
-            "of the same optimizer with the same groups"
+            f"checkpoint holds {key!r} for {text}, which {method} does not know; {advice}"
         )
-    for key in sorted(names - set(found)):
-        raise ValueError(
-            f"checkpoint lacks {key!r} for {text}, which {method} needs; load a checkpoint of the "
-            "same optimizer with the same groups"
-        )
-    for key, value in found.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"checkpoint {key!r} of {text} must be a tensor, got {type(value)}")
-        if tuple(value.shape) != shapes[key]:
-            raise ValueError(
-                f"checkpoint {key!r} of {text} has shape {tuple(value.shape)} but its settings "
-                f"need {shapes[key]}; build the optimizer for the model that was saved"
-            )
+    moved = check_clocks(found, expected, text)
+    lacks = missing_key(found, expected)
+    if lacks is not None and (tensors or (moved and not expected.may_be_empty)):
+        raise ValueError(f"checkpoint lacks {lacks!r} for {text}, which {method} needs; {advice}")
+    if method == "AdamW" and tensors and "step" not in found:
+        raise ValueError(f"checkpoint lacks 'step' for {text}, which AdamW needs; {advice}")
+    for key, value in tensors.items():
+        check_tensor(key, value, expected.tensors[key], p, text)
+        check_values_of(key, value, expected.tensors[key], text, started)
 
 
 def restore(
@@ -163,27 +324,31 @@ def restore(
         state: The optimizer's state, as torch has loaded it; changed in place.
         saved: What :func:`prepare` returned.
     """
-    ids, position = dict(_pairs(groups, saved["param_groups"])), 0
-    for i, group in enumerate(groups):
-        units = _units(default_rule, i, group, position)
-        tables = _tables(units)
-        position += len(group["params"])
-        for p in group["params"]:
-            table = tables.get(p)
-            for key, value in saved["state"].get(ids[p], {}).items():
-                if table is None:
-                    if key == "step" and not isinstance(value, Tensor):
-                        state[p][key] = adamw.step_tensor(p, group, value)
-                elif _is_clock(key):
-                    state[p][key] = int(value)
+    units, rules = _units(default_rule, groups)
+    entries = entries_of(units, rules)
+    for group, new in zip(groups, saved["param_groups"], strict=True):
+        for p, key in zip(group["params"], new["params"], strict=True):
+            for name, value in saved["state"].get(key, {}).items():
+                if p not in entries:
+                    if name == "step" and not _is_step_tensor(value):
+                        state[p][name] = adamw.step_tensor(p, group, float(value))
+                elif is_clock(name):
+                    state[p][name] = int(value)
                 else:
-                    dtype = table[key][1]
-                    keep_saved_dtype = not (value.is_floating_point() and dtype.is_floating_point)
-                    device = table[key][2]  # torch moved pools off the host too
-                    value = value.to(
-                        device=device, dtype=value.dtype if keep_saved_dtype else dtype
-                    )
-                    state[p][key] = pinned(value, p.device)
-        for unit in units:
-            if unit.params[0] in state:  # torch.optim.Muon keeps no clock
-                state[unit.params[0]].setdefault(unit.step_key, 0)
+                    state[p][name] = _as_saved(value, p, entries[p], name)
+    for unit in units:
+        if unit.params[0] in state:  # torch.optim.Muon keeps no clock
+            state[unit.params[0]].setdefault(unit.step_key, 0)
+
+
+def _is_step_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _as_saved(value: Tensor, p: Tensor, entry: Entry, key: str) -> Tensor:
+    """A saved tensor in its slot's dtype, where the slot is kept."""
+    expected = entry.tensors[key]
+    is_float = value.is_floating_point() and expected.dtype.is_floating_point
+    dtype = expected.dtype if is_float else value.dtype
+    # torch moved pools off the host too
+    return pinned(value.to(device=torch.device(expected.device), dtype=dtype), p.device)

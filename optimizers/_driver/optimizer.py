@@ -632,7 +632,4 @@ class StackedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan, self._pending = None, ()
-        for group in self.param_groups:
-            RULE_CLASSES.get(group["rule"], self._default_rule).complete_saved(group)
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+        checkpoint.complete(self.param_groups, self.defaults)
