@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .._core.rule import RULE_CLASSES, Rule, defaults_of
 from . import adamw
 from .checks import check_values
-from .matching import LISTS, Place, is_list, match, realigned, regroup
-from .param_groups import COMMON, describe, routed, rule_of, warn_user
+from .matching import Place, is_list, match, realigned, regroup
+from .param_groups import COMMON, LISTS, describe, exact_ratio, parts_of, rule_of, warn_user
 from .saved_state import (
     Entry,
     adamw_entry,
@@ -67,8 +68,9 @@ def prepare(
         new_groups = regroup(groups, saved, found.places)
     except (TypeError, ValueError, KeyError) as error:
         raise _bad_settings("the checkpoint", error) from error
-    for group, new in zip(groups, new_groups, strict=True):
-        for key, value in group.items():
+    for own, new in zip(groups, new_groups, strict=True):
+        _store_old_adamw_lr(new)
+        for key, value in own.items():
             if key not in ("params", "positions"):  # positions are those of the file
                 new.setdefault(key, value)
     _check_settings(default_rule, groups, new_groups)
@@ -117,8 +119,8 @@ def _refuse_other_methods(default_rule: type[Rule], saved: Sequence[Mapping[str,
 
 def _matrix_flags(default_rule: type[Rule], group: Mapping[str, Any]) -> list[bool]:
     """Per parameter of a group of the optimizer, whether the group's rule trains it."""
-    rule = rule_of(group, default_rule)
-    matrices = {position for position, _ in routed(group, rule, 0)[0]}
+    parts, _ = parts_of(group, rule_of(group, default_rule), 0)
+    matrices = {weight.place for part in parts for weight in part.weights}
     return [i in matrices for i in range(len(group["params"]))]
 
 
@@ -164,17 +166,30 @@ def complete(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None
     """
     default_rule = RULE_CLASSES[defaults["method"]]
     for values in (defaults, *groups):
-        name = values.get("rule")
-        rule = default_rule if name in (None, "adamw") else RULE_CLASSES.get(name, default_rule)
-        rule.complete_saved(values)
+        rule_name = values.setdefault("rule", None)
+        rule = RULE_CLASSES.get(str(rule_name), default_rule)
         if values is not defaults:
             for key, value in MEANT_BEFORE.items():
-                if key in COMMON:
-                    values.setdefault(key, value)
-        own = {} if rule is default_rule or values is defaults else defaults_of(rule)
-        known = {"rule": None, **COMMON, **defaults_of(default_rule)}
-        for key, value in {**known, **defaults, **own}.items():
-            values.setdefault(key, value)
+                values.setdefault(key, value)
+        _store_old_adamw_lr(values)
+        rule.complete_saved(values)
+        own = {} if rule is default_rule else defaults_of(rule)
+        common = {key: value for key, value in COMMON.items() if key != "adamw_lr"}
+        for key, value in (own | defaults | common | defaults_of(default_rule)).items():
+            values.setdefault(key, defaults.get(key, value) if key not in own else own[key])
+
+
+def _store_old_adamw_lr(group: dict[str, Any]) -> None:
+    """Replace ``adamw_lr`` of version 0.1 by its ratio to the learning rate, in place.
+
+    Its AdamW parameters had groups of their own, whose ``lr`` it was.
+    """
+    if "adamw_lr_ratio" in group:
+        return
+    adamw_lr = group.pop("adamw_lr", None)
+    lr = float(group.get("initial_lr") or group.get("lr") or 0.0)
+    is_ratio = adamw_lr is not None and group.get("rule") != "adamw" and lr > 0.0
+    group["adamw_lr_ratio"] = exact_ratio(float(adamw_lr), lr) if is_ratio else None
 
 
 def _bad_settings(where: str, error: Exception) -> ValueError:
@@ -203,7 +218,7 @@ def _check_settings(
 def _check_lists(group: Mapping[str, Any]) -> None:
     """Raise for a value of one parameter that is not what its list holds."""
     for rule in group.get("rules") or ():
-        if rule not in ("matrix", "adamw"):
+        if rule not in ("matrix", "adamw", None):
             raise ValueError(f"rules must be 'matrix' or 'adamw', got {rule!r}")
     for decay in group.get("decays") or ():
         is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
@@ -216,16 +231,17 @@ def _check_lists(group: Mapping[str, Any]) -> None:
 
 def _units(
     default_rule: type[Rule], groups: Sequence[Mapping[str, Any]]
-) -> tuple[list[Unit], dict[int, Rule]]:
-    """Units of all groups, and the rule of each group that has one."""
+) -> tuple[list[Unit], list[Rule]]:
+    """Units of all groups, and their rules by ``Unit.rule``."""
     units: list[Unit] = []
-    rules: dict[int, Rule] = {}
+    rules: list[Rule] = []
     position = 0
     for i, group in enumerate(groups):
-        rule = rule_of(group, default_rule)
-        if rule is not None:
-            rules[i] = rule
-            units += units_of(i, group, rule, routed(group, rule, position)[0])
+        for part in parts_of(group, rule_of(group, default_rule), position)[0]:
+            for unit in units_of(i, group, part):
+                unit.rule = len(rules)
+                units.append(unit)
+            rules.append(part.rule)
         position += len(group["params"])
     return units, rules
 
@@ -257,10 +273,21 @@ def _check_state(
         names = group.get("param_names")
         for j, p in enumerate(group["params"]):
             name = names[j] if is_list(names, len(group["params"])) else None  # type: ignore[index]
+            if is_lazy(p):
+                _refuse_state_of_lazy(by_param[p], name, j)
+                continue
             text = describe(name, p, j)
             method = default_rule.method() if p in entries else "AdamW"
             entry = entries[p] if p in entries else adamw_entry(p)
             _check_entry(by_param[p], entry, p, text, method, p in started)
+
+
+def _refuse_state_of_lazy(found: Any, name: str | None, j: int) -> None:
+    if found:
+        raise ValueError(
+            f"checkpoint holds state for parameter {name or j!r}, which has no shape yet; run the "
+            "model once before loading"
+        )
 
 
 def _is_started(unit: Unit, found: Any) -> bool:

@@ -6,7 +6,6 @@ else by position, as in torch.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import adamw
+from .param_groups import LISTS, exact_ratio, plain_name
 
-WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-"""Parts that wrappers (DDP, torch.compile, FSDP, checkpointing) add to the names of parameters."""
-LISTS = ("rules", "views", "roles", "reasons", "sides", "decays", "positions")
-"""Group values that are lists aligned with ``params``; ``param_names`` is treated apart."""
 HELD_BY_LISTS = {"view": "views", "side": "sides"}
 """Settings that a group can hold for each parameter, with the list that does so."""
 ADAMW_ONLY = ("foreach", "fused", "capturable")
@@ -45,12 +41,6 @@ class Match(NamedTuple):
 
     places: list[list[Place | None]]
     warning: str | None = None
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the parts that wrappers add."""
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
-    return ".".join(parts) or name
 
 
 def places_of(saved: Sequence[Group]) -> list[list[Place]]:
@@ -288,7 +278,7 @@ def _of_one_rule(group: Group, part: Group) -> dict[str, Any]:
     is_old_module = is_list(part.get("roles"), count) and "rules" not in part
     if not is_old_module or group["rule"] is not None or rule not in ("adamw", part.get("method")):
         return dict(part)
-    lists = {"rules": ["adamw" if rule == "adamw" else "matrix"] * count}
+    lists: dict[str, list[Any]] = {"rules": ["adamw" if rule == "adamw" else "matrix"] * count}
     for key, name in HELD_BY_LISTS.items():
         if name in group:
             lists[name] = [part.get(key)] * count
@@ -397,15 +387,6 @@ def _lr_ratio(matrix: Group, vector: Group, number: int) -> float | None:
     )
 
 
-def exact_ratio(y: float, x: float) -> float:
-    """The float nearest y / x whose product with x is y, where there is one."""
-    ratio = y / x
-    for candidate in (ratio, math.nextafter(ratio, math.inf), math.nextafter(ratio, 0.0)):
-        if candidate * x == y:
-            return candidate
-    return ratio
-
-
 def _lists(
     group: Group, parts: Mapping[int, Group], row: Sequence[Place | None]
 ) -> dict[str, list[Any]]:
@@ -455,4 +436,4 @@ def _default(key: str, part: Group) -> Any:
     """What a group without a list says of each of its parameters."""
     if key == "rules":
         return "adamw" if part.get("rule") == "adamw" else "matrix"
-    return {"views": part.get("view"), "sides": part.get("side"), "decays": 1.0}.get(key, "")
+    return {"views": part.get("view"), "sides": part.get("side"), "decays": 1.0}.get(key)

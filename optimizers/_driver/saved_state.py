@@ -36,7 +36,7 @@ class Expected(NamedTuple):
         dtype: Its dtype; a saved float may have another one.
         device: Where it is kept.
         low: Smallest value, or None.
-        count: One more than the largest value, for numbers of distinct things; else None.
+        limit: One more than the largest value, for numbers of distinct things; else None.
         empty: The value of all entries before anything was chosen, or None.
     """
 
@@ -44,7 +44,7 @@ class Expected(NamedTuple):
     dtype: torch.dtype
     device: str | torch.device
     low: float | None = None
-    count: int | None = None
+    limit: int | None = None
     empty: float | None = None
 
 
@@ -75,16 +75,16 @@ def is_clock(key: str) -> bool:
     return base_of(key) in CLOCKS
 
 
-def entries_of(units: Sequence[Unit], rules: Mapping[int, Rule]) -> dict[Tensor, Entry]:
+def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Entry]:
     """Per parameter of the units, what its state must be.
 
     Args:
         units: The units.
-        rules: Rule of every group that has units.
+        rules: Their rules, by ``Unit.rule``.
     """
     entries: dict[Tensor, Entry] = {}
     for unit in units:
-        rule = rules[unit.group]
+        rule = rules[unit.rule]
         sides = tuple(unit.sides(i) for i in range(len(unit.params)))
         counts = rule.index_counts(sides)
         for i, p in enumerate(unit.params):
@@ -213,7 +213,7 @@ def check_values_of(key: str, value: Tensor, expected: Expected, text: str, star
     what = f"state {key!r} of {text}"
     if value.is_meta or not value.numel() or base_of(key) in REPORTS:
         return
-    if not value.dtype.is_floating_point and expected.count is not None:
+    if not value.dtype.is_floating_point and expected.limit is not None:
         check_index(key, value, expected, text, started)
         return
     if (value.is_floating_point() or value.is_complex()) and not bool(value.isfinite().all()):
@@ -224,8 +224,8 @@ def check_values_of(key: str, value: Tensor, expected: Expected, text: str, star
 
 def check_index(key: str, value: Tensor, expected: Expected, text: str, started: bool) -> None:
     """Check numbers of distinct things; arguments as :func:`check_values_of`."""
-    assert expected.count is not None and expected.low is not None
-    what, count = f"state {key!r} of {text}", expected.count
+    assert expected.limit is not None and expected.low is not None
+    what, count = f"state {key!r} of {text}", expected.limit
     if not value.numel() or value.is_meta:
         return
     low, high = (int(x) for x in value.aminmax())

@@ -366,7 +366,7 @@ def test_a_saved_state_dict_loads_into_a_fresh_optimizer(name, bits):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_state_dict_has_the_keys_shapes_and_dtypes_that_were_saved(name):
-    """So that files of this version load into version 0.1 too."""
+    """And the parameters the order, so that positions in both are the same."""
 
     def layout(state_dict):
         state = {
@@ -374,7 +374,7 @@ def test_a_state_dict_has_the_keys_shapes_and_dtypes_that_were_saved(name):
             for i, entry in state_dict["state"].items()
             for key, value in entry.items()
         }
-        return state, [group["params"] for group in state_dict["param_groups"]]
+        return state, [i for group in state_dict["param_groups"] for i in group["params"]]
 
     optimizer = CASES[name]()
     train(optimizer, 1, SAVED_AFTER)
