@@ -9,6 +9,7 @@ tensors that were cast.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def _saved_groups(state_dict: Any) -> list[dict[str, Any]]:
                     f"{key!r} of group {i} of the checkpoint must be a list with a value for each "
                     f"of its {count} parameters"
                 )
-    return [realigned(group) for group in saved]
+    firsts = accumulate((len(group["params"]) for group in saved), initial=0)
+    return [realigned(group, first) for group, first in zip(saved, firsts, strict=False)]
 
 
 def _refuse_other_methods(default_rule: type[Rule], saved: Sequence[Mapping[str, Any]]) -> None:

@@ -185,10 +185,14 @@ def is_list(value: Any, length: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == length
 
 
-def realigned(group: Group) -> dict[str, Any]:
+def realigned(group: Group, first: int) -> dict[str, Any]:
     """A saved group whose lists follow its ids where these are names.
 
     torch's distributed checkpoints sort the ids as the optimizer's parameters and leave the lists.
+
+    Args:
+        group: The group.
+        first: Flat position of its first parameter.
     """
     ids, names = group["params"], group.get("param_names")
     if not ids or not all(isinstance(key, str) for key in ids) or not is_list(names, len(ids)):
@@ -203,7 +207,8 @@ def realigned(group: Group) -> dict[str, Any]:
         for key in ("param_names", *LISTS)
         if is_list(group.get(key), len(ids))
     }
-    return {**group, **lists}
+    positions = [first + order[name] for name in wanted]
+    return {**group, "positions": positions, **lists}
 
 
 def regroup(
@@ -307,6 +312,7 @@ def _joined(group: Group, parts: Mapping[int, Group], number: int) -> dict[str, 
     new["weight_decay"] = max(part["weight_decay"] for part in (matrices or vectors).values())
     if matrices and vectors:
         new |= _adamw_settings(new, matrices, vectors, number)
+        new.pop("adamw_lr", None)  # the ratio says it
     return new
 
 
