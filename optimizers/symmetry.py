@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from ._core.rule import Direction, Member, Rule
-from ._core.validation import check
+from ._core.rule import Direction, Member, Rule, defaults_of, rule_class
+from ._core.validation import check, describe_unknown
 from ._driver.optimizer import StackedOptimizer
-from ._driver.param_groups import parameters_of, warn_user
+from ._driver.param_groups import COMMON, parameters_of, warn_user
 from ._roles.classify import Row, classify, route_all
 from ._roles.policies import (
     PAPER_LRS,
@@ -21,6 +21,7 @@ from ._roles.policies import (
     check_role_policy,
     policy_groups,
     rule_override,
+    to_group_keys,
 )
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class SymmetryStack(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         check_role_policy(policy)
+        _check_options(policy)
         scales = ("match_rms_adamw", "paper", *(f"paper:{name}" for name in PAPER_LRS))
         check(
             adjust_lr_fn in scales,
@@ -240,3 +242,13 @@ class SymmetryStack(StackedOptimizer):
     @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_policy": self._policy, "_scale": self._scale}
+
+
+def _check_options(policy: str | Mapping[str, Any]) -> None:
+    """Refuse an option in a policy that its rule does not have."""
+    for label, choice in policy.items() if isinstance(policy, Mapping) else ():
+        keys = to_group_keys(choice)
+        own = {} if keys["rule"] == "adamw" else defaults_of(rule_class(keys["rule"]))
+        known = {*own, *COMMON, "rule", "lr", "weight_decay", "betas", "eps"}
+        message = describe_unknown(keys, known, f"option of policy {label!r}")
+        check(message is None, message or "")

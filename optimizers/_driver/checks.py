@@ -112,7 +112,7 @@ def check_group(
         _check_unsharded(p, text, method)
         if is_marked:
             moved_to_adamw.append(text)
-        elif group.get("rule") is not None:
+        elif group.get("rule") is not None and listed(group, "rules", i) is None:
             _refuse_vector(p, text, method)
     if group["capturable"] and any(row.rule == "matrix" for row in rows):
         raise ValueError(

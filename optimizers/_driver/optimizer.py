@@ -155,7 +155,7 @@ class StackedOptimizer(Optimizer):
             params = self._params_of_model(params)
         elif model is not None:
             self._model_roles = ModelRoles(model, is_params=False)
-        super().__init__(to_param_groups(params, self._reference_key), defaults)
+        super().__init__(to_param_groups(params, self._marking_keys()), defaults)
         self._set_draws()
         self._is_built = True
         self._warn_of_shapes()
@@ -224,13 +224,18 @@ class StackedOptimizer(Optimizer):
 
     def _read_reference_key(self, group: dict[str, Any]) -> bool:
         """Set the rule of a group in the format of the published package; whether it is marked."""
-        key = self._reference_key
-        is_marked = key is not None and bool(group.get(key)) and "rule" not in group
+        marks = [group.get(key) for key in self._marking_keys()]
+        is_marked = any(marks) and "rule" not in group
         if is_marked:
             group["rule"] = self._default_rule.method()
-        elif key is not None and group.get(key) is False:
+        elif any(mark is False for mark in marks):
             group.setdefault("rule", "adamw")  # use_muon=False, also in a late group
         return is_marked
+
+    def _marking_keys(self) -> tuple[str, ...]:
+        """Group keys of published packages by which users mark the matrices."""
+        own = self._reference_key
+        return ("use_muon",) if own in (None, "use_muon") else ("use_muon", own)
 
     def _refuse_misspelt_keys(
         self, group: Mapping[str, Any], other_defaults: Mapping[str, Any]
@@ -246,8 +251,7 @@ class StackedOptimizer(Optimizer):
 
     def _known_keys(self) -> set[str]:
         """Group keys of this class."""
-        reference = () if self._reference_key is None else (self._reference_key,)
-        return {*COMMON, *GROUP_KEYS, *LISTS, *self.defaults, *reference}
+        return {*COMMON, *GROUP_KEYS, *LISTS, *self.defaults, *self._marking_keys()}
 
     def _add_roles(self, group: dict[str, Any], full_group: Mapping[str, Any]) -> None:
         """Complete the names of a group, and add what the model says about its parameters."""

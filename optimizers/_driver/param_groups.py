@@ -131,12 +131,12 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def to_param_groups(params: Any, reference_key: str | None) -> Any:
+def to_param_groups(params: Any, marking_keys: Sequence[str]) -> Any:
     """Turn what a user passes as ``params`` into what ``torch.optim.Optimizer`` takes.
 
     Args:
         params: Named parameters, parameters, or groups.
-        reference_key: Group key by which the reference package marks its matrix groups.
+        marking_keys: Group keys by which published packages mark their matrix groups.
 
     Returns:
         Groups, or the input itself where torch has an error text of its own for it.
@@ -146,15 +146,15 @@ def to_param_groups(params: Any, reference_key: str | None) -> Any:
     items = list(params)
     if not items or not isinstance(items[0], Mapping):
         return [{"params": items}] if items else items
-    has_reference_key = reference_key is not None and any(
-        reference_key in group for group in items if isinstance(group, Mapping)
+    marked = any(
+        key in group for group in items if isinstance(group, Mapping) for key in marking_keys
     )
     groups = []
     for group in items:
         if not isinstance(group, Mapping):
             return items  # torch refuses it, with its own text
         group = dict(group)
-        if has_reference_key and "rule" not in group and group.get(reference_key) is None:
+        if marked and "rule" not in group and all(group.get(key) is None for key in marking_keys):
             group["rule"] = "adamw"
         groups.append(group)
     return groups

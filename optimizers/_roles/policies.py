@@ -7,12 +7,13 @@ layer tells (view, axis, pair, centring, side) is filled in for rules that have 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
 from .._core.rule import RULE_CLASSES, Rule, rule_class, settings_of
 from .._core.validation import check, describe_unknown
 from .classify import Row
