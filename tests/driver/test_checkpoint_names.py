@@ -464,7 +464,7 @@ def test_groups_of_a_module_of_version_0_1_that_differ_are_refused():
     fresh = Muon(network())
     fresh.load_state_dict(old)  # one per view and side, which agree
     parts[1]["momentum"] = 0.5
-    with pytest.raises(ValueError, match="have momentum 0.95 and 0.5"):
+    with pytest.raises(ValueError, match=r"have momentum 0\.95 and 0\.5"):
         fresh.load_state_dict(old)
 
 
