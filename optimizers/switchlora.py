@@ -40,6 +40,7 @@ class SwitchLoRARule(LoRARule):
 
     members = ("A", "B", "W0")  # type: ignore[assignment]
     writes_in_refresh = True
+    optional_state = frozenset(("pool",))
     total_steps: int | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -212,8 +213,11 @@ class SwitchLoRA(TripleOptimizer):
     ``cursor``, ``due``. Peak temporary memory: four matrices of the largest factor; of a
     low-precision W0 also two float32 panels, and two more of a factor.
 
-    Caveat: pools take 1 + min / max of the sides times W0's bytes of host memory. The model is W0,
-    A and B together: save W0 too. A bfloat16 W0 rounds at every switch.
+    Caveat: pools take 1 + min / max of the sides times W0's bytes of host memory. A bfloat16 W0
+    rounds at every switch. The model is W0, A and B together, so adapters alone, as peft and
+    Trainer save them, are no checkpoint: save ``model.state_dict()`` whole, or in a callback beside
+    the adapters ``{k: v for k, v in model.state_dict().items() if "base_layer" in k}``, and load it
+    (``strict=False``) before the first step. A step after a load with another W0 raises ValueError.
 
     Example:
         >>> import torch

@@ -352,6 +352,8 @@ class Rule:
     The driver then need not back up state on devices, and the gradient that ``update`` sees may be
     narrower than float32 and not finite.
     """
+    optional_state: ClassVar[frozenset[str]] = frozenset()
+    """Names of slots that a checkpoint may lack: the optimizer fills them after the load."""
     refresh_in_lockstep: ClassVar[bool] = False
     """Set True if all units must refresh in the same update. ``stagger=True`` is refused then."""
 

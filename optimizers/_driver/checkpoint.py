@@ -59,6 +59,7 @@ def prepare(
     found = match(groups, saved, lambda group: _matrix_flags(default_rule, group))
     if found is None:
         return dict(state_dict)  # torch says which length differs
+    _check_lengths(saved)
     _check_ids(groups, found.places, state_dict["state"])
     for group in saved:
         RULE_CLASSES.get(str(group.get("rule")), default_rule).complete_saved(group)
@@ -74,7 +75,7 @@ def prepare(
         for key, value in own.items():
             if key not in ("params", "positions"):  # positions are those of the file
                 new.setdefault(key, value)
-    _check_settings(default_rule, groups, new_groups)
+    _check_settings(default_rule, new_groups)
     _check_state(default_rule, groups, new_groups, state_dict["state"])
     if found.warning is not None:
         warn_user(found.warning)
@@ -97,6 +98,13 @@ def _saved_groups(state_dict: Any) -> list[dict[str, Any]]:
             raise ValueError(f"group {i} of the checkpoint must be a dict with a list 'params'")
         if not all(isinstance(key, Hashable) and key is not None for key in group["params"]):
             raise ValueError(f"'params' of group {i} of the checkpoint must be a list of ids")
+    firsts = accumulate((len(group["params"]) for group in saved), initial=0)
+    return [realigned(group, first) for group, first in zip(saved, firsts, strict=False)]
+
+
+def _check_lengths(saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for a list beside ``params`` that is longer than ``params``."""
+    for i, group in enumerate(saved):
         for key in ("param_names", *LISTS):
             value, count = group.get(key), len(group["params"])
             # shorter: a parameter was appended to the list of a group
@@ -105,8 +113,6 @@ def _saved_groups(state_dict: Any) -> list[dict[str, Any]]:
                     f"{key!r} of group {i} of the checkpoint must be a list with a value for each "
                     f"of its {count} parameters"
                 )
-    firsts = accumulate((len(group["params"]) for group in saved), initial=0)
-    return [realigned(group, first) for group, first in zip(saved, firsts, strict=False)]
 
 
 def _refuse_other_methods(default_rule: type[Rule], saved: Sequence[Mapping[str, Any]]) -> None:
@@ -198,13 +204,9 @@ def _bad_settings(where: str, error: Exception) -> ValueError:
     return ValueError(f"{where} has settings that cannot be: {error}")
 
 
-def _check_settings(
-    default_rule: type[Rule],
-    groups: Sequence[Mapping[str, Any]],
-    new_groups: Sequence[Mapping[str, Any]],
-) -> None:
+def _check_settings(default_rule: type[Rule], new_groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise for a value of a group that no optimizer accepts."""
-    for i, (group, new) in enumerate(zip(groups, new_groups, strict=True)):
+    for i, new in enumerate(new_groups):
         try:
             check_values(new)
             rule_of(new, default_rule)
@@ -214,7 +216,9 @@ def _check_settings(
         rule_name = new["rule"]
         if rule_name is not None and not isinstance(rule_name, str):
             raise ValueError(f"group key 'rule' must be a name or None, got {rule_name!r}")
-        assert len(group["params"]) == len(new["params"])
+    positions = [x for new in new_groups for x in new.get("positions") or ()]
+    if len(set(positions)) < len(positions):
+        raise ValueError("the checkpoint gives two parameters one number in 'positions'")
 
 
 def _check_lists(group: Mapping[str, Any]) -> None:
@@ -223,12 +227,24 @@ def _check_lists(group: Mapping[str, Any]) -> None:
         if rule not in ("matrix", "adamw", None):
             raise ValueError(f"rules must be 'matrix' or 'adamw', got {rule!r}")
     for decay in group.get("decays") or ():
-        is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
-        if not is_number or not 0.0 <= decay < float("inf"):
+        if not _is_number(decay) or not 0.0 <= decay < float("inf"):
             raise ValueError(f"decays must be factors from 0, got {decay!r}")
+    ratio = group.get("adamw_lr_ratio")
+    for key, value in (("lr", group["lr"]), ("adamw_lr_ratio", 0.0 if ratio is None else ratio)):
+        if value is None or not 0.0 <= value < float("inf"):
+            raise ValueError(f"{key} must be a finite number from 0, got {value!r}")
+    if group["weight_decay"] is None:
+        raise ValueError("weight_decay must be a number from 0, got None")
+    for sums in group.get("base_sums") or ():
+        if sums is not None and not (is_list(sums, 3) and all(map(_is_number, sums))):
+            raise ValueError(f"base_sums must be None or three numbers, got {sums!r}")
     for position in group.get("positions") or ():
         if not isinstance(position, int) or isinstance(position, bool) or position < 0:
             raise ValueError(f"positions must be whole numbers from 0, got {position!r}")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def _units(
@@ -341,7 +357,7 @@ def restore(
     groups: Sequence[Mapping[str, Any]],
     state: Any,
     saved: Mapping[str, Any],
-) -> None:
+) -> set[tuple[Tensor, str]]:
     """Put back the saved tensors that torch has cast, in the dtype their slot declares.
 
     Integers come back exactly as saved, floats in their slot's dtype (for a checkpoint of the same
@@ -352,6 +368,9 @@ def restore(
         groups: The optimizer's groups, as torch has loaded them.
         state: The optimizer's state, as torch has loaded it; changed in place.
         saved: What :func:`prepare` returned.
+
+    Returns:
+        (parameter, key) of state that the checkpoint lacked and that has start values now.
     """
     units, rules = _units(default_rule, groups)
     entries = entries_of(units, rules)
@@ -368,6 +387,17 @@ def restore(
     for unit in units:
         if unit.params[0] in state:  # torch.optim.Muon keeps no clock
             state[unit.params[0]].setdefault(unit.step_key, 0)
+    missing = {
+        (p, key)
+        for p, entry in entries.items()
+        for key in entry.optional
+        if state.get(p, {}).keys() & entry.tensors.keys() and key not in state[p]
+    }
+    for p, key in missing:
+        x = entries[p].tensors[key]
+        value = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        state[p][key] = pinned(value, p.device)
+    return missing
 
 
 def _is_step_tensor(value: Any) -> bool:

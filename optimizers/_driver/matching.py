@@ -260,7 +260,7 @@ def _positions(
     found = [
         place.position
         if not is_list(saved[place.group].get("positions"), len(saved[place.group]["params"]))
-        else int(saved[place.group]["positions"][place.number])
+        else saved[place.group]["positions"][place.number]
         for place in flat
         if place is not None
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields
 from operator import is_
 from typing import Any, ClassVar, overload
@@ -710,7 +710,8 @@ class StackedOptimizer(Optimizer):
             return prepared
 
         def restore(_: Optimizer) -> None:
-            checkpoint.restore(self._default_rule, self.param_groups, self.state, prepared)
+            args = self._default_rule, self.param_groups, self.state, prepared
+            self._fill_missing(checkpoint.restore(*args))
 
         if not isinstance(state_dict, dict):
             checkpoint.prepare(self._default_rule, self.param_groups, state_dict)
@@ -723,6 +724,9 @@ class StackedOptimizer(Optimizer):
         finally:
             before.remove()
             after.remove()
+
+    def _fill_missing(self, missing: Set[tuple[Tensor, str]]) -> None:
+        """Fill state that a checkpoint lacked, for rules with ``optional_state``."""
 
     def __getstate__(self) -> dict[str, Any]:
         self._apply_late_flags()

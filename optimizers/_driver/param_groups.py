@@ -59,7 +59,7 @@ GROUP_KEYS = frozenset(
     ("params", "param_names", "lr", "weight_decay", "rule", "method", "draws", "adamw_lr_ratio")
 )
 """Group keys of every optimizer that are no keywords."""
-LISTS = ("rules", "views", "sides", "roles", "reasons", "decays", "positions")
+LISTS = ("rules", "views", "sides", "roles", "reasons", "decays", "positions", "base_sums")
 """Group keys with one value per parameter, in the order of ``params``, as torch's param_names."""
 FOREIGN_KEYS = frozenset(
     (

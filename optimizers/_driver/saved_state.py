@@ -38,6 +38,7 @@ class Expected(NamedTuple):
         low: Smallest value, or None.
         limit: One more than the largest value, for numbers of distinct things; else None.
         empty: The value of all entries before anything was chosen, or None.
+        distinct: Whether the numbers of a matrix differ.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class Expected(NamedTuple):
     low: float | None = None
     limit: int | None = None
     empty: float | None = None
+    distinct: bool = False
 
 
 Table = dict[str, Expected]
@@ -58,11 +60,13 @@ class Entry(NamedTuple):
         tensors: Expected tensors by key.
         clocks: Keys of clocks.
         may_be_empty: Whether the rule keeps state in some windows only.
+        optional: Keys of tensors that a checkpoint may lack.
     """
 
     tensors: Table
     clocks: set[str]
     may_be_empty: bool
+    optional: set[str]
 
 
 def base_of(key: str) -> str:
@@ -88,7 +92,7 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
         sides = tuple(unit.sides(i) for i in range(len(unit.params)))
         counts = rule.index_counts(sides)
         for i, p in enumerate(unit.params):
-            entry = entries.setdefault(p, Entry({}, set(), drops_state(rule)))
+            entry = entries.setdefault(p, Entry({}, set(), drops_state(rule), set()))
             for key, (slot, shape, dtype) in unit.expected_state(i).items():
                 name = base_of(key)
                 is_positive = name in NONNEGATIVE or name.endswith("_scale")
@@ -96,7 +100,11 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
                 fill = None if isinstance(slot.fill, str) else slot.fill
                 low = 0.0 if is_positive else None if count is None else min(0.0, fill or 0.0)
                 device = slot.device or p.device
-                entry.tensors[key] = Expected(shape, dtype, device, low, count, fill)
+                entry.tensors[key] = Expected(
+                    shape, dtype, device, low, count, fill, bool(slot.axes)
+                )
+                if name in rule.optional_state:
+                    entry.optional.add(key)
         entries[unit.params[0]].clocks.update(unit.clock_keys)
     return entries
 
@@ -108,7 +116,7 @@ def adamw_entry(p: Tensor) -> Entry:
         "exp_avg": Expected(tuple(p.shape), p.dtype, p.device),
         "exp_avg_sq": Expected(tuple(p.shape), p.dtype, p.device, low),
     }
-    return Entry(tensors, {"step"}, False)
+    return Entry(tensors, {"step"}, False, set())
 
 
 def clock_value(key: str, value: Any, text: str) -> int:
@@ -233,8 +241,10 @@ def check_index(key: str, value: Tensor, expected: Expected, text: str, started:
         raise ValueError(
             f"{what} must lie from {expected.low:g} to {count - 1}, got {low} to {high}"
         )
+    if low < 0 and high >= 0:
+        raise ValueError(f"{what} is chosen in part only")
     is_unset = low == high == expected.empty and (not started or expected.low < 0)
-    if value.dim() and not is_unset:
+    if expected.distinct and not is_unset:
         rows = value.reshape(-1, value.shape[-1]).sort(-1).values
         if bool(((rows.diff() == 0) & (rows[:, 1:] >= 0)).any()):
             raise ValueError(f"{what} names the same entry twice")
@@ -242,5 +252,5 @@ def check_index(key: str, value: Tensor, expected: Expected, text: str, started:
 
 def missing_key(found: Mapping[str, Any], expected: Entry) -> str | None:
     """The first key that the state of an updated parameter lacks, None if it is complete."""
-    absent = sorted(expected.tensors.keys() - found.keys())
+    absent = sorted(expected.tensors.keys() - expected.optional - found.keys())
     return absent[0] if absent else None
