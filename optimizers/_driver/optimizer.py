@@ -694,14 +694,18 @@ class StackedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, of ``torch.optim.Muon`` or ``AdamW`` where it fits.
 
-        Every tensor keeps its dtype (torch alone casts state to the parameter's); group keys that
-        the checkpoint lacks keep their values, clocks that it lacks are 0.
+        Parameters match by name, whatever their order and groups, where both sides have the same
+        names (less what DDP, compile, FSDP and checkpointing add); else by position, with one
+        warning if all have names. Every tensor keeps its dtype (torch alone casts state to the
+        parameter's); group keys that the checkpoint lacks keep their values, clocks that it lacks
+        are 0. Files of version 0.1 load, with settings of their AdamW groups as ``adamw_*``.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If it does not fit; weights and state are unchanged then.
+            ValueError: If anything in it does not fit or cannot be; weights, state and groups are
+                unchanged then.
         """
         prepared: dict[str, Any] = {}
 

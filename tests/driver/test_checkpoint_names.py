@@ -371,7 +371,7 @@ def test_decays_of_two_groups_become_factors_in_one(name):
 # files of version 0.1 -----------------------------------------------------------------------------
 
 
-def as_version_0_1(saved, adamw_lr=None, named=True):
+def as_first_version(saved, adamw_lr=None, named=True):
     """A state dict of one group as version 0.1 wrote it: matrices, then AdamW's group."""
     (group,) = saved["param_groups"]
     keys = ("decays", "views", "sides", "draws", "adamw_lr_ratio", "rules", "positions")
@@ -398,7 +398,7 @@ def as_version_0_1(saved, adamw_lr=None, named=True):
 @every_class
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("scheduled", [1.0, 0.3, 0.0])
-def test_a_split_group_of_version_0_1_becomes_one_again(name, named, scheduled):
+def test_a_split_group_of_the_first_version_becomes_one_again(name, named, scheduled):
     """With learning rates that a scheduler has changed, to 0 too."""
     cls, options = PLAIN[name]
     options = {**options, "adamw_lr": 0.003, "adamw_betas": (0.7, 0.9), "adamw_eps": 1e-6}
@@ -420,7 +420,7 @@ def test_a_split_group_of_version_0_1_becomes_one_again(name, named, scheduled):
     optimizer.param_groups[0]["positions"] = [0, 3, 1, 4, 2, 5]
     train(straight, optimizer, 1, 3)
     optimizer.param_groups[0]["lr"] *= scheduled
-    old = as_version_0_1(optimizer.state_dict(), 0.003, named)
+    old = as_first_version(optimizer.state_dict(), 0.003, named)
     old["param_groups"][1]["initial_lr"] = 0.003
     net.load_state_dict(straight.state_dict())
     second.load_state_dict(through_a_file(old))
@@ -437,11 +437,11 @@ def test_a_split_group_of_version_0_1_becomes_one_again(name, named, scheduled):
     assert same(weights(straight), weights(net))
 
 
-def test_adamw_settings_of_a_file_of_version_0_1_stay_adamws():
+def test_adamw_settings_of_a_file_of_the_first_version_stay_adamws():
     net = network()
     optimizer = GaLore(net, lr=0.02, rank=2, weight_decay=0.1)
     train(net, optimizer, 1, 2)
-    old = as_version_0_1(optimizer.state_dict())
+    old = as_first_version(optimizer.state_dict())
     old["param_groups"][1].update(betas=(0.5, 0.6), weight_decay=0.3, adamw_eps=1e-5, lr=0.01)
     fresh = GaLore(network(), rank=2)
     fresh.load_state_dict(old)
@@ -452,11 +452,11 @@ def test_adamw_settings_of_a_file_of_version_0_1_stay_adamws():
     assert group["rules"] == ["matrix", "adamw"] * 3
 
 
-def test_groups_of_a_module_of_version_0_1_that_differ_are_refused():
+def test_groups_of_a_module_of_the_first_version_that_differ_are_refused():
     net = network()
     optimizer = Muon(net, lr=0.02)
     train(net, optimizer, 1, 2)
-    old = as_version_0_1(optimizer.state_dict())
+    old = as_first_version(optimizer.state_dict())
     first = old["param_groups"][0]
     lists = ("params", "param_names", "roles", "reasons")
     parts = [{**first, **{k: first[k][i:j] for k in lists}} for i, j in ((0, 1), (1, 3))]
@@ -468,11 +468,11 @@ def test_groups_of_a_module_of_version_0_1_that_differ_are_refused():
         fresh.load_state_dict(old)
 
 
-def test_views_of_groups_of_version_0_1_stay_with_their_weights():
+def test_views_of_groups_of_the_first_version_stay_with_their_weights():
     net = network()
     optimizer = Muon(net, lr=0.02)
     train(net, optimizer, 1, 2)
-    old = as_version_0_1(optimizer.state_dict())
+    old = as_first_version(optimizer.state_dict())
     first = old["param_groups"][0]
     lists = ("params", "param_names", "roles", "reasons")
     parts = [{**first, **{k: first[k][i:j] for k in lists}} for i, j in ((0, 1), (1, 3))]
