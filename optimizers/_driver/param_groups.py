@@ -238,7 +238,7 @@ def assigned_rows(group: Mapping[str, Any], default_rule: type[Rule]) -> list[As
         layout = (group.get("pair"), group.get("axis")) if matrix else ()
         decay = group["weight_decay"] if matrix or own_decay is None else own_decay
         factor = listed(group, "decays", i)
-        view = listed(group, "views", i) or group["view"]
+        view = view_of(group, i, row)
         values = {f.name: getattr(row, f.name) for f in fields(row)}
         values |= {
             "rule": rule.method() if rule is not None and matrix else "adamw",
@@ -289,15 +289,26 @@ def roles_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
             row = Row(name, shape, role, known or RULE_OF_ROLE.get(role, "adamw"), why, view)
         if rule is None:
             row = replace(row, rule="adamw", why=row.why if role else "group rule 'adamw'")
-        elif len(rule.members) > 1:
-            row = replace(row, rule="matrix", why=f"member {rule.members[i % len(rule.members)]}")
         elif known is not None:
             row = replace(row, rule=known)
+        elif len(rule.members) > 1:
+            why = row.why if role else f"member {rule.members[i % len(rule.members)]}"
+            row = replace(row, rule="matrix", why=why)
         elif group.get("rule") is not None and p.ndim >= 2 and p.numel():
             why = row.why if role else f"group rule {group['rule']!r}"
             row = replace(row, rule="matrix", why=why)
         rows.append(row)
     return rows
+
+
+def view_of(group: Mapping[str, Any], i: int, row: Row) -> str | Sequence[str]:
+    """How parameter i of a group becomes matrices: as the model, the group or its name tells."""
+    told: str | None = listed(group, "views", i)
+    if told is not None:
+        return told
+    view: str | Sequence[str] = group["view"]
+    # a kernel of three dimensions is one matrix, not a stack of small ones
+    return row.view if view == "auto" and row.role == "conv" else view
 
 
 def parts_of(
@@ -318,7 +329,7 @@ def parts_of(
         if row.rule != "matrix" or rule is None:
             adamw_params.append((position + i, p))
             continue
-        view, side = listed(group, "views", i) or group["view"], listed(group, "sides", i)
+        view, side = view_of(group, i, row), listed(group, "sides", i)
         key = (view if isinstance(view, str) else tuple(view), side)
         if key not in parts:
             part_rule = rule if side is None else replace(rule, **{"side": side})
