@@ -61,6 +61,7 @@ def prepare(
         return dict(state_dict)  # torch says which length differs
     _check_lengths(saved)
     _check_ids(groups, found.places, state_dict["state"])
+    is_old = any("method" in group and "draws" not in group for group in saved)
     for group in saved:
         RULE_CLASSES.get(str(group.get("rule")), default_rule).complete_saved(group)
         for key, value in MEANT_BEFORE.items():
@@ -76,6 +77,13 @@ def prepare(
             if key not in ("params", "positions"):  # positions are those of the file
                 new.setdefault(key, value)
     _check_settings(default_rule, new_groups)
+    for own, new in zip(groups, new_groups, strict=True) if is_old else ():
+        target = {**new, "params": own["params"]}
+        keep_old_rules(
+            default_rule, target, [state_dict["state"].get(k, {}) for k in new["params"]]
+        )
+        if "rules" in target:
+            new["rules"] = target["rules"]
     _check_state(default_rule, groups, new_groups, state_dict["state"])
     if found.warning is not None:
         warn_user(found.warning)
@@ -165,14 +173,20 @@ def _fill_in(
                     saved[i].setdefault(key, value)
 
 
-def complete(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+def complete(
+    groups: Sequence[dict[str, Any]],
+    defaults: dict[str, Any],
+    state: Mapping[Tensor, Mapping[str, Any]],
+) -> None:
     """Fill in what groups and defaults of an older pickle lack, in place.
 
     Args:
         groups: The groups of an optimizer that was unpickled, copied or loaded.
         defaults: Its defaults, which an older pickle brings too.
+        state: Its state.
     """
     default_rule = RULE_CLASSES[defaults["method"]]
+    old = [group for group in groups if "draws" not in group]
     for values in (defaults, *groups):
         rule_name = values.setdefault("rule", None)
         rule = RULE_CLASSES.get(str(rule_name), default_rule)
@@ -185,6 +199,33 @@ def complete(groups: Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None
         common = {key: value for key, value in COMMON.items() if key != "adamw_lr"}
         for key, value in (own | defaults | common | defaults_of(default_rule)).items():
             values.setdefault(key, defaults.get(key, value) if key not in own else own[key])
+    for group in old:
+        keep_old_rules(default_rule, group, [state.get(p, {}) for p in group["params"]])
+
+
+def keep_old_rules(
+    default_rule: type[Rule], group: dict[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> None:
+    """Give a group of an older run the rules that its parameters had, as their state tells.
+
+    Later versions route some shapes and names otherwise; a run goes on as it began.
+
+    Args:
+        default_rule: The optimizer's rule class.
+        group: The group, with its parameters; it gets ``rules`` if they differ from today's.
+        entries: State of each parameter.
+    """
+    rule = rule_of(group, default_rule)
+    if rule is None or "rules" in group or len(rule.members) != 1 or group["rule"] is not None:
+        return
+    today = ["matrix" if flag else "adamw" for flag in _matrix_flags(default_rule, group)]
+    found = list(today)
+    for i, entry in enumerate(entries):
+        if isinstance(entry, Mapping) and "step" in entry:  # a tensor in AdamW, else a number
+            is_adamw = isinstance(entry["step"], Tensor) and "exp_avg" in entry
+            found[i] = "adamw" if is_adamw else "matrix"
+    if found != today:
+        group["rules"] = found
 
 
 def _store_old_adamw_lr(group: dict[str, Any]) -> None:

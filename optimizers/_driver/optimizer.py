@@ -739,7 +739,7 @@ class StackedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan, self._pending, self._is_built = None, (), True
-        checkpoint.complete(self.param_groups, self.defaults)
+        checkpoint.complete(self.param_groups, self.defaults, self.state)
 
 
 def _same(a: float | Tensor, b: float | Tensor) -> bool:
