@@ -47,6 +47,7 @@ from .param_groups import (
     warn_user,
     with_adamw_names,
 )
+from .saved_state import refuse_unsound_state
 from .settings import refuse_state_changes, refuse_unfit_state
 from .units import Unit, units_of
 from .windows import assign_block_positions, stagger_refreshes
@@ -352,6 +353,7 @@ class StackedOptimizer(Optimizer):
         adamw_params = [flat_params[i] for positions in plan.adamw_positions for i in positions]
         if old is None:  # a new optimizer, or one that was loaded or copied
             refuse_unfit_state(plan.units, adamw_params, self.state)
+            self._refuse_unsound_state(plan)
         else:  # settings changed, or a group came
             refuse_state_changes(
                 old.units,
@@ -363,6 +365,17 @@ class StackedOptimizer(Optimizer):
             )
         self._plan = plan
         return plan
+
+    def _refuse_unsound_state(self, plan: StepPlan) -> None:
+        """Raise if other code has put into the state what a step cannot use."""
+        adamw_params = [plan.flat_params[i] for part in plan.adamw_positions for i in part]
+
+        def text_of(p: Tensor) -> str:
+            i = next(i for i, q in enumerate(plan.flat_params) if q is p)
+            names = [row.name for row in self.assignment().rows]
+            return describe(names[i], p, i)
+
+        refuse_unsound_state(plan.units, plan.rules, adamw_params, self.state, text_of)
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
         """Make rules and units for the groups as they are now; buckets come with the first step."""
@@ -491,6 +504,7 @@ class StackedOptimizer(Optimizer):
         else:
             mask = [grad is not None for grad in grads]
             if plan.is_stale(mask, self.state):
+                self._refuse_unsound_state(plan)
                 plan.rebuild(mask, self.state)
             self._step_matrices(plan, grads)
         for group, params, present_grads, entries, order in adamw_steps:

@@ -6,7 +6,7 @@ Every check names the parameter and the key, and none changes anything.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -254,3 +254,43 @@ def missing_key(found: Mapping[str, Any], expected: Entry) -> str | None:
     """The first key that the state of an updated parameter lacks, None if it is complete."""
     absent = sorted(expected.tensors.keys() - expected.optional - found.keys())
     return absent[0] if absent else None
+
+
+def refuse_unsound_state(
+    units: Sequence[Unit],
+    rules: Sequence[Rule],
+    adamw_params: Iterable[Tensor],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    text_of: Callable[[Tensor], str],
+) -> None:
+    """Raise if other code has put into the live state what no step can use.
+
+    Only what the host knows is looked at: clocks, shapes, layouts and kinds of dtype.
+
+    Args:
+        units: The units.
+        rules: Their rules, by ``Unit.rule``.
+        adamw_params: Parameters that AdamW trains.
+        state: The optimizer's state.
+        text_of: How a message names a parameter.
+
+    Raises:
+        ValueError: With the first clock or tensor that is not one.
+    """
+    entries = entries_of(units, rules) | {p: adamw_entry(p) for p in adamw_params}
+    for p, expected in entries.items():
+        found = state.get(p) or {}
+        known = {
+            key: value
+            for key, value in found.items()
+            if key in expected.clocks or key in expected.tensors
+        }
+        if not known:
+            continue
+        text = text_of(p)
+        check_clocks(known, expected, text)
+        for key, x in expected.tensors.items():
+            if key in known:
+                check_tensor(key, known[key], x, p, text)
+            elif not expected.clocks - {"step"} and not isinstance(known.get("step"), int):
+                raise ValueError(f"state {key!r} of {text} is gone, but its step is there")

@@ -404,3 +404,47 @@ def test_a_parameter_given_twice_has_one_id():
         optimizer = METHODS["muon"]([p, p])
     run(optimizer, [p], [gradients((4, 4), 2)])
     optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+
+
+# live state that other code has changed -----------------------------------------------------------
+
+
+def live_damages(entry, key):
+    X = entry[key]
+    if isinstance(X, torch.Tensor) and key != "step":
+        return [None, 3.0, X.reshape(-1)[:-1], X.to_sparse() if X.dim() else None, X.to("meta")]
+    return [None, -1, math.nan, "3", torch.tensor([1.0, 2.0]), 2.5]
+
+
+@pytest.mark.parametrize("way", ["live", "deepcopy"])
+@pytest.mark.parametrize("name", EVERY)
+def test_live_state_that_no_step_can_use_is_refused_before_anything_moves(name, way):
+    params, optimizer, rest = build(name)
+    flat = [p for group in optimizer.param_groups for p in group["params"]]
+    given = {id(p): series for p, series in zip(params, rest, strict=True)}
+    moved = [i for i, p in enumerate(flat) if p.ndim > 1 and optimizer.state.get(p)]
+    at = moved[0] if name in PAIRS else moved[-1]  # behind others, which could move first
+    for key in list(optimizer.state[flat[at]]):
+        for damage in live_damages(optimizer.state[flat[at]], key):
+            if key == "held" and way == "live":
+                continue  # is read at the next window only
+            bad = optimizer if way == "live" else copy.deepcopy(optimizer)
+            live = [p for group in bad.param_groups for p in group["params"]]
+            for p, original in zip(live, flat, strict=True):
+                p.grad = given[id(original)][0].clone() if id(original) in given else None
+            entry = bad.state[live[at]]
+            kept, entry[key] = entry[key], damage
+            weights = [p.detach().clone() for p in live]
+            others = {k: v for k, v in tensors(bad).items() if k != (at, key)}
+            try:
+                bad.step()
+            except ValueError as error:
+                assert "state" in str(error) or "would" in str(error)
+            else:
+                pytest.fail(f"{key} = {damage!r} was accepted")
+            assert same(weights, [p.detach() for p in live]), key
+            assert same(others, {k: v for k, v in tensors(bad).items() if k != (at, key)}), key
+            entry[key] = kept
+    if name != "switchlora":  # whose base weights are others in a second one
+        twin_params, twin, _ = build(name)
+        assert same(run(optimizer, params, rest), run(twin, twin_params, rest))
