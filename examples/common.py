@@ -11,7 +11,6 @@ import hashlib
 import io
 import math
 import os
-import pickle
 import sysconfig
 import time
 from collections.abc import Callable
@@ -247,10 +246,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        if not {"settings", "record"} <= saved.keys():
+        parts = [saved[key] for key in ("settings", "record", "model", "optimizer", "scheduler")]
+        if not all(isinstance(part, dict) for part in parts):
             raise EOFError("another program's file")
+        if not isinstance(saved["generator"], torch.Tensor):
+            raise EOFError("another program's file")
+        record = Record(**saved["record"])
+        if not (isinstance(record.step, int) and record.step == len(record.train)):
+            raise EOFError("a record that ends elsewhere")
         return saved
-    except (OSError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    # whatever torch.load and the parts of another program's file raise: it is not one of ours
+    except Exception as error:
         raise UserError(
             f"--resume: {path} is not a readable checkpoint; remove it to start that run afresh."
         ) from error
@@ -391,11 +397,18 @@ class Run:
     def load(self, path: Path) -> None:
         saved = read_checkpoint(path)
         check_settings(path, saved["settings"], asdict(self.settings))
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+            self.generator.set_state(saved["generator"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--resume: {path} does not fit this run ({reason}); remove it to start that run "
+                "afresh."
+            ) from error
         self.record = Record(**saved["record"])
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
-        self.generator.set_state(saved["generator"])
 
 
 def check_settings(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -213,6 +213,13 @@ def checkpoint_path(folder: Path, settings: Settings) -> Path:
     return folder / f"{settings.label}.pt"
 
 
+def remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be removed ({error.strerror}).") from error
+
+
 def earlier_record(folder: Path, settings: Settings) -> Record:
     """The record to continue from; refuses a checkpoint of other settings."""
     path = checkpoint_path(folder, settings)
@@ -246,7 +253,7 @@ def execute(
         print(f"Estimate: {sum(seconds.values()):.0f} s ({each})\n", file=out, flush=True)
     if not args.resume:
         for settings in plan:  # else a killed run could later be resumed from an older one
-            checkpoint_path(args.out, settings).unlink(missing_ok=True)
+            remove(checkpoint_path(args.out, settings))
     display = report.make_display(out, not args.no_progress)
     try:
         results = []

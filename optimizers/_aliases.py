@@ -19,6 +19,8 @@ MOVED = {
 """Old module below ``stiefel.optimizers`` -> where its public names are now."""
 RENAMED = {"Blocks": ("PanelTerm", "_core.terms"), "Place": ("BlockPosition", "_core.rule")}
 """Old public name -> the same class by its name of today, and the module that defines it."""
+TABLES = {"StackAssignment": "OptimizerAssignment", "StackRow": "AssignedRow"}
+"""Classes of ``_roles/policies.py`` that are in ``_roles/assignment.py`` under other names."""
 
 
 def register() -> None:
@@ -29,6 +31,12 @@ def register() -> None:
         home = importlib.import_module(f".{place}", package.__name__)
         for module in (home, rule, package):
             setattr(module, old, getattr(home, new))
+    tables, policies = (
+        importlib.import_module(f"._roles.{name}", package.__name__)
+        for name in ("assignment", "policies")
+    )
+    for old, new in TABLES.items():
+        setattr(policies, old, getattr(tables, new))
     for old, new in MOVED.items():
         module = importlib.import_module(f".{new}", package.__name__)
         sys.modules[f"{package.__name__}.{old}"] = module

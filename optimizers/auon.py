@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -76,6 +75,11 @@ class AuONRule(Rule):
     def norm_eps(self, dtype: torch.dtype) -> float:
         """The number that is added to norms of tensors of this dtype."""
         return norm_floor(self.eps, dtype, PUBLISHED_EPS if self.variant == "repo2026" else None)
+
+    @classmethod
+    @override
+    def complete_saved(cls, group: dict[str, Any]) -> None:
+        group.setdefault("eps", PUBLISHED_EPS)  # version 0.1 saved none, and added this
 
     def state(self, m: int, n: int) -> dict[str, Slot]:
         """The momentum buffer."""
@@ -238,18 +242,3 @@ class AuON(StackedOptimizer):
             eps=eps,
         )
         super().__init__(params, rule, lr, weight_decay, **options)
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(_with_eps(state_dict))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(_with_eps(state))
-
-
-def _with_eps(saved: Any) -> Any:
-    """A checkpoint whose groups have ``eps``: version 0.1 saved none, and added 1e-7."""
-    if not isinstance(saved, Mapping) or "param_groups" not in saved:
-        return saved  # load_state_dict refuses it
-    groups = [{"eps": PUBLISHED_EPS, **group} for group in saved["param_groups"]]
-    return {**saved, "param_groups": groups}

@@ -174,6 +174,10 @@ class DCTAdamWRule(Rule):
         return slots
 
     @override
+    def index_counts(self, sides: tuple[tuple[int, int], ...]) -> Mapping[str, int]:
+        return {"index": sides[0][0]}
+
+    @override
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         return self.cosines.shared(m)
 

@@ -199,6 +199,11 @@ class FRUGALRule(Rule):
         return self.gradient_split.slots(m, n, self.base_optimizer)
 
     @override
+    def index_counts(self, sides: tuple[tuple[int, int], ...]) -> Mapping[str, int]:
+        split, (m, n) = self.gradient_split, sides[0]
+        return {"index": split.length(m, n) if isinstance(split, CoordinateSplit) else m}
+
+    @override
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         return self.gradient_split.shared(m)
 

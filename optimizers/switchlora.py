@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class SwitchLoRARule(LoRARule):
 
     members = ("A", "B", "W0")  # type: ignore[assignment]
     writes_in_refresh = True
+    optional_state = frozenset(("pool",))
     total_steps: int | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -158,6 +159,11 @@ class SwitchLoRARule(LoRARule):
         due = Slot("", torch.float64, device="cpu")  # a fraction of a vector
         return {**A, "due": due}, B, {}
 
+    @override
+    def index_counts(self, sides: tuple[tuple[int, int], ...]) -> Mapping[str, int]:
+        (r, n), (m, _), _ = sides
+        return {"slots": max(r, min(m, n)), "cursor": r}
+
 
 class SwitchLoRA(TripleOptimizer):
     """SwitchLoRA: pre-training W = W0 + s B A by A and B alone; AdamW for everything else.
@@ -211,8 +217,11 @@ class SwitchLoRA(TripleOptimizer):
     ``cursor``, ``due``. Peak temporary memory: four matrices of the largest factor; of a
     low-precision W0 also two float32 panels, and two more of a factor.
 
-    Caveat: pools take 1 + min / max of the sides times W0's bytes of host memory. The model is W0,
-    A and B together: save W0 too. A bfloat16 W0 rounds at every switch.
+    Caveat: pools take 1 + min / max of the sides times W0's bytes of host memory. A bfloat16 W0
+    rounds at every switch. The model is W0, A and B together, so adapters alone, as peft and
+    Trainer save them, are no checkpoint: save ``model.state_dict()`` whole, or in a callback beside
+    the adapters ``{k: v for k, v in model.state_dict().items() if "base_layer" in k}``, and load it
+    (``strict=False``) before the first step. A step after a load with another W0 raises ValueError.
 
     Example:
         >>> import torch

@@ -352,6 +352,8 @@ class Rule:
     The driver then need not back up state on devices, and the gradient that ``update`` sees may be
     narrower than float32 and not finite.
     """
+    optional_state: ClassVar[frozenset[str]] = frozenset()
+    """Names of slots that a checkpoint may lack: the optimizer fills them after the load."""
     refresh_in_lockstep: ClassVar[bool] = False
     """Set True if all units must refresh in the same update. ``stagger=True`` is refused then."""
 
@@ -407,6 +409,16 @@ class Rule:
         if len(sides) == 1:
             return (self.state(*sides[0]),)
         return tuple(self.state(*sides))
+
+    def index_counts(self, sides: tuple[tuple[int, int], ...]) -> Mapping[str, int]:
+        """Slots that number distinct things, such as rows, with how many things there are.
+
+        A checkpoint whose numbers are too large, or name a thing twice, is refused.
+
+        Args:
+            sides: Rows and columns of every member as the rule sees it.
+        """
+        return {}
 
     def refresh(self, *members: Any, **unused: Any) -> None:
         """Recompute what lasts for a window, such as a basis.

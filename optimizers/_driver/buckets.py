@@ -214,7 +214,16 @@ class Bucket:
         for entry, key, tensor in self.bindings:
             if entry.get(key) is not tensor:
                 return False
-        return True
+        # clocks that other code has set: the units are sorted anew, or refused
+        step_key, refreshed_key = self.unit.step_key, self.unit.refreshed_key
+        first = self.clock_dicts[0]
+        t, refreshed = first.get(step_key), first.get(refreshed_key, 0)
+        if type(t) is not int or type(refreshed) is not int or not 0 <= refreshed <= t:
+            return False
+        return all(
+            entry.get(step_key) == t and entry.get(refreshed_key, 0) == refreshed
+            for entry in self.clock_dicts
+        )
 
     def grads_of(self, i: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients of member i, one per unit."""

@@ -1,43 +1,47 @@
 """Loading: refuse what does not fit before anything changes, and keep every dtype.
 
-``torch.optim.Optimizer.load_state_dict`` casts all state to the parameter's dtype, integers
-included. The driver lets torch load and then puts back the tensors that were cast.
+``torch.optim.Optimizer.load_state_dict`` matches parameters by position and casts all state to the
+parameter's dtype, integers included. The driver hands torch a checkpoint in the optimizer's own
+order (``matching.py``) whose every value was checked (``saved_state.py``), and then puts back the
+tensors that were cast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from .._core.rule import RULE_CLASSES, Rule
+from .._core.rule import RULE_CLASSES, Rule, defaults_of
 from . import adamw
-from .param_groups import describe, parts_of, rule_of
+from .checks import check_values
+from .matching import Place, is_list, match, realigned, regroup
+from .param_groups import COMMON, LISTS, describe, exact_ratio, parts_of, rule_of, warn_user
+from .saved_state import (
+    Entry,
+    adamw_entry,
+    check_clocks,
+    check_tensor,
+    check_values_of,
+    clock_value,
+    entries_of,
+    is_clock,
+    missing_key,
+)
 from .units import Unit, pinned, units_of
 
-ExpectedState = dict[str, tuple[tuple[int, ...], torch.dtype, str | torch.device]]
-
-
-def _pairs(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """(parameter, id in the checkpoint) in order; empty if the groups differ in length."""
-    same_lengths = len(groups) == len(saved) and all(
-        len(g["params"]) == len(s["params"]) for g, s in zip(groups, saved, strict=True)
-    )
-    if not same_lengths:
-        return []
-    return [
-        pair
-        for g, s in zip(groups, saved, strict=True)
-        for pair in zip(g["params"], s["params"], strict=True)
-    ]
+MEANT_BEFORE = {"draws": "position"}
+"""Values of keys that older files lack, where today's default is another."""
 
 
 def prepare(
     default_rule: type[Rule], groups: Sequence[Mapping[str, Any]], state_dict: Any
 ) -> dict[str, Any]:
-    """Check a checkpoint against the optimizer and fill in group keys that it lacks.
+    """Check a checkpoint against the optimizer, whole, and put it in the optimizer's order.
 
     Args:
         default_rule: The optimizer's rule class.
@@ -45,106 +49,348 @@ def prepare(
         state_dict: What is to be loaded; it is not changed.
 
     Returns:
-        The checkpoint with complete groups.
+        The checkpoint with complete groups, as many and in the order of the optimizer's.
 
     Raises:
         ValueError: With the first thing that does not fit.
     """
+    saved = _saved_groups(state_dict)
+    _refuse_other_methods(default_rule, saved)
+    found = match(groups, saved, lambda group: _matrix_flags(default_rule, group))
+    if found is None:
+        return dict(state_dict)  # torch says which length differs
+    _check_lengths(saved)
+    _check_ids(groups, found.places, state_dict["state"])
+    is_old = any("method" in group and "draws" not in group for group in saved)
+    for group in saved:
+        RULE_CLASSES.get(str(group.get("rule")), default_rule).complete_saved(group)
+        for key, value in MEANT_BEFORE.items():
+            group.setdefault(key, value)
+    _fill_in(groups, saved, found.places)
+    try:
+        new_groups = regroup(groups, saved, found.places)
+    except (TypeError, ValueError, KeyError) as error:
+        raise _bad_settings("the checkpoint", error) from error
+    for own, new in zip(groups, new_groups, strict=True):
+        _store_old_adamw_lr(new)
+        for key, value in own.items():
+            if key not in ("params", "positions"):  # positions are those of the file
+                new.setdefault(key, value)
+    _check_settings(default_rule, new_groups)
+    for own, new in zip(groups, new_groups, strict=True) if is_old else ():
+        target = {**new, "params": own["params"]}
+        keep_old_rules(
+            default_rule, target, [state_dict["state"].get(k, {}) for k in new["params"]]
+        )
+        if "rules" in target:
+            new["rules"] = target["rules"]
+    _check_state(default_rule, groups, new_groups, state_dict["state"])
+    if found.warning is not None:
+        warn_user(found.warning)
+    return {**state_dict, "param_groups": new_groups}
+
+
+def _saved_groups(state_dict: Any) -> list[dict[str, Any]]:
+    """Copies of the groups of a checkpoint, which has the form of one."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError(
             "state_dict needs the keys 'state' and 'param_groups'; pass what state_dict() returned"
         )
-    saved = [dict(group) for group in state_dict["param_groups"]]
-    pairs = _pairs(groups, saved)
-    if not pairs:
-        return dict(state_dict)  # torch says which length differs
-    for group, new in zip(groups, saved, strict=True):
-        RULE_CLASSES.get(str(new.get("rule")), default_rule).complete_saved(new)
-        new.setdefault("draws", "position")  # as all did before there was a choice
-        for key, value in group.items():
-            if key != "params":  # names too: torch keeps the optimizer's where none were saved
-                new.setdefault(key, value)
-    state, position = state_dict["state"], 0
-    for i, (group, new) in enumerate(zip(groups, saved, strict=True)):
-        if new["method"] != default_rule.method():
+    state, saved = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"checkpoint 'state' must be a dict, got {type(state).__name__}")
+    if not isinstance(saved, list | tuple):
+        raise ValueError(f"checkpoint 'param_groups' must be a list, got {type(saved).__name__}")
+    for i, group in enumerate(saved):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise ValueError(f"group {i} of the checkpoint must be a dict with a list 'params'")
+        if not all(isinstance(key, Hashable) and key is not None for key in group["params"]):
+            raise ValueError(f"'params' of group {i} of the checkpoint must be a list of ids")
+    firsts = accumulate((len(group["params"]) for group in saved), initial=0)
+    return [realigned(group, first) for group, first in zip(saved, firsts, strict=False)]
+
+
+def _check_lengths(saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for a list beside ``params`` that is longer than ``params``."""
+    for i, group in enumerate(saved):
+        for key in ("param_names", *LISTS):
+            value, count = group.get(key), len(group["params"])
+            # shorter: a parameter was appended to the list of a group
+            if value is not None and not (isinstance(value, list | tuple) and len(value) <= count):
+                raise ValueError(
+                    f"{key!r} of group {i} of the checkpoint must be a list with a value for each "
+                    f"of its {count} parameters"
+                )
+
+
+def _refuse_other_methods(default_rule: type[Rule], saved: Sequence[Mapping[str, Any]]) -> None:
+    for group in saved:
+        method = group.get("method", default_rule.method())
+        if method != default_rule.method():
             raise ValueError(
-                f"checkpoint was saved by {new['method']}; load it into {new['method']}, not into "
+                f"checkpoint was saved by {method}; load it into {method}, not into "
                 f"{default_rule.method()}"
             )
-        tables = _tables(_units(default_rule, i, {**new, "params": group["params"]}, position))
-        names = group.get("param_names") or [None] * len(group["params"])
-        for j, (p, name) in enumerate(zip(group["params"], names, strict=True)):
-            entry = state.get(new["params"][j], {})
-            shapes = {key: row[0] for key, row in tables[p].items()} if p in tables else None
-            _check_entry(entry, shapes, p, describe(name, p, j), default_rule.method())
-        position += len(group["params"])
-    return {**state_dict, "param_groups": saved}
+
+
+def _matrix_flags(default_rule: type[Rule], group: Mapping[str, Any]) -> list[bool]:
+    """Per parameter of a group of the optimizer, whether the group's rule trains it."""
+    parts, _ = parts_of(group, rule_of(group, default_rule), 0)
+    matrices = {weight.place for part in parts for weight in part.weights}
+    return [i in matrices for i in range(len(group["params"]))]
+
+
+def _check_ids(
+    groups: Sequence[Mapping[str, Any]],
+    places: Sequence[Sequence[Place | None]],
+    state: Mapping[Any, Any],
+) -> None:
+    """Raise if an id of the checkpoint stands for two parameters, or state for none."""
+    owners: dict[Any, Tensor] = {}
+    for group, row in zip(groups, places, strict=True):
+        for p, place in zip(group["params"], row, strict=True):
+            if place is not None and owners.setdefault(place.id, p) is not p:
+                raise ValueError(
+                    f"checkpoint lists the id {place.id!r} twice in 'params', for two parameters"
+                )
+    for key in state:
+        if key not in owners:
+            raise ValueError(
+                f"checkpoint holds state under {key!r}, which is in 'params' of none of its groups"
+            )
+
+
+def _fill_in(
+    groups: Sequence[Mapping[str, Any]],
+    saved: Sequence[dict[str, Any]],
+    places: Sequence[Sequence[Place | None]],
+) -> None:
+    """Give saved groups the optimizer's values of settings that they lack, in place."""
+    for group, row in zip(groups, places, strict=True):
+        for i in {place.group for place in row if place is not None}:
+            for key, value in group.items():
+                if key not in ("params", "param_names", "adamw_lr_ratio", *LISTS):
+                    saved[i].setdefault(key, value)
+
+
+def complete(
+    groups: Sequence[dict[str, Any]],
+    defaults: dict[str, Any],
+    state: Mapping[Tensor, Mapping[str, Any]],
+) -> None:
+    """Fill in what groups and defaults of an older pickle lack, in place.
+
+    Args:
+        groups: The groups of an optimizer that was unpickled, copied or loaded.
+        defaults: Its defaults, which an older pickle brings too.
+        state: Its state.
+    """
+    default_rule = RULE_CLASSES[defaults["method"]]
+    old = [group for group in groups if "draws" not in group]
+    for values in (defaults, *groups):
+        rule_name = values.setdefault("rule", None)
+        rule = RULE_CLASSES.get(str(rule_name), default_rule)
+        if values is not defaults:
+            for key, value in MEANT_BEFORE.items():
+                values.setdefault(key, value)
+        _store_old_adamw_lr(values)
+        rule.complete_saved(values)
+        own = {} if rule is default_rule else defaults_of(rule)
+        common = {key: value for key, value in COMMON.items() if key != "adamw_lr"}
+        for key, value in (own | defaults | common | defaults_of(default_rule)).items():
+            values.setdefault(key, defaults.get(key, value) if key not in own else own[key])
+    for group in old:
+        keep_old_rules(default_rule, group, [state.get(p, {}) for p in group["params"]])
+
+
+def keep_old_rules(
+    default_rule: type[Rule], group: dict[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> None:
+    """Give a group of an older run the rules that its parameters had, as their state tells.
+
+    Later versions route some shapes and names otherwise; a run goes on as it began.
+
+    Args:
+        default_rule: The optimizer's rule class.
+        group: The group, with its parameters; it gets ``rules`` if they differ from today's.
+        entries: State of each parameter.
+    """
+    rule = rule_of(group, default_rule)
+    if rule is None or "rules" in group or len(rule.members) != 1 or group["rule"] is not None:
+        return
+    today = ["matrix" if flag else "adamw" for flag in _matrix_flags(default_rule, group)]
+    found = list(today)
+    for i, entry in enumerate(entries):
+        if isinstance(entry, Mapping) and "step" in entry:  # a tensor in AdamW, else a number
+            is_adamw = isinstance(entry["step"], Tensor) and "exp_avg" in entry
+            found[i] = "adamw" if is_adamw else "matrix"
+    if found != today:
+        group["rules"] = found
+
+
+def _store_old_adamw_lr(group: dict[str, Any]) -> None:
+    """Replace ``adamw_lr`` of version 0.1 by its ratio to the learning rate, in place.
+
+    Its AdamW parameters had groups of their own, whose ``lr`` it was.
+    """
+    if "adamw_lr_ratio" in group:
+        return
+    adamw_lr = group.pop("adamw_lr", None)
+    lr = float(group.get("initial_lr") or group.get("lr") or 0.0)
+    is_ratio = adamw_lr is not None and group.get("rule") != "adamw" and lr > 0.0
+    group["adamw_lr_ratio"] = exact_ratio(float(adamw_lr), lr) if is_ratio else None
+
+
+def _bad_settings(where: str, error: Exception) -> ValueError:
+    return ValueError(f"{where} has settings that cannot be: {error}")
+
+
+def _check_settings(default_rule: type[Rule], new_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for a value of a group that no optimizer accepts."""
+    for i, new in enumerate(new_groups):
+        try:
+            check_values(new)
+            rule_of(new, default_rule)
+            _check_lists(new)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _bad_settings(f"group {i} of the checkpoint", error) from error
+        rule_name = new["rule"]
+        if rule_name is not None and not isinstance(rule_name, str):
+            raise ValueError(f"group key 'rule' must be a name or None, got {rule_name!r}")
+    positions = [x for new in new_groups for x in new.get("positions") or ()]
+    if len(set(positions)) < len(positions):
+        raise ValueError("the checkpoint gives two parameters one number in 'positions'")
+
+
+def _check_lists(group: Mapping[str, Any]) -> None:
+    """Raise for a value of one parameter that is not what its list holds."""
+    for rule in group.get("rules") or ():
+        if rule not in ("matrix", "adamw", None):
+            raise ValueError(f"rules must be 'matrix' or 'adamw', got {rule!r}")
+    for decay in group.get("decays") or ():
+        if not _is_number(decay) or not 0.0 <= decay < float("inf"):
+            raise ValueError(f"decays must be factors from 0, got {decay!r}")
+    ratio = group.get("adamw_lr_ratio")
+    for key, value in (("lr", group["lr"]), ("adamw_lr_ratio", 0.0 if ratio is None else ratio)):
+        if value is None or not 0.0 <= value < float("inf"):
+            raise ValueError(f"{key} must be a finite number from 0, got {value!r}")
+    if group["weight_decay"] is None:
+        raise ValueError("weight_decay must be a number from 0, got None")
+    for sums in group.get("base_sums") or ():
+        if sums is not None and not (is_list(sums, 3) and all(map(_is_number, sums))):
+            raise ValueError(f"base_sums must be None or three numbers, got {sums!r}")
+    for position in group.get("positions") or ():
+        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+            raise ValueError(f"positions must be whole numbers from 0, got {position!r}")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def _units(
-    default_rule: type[Rule], index: int, group: Mapping[str, Any], position: int
-) -> list[Unit]:
-    """Units of a group; ``position`` is the flat position of its first parameter."""
-    parts = parts_of(group, rule_of(group, default_rule), position)[0]
-    return [unit for part in parts for unit in units_of(index, group, part)]
+    default_rule: type[Rule], groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[Unit], list[Rule]]:
+    """Units of all groups, and their rules by ``Unit.rule``."""
+    units: list[Unit] = []
+    rules: list[Rule] = []
+    position = 0
+    for i, group in enumerate(groups):
+        for part in parts_of(group, rule_of(group, default_rule), position)[0]:
+            for unit in units_of(i, group, part):
+                unit.rule = len(rules)
+                units.append(unit)
+            rules.append(part.rule)
+        position += len(group["params"])
+    return units, rules
 
 
-def _tables(units: Sequence[Unit]) -> dict[Tensor, ExpectedState]:
-    """Per parameter of the units, its state keys with shape, dtype and device."""
-    tables: dict[Tensor, ExpectedState] = {}
-    for unit in units:
-        for i, p in enumerate(unit.params):
-            table = tables.setdefault(p, {})
-            for key, (slot, shape, dtype) in unit.expected_state(i).items():
-                table[key] = (shape, dtype, slot.device or p.device)
-    return tables
+def _check_state(
+    default_rule: type[Rule],
+    groups: Sequence[Mapping[str, Any]],
+    new_groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Any],
+) -> None:
+    """Raise unless the saved state of every parameter is empty or complete, and sound."""
+    targets = [
+        {**new, "params": group["params"]} for group, new in zip(groups, new_groups, strict=True)
+    ]
+    try:
+        units, rules = _units(default_rule, targets)
+    except TypeError as error:
+        raise _bad_settings("the checkpoint", error) from error
+    entries = entries_of(units, rules)
+    by_param = {
+        p: state.get(key, {})
+        for group, new in zip(groups, new_groups, strict=True)
+        for p, key in zip(group["params"], new["params"], strict=True)
+    }
+    started = {
+        p for unit in units for p in unit.params if _is_started(unit, by_param[unit.params[0]])
+    }
+    for group in groups:
+        names = group.get("param_names")
+        for j, p in enumerate(group["params"]):
+            name = names[j] if is_list(names, len(group["params"])) else None  # type: ignore[index]
+            if is_lazy(p):
+                _refuse_state_of_lazy(by_param[p], name, j)
+                continue
+            text = describe(name, p, j)
+            method = default_rule.method() if p in entries else "AdamW"
+            entry = entries[p] if p in entries else adamw_entry(p)
+            _check_entry(by_param[p], entry, p, text, method, p in started)
 
 
-def _is_clock(key: str) -> bool:
-    return key.partition(".")[0] in ("step", "refreshed", "held")
+def _refuse_state_of_lazy(found: Any, name: str | None, j: int) -> None:
+    if found:
+        raise ValueError(
+            f"checkpoint holds state for parameter {name or j!r}, which has no shape yet; run the "
+            "model once before loading"
+        )
+
+
+def _is_started(unit: Unit, found: Any) -> bool:
+    """Whether a saved unit was updated and refreshed, as far as its clocks tell."""
+    if not isinstance(found, Mapping):
+        return False
+    key = unit.refreshed_key if unit.refreshed_key in found else unit.step_key
+    value = found.get(key, 0)
+    return isinstance(value, int | float | Tensor) and clock_value(key, value, "a parameter") > 0
 
 
 def _check_entry(
-    entry: Any, shapes: dict[str, tuple[int, ...]] | None, p: Tensor, text: str, method: str
+    found: Any, expected: Entry, p: Tensor, text: str, method: str, started: bool
 ) -> None:
-    """Refuse the saved state of a parameter unless it is empty or complete.
+    """Refuse the saved state of a parameter unless it is empty, or complete and sound.
 
     Args:
-        entry: The saved state.
-        shapes: Expected shape per state key; None for a parameter of AdamW.
+        found: The saved state.
+        expected: What it may hold.
         p: The parameter.
         text: How a message names the parameter.
-        method: Name of the optimizer's method.
+        method: Name of what trains it.
+        started: Whether its state was in use.
 
     Raises:
-        ValueError: With the first key that is missing, unknown or of another shape.
+        ValueError: With the first key that is missing, unknown or wrong.
     """
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"checkpoint state of {text} must be a dict, got {type(entry).__name__}")
-    found = {key: value for key, value in entry.items() if not _is_clock(key)}
-    if not found:
-        return
-    if shapes is None:
-        method, shapes = "AdamW", dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(p.shape))
-    names = set(shapes)
-    for key in sorted(set(found) - names):
+    if not isinstance(found, Mapping):
+        raise ValueError(f"checkpoint state of {text} must be a dict, got {type(found).__name__}")
+    tensors = {key: value for key, value in found.items() if not is_clock(str(key))}
+    advice = "load a checkpoint of the same optimizer with the same groups"
+    for key in sorted(tensors.keys() - expected.tensors.keys(), key=str):
         raise ValueError(
-            f"checkpoint holds {key!r} for {text}, which {method} does not know; load a checkpoint "
-            "of the same optimizer with the same groups"
+            f"checkpoint holds {key!r} for {text}, which {method} does not know; {advice}"
         )
-    for key in sorted(names - set(found)):
-        raise ValueError(
-            f"checkpoint lacks {key!r} for {text}, which {method} needs; load a checkpoint of the "
-            "same optimizer with the same groups"
-        )
-    for key, value in found.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"checkpoint {key!r} of {text} must be a tensor, got {type(value)}")
-        if tuple(value.shape) != shapes[key]:
-            raise ValueError(
-                f"checkpoint {key!r} of {text} has shape {tuple(value.shape)} but its settings "
-                f"need {shapes[key]}; build the optimizer for the model that was saved"
-            )
+    moved = check_clocks(found, expected, text)
+    lacks = missing_key(found, expected)
+    if lacks is not None and (tensors or (moved and not expected.may_be_empty)):
+        raise ValueError(f"checkpoint lacks {lacks!r} for {text}, which {method} needs; {advice}")
+    if method == "AdamW" and tensors and "step" not in found:
+        raise ValueError(f"checkpoint lacks 'step' for {text}, which AdamW needs; {advice}")
+    for key, value in tensors.items():
+        check_tensor(key, value, expected.tensors[key], p, text)
+        check_values_of(key, value, expected.tensors[key], text, started)
 
 
 def restore(
@@ -152,7 +398,7 @@ def restore(
     groups: Sequence[Mapping[str, Any]],
     state: Any,
     saved: Mapping[str, Any],
-) -> None:
+) -> set[tuple[Tensor, str]]:
     """Put back the saved tensors that torch has cast, in the dtype their slot declares.
 
     Integers come back exactly as saved, floats in their slot's dtype (for a checkpoint of the same
@@ -163,28 +409,46 @@ def restore(
         groups: The optimizer's groups, as torch has loaded them.
         state: The optimizer's state, as torch has loaded it; changed in place.
         saved: What :func:`prepare` returned.
+
+    Returns:
+        (parameter, key) of state that the checkpoint lacked and that has start values now.
     """
-    ids, position = dict(_pairs(groups, saved["param_groups"])), 0
-    for i, group in enumerate(groups):
-        units = _units(default_rule, i, group, position)
-        tables = _tables(units)
-        position += len(group["params"])
-        for p in group["params"]:
-            table = tables.get(p)
-            for key, value in saved["state"].get(ids[p], {}).items():
-                if table is None:
-                    if key == "step" and not isinstance(value, Tensor):
-                        state[p][key] = adamw.step_tensor(p, group, value)
-                elif _is_clock(key):
-                    state[p][key] = int(value)
+    units, rules = _units(default_rule, groups)
+    entries = entries_of(units, rules)
+    for group, new in zip(groups, saved["param_groups"], strict=True):
+        for p, key in zip(group["params"], new["params"], strict=True):
+            for name, value in saved["state"].get(key, {}).items():
+                if p not in entries:
+                    if name == "step" and not _is_step_tensor(value):
+                        state[p][name] = adamw.step_tensor(p, group, float(value))
+                elif is_clock(name):
+                    state[p][name] = int(value)
                 else:
-                    dtype = table[key][1]
-                    keep_saved_dtype = not (value.is_floating_point() and dtype.is_floating_point)
-                    device = table[key][2]  # torch moved pools off the host too
-                    value = value.to(
-                        device=device, dtype=value.dtype if keep_saved_dtype else dtype
-                    )
-                    state[p][key] = pinned(value, p.device)
-        for unit in units:
-            if unit.params[0] in state:  # torch.optim.Muon keeps no clock
-                state[unit.params[0]].setdefault(unit.step_key, 0)
+                    state[p][name] = _as_saved(value, p, entries[p], name)
+    for unit in units:
+        if unit.params[0] in state:  # torch.optim.Muon keeps no clock
+            state[unit.params[0]].setdefault(unit.step_key, 0)
+    missing = {
+        (p, key)
+        for p, entry in entries.items()
+        for key in entry.optional
+        if state.get(p, {}).keys() & entry.tensors.keys() and key not in state[p]
+    }
+    for p, key in missing:
+        x = entries[p].tensors[key]
+        value = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        state[p][key] = pinned(value, p.device)
+    return missing
+
+
+def _is_step_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _as_saved(value: Tensor, p: Tensor, entry: Entry, key: str) -> Tensor:
+    """A saved tensor in its slot's dtype, where the slot is kept."""
+    expected = entry.tensors[key]
+    is_float = value.is_floating_point() and expected.dtype.is_floating_point
+    dtype = expected.dtype if is_float else value.dtype
+    # torch moved pools off the host too
+    return pinned(value.to(device=torch.device(expected.device), dtype=dtype), p.device)

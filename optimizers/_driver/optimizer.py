@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields
 from operator import is_
 from typing import Any, ClassVar, overload
@@ -67,6 +67,7 @@ from .param_groups import (
     warn_user,
     with_adamw_names,
 )
+from .saved_state import refuse_unsound_state
 from .settings import refuse_state_changes, refuse_unfit_state
 from .units import units_of
 from .windows import assign_block_positions, stagger_refreshes
@@ -383,6 +384,7 @@ class StackedOptimizer(Optimizer):
         adamw_params = [flat_params[i] for positions in plan.adamw_positions for i in positions]
         if old is None:  # a new optimizer, or one that was loaded or copied
             refuse_unfit_state(plan.units, adamw_params, self.state)
+            self._refuse_unsound_state(plan)
         else:  # settings changed, or a group came
             refuse_state_changes(
                 old.units,
@@ -394,6 +396,17 @@ class StackedOptimizer(Optimizer):
             )
         self._plan = plan
         return plan
+
+    def _refuse_unsound_state(self, plan: StepPlan) -> None:
+        """Raise if other code has put into the state what a step cannot use."""
+        adamw_params = [plan.flat_params[i] for part in plan.adamw_positions for i in part]
+
+        def text_of(p: Tensor) -> str:
+            i = next(i for i, q in enumerate(plan.flat_params) if q is p)
+            names = [row.name for row in self.assignment().rows]
+            return describe(names[i], p, i)
+
+        refuse_unsound_state(plan.units, plan.rules, adamw_params, self.state, text_of)
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
         """Make rules and units for the groups as they are now; buckets come with the first step."""
@@ -553,6 +566,7 @@ class StackedOptimizer(Optimizer):
         try:
             if any(work.new for work in adamw_steps) or plan.is_stale(mask, self.state):
                 before = snapshot(self.state)
+                self._refuse_unsound_state(plan)
                 for work in adamw_steps:
                     work.allocate(self.state)
                 plan.rebuild(mask, self.state)
@@ -783,14 +797,18 @@ class StackedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, of ``torch.optim.Muon`` or ``AdamW`` where it fits.
 
-        Every tensor keeps its dtype (torch alone casts state to the parameter's); group keys that
-        the checkpoint lacks keep their values, clocks that it lacks are 0.
+        Parameters match by name, whatever their order and groups, where both sides have the same
+        names (less what DDP, compile, FSDP and checkpointing add); else by position, with one
+        warning if all have names. Every tensor keeps its dtype (torch alone casts state to the
+        parameter's); group keys that the checkpoint lacks keep their values, clocks that it lacks
+        are 0. Files of version 0.1 load, with settings of their AdamW groups as ``adamw_*``.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If it does not fit; weights and state are unchanged then.
+            ValueError: If anything in it does not fit or cannot be; weights, state and groups are
+                unchanged then.
         """
         prepared: dict[str, Any] = {}
 
@@ -799,7 +817,8 @@ class StackedOptimizer(Optimizer):
             return prepared
 
         def restore(_: Optimizer) -> None:
-            checkpoint.restore(self._default_rule, self.param_groups, self.state, prepared)
+            args = self._default_rule, self.param_groups, self.state, prepared
+            self._fill_missing(checkpoint.restore(*args))
 
         if not isinstance(state_dict, dict):
             checkpoint.prepare(self._default_rule, self.param_groups, state_dict)
@@ -813,6 +832,9 @@ class StackedOptimizer(Optimizer):
             before.remove()
             after.remove()
 
+    def _fill_missing(self, missing: Set[tuple[Tensor, str]]) -> None:
+        """Fill state that a checkpoint lacked, for rules with ``optional_state``."""
+
     def __getstate__(self) -> dict[str, Any]:
         self._apply_late_flags()
         return super().__getstate__()
@@ -820,13 +842,7 @@ class StackedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan, self._pending, self._is_built = None, (), True
-        for group in self.param_groups:
-            group.setdefault("draws", "position")  # as all did before there was a choice
-            if group.get("adamw_lr_ratio") is None and "adamw_lr_ratio" not in group:
-                group.pop("adamw_lr", None)  # its parameters had a group of their own
-            RULE_CLASSES.get(group["rule"], self._default_rule).complete_saved(group)
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+        checkpoint.complete(self.param_groups, self.defaults, self.state)
 
 
 def _same(a: float | Tensor, b: float | Tensor) -> bool:

@@ -59,7 +59,7 @@ GROUP_KEYS = frozenset(
     ("params", "param_names", "lr", "weight_decay", "rule", "method", "draws", "adamw_lr_ratio")
 )
 """Group keys of every optimizer that are no keywords."""
-LISTS = ("rules", "views", "sides", "roles", "reasons", "decays", "positions")
+LISTS = ("rules", "views", "sides", "roles", "reasons", "decays", "positions", "base_sums")
 """Group keys with one value per parameter, in the order of ``params``, as torch's param_names."""
 FOREIGN_KEYS = frozenset(
     (
@@ -200,10 +200,10 @@ def store_adamw_lr(group: dict[str, Any], lr: float | Tensor | None = None) -> N
     if float(lr) == 0.0:
         raise ValueError("adamw_lr needs lr above 0, to which it keeps its ratio; set both later")
     group.pop("adamw_lr")
-    group["adamw_lr_ratio"] = _ratio(float(adamw_lr), float(lr))
+    group["adamw_lr_ratio"] = exact_ratio(float(adamw_lr), float(lr))
 
 
-def _ratio(x: float, y: float) -> float:
+def exact_ratio(x: float, y: float) -> float:
     """X / y, or a neighbour of it whose product with y is exactly x."""
     ratio = x / y
     neighbours = (ratio, math.nextafter(ratio, math.inf), math.nextafter(ratio, 0.0))

@@ -24,15 +24,21 @@ if TYPE_CHECKING:
     from .._driver.buckets import StepPlan
 
 __all__ = [
+    "base_sums",
     "check_triples",
     "exchange_vectors_",
     "fold_into_weight_",
     "init_stds",
     "merge_weights",
+    "refuse_other_base_weights",
     "reset_vectors_",
+    "store_base_sums",
     "switch_rate",
     "switchlora_init_",
 ]
+
+SUM_PANEL = 2**20
+"""Entries of a base weight that are summed in float64 at a time."""
 
 
 def switch_rate(t: int, horizon: float) -> float:
@@ -154,6 +160,64 @@ def merge_weights(plan: StepPlan, names: Sequence[str | None]) -> dict[str | int
             fold_into_weight_(x, b.to(work), a.to(work), rule.scale)  # type: ignore[attr-defined]
         weights[names[at] or at] = unit.views[2].from_matrices(X, tuple(W.shape))
     return weights
+
+
+# base weights of a checkpoint ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def base_sums(W: Tensor) -> list[float]:
+    """Sum and sum of squares of a weight in float64: they change with every switch."""
+    flat, total, squares = W.detach().reshape(-1), 0.0, 0.0
+    for x in torch.split(flat, SUM_PANEL):
+        x = x.double()
+        total, squares = total + float(x.sum()), squares + float(x.square().sum())
+    return [total, squares, float(torch.finfo(W.dtype).eps)]
+
+
+def store_base_sums(groups: Sequence[dict[str, Any]]) -> None:
+    """Put the sums of all base weights into their groups, as a list beside ``params``."""
+    for group in groups:
+        if group["rule"] != "adamw":
+            count = len(group["params"])
+            group["base_sums"] = [
+                base_sums(p) if i % 3 == 2 and not p.is_meta else None
+                for i, p in zip(range(count), group["params"], strict=True)
+            ]
+
+
+def refuse_other_base_weights(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if a base weight is not the one that a checkpoint was saved with.
+
+    Args:
+        groups: Groups of triples, with the sums that were saved; None: nothing is known.
+
+    Raises:
+        ValueError: With the way to save base weights.
+    """
+    for group in groups:
+        sums = group.get("base_sums") if group["rule"] != "adamw" else None
+        names = group.get("param_names")
+        for i, p in enumerate(group["params"] if sums is not None else ()):
+            saved = sums[i] if i < len(sums) else None  # type: ignore[index, arg-type]
+            if saved is None or p.is_meta or _are_equal_sums(saved, base_sums(p), p.numel()):
+                continue
+            text = describe(names[i] if names and i < len(names) else None, p, i)
+            raise ValueError(
+                f"{text} is not the base weight that this checkpoint was saved with: SwitchLoRA "
+                "changes base weights, which adapter files (peft, Trainer) leave out; save "
+                "model.state_dict() whole, and load it before the first step, as the docstring of "
+                "SwitchLoRA shows"
+            )
+
+
+def _are_equal_sums(saved: Sequence[float], found: Sequence[float], count: int) -> bool:
+    """Whether sums may be of one weight, whose dtype may have changed in between."""
+    (total, squares, eps), (new_total, new_squares, new_eps) = saved, found
+    # equal dtypes: only the order of the sum differs
+    tolerance = 1e-9 if eps == new_eps else max(eps, new_eps)
+    near_total = abs(new_total - total) <= tolerance * math.sqrt(count * max(squares, new_squares))
+    return near_total and abs(new_squares - squares) <= tolerance * max(squares, new_squares)
 
 
 # checks -------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ stay on the host, where they decide; only the vectors that are exchanged travel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +15,19 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._core.rule import Member, Slot
-from .._driver.param_groups import warn_user
+from .._driver.param_groups import parameters_of, warn_user
 from .._toolkit.random_keys import StackRNG, splitmix64
 from .pair_groups import PairOptimizer
-from .switching import check_triples, init_stds, merge_weights
+from .switching import (
+    check_triples,
+    init_stds,
+    merge_weights,
+    refuse_other_base_weights,
+    store_base_sums,
+)
 
 if TYPE_CHECKING:
     from .._driver.buckets import StepPlan
-    from .._driver.units import Unit
 
 __all__ = [
     "TripleOptimizer",
@@ -184,35 +189,28 @@ def _without_pools(saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "state": state}
 
 
-def _with_pools(saved: Any, units: Sequence[Unit]) -> tuple[Any, list[Unit]]:
-    """A checkpoint with empty pools where it lacks them, and the units of these pools."""
-    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
-        return saved, []  # the driver refuses it, with a text of its own
-    ids = [i for group in saved["param_groups"] for i in group["params"]]
-    state, without_pools = dict(saved["state"]), []
-    for unit in units:
-        if unit.positions[-1] >= len(ids):
-            return saved, []
-        keys = [ids[position] for position in unit.positions[:2]]
-        if all("slots" in state.get(key, {}) and "pool" not in state[key] for key in keys):
-            without_pools.append(unit)
-            for i, key in enumerate(keys):
-                _, shape, dtype = unit.expected_state(i)["pool"]
-                state[key] = {**state[key], "pool": torch.zeros(shape, dtype=dtype)}
-    return ({**saved, "state": state}, without_pools) if without_pools else (saved, [])
-
-
 def _redraw_(
-    units: Sequence[Unit], plan: StepPlan, state: Mapping[Tensor, Mapping[str, Any]]
+    missing: Set[tuple[Tensor, str]],
+    plan: StepPlan,
+    state: Mapping[Tensor, Mapping[str, Any]],
 ) -> None:
-    """Fill pools that a checkpoint lacked; vectors in use stay, and are stored as they leave."""
-    if units:
-        warn_user("the checkpoint has no pools, so candidates are drawn anew")
-    for unit in units:
-        rule, (A, B, _) = plan.rule(unit), unit.params
+    """Fill pools that a checkpoint lacked; vectors in use stay, and are stored as they leave.
+
+    Args:
+        missing: (parameter, state key) of what the checkpoint lacked.
+        plan: The optimizer's plan.
+        state: Its state, where these pools are zeros.
+    """
+    for unit in plan.units:
+        A, B, _ = unit.params
+        if (A, "pool") not in missing and (B, "pool") not in missing:
+            continue
+        rule, k = plan.rule(unit), unit.views[0].k
         rng = rng_for(rule.seed, unit.indices, state[A]["step"], POOL_STREAM)  # type: ignore[attr-defined]
-        pools = [state[p]["pool"] for p in (A, B)]
-        k = unit.views[0].k
+        pools = [
+            state[p]["pool"] if (p, "pool") in missing else torch.empty_like(state[p]["pool"])
+            for p in (A, B)
+        ]
         for j in range(k):
             a, b = (X[j] if k > 1 else X for X in pools)
             fill_pools_(a, b, unit.sides(0)[0], rule.s, rng.generator(j))  # type: ignore[attr-defined]
@@ -221,26 +219,55 @@ def _redraw_(
 class TripleOptimizer(PairOptimizer):
     """Base class for triples A, B, W0 with pools; arguments as :class:`PairOptimizer`."""
 
+    _compares_base = False
+    """Whether the next step compares the base weights with those of a loaded checkpoint."""
+
     @override
     def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
         group = super()._prepare_group(param_group)
         full = {**self.defaults, **group} if isinstance(group, dict) else {"rule": "adamw"}
         if full["rule"] in (None, self._default_rule.method()):
             check_triples(full)
+            group["base_sums"] = [None] * len(parameters_of(group)[0])
         return group
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """State and groups as torch gives them; without pools under ``save_pools=False``."""
+        """State and groups as torch gives them; without pools under ``save_pools=False``.
+
+        The groups get the sums of the base weights, by which a later run knows them again.
+        """
+        if not self._compares_base:  # else they are those of the file
+            store_base_sums(self.param_groups)
         return _without_pools(super().state_dict())
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint; pools that it lacks are drawn anew, with a warning."""
-        filled, without_pools = _with_pools(state_dict, self._get_plan().units)
-        super().load_state_dict(filled)
-        _redraw_(without_pools, self._get_plan(), self.state)
+        """Load a checkpoint; pools that it lacks are drawn anew, with a warning.
+
+        The next step compares the base weights with those that were saved.
+        """
+        super().load_state_dict(state_dict)
+        self._compares_base = True
+
+    @override
+    def _fill_missing(self, missing: Set[tuple[Tensor, str]]) -> None:
+        if missing:
+            _redraw_(missing, self._get_plan(), self.state)
+            warn_user("the checkpoint has no pools, so candidates are drawn anew")
+
+    @override
+    def _update(self) -> None:
+        self._compare_base()
+        super()._update()
+
+    def _compare_base(self) -> None:
+        """Raise if the base weights at hand are not those of the checkpoint that was loaded."""
+        if self._compares_base:
+            refuse_other_base_weights(self.param_groups)
+            self._compares_base = False
 
     def merged(self) -> dict[str | int, Tensor]:
         """W0 + s B A of every triple, for export: by W0's name or, without one, its position."""
+        self._compare_base()
         return merge_weights(self._get_plan(), [row.name for row in self.assignment().rows])

@@ -166,6 +166,10 @@ class LowRankRule(Rule, abstract=True):
         return {**self.projector.slots(m, r), **self.base_optimizer.slots(axes, r=r)}
 
     @override
+    def index_counts(self, sides: tuple[tuple[int, int], ...]) -> Mapping[str, int]:
+        return {"index": sides[0][0]}
+
+    @override
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         return self.projector.shared(m)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -430,14 +431,60 @@ def test_comparison_resumes_and_refuses(
     assert error.count("\n") == 1 and "--resume" in error and "lr = 0.01, not 0.5" in error
 
 
-def test_resume_without_checkpoint_and_with_a_broken_one(text: Path, tmp_path: Path) -> None:
-    command = tiny(text, tmp_path, "--steps", 4, "--optimizer", "adamw", "--resume")
-    assert pretrain.main(command) == 0
-    path = tmp_path / "adamw-seed0.pt"
-    path.write_bytes(path.read_bytes()[:5000])
-    assert pretrain.main(command) == 2
-    torch.save({"weights": torch.ones(2)}, path)
-    assert pretrain.main(command) == 2
+def broken_files(whole: bytes) -> dict[str, Any]:
+    """Damages of a checkpoint by name: bytes of a file, or what torch.save writes."""
+    saved = torch.load(io.BytesIO(whole), weights_only=True)
+    parts = ("settings", "record", "model", "optimizer", "scheduler", "generator")
+    lacking = {f"no {key}": {k: v for k, v in saved.items() if k != key} for key in parts}
+    other_model = {name: torch.ones(2) for name in saved["model"]}
+    entry = {**saved["optimizer"]["state"][0], "exp_avg": torch.ones(3)}
+    optimizer = {**saved["optimizer"], "state": {**saved["optimizer"]["state"], 0: entry}}
+    return {
+        "empty": b"",
+        "text": b"step 1, loss 5.1\nstep 2, loss 4.9\n",
+        "numbers": bytes(range(256)) * 40,
+        "truncated": whole[:5000],
+        "last byte lost": whole[:-1],
+        "tensor": torch.ones(2),
+        "list": [1, 2],
+        "another program's": {"weights": torch.ones(2)},
+        "another model": {**saved, "model": other_model},
+        "settings of another kind": {**saved, "settings": 3},
+        "record of another kind": {**saved, "record": {"steps": 3}},
+        "generator": {**saved, "generator": torch.ones(3)},
+        "optimizer": {**saved, "optimizer": optimizer},
+        **lacking,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["muon", "galore"])
+def test_resuming_from_a_damaged_file_is_one_sentence_and_exit_code_2(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    command = tiny(text, tmp_path, "--steps", 2, "--optimizer", method, "--resume")
+    assert pretrain.main(command) == 0  # without a checkpoint it starts
+    path = tmp_path / f"{method}-seed0.pt"
+    whole = path.read_bytes()
+    for name, damage in broken_files(whole).items():
+        if name in ("another model", "generator", "optimizer"):
+            # a finished run is not loaded: make it one that goes on
+            damage["record"] = {**damage["record"], "step": 1, "train": [5.0]}
+        if isinstance(damage, bytes):
+            path.write_bytes(damage)
+        else:
+            torch.save(damage, path)
+        kept = path.read_bytes()
+        capsys.readouterr()
+        assert pretrain.main(command) == 2, name
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--resume" in error and str(path) in error, name
+        assert path.read_bytes() == kept, name
+    path.unlink()
+    path.mkdir()
+    for words in (command, [word for word in command if word != "--resume"]):
+        assert pretrain.main(words) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    path.rmdir()
     assert pretrain.main([word for word in command if word != "--resume"]) == 0
 
 

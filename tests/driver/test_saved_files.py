@@ -364,9 +364,47 @@ def test_a_saved_state_dict_loads_into_a_fresh_optimizer(name, bits):
     check_continuation(name, optimizer, saved, bits)
 
 
+def other_order(make):
+    """A model whose children are registered in the reverse order, with the weights of ``make``."""
+    model = make()
+    fill(model.parameters())
+    return nn.ModuleDict(reversed(list(model.items())))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("-module")])
+def test_a_saved_state_dict_loads_into_a_model_of_another_order(name, bits):
+    saved = saved_by(name)
+    cls, options = CASES[name].args[0], dict(CASES[name].keywords)
+    if CASES[name].func is adapters:
+        base_weight = options.pop("base_weight", False)
+        model = nn.ModuleDict({"norm": nn.LayerNorm(8), "down": Adapted(6, 8), "up": Adapted(8, 6)})
+        params = lora_param_groups(model, base_weight=base_weight)
+    else:
+        params = model = other_order(small_model)
+    optimizer = cls(params, lr=0.02, **options)
+    named = dict(model.named_parameters())
+    names = [key for group in saved["state_dict"]["param_groups"] for key in group["param_names"]]
+    tensors = [named[key] for key in names]
+    assert names != [key for group in optimizer.param_groups for key in group["param_names"]]
+    parts = torch.split(saved["weights"], [p.numel() for p in tensors])
+    with torch.no_grad():
+        for p, part in zip(tensors, parts, strict=True):
+            p.copy_(part.view_as(p))
+    optimizer.load_state_dict(saved["state_dict"])
+    for t in range(SAVED_AFTER + 1, STEPS + 1):
+        for k, p in enumerate(tensors):
+            p.grad = wave(p.shape, k, t).to(p.dtype) if p.requires_grad else None
+        optimizer.step()
+    found, wanted = torch.cat([p.detach().flatten() for p in tensors]), saved["weights_later"]
+    if bits:
+        assert torch.equal(found, wanted)
+    else:
+        assert (found - wanted).abs().max() <= 3e-6 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_state_dict_has_the_keys_shapes_and_dtypes_that_were_saved(name):
-    """So that files of this version load into version 0.1 too."""
+    """And the parameters the order, so that positions in both are the same."""
 
     def layout(state_dict):
         state = {
@@ -374,7 +412,7 @@ def test_a_state_dict_has_the_keys_shapes_and_dtypes_that_were_saved(name):
             for i, entry in state_dict["state"].items()
             for key, value in entry.items()
         }
-        return state, [group["params"] for group in state_dict["param_groups"]]
+        return state, [i for group in state_dict["param_groups"] for i in group["params"]]
 
     optimizer = CASES[name]()
     train(optimizer, 1, SAVED_AFTER)
@@ -428,8 +466,11 @@ def test_a_saved_assignment_is_the_one_that_is_found_today(name):
 def test_a_saved_memory_report_prints_as_today():
     saved = pickle.loads((FOLDER / "memory-report.pkl").read_bytes())
     fresh = records()["memory-report"]
-    assert type(saved) is type(fresh) and saved == fresh
-    assert str(saved) == str(fresh)
+    assert type(saved) is type(fresh)
+    by_name = [sorted(report.rows, key=lambda row: row.name) for report in (saved, fresh)]
+    assert by_name[0] == by_name[1]  # the groups of version 0.1 put matrices first
+    lines = [sorted(str(report).splitlines()) for report in (saved, fresh)]
+    assert lines[0] == lines[1]
 
 
 def test_a_saved_polar_report_has_the_numbers_of_today():

@@ -1125,3 +1125,177 @@ def test_triples_that_cannot_be_switched_are_refused():
 def test_the_modules_list_what_they_have():
     for module in (vector_pools, switching):
         assert all(hasattr(module, name) for name in module.__all__)
+
+
+# the base weights of a checkpoint
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with an adapter, under the names of peft, which is not installed here."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        A, B, W0 = triple(8, 6, 2, seed)
+        self.base_layer = torch.nn.Linear(6, 8, bias=False).requires_grad_(False)
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(6, 2, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(2, 8, bias=False)})
+        self.scaling = {"default": 0.5}
+        layers = (self.base_layer, self.lora_A["default"], self.lora_B["default"])
+        for layer, X in zip(layers, (W0, A, B), strict=True):
+            layer.weight.data = X.detach().clone()
+
+
+def adapted_model():
+    return torch.nn.ModuleDict({"up": Adapted(0), "down": Adapted(1)})
+
+
+def adapter_file(model):
+    """What peft and a Trainer save: the adapters alone."""
+    return {k: v.clone() for k, v in model.state_dict().items() if "lora_" in k}
+
+
+def train_adapters(model, optimizer, first, last):
+    for t in range(first, last):
+        for k, p in enumerate(p for p in model.parameters() if p.requires_grad):
+            p.grad = gaussian_like(p, 100 * t + k)
+        optimizer.step()
+
+
+def gaussian_like(p, seed):
+    return torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
+
+
+def trained_adapters(**settings):
+    model = adapted_model()
+    optimizer = SwitchLoRA(model, lr=0.02, **{**OFTEN, **settings})
+    train_adapters(model, optimizer, 0, 6)
+    return model, optimizer
+
+
+def through_file(saved):
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("form", ["model", "groups"])
+def test_a_base_weight_that_was_not_saved_is_noticed_before_anything_moves(form):
+    model, optimizer = trained_adapters()
+    saved, adapters = through_file(optimizer.state_dict()), adapter_file(model)
+    fresh = adapted_model()
+    fresh.load_state_dict(adapters, strict=False)
+    second = SwitchLoRA(
+        {"model": lambda: fresh,
+         "groups": lambda: lora_param_groups(fresh, base_weight=True)}[form](),
+        lr=0.02, scale=0.5, **OFTEN,
+    )  # fmt: skip
+    second.load_state_dict(saved)
+    before = [p.detach().clone() for p in fresh.parameters()], tensors(second)
+    for _ in range(2):  # and again, until the weights are right
+        with pytest.raises(ValueError, match=r"base_layer.*save model\.state_dict\(\) whole"):
+            train_adapters(fresh, second, 6, 7)
+    with pytest.raises(ValueError, match="is not the base weight"):
+        second.merged()
+    # a checkpoint that is saved now still knows the weights that it belongs to
+    third = SwitchLoRA(adapted_model(), lr=0.02, **OFTEN)
+    third.load_state_dict(through_file(second.state_dict()))
+    with pytest.raises(ValueError, match="is not the base weight"):
+        train_adapters(third_model(third), third, 6, 7)
+    assert same([p.detach() for p in fresh.parameters()], before[0])
+    assert same(tensors(second), before[1])
+
+
+def third_model(optimizer):
+    """The parameters of an optimizer, as a module that lists them."""
+    module = torch.nn.Module()
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        module.register_parameter(str(i), p)
+    return module
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_the_recipe_for_base_weights_resumes_with_equal_bits(order):
+    """The whole state_dict of the model, loaded before the first step."""
+    model, optimizer = trained_adapters()
+    saved, whole = through_file(optimizer.state_dict()), through_file(model.state_dict())
+    train_adapters(model, optimizer, 6, 12)
+    fresh = adapted_model()
+    second = SwitchLoRA(fresh, lr=0.02, **OFTEN)
+    if order == "model first":
+        fresh.load_state_dict(whole)
+    second.load_state_dict(saved)
+    if order == "optimizer first":
+        fresh.load_state_dict(whole)
+    train_adapters(fresh, second, 6, 12)
+    assert same(dict(model.state_dict()), dict(fresh.state_dict()))
+
+
+def test_a_trainers_callback_can_keep_base_weights_beside_adapters(tmp_path):
+    model, optimizer = trained_adapters()
+    base = {k: v for k, v in model.state_dict().items() if k.endswith("base_layer.weight")}
+    torch.save(base, tmp_path / "base_weights.pt")
+    saved, adapters = through_file(optimizer.state_dict()), adapter_file(model)
+    train_adapters(model, optimizer, 6, 12)
+    fresh = adapted_model()
+    second = SwitchLoRA(fresh, lr=0.02, **OFTEN)
+    second.load_state_dict(saved)
+    fresh.load_state_dict(adapters, strict=False)
+    fresh.load_state_dict(torch.load(tmp_path / "base_weights.pt"), strict=False)
+    train_adapters(fresh, second, 6, 12)
+    assert same(dict(model.state_dict()), dict(fresh.state_dict()))
+
+
+def test_files_without_sums_of_base_weights_load_as_before():
+    model, optimizer = trained_adapters()
+    saved = through_file(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["base_sums"]
+    fresh = adapted_model()
+    fresh.load_state_dict(adapter_file(model), strict=False)
+    second = SwitchLoRA(fresh, lr=0.02, **OFTEN)
+    second.load_state_dict(saved)
+    train_adapters(fresh, second, 6, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_base_weights_of_another_dtype_are_known_again(dtype):
+    model, optimizer = trained_adapters()
+    saved = through_file(optimizer.state_dict())
+    fresh = adapted_model().to(dtype)
+    fresh.load_state_dict(model.state_dict())
+    second = SwitchLoRA(fresh, lr=0.02, **OFTEN)
+    second.load_state_dict(saved)
+    train_adapters(fresh, second, 6, 8)
+    other = adapted_model().to(dtype)
+    third = SwitchLoRA(other, lr=0.02, **OFTEN)
+    third.load_state_dict(saved)
+    other["up"].base_layer.weight.data.mul_(1.5)
+    with pytest.raises(ValueError, match="is not the base weight"):
+        train_adapters(other, third, 6, 8)
+
+
+def test_one_switch_changes_the_sums_of_a_base_weight():
+    W0 = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    before = switching.base_sums(W0)
+    P, N = torch.randn(256, 1) * 1e-3, torch.randn(1, 512) * 1e-2
+    fold_into_weight_(W0, P, N, 0.5)
+    assert not switching._are_equal_sums(before, switching.base_sums(W0), W0.numel())
+    shuffled = W0.flatten()[torch.randperm(W0.numel())]  # sums in another order
+    assert switching._are_equal_sums(
+        switching.base_sums(W0), switching.base_sums(shuffled), W0.numel()
+    )
+
+
+def test_a_base_weight_is_not_read_while_training(monkeypatch):
+    """Sums are made where a checkpoint is saved, and compared once after a load."""
+    calls = []
+    sums = switching.base_sums
+    monkeypatch.setattr(switching, "base_sums", lambda W: calls.append(1) or sums(W))
+    model, optimizer = trained_adapters()
+    assert not calls
+    saved = optimizer.state_dict()
+    assert len(calls) == 2
+    optimizer.load_state_dict(saved)
+    train_adapters(model, optimizer, 6, 9)
+    assert len(calls) == 4

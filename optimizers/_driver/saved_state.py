@@ -1,0 +1,296 @@
+"""What the saved or present state of a parameter must be: clocks, layouts, shapes, dtypes, values.
+
+Every check names the parameter and the key, and none changes anything.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core.rule import Rule
+from .units import Unit
+from .windows import drops_state
+
+CLOCKS = ("step", "refreshed", "held")
+MAX_CLOCK = 2**31 - 1
+"""Largest clock: counters of the state are int32."""
+NONNEGATIVE = frozenset(
+    "exp_avg_sq exp_avg_sq_row exp_avg_sq_col second_moment row_second_moment grad_norm "
+    "energy seen age count frozen due".split()
+)
+"""State that is a sum of squares, a norm or a count, by its name without the view's tag."""
+REPORTS = frozenset(("polar_report",))
+"""State that no update reads, so that it may hold anything."""
+
+
+class Expected(NamedTuple):
+    """What a state tensor must be.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype; a saved float may have another one.
+        device: Where it is kept.
+        low: Smallest value, or None.
+        limit: One more than the largest value, for numbers of distinct things; else None.
+        empty: The value of all entries before anything was chosen, or None.
+        distinct: Whether the numbers of a matrix differ.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str | torch.device
+    low: float | None = None
+    limit: int | None = None
+    empty: float | None = None
+    distinct: bool = False
+
+
+Table = dict[str, Expected]
+
+
+class Entry(NamedTuple):
+    """All that the state of one parameter may hold.
+
+    Attributes:
+        tensors: Expected tensors by key.
+        clocks: Keys of clocks.
+        may_be_empty: Whether the rule keeps state in some windows only.
+        optional: Keys of tensors that a checkpoint may lack.
+    """
+
+    tensors: Table
+    clocks: set[str]
+    may_be_empty: bool
+    optional: set[str]
+
+
+def base_of(key: str) -> str:
+    """A state key without the tag of a view."""
+    return key.partition(".")[0]
+
+
+def is_clock(key: str) -> bool:
+    """Whether a state key is a clock's."""
+    return base_of(key) in CLOCKS
+
+
+def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Entry]:
+    """Per parameter of the units, what its state must be.
+
+    Args:
+        units: The units.
+        rules: Their rules, by ``Unit.rule``.
+    """
+    entries: dict[Tensor, Entry] = {}
+    for unit in units:
+        rule = rules[unit.rule]
+        sides = tuple(unit.sides(i) for i in range(len(unit.params)))
+        counts = rule.index_counts(sides)
+        for i, p in enumerate(unit.params):
+            entry = entries.setdefault(p, Entry({}, set(), drops_state(rule), set()))
+            for key, (slot, shape, dtype) in unit.expected_state(i).items():
+                name = base_of(key)
+                is_positive = name in NONNEGATIVE or name.endswith("_scale")
+                count = counts.get(name)
+                fill = None if isinstance(slot.fill, str) else slot.fill
+                low = 0.0 if is_positive else None if count is None else min(0.0, fill or 0.0)
+                device = slot.device or p.device
+                entry.tensors[key] = Expected(
+                    shape, dtype, device, low, count, fill, bool(slot.axes)
+                )
+                if name in rule.optional_state:
+                    entry.optional.add(key)
+        entries[unit.params[0]].clocks.update(unit.clock_keys)
+    return entries
+
+
+def adamw_entry(p: Tensor) -> Entry:
+    """What the state of a parameter of AdamW must be."""
+    low = None if p.is_complex() else 0.0
+    tensors = {
+        "exp_avg": Expected(tuple(p.shape), p.dtype, p.device),
+        "exp_avg_sq": Expected(tuple(p.shape), p.dtype, p.device, low),
+    }
+    return Entry(tensors, {"step"}, False, set())
+
+
+def clock_value(key: str, value: Any, text: str) -> int:
+    """A clock as an int.
+
+    Args:
+        key: Its state key.
+        value: What is stored: a number, or a tensor with one element.
+        text: How a message names the parameter.
+
+    Raises:
+        ValueError: If it is no whole number from 0.
+    """
+    number = value
+    if isinstance(value, Tensor):
+        is_plain = value.layout is torch.strided and not value.is_quantized and not value.is_meta
+        number = value.item() if is_plain and value.numel() == 1 else None
+    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not is_number or not 0 <= float(number) <= MAX_CLOCK or float(number) % 1:
+        shown = value
+        if isinstance(value, Tensor):
+            shown = number if number is not None else f"a tensor of shape {tuple(value.shape)}"
+        raise ValueError(
+            f"state {key!r} of {text} must be a whole number from 0 to {MAX_CLOCK}, got {shown!r}"
+        )
+    return int(number)
+
+
+def check_clocks(found: Mapping[str, Any], expected: Entry, text: str) -> bool:
+    """Check the clocks of a parameter; whether any of them is above 0.
+
+    Args:
+        found: The state of the parameter.
+        expected: What it must be.
+        text: How a message names the parameter.
+
+    Raises:
+        ValueError: For an unknown clock, one that is no whole number from 0, or one that is ahead
+            of the step it belongs to.
+    """
+    clocks = {key: clock_value(key, value, text) for key, value in found.items() if is_clock(key)}
+    for key, value in clocks.items():
+        if key not in expected.clocks:
+            raise ValueError(f"state {key!r} of {text} is not known; {text} has no such clock")
+        name, dot, tag = key.partition(".")
+        step = clocks.get(f"step{dot}{tag}", 0)
+        latest = step + (name == "held")  # state that begins at the next update
+        if name != "step" and value > latest:
+            raise ValueError(f"state {key!r} of {text} is {value}, which is after its step {step}")
+    return any(clocks.values())
+
+
+def check_tensor(
+    key: str, value: Any, expected: Expected, p: Tensor, text: str, *, exact: bool = False
+) -> None:
+    """Check one state tensor but for its values.
+
+    Args:
+        key: Its state key.
+        value: What is stored.
+        expected: What it must be.
+        p: The parameter.
+        text: How a message names the parameter.
+        exact: Whether floats must have the expected dtype too.
+
+    Raises:
+        ValueError: If it is no plain tensor of the expected shape and kind of dtype.
+    """
+    what = f"state {key!r} of {text}"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{what} must be a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        kind = "quantized" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{what} must be a plain dense tensor, got a {kind} one")
+    if value.is_meta and not p.is_meta:
+        raise ValueError(f"{what} is on the meta device, so it has no values")
+    if tuple(value.shape) != expected.shape:
+        raise ValueError(
+            f"{what} has shape {tuple(value.shape)} but its settings need {expected.shape}; build "
+            "the optimizer for the model that was saved"
+        )
+    kinds = [(x.is_floating_point, x.is_complex) for x in (value.dtype, expected.dtype)]
+    is_float = expected.dtype.is_floating_point
+    if kinds[0] != kinds[1] or ((exact or not is_float) and value.dtype != expected.dtype):
+        raise ValueError(f"{what} has dtype {value.dtype} but its settings need {expected.dtype}")
+
+
+def check_values_of(key: str, value: Tensor, expected: Expected, text: str, started: bool) -> None:
+    """Check the values of a state tensor.
+
+    Args:
+        key: Its state key.
+        value: A tensor that passed :func:`check_tensor`.
+        expected: What it must be.
+        text: How a message names the parameter.
+        started: Whether the parameter was updated, so that indices have been chosen.
+
+    Raises:
+        ValueError: For a value that is not finite, below the smallest, or, of indices, too large or
+            given twice.
+    """
+    what = f"state {key!r} of {text}"
+    if value.is_meta or not value.numel() or base_of(key) in REPORTS:
+        return
+    if not value.dtype.is_floating_point and expected.limit is not None:
+        check_index(key, value, expected, text, started)
+        return
+    if (value.is_floating_point() or value.is_complex()) and not bool(value.isfinite().all()):
+        raise ValueError(f"{what} is not finite; load a checkpoint from before that happened")
+    if expected.low is not None and bool((value < expected.low).any()):
+        raise ValueError(f"{what} has entries below {expected.low:g}, which it cannot have")
+
+
+def check_index(key: str, value: Tensor, expected: Expected, text: str, started: bool) -> None:
+    """Check numbers of distinct things; arguments as :func:`check_values_of`."""
+    assert expected.limit is not None and expected.low is not None
+    what, count = f"state {key!r} of {text}", expected.limit
+    if not value.numel() or value.is_meta:
+        return
+    low, high = (int(x) for x in value.aminmax())
+    if low < expected.low or high >= count:
+        raise ValueError(
+            f"{what} must lie from {expected.low:g} to {count - 1}, got {low} to {high}"
+        )
+    if low < 0 and high >= 0:
+        raise ValueError(f"{what} is chosen in part only")
+    is_unset = low == high == expected.empty and (not started or expected.low < 0)
+    if expected.distinct and not is_unset:
+        rows = value.reshape(-1, value.shape[-1]).sort(-1).values
+        if bool(((rows.diff() == 0) & (rows[:, 1:] >= 0)).any()):
+            raise ValueError(f"{what} names the same entry twice")
+
+
+def missing_key(found: Mapping[str, Any], expected: Entry) -> str | None:
+    """The first key that the state of an updated parameter lacks, None if it is complete."""
+    absent = sorted(expected.tensors.keys() - expected.optional - found.keys())
+    return absent[0] if absent else None
+
+
+def refuse_unsound_state(
+    units: Sequence[Unit],
+    rules: Sequence[Rule],
+    adamw_params: Iterable[Tensor],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    text_of: Callable[[Tensor], str],
+) -> None:
+    """Raise if other code has put into the live state what no step can use.
+
+    Only what the host knows is looked at: clocks, shapes, layouts and kinds of dtype.
+
+    Args:
+        units: The units.
+        rules: Their rules, by ``Unit.rule``.
+        adamw_params: Parameters that AdamW trains.
+        state: The optimizer's state.
+        text_of: How a message names a parameter.
+
+    Raises:
+        ValueError: With the first clock or tensor that is not one.
+    """
+    entries = entries_of(units, rules) | {p: adamw_entry(p) for p in adamw_params}
+    for p, expected in entries.items():
+        found = state.get(p) or {}
+        known = {
+            key: value
+            for key, value in found.items()
+            if key in expected.clocks or key in expected.tensors
+        }
+        if not known:
+            continue
+        text = text_of(p)
+        check_clocks(known, expected, text)
+        for key, x in expected.tensors.items():
+            if key in known:
+                check_tensor(key, known[key], x, p, text)
+            elif not expected.clocks - {"step"} and not isinstance(known.get("step"), int):
+                raise ValueError(f"state {key!r} of {text} is gone, but its step is there")
