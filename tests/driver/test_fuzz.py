@@ -56,7 +56,7 @@ def test_a_plain_case_is_right_and_a_bad_value_is_refused():
     assert (outcome.verdict, outcome.stepped) == ("right", True)
     bad = plain_case(options=(("lr", "-1"),), site="keyword")
     assert fuzz.run_case(bad).verdict == "keyword"
-    late = plain_case(writes=((1, "ns_steps", "-1"),), site="write")
+    late = plain_case(writes=((1, "adjust_lr_fn", "'x'"),), site="write")
     outcome = fuzz.run_case(late)
     assert (outcome.verdict, outcome.stepped) == ("write", True)
 

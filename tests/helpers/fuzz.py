@@ -12,6 +12,7 @@ import fractions
 import inspect
 import io
 import math
+import pickle
 import random
 import re
 import traceback
@@ -264,6 +265,9 @@ NAMES = (
     "layers.{}.attn.q_proj.weight", "layers.{}.mlp.up_proj.weight", "layers.{}.norm.weight",
     "blocks.{}.fc1.bias", "tok_embeddings.{}.weight", "lm_head.{}.weight", "conv.{}.weight", "w{}",
 )  # fmt: skip
+BITWISE_EVENTS = ("copy", "pickle", "other device default")
+EVENTS = (*BITWISE_EVENTS, "cast", "append", "clear state", "other memory")
+"""What may happen between two steps; some of it must not change a bit."""
 CHECKPOINT_MUTATIONS = (
     "drop entry", "drop key", "rename key", "reshape", "longer", "cast int", "cast half",
     "cast complex", "nan", "inf", "negative", "none", "text", "sparse", "meta", "permute entries",
@@ -306,6 +310,7 @@ class Case:
     grads: tuple[tuple[str, ...], ...] = (("normal",),)
     writes: tuple[tuple[int, str, str], ...] = ()
     load: tuple[str, ...] = ()
+    event: str = ""
     save_at: int = 0
     into_running: bool = False
     site: str = "plain"
@@ -319,6 +324,8 @@ class Case:
             lines.append(f"  late group of the last parameter: {dict(self.late)}")
         for k, row in enumerate(self.grads):
             lines += [f"  param_groups[-1][{key!r}] = {v}" for at, key, v in self.writes if at == k]
+            if k == len(self.grads) - 1 and self.event:
+                lines.append(f"  {self.event}")
             lines.append(f"  step with gradients {', '.join(map(str, row))}")
         if self.load:
             where = "the same" if self.into_running else "a new"
@@ -390,6 +397,11 @@ def draw_case(seed: int) -> Case:
     if site == "write":
         key = rng.choice([*OPTIONS[cls], "rule", "draws"])
         writes = [(rng.randrange(steps), key, rng.choice(ODD_VALUES + valid.get(key, ()) * 20))]
+    event = ""
+    if site == "parameter" and all(spec.kind not in ODD_KINDS for spec in params):
+        event = rng.choice(EVENTS)
+    elif site == "plain" and rng.random() < 0.3:
+        event = rng.choice(EVENTS)
     late = None
     if not lora and len(params) > 1 and form not in ("module", "model=") and rng.random() < 0.15:
         late = (("lr", "0.1"),) if rng.random() < 0.5 else ()
@@ -406,6 +418,7 @@ def draw_case(seed: int) -> Case:
         load=tuple(
             rng.sample(CHECKPOINT_MUTATIONS, rng.choice((1, 1, 2))) if site == "checkpoint" else ()
         ),
+        event=event,
         save_at=rng.randrange(steps) if site != "checkpoint" else rng.choice((steps, steps - 1)),
         into_running=rng.random() < 0.5,
         site=site,
@@ -825,7 +838,7 @@ TORCH_TEXTS = re.compile(
     "|can't optimize a non-leaf Tensor|some parameters appear in more than one parameter group"
     "|should be with/without names|does not support sparse gradients"
     "|loaded state dict has a different number of|loaded state dict contains a parameter group"
-    "|all optimizer params should be"
+    "|all optimizer params should be|expected dtype .* for `(end|weight)`"
 )
 """Sentences of torch.optim.Optimizer and AdamW, which every torch optimizer says."""
 WORDS = {
@@ -955,7 +968,8 @@ def _run(case: Case) -> Outcome:
         if refusal is not None:
             return replace(refusal, stepped=stepped)
     if not case.load:
-        _check_resume(case, use, *saved)
+        if not case.event or case.event in BITWISE_EVENTS:
+            _check_resume(replace(case, event=""), use, *saved)
         _check_moved(use, moved_from)
     return Outcome("right", stepped=stepped)
 
@@ -989,10 +1003,17 @@ def _step(use: Use, k: int) -> Outcome | None:
             group = optimizer.param_groups[-1]
             undo.append((group, key, group.get(key, undo)))
             group[key] = value_of(source)
+    if case.event and k == len(case.grads) - 1:
+        happen(use, case.event)
+        optimizer = use.optimizer
     bad = use.set_gradients(k)
     before = snapshot(use)
     try:
-        optimizer.step()
+        if case.event == "other device default" and k == len(case.grads) - 1:
+            with torch.device("meta"):
+                optimizer.step()
+        else:
+            optimizer.step()
     except Exception as error:
         kind = judge(error, case, use, "step", differences(before, snapshot(use)))
         _go_on(use, k, undo)
@@ -1004,6 +1025,27 @@ def _step(use: Use, k: int) -> Outcome | None:
     if bad and choices == {"raise"}:
         raise Found("nonfinite='raise' does not raise", case.cls)
     return None
+
+
+def happen(use: Use, event: str) -> None:
+    """Let something happen to model and optimizer between two steps."""
+    if event in ("copy", "pickle"):
+        pair = (use.params, use.optimizer)
+        pair = copy.deepcopy(pair) if event == "copy" else pickle.loads(pickle.dumps(pair))
+        use.params, use.optimizer = pair
+        return
+    for p in use.params:
+        if not _is_dense(p) or not p.is_floating_point():
+            continue
+        if event == "cast":
+            p.data, p.grad = p.data.bfloat16(), None
+        elif event == "other memory" and p.ndim > 1:
+            p.data = p.data.mT.contiguous().mT
+    group = use.optimizer.param_groups[-1]
+    if event == "clear state":
+        use.optimizer.state.clear()
+    elif event == "append" and use.case.cls not in LORA and "param_names" not in group:
+        group["params"].append(nn.Parameter(torch.ones(3, 3)))
 
 
 def _go_on(use: Use, k: int, undo: list[Any]) -> None:
@@ -1267,6 +1309,8 @@ def smaller(case: Case) -> Iterator[Case]:
     """Cases with one thing less."""
     if case.late is not None:
         yield replace(case, late=None)
+    if case.event:
+        yield replace(case, event="")
     for name in ("options", "group_keys", "writes", "load"):
         items = getattr(case, name)
         for i in range(len(items)):
