@@ -28,7 +28,7 @@ from ..kernels import (
 from ._core.rule import Dense, Direction, Factored, Member, Rule, Slot
 from ._core.validation import check, check_at_least, check_choices, check_decays
 from ._driver.optimizer import StackedOptimizer
-from ._driver.param_groups import routed, rule_of
+from ._driver.param_groups import parts_of, rule_of
 from ._driver.units import units_of
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
@@ -278,9 +278,10 @@ def check_shared_rotations(
             rule = rule_of(group, default_rule)
             if rule is None:
                 continue
-            matrices = {p: (j, p) for j, p in routed(group, rule, 0)[0]}  # given twice, counts once
-            for unit in units_of(i, group, rule, list(matrices.values())):
-                check_equal_stacks([view.k for view in unit.views])
+            for part in parts_of(group, rule, 0)[0]:
+                weights = {w.param: w for w in part.weights}  # given twice, counts once
+                for unit in units_of(i, group, part._replace(weights=[*weights.values()])):
+                    check_equal_stacks([view.k for view in unit.views])
     except ValueError:
         del groups[first:]
         raise

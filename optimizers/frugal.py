@@ -333,8 +333,8 @@ class FRUGAL(StackedOptimizer):
         super().__init__(params, rule, lr, weight_decay, **options)
 
     @override
-    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
-        groups = super()._prepare_groups(param_group)
-        if self._listed_blocks is not None:
-            assign_block_numbers(groups, self.defaults, self._listed_blocks)
-        return groups
+    def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        group = super()._prepare_group(param_group)
+        if self._listed_blocks is not None and isinstance(group, dict):
+            assign_block_numbers(group, self.defaults, self._listed_blocks)
+        return group

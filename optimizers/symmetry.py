@@ -7,21 +7,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from ._core.rule import Direction, Member, Rule
-from ._core.validation import check
+from ._core.rule import Direction, Member, Rule, defaults_of, rule_class
+from ._core.validation import check, describe_unknown
 from ._driver.optimizer import StackedOptimizer
-from ._driver.param_groups import parameters_of, roles_of, rule_of
-from ._roles.classify import Assignment, classify, route
+from ._driver.param_groups import COMMON, parameters_of, warn_user
+from ._roles.classify import Row, classify, route_all
 from ._roles.policies import (
     PAPER_LRS,
     Settings,
-    StackAssignment,
-    StackRow,
     check_role_policy,
     policy_groups,
     rule_override,
+    to_group_keys,
 )
 
 if TYPE_CHECKING:
@@ -114,6 +114,9 @@ class SymmetryStack(StackedOptimizer):
 
     _policy: str | Mapping[str, Any] = "symmetry"
     _scale = "match_rms_adamw"
+    _overrides: Any = None
+    _initial_lr: float | Tensor = 1e-3
+    _unplaced = 0
 
     def __init__(
         self,
@@ -127,6 +130,7 @@ class SymmetryStack(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         check_role_policy(policy)
+        _check_options(policy)
         scales = ("match_rms_adamw", "paper", *(f"paper:{name}" for name in PAPER_LRS))
         check(
             adjust_lr_fn in scales,
@@ -146,9 +150,9 @@ class SymmetryStack(StackedOptimizer):
             "view is read from the model; give it to one weight in overrides, or to a group",
         )
         self._policy, self._scale = policy, adjust_lr_fn
-        if isinstance(params, nn.Module):
-            params = self._from_module(params, overrides, lr)
+        self._overrides, self._initial_lr = overrides, lr
         super().__init__(params, SymmetryStackRule(), lr, weight_decay, **options)
+        self._overrides = None  # may hold modules, which an optimizer must not keep alive
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -164,25 +168,15 @@ class SymmetryStack(StackedOptimizer):
             del self.param_groups[count:]
             raise
 
-    def _grouped_by_policy(self, group: dict[str, Any]) -> list[Settings]:
-        """Groups with a rule from a group without one; what torch refuses is returned unchanged."""
-        if "params" not in group or isinstance(group["params"], set):
-            return [group]
-        params, names = parameters_of(group)
-        mixed = None in names and any(names)
-        if not params or mixed or not all(isinstance(p, Tensor) for p in params):
-            return [group]
-        rows = [route(name, tuple(p.shape)) for name, p in zip(names, params, strict=True)]
-        own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        lr = own_keys.get("lr", self.defaults["lr"])
-        return [
-            {**g, **own_keys}
-            for g in policy_groups(rows, params, self._policy, self._scale, lr, {})
-        ]
-
-    def _from_module(self, model: nn.Module, overrides: Any, lr: float | Tensor) -> list[Settings]:
-        """Groups of a model's trainable parameters."""
-        pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
+    @override
+    def _params_of_model(self, model: nn.Module) -> Any:
+        """Groups of a model by the policy, in which vectors have no weight decay."""
+        super()._params_of_model(model)
+        pairs = list(
+            self._overrides.items()
+            if isinstance(self._overrides, Mapping)
+            else self._overrides or ()
+        )
         rule_overrides = [rule_override(choice) for _, choice in pairs]
         # the number of the override that counts for each parameter, be it a role or a rule
         marks = classify(model, [(key, {"part": f"#{i}"}) for i, (key, _) in enumerate(pairs)])
@@ -192,8 +186,6 @@ class SymmetryStack(StackedOptimizer):
         named = dict(model.named_parameters())
         rows, own_keys = [], dict[str | None, Settings]()
         for mark, row in zip(marks, classify(model, role_overrides), strict=True):
-            if row.name is None or not named[row.name].requires_grad:
-                continue
             is_overridden = mark.part.startswith("#")
             keys = rule_overrides[int(mark.part[1:])] if is_overridden else None
             if keys is not None:
@@ -201,35 +193,62 @@ class SymmetryStack(StackedOptimizer):
                 row = replace(row, why=mark.why)
             rows.append(row)
         params = [named[row.name] for row in rows if row.name]
-        return policy_groups(rows, params, self._policy, self._scale, lr, own_keys)
+        lr = self._initial_lr
+        return policy_groups(rows, params, self._policy, self._scale, lr, own_keys, decays=True)
+
+    def _grouped_by_policy(self, group: dict[str, Any]) -> list[Settings]:
+        """Groups with a rule from a group without one; what torch refuses is returned unchanged."""
+        if "params" not in group or isinstance(group["params"], set):
+            return [group]
+        params, names = parameters_of(group)
+        mixed = None in names and any(names)
+        if not params or mixed or not all(isinstance(p, Tensor) for p in params):
+            return [group]
+        known = {} if self._model_roles is None else self._model_roles.rows()
+        rows = [
+            replace(row, name=name or row.name)
+            for name, row in zip(names, self._rows(params, names, known), strict=True)
+        ]
+        own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        lr = own_keys.get("lr", self.defaults["lr"])
+        groups = policy_groups(rows, params, self._policy, self._scale, lr, {})
+        return [{**g, **own_keys} for g in groups]
+
+    def _rows(
+        self, params: list[Any], names: list[str | None], known: Mapping[Tensor, Row]
+    ) -> list[Row]:
+        """Rows by the model, else by names; counts matrices of which neither tells the part."""
+        routed = route_all(names, [() if is_lazy(p) else tuple(p.shape) for p in params])
+        rows = [known.get(p, row) for p, row in zip(params, routed, strict=True)]
+        self._unplaced += sum(
+            row.role == "hidden" and not row.part and p not in known
+            for p, row in zip(params, rows, strict=True)
+        )
+        return rows
+
+    @override
+    def _warn_of_shapes(self) -> None:
+        """Warn once of hidden matrices whose part nothing tells, since the policy needs it."""
+        count, self._unplaced = self._unplaced, 0
+        by_part = not isinstance(self._policy, str) or self._policy == "symmetry"
+        if count and by_part and not self._has_warned_of_shapes:
+            self._has_warned_of_shapes = True
+            warn_user(
+                f"{count} matrices have the role 'hidden', as neither a model nor their names say "
+                "which part of a layer they are, so SymmetryStack trains them as plain hidden "
+                "matrices; pass model=model"
+            )
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_policy": self._policy, "_scale": self._scale}
 
-    @override
-    def assignment(self) -> Assignment:
-        """Rule, view, lr and decay of each parameter, and the reason: a table that prints."""
-        table = []
-        for group in self.param_groups:
-            rule = rule_of(group, self._default_rule)
-            reasons = group.get("reasons") or [row.why for row in roles_of(group, rule)]
-            for row, why in zip(roles_of(group, rule), reasons, strict=False):
-                matrix = rule is not None and row.rule == "matrix"
-                layout = (group.get("pair"), group.get("axis")) if matrix else ()
-                adamw = not matrix and group["adamw_weight_decay"] is not None
-                table.append(
-                    StackRow(
-                        row.name,
-                        row.shape,
-                        row.role,
-                        rule.method() if rule is not None and matrix else "adamw",
-                        why,
-                        group["view"] if matrix else "auto",
-                        centred=bool(matrix and group.get("centred")),
-                        layout=" ".join(x for x in layout if x not in (None, "rows")),
-                        lr=float(group["lr"]),
-                        decay=group["adamw_weight_decay" if adamw else "weight_decay"],
-                    )
-                )
-        return StackAssignment(tuple(table))
+
+def _check_options(policy: str | Mapping[str, Any]) -> None:
+    """Refuse an option in a policy that its rule does not have."""
+    for label, choice in policy.items() if isinstance(policy, Mapping) else ():
+        keys = to_group_keys(choice)
+        own = {} if keys["rule"] == "adamw" else defaults_of(rule_class(keys["rule"]))
+        known = {*own, *COMMON, "rule", "lr", "weight_decay", "betas", "eps"}
+        message = describe_unknown(keys, known, f"option of policy {label!r}")
+        check(message is None, message or "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import numbers
 from collections.abc import Iterable
 from typing import Any
@@ -93,18 +92,39 @@ def resolve_rank(rank: int | float, d: int) -> int:
     raise ValueError(f"rank must be a positive int or a fraction in (0, 1], got rank={rank!r}")
 
 
+def misspelt_option(name: str, options: Iterable[str]) -> str | None:
+    """The option, of at least five letters, of which a name is a misspelling by one letter.
+
+    One letter is missing, added or replaced, or two neighbours have changed places.
+    """
+    for option in sorted(options):
+        if len(option) >= 5 and name != option and _is_near(name, option):
+            return option
+    return None
+
+
+def _is_near(a: str, b: str) -> bool:
+    """Whether one edit makes b of a."""
+    if abs(len(a) - len(b)) > 1:
+        return False
+    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    rest, other = a[i:], b[i:]
+    swapped = len(rest) > 1 and rest[1::-1] + rest[2:] == other
+    return swapped or rest[1:] == other[1:] or rest[1:] == other or rest == other[1:]
+
+
 def describe_unknown(names: Iterable[str], known: Iterable[str], what: str) -> str | None:
     """A sentence about the first unknown name, for the caller's exception; None if all are known.
 
     Args:
         names: Names that a user gave.
-        known: Names that exist; the nearest one is suggested.
-        what: What the names are, e.g. "parameter group key".
+        known: Names that exist; one that differs by one letter is suggested.
+        what: What the names are, e.g. "policy key".
     """
     known = sorted(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            near = misspelt_option(name, known)
+            hint = f"; did you mean {near!r}?" if near else f"; known are {', '.join(known)}"
             return f"{what} {name!r} is unknown{hint}"
     return None

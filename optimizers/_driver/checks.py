@@ -7,20 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .._core.rule import Rule
 from .._core.views import split_view
-from .param_groups import describe, parameters_of, roles_of, rule_of, warn_user
+from .param_groups import describe, listed, parameters_of, roles_of, rule_of, warn_user
 from .units import views_of
-
-LARGE_SIDE = 16384
-"""Side above which a matrix without a name is more likely an embedding, so the user is warned."""
 
 
 def check_values(group: Mapping[str, Any]) -> None:
     """Check the ranges of all values but the rule's fields, in torch's words where it has them."""
     for key in ("lr", "adamw_lr"):
-        lr = group[key]
+        lr = group.get(key)
         if isinstance(lr, Tensor):
             if group["foreach"] and not group["capturable"]:
                 raise ValueError(
@@ -104,15 +102,17 @@ def check_group(
     rows = roles_of({**group, "params": params, "param_names": names}, rule)
     moved_to_adamw = []
     for i, (p, name, row) in enumerate(zip(params, names, rows, strict=True)):
+        if is_lazy(p):
+            continue
         text = describe(name, p, i)
         if row.rule == "matrix":
             check_matrix(p, text, method)
-            _check_shape(p, name, text, group, rule, method)
+            _check_shape(p, text, listed(group, "views", i) or group["view"], rule, method)
             continue
         _check_unsharded(p, text, method)
         if is_marked:
             moved_to_adamw.append(text)
-        elif group.get("rule") is not None:
+        elif group.get("rule") is not None and listed(group, "rules", i) is None:
             _refuse_vector(p, text, method)
     if group["capturable"] and any(row.rule == "matrix" for row in rows):
         raise ValueError(
@@ -129,16 +129,9 @@ def _refuse_vector(p: Tensor, text: str, method: str) -> None:
     )
 
 
-def _check_shape(
-    p: Tensor, name: str | None, text: str, group: Mapping[str, Any], rule: Rule, method: str
-) -> None:
-    """Raise if the view does not fit; warn of a very large side in a matrix without a name."""
+def _check_shape(p: Tensor, text: str, view: Any, rule: Rule, method: str) -> None:
+    """Raise if the view does not fit."""
     if p.ndim < 2 or p.numel() == 0:
         _refuse_vector(p, text, method)
     if len(rule.members) == 1:
-        split_view(views_of(group["view"], rule)[0], tuple(p.shape))
-    if p.ndim == 2 and max(p.shape) > LARGE_SIDE and name is None and group.get("rule") is None:
-        warn_user(
-            f"{text} has a side above {LARGE_SIDE} and goes to {method}; if it is an embedding or "
-            "a head, pass the model or its named_parameters(), or give it rule='adamw'"
-        )
+        split_view(views_of(view, rule)[0], tuple(p.shape))

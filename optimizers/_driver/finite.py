@@ -115,8 +115,7 @@ def read_flags(
     finite_units: list[list[bool] | None] = [None] * len(flags)
     by_device: dict[torch.device, list[int]] = {}
     for j, (bucket, flag) in enumerate(zip(plan.buckets, flags, strict=True)):
-        rule = plan.rules[bucket.group]
-        assert rule is not None
+        rule = plan.rule(bucket)
         needed = rule.writes_in_refresh or rule.refresh_due(*bucket.clocks(), bucket.unit.shift)
         if needed or waits(flag.device) or groups[bucket.group]["nonfinite"] == "raise":
             by_device.setdefault(flag.device, []).append(j)

@@ -77,8 +77,7 @@ class MemoryReport:
         ]
         shared: dict[Hashable, int] = {}
         for unit in plan.units:
-            rule = plan.rules[unit.group]
-            assert rule is not None
+            rule = plan.rule(unit)
             for i in range(len(unit.params)):
                 shared.update(rule.shared(*unit.sides(i)))
         return cls(type(optimizer).__name__, tuple(rows), sum(shared.values()))
@@ -221,8 +220,7 @@ def _state_bytes(plan: StepPlan, optimizer: StackedOptimizer) -> dict[int, int]:
 
 
 def _slot_bytes(plan: StepPlan, unit: Unit, i: int) -> dict[str, int]:
-    rule = plan.rules[unit.group]
-    assert rule is not None
+    rule = plan.rule(unit)
     if not rule.state_since_at(unit.block_position, 1):
         return {}
     return {

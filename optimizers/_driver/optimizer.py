@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from operator import is_
 from typing import Any, ClassVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .._core.rule import (
@@ -20,29 +21,41 @@ from .._core.rule import (
     rule_class,
     settings_of,
 )
-from .._core.validation import describe_unknown
-from .._roles.classify import Assignment
+from .._core.validation import check, describe_unknown, misspelt_option
+from .._roles.assignment import OptimizerAssignment
 from . import adamw, checkpoint
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
-from .buckets import Bucket, StepPlan
+from .buckets import STACK_SETTINGS, Bucket, StepPlan
 from .checks import check_group, check_matrix, check_values
 from .finite import LateFlags, finite_sums, read_flags
+from .model_roles import ModelRoles, complete_names, fill_lists, rows_of
 from .param_groups import (
     COMMON,
+    FOREIGN_KEYS,
     GROUP_KEYS,
-    SCHEDULER_KEYS,
+    LISTS,
+    assigned_rows,
+    copy_list,
+    count_routed_by_shape,
+    describe,
     parameters_of,
-    roles_of,
-    routed,
+    parts_of,
+    refuse_view,
     rule_of,
+    store_adamw_lr,
     to_param_groups,
+    warn_user,
+    with_adamw_names,
 )
 from .settings import refuse_state_changes, refuse_unfit_state
 from .units import Unit, units_of
 from .windows import assign_block_positions, stagger_refreshes
-from .write import write_, write_list_
+from .write import Run, write_, write_list_, write_runs_
 
-UNIT_SETTINGS = ("rule", "view", "state_dtype", "stagger")
+UNIT_SETTINGS = (
+    *("rule", "view", "state_dtype", "stagger", "draws"),
+    *("rules", "views", "sides", "decays", "positions"),
+)
 """Group keys beside the rule's fields that decide how parameters become units."""
 
 
@@ -102,6 +115,9 @@ class StackedOptimizer(Optimizer):
     _reference_key: ClassVar[str | None] = None
     """Group key by which the published package of the method marks its matrix groups."""
     _plan: StepPlan | None = None
+    _model_roles: ModelRoles | None = None
+    _is_built = False
+    _has_warned_of_shapes = False
     _skipped = 0
     _pending: Sequence[tuple[LateFlags, list[Bucket]]] = ()
     _wait: bool | None = None
@@ -113,8 +129,11 @@ class StackedOptimizer(Optimizer):
         rule: Rule,
         lr: float | Tensor,
         weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
         **common: Any,
     ) -> None:
+        common = with_adamw_names(common, settings_of(rule))
         method_keys = {"lr", "weight_decay", *settings_of(rule)}
         what = f"{type(self).__name__} keyword"
         message = describe_unknown(common, COMMON.keys() | method_keys, what)
@@ -130,9 +149,16 @@ class StackedOptimizer(Optimizer):
             "method": rule.method(),
         }
         check_values(defaults)
-        super().__init__(
-            to_param_groups(params, rule, self._reference_key, defaults["view"]), defaults
-        )
+        store_adamw_lr(defaults)
+        if isinstance(params, nn.Module):
+            check(model in (None, params), "model= and params name two modules; pass one of them")
+            params = self._params_of_model(params)
+        elif model is not None:
+            self._model_roles = ModelRoles(model, is_params=False)
+        super().__init__(to_param_groups(params, self._marking_keys()), defaults)
+        self._set_draws()
+        self._is_built = True
+        self._warn_of_shapes()
 
     # groups ---------------------------------------------------------------------------------------
 
@@ -140,114 +166,156 @@ class StackedOptimizer(Optimizer):
     def _default_rule(self) -> type[Rule]:
         return RULE_CLASSES[self.defaults["method"]]
 
+    def _params_of_model(self, model: nn.Module) -> Any:
+        """The one group of a module, whose parameters get their roles as they are added."""
+        self._model_roles = ModelRoles(model, is_params=True)
+        return [{"params": list(model.named_parameters())}]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it whole; a refused group changes nothing.
 
         A late group is routed without regard to the others. Only the constructor, which sees all
-        groups, gives those without a reference package's key to AdamW.
+        groups, gives those without a reference package's key to AdamW. A late group without names
+        gets those of the model, or made-up ones, where the other groups have names.
 
         Args:
             param_group: ``params`` and any overrides; see the class docstring.
 
         Raises:
-            ValueError: If a key is unknown, a value out of range or a parameter cannot be trained.
+            ValueError: If a key is a misspelling, a value out of range or a parameter cannot be
+                trained.
         """
-        count = len(self.param_groups)
-        try:
-            for group in self._prepare_groups(param_group):
-                super().add_param_group(group)
-        except BaseException:
-            del self.param_groups[count:]
-            raise
+        super().add_param_group(self._prepare_group(param_group))
+        if self._is_built:
+            self.param_groups[-1].setdefault("draws", self.param_groups[0]["draws"])
+            self._warn_of_shapes()
 
-    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
-        """Turn a user's group into the groups that torch adds, after all checks."""
+    def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """Complete a user's group after all checks, in a copy."""
         if not isinstance(param_group, dict):
-            return [param_group]
+            return param_group
         group = dict(param_group)
         if "params" not in group:
             raise ValueError("a parameter group needs the key 'params'")
         if isinstance(group["params"], set):
-            return [group]
+            return group
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
-        key = self._reference_key
-        is_marked = key is not None and bool(group.get(key)) and "rule" not in group
-        if is_marked:
-            group["rule"] = self._default_rule.method()
-        elif key is not None and group.get(key) is False:
-            group.setdefault("rule", "adamw")  # use_muon=False, also in a late group
+        is_marked = self._read_reference_key(group)
         rule_name = group.get("rule")
-        if rule_name == "adamw":  # torch's own names mean AdamW's values in an AdamW group
-            if "eps" in group:
-                group.setdefault("adamw_eps", group["eps"])
-            if "betas" in group and "betas" not in self.defaults:
-                group.setdefault("adamw_betas", group.pop("betas"))
         rule = self._default_rule if rule_name in (None, "adamw") else rule_class(rule_name)
+        if rule_name == "adamw" and "eps" in group:  # in an AdamW group it is AdamW's
+            group.setdefault("adamw_eps", group["eps"])
+        if rule_name == "adamw" and "lr" in group and "adamw_lr" not in group:
+            group.setdefault("adamw_lr_ratio", None)  # a learning rate of its own
+        group = with_adamw_names(group, defaults_of(rule))
         other_defaults = {} if rule is self._default_rule else defaults_of(rule)
-        self._refuse_unknown_keys(group, other_defaults)
+        self._refuse_misspelt_keys(group, other_defaults)
         # a group of another method starts from that method's defaults, not from this one's
         full_group = {**self.defaults, **other_defaults, **group}
+        check_values(full_group)
+        store_adamw_lr(group, full_group["lr"])
+        self._add_roles(group, full_group)
+        full_group.update(group)
         check_group(full_group, self._default_rule, is_marked=is_marked)
         for name in other_defaults:
             group.setdefault(name, other_defaults[name])
-        return self._split_adamw(group, full_group)
+        return group
 
-    def _refuse_unknown_keys(
+    def _read_reference_key(self, group: dict[str, Any]) -> bool:
+        """Set the rule of a group in the format of the published package; whether it is marked."""
+        marks = [group.get(key) for key in self._marking_keys()]
+        is_marked = any(marks) and "rule" not in group
+        if is_marked:
+            group["rule"] = self._default_rule.method()
+        elif any(mark is False for mark in marks):
+            group.setdefault("rule", "adamw")  # use_muon=False, also in a late group
+        return is_marked
+
+    def _marking_keys(self) -> tuple[str, ...]:
+        """Group keys of published packages by which users mark the matrices."""
+        own = self._reference_key
+        return ("use_muon",) if own in (None, "use_muon") else ("use_muon", own)
+
+    def _refuse_misspelt_keys(
         self, group: Mapping[str, Any], other_defaults: Mapping[str, Any]
     ) -> None:
-        """Raise for a key that neither the driver nor the group's rule knows."""
-        known_keys = GROUP_KEYS | SCHEDULER_KEYS | COMMON.keys() | other_defaults.keys()
-        known_keys |= defaults_of(self._default_rule).keys()
-        if self._reference_key is not None:
-            known_keys |= {self._reference_key}
-        message = describe_unknown(group, known_keys, "parameter group key")
-        if message:
-            raise ValueError(message)
+        """Raise for a key that is an option with one wrong letter; other keys are kept."""
+        options = COMMON.keys() | self.defaults.keys() | other_defaults.keys()
+        for name in group.keys() - self._known_keys() - other_defaults.keys() - FOREIGN_KEYS:
+            option = misspelt_option(name, options)
+            if option is not None:
+                raise ValueError(
+                    f"parameter group key {name!r} is unknown; did you mean {option!r}?"
+                )
 
-    def _split_adamw(
-        self, group: dict[str, Any], full_group: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """Move AdamW parameters into a group of their own if ``adamw_lr`` is given."""
-        if full_group["adamw_lr"] is None:
-            return [group]
-        rule = rule_of(full_group, self._default_rule)
-        if rule is None:
-            return [{"lr": full_group["adamw_lr"], **group}]
+    def _known_keys(self) -> set[str]:
+        """Group keys of this class."""
+        return {*COMMON, *GROUP_KEYS, *LISTS, *self.defaults, *self._marking_keys()}
+
+    def _add_roles(self, group: dict[str, Any], full_group: Mapping[str, Any]) -> None:
+        """Complete the names of a group, and add what the model says about its parameters."""
         params, names = parameters_of(group)
-        if None in names and any(names):
-            return [group]  # torch refuses names of some parameters only, with its own text
-        rows = roles_of({**full_group, "params": params, "param_names": names}, rule)
-        parts = []
-        for target in ("matrix", "adamw"):
-            indices = [i for i, row in enumerate(rows) if row.rule == target]
-            part = {
-                **group,
-                "params": [
-                    params[i] if names[i] is None else (names[i], params[i]) for i in indices
-                ],
-            }
-            part.pop("param_names", None)  # torch takes them from the pairs again
-            for key in ("roles", "reasons"):
-                if key in group:
-                    part[key] = [group[key][i] for i in indices]
-            if target == "adamw":
-                part.update(rule="adamw", lr=full_group["adamw_lr"])
-            if indices:
-                parts.append(part)
-        return parts
+        if any(not isinstance(p, Tensor) for p in params) or isinstance(group["params"], Tensor):
+            return  # torch refuses what is no tensor, with its own text
+        known = self._model_roles.rows() if self._model_roles is not None else {}
+        is_named = "param_names" in self.param_groups[0] if self.param_groups else bool(known)
+        if self._model_roles is None and (not self._is_built or not is_named or any(names)):
+            return
+        position = sum(len(other["params"]) for other in self.param_groups)
+        if is_named and (known or self._is_built):
+            names = [*complete_names(names, params, known, position)]
+            group["params"] = list(zip(names, params, strict=True))
+            group.pop("param_names", None)
+        if not known or "rules" in group:
+            return
+        rows = rows_of(params, names, known)
+        refuse_view(self.defaults["view"], [row for row in rows if row is not None])
+        assert self._model_roles is not None
+        lists = {**full_group, "params": params}
+        before = set(lists)
+        fill_lists(
+            lists,
+            rows,
+            rule_of(full_group, self._default_rule),
+            decays=self._model_roles.is_params and not self._is_built,
+            own_view="view" in group,
+        )
+        group.update((key, lists[key]) for key in LISTS if key in lists and key not in before)
 
-    def assignment(self) -> Assignment:
-        """Return a table of every parameter's rule, and why; the table prints."""
-        table = []
+    def _set_draws(self) -> None:
+        """Random draws go by names where all parameters have one; the groups say which."""
+        named = all(group.get("param_names") for group in self.param_groups)
         for group in self.param_groups:
-            rule = rule_of(group, self._default_rule)
-            name = "adamw" if rule is None else rule.method()
-            table += [
-                replace(row, rule=name if row.rule == "matrix" else "adamw")
-                for row in roles_of(group, rule)
-            ]
-        return Assignment(tuple(table))
+            group.setdefault("draws", "name" if named else "position")
+
+    def _warn_of_shapes(self) -> None:
+        """Warn once if matrices go to the rule by shape alone beside vectors that nobody marked."""
+        if self._has_warned_of_shapes:
+            return
+        count = count_routed_by_shape(self.param_groups, self._default_rule)
+        if count:
+            self._has_warned_of_shapes = True
+            method = self._default_rule.method()
+            warn_user(
+                f"{count} matrices without names go to {method} by their shape alone, embeddings "
+                f"and heads among them; pass model=model, or give groups rule={method!r} and "
+                "rule='adamw'"
+            )
+
+    def assignment(self) -> OptimizerAssignment:
+        """Return a table of every parameter's rule, learning rate and decay, and why; it prints."""
+        rows = [
+            row for group in self.param_groups for row in assigned_rows(group, self._default_rule)
+        ]
+        kept = [key for group in self.param_groups for key in group if self._is_foreign(group, key)]
+        return OptimizerAssignment(tuple(rows), tuple(dict.fromkeys(kept)))
+
+    def _is_foreign(self, group: Mapping[str, Any], key: str) -> bool:
+        """Whether a group key belongs to other code."""
+        name = group.get("rule")
+        own = {} if name in (None, "adamw") else defaults_of(rule_class(name))
+        return key not in self._known_keys() and key not in own
 
     # plan -----------------------------------------------------------------------------------------
 
@@ -255,7 +323,7 @@ class StackedOptimizer(Optimizer):
         """Values that decide a group's rule and units, with defaults for missing keys."""
         cls = self._default_rule if group["rule"] in (None, "adamw") else rule_class(group["rule"])
         return {
-            **{name: group[name] for name in UNIT_SETTINGS},
+            **{name: group.get(name) for name in (*UNIT_SETTINGS, *STACK_SETTINGS)},
             **{field.name: group.get(field.name, field.default) for field in fields(cls)},
         }
 
@@ -267,12 +335,16 @@ class StackedOptimizer(Optimizer):
                 as before.
         """
         flat_params = [p for group in self.param_groups for p in group["params"]]
+        for group in self.param_groups:
+            if "adamw_lr" in group:
+                store_adamw_lr(group)
         settings = [self._settings(group) for group in self.param_groups]
         old = self._plan
         if (
             old is not None
             and len(old.flat_params) == len(flat_params)
             and all(map(is_, old.flat_params, flat_params))
+            and all(map(is_lazy, old.lazy_params))
         ):
             if old.settings == settings or self._update_rules(old, settings):
                 return old
@@ -294,24 +366,37 @@ class StackedOptimizer(Optimizer):
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
         """Make rules and units for the groups as they are now; buckets come with the first step."""
-        rules = [rule_of(group, self._default_rule) for group in self.param_groups]
+        group_rules = [rule_of(group, self._default_rule) for group in self.param_groups]
         adamw_orders = [self._adamw_order(group) for group in self.param_groups]
-        plan = StepPlan(flat_params, settings, rules, adamw_orders, [], [])
+        copies = [{k: copy_list(x) for k, x in values.items()} for values in settings]
+        plan = StepPlan(flat_params, copies, group_rules, adamw_orders)
+        plan.lazy_params = [p for p in flat_params if is_lazy(p)]
         position = 0
         first_position = dict[Tensor, int]()  # torch only warns about a parameter given twice
-        for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
-            matrices, adamw_params = (
-                [(j, p) for j, p in part if first_position.setdefault(p, j) == j]
-                for part in routed(group, rule, position)
-            )
+        for i, (group, rule) in enumerate(zip(self.param_groups, group_rules, strict=True)):
+            parts, adamw_params = parts_of(group, rule, position)
             position += len(group["params"])
-            plan.adamw_positions.append([j for j, _ in adamw_params])
-            if rule is not None:
-                for j, p in matrices:
-                    check_matrix(p, f"parameter {j} of shape {tuple(p.shape)}", rule.method())
-                plan.units += units_of(i, group, rule, matrices)
-        assign_block_positions(plan.units, rules, self.param_groups)
-        stagger_refreshes(plan.units, rules, self.param_groups)
+            plan.adamw_positions.append(
+                [j for j, p in adamw_params if first_position.setdefault(p, j) == j]
+            )
+            for part in parts:
+                weights = [
+                    w
+                    for w in part.weights
+                    if first_position.setdefault(w.param, w.position) == w.position
+                ]
+                for w in weights:
+                    text = describe(None, w.param, w.position)
+                    check_matrix(w.param, text, part.rule.method())
+                units = units_of(i, group, part._replace(weights=weights))
+                for unit in units:
+                    unit.rule = len(plan.rules)
+                plan.units += units
+                plan.rules.append(part.rule)
+                plan.groups_of_rules.append(i)
+        plan.set_stack_keys()
+        assign_block_positions(plan.units, plan.rules, group_rules, self.param_groups)
+        stagger_refreshes(plan.units, plan.rules, self.param_groups)
         return plan
 
     @staticmethod
@@ -345,18 +430,19 @@ class StackedOptimizer(Optimizer):
                 rule = rule_of(group, self._default_rule)
                 if any(old[name] != new[name] for name in UNIT_SETTINGS):
                     return False
-                if rule is not None and not plan.update_rule(i, rule, group):
+                if rule is not None and not plan.update_rules(i, rule, group):
                     return False
-                plan.settings[i], plan.adamw_orders[i] = new, self._adamw_order(group)
+                plan.settings[i] = {k: copy_list(x) for k, x in new.items()}
+                plan.group_rules[i], plan.adamw_orders[i] = rule, self._adamw_order(group)
+        plan.set_stack_keys()
         return len(plan.settings) == len(settings)
 
     def init_state(self) -> None:
         """Allocate the state of all trainable parameters, with the keys and shapes of a step."""
         plan = self._get_plan()
         for unit in plan.units:
-            rule = plan.rules[unit.group]
-            if rule is not None and any(p.requires_grad for p in unit.params):
-                unit.allocate(self.state, rule)
+            if any(p.requires_grad for p in unit.params):
+                unit.allocate(self.state, plan.rule(unit))
         for group, positions in zip(self.param_groups, plan.adamw_positions, strict=True):
             for i in positions:
                 if plan.flat_params[i].requires_grad:
@@ -446,12 +532,9 @@ class StackedOptimizer(Optimizer):
                 bucket.gradient(i, grads) if has_grad else None
                 for i, has_grad in enumerate(bucket.present)
             ]
-            rule = plan.rules[bucket.group]
-            key = (
-                (bucket.group, flag.device)
-                if rule is not None and rule.yields_batched_calls
-                else None
-            )
+            rule = plan.rule(bucket)
+            own_stack = plan.stack_keys[bucket.unit.rule]
+            key = (own_stack, flag.device) if rule.yields_batched_calls else None
             size = sum(G.nbytes for G in Gs if G is not None)
             batcher.add(self._step_bucket(plan, bucket, Gs, finite, flag), key, size)
         batcher.flush()
@@ -485,8 +568,7 @@ class StackedOptimizer(Optimizer):
             finite: Per unit, whether its gradients are finite; None if the host does not know yet.
             flag: (K,) on the device, finite where the gradients are.
         """
-        rule = plan.rules[bucket.group]
-        assert rule is not None
+        rule = plan.rule(bucket)
         t, refreshed = bucket.clocks()
         refresh_due = finite is not None and rule.refresh_due(t, refreshed, bucket.unit.shift)
         nonzero = [not refresh_due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
@@ -535,8 +617,8 @@ class StackedOptimizer(Optimizer):
             update: What the rule's ``update`` returned.
             device_finite: None, or flags (K,): weights whose flag is False stay as they are.
         """
-        group = self.param_groups[bucket.group]
-        lr, decay = self._lr_value(group["lr"]), group["weight_decay"]
+        runs = self._runs(bucket)
+        _, lr, decay = runs[0]
         write_mask = None
         if device_finite is not None:
             write_mask = device_finite.to(bucket.dtype).view(-1, 1, 1)
@@ -546,11 +628,28 @@ class StackedOptimizer(Optimizer):
                 steps.answer = yield step
                 continue
             i = step.member.number
-            if write_list_(bucket.weight_list(i), step, lr, decay, write_mask):
+            if len(runs) == 1 and write_list_(bucket.weight_list(i), step, lr, decay, write_mask):
                 continue
             W = bucket.load(i)
-            write_(W, step, lr, decay, write_mask)
+            if len(runs) == 1:
+                write_(W, step, lr, decay, write_mask)
+            else:
+                write_runs_(W, step, runs, write_mask)
             bucket.store(i, W)
+
+    def _runs(self, bucket: Bucket) -> list[Run]:
+        """Learning rate and decay of the units of a bucket, equal neighbours together."""
+        runs: list[Run] = []
+        for j, unit in enumerate(bucket.units if bucket.spans else bucket.units[:1]):
+            group = self.param_groups[unit.group]
+            lr, decay = self._lr_value(group["lr"]), group["weight_decay"]
+            decay = decay if unit.decay == 1.0 else decay * unit.decay
+            previous = runs[-1] if runs else None
+            if previous is not None and _same(previous.lr, lr) and previous.weight_decay == decay:
+                runs[-1] = previous._replace(ks=slice(previous.ks.start, j + 1))
+            else:
+                runs.append(Run(slice(j, j + 1), lr, decay))
+        return runs
 
     @staticmethod
     def _lr_value(lr: float | Tensor) -> float | Tensor:
@@ -631,8 +730,16 @@ class StackedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._pending = None, ()
+        self._plan, self._pending, self._is_built = None, (), True
         for group in self.param_groups:
+            group.setdefault("draws", "position")  # as all did before there was a choice
+            if group.get("adamw_lr_ratio") is None and "adamw_lr_ratio" not in group:
+                group.pop("adamw_lr", None)  # its parameters had a group of their own
             RULE_CLASSES.get(group["rule"], self._default_rule).complete_saved(group)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+
+def _same(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two learning rates are known to be equal without waiting for a device."""
+    return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)

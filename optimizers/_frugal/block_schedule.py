@@ -122,30 +122,29 @@ def block_labels(blocks: str | Sequence[int], names: Sequence[str | None]) -> li
 
 
 def assign_block_numbers(
-    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], listed: Mapping[Tensor, int]
+    group: dict[str, Any], defaults: Mapping[str, Any], listed: Mapping[Tensor, int]
 ) -> None:
-    """Give every group the number of each parameter's block, -1 for what AdamW trains.
+    """Give a group the number of each parameter's block, -1 for what AdamW trains.
 
     Args:
-        groups: Groups as users give them, changed in place.
-        defaults: Values of keys that a group lacks.
+        group: A group as users give it, changed in place.
+        defaults: Values of keys that the group lacks.
         listed: Block of every tensor in the user's lists.
 
     Raises:
         ValueError: For a matrix that is in no list.
     """
-    for group in groups:
-        full = {**defaults, **group}
-        is_other_method = full["rule"] not in (None, "FRUGAL")
-        if is_other_method or "block_of" in group or isinstance(group["params"], set):
-            continue
-        params, names = parameters_of(group)
-        # any rule with one member will do: only whether a parameter goes to the rule is asked
-        rows = roles_of({**full, "params": params, "param_names": names}, Rule())
-        group["block_of"] = tuple(listed.get(p, -1) for p in params)
-        for i, (row, number) in enumerate(zip(rows, group["block_of"], strict=True)):
-            check(
-                row.rule != "matrix" or number >= 0,
-                f"{describe(names[i], params[i], i)} is in none of the lists of blocks; add it to "
-                "one, or give it a group with rule='adamw'",
-            )
+    full = {**defaults, **group}
+    is_other_method = full["rule"] not in (None, "FRUGAL")
+    if is_other_method or "block_of" in group or isinstance(group["params"], set):
+        return
+    params, names = parameters_of(group)
+    # any rule with one member will do: only whether a parameter goes to the rule is asked
+    rows = roles_of({**full, "params": params, "param_names": names}, Rule())
+    group["block_of"] = tuple(listed.get(p, -1) for p in params)
+    for i, (row, number) in enumerate(zip(rows, group["block_of"], strict=True)):
+        check(
+            row.rule != "matrix" or number >= 0,
+            f"{describe(names[i], params[i], i)} is in none of the lists of blocks; add it to "
+            "one, or give it a group with rule='adamw'",
+        )

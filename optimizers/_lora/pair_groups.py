@@ -93,12 +93,12 @@ class PairOptimizer(StackedOptimizer):
         super().__init__(_to_pair_groups(params, rule, scale), rule, lr, weight_decay, **options)
 
     @override
-    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+    def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
         if isinstance(param_group, dict) and isinstance(param_group.get("params"), (list, tuple)):
             full = {**self.defaults, **param_group}
             if full["rule"] in (None, self._default_rule.method()):
                 _check_group(full, len(self._default_rule.members))
-        return super()._prepare_groups(param_group)
+        return super()._prepare_group(param_group)
 
 
 def accepts_groups(init: Callable[P, None]) -> Callable[P, None]:

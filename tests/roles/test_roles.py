@@ -23,7 +23,7 @@ from stiefel import optimizers
 from stiefel.optimizers._core.rule import Dense, Rule
 from stiefel.optimizers._core.views import split_view
 from stiefel.optimizers._driver.optimizer import StackedOptimizer
-from stiefel.optimizers._roles.classify import Assignment, classify, route
+from stiefel.optimizers._roles.classify import Assignment, classify, route, route_all
 
 GOLDEN = FIXTURES / "roles"
 
@@ -1142,7 +1142,7 @@ def test_strict():
         (None, (4, 5), "hidden", "matrix"),
         (None, (3, 4, 5), "hidden", "matrix"),
         (None, (1, 4, 5), "hidden", "matrix"),
-        (None, (6, 4, 3, 3), "hidden", "matrix"),
+        (None, (6, 4, 3, 3), "conv", "matrix"),
         ("up.weight", (4, 5), "hidden", "matrix"),
         ("fc.bias", (4,), "bias", "adamw"),
         ("experts.down_proj_bias", (4, 8), "bias", "adamw"),
@@ -1161,7 +1161,7 @@ def test_strict():
         ("block.0.SelfAttention.relative_attention_bias.weight", (9, 4), "embedding", "adamw"),
         ("shared.weight", (9, 4), "embedding", "adamw"),
         ("mlp.shared.weight", (9, 4), "hidden", "matrix"),
-        ("embed.weight", (9, 3, 4, 4), "hidden", "matrix"),
+        ("embed.weight", (9, 3, 4, 4), "conv", "matrix"),
         ("bias_net.weight", (9, 4), "hidden", "matrix"),
         ("pos_embed", (9, 4), "embedding", "adamw"),
         ("vit.cls_token", (1, 1, 4), "embedding", "adamw"),
@@ -1234,7 +1234,7 @@ def test_strict():
 def test_route(name, shape, role, rule):
     row = route(name, shape)
     assert (row.name, row.shape, row.role, row.rule) == (name, shape, role, rule)
-    assert row.view == ("batch" if role == "expert" else "auto")
+    assert row.view == {"expert": "batch", "conv": "flatten"}.get(role, "auto")
     assert row.why and "known" not in row.why
 
 
@@ -1248,6 +1248,114 @@ def test_names_alone_agree_with_modules(model):
     for row in classify(model()):
         alone = route(row.name, row.shape)
         assert (alone.role, alone.rule) == (row.role, row.rule)
+
+
+# ----------------------------------------------------------------------- names of all parameters
+
+
+def by_names_alone(model):
+    return table_by_names([(n, tuple(p.shape)) for n, p in model.named_parameters()])
+
+
+def table_by_names(named_shapes):
+    return {row.name: row for row in route_all(*zip(*named_shapes, strict=True))}
+
+
+def zoo():
+    """Every model of the golden tables, and the meta models of those of transformers."""
+    rebuilt = {
+        name: lambda path=path: families.rebuild(path.read_text()) for name, path in TABLES.items()
+    }
+    return {**GOLDEN_MODELS, **rebuilt}
+
+
+# What only modules tell: (field, by module, by names) -> why.
+UNTOLD_BY_NAMES = {
+    ("part", "tied", "token"): "a tie is one object under two names, and names are told once",
+    ("role", "quantised", "hidden"): "codes are told by the dtype",
+    ("role", "quantised", "head"): "codes are told by the dtype",
+    ("role", "norm", "vector"): "the class is a norm, the name 'layernorm_before' is none",
+    ("role", "norm", "bias"): "the class is a norm, the name 'layernorm_before' is none",
+}
+
+
+@pytest.mark.parametrize("name", zoo())
+def test_names_of_all_parameters_agree_with_modules(name):
+    model = zoo()[name]()
+    expected, found = classify(model), by_names_alone(model)
+    assert [row.name for row in expected] == list(found)
+    for row in expected:
+        alone = found[row.name]
+        assert alone.shape == row.shape and alone.heads == () and not alone.centred
+        assert alone.view in ("auto", "batch", "flatten")
+        if ("role", row.role, alone.role) in UNTOLD_BY_NAMES:
+            continue
+        if ("part", row.part, alone.part) not in UNTOLD_BY_NAMES:
+            assert (alone.name, alone.part) == (row.name, row.part)
+        assert (alone.name, alone.role, alone.rule) == (row.name, row.role, row.rule)
+        assert (alone.name, alone.pair) == (row.name, row.pair)
+        if alone.side is not None and not row.view.startswith("transposed"):
+            assert (alone.name, alone.side) == (row.name, row.side)
+
+
+def test_what_stands_beside_a_name_decides():
+    layer = {"q": (8, 8), "k": (8, 8), "v": (8, 8), "o": (8, 8)}
+    layer |= {"gate": (20, 8), "up": (20, 8), "down": (8, 20)}
+    names = {f"blocks.0.{word}.weight": shape for word, shape in layer.items()}
+    found = table_by_names([("tok.weight", (50, 8)), *names.items()])
+    assert found["tok.weight"].part == "token"
+    rows = [found[name] for name in names]
+    parts = ["query", "key", "value", "out", "gate", "up", "down"]
+    assert [row.part for row in rows] == parts
+    assert [row.side for row in rows] == ["cols"] * 3 + ["rows"] + ["cols"] * 2 + ["rows"]
+    assert found["blocks.0.gate.weight"].pair == "blocks.0.up.weight"
+    assert found["blocks.0.up.weight"].pair == "blocks.0.gate.weight"
+    alone = [route(name, shape) for name, shape in names.items()]
+    assert {row.part for row in alone} == {""}, "one name sees nothing beside itself"
+
+
+def test_wrappers_in_names_hide_nothing():
+    names = [
+        "_orig_mod.module.blocks.0._fsdp_wrapped_module.gate.base_layer.weight",
+        "_orig_mod.module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.up.weight",
+        "_orig_mod.module.blocks.0._fsdp_wrapped_module.down.parametrizations.weight.original1",
+    ]
+    gate, up, down = route_all(names, [(20, 8), (20, 8), (8, 20)])
+    assert (gate.part, up.part, down.part) == ("gate", "up", "down")
+    assert [gate.name, up.name, down.name] == names
+    assert (gate.pair, up.pair, down.pair) == (names[1], names[0], None)
+    tied = route_all(["module.lm_head.weight", "lm_head_norm.weight"], [(9, 4), (4,)])
+    assert [row.role for row in tied] == ["head", "norm"]
+
+
+def test_names_may_be_missing_or_contradict_each_other():
+    rows = route_all([None, "a", "a.b", "a.b.weight", "a..c", None], [(3, 4)] * 6)
+    assert [row.name for row in rows] == [None, "a", "a.b", "a.b.weight", "a..c", None]
+    assert {(row.role, row.rule) for row in rows} == {("hidden", "matrix")}
+    assert route_all([], []) == []
+
+
+def test_heads_by_the_names_of_all_parameters():
+    tok, block = ("tok.weight", (50, 8)), ("h.0.up.weight", (50, 8))
+    found = table_by_names([tok, block, ("final.weight", (50, 8))])
+    assert (found["final.weight"].role, found["final.weight"].part) == ("head", "vocabulary")
+    assert found["final.weight"].why == "2-D with the 50 outputs of a vocabulary"
+    assert found["h.0.up.weight"].role == "hidden"
+    layers = [(f"classifier.{i}.weight", s) for i, s in ((0, (16, 8)), (3, (16, 16)), (6, (9, 16)))]
+    assert [row.role for row in table_by_names(layers).values()] == ["hidden", "hidden", "head"]
+    heads = [(f"heads.{i}.weight", (50, 8)) for i in range(2)]
+    assert {row.role for row in table_by_names([tok, *heads]).values()} == {"embedding", "head"}
+    fc = table_by_names([("fc.weight", (16, 8)), ("out.weight", (2, 16))])
+    assert fc["fc.weight"].role == "hidden"
+    moe = [("mlp.gate.weight", (4, 8)), ("mlp.experts.0.up.weight", (6, 8))]
+    assert table_by_names(moe)["mlp.gate.weight"].role == "router"
+
+
+def test_sides_of_weights_that_are_stored_transposed_are_not_made_up():
+    """Conv1D of GPT-2: names do not tell, but a reader whose rows are the stream does."""
+    found = by_names_alone(gpt2())
+    assert found["transformer.h.0.attn.c_attn.weight"].side == "rows"
+    assert found["transformer.h.0.attn.c_proj.weight"].side is None
 
 
 # ---------------------------------------------------------------------------------- the table
