@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import stiefel.optimizers as optimizers
 from stiefel.optimizers import StackedOptimizer, pairs_to_groups
-from stiefel.optimizers._driver.param_groups import COMMON
+from stiefel.optimizers._driver.param_groups import COMMON, LISTS
 
 LORA = ("AltLoRA", "AdaPreLoRA", "SwitchLoRA")
 PLAIN = (
@@ -57,13 +57,15 @@ ODD_VALUES = (
     "np.array([0.9, 0.95])", "Fraction(1, 2)", "1j", "len", "int", "torch.float32", "torch.int32",
     "torch.float8_e4m3fn", "torch.device('cpu')", "range(2)", "...", "'rows:2,2'", "'heads:2'",
     "'heads:0'", "'flatten'", "'transposed'", "'rows:-1,5'", "('auto', 'auto')", "'adamw'",
-    "'Muon'",
+    "'Muon'", "'RowNorm'", "'GaLore'",
     "'none'", "'svd'", "'reference'", "2**31", "-3", "10**400",
 )  # fmt: skip
 """Values of any type, for any keyword."""
 FOREIGN_KEYS = ("name", "lr_scale", "rho", "kind", "is_last_layer", "my_tag", "initial_lr")
 """Group keys of other tools, which must be kept."""
-MISSPELLED = ("weigth_decay", "momentun", "adamw_ls", "nonfinit", "weight_deacy")
+DRIVER_KEYS = ("rule", "rule", "draws", "adamw_lr_ratio", *LISTS)
+"""Group keys that the driver reads beside the options of a class."""
+MISSPELLED = ("weigth_decay", "momentun", "adamw_lt", "nonfinit", "weight_deacy")
 
 _POLAR = ("'svd'", "'ns5'", "'polar_express'", "'qdwh'", "'auto'", "'gram'")
 _ADAM = {"betas": ("(0.8, 0.99)", "(0.0, 0.9)"), "eps": ("1e-4", "1e-12")}
@@ -357,7 +359,6 @@ def options_of(name: str) -> list[str]:
     return [key for key in own if key not in ("self", "params", "groups")] + list(COMMON)
 
 
-HAS_MODEL = "model" in options_of("Muon")
 OPTIONS = {name: options_of(name) for name in CLASSES}
 
 
@@ -395,7 +396,7 @@ def draw_case(seed: int) -> Case:
         group_keys = [_draw_group_key(rng, cls, form, odd=site == "group key")]
     writes = []
     if site == "write":
-        key = rng.choice([*OPTIONS[cls], "rule", "draws"])
+        key = rng.choice([*OPTIONS[cls], *DRIVER_KEYS])
         writes = [(rng.randrange(steps), key, rng.choice(ODD_VALUES + valid.get(key, ()) * 20))]
     event = ""
     if site == "parameter" and all(spec.kind not in ODD_KINDS for spec in params):
@@ -452,7 +453,7 @@ def _draw_group_key(rng: random.Random, cls: str, form: str, odd: bool) -> tuple
         return (i, rng.choice(FOREIGN_KEYS), rng.choice(("'x'", "0.5", "None", "[1, 2]")))
     if rng.random() < 0.1:
         return (i, rng.choice(MISSPELLED), "0.1")
-    key = rng.choice([*OPTIONS[cls], "rule", "use_muon", "draws"])
+    key = rng.choice([*OPTIONS[cls], "use_muon", *DRIVER_KEYS])
     return (i, key, rng.choice(ODD_VALUES))
 
 
@@ -562,7 +563,7 @@ class Use:
             self._model = model = _module(self.names, self.params)
             if form == "module" and not case.group_keys:
                 return model
-            if not self.lora and HAS_MODEL:
+            if not self.lora:
                 options["model"] = model
         if "named" in form:
             items = list(zip(self.names, items, strict=False))
