@@ -5,6 +5,7 @@ were already taken (more than 0 where a run is resumed). It returns a :class:`Sc
 compared with AdamW stands in :func:`observe`.
 """
 
+import contextlib
 import copy
 import io
 import json
@@ -259,6 +260,24 @@ def freeze_and_unfreeze(make, done):
 
 
 @situation
+def gradual_unfreezing(make, done):
+    """ULMFiT: groups of all layers from the start, the last ones are trained first."""
+    model = new(Backbone)
+    layers = [*model.backbone, model.head]
+    groups = [
+        {"params": list(layer.parameters()), "lr": 0.01 / 2**i} for i, layer in enumerate(layers)
+    ]
+
+    def unfreeze(k):
+        for i, layer in enumerate(layers):
+            layer.requires_grad_(i >= 3 - k)
+
+    unfreeze(done)
+    optimizer = make(groups, lr=0.01, weight_decay=0.0)
+    return Script(model, optimizer, before=unfreeze)
+
+
+@situation
 def backbone_finetuning(make, done):
     """Lightning's callback: the head first, the backbone as a late group without names."""
     model = new(Backbone)
@@ -356,6 +375,15 @@ def tensor_lr(make, done):
 
 
 @situation
+def schedule_of_a_tensor_lr(make, done):
+    script = with_step(make, plain_step, lr=torch.tensor(0.01), weight_decay=0.0)
+    schedule = schedules.CosineAnnealingLR(script.optimizer, 8)
+    script.after, script.saved = lambda k: schedule.step(), (schedule,)
+    script.facts = lambda: [type(group["lr"]) for group in script.optimizer.param_groups][:1]
+    return script
+
+
+@situation
 def averaged_model(make, done):
     """EMA of the weights, then SWA's learning rate."""
     model = new(Net)
@@ -373,8 +401,14 @@ def averaged_model(make, done):
 def with_step(make, step, form=decay_groups, **options):
     """A script whose step is ``step(model, optimizer, k)``."""
     model = new(Net)
-    optimizer = make(form(model), lr=0.01, **{"weight_decay": 0.1, **options})
+    optimizer = make(form(model), **{"lr": 0.01, "weight_decay": 0.1, **options})
     return Script(model, optimizer, step=partial(step, model, optimizer))
+
+
+def plain_step(model, optimizer, k):
+    optimizer.zero_grad()
+    model.loss(k).backward()
+    optimizer.step()
 
 
 @situation
@@ -417,7 +451,7 @@ def accumulation(make, done):
             (model.loss(10 * k + i) / 3).backward()
         optimizer.step()
 
-    return with_step(make, step)
+    return with_step(make, step, foreach=True)
 
 
 class SAM(torch.optim.Optimizer):
@@ -494,7 +528,7 @@ def closure(make, done):
 
         losses.append(optimizer.step(evaluate))
 
-    script = with_step(make, step)
+    script = with_step(make, step, maximize=True)
     script.facts = lambda: [type(loss) for loss in losses]
     return script
 
@@ -521,12 +555,6 @@ def tied_weights(make, done):
     return Script(model, make(model.parameters(), lr=0.01, weight_decay=0.1))
 
 
-def plain_step(model, optimizer, k):
-    optimizer.zero_grad()
-    model.loss(k).backward()
-    optimizer.step()
-
-
 @situation
 def hooks(make, done):
     seen = []
@@ -547,25 +575,36 @@ def empty_groups(make, done):
     )
 
 
+@contextlib.contextmanager
+def other_defaults():
+    """Another default dtype, and another default device, than those of the model."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @situation
-def foreign_default_dtype(make, done):
-    """Another default dtype, and another default device, while the optimizer works."""
+def foreign_default_device_and_dtype(make, done):
+    """Faults row 21, from the construction on."""
 
     def step(model, optimizer, k):
         optimizer.zero_grad()
         model.loss(k).backward()
-        torch.set_default_dtype(torch.float64)
-        try:
-            with torch.device("meta"):
-                optimizer.step()
-        finally:
-            torch.set_default_dtype(torch.float32)
+        with other_defaults():
+            optimizer.step()
 
-    return with_step(make, step)
+    model = new(Net)
+    groups = decay_groups(model)
+    with other_defaults():
+        optimizer = make(groups, lr=0.01, weight_decay=0.1)
+    return Script(model, optimizer, step=partial(step, model, optimizer))
 
 
 @situation
-def zero_grad_of_a_copy(make, done):
+def deep_copy_in_the_middle(make, done):
     """A deep copy of model and optimizer goes on with the same bits, as Lightning and EMA do."""
     model = new(Net)
     optimizer = make(model.parameters(), lr=0.01, weight_decay=0.1)
@@ -641,7 +680,8 @@ def observe(run, make):
 
 KEPT = (
     "lr", "weight_decay", "name", "layer_id", "lr_scale", "param_group_name", "rho", "adaptive",
-    "i", "is_regularized", "initial_lr", "max_lr", "min_lr", "swa_lr", "fused", "foreach", "maximize",
+    "i", "is_regularized", "initial_lr", "max_lr", "min_lr", "swa_lr", "fused", "foreach",
+    "maximize",
 )  # fmt: skip
 
 
