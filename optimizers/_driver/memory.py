@@ -167,7 +167,7 @@ def memory_report(
 
     Returns:
         Bytes of weights, gradients (in the dtype of the weights) and state per parameter and in
-        all, beside AdamW's; of what the optimizer trains, so not of a module's frozen weights.
+        all, beside AdamW's. Frozen weights count as weights, without gradient and state.
         State that comes and goes (FRUGAL's blocks) is that of the first window. Temporary memory
         is not in it; see each class.
 

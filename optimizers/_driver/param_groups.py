@@ -290,7 +290,8 @@ def roles_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
         if rule is None:
             row = replace(row, rule="adamw", why=row.why if role else "group rule 'adamw'")
         elif len(rule.members) > 1:
-            row = replace(row, rule="matrix", why=f"member {rule.members[i % len(rule.members)]}")
+            why = row.why if role else f"member {rule.members[i % len(rule.members)]}"
+            row = replace(row, rule="matrix", why=why)
         elif known is not None:
             row = replace(row, rule=known)
         elif group.get("rule") is not None and p.ndim >= 2 and p.numel():
