@@ -9,7 +9,7 @@ from dataclasses import replace
 import hypothesis
 import pytest
 import torch
-from helpers import fuzz
+from helpers import fuzz, fuzz_cases, fuzz_values
 from hypothesis import strategies
 
 
@@ -28,7 +28,7 @@ def test_a_use_is_right_or_refused_by_one_sentence_with_nothing_changed(request)
     )
     @hypothesis.given(strategies.randoms(use_true_random=True))
     def run(draw):
-        case = fuzz.draw_case(draw.getrandbits(62))
+        case = fuzz_cases.draw_case(draw.getrandbits(62))
         report.add(case, fuzz.run_case(case))
 
     run()
@@ -39,16 +39,16 @@ def test_a_use_is_right_or_refused_by_one_sentence_with_nothing_changed(request)
 
 def plain_case(**changes):
     """A use of Muon with nothing odd in it."""
-    params = (fuzz.Param((4, 3)), fuzz.Param((3,)))
-    case = fuzz.Case(1, "Muon", "list", params, grads=(("normal", "normal"),) * 2)
+    params = (fuzz_cases.Param((4, 3)), fuzz_cases.Param((3,)))
+    case = fuzz_cases.Case(1, "Muon", "list", params, grads=(("normal", "normal"),) * 2)
     return replace(case, **changes)
 
 
 def test_a_seed_gives_one_case():
-    cases = [[fuzz.draw_case(seed) for seed in range(200)] for _ in range(2)]
+    cases = [[fuzz_cases.draw_case(seed) for seed in range(200)] for _ in range(2)]
     assert cases[0] == cases[1]
-    assert {case.cls for case in cases[0]} == set(fuzz.CLASSES)
-    assert {case.site for case in cases[0]} == {"plain", *fuzz.KINDS}
+    assert {case.cls for case in cases[0]} == set(fuzz_values.CLASSES)
+    assert {case.site for case in cases[0]} == {"plain", *fuzz_values.KINDS}
 
 
 def test_a_plain_case_is_right_and_a_bad_value_is_refused():
