@@ -63,6 +63,7 @@ WORDS = {
     "adjust_lr_fn": "Adjust learning rate function", "lr": "learning rate", "eps": "epsilon",
     "betas": "beta parameter", "adamw_betas": "beta", "adamw_lr": "learning rate",
     "rule": "method", "num_heads": "view", "split_sizes": "view", "matrix_view": "view",
+    "views": "view", "sides": "side", "rules": "rule",
 }  # fmt: skip
 """How torch's sentences, and ours, speak of some keywords."""
 AMOUNTS = ("lr", "weight_decay", "adamw_lr", "adamw_weight_decay", "adamw_lr_ratio")
