@@ -289,11 +289,11 @@ def roles_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
             row = Row(name, shape, role, known or RULE_OF_ROLE.get(role, "adamw"), why, view)
         if rule is None:
             row = replace(row, rule="adamw", why=row.why if role else "group rule 'adamw'")
+        elif known is not None:
+            row = replace(row, rule=known)
         elif len(rule.members) > 1:
             why = row.why if role else f"member {rule.members[i % len(rule.members)]}"
             row = replace(row, rule="matrix", why=why)
-        elif known is not None:
-            row = replace(row, rule=known)
         elif group.get("rule") is not None and p.ndim >= 2 and p.numel():
             why = row.why if role else f"group rule {group['rule']!r}"
             row = replace(row, rule="matrix", why=why)

@@ -11,11 +11,13 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .role_table import (
     LORA_FACTOR,
     ROLE_TABLE,
     RULE_OF_ROLE,
+    UNINITIALISED,
     UNKNOWN_ORIENTATION,
     UNKNOWN_ROLE,
     WRITERS,
@@ -45,8 +47,9 @@ class Row:
 
     Attributes:
         name: First name of the parameter, None where names are not known.
-        shape: Stored shape.
-        role: hidden, conv, expert, router, embedding, head, norm, bias, vector or quantised.
+        shape: Stored shape, () as long as a lazy parameter is not initialised.
+        role: hidden, conv, expert, router, embedding, head, depthwise, norm, bias, vector or
+            quantised.
         rule: ``"matrix"`` or ``"adamw"``.
         why: The reason for role and rule.
         view: How the parameter becomes matrices (out, in); see ``views.py``. Fused weights are cut.
@@ -75,13 +78,17 @@ class Row:
     aliases: tuple[str, ...] = ()
     kind: str = ""
 
+    @property
+    def _is_lazy(self) -> bool:
+        return not self.shape and UNINITIALISED in self.why
+
     def _cells(self) -> dict[str, str]:
         """Texts of the columns, empty for unknown values."""
         cells = {column: getattr(self, column) or "" for column in _COLUMNS}
         return {
             **cells,
             "name": self.name or "-",
-            "shape": " x ".join(map(str, self.shape)) or "scalar",
+            "shape": " x ".join(map(str, self.shape)) or ("lazy" if self._is_lazy else "scalar"),
             "heads": " ".join(map(str, self.heads)),
             "centred": "yes" if self.centred else "",
             "aliases": ", ".join(self.aliases),
@@ -154,7 +161,7 @@ class Assignment:
     def _counts(self) -> str:
         methods = sorted({row.rule for row in self.rows} - {"matrix", "adamw"}) or ["matrix"]
         sizes = {
-            rule: [prod(row.shape) for row in self.rows if row.rule == rule]
+            rule: [0 if row._is_lazy else prod(row.shape) for row in self.rows if row.rule == rule]
             for rule in [*methods, "adamw"]
         }
         return "; ".join(f"{k}: {len(v)} parameters, {sum(v):,} elements" for k, v in sizes.items())
@@ -177,7 +184,7 @@ def _assign_role(sites: list[ParamSite]) -> Row:
         for site in sites
         if test(site)
     )
-    why = why.format(s=site)
+    why = why.format(s=site) + (f"; {UNINITIALISED}" if site.is_lazy else "")
     if site is not own:
         why = f"tied to {site.name} ({why})"
     elif others:
@@ -238,7 +245,10 @@ def _with_named_place(row: Row, s: ParamSite) -> Row:
 def route(name: str | None, shape: tuple[int, ...]) -> Row:
     """Return the row of a parameter of which only the shape, and maybe the name, is known.
 
-    Without a telling name, 0-D, 1-D and empty tensors get AdamW and all others the rule.
+    Without a telling name, tensors get AdamW if they are empty, have fewer than two sides, or have
+    three or more of which one is longer than 1; all others get the rule. Kernels of shape
+    (channels, 1, ...) get AdamW as depthwise ones: a convolution of a single channel has the same
+    shape, and only its module tells.
     """
     return replace(_assign_role([ParamSite(name or "", tuple(shape))]), name=name)
 
@@ -299,6 +309,10 @@ def classify(
     found by its name, by a tie, or by as many outputs as there are words: the last layer of a plain
     ``nn.Sequential`` looks like any other and counts as hidden.
 
+    Depthwise convolutions, and tensors of three or more dimensions of which one is longer than 1,
+    are AdamW's: as matrices they are single rows. A parameter that is not initialised yet has the
+    role that its module gives it and the shape ().
+
     Args:
         model: Any module. Only its tree and its shapes are read, so the meta device will do.
         overrides: Choices by name, glob pattern, parameter, module (all parameters in it) or
@@ -334,13 +348,15 @@ outputs of a vocabulary
     sites, rows = _param_sites(model), []
     for name, p in model.named_parameters():
         # The name given here is the one that counts: wrappers may shorten it.
-        own, *others = sites.get(id(p)) or [ParamSite(name, tuple(p.shape), (model,))]
+        own, *others = sites.get(id(p)) or [ParamSite(name, shape_of(p), (model,))]
         own = replace(own, name=name)
         row = _assign_role([own, *others])
         hits = [i for i, (key, _) in enumerate(pairs) if _matches(key, p, [own, *others])]
         if hits:
             key, choice = pairs[hits[0]]
             row = _override(row, key if isinstance(key, str) else _describe_key(key, row), choice)
+            if own.is_lazy:
+                row = replace(row, why=f"{row.why}; {UNINITIALISED}")
         rows.append(row)
         for i in hits:
             unused.pop(i, None)
@@ -378,7 +394,7 @@ def _describe_key(key: Any, row: Row | None = None) -> str:
         return repr(key)
     what = "parameter" if isinstance(key, Tensor) else type(key).__name__
     if isinstance(key, Tensor):
-        return row.name or what if row else f"a tensor of shape {tuple(key.shape)}"
+        return row.name or what if row else f"a tensor of shape {shape_of(key)}"
     return what if isinstance(key, nn.Module) else getattr(key, "__name__", what)
 
 
@@ -397,7 +413,9 @@ def _override(row: Row, pattern: str, choice: Choice) -> Row:
         return replace(row, **{"why": why, **{k: _swap(v, list, tuple) for k, v in chosen.items()}})
     _one_of(why, choice, ("matrix", "adamw", *RULE_OF_ROLE))
     role, rule = (choice, RULE_OF_ROLE[choice]) if choice in RULE_OF_ROLE else (row.role, choice)
+    is_lazy_matrix = UNINITIALISED in row.why and row.role not in _NO_PLACE
     no_matrix = len(row.shape) < 2 or 0 in row.shape or row.role == "quantised"
+    no_matrix = no_matrix and not is_lazy_matrix
     if rule == "matrix" and no_matrix:
         raise ValueError(f"{why}: {row.name} of shape {row.shape} is no matrix; give it 'adamw'")
     own_view = {"conv": "flatten", "expert": "batch"} if len(row.shape) > 2 else {}
@@ -416,7 +434,7 @@ def _stored_as(p: Tensor) -> str:
     coded = re.search(r"4bit|8bit|Int8Params|Quantized|Float8|NF4", type(p).__name__)
     if coded:
         return type(p).__name__
-    plain = (p.is_floating_point() or p.is_complex()) and p.element_size() > 1
+    plain = (p.is_floating_point() or p.is_complex()) and p.dtype.itemsize > 1
     return "" if plain else str(p.dtype).removeprefix("torch.")
 
 
@@ -433,6 +451,7 @@ def _param_sites(model: nn.Module) -> dict[int, list[ParamSite]]:
             owners.append(modules[place])
         for name, p in module.named_parameters(path, recurse=False, remove_duplicate=False):
             site = ParamSite(name, shape_of(p), tuple(owners), stored=_stored_as(p))
+            site = replace(site, is_lazy=is_lazy(p))
             sites.setdefault(id(p), []).append(site)
     return _with_tables(model, sites)
 
@@ -468,7 +487,7 @@ def _inferred_heads(model: nn.Module, sites: dict[int, list[ParamSite]]) -> dict
         (key, s)
         for key, all_sites in sites.items()
         for s in all_sites
-        if may_be_linear(s) and s.ndim == 2 and not s.name_matches(LORA_FACTOR)
+        if may_be_linear(s) and len(s.shape) == 2 and not s.name_matches(LORA_FACTOR)
     ]
     tables = _token_embeddings(sites)
     sizes = {s.shape[0] for s in tables}

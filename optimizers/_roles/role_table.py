@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -29,6 +30,7 @@ class ParamSite:
     stored: str = ""  # what the parameter holds if it is no plain floating tensor
     width: int | None = None  # of the residual stream as the embeddings tell it
     vocabularies: frozenset[int] = frozenset()  # numbers of rows of the embeddings
+    is_lazy: bool = False  # not initialised yet: the shape is not known, and ()
 
     @property
     def module(self) -> nn.Module | None:
@@ -43,25 +45,25 @@ class ParamSite:
 
     @property
     def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
+        """Number of dimensions; of a lazy parameter that which its module gives it, else 0."""
+        return lazy_ndim(self) if self.is_lazy else len(self.shape)
 
     @property
     def leaf(self) -> str:
         """The last component of the name."""
         return self.name.rpartition(".")[2]
 
-    @property
+    @cached_property
     def plain_name(self) -> str:
         """The name without what wrappers and parametrizations add."""
-        return _WRAPPERS.sub("", _PARAMETRIZED.sub(r"\1", self.name))
+        return _WRAPPERS.sub("", _PARAMETRIZED.sub(r"\1\2", self.name))
 
-    @property
+    @cached_property
     def is_bare(self) -> bool:
         """Whether the parameter has a name of its own: it is nobody's "weight"."""
         return self.plain_name.rpartition(".")[2] != "weight"
 
-    @property
+    @cached_property
     def parts(self) -> list[str]:
         """The components of the plain name without a last "weight"."""
         return self.plain_name.removesuffix(".weight").split(".")
@@ -71,7 +73,7 @@ class ParamSite:
         """The last component that names the parameter."""
         return self.parts[-1]
 
-    @property
+    @cached_property
     def head_name(self) -> str:
         """The components of the name that mark an output head, "" if there are none."""
         return _head_name(self)
@@ -86,6 +88,18 @@ class ParamSite:
         return f"nn.{cls.__name__}" if public else cls.__name__
 
     @property
+    def list_parts(self) -> list[str]:
+        """The components without the number that a parameter, or a table, has in a list of them."""
+        *above, word = self.parts
+        numbered = above and word.isdigit() and (self.is_bare or _LISTS.fullmatch(above[-1]))
+        return above if numbered else self.parts
+
+    @property
+    def list_word(self) -> str:
+        """The last component that is no number in a list."""
+        return self.list_parts[-1]
+
+    @cached_property
     def siblings(self) -> dict[str, nn.Module | nn.Parameter | None]:
         """Modules and parameters registered beside the word, by name, the word's own included."""
         for owner in self.owners:
@@ -135,8 +149,8 @@ class NameTree(nn.Module):
         *path, leaf = name.split(".")
         owners: list[nn.Module] = [self]
         for child in path:
-            inner = owners[0]._modules.setdefault(child, NameTree())
-            assert inner is not None
+            inner = owners[0]._modules.get(child) or NameTree()
+            owners[0]._modules[child] = inner
             owners.insert(0, inner)
         weight = torch.empty(shape, device="meta", dtype=torch.float32)
         owners[0]._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
@@ -161,17 +175,20 @@ SCORES = ("scoring_func", "score_func", "score_function")
 # Components of names, whole. Patches and times are embedded by projections, not looked up.
 _NOUNS = r"(emb|embeds?|embeddings?)"
 _POSITIONS = re.compile(
-    rf"(\w+_)?pos(itions?|itional)?_({_NOUNS}|enc|encodings?)(_(?!\w*(proj|mlp|conv|norm)$)\w+)?"
-    r"|(\w+_)?rel(ative)?_pos(?!\w*(proj|mlp|conv)$)\w*|rel(ative)?_(bias|height|width|[hwkv])"
-    rf"|(\w+_)?(attention|attn|position|pos)_bias(es)?(_table)?|rel(ative)?_{_NOUNS}(_[hwkv])?"
-    rf"|(row|col|column|height|width|temporal|spatial|freq)_{_NOUNS}|emb_rel_[kv]|(height|width)_rel"
+    rf"(\w+_)?pos(itions?|itional)?_({_NOUNS}|enc|encodings?)\d*(_(?!\w*(proj|mlp|conv|norm)$)\w+)?"
+    r"|(\w+_)?rel(ative)?_pos(?!\w*(proj|mlp|conv)$)\w*|rel(ative)?_(height|width|[hwkv])"
+    r"|(\w+_)?(attention|attn|pos(ition)?|rel(ative)?)_bias(es)?(_table)?"
+    rf"|rel(ative)?_{_NOUNS}(_[hwkv])?|emb_rel_[kv]|(height|width)_rel"
+    rf"|(row|col|column|height|width|temporal|spatial|freq)_{_NOUNS}"
     r"|pos|pe|rpb|rpe(_table)?|wpe|W_pos|embed_positions|distance_embedding"
 )
 # What a parameter of its own, which is no module's "weight", may be called in addition.
-_BARE_POSITIONS = re.compile(r"(\w+_)?(pos|positions?|pe)")
+_BARE_POSITIONS = re.compile(r"(\w+_)?(pos|positions?|pe)\d*")
 # What a table may be called in a module that is named as positions are.
 _TABLES = re.compile(rf"{_NOUNS}|table|pe")
 _WORDS = rf"((\w+_)?(tok|token|word)_{_NOUNS}|tok|wte|W_E|embed_tokens)(_table|_layer)?"
+# Lists of tables: a number follows.
+_LISTS = re.compile(rf"{_WORDS}|(\w+_)?(embs|embeds|embeddings|tokens|queries|prompts)")
 _EMBEDDINGS = re.compile(
     rf"((\w+_)?(tok|token|word|type|segment|class|value|query|src|tgt|bos)_)?{_NOUNS}"
     r"|(?!(\w+_)?(patch|t|time|timestep|image|img|pixel)_)\w*embeddings?(_table|_layer)?"
@@ -180,16 +197,17 @@ _EMBEDDINGS = re.compile(
 )
 _BARE_EMBEDDINGS = re.compile(
     rf"(\w+_)?({_NOUNS}|tokens?|queries|latents?|registers?|prompts?|prototypes?|centroids?|slots?"
-    r"|codebooks?|probe|memory)_?\d*|(\w+_)?(object|learned|learnable|pool)_query|cls|ctx"
+    r"|codebooks?|anchors?|reference_points|probe|memory)_?\d*|latent_array|cls|ctx"
+    r"|(?!(w|W|proj|to|in)_)\w+_query"
 )
 # Bare parameters that are no matrices: rates of a recurrence, and gains where they are one row.
 _RATES = re.compile(r"A_logs?|time_(decay|first|faaaa)")
 _GAINS = re.compile(r"(\w+_)?(scale|gamma|beta|alpha|gain|lambda|ls)s?_?\d*")
 _HEADS = re.compile(r"lm_?head|unembed|unembedding|embed_out|W_U")
 # These, and T5's "shared", count only at the top: inside a block an "output" is something else.
-_TOP_HEADS = re.compile(r"(\w+_)?heads?|output|classifier|score|fc|(to_)?logits|qa_outputs")
+_TOP_HEADS = re.compile(r"(\w+_)?heads?(_dist)?|output|classifier|score|fc|(to_)?logits|qa_outputs")
 # What may follow: "head.fc", "classifier.6", "v_head.summary".
-_HEAD_ENDS = re.compile(r"\d+|fc|proj|out_proj|linear|summary|decoder")
+_HEAD_ENDS = re.compile(r"\d+|fc|l|proj|out_proj|linear|summary|decoder")
 _CLASSES = re.compile(r"classifier|score|(value|reward|critic|v|q\d?)(_head)?")
 _TOP_MODULES = {
     "model",
@@ -201,19 +219,35 @@ _TOP_MODULES = {
     "heads",
 }
 
-_NORM = re.compile(r"(?i)\w*norm\d*|(ln|bn|gn)(_\w+|\d+)?")
-_BIAS = re.compile(r"bias|\w+_bias|bias_\w+")
+_NORM = re.compile(r"(?i)\w*norm(_\w+|\d+)?|(\w+_)?(ln|bn|gn)(_\w+|\d+)?")
+_BIAS = re.compile(r"bias|\w+_bias|bias_\w+|(pos|rel)_bias_[uv]")
 LORA_FACTOR = re.compile(r"(?i)lora_(embedding_)?[ab]")
+_PROJECTIONS = re.compile(r"(\w+_)?proj(ection)?")
 _CONV_NAMES = re.compile(r"(?i)\w*conv\w*")
 _EXPERTS = re.compile(r"(\w+_)?experts?")
 _SHARED_GATE = re.compile(r"shared_expert_gate|shared_gate")
-_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$")
+_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$|\b(weight)_(v|orig)$")
 _WRAPPERS = re.compile(
     r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
     r"|original_module|modules_to_save\.\w+)\."
 )
 UNKNOWN_ROLE = "nothing else known"
+UNINITIALISED = "not initialised yet"
 UNKNOWN_ORIENTATION = "stored (in, out) or (out, in) is not known"
+
+
+def shape_of(p: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, () as long as a lazy one is not initialised."""
+    return () if is_lazy(p) else tuple(p.shape)
+
+
+def lazy_ndim(s: ParamSite) -> int:
+    """Number of sides that the module gives a parameter, 0 if nothing tells."""
+    if _BIAS.fullmatch(s.leaf):
+        return 1
+    if isinstance(s.module, nn.modules.conv._ConvNd):
+        return 2 + len(s.module.kernel_size)
+    return 2 if s.leaf == "weight" and (is_linear(s) or is_embedding(s)) else 0
 
 
 def is_linear(s: ParamSite) -> bool:
@@ -235,18 +269,23 @@ def may_be_linear(s: ParamSite) -> bool:
 def _is_word_table(s: ParamSite) -> bool:
     """Whether an embedding is a table that is looked up by the number of a word or token."""
     table = is_embedding(s) or (s.module is None and not s.is_bare)
-    return s.ndim == 2 and (table or re.fullmatch(_WORDS, s.word) is not None)
+    return s.ndim == 2 and (table or re.fullmatch(_WORDS, s.list_word) is not None)
+
+
+def _is_position(s: ParamSite) -> bool:
+    """Whether this is a table of positions, by its name or by the class of the lookup table."""
+    return names_position(s) or (is_embedding(s) and s.is_instance("Position|PosEmb|PosEnc"))
 
 
 def is_token_table(s: ParamSite) -> bool:
     """Whether this is an embedding whose rows are words: by its module, or by its name alone."""
     found = is_embedding(s) or (s.module is None and not s.is_bare and _names_embedding(s))
-    return found and s.ndim == 2 and not names_position(s)
+    return found and len(s.shape) == 2 and not _is_position(s)
 
 
 def _is_row(s: ParamSite) -> bool:
     """Whether only one side has more than one entry."""
-    return prod(s.shape) == max(s.shape)
+    return prod(s.shape) == max(s.shape, default=0)
 
 
 def _is_vector(s: ParamSite) -> bool:
@@ -276,13 +315,13 @@ def _is_depthwise(s: ParamSite) -> bool:
         return False
     groups, channels = (getattr(s.module, name, None) for name in ("groups", "in_channels"))
     if type(groups) is int and type(channels) is int:
-        return groups == channels and (groups > 1 or s.shape[0] == 1)
-    return s.shape[1] == 1
+        return groups == channels and (groups > 1 or s.shape[:1] == (1,))
+    return s.shape[1:2] == (1,)
 
 
 def _has_rows_only(s: ParamSite) -> bool:
     """Whether the matrices of a stack or of a convolution are single rows, by its shape."""
-    return s.ndim > 2 and s.shape[1] == 1 and not s.name_matches(LORA_FACTOR)
+    return s.ndim > 2 and s.shape[1:2] == (1,) and not s.name_matches(LORA_FACTOR)
 
 
 def _names_conv(s: ParamSite) -> bool:
@@ -293,7 +332,7 @@ def _names_conv(s: ParamSite) -> bool:
 
 def names_position(s: ParamSite) -> bool:
     """Whether the name is that of a table of positions."""
-    *above, word = s.parts
+    *above, word = s.list_parts
     named = _POSITIONS.fullmatch(word) or (s.is_bare and _BARE_POSITIONS.fullmatch(word))
     inside = above and _TABLES.fullmatch(word) and _POSITIONS.fullmatch(above[-1])
     return bool(named or inside)
@@ -301,7 +340,7 @@ def names_position(s: ParamSite) -> bool:
 
 def _names_embedding(s: ParamSite) -> bool:
     """Whether the name is that of positions, tokens or queries; of many sides if it is bare."""
-    *above, word = s.parts
+    *above, word = s.list_parts
     if word == "query" and s.owners:  # a projection has bare keys beside it
         bare = {name for name, thing in s.siblings.items() if isinstance(thing, Tensor)}
         return word in bare and bare.isdisjoint(("key", "value"))
@@ -314,10 +353,14 @@ def _is_bare_embedding(s: ParamSite) -> bool:
     return s.ndim > 2 and s.is_bare and _names_embedding(s)
 
 
+def _names_projection(s: ParamSite) -> bool:
+    return s.ndim == 2 and _PROJECTIONS.fullmatch(s.word) is not None
+
+
 def _has_first_side_1(s: ParamSite) -> bool:
     """Whether this is one row of a batch, as positions and queries are stored."""
     bare = s.module is not None or (s.name != "" and s.is_bare)
-    return s.ndim > 2 and s.shape[0] == 1 and bare
+    return s.ndim > 2 and s.shape[:1] == (1,) and bare
 
 
 def _names_bias(s: ParamSite) -> bool:
@@ -336,7 +379,7 @@ def _head_name(s: ParamSite) -> str:
         return ""
     *above, word = s.parts
     top = _TOP_MODULES.issuperset(above)
-    if _HEADS.fullmatch(word) or (top and word == "value" and s.shape[0] == 1):
+    if _HEADS.fullmatch(word) or (top and word == "value" and s.shape[:1] == (1,)):
         return word
     if top and _TOP_HEADS.fullmatch(word) and (word != "fc" or _is_last(s)):
         return word
@@ -372,14 +415,10 @@ def _is_last(s: ParamSite) -> bool:
 
 def _names_router(s: ParamSite) -> bool:
     # A "gate" is a router beside experts, or inside one, only: SwiGLU has a gate as well.
-    near = hasattr(s.parent, "experts") or s.parts[-2:-1] == ["router"]
+    beside = hasattr(s.parent, "experts") or "experts" in s.siblings
+    near = beside or s.parts[-2:-1] == ["router"]
     named = (near and s.word in ("gate", "wg")) or s.word == "router"
-    return s.ndim == 2 and named and s.count("experts") in (None, s.shape[0])
-
-
-def shape_of(p: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, () as long as a lazy one is not initialised."""
-    return () if is_lazy(p) else tuple(p.shape)
+    return s.ndim == 2 and named and s.count("experts") in (None, *s.shape[:1])
 
 
 _OTHER_HIDDEN = (nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -400,6 +439,7 @@ ROLE_TABLE: tuple[tuple[str, str, str, Callable[[ParamSite], object]], ...] = (
     ("norm", "auto", "{s.kind}", lambda s: s.is_instance(r"Norm\d*d?$")),
     ("norm", "auto", "{s.ndim}-D, norm by name", lambda s: s.ndim < 2 and s.name_matches(_NORM, 2)),
     ("bias", "auto", "{s.ndim}-D, bias by name", _names_bias),
+    ("vector", "auto", UNKNOWN_ROLE, lambda s: s.is_lazy and s.ndim < 1),
     ("vector", "auto", "{s.ndim}-D", lambda s: s.ndim < 2),
     ("vector", "auto", "name component '{s.leaf}'", lambda s: _RATES.fullmatch(s.leaf)),
     ("vector", "auto", "one side only", lambda s: _GAINS.fullmatch(s.leaf) and _is_row(s)),
@@ -410,19 +450,20 @@ ROLE_TABLE: tuple[tuple[str, str, str, Callable[[ParamSite], object]], ...] = (
     ("head", "auto", "name component '{s.head_name}'", names_head),
     ("vector", "auto", "gate of a shared expert", lambda s: s.name_matches(_SHARED_GATE, 1)),
     ("router", "auto", "name component '{s.word}'", _names_router),
-    ("embedding", "auto", "name component '{s.word}'", _is_bare_embedding),
+    ("embedding", "auto", "name component '{s.list_word}'", _is_bare_embedding),
     ("vector", "auto", "{s.ndim}-D, one side only", _is_vector),
     ("depthwise", "flatten", "{s.kind}, a kernel for each channel alone", _is_depthwise),
     ("conv", "flatten", "{s.kind}", _is_conv),
     ("hidden", "transposed", "{s.kind}, (in, out)", lambda s: s.is_instance("^Conv1D$")),
     ("hidden", "auto", "{s.kind}", lambda s: is_linear(s) or isinstance(s.module, _OTHER_HIDDEN)),
-    ("embedding", "auto", "name component '{s.word}'", _names_embedding),
+    ("embedding", "auto", "name component '{s.list_word}'", _names_embedding),
     ("expert", "batch", "3-D, experts by name", lambda s: s.ndim == 3 and s.name_matches(_EXPERTS)),
     ("embedding", "auto", "{s.ndim}-D, first side 1", _has_first_side_1),
     ("depthwise", "flatten", "{s.ndim}-D, second side 1: rows of a kernel", _has_rows_only),
     ("conv", "flatten", "{s.ndim}-D", _names_conv),
     ("hidden", "auto", "{s.ndim}-D", lambda s: s.module is None),
     ("vector", "auto", "one side only", _is_row),
+    ("hidden", "auto", "name component '{s.word}'", _names_projection),
     ("expert", "batch", "3-D stack", lambda s: s.ndim == 3),
     ("conv", "flatten", "{s.ndim}-D, " + UNKNOWN_ROLE, lambda s: s.ndim > 3),
     ("hidden", "auto", "{s.ndim}-D, " + UNKNOWN_ROLE, lambda s: True),
@@ -469,13 +510,13 @@ _SOFTMAX = re.compile(r"^(Mixtral|Qwen2Moe|Qwen3Moe|Olmoe|GptOss)")
 def part_of(s: ParamSite, role: str) -> str:
     """Part of the parameter in its layer, "" if that is not known."""
     if role == "embedding":
-        return "position" if names_position(s) else "token" if _is_word_table(s) else ""
+        return "position" if _is_position(s) else "token" if _is_word_table(s) else ""
     if role == "head":
         known = s.vocabularies.union(x for x in s.config_values("vocab_size") if x is not None)
         base = s.head_name.partition(".")[0]
         if s.head or _HEADS.fullmatch(base):
             return "vocabulary"
-        classes = s.shape[0] not in known or _CLASSES.fullmatch(base)
+        classes = known.isdisjoint(s.shape[:1]) or _CLASSES.fullmatch(base)
         return "classes" if classes else "vocabulary"
     if role == "conv":
         return "patch" if any("patch" in part for part in s.parts) else ""
@@ -492,7 +533,9 @@ def part_of(s: ParamSite, role: str) -> str:
 
 def partner_name(s: ParamSite, part: str) -> str | None:
     """The name of the up projection of a gate, or of the gate of an up projection."""
-    wanted = [words for other, words, _ in PART_TABLE if other == _PARTNERS.get(part)]
+    if part not in _PARTNERS:
+        return None
+    wanted = [words for other, words, _ in PART_TABLE if other == _PARTNERS[part]]
     before = s.name.rpartition(s.word)[0]
     for word, thing in s.siblings.items():
         if word == s.word or not any(re.fullmatch(words, word) for words in wanted):
@@ -500,7 +543,9 @@ def partner_name(s: ParamSite, part: str) -> str | None:
         if isinstance(thing, Tensor):
             return before + word
         for name, p in thing.named_parameters(word) if thing is not None else ():
-            if ParamSite(name, ()).parts == [word] and p.shape == s.shape:  # also if it is wrapped
+            if (
+                ParamSite(name, ()).parts == [word] and shape_of(p) == s.shape
+            ):  # also if it is wrapped
                 return before + name
     return None
 

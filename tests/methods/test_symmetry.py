@@ -447,9 +447,7 @@ def test_sides_of_the_residual_stream_reach_rules_that_ask():
     (group,) = own.param_groups
     sides = {
         n: side
-        for n, side, rule in zip(
-            group["param_names"], group["sides"], group["rules"], strict=True
-        )
+        for n, side, rule in zip(group["param_names"], group["sides"], group["rules"], strict=True)
         if rule == "matrix"
     }
     assert {"rows", "cols"} & {*sides.values()}
