@@ -295,8 +295,9 @@ def _check_finite(use: Use, k: int) -> None:
             continue  # moments in float16, as in torch.optim.AdamW: 0 / 0
         kinds = {row[i] for row in case.grads[: k + 1] if i < len(row)}
         odd = sorted(kinds & set(ODD_GRADS)) or ["plain gradients"]
-        owner = "AdamW parameter" if id(p) in adamw else "matrix"
-        raise Found(f"{owner} is not finite", case.cls, f"{p.dtype} {odd[0]}")
+        if id(p) in adamw:
+            raise Found("AdamW parameter is not finite", odd[0])
+        raise Found("matrix is not finite", case.cls, f"{p.dtype} {odd[0]}")
     huge = {"1e20", "1e30", "1e37"} & {kind for row in case.grads for kind in row}
     for p, entry in use.optimizer.state.items():
         if not isinstance(entry, dict):
