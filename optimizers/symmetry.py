@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from ._core.rule import Direction, Member, Rule, defaults_of, rule_class
@@ -23,6 +22,7 @@ from ._roles.policies import (
     rule_override,
     to_group_keys,
 )
+from ._roles.role_table import shape_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,6 +116,7 @@ class SymmetryStack(StackedOptimizer):
     _scale = "match_rms_adamw"
     _overrides: Any = None
     _initial_lr: float | Tensor = 1e-3
+    _named_rows: Mapping[Tensor, Row] = {}
     _unplaced = 0
 
     def __init__(
@@ -151,8 +152,12 @@ class SymmetryStack(StackedOptimizer):
         )
         self._policy, self._scale = policy, adjust_lr_fn
         self._overrides, self._initial_lr = overrides, lr
+        if not isinstance(params, (nn.Module, Tensor)):
+            params = list(params)
+            self._named_rows = rows_by_names(params)
         super().__init__(params, SymmetryStackRule(), lr, weight_decay, **options)
-        self._overrides = None  # may hold modules, which an optimizer must not keep alive
+        # both may hold what an optimizer must not keep alive
+        self._overrides, self._named_rows = None, {}
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -218,10 +223,11 @@ class SymmetryStack(StackedOptimizer):
         self, params: list[Any], names: list[str | None], known: Mapping[Tensor, Row]
     ) -> list[Row]:
         """Rows by the model, else by names; counts matrices of which neither tells the part."""
-        routed = route_all(names, [() if is_lazy(p) else tuple(p.shape) for p in params])
+        known = {**self._named_rows, **known}
+        routed = route_all(names, [shape_of(p) for p in params])
         rows = [known.get(p, row) for p, row in zip(params, routed, strict=True)]
         self._unplaced += sum(
-            row.role == "hidden" and not row.part and p not in known
+            row.role == "hidden" and not row.part and not row.kind
             for p, row in zip(params, rows, strict=True)
         )
         return rows
@@ -242,6 +248,18 @@ class SymmetryStack(StackedOptimizer):
     @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_policy": self._policy, "_scale": self._scale}
+
+
+def rows_by_names(items: Sequence[Any]) -> dict[Tensor, Row]:
+    """Rows of parameters with names, or of all such groups together: neighbours tell parts."""
+    groups = [x for x in items if isinstance(x, Mapping) and "params" in x and "rule" not in x]
+    pairs = [x for x in items if isinstance(x, tuple) and len(x) == 2]
+    for group in groups:
+        params = group["params"]
+        if isinstance(params, (list, tuple)):  # a generator can be read only once
+            pairs += zip(parameters_of(group)[1], parameters_of(group)[0], strict=True)
+    named = {p: name for name, p in pairs if name and isinstance(p, Tensor)}
+    return dict(zip(named, route_all([*named.values()], [*map(shape_of, named)]), strict=True))
 
 
 def _check_options(policy: str | Mapping[str, Any]) -> None:

@@ -11,7 +11,15 @@ from torch.nn.parameter import is_lazy
 
 from .._core.rule import Rule
 from .._core.views import split_view
-from .param_groups import describe, listed, parameters_of, roles_of, rule_of, warn_user
+from .param_groups import (
+    describe,
+    listed,
+    parameters_of,
+    roles_of,
+    rule_of,
+    view_of,
+    warn_user,
+)
 from .units import views_of
 
 
@@ -107,7 +115,7 @@ def check_group(
         text = describe(name, p, i)
         if row.rule == "matrix":
             check_matrix(p, text, method)
-            _check_shape(p, text, listed(group, "views", i) or group["view"], rule, method)
+            _check_shape(p, text, view_of(group, i, row), rule, method)
             continue
         _check_unsharded(p, text, method)
         if is_marked:

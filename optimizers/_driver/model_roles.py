@@ -64,7 +64,9 @@ def fill_lists(
     targets = [_target(group, p, row) for p, row in zip(group["params"], rows, strict=True)]
     group["rules"] = targets
     matrices = [
-        row for row, target in zip(rows, targets, strict=True) if row and target == "matrix"
+        row
+        for row, target in zip(rows, targets, strict=True)
+        if row and target == "matrix" and not row.is_lazy
     ]
     if not own_view:
         views = {row.name: row.view for row in matrices}

@@ -238,7 +238,7 @@ def assigned_rows(group: Mapping[str, Any], default_rule: type[Rule]) -> list[As
         layout = (group.get("pair"), group.get("axis")) if matrix else ()
         decay = group["weight_decay"] if matrix or own_decay is None else own_decay
         factor = listed(group, "decays", i)
-        view = listed(group, "views", i) or group["view"]
+        view = view_of(group, i, row)
         values = {f.name: getattr(row, f.name) for f in fields(row)}
         values |= {
             "rule": rule.method() if rule is not None and matrix else "adamw",
@@ -301,6 +301,16 @@ def roles_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
     return rows
 
 
+def view_of(group: Mapping[str, Any], i: int, row: Row) -> str | Sequence[str]:
+    """How parameter i of a group becomes matrices: as the model, the group or its name tells."""
+    told: str | None = listed(group, "views", i)
+    if told is not None:
+        return told
+    view: str | Sequence[str] = group["view"]
+    # a kernel of three dimensions is one matrix, not a stack of small ones
+    return row.view if view == "auto" and row.role == "conv" else view
+
+
 def parts_of(
     group: Mapping[str, Any], rule: Rule | None, position: int
 ) -> tuple[list[Part], list[tuple[int, Tensor]]]:
@@ -319,7 +329,7 @@ def parts_of(
         if row.rule != "matrix" or rule is None:
             adamw_params.append((position + i, p))
             continue
-        view, side = listed(group, "views", i) or group["view"], listed(group, "sides", i)
+        view, side = view_of(group, i, row), listed(group, "sides", i)
         key = (view if isinstance(view, str) else tuple(view), side)
         if key not in parts:
             part_rule = rule if side is None else replace(rule, **{"side": side})

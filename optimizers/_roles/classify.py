@@ -79,7 +79,7 @@ class Row:
     kind: str = ""
 
     @property
-    def _is_lazy(self) -> bool:
+    def is_lazy(self) -> bool:
         return not self.shape and UNINITIALISED in self.why
 
     def _cells(self) -> dict[str, str]:
@@ -88,7 +88,7 @@ class Row:
         return {
             **cells,
             "name": self.name or "-",
-            "shape": " x ".join(map(str, self.shape)) or ("lazy" if self._is_lazy else "scalar"),
+            "shape": " x ".join(map(str, self.shape)) or ("lazy" if self.is_lazy else "scalar"),
             "heads": " ".join(map(str, self.heads)),
             "centred": "yes" if self.centred else "",
             "aliases": ", ".join(self.aliases),
@@ -161,7 +161,7 @@ class Assignment:
     def _counts(self) -> str:
         methods = sorted({row.rule for row in self.rows} - {"matrix", "adamw"}) or ["matrix"]
         sizes = {
-            rule: [0 if row._is_lazy else prod(row.shape) for row in self.rows if row.rule == rule]
+            rule: [0 if row.is_lazy else prod(row.shape) for row in self.rows if row.rule == rule]
             for rule in [*methods, "adamw"]
         }
         return "; ".join(f"{k}: {len(v)} parameters, {sum(v):,} elements" for k, v in sizes.items())
