@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,8 +65,10 @@ class AdaPreLoRARule(LoRARule):
     def update(self, A: Member, B: Member) -> Steps:
         """Compute both steps from the old factors, as one joint solution."""
         ws = (A, B)
-        G = [None if w.grad is None else as_tall(w.grad, w) for w in ws]
-        dtype = next(g.dtype for g in G if g is not None)
+        dtypes = [w.grad.dtype for w in ws if w.grad is not None]
+        floats = [X.dtype for w in ws for X in w.state.values() if X.is_floating_point()]
+        dtype = functools.reduce(torch.promote_types, dtypes + floats)
+        G = [None if w.grad is None else as_tall(w.grad, w).to(dtype) for w in ws]
         X = [as_tall(w.value, w).to(dtype) for w in ws]
         Y = [None, None]
         if self.stats != "none":
@@ -218,7 +221,7 @@ class AdaPreLoRA(WatchingOptimizer):
         scale_aware: Whether steps have the 1 / s^2 (default: True); without, lr changes with alpha.
         max_rel_step: Largest step of a factor relative to its norm. None (default): no limit. The
             first step of A after B = 0 is as large as A itself however small lr is.
-        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
+        lr_ratio_b: Multiplies the step of B; decay keeps the plain lr. None (default): 1.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     Raises:

@@ -91,7 +91,8 @@ class AltLoRARule(LoRARule):
         """The step of one factor, in A's letters: w is A (r, n), X is B (m, r)."""
         assert w.grad is not None
         state = w.state
-        G, M = as_A(w.grad, w), as_A(state["exp_avg"], w)  # (K, r, n)
+        M = as_A(state["exp_avg"], w)  # (K, r, n)
+        G = as_A(w.grad, w).to(torch.promote_types(w.grad.dtype, M.dtype))
         X = as_A(other.value, w).to(G.dtype)  # (K, m, r)
         S = gram(X)
         if self.compact_alignment:
@@ -221,7 +222,7 @@ class AltLoRA(PairOptimizer):
             first steps of A after B = 0 are as large as A itself however small lr is.
         compact_alignment: Whether K (B^T B_old), r x r, is kept instead of B_old (default: False).
             Only the optimizer may change the factors then.
-        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
+        lr_ratio_b: Multiplies the step of B; decay keeps the plain lr. None (default): 1.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     Raises:

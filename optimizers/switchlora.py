@@ -193,7 +193,7 @@ class SwitchLoRA(TripleOptimizer):
             first step after the freeze (default: False).
         save_pools: Whether checkpoints hold the pools (default: True). Without them loading draws
             new ones.
-        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
+        lr_ratio_b: Multiplies the step of B; decay keeps the plain lr. None (default): 1.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     Raises:
