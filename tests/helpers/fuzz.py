@@ -111,6 +111,8 @@ def judge(error: BaseException, case: Case, use: Use, stage: str, changed: list[
         raise Found(f"{kind.__name__} in {stage} names nothing", where(error), shape_of_text(text))
     if "\n" in text.strip() and len(text) > 600:
         raise Found("a refusal of many lines", where(error))
+    if case.event:
+        return "parameter"
     if case.site == "plain" and not case.group_keys:
         return "keyword" if len(case.options) else _refused_plainly(error, case)
     return "keyword" if case.site == "plain" else case.site
@@ -150,7 +152,7 @@ def run_case(case: Case) -> Outcome:
         try:
             return _run(case)
         except Found as found:
-            return Outcome("finding", finding=found.args, text=getattr(found, "detail", ""))
+            return Outcome("finding", finding=found.args, text=str(found.__cause__ or ""))
 
 
 def _run(case: Case) -> Outcome:

@@ -99,7 +99,7 @@ def draw_case(seed: int) -> Case:
     rng = random.Random(seed)
     cls = rng.choice(PLAIN if rng.random() < 0.85 else LORA)
     lora = cls in LORA
-    site = rng.choice(("plain", *KINDS, "gradient", "group key"))
+    site = rng.choice(("plain", "plain", "plain", *KINDS, "gradient", "group key"))
     params = _draw_params(rng, lora, site)
     form = rng.choice(
         ("pairs", "named pairs", "module")
