@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from helpers.fuzz_cases import Case, value_of
+from helpers.fuzz_cases import OPTIONS, Case, value_of
 from helpers.fuzz_checkpoints import mutate
 from helpers.fuzz_uses import Use, bits, differences, is_dense, snapshot, spec_of
 from helpers.fuzz_values import (
@@ -82,6 +82,8 @@ def names_it(error: BaseException, case: Case, use: Use, stage: str) -> bool:
         return True
     words = [key for key, _ in case.options] + [key for _, key, _ in case.group_keys]
     words += [key for _, key, _ in case.writes] + list(use.names)
+    if case.load:  # a value of the checkpoint's groups may be refused at the step
+        words += OPTIONS[case.cls]
     if stage == "load":
         words += ["checkpoint", "state_dict", "param_groups"]
     return any(says(w, text) or (w in WORDS and WORDS[w] in text) for w in words)
