@@ -14,11 +14,10 @@ from typing_extensions import override
 from ..kernels import add_product_, product
 from ._core.rule import BatchedCall, Dense, Member, Slot, Steps
 from ._core.validation import (
-    check,
     check_adam,
-    check_at_least,
     check_choices,
-    check_positive,
+    check_flags,
+    check_numbers,
 )
 from ._lora.base_weight_hooks import WatchingOptimizer
 from ._lora.pair_algebra import damped_inverse, debias_factor, gram, right_matmul
@@ -53,13 +52,12 @@ class AdaPreLoRARule(LoRARule):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adam(self.betas, self.eps)
+        check_adam(self)
         check_choices(
             self, variant=("momentum", "sgd", "adamw"), stats=("tangent", "exact", "none")
         )
-        check_at_least(self, object, eps_rel=0)
-        check_positive(self, "max_rel_step")
-        check(0.0 < self.floor <= 1.0, f"floor must lie in (0, 1], got {self.floor!r}")
+        check_numbers(self, eps_rel="[0, inf)", max_rel_step="(0, inf) or None", floor="(0, 1]")
+        check_flags(self, "rescale_visible", "scale_aware")
 
     @override
     def update(self, A: Member, B: Member) -> Steps:

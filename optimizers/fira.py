@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ._core.rule import LOCAL_REDUCTIONS, Direction, Member, Scaled, Slot
-from ._core.validation import check, check_at_least, check_choices
+from ._core.validation import check, check_choices, check_flags, check_numbers
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.lowrank import LowRankRule
 from ._toolkit.moments import column_squares, total
@@ -42,7 +42,8 @@ class FiraRule(LowRankRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, variant=("reference", "paper"), scaling=("column", "matrix"))
-        check_at_least(self, object, gamma=1, limiter_floor=0)
+        check_numbers(self, alpha="(-inf, inf)", gamma="[1, inf)", limiter_floor="[0, inf)")
+        check_flags(self, "limiter")
         check(
             self.variant == "reference" or not self.published,
             "compat='reference' is the published code; it has variant='reference'",

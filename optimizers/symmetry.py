@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ._core.rule import Direction, Member, Rule, defaults_of, rule_class
-from ._core.validation import check, describe_unknown
+from ._core.validation import check, check_numbers, describe_unknown, shown
+from ._driver.checks import check_trainable, refuse_sharded_module, refuse_sharded_parameters
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import COMMON, parameters_of, warn_user
 from ._roles.classify import Row, classify, route_all
@@ -38,6 +39,9 @@ class SymmetryStackRule(Rule):
     """
 
     momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_numbers(self, momentum="[0, 1]")
 
     @override
     def update(self, *members: Member, **unused: Any) -> Direction:
@@ -130,12 +134,21 @@ class SymmetryStack(StackedOptimizer):
         weight_decay: float = 0.0,
         **options: Unpack[Common],
     ) -> None:
+        refuse_sharded_module(params, "SymmetryStack")
         check_role_policy(policy)
         _check_options(policy)
         scales = ("match_rms_adamw", "paper", *(f"paper:{name}" for name in PAPER_LRS))
         check(
-            adjust_lr_fn in scales,
-            f"adjust_lr_fn must be one of {', '.join(scales)}, got {adjust_lr_fn!r}",
+            isinstance(adjust_lr_fn, str) and adjust_lr_fn in scales,
+            f"adjust_lr_fn must be one of {', '.join(scales)}, got {shown(adjust_lr_fn)}",
+        )
+        is_overrides = isinstance(overrides, Mapping) or (
+            isinstance(overrides, (tuple, list))
+            and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in overrides)
+        )
+        check(
+            overrides is None or is_overrides,
+            f"overrides must be None, a dict or a list of pairs, got {shown(overrides)}",
         )
         check(
             overrides is None or isinstance(params, nn.Module),
@@ -209,6 +222,8 @@ class SymmetryStack(StackedOptimizer):
         mixed = None in names and any(names)
         if not params or mixed or not all(isinstance(p, Tensor) for p in params):
             return [group]
+        check_trainable(params, names)
+        refuse_sharded_parameters(params, names, "SymmetryStack")
         known = {} if self._model_roles is None else self._model_roles.rows()
         rows = [
             replace(row, name=name or row.name)

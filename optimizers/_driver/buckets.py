@@ -404,6 +404,8 @@ class StepPlan:
             next step to make buckets anew.
         buckets: Units with a gradient, sorted.
         entries: Number of parameters with state when ``buckets`` was made.
+        signature: Dtypes, shapes and devices of weights and gradients that the last step has
+            checked, see :func:`check_ready`.
     """
 
     flat_params: list[Tensor]
@@ -419,6 +421,7 @@ class StepPlan:
     mask: list[bool] | None = None
     buckets: list[Bucket] = field(default_factory=list)
     entries: int = 0
+    signature: Any = None
 
     def rule(self, of: Unit | Bucket) -> Rule:
         """The rule of a unit, or of all units of a bucket."""

@@ -26,7 +26,16 @@ from .._roles.assignment import OptimizerAssignment
 from . import adamw, checkpoint
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
 from .buckets import STACK_SETTINGS, Bucket, StepPlan
-from .checks import check_group, check_matrix, check_values
+from .checks import (
+    check_group,
+    check_matrix,
+    check_ready,
+    check_values,
+    check_written_values,
+    is_mark,
+    refuse_sharded_module,
+    warn_without_matrix,
+)
 from .finite import LateFlags, finite_sums, read_flags
 from .model_roles import ModelRoles, complete_names, fill_lists, rows_of
 from .param_groups import (
@@ -119,6 +128,8 @@ class StackedOptimizer(Optimizer):
     _is_built = False
     _has_warned_of_shapes = False
     _skipped = 0
+    _seen: Sequence[dict[str, Any]] = ()
+    """Groups as the last step has checked them."""
     _pending: Sequence[tuple[LateFlags, list[Bucket]]] = ()
     _wait: bool | None = None
     """Whether the host waits for the finite flags; None: on CPU only. Tests set it."""
@@ -149,6 +160,8 @@ class StackedOptimizer(Optimizer):
             "method": rule.method(),
         }
         check_values(defaults)
+        for module in (params, model):
+            refuse_sharded_module(module, rule.method())
         store_adamw_lr(defaults)
         if isinstance(params, nn.Module):
             check(model in (None, params), "model= and params name two modules; pass one of them")
@@ -159,6 +172,7 @@ class StackedOptimizer(Optimizer):
         self._set_draws()
         self._is_built = True
         self._warn_of_shapes()
+        warn_without_matrix(self.param_groups, type(rule))
 
     # groups ---------------------------------------------------------------------------------------
 
@@ -218,13 +232,14 @@ class StackedOptimizer(Optimizer):
         self._add_roles(group, full_group)
         full_group.update(group)
         check_group(full_group, self._default_rule, is_marked=is_marked)
+        group = {key: full_group[key] for key in group}  # with plain values
         for name in other_defaults:
             group.setdefault(name, other_defaults[name])
         return group
 
     def _read_reference_key(self, group: dict[str, Any]) -> bool:
         """Set the rule of a group in the format of the published package; whether it is marked."""
-        marks = [group.get(key) for key in self._marking_keys()]
+        marks = [is_mark(key, group.get(key)) for key in self._marking_keys()]
         is_marked = any(marks) and "rule" not in group
         if is_marked:
             group["rule"] = self._default_rule.method()
@@ -334,6 +349,7 @@ class StackedOptimizer(Optimizer):
             ValueError: If settings changed that shape the state of a parameter. Plan and state are
                 as before.
         """
+        self._seen = check_written_values(self.param_groups, self._default_rule, self._seen)
         flat_params = [p for group in self.param_groups for p in group["params"]]
         for group in self.param_groups:
             if "adamw_lr" in group:
@@ -466,8 +482,10 @@ class StackedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: For a sparse gradient, or a non-finite one of a matrix under
-                ``nonfinite="raise"``; no weight and no value of the state has changed then.
+            RuntimeError: For a sparse gradient or one of another shape than its weight, for weights
+                whose state does not fit after ``model.bfloat16()``, or for a non-finite gradient of
+                a matrix under ``nonfinite="raise"``; nothing has changed then.
+            ValueError: For a value that was written into a group and is out of range; likewise.
         """
         loss = None
         if closure is not None:
@@ -482,9 +500,10 @@ class StackedOptimizer(Optimizer):
         self._apply_late_flags()
         plan = self._get_plan()
         grads = [p.grad for p in plan.flat_params]
-        for grad in grads:
-            if grad is not None and grad.layout is not torch.strided:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        name = type(self).__name__
+        if not check_ready(plan, grads, self.param_groups, self.state, name):
+            self._plan = None  # weights have another dtype now, and their state fits
+            plan = self._get_plan()
         adamw_steps = self._adamw_steps(plan, grads)  # may raise, so before any change
         if self._is_dry_step(grads):
             self.init_state()

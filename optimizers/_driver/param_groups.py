@@ -343,6 +343,8 @@ def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]
     params = group["params"]
     items = [params] if isinstance(params, Tensor) else list(params)
     given_names = group.get("param_names") or [None] * len(items)
+    if not isinstance(given_names, (tuple, list)):
+        raise ValueError(f"param_names must be a list of names, got {given_names!r}")
     if len(given_names) != len(items):
         raise ValueError(f"param_names has {len(given_names)} names for {len(items)} parameters")
     pairs = [

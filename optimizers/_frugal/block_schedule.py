@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._core.rule import Dense, Member, Rule, Slot, Term
-from .._core.validation import check
+from .._core.validation import check, is_number, shown
 from .._driver.param_groups import describe, parameters_of, roles_of
 from .._toolkit.base_optimizers import BaseOptimizer
 from .._toolkit.random_keys import StackRNG
@@ -94,6 +95,34 @@ def _active_blocks(schedule: BlockSchedule, window: int, count: int) -> frozense
         return frozenset(front | {count - 1 - i for i in front})
     forward = {(window * active + i) % count for i in range(active)}
     return frozenset(forward if schedule.order == "ascending" else {count - 1 - i for i in forward})
+
+
+def check_blocks(blocks: Any) -> None:
+    """Refuse what says no block of any parameter; :func:`block_labels` reads the rest."""
+    numbered = isinstance(blocks, (tuple, list)) and all(is_number(x, Integral) for x in blocks)
+    check(
+        numbered or (isinstance(blocks, str) and blocks in ("tensor", "layer")),
+        f"blocks (group key block_of) must be one of ('tensor', 'layer'), lists of tensors or, in "
+        f"a group, an int for each parameter, got {shown(blocks)}",
+    )
+
+
+def numbered_blocks(blocks: Any) -> dict[Tensor, int]:
+    """The block of every tensor in lists of tensors.
+
+    Raises:
+        ValueError: If these are no lists of tensors.
+    """
+    lists: list[list[Any]] = []
+    if _is_list(blocks):
+        lists = [[*block] if _is_list(block) else [None] for block in blocks]
+    valid = _is_list(blocks) and all(isinstance(p, Tensor) for block in lists for p in block)
+    check(valid, f"blocks must be 'tensor', 'layer' or lists of tensors, got {shown(blocks)}")
+    return {p: i for i, block in enumerate(lists) for p in block}
+
+
+def _is_list(x: Any) -> bool:
+    return isinstance(x, Iterable) and not isinstance(x, (str, Mapping, Tensor))
 
 
 def block_labels(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[Hashable]:

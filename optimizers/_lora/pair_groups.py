@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._core.rule import Rule
-from .._core.validation import check, check_at_least
+from .._core.validation import check, check_numbers, is_number, shown
 from .._driver.buckets import StepPlan
+from .._driver.checks import check_values, refuse_sharded_module, refuse_sharded_parameters
 from .._driver.optimizer import StackedOptimizer
 from .._driver.param_groups import describe, parameters_of, warn_user
 
@@ -52,9 +53,9 @@ class LoRARule(Rule, abstract=True):
     def __post_init__(self) -> None:
         check(
             self.scale is None or _is_scale(self.scale),
-            f"scale must be a positive finite number, got {self.scale!r}",
+            f"scale must be a positive finite number, got {shown(self.scale)}",
         )
-        check_at_least(self, object, lr_ratio_b=0)
+        check_numbers(self, scale="(0, inf) or None", lr_ratio_b="[0, inf) or None")
 
     @property
     def s(self) -> float:
@@ -92,6 +93,11 @@ class PairOptimizer(StackedOptimizer):
         scale: Scale = None,
         **options: Any,
     ) -> None:
+        check(
+            scale is None or _is_scale(scale) or isinstance(scale, Mapping) or callable(scale),
+            f"{_scale_message(scale)}, a dict by module, or a function of its name",
+        )
+        refuse_sharded_module(params, rule.method())
         super().__init__(_to_pair_groups(params, rule, scale), rule, lr, weight_decay, **options)
 
     @override
@@ -99,6 +105,7 @@ class PairOptimizer(StackedOptimizer):
         if isinstance(param_group, dict) and isinstance(param_group.get("params"), (list, tuple)):
             full = {**self.defaults, **param_group}
             if self._holds_pairs(full):
+                check_values(full)
                 _check_group(full, len(self._default_rule.members))
         return super()._prepare_group(param_group)
 
@@ -149,13 +156,15 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
         return params
     items = list(params)
     if items and isinstance(items[0], tuple):
+        named = [item for item in items if len(item) == 2]
+        refuse_sharded_parameters([p for _, p in named], [n for n, _ in named], rule.method())
         return lora_param_groups(items, scale=scale, base_weight=base)
     if items and isinstance(items[0], Tensor):
         raise ValueError(
             f"{rule.method()} cannot tell which of these tensors are pairs; pass the model, "
             "lora_param_groups(model) or pairs_to_groups([(A1, B1), ...], scale=...)"
         )
-    if isinstance(scale, (int, float)):
+    if _is_scale(scale):
         items = [
             {"scale": scale, **group}
             if isinstance(group, Mapping) and group.get("rule") in (None, rule.method())
@@ -179,6 +188,7 @@ def _check_group(group: Mapping[str, Any], size: int, *, is_new: bool = True) ->
         missing = len(group["params"]) - len(names)
         group = {**group, "param_names": [*names, *[None] * missing][: len(group["params"])]}
     params, names = parameters_of(group)
+    refuse_sharded_parameters(params, names, "a method of LoRA pairs")
     wanted = "[A1, B1, A2, B2, ...]" if size == 2 else "[A1, B1, W1, A2, B2, W2, ...]"
     check(
         len(params) % size == 0,
@@ -579,11 +589,11 @@ def _unused_parameters(
 
 
 def _is_scale(s: Any) -> bool:
-    return isinstance(s, (int, float)) and not isinstance(s, bool) and 0 < s < math.inf
+    return is_number(s) and 0 < s < math.inf
 
 
 def _scale_message(s: Any) -> str:
-    return f"scale must be a positive finite number, got {s!r}; it is alpha / r of the adapter"
+    return f"scale must be a positive finite number, got {shown(s)}; it is alpha / r of the adapter"
 
 
 def _pair_kind(

@@ -237,8 +237,8 @@ UNKNOWN_ORIENTATION = "stored (in, out) or (out, in) is not known"
 
 
 def shape_of(p: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, () as long as a lazy one is not initialised."""
-    return () if is_lazy(p) else tuple(p.shape)
+    """The shape of a parameter, () for a lazy one that is not initialised and for a nested one."""
+    return () if is_lazy(p) or p.is_nested else tuple(p.shape)
 
 
 def lazy_ndim(s: ParamSite) -> int:

@@ -795,7 +795,7 @@ def test_int8_and_bfloat16_state():
         ({"eps": -1.0}, "Invalid epsilon value"),
         ({"variant": "lion"}, "variant must be one of"),
         ({"stats": "chain"}, "stats must be one of"),
-        ({"floor": 0.0}, "floor must lie in"),
+        ({"floor": 0.0}, r"floor must be in \(0, 1\]"),
         ({"max_rel_step": 0.0}, "max_rel_step must be positive"),
         ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1"),
         ({"lr_ratio_b": -1.0}, "lr_ratio_b must be at least 0"),
