@@ -35,6 +35,8 @@ from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
 from .trion import Trion
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ARO",
     "FRUGAL",

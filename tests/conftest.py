@@ -6,6 +6,12 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    """How much the fuzzer of ``tests/driver/test_fuzz.py`` does."""
+    parser.addoption("--cases", type=int, default=2000, help="number of random cases of the fuzzer")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the fuzzer's cases")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """A run of an example sets the number of threads; the next test begins with one again."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.paths import ROOT
+
+import stiefel.optimizers
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -86,6 +89,41 @@ def test_every_source_file_is_in_the_wheel(wheel):
             wanted.add(f"{module.replace('.', '/')}/{path.name}")
     assert wanted <= packed, sorted(wanted - packed)
     assert not [name for name in packed if name.startswith(("tests/", "bench/", "examples/"))]
+
+
+@pytest.mark.slow
+def test_the_source_distribution_has_the_package_and_no_half_of_the_tests(tmp_path):
+    """Faults row 32: tests need folders that a distribution has no use for, so it holds none."""
+    copy, out = tmp_path / "sources", tmp_path / "out"
+    skipped = shutil.ignore_patterns("__pycache__", "fixtures")
+    for name in (*PACKAGES, "tests", "bench", "examples"):
+        shutil.copytree(ROOT / name, copy / name, ignore=skipped)
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, copy)
+    build = "import sys, setuptools.build_meta as b; print(b.build_sdist(sys.argv[1]))"
+    command(sys.executable, "-c", build, str(out), cwd=copy)
+    (path,) = out.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert not [name for name in packed if name.startswith(("tests", "bench", "examples"))]
+    for folder in folders().values():
+        wanted = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+        assert wanted <= packed, sorted(wanted - packed)
+    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= packed
+    assert {f"{folder}/py.typed" for folder in PACKAGES} <= packed
+
+
+def test_the_version_of_the_project_is_that_of_the_package():
+    """Faults row 31; ``stiefel`` is a namespace package, which can have no version of its own."""
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert stiefel.optimizers.__version__ == table["version"]
+    import stiefel as namespace
+
+    assert getattr(namespace, "__file__", None) is None
+    with pytest.raises(ImportError):
+        exec("from stiefel import Muon")
+    readme = (ROOT / "README.md").read_text()
+    assert "stiefel.optimizers.__version__" in readme
 
 
 @pytest.mark.slow
