@@ -245,7 +245,7 @@ def _bad_settings(where: str, error: Exception) -> ValueError:
     return ValueError(f"{where} has settings that cannot be: {error}")
 
 
-def _check_settings(default_rule: type[Rule], new_groups: Sequence[Mapping[str, Any]]) -> None:
+def _check_settings(default_rule: type[Rule], new_groups: Sequence[dict[str, Any]]) -> None:
     """Raise for a value of a group that no optimizer accepts."""
     for i, new in enumerate(new_groups):
         try:

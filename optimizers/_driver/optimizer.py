@@ -400,13 +400,9 @@ class StackedOptimizer(Optimizer):
     def _refuse_unsound_state(self, plan: StepPlan) -> None:
         """Raise if other code has put into the state what a step cannot use."""
         adamw_params = [plan.flat_params[i] for part in plan.adamw_positions for i in part]
-
-        def text_of(p: Tensor) -> str:
-            i = next(i for i, q in enumerate(plan.flat_params) if q is p)
-            names = [row.name for row in self.assignment().rows]
-            return describe(names[i], p, i)
-
-        refuse_unsound_state(plan.units, plan.rules, adamw_params, self.state, text_of)
+        names = names_of(self.param_groups)
+        texts = {p: describe(names[i], p, i) for i, p in enumerate(plan.flat_params)}
+        refuse_unsound_state(plan.units, plan.rules, adamw_params, self.state, texts)
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
         """Make rules and units for the groups as they are now; buckets come with the first step."""
