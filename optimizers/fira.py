@@ -152,7 +152,8 @@ class Fira(StackedOptimizer):
 
     b = sqrt(r) / min(3 sqrt(m), 96) bounds what a column that P nearly misses can add: the root
     mean square of phi_i G_i is at most 3 times that of psi_i, and |phi_i G_i| at most 96 times. So
-    none of the first steps moves an entry by more than about 100 lr, whatever the scale of G.
+    none of the first steps moves an entry by more than about 100 lr, whatever the scale of G. A
+    column with no part in R takes the mean of |psi_i|^2 and |R_i|^2 over all columns for its own.
 
     Source: *Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?* arXiv 2410.01623.
 
