@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ._driver.param_groups import Common
 
 NORM_EPS = 1e-8  # added to norms that divide, as published
+ROUND_OFF = 1e-6  # R / G below which R has no scale
 MAX_RMS = 3.0
 """Bound of rms(phi G) / rms(N). A basis that is blind to G has sqrt(1 - r / m) there."""
 MAX_COLUMN = 96.0
@@ -101,65 +102,31 @@ class FiraRule(LowRankRule):
         # a projection on both sides leaves R whole on every rank
         cols = LOCAL_REDUCTIONS.cols if both_sides else w.reductions.cols
         squares = (column_squares(N), column_squares(R), G_squares)
-        N_squares, R_squares, _ = squares
+        _, R_squares, _ = squares
         totals = (
-            cols(total(N_squares)),
+            cols(total(squares[0])),
             cols(total(R_squares)),
             w.reductions.cols(total(G_squares)),
         )
         if self.published:
             N_sums, R_sums, _ = squares if self.by_column else totals
             phi = N_sums.sqrt() / (R_sums.sqrt() + NORM_EPS)
-            phi_squares = phi.square()
+        elif self.by_column:
+            phi = column_factors(*squares, *totals, N.shape[-2], w.m, w.n)
         else:
-            phi_squares = self.bounded_factors(w, N.shape[-2], squares, totals)
-            phi = phi_squares.sqrt()
+            longest = w.reductions.most(G_squares.amax(-1, True)) if both_sides else G_squares
+            N_count = N.shape[-2] * (N.shape[-1] if both_sides else w.n)
+            phi = matrix_factor(*totals, longest, N_count, w.m * w.n)
 
         if both_sides or (self.published and not self.by_column):  # one factor for the matrix
             _, R_squares, G_squares = totals
             cols = LOCAL_REDUCTIONS.cols
+        phi_squares = phi.square()
         S_total = cols(total(phi_squares * (G_squares - (2 * a - a * a) * R_squares)))
         phi_G_total = cols(total(phi_squares * G_squares))
         # a difference that cancelled is round-off, not a residual
         noise = 0.0 if self.published else 64 * torch.finfo(S_total.dtype).eps
         return phi, S_total.masked_fill(S_total < noise * phi_G_total, 0.0).sqrt()
-
-    def bounded_factors(
-        self, w: Member, r: int, squares: tuple[Tensor, ...], totals: tuple[Tensor, ...]
-    ) -> Tensor:
-        """phi^2, where no part of phi G outgrows N: a tiny R would lift it to any size.
-
-        phi = |N| / |R| is lowered until rms(phi G) <= 3 rms(N) and no column of phi G is longer
-        than 96 rms(N), with norms of a column or of the matrix, as they make phi. In squares that
-        is a larger denominator, max(R^2, c G^2), so cG gives the step of G.
-
-        Args:
-            w: The member, for its sizes and reductions.
-            r: Rows of N.
-            squares: Squared norms of the columns of N, R and G, (K, 1, n) each; those of N and R
-                (K, 1, r) where both sides are projected.
-            totals: Their sums, (K, 1, 1) each.
-
-        Returns:
-            (K, 1, n), or (K, 1, 1) where both sides are projected.
-        """
-        N_squares, R_squares, G_squares = squares
-        N_total, R_total, G_total = totals
-        both_sides = self.proj_type == "full"
-        longest = w.reductions.most(G_squares.amax(-1, keepdim=True)) if both_sides else G_squares
-        N_count = r * (r if both_sides else w.n)
-        G_part = torch.maximum(
-            G_total * (N_count / (MAX_RMS**2 * w.m * w.n)), longest * (N_count / MAX_COLUMN**2)
-        )
-        phi_squares = N_total / torch.maximum(R_total, G_part)
-        # an R of round-off has no scale
-        phi_squares = phi_squares.where(R_total > 1e-12 * G_total, 0.0)
-        if self.by_column:
-            G_part = G_squares * (r / min(MAX_RMS**2 * w.m, MAX_COLUMN**2))
-            of_columns = N_squares / torch.maximum(R_squares, G_part)
-            # where R lacks a column, take the matrix's factor
-            phi_squares = of_columns.where(R_squares > NORM_EPS**2 * R_total, phi_squares)
-        return phi_squares.clamp_(max=1e30)  # squares may be subnormal
 
     @property
     def by_column(self) -> bool:
@@ -186,7 +153,8 @@ class Fira(StackedOptimizer):
 
     b = sqrt(r) / min(3 sqrt(m), 96) bounds what a column that P nearly misses can add: the root
     mean square of phi_i G_i is at most 3 times that of psi_i, and |phi_i G_i| at most 96 times. So
-    none of the first steps moves an entry by more than about 100 lr, whatever the scale of G.
+    none of the first steps moves an entry by more than about 100 lr, whatever the scale of G. A
+    column with no part in R takes the mean of |psi_i|^2 and |R_i|^2 over all columns for its own.
 
     Source: *Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?* arXiv 2410.01623.
 
@@ -293,6 +261,73 @@ class Fira(StackedOptimizer):
             seed=seed,
         )
         super().__init__(params, rule, lr, weight_decay, **options)
+
+
+def column_factors(
+    N_squares: Tensor,
+    R_squares: Tensor,
+    G_squares: Tensor,
+    N_total: Tensor,
+    R_total: Tensor,
+    G_total: Tensor,
+    r: int,
+    m: int,
+    n: int,
+) -> Tensor:
+    """Compute phi_i = |N_i| / max(|R_i|, b |G_i|), so that a tiny R_i lifts G_i to no size at will.
+
+    b = sqrt(r) / min(3 sqrt(m), 96): the root mean square of phi_i G_i is at most 3 times that of
+    N_i, and |phi_i G_i| at most 96 times. A column that R lacks takes the mean of |N_i|^2 and of
+    |R_i|^2 over the matrix for its own, or 0 if all of R is round-off, which has no scale.
+
+    Args:
+        N_squares: (K, 1, n), squared norms of the columns of N (r x n).
+        R_squares: The same of R (r x n).
+        G_squares: The same of G (m x n).
+        N_total: (K, 1, 1), their sum over all n columns of the weight.
+        R_total: The same of R.
+        G_total: The same of G.
+        r: Rows of N.
+        m: Rows of G.
+        n: Columns of the weight.
+
+    Returns:
+        (K, 1, n).
+    """
+    has_column = R_squares > NORM_EPS**2 * R_total
+    N_mean = (N_total / n).where(R_total > ROUND_OFF**2 * G_total, 0.0)
+    N_norm = N_squares.where(has_column, N_mean).sqrt_()
+    R_norm = R_squares.where(has_column, R_total / n).sqrt_().add_(NORM_EPS)
+    G_part = (G_squares * (r / min(MAX_RMS**2 * m, MAX_COLUMN**2))).sqrt_()
+    return N_norm.div_(torch.maximum(R_norm, G_part))
+
+
+def matrix_factor(
+    N_total: Tensor,
+    R_total: Tensor,
+    G_total: Tensor,
+    longest: Tensor,
+    N_count: int,
+    G_count: int,
+) -> Tensor:
+    """Compute phi = |N| / |R|, bounded by norms of the matrix as :func:`column_factors` is.
+
+    Args:
+        N_total: (K, 1, 1), squared norm of N.
+        R_total: The same of R.
+        G_total: The same of G.
+        longest: Squared norms that 96 bounds: of every column of G, (K, 1, n), to cut each by
+            itself; or the largest of them, (K, 1, 1), for one factor.
+        N_count: Entries of N.
+        G_count: Entries of G.
+
+    Returns:
+        (K, 1, n) or (K, 1, 1), as ``longest``.
+    """
+    G_part = G_total * (N_count / (MAX_RMS**2 * G_count))
+    G_part = torch.maximum(G_part, longest * (N_count / MAX_COLUMN**2)).sqrt_()
+    N_norm = N_total.sqrt().where(R_total > ROUND_OFF**2 * G_total, 0.0)
+    return N_norm / torch.maximum(R_total.sqrt().add_(NORM_EPS), G_part)
 
 
 def norm_growth_limiter(

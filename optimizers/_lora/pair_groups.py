@@ -240,7 +240,7 @@ def _refuse_doubt(A: Tensor, B: Tensor, a: str, b: str) -> None:
     r, n, m = A.shape[-2], A.shape[-1], B.shape[-2]
     check(
         r not in (n, m),
-        f"{a} and {b} could be A and B, or two factors of one kind, as r is a side of the weight; "
+        f"{a} and {b} could be A and B, or two factors of one kind, as r is a side of W; "
         "give them names with lora_A and lora_B, or use pairs_to_groups([(A, B), ...])",
     )
 

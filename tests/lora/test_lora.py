@@ -766,14 +766,14 @@ def test_an_adapter_of_an_embedding_may_be_called_bias():
 def test_factors_in_groups_apart_are_refused(cls, r, count):
     """As helpers of LoRA+ make them; with r = 8 the shapes of q.A and k.A fit as a pair."""
     layers = [layer(cls, 8, 8, r, f"{i}") for i in range(count)]
-    apart = [[pair[side] for pair in layers] for side in (0, 1)]
+    separate = [[pair[side] for pair in layers] for side in (0, 1)]
     with pytest.raises(ValueError, match=r"no pair by their names.*lr_ratio_b"):
-        cls([{"params": part} for part in apart], scale=1.0)
-    bare = [[p for _, p in part] for part in apart]
+        cls([{"params": part} for part in separate], scale=1.0)
+    bare = [[p for _, p in part] for part in separate]
     with pytest.raises(ValueError, match="lr_ratio_b" if r == 2 else "two factors of one kind"):
         cls([{"params": part} for part in bare], scale=1.0)
     with pytest.raises(ValueError, match="no pair by their names"):  # [A1, A2, B1, B2]
-        cls([{"params": apart[0] + apart[1]}], scale=1.0)
+        cls([{"params": separate[0] + separate[1]}], scale=1.0)
     flat = [p for pair in layers for p in pair]
     assert len(cls([{"params": flat}], scale=1.0).param_groups) == 1
     given = [tuple(p for _, p in pair) for pair in layers]

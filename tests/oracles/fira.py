@@ -37,25 +37,24 @@ def factors(N, R, G, right, scaling, guards):
 
     def limited(n, of_n, r, g, of_g, columns):
         rms = n / of_n**0.5
-        tops = (n / r, 3 * rms * of_g**0.5 / g, 96 * rms / columns)
+        tops = (n / (r + TINY), 3 * rms * of_g**0.5 / g, 96 * rms / columns)
         tops = torch.broadcast_tensors(*(torch.nan_to_num(x, nan=0.0) for x in tops))
         return torch.stack(tops).amin(0)
 
     dim, both = 1 if right else 0, right is None
-    whole = N.norm() / (R.norm() + TINY)
-    columns = G.norm(dim=dim, keepdim=True)
-    if guards:
-        longest = columns.max() if both else columns
-        whole = limited(N.norm(), N.numel(), R.norm(), G.norm(), G.numel(), longest)
-        if R.norm() <= 1e-6 * G.norm():
-            whole = torch.zeros_like(whole)
+    n, r, g = (X.norm(dim=dim, keepdim=True) for X in (N, R, G))
     if scaling == "matrix" or both:
-        return whole
-    n, r = N.norm(dim=dim, keepdim=True), R.norm(dim=dim, keepdim=True)
+        if not guards:
+            return N.norm() / (R.norm() + TINY)
+        longest = g.max() if both else g
+        whole = limited(N.norm(), N.numel(), R.norm(), G.norm(), G.numel(), longest)
+        return whole if R.norm() > 1e-6 * G.norm() else torch.zeros_like(whole)
     if not guards:
         return n / (r + TINY)
-    phi = limited(n, N.shape[dim], r, columns, G.shape[dim], columns)
-    return torch.where(r <= TINY * R.norm(), whole, phi)
+    lacks, mean = r <= TINY * R.norm(), len(n.flatten()) ** -0.5
+    n = torch.where(lacks, N.norm() * mean if R.norm() > 1e-6 * G.norm() else 0.0, n)
+    r = torch.where(lacks, R.norm() * mean, r)
+    return limited(n, N.shape[dim], r, g, G.shape[dim], g)
 
 
 def fira(
