@@ -95,8 +95,7 @@ class MuonRule(Rule):
     def update(self, w: Member) -> Direction:
         """One step of K equal weights (m, n), in the order of the algorithm."""
         B = w.state["momentum_buffer"]  # (K, m, n)
-        G = self.clipped_grad(w).to(B.dtype) if self.compat else self.clipped_grad(w)
-        U = momentum_step(B, G, self.momentum, self.nesterov, self.momentum_kind, w.finite)
+        U = self.momentum_of(w, B)
         O = self.polar_step(w, U.sign() if self.second_moment == "adamuon" else U)
         O, term = self.second_moment_step(w, O)
         # the second moment multiplies O by positive numbers, so O has the signs of the step
@@ -108,6 +107,17 @@ class MuonRule(Rule):
             decay_power=2 if self.decay_schedule == "lr2" else 1,
             torch_bits=self.compat == "torch",
         )
+
+    def momentum_of(self, w: Member, B: Tensor) -> Tensor:
+        """The step of the momentum B (K, m, n), which moves."""
+        G = self.clipped_grad(w)
+        if not self.compat or len(B) == 1:
+            G = G.to(B.dtype) if self.compat else G
+            return momentum_step(B, G, self.momentum, self.nesterov, self.momentum_kind, w.finite)
+        # one by one: on a CPU what is left over at a tensor's end, and fills no vector, is rounded
+        # in another way
+        parts = zip(B.split(1), G.to(B.dtype).split(1), strict=True)
+        return torch.cat([momentum_step(b, g, self.momentum, self.nesterov) for b, g in parts])
 
     def polar_step(self, w: Member, U: Tensor) -> Tensor:
         """The polar factor of U (K, m, n); every ``report_steps`` updates its quality is stored."""
@@ -136,7 +146,8 @@ class MuonRule(Rule):
             "eps": norm_floor(self.eps, U.dtype, TORCH_EPS if self.compat else None),
         }
         if self.compat == "torch":
-            O = polar_factor(U, "ns5", dtype=torch.bfloat16, exact=True, **options)
+            U = U.bfloat16()  # torch adds a factor of this dtype
+            O = polar_factor(U, "ns5", dtype=U.dtype, exact=True, **options)
             # torch adds the factor of a tall matrix as a transposed view; bfloat16 weights round
             # such a sum differently
             return O if U.shape[-2] <= U.shape[-1] else O.mT.contiguous().mT

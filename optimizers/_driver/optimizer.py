@@ -549,7 +549,7 @@ class StackedOptimizer(Optimizer):
             if write_list_(bucket.weight_list(i), step, lr, decay, write_mask):
                 continue
             W = bucket.load(i)
-            write_(W, step, lr, decay, write_mask)
+            write_(W, step, group["lr"] if step.torch_bits else lr, decay, write_mask)
             bucket.store(i, W)
 
     @staticmethod
