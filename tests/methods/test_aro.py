@@ -773,7 +773,7 @@ def test_temporaries_of_a_step(shape):
     params = [weight(shape, k) for k in range(2)]
     optimizer = ARO(params)
     counter = count_second_step(optimizer, lambda p, seed: gradients(p.shape, 1, seed)[0])
-    assert counter.peak <= 4 * (2 * shape[0] * shape[1] + 3 * min(shape) ** 2)
+    assert counter.peak <= 4 * (2 * shape[0] * shape[1] + 3 * min(shape) ** 2 + 8 * min(shape))
 
 
 @pytest.mark.parametrize("base", BASES)
