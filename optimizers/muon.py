@@ -346,8 +346,9 @@ class Muon(StackedOptimizer):
             under ``compat`` torch's 1e-7.
         ns_steps: Iterations of a polynomial method (default: None, the method's own number).
         adjust_lr_fn: ratio(m, n): ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)); ``"original"`` (or
-            None, as in torch) sqrt(max(1, m / n)); ``"spectral"`` (in torch
-            ``"spectral_unclamped"``) sqrt(m / n); ``"none"`` 1; ``"auto"`` (default) ``"match_rms_adamw"``, under ``compat`` ``"original"``.
+            None, as in torch) sqrt(max(1, m / n)); ``"spectral"`` or torch's
+            ``"spectral_unclamped"`` sqrt(m / n); ``"none"`` 1; ``"auto"`` (default)
+            ``"match_rms_adamw"``, under ``compat`` ``"original"``.
         polar: Method of the polar factor, a name of :func:`stiefel.kernels.polar_factor` or
             ``"low_rank"``. ``"auto"`` (default): ``"zolo"`` on a CPU; ``"ns5"`` in bfloat16 on
             accelerators and wherever ``ns_steps``, ``ns_coefficients`` or ``polar_norm`` is given.

@@ -103,8 +103,9 @@ def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None 
     8 eps ||A||_F times the old factor is added, which settles a singular A: on a CPU, where
     Householder reflections tell, to those columns alone that add no direction to the ones before,
     so that any other A keeps the accuracy of plain QR; on an accelerator to all, which turns the
-    result by 8 eps times the condition number. There two Cholesky passes serve; a matrix that these do not make orthogonal is done again by reflections, or, where
-    nothing may wait for the device, by a third pass, and if that fails it keeps the old factor.
+    result by 8 eps times the condition number. There two Cholesky passes serve; a matrix that these
+    do not make orthogonal is done again by reflections, or, where nothing may wait for the device,
+    by a third pass, and if that fails it keeps the old factor.
 
     Args:
         A: (K, m, m), fp32 or fp64.

@@ -14,8 +14,8 @@ from torch import Tensor
 from .._core.rule import Member, Slot, Term
 from .._toolkit.base_optimizers import BaseOptimizer
 from .._toolkit.moments import column_squares, safe_square_scale, total
-from .._toolkit.row_rules import in_range
 from .._toolkit.random_keys import StackRNG
+from .._toolkit.row_rules import in_range
 
 STATE_FREE_KINDS = ("sign_sgd", "sgd", "no")
 ALL = slice(None)

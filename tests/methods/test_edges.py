@@ -23,7 +23,9 @@ def test_the_rows_that_are_chosen_do_not_depend_on_the_size_of_the_gradient(c, m
         params = [weight(SHAPE, k) for k in range(count)]
         optimizer = make(params, rank=4, norm=norm)
         run(optimizer, params, [[scale * gradients(SHAPE, 1, k)[0]] for k in range(count)])
-        chosen.append([{k: v for k, v in optimizer.state[p].items() if k == "index"} for p in params])
+        chosen.append(
+            [{k: v for k, v in optimizer.state[p].items() if k == "index"} for p in params]
+        )
         moved = [p.detach() for p in params]
         assert all(x.isfinite().all() for x in moved)
         if make is Trion:
@@ -80,9 +82,7 @@ def test_moments_are_carried_by_the_number_of_updates_they_have_seen(make):
         if t > 1 and not torch.equal(old[basis], new[basis]):
             break
     assert t > 1 and not torch.equal(old[basis], new[basis])
-    P_old, P_new = (
-        x if len(x) == 12 else x.mT for x in (old[basis].double(), new[basis].double())
-    )
+    P_old, P_new = (x if len(x) == 12 else x.mT for x in (old[basis].double(), new[basis].double()))
     M, V = left_moments(old, t - 1, P_new.mT @ P_old, betas)
     R = P_new.mT @ G.double()
     want = betas[0] * M + (1 - betas[0]) * R, betas[1] * V + (1 - betas[1]) * R * R
@@ -142,7 +142,7 @@ def test_any_power_of_the_nuclear_norm_leaves_weights_finite(make, polar, eps, a
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 def test_qdwh_bounds_a_stack_by_its_worst_matrix(dtype):
     good, _, _ = decaying(6, 9, 0.9)
-    bad, U, V = decaying(6, 9, 0.2)
+    bad, *_ = decaying(6, 9, 0.2)
     stack = torch.stack([x / x.norm() for x in (good, bad, good)]).to(dtype)
     O = qdwh(stack)
     eye = torch.eye(6, dtype=dtype).expand(3, 6, 6)

@@ -90,9 +90,7 @@ def test_scale_free_methods_take_the_same_step_for_every_size(name, dtype, setti
     for count in (1, 3):
         want = steps_of(METHODS[name], draws(), dtype, count, **settings)
         for k in (-100, -85, -60, -31, -27, -10, 10, 31, 60, 85, 100):  # exact powers of two
-            found = steps_of(
-                METHODS[name], [2.0**k * G for G in draws()], dtype, count, **settings
-            )
+            found = steps_of(METHODS[name], [2.0**k * G for G in draws()], dtype, count, **settings)
             for x, y in zip(found, want, strict=True):
                 assert float((x - y).norm()) <= 2e-3 * float(y.norm()), (count, k)
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-
 from helpers.problems import gradients, weight
+
 from stiefel.optimizers import Muon
 
 SHAPES = [(12, 15), (15, 12), (7, 5), (33, 31), (1, 9), (9, 1), (12, 12), (13, 13), (1, 1)]
@@ -71,8 +71,8 @@ def test_weights_of_many_panels_have_the_bits_of_torch(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(12, 15), (15, 12), (13, 13)])
-def test_weights_that_lie_transposed_have_the_bits_of_torch(shape, dtype):
+def test_a_weight_that_lies_transposed_has_the_bits_of_torch(shape, dtype):
     def layout(x):
         return x.t().contiguous().t()
 
-    assert differing(shape, dtype, 3, "float", layout=layout) == [0, 0]
+    assert differing(shape, dtype, 1, "float", layout=layout) == [0, 0]
