@@ -119,7 +119,8 @@ class MuonRule(Rule):
             return momentum_step(B, G, self.momentum, self.nesterov, self.momentum_kind, w.finite)
         # one by one: on a CPU what is left over at a tensor's end, and fills no vector, is rounded
         # in another way
-        parts = zip(B.split(1), G.to(B.dtype).split(1), strict=True)
+        G = G.to(B.dtype)
+        parts = ((B[k : k + 1], G[k : k + 1]) for k in range(len(B)))
         return torch.cat([momentum_step(b, g, self.momentum, self.nesterov) for b, g in parts])
 
     def polar_step(self, w: Member, U: Tensor) -> Tensor:

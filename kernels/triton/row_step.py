@@ -74,20 +74,21 @@ def step_kernel(
         store_weight(W + cols * w_n, w, mask)
     else:  # M is stored last, as rounding it early would show
         sums = tl.zeros((R, BN), tl.float32)
-        tiny_sums = tl.zeros((R, BN), tl.float32)  # of squares that would vanish
-        huge_sums = tl.zeros((R, BN), tl.float32)  # of squares that would overflow
         for j in range(0, n, BN):
             mask, at = valid & (cols < n - j), cols + j
             _, u = moved(M, G, at * m_n, at * g_n, mask, momentum, gain, NESTEROV)
             u = tl.where(mask, u, 0.0)
             sums += u * u
-            tiny_sums += (u * UP) * (u * UP)
-            huge_sums += (u * DOWN) * (u * DOWN)
         s = tl.sum(sums, axis=1)
-        is_huge, is_tiny = ~(s <= HIGH * HIGH), s < LOW * LOW
-        c = safe_scale(is_huge, is_tiny)
-        s = tl.where(is_tiny, tl.sum(tiny_sums, axis=1), s)
-        s = tl.where(is_huge, tl.sum(huge_sums, axis=1), s)
+        c = safe_scale(~(s <= HIGH * HIGH), s < LOW * LOW)
+        if (tl.min(c, axis=0) < 1.0) | (tl.max(c, axis=0) > 1.0):  # seldom: read once more
+            sums = tl.zeros((R, BN), tl.float32)
+            for j in range(0, n, BN):
+                mask, at = valid & (cols < n - j), cols + j
+                _, u = moved(M, G, at * m_n, at * g_n, mask, momentum, gain, NESTEROV)
+                u = tl.where(mask, u * c[:, None], 0.0)
+                sums += u * u
+            s = tl.sum(sums, axis=1)
         by = alpha * factor(s, 0.0, eps * c, MODE)[:, None]
         for j in range(0, n, BN):
             mask, at = valid & (cols < n - j), cols + j
