@@ -118,7 +118,7 @@ def test_torchs_name_of_the_spectral_scale_is_an_alias_also_in_a_checkpoint():
     assert torch.equal(params[0], params[1]) and not torch.equal(params[0], params[2])
     with torch.no_grad():
         params[2].copy_(params[1])
-    third.load_state_dict(second.state_dict())
+    third.load_state_dict(copy.deepcopy(second.state_dict()))
     assert third.param_groups[0]["adjust_lr_fn"] == "spectral_unclamped"
     for optimizer, p in zip((first, second, third), params, strict=True):
         p.grad = G[1].clone()
