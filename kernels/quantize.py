@@ -24,6 +24,8 @@ __all__ = ["BLOCK", "blockwise_levels", "blockwise_scales", "dequantize_blocks",
 BLOCK = 256
 """Numbers that share a scale."""
 _CODE_SCALE = 2.0**15
+_SAFE_SCALE_SQUARE = 1e-20
+"""Square of a scale from which the lowest level of a root, 1e-8 and more, has a normal square."""
 _QUANTIZE_PANEL = 2**17
 """Numbers that are worked on at once, a multiple of BLOCK: bounds the temporaries."""
 
@@ -99,12 +101,15 @@ def quantize_blocks(X: Tensor, codes: Tensor, scales: Tensor) -> None:
         rows = _as_block_rows(Y)
         # zeros stay zeros: a block without any other number has the scale 0 and no quotient
         top = torch.linalg.vector_norm(rows, float("inf"), dim=-1)
+        if not signed and part.dtype == torch.float64:  # roots may be less than a float32 holds
+            has_any = _as_block_rows(part).amax(-1) > 0
+            top = torch.where(has_any, top.clamp(min=torch.finfo(torch.float32).tiny), top)
         scales[k, i // BLOCK : i // BLOCK + len(top)] = top
         scaled = rows / top.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1) * _CODE_SCALE
         bits = scaled.half().view(torch.int16).int().bitwise_and_(0xFFFF).flatten()
         code = table.index_select(0, bits[: part.numel()])
         if not signed:  # what is too small for a float16 keeps the lowest level
-            code = torch.maximum(code, (Y > 0).to(torch.uint8))
+            code = torch.maximum(code, (part > 0).to(torch.uint8))
         stored[k, i : i + part.numel()] = code
 
 
@@ -119,11 +124,18 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.
     signed, K = codes.dtype == torch.int8, codes.shape[0]
     values = _decoder(signed, codes.device)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    work = torch.promote_types(dtype, torch.float32)
     flat, stored = out.view(K, -1), codes.view(torch.uint8).view(K, -1)
     for k, i, part in _quantize_panels(stored):
         Y = _as_block_rows(values.index_select(0, part.int()))
-        Y = Y * scales[k, i // BLOCK : i // BLOCK + len(Y)].unsqueeze(-1)
-        Y = Y if signed else Y.square_()
+        top = scales[k, i // BLOCK : i // BLOCK + len(Y)]
+        Y = Y * top.unsqueeze(-1)
+        if not signed:
+            Y = Y.to(work).square_()
+            # an accelerator would have to wait for the answer whether squares may have vanished
+            if Y.device.type != "cpu" or float(top.min()) ** 2 < _SAFE_SCALE_SQUARE:
+                vanished = (Y == 0) & (_as_block_rows(part) > 0)
+                Y.masked_fill_(vanished, torch.finfo(dtype).smallest_normal)
         flat[k, i : i + part.numel()] = Y.flatten()[: part.numel()]
     return out
 

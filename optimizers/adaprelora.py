@@ -23,7 +23,7 @@ from ._lora.base_weight_hooks import WatchingOptimizer
 from ._lora.pair_algebra import damped_inverse, debias_factor, gram, right_matmul
 from ._lora.pair_groups import LoRARule, Scale, accepts_groups
 from ._lora.tangent_stats import tangent_cores, tangent_grams, tangent_squares
-from ._toolkit.moments import adam, ema, total
+from ._toolkit.moments import adam, ema, safe_square_scale, total
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,16 +63,17 @@ class AdaPreLoRARule(LoRARule):
     def update(self, A: Member, B: Member) -> Steps:
         """Compute both steps from the old factors, as one joint solution."""
         ws = (A, B)
-        dtypes = [w.grad.dtype for w in ws if w.grad is not None]
+        grads = gradients_in_range(ws)
+        dtypes = [g.dtype for g in grads if g is not None]
         floats = [X.dtype for w in ws for X in w.state.values() if X.is_floating_point()]
         dtype = functools.reduce(torch.promote_types, dtypes + floats)
-        G = [None if w.grad is None else as_tall(w.grad, w).to(dtype) for w in ws]
+        G = [None if g is None else as_tall(g, w).to(dtype) for w, g in zip(ws, grads, strict=True)]
         X = [as_tall(w.value, w).to(dtype) for w in ws]
         Y = [None, None]
         if self.stats != "none":
             E = yield from self.energies(ws, X, G)
             Y = yield BatchedCall(self.weights, (*E,))
-        M, clocks = zip(*map(self.averaged_grad, ws), strict=True)
+        M, clocks = zip(*map(self.averaged_grad, ws, grads), strict=True)
         S = map(gram, X, Y)
         *own_inverses, K_a, K_b = yield BatchedCall(self.inverses, (*S, *clocks))
         is_joint = all(g is not None for g in G)
@@ -98,6 +99,7 @@ class AdaPreLoRARule(LoRARule):
             means = [as_tall(w.state["seen"], w) / k for w, k in zip(ws, sides[::-1], strict=True)]
         results = []
         for w, x in zip(ws, means, strict=True):
+            x = x.clamp(max=torch.finfo(x.dtype).max / 4)  # sums of hooks may have overflowed
             E = as_tall(ema(w.state["energy"], as_tall(x, w).to(X[0].dtype), beta2), w)
             results.append(E if w.number else E / (1 - beta2**w.t))
         return results
@@ -113,17 +115,19 @@ class AdaPreLoRARule(LoRARule):
         """The factors of sqrt(V) = p q^T, V = L R / mean(L): q (K, n, 1) and p (K, m, 1)."""
         results = []
         for E in (R, L / (total(L.mT) / L.shape[-2])):
-            largest = E.amax(-2, keepdim=True)
-            y = torch.maximum(E, largest * self.floor**2).sqrt_()
-            results.append(torch.where(largest > 0, y, 1.0))  # no gradient so far: nothing to weigh
+            y = E.sqrt()  # floor**2 would vanish beside a tiny E
+            largest = y.amax(-2, keepdim=True)
+            y = torch.maximum(y, largest * self.floor)
+            # no gradient so far, or none whose squares tell: nothing to weigh
+            results.append(torch.where(largest >= torch.finfo(E.dtype).tiny ** 0.5, y, 1.0))
         return tuple(results)
 
-    def averaged_grad(self, w: Member) -> tuple[Tensor | None, Tensor]:
+    def averaged_grad(self, w: Member, grad: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """The average M of one factor's gradient, and the clock of the bias correction of M."""
-        if w.grad is None or self.variant != "momentum":
-            M, clock = w.grad, torch.ones_like(w.value[:, :1, :1], dtype=torch.int32)
+        if grad is None or self.variant != "momentum":
+            M, clock = grad, torch.ones_like(w.value[:, :1, :1], dtype=torch.int32)
         else:
-            M, clock = ema(w.state["exp_avg"], w.grad, self.betas[0]), w.state["count"].add_(1)
+            M, clock = ema(w.state["exp_avg"], grad, self.betas[0]), w.state["count"].add_(1)
         return None if M is None else as_tall(M, w), clock
 
     def inverses(self, S_a: Tensor, S_b: Tensor, *clocks: Tensor) -> tuple[Tensor, ...]:
@@ -177,6 +181,18 @@ class AdaPreLoRARule(LoRARule):
             slots["exp_avg_sq"] = Slot("mn")
         along = {"tangent": ("energy",), "exact": ("energy", "seen"), "none": ()}[self.stats]
         return tuple({**slots, **{k: Slot(axes) for k in along}} for axes in ("1n", "m1"))
+
+
+def gradients_in_range(ws: Sequence[Member]) -> list[Tensor | None]:
+    """The gradients of a pair, 2^-96 times as large where one has entries above 2^48.
+
+    Squares of squares are formed of them, which would overflow; the step hardly depends on scale.
+    """
+    grads = [w.grad for w in ws if w.grad is not None]
+    c = functools.reduce(torch.minimum, (safe_square_scale(g) for g in grads)).clamp_(max=1.0)
+    if c.device.type == "cpu" and bool((c == 1.0).all()):  # an accelerator would have to wait
+        return [w.grad for w in ws]
+    return [None if w.grad is None else w.grad * c for w in ws]
 
 
 class AdaPreLoRA(WatchingOptimizer):

@@ -51,7 +51,10 @@ if TYPE_CHECKING:
 
     from ._driver.param_groups import Common
 
-ADJUST_LR_FNS = ("auto", "original", "match_rms_adamw", "spectral", "none", None)
+ADJUST_LR_FNS = (
+    *("auto", "original", "match_rms_adamw", "spectral", "spectral_unclamped", "none"),
+    None,
+)
 TORCH_EPS = 1e-7  # the norm floor of torch.optim.Muon
 
 
@@ -109,8 +112,7 @@ class MuonRule(Rule):
     def update(self, w: Member) -> Direction:
         """One step of K equal weights (m, n), in the order of the algorithm."""
         B = w.state["momentum_buffer"]  # (K, m, n)
-        G = self.clipped_grad(w).to(B.dtype) if self.compat else self.clipped_grad(w)
-        U = momentum_step(B, G, self.momentum, self.nesterov, self.momentum_kind, w.finite)
+        U = self.momentum_of(w, B)
         O = self.polar_step(w, U.sign() if self.second_moment == "adamuon" else U)
         O, term = self.second_moment_step(w, O)
         # the second moment multiplies O by positive numbers, so O has the signs of the step
@@ -122,6 +124,18 @@ class MuonRule(Rule):
             decay_power=2 if self.decay_schedule == "lr2" else 1,
             torch_bits=self.compat == "torch",
         )
+
+    def momentum_of(self, w: Member, B: Tensor) -> Tensor:
+        """The step of the momentum B (K, m, n), which moves."""
+        G = self.clipped_grad(w)
+        if not self.compat or len(B) == 1:
+            G = G.to(B.dtype) if self.compat else G
+            return momentum_step(B, G, self.momentum, self.nesterov, self.momentum_kind, w.finite)
+        # one by one: on a CPU what is left over at a tensor's end, and fills no vector, is rounded
+        # in another way
+        G = G.to(B.dtype)
+        parts = ((B[k : k + 1], G[k : k + 1]) for k in range(len(B)))
+        return torch.cat([momentum_step(b, g, self.momentum, self.nesterov) for b, g in parts])
 
     def polar_step(self, w: Member, U: Tensor) -> Tensor:
         """The polar factor of U (K, m, n); every ``report_steps`` updates its quality is stored."""
@@ -150,7 +164,8 @@ class MuonRule(Rule):
             "eps": norm_floor(self.eps, U.dtype, TORCH_EPS if self.compat else None),
         }
         if self.compat == "torch":
-            O = polar_factor(U, "ns5", dtype=torch.bfloat16, exact=True, **options)
+            U = U.bfloat16()  # torch adds a factor of this dtype
+            O = polar_factor(U, "ns5", dtype=U.dtype, exact=True, **options)
             # torch adds the factor of a tall matrix as a transposed view; bfloat16 weights round
             # such a sum differently
             return O if U.shape[-2] <= U.shape[-1] else O.mT.contiguous().mT
@@ -362,8 +377,9 @@ class Muon(StackedOptimizer):
             under ``compat`` torch's 1e-7.
         ns_steps: Iterations of a polynomial method (default: None, the method's own number).
         adjust_lr_fn: ratio(m, n): ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)); ``"original"`` (or
-            None, as in torch) sqrt(max(1, m / n)); ``"spectral"`` sqrt(m / n); ``"none"`` 1;
-            ``"auto"`` (default) ``"match_rms_adamw"``, under ``compat`` ``"original"``.
+            None, as in torch) sqrt(max(1, m / n)); ``"spectral"`` or torch's
+            ``"spectral_unclamped"`` sqrt(m / n); ``"none"`` 1; ``"auto"`` (default)
+            ``"match_rms_adamw"``, under ``compat`` ``"original"``.
         polar: Method of the polar factor, a name of :func:`stiefel.kernels.polar_factor` or
             ``"low_rank"``. ``"auto"`` (default): ``"zolo"`` on a CPU; ``"ns5"`` in bfloat16 on
             accelerators and wherever ``ns_steps``, ``ns_coefficients`` or ``polar_norm`` is given.

@@ -268,9 +268,12 @@ class RowStep(Deferred):
 
 @lru_cache
 def exact_squares(dtype: torch.dtype) -> tuple[float, float]:
-    """Between which bounds a sum of squares in this dtype has lost nothing."""
+    """Between which bounds a sum of squares in this dtype has lost nothing.
+
+    The upper one leaves room for sums over as many rows as there may be.
+    """
     info = torch.finfo(dtype)
-    return info.tiny / info.eps**2, info.max
+    return info.tiny / info.eps**2, info.max * info.eps
 
 
 def with_exact_squares(

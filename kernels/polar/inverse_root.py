@@ -14,7 +14,7 @@ _RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-7}
 """Damping in units of the mean eigenvalue, where none is given."""
 
 
-def inverse_root(S: Tensor, steps: int = 5, eps: float | None = None) -> Tensor:
+def inverse_root(S: Tensor, steps: int = 5, eps: float | Tensor | None = None) -> Tensor:
     """(S + eps I)^(-1/2) of symmetric positive semidefinite matrices, nearly.
 
     With B = S + eps I, Y = B / (1.02 ||B||_F + eps) and Z = I, each step (a, b, c) takes
@@ -27,7 +27,8 @@ def inverse_root(S: Tensor, steps: int = 5, eps: float | None = None) -> Tensor:
         S: (K, m, m), fp32 or fp64.
         steps: of the iteration, at least 1; after eight the last quintic is repeated.
         eps: Added to the diagonal. None: 1e-8 (float32: 1e-7) of the mean eigenvalue, so that the
-            result only scales when S does. An absolute one shrinks what is below its root.
+            result only scales when S does. An absolute one, for each matrix its own if (K, 1, 1),
+            shrinks what is below its root.
 
     Returns:
         (K, m, m), a new tensor.
@@ -37,7 +38,7 @@ def inverse_root(S: Tensor, steps: int = 5, eps: float | None = None) -> Tensor:
         mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)
         damping = (mean * _RELATIVE.get(S.dtype, 1e-7)).clamp(min=torch.finfo(S.dtype).tiny)
     else:
-        damping = torch.full_like(S[:, :1, :1], eps)
+        damping = torch.ones_like(S[:, :1, :1]) * eps
     eye = torch.eye(m, dtype=S.dtype, device=S.device)
     Y = S + damping * eye
     size = product(Y.flatten(1).unsqueeze(1), Y.flatten(1).unsqueeze(2)).sqrt_()  # ||Y||_F
@@ -68,6 +69,13 @@ def gram_polar(X: Tensor, left: bool, steps: int = 5, eps: float | None = None) 
     Returns:
         (K, m, n), a new tensor.
     """
+    damping: float | Tensor | None = eps
+    if eps is not None:
+        # squares of squares are formed of the entries, so that they must not be large
+        largest = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
+        exponent = torch.frexp(largest).exponent.clamp(0, 126).to(X.dtype)
+        c = torch.full_like(largest, 0.5) ** exponent  # a power of two leaves all digits
+        X, damping = X * c, c * c * eps
     if left:
-        return product(inverse_root(product(X, X.mT), steps, eps), X)
-    return product(X, inverse_root(product(X.mT, X), steps, eps))
+        return product(inverse_root(product(X, X.mT), steps, damping), X)
+    return product(X, inverse_root(product(X.mT, X), steps, damping))

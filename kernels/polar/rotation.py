@@ -31,13 +31,38 @@ def householder_qr(A: Tensor) -> Tensor:
     Returns:
         (K, m, m), orthogonal whatever the rank of A.
     """
-    return _each(_reflections, A)
+    return _householder(A)[0]
 
 
-def _reflections(A: Tensor) -> Tensor:
+def _householder(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (K, m, m) and the diagonal of T (K, m), of every matrix by itself on a CPU."""
+    if A.device.type != "cpu":
+        return _reflections(A)
+    Qs, diagonals = zip(*map(_reflections, A), strict=True)
+    if len(Qs) == 1:
+        return Qs[0].unsqueeze(0).contiguous(), diagonals[0].unsqueeze(0)
+    return torch.stack(Qs), torch.stack(diagonals)
+
+
+def _reflections(A: Tensor) -> tuple[Tensor, Tensor]:
     H, tau = torch.geqrf(A)
-    signs = torch.where(H.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(A.dtype)
-    Q: Tensor = torch.linalg.householder_product(H, tau).mul_(signs.unsqueeze(-2))
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    signs = torch.where(diagonal < 0, -1.0, 1.0).to(A.dtype)
+    Q = torch.linalg.householder_product(H, tau).mul_(signs.unsqueeze(-2))
+    return Q, diagonal.abs()
+
+
+def _completed_householder(B: Tensor, old: Tensor) -> Tensor:
+    """Q of B (K, m, m) of norm 1; columns that add no direction of their own are the old ones.
+
+    B is overwritten.
+    """
+    Q, sizes = _householder(B)
+    completion = _DAMPING * torch.finfo(B.dtype).eps
+    is_open = sizes <= completion
+    for k in is_open.any(-1).nonzero().flatten().tolist():  # only the open columns change
+        share = is_open[k].to(B.dtype) * completion
+        Q[k].copy_(_reflections(B[k].addcmul_(old[k], share))[0])
     return Q
 
 
@@ -75,10 +100,12 @@ def cholesky_qr(A: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
 def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None = None) -> Tensor:
     """The Q factor of A; directions that A leaves open are those of the old factor.
 
-    8 eps ||A||_F times the old factor is added to A, which settles a singular A and is lost in the
-    rounding of any other. By Householder reflections on a CPU, by two Cholesky passes on an
-    accelerator; a matrix that these do not make orthogonal is done again by reflections, or, where
-    nothing may wait for the device, by a third pass, and if that fails it keeps the old factor.
+    8 eps ||A||_F times the old factor is added, which settles a singular A: on a CPU, where
+    Householder reflections tell, to those columns alone that add no direction to the ones before,
+    so that any other A keeps the accuracy of plain QR; on an accelerator to all, which turns the
+    result by 8 eps times the condition number. There two Cholesky passes serve; a matrix that these
+    do not make orthogonal is done again by reflections, or, where nothing may wait for the device,
+    by a third pass, and if that fails it keeps the old factor.
 
     Args:
         A: (K, m, m), fp32 or fp64.
@@ -89,10 +116,12 @@ def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None 
     Returns:
         (K, m, m), a new tensor; a copy of the old factor where A is zero or not finite.
     """
-    B, usable = _completed(A, old)
     if not (A.device.type != "cpu" if cholesky is None else cholesky):
-        Q = householder_qr(B)
-    elif wait:
+        B, usable = _unit(A)
+        Q = _completed_householder(B, old)
+        return torch.where(usable, Q, old, out=Q)
+    B, usable = _completed(A, old)
+    if wait:
         Q, is_rotation = cholesky_qr(B)
         bad = (~is_rotation).flatten().nonzero().flatten()
         if len(bad):
@@ -160,8 +189,14 @@ def _scale(A: Tensor) -> tuple[Tensor, Tensor]:
 
 def _completed(A: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     """A / ||A||_F with a trace of the old factor, and whether A is finite and not zero."""
+    B, usable = _unit(A)
+    return B.add_(old, alpha=_DAMPING * torch.finfo(A.dtype).eps), usable
+
+
+def _unit(A: Tensor) -> tuple[Tensor, Tensor]:
+    """A / ||A||_F, or 0, and whether A is finite and not zero."""
     scale, usable = _scale(A)
     B = (A / scale).masked_fill_(~usable, 0.0)
     size = product(B.flatten(1).unsqueeze(1), B.flatten(1).unsqueeze(2)).sqrt_()  # ||B||_F
     size = torch.where(usable, size, torch.ones_like(size))
-    return B.div_(size).add_(old, alpha=_DAMPING * torch.finfo(A.dtype).eps), usable
+    return B.div_(size), usable

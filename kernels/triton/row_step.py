@@ -16,6 +16,10 @@ from ._launch import Case, guard, options, strides
 from ._row_sums import ROW_MODE_CODES, case, factor, tile
 from ._write import store_weight
 
+HIGH, LOW = tl.constexpr(2.0**48), tl.constexpr(2.0**-48)
+"""Between them entries have squares whose sums are in range."""
+UP, DOWN = tl.constexpr(2.0**80), tl.constexpr(2.0**-80)
+
 
 @triton.jit
 def lerped(a, b, weight, rest):
@@ -30,6 +34,12 @@ def moved(M, G, at_m, at_g, mask, momentum, gain, NESTEROV: tl.constexpr):
     g = tl.load(G + at_g, mask=mask, other=0.0).to(tl.float32)
     a = lerped(a, g, gain, momentum)
     return a, lerped(g, a, momentum, gain) if NESTEROV else a
+
+
+@triton.jit
+def safe_scale(is_huge, is_tiny):
+    """A power of two for each row such that squares neither overflow nor vanish; mostly 1."""
+    return tl.where(is_huge, DOWN, tl.where(is_tiny, UP, 1.0)).to(tl.float32)
 
 
 @triton.jit
@@ -55,9 +65,11 @@ def step_kernel(
         mask = valid & (cols < n)
         w = tl.load(W + cols * w_n, mask=mask, other=0.0).to(tl.float32)  # beside the others
         a, u = moved(M, G, cols * m_n, cols * g_n, mask, momentum, gain, NESTEROV)
-        u = tl.where(mask, u, 0.0)
+        top = tl.max(tl.abs(tl.where(mask, u, 0.0)), axis=1)
+        c = safe_scale(top > HIGH, top < LOW)
+        u = tl.where(mask, u * c[:, None], 0.0)
         tl.store(M + cols * m_n, a.to(M.dtype.element_ty), mask=mask)
-        by = alpha * factor(tl.sum(u * u, axis=1), 0.0, eps, MODE)[:, None]
+        by = alpha * factor(tl.sum(u * u, axis=1), 0.0, eps * c, MODE)[:, None]
         w = keep * w + by * u
         store_weight(W + cols * w_n, w, mask)
     else:  # M is stored last, as rounding it early would show
@@ -65,11 +77,23 @@ def step_kernel(
         for j in range(0, n, BN):
             mask, at = valid & (cols < n - j), cols + j
             _, u = moved(M, G, at * m_n, at * g_n, mask, momentum, gain, NESTEROV)
-            sums += tl.where(mask, u * u, 0.0)
-        by = alpha * factor(tl.sum(sums, axis=1), 0.0, eps, MODE)[:, None]
+            u = tl.where(mask, u, 0.0)
+            sums += u * u
+        s = tl.sum(sums, axis=1)
+        c = safe_scale(~(s <= HIGH * HIGH), s < LOW * LOW)
+        if (tl.min(c, axis=0) < 1.0) | (tl.max(c, axis=0) > 1.0):  # seldom: read once more
+            sums = tl.zeros((R, BN), tl.float32)
+            for j in range(0, n, BN):
+                mask, at = valid & (cols < n - j), cols + j
+                _, u = moved(M, G, at * m_n, at * g_n, mask, momentum, gain, NESTEROV)
+                u = tl.where(mask, u * c[:, None], 0.0)
+                sums += u * u
+            s = tl.sum(sums, axis=1)
+        by = alpha * factor(s, 0.0, eps * c, MODE)[:, None]
         for j in range(0, n, BN):
             mask, at = valid & (cols < n - j), cols + j
             a, u = moved(M, G, at * m_n, at * g_n, mask, momentum, gain, NESTEROV)
+            u *= c[:, None]
             tl.store(M + at * m_n, a.to(M.dtype.element_ty), mask=mask)
             w = keep * tl.load(W + at * w_n, mask=mask, other=0.0).to(tl.float32) + by * u
             store_weight(W + at * w_n, w, mask)

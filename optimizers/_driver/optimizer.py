@@ -708,6 +708,9 @@ class StackedOptimizer(Optimizer):
                 steps.answer = yield step
                 continue
             i = step.member.number
+            if step.torch_bits:
+                runs = self._runs(bucket, as_given=True)
+                _, lr, decay = runs[0]
             if len(runs) == 1 and write_list_(bucket.weight_list(i), step, lr, decay, write_mask):
                 continue
             W = bucket.load(i)
@@ -717,12 +720,16 @@ class StackedOptimizer(Optimizer):
                 write_runs_(W, step, runs, write_mask)
             bucket.store(i, W)
 
-    def _runs(self, bucket: Bucket) -> list[Run]:
-        """Learning rate and decay of the units of a bucket, equal neighbours together."""
+    def _runs(self, bucket: Bucket, as_given: bool = False) -> list[Run]:
+        """Learning rate and decay of the units of a bucket, equal neighbours together.
+
+        ``as_given`` leaves tensors in their own dtype, which torch's bits depend on.
+        """
         runs: list[Run] = []
         for j, unit in enumerate(bucket.units if bucket.spans else bucket.units[:1]):
             group = self.param_groups[unit.group]
-            lr, decay = self._lr_value(group["lr"]), group["weight_decay"]
+            lr = group["lr"] if as_given else self._lr_value(group["lr"])
+            decay = group["weight_decay"]
             decay = decay if unit.decay == 1.0 else decay * unit.decay
             previous = runs[-1] if runs else None
             if previous is not None and _same(previous.lr, lr) and previous.weight_decay == decay:

@@ -7,7 +7,7 @@ summed in it with the decayed weight and rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -56,11 +56,12 @@ def write_(
     # removes: the old values of such a matrix are put back
     puts_back = finite is not None and step.member.finite is not None
     flags = None if puts_back else finite
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     alpha, decay_factor = -step.lr_factor, 1.0 - lr**step.decay_power * weight_decay
-    if isinstance(lr, Tensor):
+    if isinstance(lr, Tensor) and not (step.torch_bits and lr.device.type == "cpu"):
         terms = [term.scaled(lr.to(W.device)) for term in terms]
-    else:
-        alpha *= lr
+    else:  # torch multiplies a tensor by the scale in the tensor's own dtype
+        alpha = float(lr * alpha)
     if weight_decay != 0.0:
         decay_factor = _masked_decay(W, decay_factor, step.decay, flags)
     if flags is not None:
@@ -71,8 +72,10 @@ def write_(
         if isinstance(decay_factor, Tensor) and decay_factor.dim() > 1:
             decay_factor = decay_factor.mT
     terms.sort(key=lambda term: not term.fuses_decay)
-    dtype = W.dtype if _adds_in_weight_dtype(W, terms) else _accumulation_dtype(W)
-    for panel, change in _changes(W, dtype, terms, alpha, decay_factor, step.decay_last):
+    in_weight_dtype = step.torch_bits or _adds_in_weight_dtype(W, terms)
+    dtype = W.dtype if in_weight_dtype else _accumulation_dtype(W)
+    panels = _panels(W, not all(term.supports_row_panels for term in terms), step.torch_bits)
+    for panel, change in _changes(W, dtype, terms, alpha, decay_factor, step.decay_last, panels):
         if puts_back and finite is not None:
             change = _where_finite(change, finite if len(finite) == 1 else finite[panel[0]])
         update_weight_(W, change, dtype, panel)
@@ -210,12 +213,16 @@ def _limit_rel_norm(
     return [term.scaled(shrink) for term in terms]
 
 
-def _panels(W: Tensor, all_rows: bool) -> Iterator[tuple[slice, slice]]:
-    """Matrices and rows of each panel: several small matrices at once, or rows of a large one."""
+def _panels(W: Tensor, all_rows: bool, alone: bool) -> Iterator[tuple[slice, slice]]:
+    """Matrices and rows of each panel: several small matrices at once, or rows of a large one.
+
+    ``alone`` makes every matrix one panel, as torch writes it: on a CPU what is left over at the
+    end of a tensor, and fills no vector, is rounded in another way.
+    """
     K, m, n = W.shape
     size = WRITE_PANEL if W.device.type == "cpu" else WRITE_PANEL_ACCELERATOR
-    matrices, rows = max(1, size // max(1, m * n)), max(1, size // max(1, n))
-    if all_rows or m * n <= size:
+    matrices, rows = 1 if alone else max(1, size // max(1, m * n)), max(1, size // max(1, n))
+    if all_rows or alone or m * n <= size:
         rows = max(1, m)
     for k in range(0, K, matrices):
         for i in range(0, m, rows):
@@ -229,6 +236,7 @@ def _changes(
     alpha: float,
     decay_factor: float | Tensor,
     decay_last: bool,
+    panels: Iterable[tuple[slice, slice]],
 ) -> Iterator[tuple[Panel, Change]]:
     """Each panel of W, and the change of its values, made in the accumulation dtype."""
     decay_before, decay_after = (1.0, decay_factor) if decay_last else (decay_factor, 1.0)
@@ -241,7 +249,7 @@ def _changes(
         decay_before = 1.0
         if not terms and _is_one(decay_after):
             return
-    for ks, rows in _panels(W, not all(term.supports_row_panels for term in terms)):
+    for ks, rows in panels:
         yield (ks, rows), partial(_write_terms, terms, ks, rows, alpha, decay_before, decay_after)
 
 

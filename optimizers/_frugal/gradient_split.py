@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .._core.rule import Member, Slot, Term
 from .._toolkit.base_optimizers import BaseOptimizer
-from .._toolkit.moments import column_squares, total
+from .._toolkit.moments import column_squares, safe_square_scale, total
 from .._toolkit.random_keys import StackRNG
+from .._toolkit.row_rules import in_range
 
 STATE_FREE_KINDS = ("sign_sgd", "sgd", "no")
 ALL = slice(None)
@@ -46,13 +47,22 @@ class StateFreeUpdate:
         return U if self.scale == 1.0 else U.mul_(self.scale)
 
 
+SAFE_SQUARES = (1e-22, 1e30)
+"""Between them a sum of squares has neither overflowed nor lost bits. Beyond them an accelerator,
+which would have to wait for the answer, takes all signs as they are, or none."""
+
+
 def make_state_free(w: Member, kind: str, scale: float, threshold: float) -> StateFreeUpdate:
     """Make a state-free update; up to ``threshold`` times G's root mean square signs are 0."""
     if threshold == 0.0 or kind != "sign_sgd":
         return StateFreeUpdate(kind, scale)
     assert w.grad is not None
-    squares = w.reductions.both(total(column_squares(w.grad)))
+    squares, c = w.reductions.both(total(column_squares(w.grad))), None
+    if w.grad.device.type == "cpu" and not in_range(squares, *SAFE_SQUARES):
+        c = safe_square_scale(w.grad, w.reductions)
+        squares = w.reductions.both(total(column_squares(w.grad * c)))
     floor = squares.div_(w.m * w.n).sqrt_().mul_(threshold)
+    floor = floor if c is None else floor.div_(c)
     return StateFreeUpdate(kind, scale, floor)
 
 

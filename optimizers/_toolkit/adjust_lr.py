@@ -48,6 +48,7 @@ ADJUST_LR_FNS: dict[str, Callable[[int, int, int], float]] = {
     "kj": tall_aspect,  # Trion's
     "aspect": tall_aspect,  # AuON's
     "spectral": spectral_aspect,
+    "spectral_unclamped": spectral_aspect,  # torch's name, from 2.14 on
     "dion": spectral_aspect,
     "none": unscaled,
 }

@@ -232,7 +232,7 @@ def carry_moments(
         _carry_ldadam(exp_avg, exp_avg_sq, change, t, betas)
     elif policy != "keep":
         exp_avg.copy_(change.apply(exp_avg))
-        exp_avg_sq.copy_(change.apply_squares(exp_avg_sq))
+        exp_avg_sq.copy_(_overflowed(change.apply_squares(exp_avg_sq)))
 
 
 def _carry_ldadam(
@@ -247,7 +247,15 @@ def _carry_ldadam(
     new_m = change.apply(m)
     new_v = change.apply_squares(v.addcmul_(m, m, value=-1)).addcmul_(new_m, new_m)
     M.copy_(new_m.mul_(c1))
-    V.copy_(new_v.abs_().mul_(c2))
+    V.copy_(_overflowed(new_v.abs_().mul_(c2)))
+
+
+def _overflowed(V: Tensor) -> Tensor:
+    """Second moments, infinite where a product with an infinite one made no number.
+
+    So such a coordinate takes no step, as it did before and as in Adam.
+    """
+    return V.masked_fill_(V.isnan(), torch.inf)
 
 
 def ema(buffer: Tensor, grad: Tensor, momentum: float, finite: Tensor | None = None) -> Tensor:

@@ -204,7 +204,9 @@ class RowPolarRule(RowRule, abstract=True):
             return None
         nu = w.reductions.both(total(product(X.new_ones(len(X), 1, X.shape[-2]), X * U)))
         floor = torch.finfo(nu.dtype).tiny if self.eps is None else self.eps
-        return nu.clamp_(min=floor) ** self.alpha
+        # a negative power of the floor may be more than a float holds, and 0 times it no number
+        largest = torch.finfo(nu.dtype).max / 1024
+        return (nu.clamp_(min=floor) ** self.alpha).clamp_(max=largest)
 
 
 # rows ---------------------------------------------------------------------------------------------

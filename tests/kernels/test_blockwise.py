@@ -52,6 +52,25 @@ def nearest(X, signed):
     return out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-4, 1e-20, 1e-37, 1e-44, 1e-60, 1e-80, 1e-100, 1e-300])
+def test_a_second_moment_that_was_not_zero_never_becomes_zero(size, dtype):
+    """However small it is in its dtype, alone or beside what is far larger."""
+    for factors in ([1.0, 0.0, 0.3], [1.0, 1e-12, 0.0], [1e12, 1.0, 0.0]):
+        X = (torch.tensor(factors, dtype=torch.float64) * size).to(dtype).repeat(1, 200)
+        left, *_ = stored(X, signed=False)
+        assert torch.equal(left > 0, X > 0)
+        assert left.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-60, 1e-74])
+def test_a_small_double_second_moment_keeps_its_size(size):
+    X = draw((1, 700), False).double() * size
+    left, *_ = stored(X, signed=False)
+    large = X > 0.02 * X.max()
+    torch.testing.assert_close(left[large], X[large], rtol=0.1, atol=0)
+
+
 def test_levels_are_as_the_paper_describes_them():
     for signed, decades in ((True, 7), (False, 8)):
         levels = blockwise_levels(signed)

@@ -105,6 +105,41 @@ def test_every_scale_of_torch_is_one_of_ours():
     assert not missing, f"adjust_lr_fn lacks torch's {', '.join(sorted(missing))}"
 
 
+def test_torchs_name_of_the_spectral_scale_is_an_alias_also_in_a_checkpoint():
+    """``"spectral_unclamped"`` came with torch 2.14."""
+    G, params = gradients(WIDE, 2), [weight(WIDE) for _ in range(3)]
+    first, second, third = (
+        Muon([p], lr=0.1, adjust_lr_fn=name)
+        for p, name in zip(params, ("spectral", "spectral_unclamped", None), strict=True)
+    )
+    for optimizer, p in zip((first, second, third), params, strict=True):
+        p.grad = G[0].clone()
+        optimizer.step()
+    assert torch.equal(params[0], params[1]) and not torch.equal(params[0], params[2])
+    with torch.no_grad():
+        params[2].copy_(params[1])
+    third.load_state_dict(copy.deepcopy(second.state_dict()))
+    assert third.param_groups[0]["adjust_lr_fn"] == "spectral_unclamped"
+    for optimizer, p in zip((first, second, third), params, strict=True):
+        p.grad = G[1].clone()
+        optimizer.step()
+    assert torch.equal(params[0], params[1]) and torch.equal(params[0], params[2])
+
+
+def test_a_checkpoint_of_torch_with_its_name_of_the_spectral_scale_loads():
+    p, q = weight(TALL), weight(TALL)
+    theirs = torch.optim.Muon([q], lr=0.1)
+    q.grad = gradients(TALL, 1)[0]
+    theirs.step()
+    saved = theirs.state_dict()
+    saved["param_groups"][0]["adjust_lr_fn"] = "spectral_unclamped"
+    ours = Muon([p], compat="torch")
+    ours.load_state_dict(saved)
+    assert ours.param_groups[0]["adjust_lr_fn"] == "spectral_unclamped"
+    p.grad = gradients(TALL, 1)[0]
+    ours.step()
+
+
 def test_defaults_and_positions_of_torch_give_its_bits():
     p, q, G = weight(TALL), weight(TALL), gradients(TALL, 1)[0]
     values = (0.02, 0.3, 0.8, False, (3.0, -4.0, 2.0), 1e-6, 3, "match_rms_adamw")

@@ -214,6 +214,20 @@ def test_row_step_is_its_reference(mode, mu):
                 assert torch.equal(M.float(), G.to(M.dtype).float())
 
 
+@pytest.mark.parametrize("n", [7, 300])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-22, 1e-15, 1e16, 1e22, 1e30, 1e37])
+def test_a_step_of_rows_does_not_depend_on_their_size(size, n):
+    """Without eps; in one tile and in several."""
+    G = torch.randn(6, n, generator=torch.Generator().manual_seed(n)).clamp(-3, 3)
+    found = []
+    for scale in (1.0, size):
+        p = torch.nn.Parameter(torch.zeros(6, n))
+        optimizer = RowNorm([p], lr=1.0, weight_decay=0.0)
+        run(optimizer, [p], [[scale * G, scale * G.flip(0)]])
+        found.append(p.detach())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_row_step_obeys_its_control():
     for shape in ((3, 20, 33), (3, 5, 200)):
         W, M, G = (gaussian(*shape, seed=s) for s in range(3))
