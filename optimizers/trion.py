@@ -49,7 +49,8 @@ class TrionRule(Rule):
         check_choices(self, adjust_lr_fn=ADJUST_LR_FNS, polar=("auto", *POLAR_METHODS))
         resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
         _ = self.cosines  # raises for an unknown norm or basis
-        self.orthogonalize(torch.empty(1, 0, 1))  # raises here for what the kernel refuses
+        # raises here for what the kernel refuses
+        self.orthogonalize(torch.empty(1, 0, 1, dtype=torch.float32, device="cpu"))
 
     @property
     def cosines(self) -> DctProjector:

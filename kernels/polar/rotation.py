@@ -36,7 +36,7 @@ def householder_qr(A: Tensor) -> Tensor:
 
 def _reflections(A: Tensor) -> Tensor:
     H, tau = torch.geqrf(A)
-    signs = torch.where(H.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(A.dtype)
+    signs = 1 - 2 * (H.diagonal(dim1=-2, dim2=-1) < 0).to(A.dtype)
     Q: Tensor = torch.linalg.householder_product(H, tau).mul_(signs.unsqueeze(-2))
     return Q
 

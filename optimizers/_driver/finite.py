@@ -25,7 +25,7 @@ class LateFlags:
         self._event = None
         if finite.is_cuda:
             stream = torch.cuda.current_stream(finite.device)  # not that of the current device
-            pinned = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
+            pinned = torch.empty(finite.shape, dtype=finite.dtype, device="cpu", pin_memory=True)
             finite = pinned.copy_(finite, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(stream)

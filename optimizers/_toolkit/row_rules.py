@@ -156,7 +156,8 @@ class RowPolarRule(RowRule, abstract=True):
         check(steps is None or 1 <= steps < 100, f"ns_steps must be in [1, 99], got {steps}")
         check_eps(self.eps)
         if self.polar != "inverse_root":  # raises here for what the kernel refuses
-            polar_factor(torch.empty(1, 0, 1), self.polar, steps=steps)
+            empty = torch.empty(1, 0, 1, dtype=torch.float32, device="cpu")
+            polar_factor(empty, self.polar, steps=steps)
         check(
             self.alpha == 0.0 or self.adjust_lr_fn == "none",
             "alpha scales a whole update, which match_rms_adamw does by itself; set "
