@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .._driver.buckets import StepPlan
     from .._driver.units import Unit
 
+DRAW_PANEL = 2**14
+"""Entries of a pool that are drawn at a time: a pool may be as large as the base weight."""
+
 __all__ = [
     "TripleOptimizer",
     "VectorPool",
@@ -164,8 +167,9 @@ def fill_pools_(A: Tensor, B: Tensor, r: int, s: float, generator: torch.Generat
     """Fill pools (p, n) of A and (p, m) of B with uniform vectors, in float32 and rounded."""
     for X, std in zip((A, B), init_stds(B.shape[1], A.shape[1], r, s), strict=True):
         bound = math.sqrt(3) * std
-        draw = torch.rand(X.shape, generator=generator, dtype=torch.float32, device="cpu")
-        X.copy_(draw.mul_(2 * bound).sub_(bound))
+        for rows in X.split(max(1, DRAW_PANEL // X.shape[1])):  # the bits of one draw
+            draw = torch.rand(rows.shape, generator=generator, dtype=torch.float32, device="cpu")
+            rows.copy_(draw.mul_(2 * bound).sub_(bound))
 
 
 def start_pools_(a: VectorPool, b: VectorPool, s: float, generator: torch.Generator) -> None:
