@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...kernels import dequantize_blocks, fuses_passes, quantize_blocks
 from .._core.rule import Member, Rule
-from .units import State, Unit, is_slab_row, rows_of, scale_of
+from .units import State, Unit, is_slab_row, scale_of, slab_rows
 from .windows import block_labels_of, drops_state
 
 MAX_STACK_BYTES = {"cpu": 64 * 2**20}
@@ -99,7 +99,7 @@ class Bucket:
             self.bindings.append((entries[0], key, tensor))
             return tensor.unsqueeze(0)
         slab = torch.stack([entry[key] for entry in entries])
-        for entry, row in zip(entries, rows_of(slab), strict=True):
+        for entry, row in zip(entries, slab_rows(slab), strict=True):
             entry[key] = row
             self.bindings.append((entry, key, row))
             self.addresses.append(row.data_ptr() if is_slab_row(row) else 0)

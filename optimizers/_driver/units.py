@@ -39,7 +39,7 @@ State = MutableMapping[Tensor, dict[str, Any]]
 _SLAB_ROWS: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
 
 
-def rows_of(slab: Tensor) -> list[Tensor]:
+def slab_rows(slab: Tensor) -> list[Tensor]:
     """The rows of a slab; on the CPU each with a storage of its own over the slab's memory.
 
     Whatever saves, copies or pickles a tensor takes its whole storage along. Other devices cannot
