@@ -50,7 +50,7 @@ def slab_rows(slab: Tensor) -> list[Tensor]:
         start, size = slab.storage_offset() * slab.element_size(), rows[0].nbytes
         for k, row in enumerate(rows):
             begin = start + k * size
-            row.set_(slab.untyped_storage()[begin : begin + size], 0, row.shape, row.stride())  # type: ignore[call-overload]
+            row.set_(slab.untyped_storage()[begin : begin + size], 0, row.shape, row.stride())
             _SLAB_ROWS[row] = True
     return rows
 

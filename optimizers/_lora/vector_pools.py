@@ -167,7 +167,9 @@ def fill_pools_(A: Tensor, B: Tensor, r: int, s: float, generator: torch.Generat
     """Fill pools (p, n) of A and (p, m) of B with uniform vectors, in float32 and rounded."""
     for X, std in zip((A, B), init_stds(B.shape[1], A.shape[1], r, s), strict=True):
         bound = math.sqrt(3) * std
-        for rows in X.split(max(1, DRAW_PANEL // X.shape[1])):  # the bits of one draw
+        height = max(1, DRAW_PANEL // X.shape[1])
+        for i in range(0, len(X), height):  # panels have the bits of one draw
+            rows = X[i : i + height]
             draw = torch.rand(rows.shape, generator=generator, dtype=torch.float32, device="cpu")
             rows.copy_(draw.mul_(2 * bound).sub_(bound))
 
