@@ -408,11 +408,13 @@ def adamw_parity(setting: Setting) -> Iterator[Contest]:
             theirs = partial(torch.optim.AdamW, weight_decay=0.1, **options)
             contest = Contest(
                 {
-                    "ours": partial(Step, adamw_rule(**options), model),
+                    "ignore": partial(Step, adamw_rule(nonfinite="ignore", **options), model),
+                    "skip": partial(Step, adamw_rule(**options), model),
                     "torch": partial(Step, theirs, model),
                 }
             )
-            contest.ratio(f"{name}, {flag}: ours / torch", "ours", "torch", 1.05)
+            contest.ratio(f"{name}, {flag}: unguarded / torch", "ignore", "torch", 1.05)
+            contest.ratio(f"{name}, {flag}: bad gradients skipped / torch", "skip", "torch", 1.15)
             yield contest
 
 
@@ -443,6 +445,38 @@ def overhead(setting: Setting) -> Iterator[Contest]:
     contest.ratio("Muon / AdamW fused", "Muon", "AdamW fused")
     contest.ratio("GaLore rank 4 / AdamW fused", "GaLore", "AdamW fused")
     yield contest
+
+
+def group_for_each(make: Maker) -> Maker:
+    """The same optimizer with a group, and a learning rate, for each parameter."""
+
+    def in_groups(params: Any) -> torch.optim.Optimizer:
+        return make([{"params": [p], "lr": 1e-3 * 0.99**i} for i, p in enumerate(params)])
+
+    return in_groups
+
+
+def many_groups(setting: Setting) -> Iterator[Contest]:
+    """Layer-wise decay of the learning rate: one group for each of 120 matrices, against one."""
+    makers: dict[str, Maker] = {
+        "Muon": partial(Muon, weight_decay=0.1),
+        "AuON": partial(AuON, weight_decay=0.1),
+        "Fira": partial(Fira, rank=8, update_proj_gap=NEVER, weight_decay=0.1),
+        "AdamW": partial(torch.optim.AdamW, weight_decay=0.1, foreach=True),
+    }
+    for side in (16,) if setting.quick else (64, 256):
+        model = parse_model(f"{side}x{side}x{6 if setting.quick else 120}")
+        for name, make in makers.items():
+            contest = Contest(
+                {
+                    "many groups": partial(Step, group_for_each(make), model),
+                    "one group": partial(Step, make, model),
+                }
+            )
+            target = () if name == "AdamW" else (1.3,)
+            text = f"{label(model)} {name}: a group for each / one group"
+            contest.ratio(text, "many groups", "one group", *target)
+            yield contest
 
 
 # --- Memory ---
@@ -760,6 +794,9 @@ CASES: dict[str, Case] = {
     ),
     "overhead": Case(
         "200 matrices of 8x8", overhead, floor=61, seconds=4.0, builds=3, shaped=False
+    ),
+    "many-groups": Case(
+        "a group for each parameter, 120 matrices", many_groups, seconds=4.0, shaped=False
     ),
     "memory": Case("state and temporaries", figures=memory),
     "optimizers": Case(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,10 @@ from typing_extensions import override
 from ..kernels import add_product_, product
 from ._core.rule import BatchedCall, Dense, Member, Slot, Steps
 from ._core.validation import (
-    check,
     check_adam,
-    check_at_least,
     check_choices,
-    check_positive,
+    check_flags,
+    check_numbers,
 )
 from ._lora.base_weight_hooks import WatchingOptimizer
 from ._lora.pair_algebra import damped_inverse, debias_factor, gram, right_matmul
@@ -52,20 +52,21 @@ class AdaPreLoRARule(LoRARule):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adam(self.betas, self.eps)
+        check_adam(self)
         check_choices(
             self, variant=("momentum", "sgd", "adamw"), stats=("tangent", "exact", "none")
         )
-        check_at_least(self, object, eps_rel=0)
-        check_positive(self, "max_rel_step")
-        check(0.0 < self.floor <= 1.0, f"floor must lie in (0, 1], got {self.floor!r}")
+        check_numbers(self, eps_rel="[0, inf)", max_rel_step="(0, inf) or None", floor="(0, 1]")
+        check_flags(self, "rescale_visible", "scale_aware")
 
     @override
     def update(self, A: Member, B: Member) -> Steps:
         """Compute both steps from the old factors, as one joint solution."""
         ws = (A, B)
-        G = [None if w.grad is None else as_tall(w.grad, w) for w in ws]
-        dtype = next(g.dtype for g in G if g is not None)
+        dtypes = [w.grad.dtype for w in ws if w.grad is not None]
+        floats = [X.dtype for w in ws for X in w.state.values() if X.is_floating_point()]
+        dtype = functools.reduce(torch.promote_types, dtypes + floats)
+        G = [None if w.grad is None else as_tall(w.grad, w).to(dtype) for w in ws]
         X = [as_tall(w.value, w).to(dtype) for w in ws]
         Y = [None, None]
         if self.stats != "none":
@@ -218,7 +219,7 @@ class AdaPreLoRA(WatchingOptimizer):
         scale_aware: Whether steps have the 1 / s^2 (default: True); without, lr changes with alpha.
         max_rel_step: Largest step of a factor relative to its norm. None (default): no limit. The
             first step of A after B = 0 is as large as A itself however small lr is.
-        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
+        lr_ratio_b: Multiplies the step of B; decay keeps the plain lr. None (default): 1.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     Raises:

@@ -14,9 +14,10 @@ from ._core.rule import BatchedCall, Dense, Member, Scaled, Slot, Steps
 from ._core.validation import (
     check,
     check_adam,
-    check_at_least,
     check_choices,
-    check_positive,
+    check_flags,
+    check_ints,
+    check_numbers,
 )
 from ._lora.pair_algebra import (
     cross_gram,
@@ -56,7 +57,7 @@ class AltLoRARule(LoRARule):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adam(self.betas, self.eps, eps_may_be_unset=True)
+        check_adam(self, eps_may_be_none=True)
         check_choices(
             self,
             delta_mode=("absolute", "relative"),
@@ -65,9 +66,9 @@ class AltLoRARule(LoRARule):
             second_moment=(None, "elementwise"),
             compat=(None, "reference"),
         )
-        check_at_least(self, object, delta=0)
-        check_positive(self, "max_rel_step")
-        check(self.switch_every >= 1, f"switch_every must be at least 1, got {self.switch_every!r}")
+        check_numbers(self, delta="[0, inf)", max_rel_step="(0, inf) or None")
+        check_ints(self, switch_every="[1, inf)")
+        check_flags(self, "scale_aware", "compact_alignment")
         check(
             not (self.published and self.compact_alignment),
             "compat='reference' keeps the old factors; leave compact_alignment out",
@@ -91,7 +92,8 @@ class AltLoRARule(LoRARule):
         """The step of one factor, in A's letters: w is A (r, n), X is B (m, r)."""
         assert w.grad is not None
         state = w.state
-        G, M = as_A(w.grad, w), as_A(state["exp_avg"], w)  # (K, r, n)
+        M = as_A(state["exp_avg"], w)  # (K, r, n)
+        G = as_A(w.grad, w).to(torch.promote_types(w.grad.dtype, M.dtype))
         X = as_A(other.value, w).to(G.dtype)  # (K, m, r)
         S = gram(X)
         if self.compact_alignment:
@@ -221,7 +223,7 @@ class AltLoRA(PairOptimizer):
             first steps of A after B = 0 are as large as A itself however small lr is.
         compact_alignment: Whether K (B^T B_old), r x r, is kept instead of B_old (default: False).
             Only the optimizer may change the factors then.
-        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
+        lr_ratio_b: Multiplies the step of B; decay keeps the plain lr. None (default): 1.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     Raises:

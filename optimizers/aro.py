@@ -26,9 +26,17 @@ from ..kernels import (
     sinkhorn,
 )
 from ._core.rule import Dense, Direction, Factored, Member, Rule, Slot
-from ._core.validation import check, check_at_least, check_choices, check_decays
+from ._core.validation import (
+    check,
+    check_choices,
+    check_eps,
+    check_flags,
+    check_ints,
+    check_numbers,
+    shown,
+)
 from ._driver.optimizer import StackedOptimizer
-from ._driver.param_groups import routed, rule_of
+from ._driver.param_groups import parts_of, rule_of
 from ._driver.units import units_of
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
@@ -60,8 +68,8 @@ class RotationRule(Rule, abstract=True):
         check_choices(
             self, rotation=ROTATIONS, rotation_sharing=ROTATION_SHARINGS, init=("identity", "svd")
         )
-        check_at_least(self, int, rotation_every=1, layer=1)
-        check_decays(self, "gram_beta")
+        check_ints(self, rotation_every="[1, inf)", layer="[1, 10000]")
+        check_numbers(self, gram_beta="[0, 1) or None")
         check(
             self.rotation != "none"
             or (self.rotation_sharing == "per_param" and self.init == "identity"),
@@ -76,12 +84,14 @@ class RotationRule(Rule, abstract=True):
             self.gram_beta is None or self.rotation == "eigh",
             "gram_beta averages what rotation='eigh' takes; leave it out",
         )
+        sides = self.side
+        is_list = isinstance(sides, (tuple, list)) and all(s in ("rows", "cols") for s in sides)
         check(
-            self.side in ROTATED_SIDES
-            if isinstance(self.side, str)
-            else self.rotation_sharing != "per_param" and {*self.side} <= {"rows", "cols"},
+            sides in ROTATED_SIDES
+            if isinstance(sides, str)
+            else is_list and len(sides) > 0 and self.rotation_sharing != "per_param",
             f"side must be one of {ROTATED_SIDES}, or 'rows' or 'cols' for each weight that shares "
-            f"a rotation, got {self.side!r}",
+            f"a rotation, got {shown(sides)}",
         )
 
     @property
@@ -176,13 +186,12 @@ class ARORule(RotationRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, base=BASE_MAPS, adjust_lr_fn=(None, "match_rms_adamw"))
-        check_decays(self, "momentum", "beta2")
-        check_at_least(self, int, iterations=1)
-        check(self.eps is not None and self.eps >= 0.0, f"Invalid epsilon value: {self.eps}")
-        target = self.rms_target
-        check(target is None or target > 0, f"rms_target must be positive or None, got {target}")
+        check_numbers(self, momentum="[0, 1)", beta2="[0, 1)", rms_target="(0, inf) or None")
+        check_ints(self, iterations="[1, 1000]")
+        check_flags(self, "nesterov")
+        check_eps(self, may_be_none=False)
         check(
-            target is None or self.adjust_lr_fn is None,
+            self.rms_target is None or self.adjust_lr_fn is None,
             "rms_target scales the update already; set it to None to use adjust_lr_fn",
         )
 
@@ -278,10 +287,11 @@ def check_shared_rotations(
             rule = rule_of(group, default_rule)
             if rule is None:
                 continue
-            matrices = {p: (j, p) for j, p in routed(group, rule, 0)[0]}  # given twice, counts once
-            for unit in units_of(i, group, rule, list(matrices.values())):
-                check_equal_stacks([view.k for view in unit.views])
-    except ValueError:
+            for part in parts_of(group, rule, 0)[0]:
+                weights = {w.param: w for w in part.weights}  # given twice, counts once
+                for unit in units_of(i, group, part._replace(weights=[*weights.values()])):
+                    check_equal_stacks([view.k for view in unit.views])
+    except BaseException:
         del groups[first:]
         raise
 

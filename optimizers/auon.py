@@ -12,7 +12,14 @@ from typing_extensions import override
 
 from ..kernels import polar_factor
 from ._core.rule import Direction, Member, Rule, Scaled, Slot
-from ._core.validation import check, check_choices, check_eps
+from ._core.validation import (
+    check,
+    check_choices,
+    check_eps,
+    check_flags,
+    check_ints,
+    check_numbers,
+)
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import momentum_step
@@ -46,15 +53,9 @@ class AuONRule(Rule):
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        check(0.0 <= self.momentum < 1.0, f"momentum must be in [0, 1), got {self.momentum}")
-        check(
-            self.gamma is None or 0.0 < self.gamma <= 8.0,
-            f"gamma must be None or in (0, 8], got {self.gamma}",
-        )
-        check(
-            isinstance(self.ns_steps, int) and 0 <= self.ns_steps < 100,
-            f"ns_steps must be an int from 0 to 99, got {self.ns_steps!r}",
-        )
+        check_numbers(self, momentum="[0, 1)", gamma="(0, 8] or None")
+        check_ints(self, ns_steps="[0, 99]")
+        check_flags(self, "nesterov")
         check_choices(
             self,
             variant=("paper", "repo2026"),
@@ -65,7 +66,7 @@ class AuONRule(Rule):
             self.init_norm == "fro" or self.ns_steps > 0,
             "init_norm is what Newton-Schulz starts from; it needs ns_steps=1 or more",
         )
-        check_eps(self.eps)
+        check_eps(self)
 
     @property
     def cosh_scale(self) -> float:

@@ -12,7 +12,13 @@ from typing_extensions import override
 
 from ..kernels import dequantize_rows, quantize_rows
 from ._core.rule import AdamFactored, Direction, Member, Rule, Slot
-from ._core.validation import check_adam, check_at_least, check_choices, resolve_rank
+from ._core.validation import (
+    check_adam,
+    check_choices,
+    check_count_or_share,
+    check_ints,
+    resolve_rank,
+)
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import warn_user
 from ._toolkit.moments import IndexBasisChange
@@ -54,9 +60,9 @@ class DCTAdamWRule(Rule):
     refresh_offset = 1
 
     def __post_init__(self) -> None:
-        check_adam(self.betas, self.eps)
-        resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
-        check_at_least(self, int, update_proj_gap=1)
+        check_adam(self)
+        check_count_or_share(self, "rank")
+        check_ints(self, update_proj_gap="[1, inf)")
         check_choices(
             self,
             norm=("l1", "l2"),
@@ -289,10 +295,14 @@ class DCTAdamW(StackedOptimizer):
             policy = group["moments"]
             has_feedback = group["error_feedback"] and group["rule"] != "adamw"
             if has_feedback and group["update_proj_gap"] == 1 and policy not in ("slot", "reset"):
-                warn_user(
-                    "error_feedback with update_proj_gap=1 chooses other cosines at every step, so "
-                    f"moments={policy!r} empties them; use update_proj_gap >= 10"
-                )
+                try:
+                    warn_user(
+                        "error_feedback with update_proj_gap=1 chooses other cosines at every "
+                        f"step, so moments={policy!r} empties them; use update_proj_gap >= 10"
+                    )
+                except UserWarning:  # where warnings are errors
+                    del self.param_groups[before:]
+                    raise
 
 
 QUANTIZE_PANEL = 2**18

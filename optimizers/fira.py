@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ._core.rule import LOCAL_REDUCTIONS, Direction, Member, Scaled, Slot
-from ._core.validation import check, check_at_least, check_choices
+from ._core.validation import check, check_choices, check_flags, check_numbers
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.lowrank import LowRankRule
 from ._toolkit.moments import column_squares, total
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from ._driver.param_groups import Common
 
 NORM_EPS = 1e-8  # added to norms that divide, as published
+MAX_RMS = 3.0
+"""Bound of rms(phi G) / rms(N). A basis that is blind to G has sqrt(1 - r / m) there."""
+MAX_COLUMN = 96.0
+"""Bound of |phi G_i| / rms(N), so that no first step moves an entry by much more than 96 lr."""
 
 
 @dataclass(frozen=True)
 class FiraRule(LowRankRule):
-    """S = phi (G - P R), limited in growth, beside GaLore's P N; phi_i = |N_i| / |R_i|."""
+    """S = phi (G - P R), limited in growth, beside GaLore's P N; phi_i = |N_i| / |R_i|, bounded."""
 
     alpha: float = 0.25
     variant: str = "reference"
@@ -38,7 +42,8 @@ class FiraRule(LowRankRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, variant=("reference", "paper"), scaling=("column", "matrix"))
-        check_at_least(self, object, gamma=1, limiter_floor=0)
+        check_numbers(self, alpha="(-inf, inf)", gamma="[1, inf)", limiter_floor="[0, inf)")
+        check_flags(self, "limiter")
         check(
             self.variant == "reference" or not self.published,
             "compat='reference' is the published code; it has variant='reference'",
@@ -95,32 +100,71 @@ class FiraRule(LowRankRule):
         both_sides = self.proj_type == "full"
         # a projection on both sides leaves R whole on every rank
         cols = LOCAL_REDUCTIONS.cols if both_sides else w.reductions.cols
-        R_squares = column_squares(R)
-        N_squares = column_squares(N)
-        R_total = cols(total(R_squares))
-        N_total = cols(total(N_squares))
-        G_total = w.reductions.cols(total(G_squares))
-
-        phi = N_total.sqrt() / (R_total.sqrt() + NORM_EPS)
-        if not self.published:  # an R of round-off has no scale
-            phi = phi.where(R_total > 1e-12 * G_total, 0.0)
-        if both_sides or self.scaling == "matrix":
-            R_squares = R_total
-            G_squares = G_total
-            cols = LOCAL_REDUCTIONS.cols
+        squares = (column_squares(N), column_squares(R), G_squares)
+        N_squares, R_squares, _ = squares
+        totals = (
+            cols(total(N_squares)),
+            cols(total(R_squares)),
+            w.reductions.cols(total(G_squares)),
+        )
+        if self.published:
+            N_sums, R_sums, _ = squares if self.by_column else totals
+            phi = N_sums.sqrt() / (R_sums.sqrt() + NORM_EPS)
+            phi_squares = phi.square()
         else:
-            column_phi = N_squares.sqrt() / (R_squares.sqrt() + NORM_EPS)
-            if self.published:
-                phi = column_phi
-            else:  # where R lacks a column that N still has, take the matrix's factor
-                phi = column_phi.where(R_squares > NORM_EPS**2 * R_total, phi)
+            phi_squares = self.bounded_factors(w, N.shape[-2], squares, totals)
+            phi = phi_squares.sqrt()
 
-        phi_squares = phi.square()
+        if both_sides or (self.published and not self.by_column):  # one factor for the matrix
+            _, R_squares, G_squares = totals
+            cols = LOCAL_REDUCTIONS.cols
         S_total = cols(total(phi_squares * (G_squares - (2 * a - a * a) * R_squares)))
         phi_G_total = cols(total(phi_squares * G_squares))
         # a difference that cancelled is round-off, not a residual
         noise = 0.0 if self.published else 64 * torch.finfo(S_total.dtype).eps
         return phi, S_total.masked_fill(S_total < noise * phi_G_total, 0.0).sqrt()
+
+    def bounded_factors(
+        self, w: Member, r: int, squares: tuple[Tensor, ...], totals: tuple[Tensor, ...]
+    ) -> Tensor:
+        """phi^2, where no part of phi G outgrows N: a tiny R would lift it to any size.
+
+        phi = |N| / |R| is lowered until rms(phi G) <= 3 rms(N) and no column of phi G is longer
+        than 96 rms(N), with norms of a column or of the matrix, as they make phi. In squares that
+        is a larger denominator, max(R^2, c G^2), so cG gives the step of G.
+
+        Args:
+            w: The member, for its sizes and reductions.
+            r: Rows of N.
+            squares: Squared norms of the columns of N, R and G, (K, 1, n) each; those of N and R
+                (K, 1, r) where both sides are projected.
+            totals: Their sums, (K, 1, 1) each.
+
+        Returns:
+            (K, 1, n), or (K, 1, 1) where both sides are projected.
+        """
+        N_squares, R_squares, G_squares = squares
+        N_total, R_total, G_total = totals
+        both_sides = self.proj_type == "full"
+        longest = w.reductions.most(G_squares.amax(-1, keepdim=True)) if both_sides else G_squares
+        N_count = r * (r if both_sides else w.n)
+        G_part = torch.maximum(
+            G_total * (N_count / (MAX_RMS**2 * w.m * w.n)), longest * (N_count / MAX_COLUMN**2)
+        )
+        phi_squares = N_total / torch.maximum(R_total, G_part)
+        # an R of round-off has no scale
+        phi_squares = phi_squares.where(R_total > 1e-12 * G_total, 0.0)
+        if self.by_column:
+            G_part = G_squares * (r / min(MAX_RMS**2 * w.m, MAX_COLUMN**2))
+            of_columns = N_squares / torch.maximum(R_squares, G_part)
+            # where R lacks a column, take the matrix's factor
+            phi_squares = of_columns.where(R_squares > NORM_EPS**2 * R_total, phi_squares)
+        return phi_squares.clamp_(max=1e30)  # squares may be subnormal
+
+    @property
+    def by_column(self) -> bool:
+        """Whether every column has a factor of its own."""
+        return self.scaling == "column" and self.proj_type != "full"
 
     @override
     def state(self, m: int, n: int) -> dict[str, Slot]:
@@ -136,9 +180,13 @@ class Fira(StackedOptimizer):
     For each matrix W with gradient G (m x n, transposed so that m <= n under ``"std"``)::
 
         R = P^T G;  psi = M / (sqrt(V) + eps) with Adam's moments of R, c its bias correction
-        phi_i = |psi_i| / |R_i|, a factor per column;  S = phi (G - alpha P R)
+        phi_i = |psi_i| / max(|R_i|, b |G_i|), a factor per column;  S = phi (G - alpha P R)
         S <- S / L,  L >= 1 so that |S| grows by at most gamma
         W <- (1 - lr * weight_decay) W - lr * c * (alpha P psi + S)
+
+    b = sqrt(r) / min(3 sqrt(m), 96) bounds what a column that P nearly misses can add: the root
+    mean square of phi_i G_i is at most 3 times that of psi_i, and |phi_i G_i| at most 96 times. So
+    none of the first steps moves an entry by more than about 100 lr, whatever the scale of G.
 
     Source: *Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?* arXiv 2410.01623.
 
@@ -161,7 +209,8 @@ class Fira(StackedOptimizer):
             algorithm above. ``"paper"`` has S = phi (G - P R) and N = c psi in place of psi, and W
             moves by lr * alpha * (P N + S).
         scaling: Which norms make phi (default: ``"column"``). ``"matrix"`` has one factor
-            |psi| / |R| for all columns.
+            |psi| / |R|, bounded by norms of the whole matrix; a column that would be longer than
+            96 times the root mean square of psi gets less.
         limiter: Whether the growth of |S| is limited (default: True).
         gamma: Largest growth of |S| in one step (default: 1.01).
         limiter_floor: A norm of S up to this does not limit the next step (default: 1e-8).
@@ -170,7 +219,11 @@ class Fira(StackedOptimizer):
         correct_bias: Whether c is applied (default: True). False (c = 1) is allowed only under
             ``compat="reference"``; with betas (0, b) it is the published RMSProp form.
         compat: ``"reference"`` repeats the published code (default: None): its order, eps, decay
-            after the step and LAPACK's signs, without the guards against round-off.
+            after the step and LAPACK's signs, without the bounds of phi and the guards against
+            round-off. It differs from the package ``fira`` where that takes norms along the wrong
+            side, which it guesses from the shape of R: ``proj_type="left"`` of a square weight at
+            full rank (here: columns, as ever). ``"full"`` and ``"reverse_std"`` with r >= n, which
+            crash there, work.
         seed: Decides the draws of random projections (default: 0).
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 

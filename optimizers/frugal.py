@@ -10,9 +10,24 @@ from torch import Tensor
 from typing_extensions import override
 
 from ._core.rule import BlockPosition, Direction, Member, PanelTerm, Rule, Slot, Term
-from ._core.validation import check, check_adam, check_at_least, check_choices
+from ._core.validation import (
+    check,
+    check_adam,
+    check_choices,
+    check_count_or_share,
+    check_ints,
+    check_numbers,
+    shown,
+)
 from ._driver.optimizer import StackedOptimizer
-from ._frugal.block_schedule import BLOCK_ORDERS, BlockSchedule, assign_block_numbers, block_labels
+from ._frugal.block_schedule import (
+    BLOCK_ORDERS,
+    BlockSchedule,
+    assign_block_numbers,
+    block_labels,
+    check_blocks,
+    numbered_blocks,
+)
 from ._frugal.coordinates import COORDINATE_KINDS, CoordinateSplit
 from ._frugal.gradient_split import STATE_FREE_KINDS, GradientSplit, make_state_free
 from ._frugal.subspace import SubspaceSplit
@@ -53,7 +68,7 @@ class FRUGALRule(Rule):
     projection: str | None = None
 
     def __post_init__(self) -> None:
-        check_adam(self.betas, self.eps)
+        check_adam(self)
         check_choices(
             self,
             state_free=STATE_FREE_KINDS,
@@ -63,23 +78,27 @@ class FRUGALRule(Rule):
             block_order=BLOCK_ORDERS,
             compat=(None, "reference"),
         )
-        if isinstance(self.block_of, str):
-            check_choices(self, block_of=("tensor", "layer"))
-        check_at_least(self, int, update_gap=1, seed=0)
-        check_at_least(self, object, state_free_lr_scale=0, proj_lr_scale=0, sign_threshold=0)
+        check_blocks(self.block_of)
+        check_ints(self, update_gap="[1, inf)", seed="[0, inf)")
+        check_numbers(
+            self,
+            state_free_lr_scale="[0, inf)",
+            proj_lr_scale="[0, inf)",
+            sign_threshold="[0, inf)",
+        )
+        check_count_or_share(self, "density", may_be_zero=True)
         self._check_split()
         self.gradient_split  # noqa: B018  building it refuses unknown projections
 
     def _check_split(self) -> None:
         """Refuse values of density, split and reset that do not go together."""
-        x = self.density
-        check(
-            isinstance(x, int | float) and (0 <= x if isinstance(x, int) else 0.0 <= x <= 1.0),
-            f"density must be a count (an int) or a part between 0.0 and 1.0, got {x!r}",
-        )
+        for name in ("split", "projection"):
+            x = getattr(self, name)
+            is_name = isinstance(x, str) or (x is None and name == "projection")
+            check(is_name, f"{name} must be the name of a subspace, got {shown(x)}")
         check(
             self.split == "block" or self.block_of == "tensor",
-            f"split={self.split!r} has no blocks: leave them out, or use split='block'",
+            f"split={self.split!r} has no blocks: leave blocks out, or use split='block'",
         )
         check(
             self.projection is None or self.split == "svd",
@@ -307,8 +326,10 @@ class FRUGAL(StackedOptimizer):
         **options: Unpack[Common],
     ) -> None:
         if not isinstance(blocks, str):
-            check(split == "block", "lists of blocks need split='block'")
-            self._listed_blocks = {p: i for i, block in enumerate(blocks) for p in block}
+            listed = numbered_blocks(blocks)
+            is_split = isinstance(split, str) and split == "block"
+            check(is_split, f"lists of blocks need split='block', got split={shown(split)}")
+            self._listed_blocks = listed
             # the group key block_of gets the numbers: a checkpoint holds plain values, no tensors
             blocks = "tensor"
         rule = FRUGALRule(
@@ -333,8 +354,8 @@ class FRUGAL(StackedOptimizer):
         super().__init__(params, rule, lr, weight_decay, **options)
 
     @override
-    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
-        groups = super()._prepare_groups(param_group)
-        if self._listed_blocks is not None:
-            assign_block_numbers(groups, self.defaults, self._listed_blocks)
-        return groups
+    def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        group = super()._prepare_group(param_group)
+        if self._listed_blocks is not None and isinstance(group, dict):
+            assign_block_numbers(group, self.defaults, self._listed_blocks)
+        return group

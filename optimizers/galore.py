@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ._core.rule import Direction, Member
-from ._core.validation import check, check_choices
+from ._core.validation import check, check_choices, check_numbers
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.base_optimizers import BaseOptimizer, make_base_optimizer
 from ._toolkit.lowrank import LowRankRule
@@ -29,6 +29,7 @@ class GaLoreRule(LowRankRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(self, scale="(-inf, inf)")
         check_choices(self, inner=("adamw", "adafactor", "lion"))
         check(
             self.inner == "adamw" or not self.published,

@@ -45,7 +45,7 @@ class HybridRule(RowPolarRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, order=MAP_ORDERS, row_mode=ROW_MODES, side=("left", "right"))
-        check_eps(self.row_eps)
+        check_eps(self, "row_eps")
 
     @override
     def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:

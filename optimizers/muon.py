@@ -7,6 +7,7 @@ Read :meth:`MuonRule.update` beside the algorithm in :class:`Muon`. ``momentum_s
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -25,7 +26,20 @@ from ..kernels import (
     polar_report,
 )
 from ._core.rule import Dense, Direction, Member, Reductions, Rule, Scaled, Slot, Term
-from ._core.validation import check, check_choices, check_eps
+from ._core.validation import (
+    check,
+    check_choices,
+    check_coefficients,
+    check_count_or_share,
+    check_eps,
+    check_flags,
+    check_ints,
+    check_numbers,
+    dtype_name,
+    is_number,
+    naming,
+    shown,
+)
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
@@ -213,42 +227,52 @@ class MuonRule(Rule):
         self._check_polar()
         self._check_second_moment()
         self._check_guards()
-        # raises here for what the kernel refuses
-        self.orthogonalize(torch.empty(1, 0, 1, dtype=torch.float32, device="cpu"))
+        with naming("ns_steps", "ns_coefficients", "polar_norm", "polar_dtype", "inner"):
+            # raises here for what the kernel refuses
+            self.orthogonalize(torch.empty(1, 0, 1, dtype=torch.float32, device="cpu"))
 
     def _check_torch_options(self) -> None:
         """Check the options that torch.optim.Muon has too, with its error texts."""
-        check(0.0 <= self.momentum, f"momentum should be >= 0 but is: {self.momentum}")
-        check_eps(self.eps)
         check(
-            self.adjust_lr_fn in ADJUST_LR_FNS,
-            f"Adjust learning rate function {self.adjust_lr_fn} is not supported",
+            is_number(self.momentum) and self.momentum >= 0,
+            f"momentum should be >= 0 but is: {shown(self.momentum)}; it must be in [0, 1]",
         )
-        steps, coefficients = self.ns_steps, self.ns_coefficients
+        check_numbers(self, momentum="[0, 1]")
+        check_flags(self, "nesterov")
+        check_eps(self)
+        name, coefficients = self.adjust_lr_fn, self.ns_coefficients
+        text = name if isinstance(name, str) else shown(name)
+        check(
+            (name is None or isinstance(name, str)) and name in ADJUST_LR_FNS,
+            f"Adjust learning rate function {text} is not supported; adjust_lr_fn must be one of "
+            f"{tuple(ADJUST_LR_FNS)}",
+        )
         check(
             not isinstance(coefficients, str),
             f"ns_coefficients must be numbers, got {coefficients!r}; name a polar method by "
             f"keyword, polar={coefficients!r}",
         )
+        check_coefficients(self, "ns_coefficients")
+        steps = self.ns_steps
         check(
-            steps is None or (isinstance(steps, int) and not isinstance(steps, bool)),
-            f"ns_steps must be None or an int, got {steps!r}",
+            not is_number(steps, numbers.Integral) or 1 <= steps < 100,  # type: ignore[operator]
+            "Number of steps must be less than 100 for computational efficiency; ns_steps must be "
+            f"from 1 to 99, got {shown(steps)}",
         )
-        check(
-            steps is None or 1 <= steps < 100,
-            "Number of steps must be less than 100 for computational efficiency",
-        )
+        check_ints(self, ns_steps="[1, 99] or None")
 
     def _check_compat(self) -> None:
         """Refuse options that contradict ``compat="torch"``, which fixes iteration and momentum."""
         check(
-            self.compat in (None, "torch"), f"compat must be None or 'torch', got {self.compat!r}"
+            self.compat is None or (isinstance(self.compat, str) and self.compat == "torch"),
+            f"compat must be None or 'torch', got {shown(self.compat)}",
         )
+        object.__setattr__(self, "polar_dtype", dtype_name(self.polar_dtype))
         if self.compat is None:
             return
         check(
-            self.polar in ("auto", "ns5"),
-            f"compat='torch' iterates with ns5; leave polar unset instead of {self.polar!r}",
+            isinstance(self.polar, str) and self.polar in ("auto", "ns5"),
+            f"compat='torch' iterates with ns5; leave polar unset instead of {shown(self.polar)}",
         )
         check(
             self.polar_norm is None,
@@ -259,7 +283,9 @@ class MuonRule(Rule):
             "compat='torch' iterates in bfloat16; leave polar_dtype unset",
         )
         check(
-            self.momentum_kind == "ema" and self.second_moment is None,
+            isinstance(self.momentum_kind, str)
+            and self.momentum_kind == "ema"
+            and self.second_moment is None,
             "compat='torch' averages, and once; leave momentum_kind and second_moment unset",
         )
 
@@ -267,17 +293,20 @@ class MuonRule(Rule):
         """Check the method of the polar factor, its sketch and its reports."""
         known = (*POLAR_METHODS, "low_rank")
         check(
-            self.polar in ("auto", *known),
-            f"polar must be 'auto' or one of {', '.join(known)}, got {self.polar!r}",
+            isinstance(self.polar, str) and self.polar in ("auto", *known),
+            f"polar must be 'auto' or one of {', '.join(known)}, got {shown(self.polar)}",
         )
-        check(
-            self.sketch in SKETCHES,
-            f"sketch must be one of {', '.join(SKETCHES)}, got {self.sketch!r}",
-        )
-        for name in ("seed", "report_steps"):
+        for name in ("polar_norm", "polar_dtype"):
             value = getattr(self, name)
-            check(_is_count(value, least=0), f"{name} must be an int of at least 0, got {value!r}")
-        low_rank_size(1, 1, self.rank, self.oversample)  # refuses values out of range
+            check(
+                value is None or isinstance(value, str),
+                f"{name} must be None or a name, got {shown(value)}",
+            )
+        check_choices(self, sketch=SKETCHES, inner=tuple(POLAR_METHODS))
+        check_count_or_share(self, "rank")
+        check_ints(
+            self, oversample="[0, inf)", power="[0, 99]", seed="[0, inf)", report_steps="[0, inf)"
+        )
 
     def _check_second_moment(self) -> None:
         """Check the kinds of momentum, second moment and decay."""
@@ -287,8 +316,10 @@ class MuonRule(Rule):
             second_moment=(None, "normuon", "adamuon"),
             decay_schedule=("lr", "lr2"),
         )
+        check_numbers(self, beta2="[0, 1) or None")
+        check_flags(self, "rank_compensate", "cautious")
         decay = self.second_moment_decay
-        check(0.0 <= decay < 1.0, f"beta2 must lie in [0, 1), got {decay}")
+        check(0.0 <= decay < 1.0, f"beta2 must be in [0, 1), got {decay}; it follows momentum")
         check(
             not (self.rank_compensate and self.second_moment == "adamuon"),
             "second_moment='adamuon' has an exact RMS; leave rank_compensate unset",
@@ -296,11 +327,10 @@ class MuonRule(Rule):
 
     def _check_guards(self) -> None:
         """Check the limits of the gradient."""
-        clip, ratio = self.clip_grad_rms, self.spike_ratio
-        check(clip is None or clip > 0, f"clip_grad_rms must be above 0, got {clip}")
-        check(ratio is None or ratio > 1, f"spike_ratio must be above 1, got {ratio}")
+        check_numbers(self, clip_grad_rms="(0, inf) or None", spike_ratio="(1, inf) or None")
+        check_flags(self, "normalize_grad")
         check(
-            not self.normalize_grad or (clip is None and ratio is None),
+            not self.normalize_grad or (self.clip_grad_rms is None and self.spike_ratio is None),
             "normalize_grad fixes the norm; leave clip_grad_rms and spike_ratio unset",
         )
 
@@ -636,26 +666,26 @@ def settings_with_view(settings: Mapping[str, Any]) -> dict[str, Any]:
     ((name, value),) = view_options.items()
     if name == "matrix_view":
         check(
-            value in ("auto", "flatten", "batch"),
-            f"matrix_view must be 'auto', 'flatten' or 'batch', got {value!r}",
+            isinstance(value, str) and value in ("auto", "flatten", "batch"),
+            f"matrix_view must be 'auto', 'flatten' or 'batch', got {shown(value)}",
         )
         settings["view"] = value
     elif name == "split_sizes":
-        is_sequence = isinstance(value, Iterable) and not isinstance(value, str)
+        is_sequence = isinstance(value, (tuple, list))
         sizes = list(value) if is_sequence else []
         check(
             bool(sizes) and all(map(_is_count, sizes)),
-            f"split_sizes must be a list of ints of at least 1, got {value!r}",
+            f"split_sizes must be a list of ints of at least 1, got {shown(value)}",
         )
         settings["view"] = "rows:" + ",".join(map(str, sizes))
     else:
-        check(_is_count(value), f"num_heads must be an int of at least 1, got {value!r}")
+        check(_is_count(value), f"num_heads must be an int of at least 1, got {shown(value)}")
         settings["view"] = f"heads:{value}"
     return settings
 
 
-def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(value: Any) -> bool:
+    return is_number(value, numbers.Integral) and 1 <= value < 2**63
 
 
 def heavy_tail_schedule(T: int, alpha: float | None = None) -> tuple[float, float]:

@@ -53,7 +53,7 @@ class RowNormRule(RowRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, row_mode=ROW_MODES)
-        check_eps(self.eps)
+        check_eps(self)
 
     @override
     def update(self, *members: Member) -> tuple[Direction, ...]:

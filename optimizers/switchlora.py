@@ -12,7 +12,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from ._core.rule import Dense, Direction, Member, Slot
-from ._core.validation import check, check_adam, check_choices
+from ._core.validation import (
+    check,
+    check_adam,
+    check_choices,
+    check_flags,
+    check_ints,
+    check_numbers,
+)
 from ._lora.pair_groups import LoRARule, Scale, accepts_groups
 from ._lora.switching import exchange_vectors_, fold_into_weight_, reset_vectors_, switch_rate
 from ._lora.vector_pools import (
@@ -55,22 +62,19 @@ class SwitchLoRARule(LoRARule):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_adam(self.betas, self.eps)
+        check_adam(self)
         check_choices(self, rounding=("accumulate", "stochastic"), choice=("fifo", "random"))
+        check_numbers(self, ratio="(0, inf) or None", interval0="(0, inf)")
         check(
-            self.ratio is None or self.ratio > 0.0,
-            f"ratio must be positive or None, got {self.ratio!r}",
+            self.ratio is None or self.total_steps is not None,
+            "total_steps must be the number of updates of the whole run, got None; leave it out "
+            "only with ratio=None, which never slows switching down",
         )
-        check(
-            self.ratio is None or (self.total_steps is not None and self.total_steps >= 1),
-            "total_steps must be the number of updates of the whole run, got "
-            f"{self.total_steps!r}; leave it out only with ratio=None, which never slows "
-            "switching down",
-        )
+        check_ints(self, total_steps="[1, inf) or None", freeze_steps="[-1, inf)", seed="[0, inf)")
+        check_flags(self, "count_frozen_steps", "save_pools")
         N = self.freeze_steps
-        check(N >= -1, f"freeze_steps must be -1 or more, got {N!r}")
         check(
-            self.interval0 > 0 and self.interval0 >= 2 * N,
+            self.interval0 >= 2 * N,
             f"interval0 must be positive and at least 2 * freeze_steps = {2 * N}, got "
             f"{self.interval0!r}: else vectors would be switched while they are frozen",
         )
@@ -193,7 +197,7 @@ class SwitchLoRA(TripleOptimizer):
             first step after the freeze (default: False).
         save_pools: Whether checkpoints hold the pools (default: True). Without them loading draws
             new ones.
-        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
+        lr_ratio_b: Multiplies the step of B; decay keeps the plain lr. None (default): 1.
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     Raises:

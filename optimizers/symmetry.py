@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ._core.rule import Direction, Member, Rule
-from ._core.validation import check
+from ._core.rule import Direction, Member, Rule, defaults_of, rule_class
+from ._core.validation import check, check_numbers, describe_unknown, shown
+from ._driver.checks import check_trainable, refuse_sharded_module, refuse_sharded_parameters
 from ._driver.optimizer import StackedOptimizer
-from ._driver.param_groups import parameters_of, roles_of, rule_of
-from ._roles.classify import Assignment, classify, route
+from ._driver.param_groups import COMMON, parameters_of, warn_user
+from ._roles.classify import Row, classify, route_all
 from ._roles.policies import (
     PAPER_LRS,
     Settings,
-    StackAssignment,
-    StackRow,
     check_role_policy,
     policy_groups,
     rule_override,
+    to_group_keys,
 )
+from ._roles.role_table import shape_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,6 +39,9 @@ class SymmetryStackRule(Rule):
     """
 
     momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_numbers(self, momentum="[0, 1]")
 
     @override
     def update(self, *members: Member, **unused: Any) -> Direction:
@@ -114,6 +118,10 @@ class SymmetryStack(StackedOptimizer):
 
     _policy: str | Mapping[str, Any] = "symmetry"
     _scale = "match_rms_adamw"
+    _overrides: Any = None
+    _initial_lr: float | Tensor = 1e-3
+    _named_rows: Mapping[Tensor, Row] = {}
+    _unplaced = 0
 
     def __init__(
         self,
@@ -126,11 +134,21 @@ class SymmetryStack(StackedOptimizer):
         weight_decay: float = 0.0,
         **options: Unpack[Common],
     ) -> None:
+        refuse_sharded_module(params, "SymmetryStack")
         check_role_policy(policy)
+        _check_options(policy)
         scales = ("match_rms_adamw", "paper", *(f"paper:{name}" for name in PAPER_LRS))
         check(
-            adjust_lr_fn in scales,
-            f"adjust_lr_fn must be one of {', '.join(scales)}, got {adjust_lr_fn!r}",
+            isinstance(adjust_lr_fn, str) and adjust_lr_fn in scales,
+            f"adjust_lr_fn must be one of {', '.join(scales)}, got {shown(adjust_lr_fn)}",
+        )
+        is_overrides = isinstance(overrides, Mapping) or (
+            isinstance(overrides, (tuple, list))
+            and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in overrides)
+        )
+        check(
+            overrides is None or is_overrides,
+            f"overrides must be None, a dict or a list of pairs, got {shown(overrides)}",
         )
         check(
             overrides is None or isinstance(params, nn.Module),
@@ -146,9 +164,13 @@ class SymmetryStack(StackedOptimizer):
             "view is read from the model; give it to one weight in overrides, or to a group",
         )
         self._policy, self._scale = policy, adjust_lr_fn
-        if isinstance(params, nn.Module):
-            params = self._from_module(params, overrides, lr)
+        self._overrides, self._initial_lr = overrides, lr
+        if not isinstance(params, (nn.Module, Tensor)):
+            params = list(params)
+            self._named_rows = rows_by_names(params)
         super().__init__(params, SymmetryStackRule(), lr, weight_decay, **options)
+        # both may hold what an optimizer must not keep alive
+        self._overrides, self._named_rows = None, {}
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -164,25 +186,15 @@ class SymmetryStack(StackedOptimizer):
             del self.param_groups[count:]
             raise
 
-    def _grouped_by_policy(self, group: dict[str, Any]) -> list[Settings]:
-        """Groups with a rule from a group without one; what torch refuses is returned unchanged."""
-        if "params" not in group or isinstance(group["params"], set):
-            return [group]
-        params, names = parameters_of(group)
-        mixed = None in names and any(names)
-        if not params or mixed or not all(isinstance(p, Tensor) for p in params):
-            return [group]
-        rows = [route(name, tuple(p.shape)) for name, p in zip(names, params, strict=True)]
-        own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        lr = own_keys.get("lr", self.defaults["lr"])
-        return [
-            {**g, **own_keys}
-            for g in policy_groups(rows, params, self._policy, self._scale, lr, {})
-        ]
-
-    def _from_module(self, model: nn.Module, overrides: Any, lr: float | Tensor) -> list[Settings]:
-        """Groups of a model's trainable parameters."""
-        pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
+    @override
+    def _params_of_model(self, model: nn.Module) -> Any:
+        """Groups of a model by the policy, in which vectors have no weight decay."""
+        super()._params_of_model(model)
+        pairs = list(
+            self._overrides.items()
+            if isinstance(self._overrides, Mapping)
+            else self._overrides or ()
+        )
         rule_overrides = [rule_override(choice) for _, choice in pairs]
         # the number of the override that counts for each parameter, be it a role or a rule
         marks = classify(model, [(key, {"part": f"#{i}"}) for i, (key, _) in enumerate(pairs)])
@@ -192,8 +204,6 @@ class SymmetryStack(StackedOptimizer):
         named = dict(model.named_parameters())
         rows, own_keys = [], dict[str | None, Settings]()
         for mark, row in zip(marks, classify(model, role_overrides), strict=True):
-            if row.name is None or not named[row.name].requires_grad:
-                continue
             is_overridden = mark.part.startswith("#")
             keys = rule_overrides[int(mark.part[1:])] if is_overridden else None
             if keys is not None:
@@ -201,35 +211,77 @@ class SymmetryStack(StackedOptimizer):
                 row = replace(row, why=mark.why)
             rows.append(row)
         params = [named[row.name] for row in rows if row.name]
-        return policy_groups(rows, params, self._policy, self._scale, lr, own_keys)
+        lr = self._initial_lr
+        return policy_groups(rows, params, self._policy, self._scale, lr, own_keys, decays=True)
+
+    def _grouped_by_policy(self, group: dict[str, Any]) -> list[Settings]:
+        """Groups with a rule from a group without one; what torch refuses is returned unchanged."""
+        if "params" not in group or isinstance(group["params"], set):
+            return [group]
+        params, names = parameters_of(group)
+        mixed = None in names and any(names)
+        if not params or mixed or not all(isinstance(p, Tensor) for p in params):
+            return [group]
+        check_trainable(params, names)
+        refuse_sharded_parameters(params, names, "SymmetryStack")
+        known = {} if self._model_roles is None else self._model_roles.rows()
+        rows = [
+            replace(row, name=name or row.name)
+            for name, row in zip(names, self._rows(params, names, known), strict=True)
+        ]
+        own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        lr = own_keys.get("lr", self.defaults["lr"])
+        groups = policy_groups(rows, params, self._policy, self._scale, lr, {})
+        return [{**g, **own_keys} for g in groups]
+
+    def _rows(
+        self, params: list[Any], names: list[str | None], known: Mapping[Tensor, Row]
+    ) -> list[Row]:
+        """Rows by the model, else by names; counts matrices of which neither tells the part."""
+        known = {**self._named_rows, **known}
+        routed = route_all(names, [shape_of(p) for p in params])
+        rows = [known.get(p, row) for p, row in zip(params, routed, strict=True)]
+        self._unplaced += sum(
+            row.role == "hidden" and not row.part and not row.kind
+            for p, row in zip(params, rows, strict=True)
+        )
+        return rows
+
+    @override
+    def _warn_of_shapes(self) -> None:
+        """Warn once of hidden matrices whose part nothing tells, since the policy needs it."""
+        count, self._unplaced = self._unplaced, 0
+        by_part = not isinstance(self._policy, str) or self._policy == "symmetry"
+        if count and by_part and not self._has_warned_of_shapes:
+            self._has_warned_of_shapes = True
+            warn_user(
+                f"{count} matrices have the role 'hidden', as neither a model nor their names say "
+                "which part of a layer they are, so SymmetryStack trains them as plain hidden "
+                "matrices; pass model=model"
+            )
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_policy": self._policy, "_scale": self._scale}
 
-    @override
-    def assignment(self) -> Assignment:
-        """Rule, view, lr and decay of each parameter, and the reason: a table that prints."""
-        table = []
-        for group in self.param_groups:
-            rule = rule_of(group, self._default_rule)
-            reasons = group.get("reasons") or [row.why for row in roles_of(group, rule)]
-            for row, why in zip(roles_of(group, rule), reasons, strict=False):
-                matrix = rule is not None and row.rule == "matrix"
-                layout = (group.get("pair"), group.get("axis")) if matrix else ()
-                adamw = not matrix and group["adamw_weight_decay"] is not None
-                table.append(
-                    StackRow(
-                        row.name,
-                        row.shape,
-                        row.role,
-                        rule.method() if rule is not None and matrix else "adamw",
-                        why,
-                        group["view"] if matrix else "auto",
-                        centred=bool(matrix and group.get("centred")),
-                        layout=" ".join(x for x in layout if x not in (None, "rows")),
-                        lr=float(group["lr"]),
-                        decay=group["adamw_weight_decay" if adamw else "weight_decay"],
-                    )
-                )
-        return StackAssignment(tuple(table))
+
+def rows_by_names(items: Sequence[Any]) -> dict[Tensor, Row]:
+    """Rows of parameters with names, or of all such groups together: neighbours tell parts."""
+    groups = [x for x in items if isinstance(x, Mapping) and "params" in x and "rule" not in x]
+    pairs = [x for x in items if isinstance(x, tuple) and len(x) == 2]
+    for group in groups:
+        params = group["params"]
+        if isinstance(params, (list, tuple)):  # a generator can be read only once
+            pairs += zip(parameters_of(group)[1], parameters_of(group)[0], strict=True)
+    named = {p: name for name, p in pairs if name and isinstance(p, Tensor)}
+    return dict(zip(named, route_all([*named.values()], [*map(shape_of, named)]), strict=True))
+
+
+def _check_options(policy: str | Mapping[str, Any]) -> None:
+    """Refuse an option in a policy that its rule does not have."""
+    for label, choice in policy.items() if isinstance(policy, Mapping) else ():
+        keys = to_group_keys(choice)
+        own = {} if keys["rule"] == "adamw" else defaults_of(rule_class(keys["rule"]))
+        known = {*own, *COMMON, "rule", "lr", "weight_decay", "betas", "eps"}
+        message = describe_unknown(keys, known, f"option of policy {label!r}")
+        check(message is None, message or "")

@@ -11,9 +11,18 @@ from torch import Tensor
 
 from ..kernels import POLAR_METHODS, add_product_, polar_factor
 from ._core.rule import Direction, Factored, Member, Rule, Slot
-from ._core.validation import check, check_choices, resolve_rank
+from ._core.validation import (
+    check_choices,
+    check_coefficients,
+    check_count_or_share,
+    check_ints,
+    check_numbers,
+    naming,
+    resolve_rank,
+)
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.adjust_lr import adjust_lr
+from ._toolkit.index_projectors import DCT_BASES
 from ._toolkit.moments import momentum_step
 from ._toolkit.norm_floor import norm_floor
 from ._toolkit.projectors import DctProjector, take_rows
@@ -43,14 +52,15 @@ class TrionRule(Rule):
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        check(0.0 <= self.momentum <= 1.0, f"momentum must be in [0, 1], got {self.momentum}")
-        # not 0, since the norm of a zero momentum is replaced by eps
-        check(self.eps is None or self.eps > 0.0, f"eps must be above 0, got {self.eps}")
+        # eps is not 0, since the norm of a zero momentum is replaced by it
+        check_numbers(self, momentum="[0, 1]", eps="(0, inf) or None")
+        check_ints(self, ns_steps="[1, 99] or None")
+        check_coefficients(self, "ns_coefficients")
         check_choices(self, adjust_lr_fn=ADJUST_LR_FNS, polar=("auto", *POLAR_METHODS))
-        resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
-        _ = self.cosines  # raises for an unknown norm or basis
-        # raises here for what the kernel refuses
-        self.orthogonalize(torch.empty(1, 0, 1, dtype=torch.float32, device="cpu"))
+        check_choices(self, norm=("l1", "l2"), basis=DCT_BASES)
+        check_count_or_share(self, "rank")
+        with naming("ns_steps", "ns_coefficients"):  # raises here for what the kernel refuses
+            self.orthogonalize(torch.empty(1, 0, 1, dtype=torch.float32, device="cpu"))
 
     @property
     def cosines(self) -> DctProjector:

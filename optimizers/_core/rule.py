@@ -451,7 +451,7 @@ class Rule:
 
 def rule_class(name: str) -> type[Rule]:
     """The rule class that a group's ``rule`` names."""
-    if name not in RULE_CLASSES:
+    if not isinstance(name, str) or name not in RULE_CLASSES:
         raise ValueError(
             f"group key 'rule' must be 'adamw' or one of {', '.join(sorted(RULE_CLASSES))}, "
             f"got {name!r}"

@@ -24,6 +24,11 @@ def _slice_rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
     return x if x.shape[-2] == 1 else x[:, rows]
 
 
+def _slice_matrices(x: Tensor, ks: slice) -> Tensor:
+    """Slice matrices of x (K or 1, ...); an axis that broadcasts stays."""
+    return x if x.shape[0] == 1 else x[ks]
+
+
 class WriteScalars(NamedTuple):
     """What multiplies a weight, and all that is added to it, where a kernel writes.
 
@@ -70,6 +75,10 @@ class Term:
         """The term times c (K, 1, 1) or (), multiplied into its smallest tensor."""
         raise NotImplementedError
 
+    def matrices(self, ks: slice) -> Term:
+        """The part of the matrices `ks`, for a write of these alone."""
+        return _Matrices(self, ks)
+
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         """Add alpha times rows `rows` of matrices `ks` to panel, in place."""
         raise NotImplementedError
@@ -89,6 +98,56 @@ class Term:
 
 
 @dataclass(frozen=True)
+class _Matrices(Term):
+    """Some matrices of a term that is made a panel at a time.
+
+    Attributes:
+        whole: The term of all matrices.
+        ks: Which of them, a slice with both ends.
+    """
+
+    whole: Term
+    ks: slice
+
+    @property
+    def supports_row_panels(self) -> bool:  # type: ignore[override]
+        """As the whole term."""
+        return self.whole.supports_row_panels
+
+    @property
+    def fuses_decay(self) -> bool:  # type: ignore[override]
+        """As the whole term."""
+        return self.whole.fuses_decay
+
+    @property
+    @override
+    def mT(self) -> Term:
+        return _Matrices(self.whole.mT, self.ks)
+
+    @override
+    def scaled(self, c: Tensor) -> Term:
+        if c.dim() == 3:  # the whole term wants a factor for every matrix
+            full = c.new_ones(self.ks.stop, 1, 1)
+            full[self.ks] = c
+            c = full
+        return _Matrices(self.whole.scaled(c), self.ks)
+
+    def _of_whole(self, ks: slice) -> slice:
+        start, stop, _ = ks.indices(self.ks.stop - self.ks.start)
+        return slice(self.ks.start + start, self.ks.start + stop)
+
+    @override
+    def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
+        self.whole.add_(panel, self._of_whole(ks), rows, alpha)
+
+    @override
+    def write_(
+        self, panel: Tensor, ks: slice, rows: slice, decay_factor: float, alpha: float
+    ) -> None:
+        self.whole.write_(panel, self._of_whole(ks), rows, decay_factor, alpha)
+
+
+@dataclass(frozen=True)
 class Dense(Term):
     """A new tensor U (K, m, n)."""
 
@@ -103,6 +162,10 @@ class Dense(Term):
     @override
     def scaled(self, c: Tensor) -> Dense:
         return Dense(self.U * c)
+
+    @override
+    def matrices(self, ks: slice) -> Dense:
+        return Dense(self.U[ks])
 
     @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
@@ -134,6 +197,10 @@ class Factored(Term):
         if self.P.numel() <= self.N.numel():
             return Factored(self.P * c, self.N)
         return Factored(self.P, self.N * c)
+
+    @override
+    def matrices(self, ks: slice) -> Factored:
+        return Factored(self.P[ks], self.N[ks])
 
     @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
@@ -179,6 +246,10 @@ class Deferred(Term):
     @override
     def scaled(self, c: Tensor) -> Term:
         return self.materialized.scaled(c)
+
+    @override
+    def matrices(self, ks: slice) -> Term:
+        return self.materialized.matrices(ks)
 
     @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
@@ -275,6 +346,10 @@ class Scaled(Term):
     @override
     def scaled(self, c: Tensor) -> Scaled:
         return Scaled(self.X, self.by * c)
+
+    @override
+    def matrices(self, ks: slice) -> Scaled:
+        return Scaled(self.X[ks], _slice_matrices(self.by, ks))
 
     @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:

@@ -6,9 +6,11 @@ It is the one step that rounds weights by itself and not through ``update_weight
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from operator import attrgetter, is_
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,34 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from ...kernels import update_weight_
+from .units import State
+
+MAX_COPIED_NUMEL = 2**22
+"""Entries of a chunk whose weights and moments are copied where flags arrive after the step."""
+MAX_JOINED_NUMEL = 2**14
+"""Largest tensor, in entries, that is copied and put back together with others."""
+Entries = Sequence[dict[str, Any]]
+
+T = TypeVar("T")
+_NO_STATE: dict[str, Any] = {}
+_dtype_of = attrgetter("dtype")
+
+
+def lr_of(group: Mapping[str, Any]) -> float | Tensor:
+    """Learning rate of AdamW: ``lr`` times ``adamw_lr_ratio``; a tensor stays on its device."""
+    ratio, lr = group.get("adamw_lr_ratio"), group["lr"]
+    return lr if ratio is None else lr * ratio  # type: ignore[no-any-return]
+
+
+def decay_of(group: Mapping[str, Any]) -> float:
+    """Weight decay of AdamW before factors of single parameters."""
+    decay: float | None = group["adamw_weight_decay"]
+    return group["weight_decay"] if decay is None else decay
+
+
+def clock_is_on_device(group: Mapping[str, Any]) -> bool:
+    """Whether a step of this group counts its steps on the device."""
+    return bool(group["fused"] or group["capturable"])
 
 
 def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
@@ -32,7 +62,7 @@ def step_tensor(p: Tensor, group: Mapping[str, Any], value: float) -> Tensor:
         group: The group, for ``fused`` and ``capturable``.
         value: The count.
     """
-    on_device = group["fused"] or group["capturable"]
+    on_device = clock_is_on_device(group)
     double = torch.get_default_dtype() == torch.float64 and not group["fused"]
     return torch.tensor(
         float(value),
@@ -51,13 +81,175 @@ def allocate(p: Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None
             entry[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
+def _refuse_unfit(p: Tensor, grad: Tensor, moment: Tensor | None, fused: bool, name: str) -> None:
+    """Raise for a parameter that torch's AdamW would refuse in the middle of the step."""
+    if moment is not None and moment.dtype != p.dtype:
+        raise RuntimeError(
+            f"{name} is {p.dtype} but its AdamW state is {moment.dtype}; convert the model before "
+            "the first step, or build a new optimizer"
+        )
+    if grad.dtype != p.dtype:
+        raise RuntimeError(
+            f"{name} is {p.dtype} but its gradient is {grad.dtype}; AdamW needs one dtype"
+        )
+    if moment is None and fused:
+        _device_dtype_check_for_fused(p)
+
+
+class EntryCache:
+    """State dicts of whole groups, found again without a hash of each parameter.
+
+    They are right as long as the state holds the same dicts in the same order, since a dict belongs
+    to one parameter.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[dict[str, Any]] = []
+        self.by_group: dict[int, Entries] = {}
+
+    def follow(self, state: State) -> None:
+        """Forget everything if other code has replaced, added or dropped a dict."""
+        if len(state) != len(self._all) or not all(map(is_, state.values(), self._all)):
+            self._all = list(state.values())
+            self.by_group.clear()
+
+
+@dataclass
+class Work:
+    """What AdamW steps in one group.
+
+    Attributes:
+        group: The group.
+        order: See :func:`step`.
+        positions: Flat positions of the parameters with a gradient.
+        params: These parameters.
+        grads: Their gradients.
+        decays: See :func:`step`.
+        new: Those without state.
+    """
+
+    group: Mapping[str, Any]
+    order: tuple[bool, float] | None
+    positions: Sequence[int]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    decays: Sequence[float] | None
+    entries: Entries = ()
+    new: Sequence[Tensor] = ()
+
+    @classmethod
+    def of(
+        cls,
+        group: Mapping[str, Any],
+        order: tuple[bool, float] | None,
+        positions: Sequence[int],
+        start: int,
+        flat_params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+    ) -> Work:
+        """Choose the parameters with a gradient; ``start`` is the position of the group's first."""
+        present_grads = [G for i in positions if (G := grads[i]) is not None]
+        if len(present_grads) < len(positions):
+            positions = [i for i in positions if grads[i] is not None]
+        factors = group.get("decays")
+        return cls(
+            group,
+            order,
+            positions,
+            [flat_params[i] for i in positions],
+            present_grads,
+            [factors[i - start] for i in positions] if factors else None,
+        )
+
+    def find(self, state: State, cache: EntryCache, index: int, is_whole: bool) -> None:
+        """Find the state.
+
+        Args:
+            state: The optimizer's state.
+            cache: What is known of it.
+            index: Number of the group.
+            is_whole: Whether all parameters of the group have a gradient.
+        """
+        entries = cache.by_group.get(index) if is_whole else None
+        if entries is None:
+            entries = [state.get(p, _NO_STATE) for p in self.params]
+            if is_whole and all(entries):
+                cache.by_group[index] = entries
+        self.entries = entries
+
+    def check(self, describe: Callable[[int], str]) -> None:
+        """Raise before any change for what torch would refuse in the middle of the step.
+
+        Args:
+            describe: Makes words for a message of a position.
+
+        Raises:
+            RuntimeError: If gradient or state has another dtype, or ``fused`` does not take it.
+        """
+        moments = [entry.get("exp_avg") for entry in self.entries]
+        self.new = [p for p, X in zip(self.params, moments, strict=True) if X is None]
+        if not self.new:
+            dtypes = set(map(_dtype_of, self.grads))
+            dtypes.update(map(_dtype_of, moments))
+            if len(dtypes) == 1:  # converted weights have converted gradients
+                return
+        for i, p, grad, X in zip(self.positions, self.params, self.grads, moments, strict=True):
+            if X is None or not X.dtype == p.dtype == grad.dtype:
+                _refuse_unfit(p, grad, X, self.group["fused"], describe(i))
+
+    def allocate(self, state: State) -> None:
+        """Allocate missing state."""
+        for p in self.new:
+            allocate(p, self.group, state[p])
+        if self.new:
+            self.entries = [state[p] for p in self.params]
+
+    def step(self, bad: Set[int], flags: Mapping[int, Tensor]) -> None:
+        """Step all parameters but those known to be bad.
+
+        Args:
+            bad: Positions of parameters that stay as they are.
+            flags: By position, flags that the host has not read.
+        """
+        indices = range(len(self.positions))
+        if bad:
+            indices = [j for j in indices if self.positions[j] not in bad]  # type: ignore[assignment]
+        whole = len(indices) == len(self.positions)
+
+        def chosen(values: Sequence[T]) -> Sequence[T]:
+            return values if whole else [values[j] for j in indices]
+
+        if indices:
+            step(
+                self.group,
+                chosen(self.params),
+                chosen(self.grads),
+                chosen(self.entries),
+                decays=None if self.decays is None else chosen(self.decays),
+                order=self.order,
+                finite=[flags.get(i) for i in chosen(self.positions)] if flags else None,
+            )
+
+
+class Values(NamedTuple):
+    """What all parameters of one call of torch have in common."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    decay: float
+    order: tuple[bool, float] | None
+
+
 def step(
     group: Mapping[str, Any],
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    entries: Sequence[dict[str, Any]],
+    entries: Entries,
     *,
+    decays: Sequence[float] | None = None,
     order: tuple[bool, float] | None = None,
+    finite: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Step lists of parameters, bit-equal to ``torch.optim.AdamW``.
 
@@ -66,14 +258,177 @@ def step(
         params: Parameters of any shapes.
         grads: Their gradients.
         entries: Their state.
+        decays: Factors on the weight decay, one per parameter; None: all are 1.
         order: None for torch's order, or (correct_bias, eps) for that of GaLore's published code:
             eps on the uncorrected root, decay last.
+        finite: Per parameter a flag () on its device, None where the host has looked; a parameter
+            whose flag is False keeps weight, moments, and a clock that is on the device.
     """
-    decay = group["adamw_weight_decay"]
-    decay = group["weight_decay"] if decay is None else decay
-    betas, lr = betas_of(group), group["lr"]
+    decay, lr, betas = decay_of(group), lr_of(group), betas_of(group)
+    kinds: dict[tuple[float, bool], list[int]] = {}
+    if decays is None and finite is None:
+        kinds[1.0, True] = []
+    else:
+        for i in range(len(params)):
+            known = finite is None or finite[i] is None
+            kinds.setdefault((1.0 if decays is None else decays[i], known), []).append(i)
+    for (factor, known), indices in kinds.items():
+        lists = (params, grads, entries)
+        if len(kinds) > 1:  # one call for each distinct decay
+            lists = tuple([values[i] for i in indices] for values in lists)  # type: ignore[assignment]
+        values = Values(lr, betas, group["adamw_eps"], decay * factor, order)
+        if known:
+            _step(group, *lists, values)
+            continue
+        assert finite is not None
+        flags = [flag for i in indices if (flag := finite[i]) is not None]
+        if group["fused"] and order is None:
+            _step_fused_unread(group, *lists, values, flags)
+        else:
+            _step_and_restore(group, *lists, values, flags)
+
+
+def _step_fused_unread(
+    group: Mapping[str, Any],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    entries: Entries,
+    values: Values,
+    finite: Sequence[Tensor],
+) -> None:
+    """Torch's fused kernel, which leaves a parameter alone where its own ``found_inf`` is 1."""
+    steps, lr = [entry["step"] for entry in entries], values.lr
+    bad = [flag.logical_not().float() for flag in finite]
+    torch._foreach_add_(steps, 1)
+    for p, grad, entry, found_inf in zip(params, grads, entries, bad, strict=True):
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            lr = lr.to(p.device, non_blocking=True)
+        torch._fused_adamw_(
+            [p],
+            [grad],
+            [entry["exp_avg"]],
+            [entry["exp_avg_sq"]],
+            [],
+            [entry["step"]],
+            amsgrad=False,
+            lr=lr,
+            beta1=values.betas[0],
+            beta2=values.betas[1],
+            weight_decay=values.decay,
+            eps=values.eps,
+            maximize=group["maximize"],
+            found_inf=found_inf,
+        )
+    torch._foreach_sub_(steps, bad)
+
+
+def _step_and_restore(
+    group: Mapping[str, Any],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    entries: Entries,
+    values: Values,
+    finite: Sequence[Tensor],
+) -> None:
+    """Step chunk by chunk, and put back weights and moments of those whose flag is False."""
+    for chunk in _chunks(params, grads, entries, finite):
+        tensors = [
+            tensor
+            for p, _, entry, _ in chunk
+            for tensor in (p, entry["exp_avg"], entry["exp_avg_sq"])
+        ]
+        before = _Copies(tensors, [flag for *_, flag in chunk for _ in range(3)])
+        ps, gs, es, _ = zip(*chunk, strict=True)
+        _step(group, ps, gs, es, values)
+        before.restore()
+    if clock_is_on_device(group):
+        steps = [entry["step"] for entry in entries]
+        bad = [flag.logical_not().to(s.dtype) for flag, s in zip(finite, steps, strict=True)]
+        torch._foreach_sub_(steps, bad)
+
+
+Piece = tuple[Tensor, Tensor, dict[str, Any], Tensor]
+"""(parameter, gradient, state, flag), or a part of each."""
+
+
+def _chunks(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    entries: Entries,
+    finite: Sequence[Tensor],
+) -> Iterator[list[Piece]]:
+    """Runs of parameters, large ones cut along their first side, that fit ``MAX_COPIED_NUMEL``."""
+    chunk, used = list[Piece](), 0
+    for p, grad, entry, flag in zip(params, grads, entries, finite, strict=True):
+        for piece in _pieces(p, grad, entry, flag):
+            if chunk and used + piece[0].numel() > MAX_COPIED_NUMEL:
+                yield chunk
+                chunk, used = [], 0
+            chunk.append(piece)
+            used += piece[0].numel()
+    if chunk:
+        yield chunk
+
+
+def _pieces(p: Tensor, grad: Tensor, entry: dict[str, Any], flag: Tensor) -> Iterator[Piece]:
+    """One parameter, or rows of it with clocks of their own, of which only the last is kept."""
+    if p.numel() <= MAX_COPIED_NUMEL or p.dim() == 0:
+        yield p, grad, entry, flag
+        return
+    rows = max(1, MAX_COPIED_NUMEL * p.shape[0] // p.numel())
+    clock = entry["step"].clone()  # before the last piece moves it
+    for start in range(0, p.shape[0], rows):
+        part = slice(start, start + rows)
+        is_last = start + rows >= p.shape[0]
+        piece = {
+            "step": entry["step"] if is_last else clock.clone(),
+            "exp_avg": entry["exp_avg"][part],
+            "exp_avg_sq": entry["exp_avg_sq"][part],
+        }
+        yield p.detach()[part], grad[part], piece, flag
+
+
+class _Copies:
+    """Copies of tensors, of which those whose flag is False are put back."""
+
+    def __init__(self, tensors: Sequence[Tensor], finite: Sequence[Tensor]) -> None:
+        self._large: list[tuple[Tensor, Tensor, Tensor]] = []
+        small: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+        for X, flag in zip(tensors, finite, strict=True):
+            if X.numel() > MAX_JOINED_NUMEL or hasattr(X, "device_mesh"):
+                self._large.append((X, X.detach().clone(), flag))
+            else:
+                small.setdefault((X.device, X.dtype), []).append((X.detach(), flag))
+        self._small = [(pairs, self._join(pairs)) for pairs in small.values()]
+
+    @staticmethod
+    def _join(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        return torch.cat([X.reshape(-1) for X, _ in pairs])
+
+    def restore(self) -> None:
+        """Write the copies whose flag is False."""
+        for X, old, flag in self._large:
+            X.copy_(torch.where(flag, X, old))
+        for pairs, old in self._small:
+            flags = torch.cat([flag.expand(X.numel()) for X, flag in pairs])
+            live = [X for X, _ in pairs]
+            kept = torch.split_with_sizes(
+                torch.where(flags, self._join(pairs), old), [X.numel() for X in live]
+            )
+            torch._foreach_copy_(live, [k.view(X.shape) for k, X in zip(kept, live, strict=True)])
+
+
+def _step(
+    group: Mapping[str, Any],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    entries: Entries,
+    values: Values,
+) -> None:
+    """Step lists of parameters in torch's order, or in that of GaLore's published code."""
+    lr, betas, order = values.lr, values.betas, values.order
     if order is None:
-        _torch(group, params, grads, entries, lr, betas, group["adamw_eps"], decay)
+        _torch(group, params, grads, entries, lr, betas, values.eps, values.decay)
         return
     # M / (sqrt(V) + eps) * sqrt(c2) / c1 is torch's step with eps / sqrt(c2), c = 1 - beta^t
     correct_bias, eps = order
@@ -93,8 +448,8 @@ def step(
             eps / math.sqrt(c2),
             0.0,
         )
-        if decay:
-            factor = 1.0 - float(lr) * decay
+        if values.decay:
+            factor = 1.0 - float(lr) * values.decay
             for p in params_at_t:
                 update_weight_(p, partial(_decay_, factor=factor), p.dtype)
 
@@ -108,12 +463,15 @@ def _torch(
     group: Mapping[str, Any],
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    entries: Sequence[dict[str, Any]],
+    entries: Entries,
     lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> None:
+    has_complex = any(map(torch.is_complex, params))
+    if has_complex:  # torch takes no lazy conjugate
+        grads = [grad.resolve_conj() for grad in grads]
     adamw(
         list(params),
         list(grads),
@@ -124,7 +482,7 @@ def _torch(
         foreach=group["foreach"],
         capturable=group["capturable"],
         fused=group["fused"],
-        has_complex=any(p.is_complex() for p in params),
+        has_complex=has_complex,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],

@@ -43,15 +43,17 @@ class CallBatcher:
 
     def __init__(self) -> None:
         self._runs: list[UpdateGenerator] = []
-        self._key: Hashable = None
+        self._key: tuple[Hashable, torch.device] | None = None
         self._size = 0
 
-    def add(self, run: UpdateGenerator, key: tuple[int, torch.device] | None, size: int) -> None:
+    def add(
+        self, run: UpdateGenerator, key: tuple[Hashable, torch.device] | None, size: int
+    ) -> None:
         """Run an update, at once or together with later ones.
 
         Args:
             run: The update.
-            key: Group and device of updates that wait for each other; None: run at once.
+            key: Rule and device of updates that wait for each other; None: run at once.
             size: Bytes of its gradients.
         """
         if self._runs and key != self._key:

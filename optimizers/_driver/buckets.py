@@ -6,8 +6,8 @@ other unit is a bucket of its own on views of the live tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,12 +16,15 @@ from torch import Tensor
 
 from ...kernels import dequantize_blocks, fuses_passes, quantize_blocks
 from .._core.rule import Member, Rule
+from .adamw import EntryCache
 from .units import State, Unit, is_slab_row, scale_of, slab_rows
 from .windows import block_labels_of, drops_state
 
 MAX_STACK_BYTES = {"cpu": 64 * 2**20}
 """Largest stack of weights in bytes: a stack is a copy, and must not cost what low rank saves."""
 MAX_STACK_BYTES_ACCELERATOR = 512 * 2**20
+STACK_SETTINGS = ("maximize", "nonfinite")
+"""Group keys, beside rule and state, in which units of one stack agree."""
 
 
 def max_stack_bytes(device: torch.device) -> int:
@@ -41,6 +44,8 @@ class Bucket:
 
     Attributes:
         units: K > 1 units of a stack, or one unit.
+        group: Index of the first unit's group.
+        spans: Whether units have groups, and so learning rates or decays, of their own.
         present: Per member, whether it has a gradient.
         state_since: The update since which the units keep their state, 0 if they keep none.
         states: Per member, slot name -> (K, *axes).
@@ -66,6 +71,7 @@ class Bucket:
     def __post_init__(self) -> None:
         unit = self.units[0]
         self.unit, self.group, self.stacked = unit, unit.group, len(self.units) > 1
+        self.spans = len({(u.group, u.decay) for u in self.units}) > 1
         self.indices = tuple(index for unit in self.units for index in unit.indices)
         double = unit.params[0].dtype == torch.float64
         self.dtype = torch.float64 if double else torch.float32
@@ -141,9 +147,9 @@ class Bucket:
             entry[unit.refreshed_key] = t
 
     def nonzero(self, Gs: Sequence[Tensor | None], j: int) -> bool:
-        """Whether some gradient of unit j is not all zero."""
-        parts = [G[j] if self.stacked else G for G in Gs if G is not None]
-        return any(bool(max_abs(G) != 0) for G in parts)
+        """Whether some gradient of unit j is not all zero, and all are finite."""
+        parts = [max_abs(G[j] if self.stacked else G) for G in Gs if G is not None]
+        return any(map(bool, parts)) and all(bool(part.isfinite()) for part in parts)
 
     def prepare_grads(
         self,
@@ -220,7 +226,7 @@ class Bucket:
     def grads_of(self, i: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients of member i, one per unit."""
         present_grads = [G for unit in self.units if (G := grads[unit.positions[i]]) is not None]
-        expected_shape, shape = self.unit.key[2 + i][0], present_grads[0].shape
+        expected_shape, shape = self.unit.key[3 + i][0], present_grads[0].shape
         if shape != expected_shape:
             raise RuntimeError(
                 f"parameter of shape {tuple(expected_shape)} changed its shape to {tuple(shape)}; "
@@ -330,7 +336,8 @@ def buckets_of(
     units: Iterable[Unit],
     mask: Sequence[bool],
     state: State,
-    rules: Sequence[Rule | None],
+    rules: Sequence[Rule],
+    stack_keys: Sequence[Hashable],
     old: Sequence[Bucket] = (),
 ) -> list[Bucket]:
     """Allocate the state of every present unit and sort the units into buckets.
@@ -339,7 +346,8 @@ def buckets_of(
         units: All units.
         mask: Per parameter, whether it has a gradient.
         state: The optimizer's state.
-        rules: Per group, its rule.
+        rules: Rules, by ``Unit.rule``.
+        stack_keys: Per rule, what units of one stack must have in common.
         old: Buckets of the plan so far; one with the same units keeps its slabs.
     """
     sorted_units: dict[tuple[Any, ...], list[Unit]] = {}
@@ -348,15 +356,13 @@ def buckets_of(
         if not any(present):
             unit.detach_from_slab(state)
             continue
-        rule = rules[unit.group]
-        assert rule is not None
+        rule = rules[unit.rule]
         state_since = unit.allocate(state, rule)
         first = state[unit.params[0]]
         clocks = (first[unit.step_key], first.get(unit.refreshed_key, 0))
         own_bucket = () if unit.stackable and not rule.writes_in_refresh else (id(unit),)
-        sorted_units.setdefault((present, state_since, *clocks, *unit.key, *own_bucket), []).append(
-            unit
-        )
+        key = (present, state_since, *clocks, stack_keys[unit.rule], unit.shift, *unit.key)
+        sorted_units.setdefault((*key, *own_bucket), []).append(unit)
     buckets = []
     for key, members in sorted_units.items():
         p = members[0].params[0]
@@ -378,32 +384,60 @@ def buckets_of(
     return buckets
 
 
+def _hashable(rule: Rule) -> Hashable:
+    """The rule itself, or its text where a field is a list."""
+    try:
+        hash(rule)
+    except TypeError:
+        return repr(rule)
+    return rule
+
+
 @dataclass(eq=False)
 class StepPlan:
     """Rules, units and buckets of a step, for one set of present gradients and of clocks.
 
     Attributes:
         flat_params: All parameters, group after group.
-        settings: Per group, what its rule and units were made from.
-        rules: Per group, its rule; None for an AdamW group.
+        settings: Per group, what its rules and units were made from.
+        group_rules: Per group, its own rule; None for an AdamW group.
         adamw_orders: Per group, the order of AdamW's steps, see :meth:`Rule.adamw_order`.
+        rules: Rule of every part of a group, by ``Unit.rule``.
+        groups_of_rules: Per rule, the index of its group.
         units: All units.
         adamw_positions: Per group, flat positions of its AdamW parameters.
+        lazy_params: Parameters that have no shape yet and take part once they have one.
+        stack_keys: Per rule, what units of one stack must have in common: rule and flags.
         mask: Per parameter, whether it had a gradient when ``buckets`` was made; None forces the
             next step to make buckets anew.
         buckets: Units with a gradient, sorted.
         entries: Number of parameters with state when ``buckets`` was made.
+        signature: Dtypes, shapes and devices of weights and gradients that the last step has
+            checked, see :func:`check_ready`.
+        adamw_parts: What ``finite.py`` knows of the AdamW parameters, made at the first step.
+        adamw_entries: State of AdamW parameters, as long as nobody replaces it.
     """
 
     flat_params: list[Tensor]
     settings: list[dict[str, Any]]
-    rules: list[Rule | None]
+    group_rules: list[Rule | None]
     adamw_orders: list[tuple[bool, float] | None]
-    units: list[Unit]
-    adamw_positions: list[list[int]]
+    rules: list[Rule] = field(default_factory=list)
+    groups_of_rules: list[int] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+    adamw_positions: list[list[int]] = field(default_factory=list)
+    lazy_params: list[Tensor] = field(default_factory=list)
+    stack_keys: list[Hashable] = field(default_factory=list)
     mask: list[bool] | None = None
     buckets: list[Bucket] = field(default_factory=list)
     entries: int = 0
+    signature: Any = None
+    adamw_parts: list[dict[Any, list[int]]] | None = None
+    adamw_entries: EntryCache = field(default_factory=EntryCache)
+
+    def rule(self, of: Unit | Bucket) -> Rule:
+        """The rule of a unit, or of all units of a bucket."""
+        return self.rules[of.unit.rule if isinstance(of, Bucket) else of.rule]
 
     def is_stale(self, mask: list[bool], state: State) -> bool:
         """Whether the buckets no longer fit the present gradients or the optimizer's state."""
@@ -416,8 +450,8 @@ class StepPlan:
 
     def _state_window_changed(self, bucket: Bucket) -> bool:
         """Whether a window began in which some unit gains or loses its state."""
-        rule = self.rules[bucket.group]
-        if rule is None or not drops_state(rule):
+        rule = self.rule(bucket)
+        if not drops_state(rule):
             return False
         t = bucket.clock_dicts[0][bucket.unit.step_key] + 1
         return any(
@@ -427,13 +461,43 @@ class StepPlan:
 
     def rebuild(self, mask: list[bool], state: State) -> None:
         """Sort the present units into buckets, allocating what they need."""
-        self.buckets = buckets_of(self.units, mask, state, self.rules, self.buckets)
+        self.buckets = buckets_of(
+            self.units, mask, state, self.rules, self.stack_keys, self.buckets
+        )
         self.mask, self.entries = mask, len(state)
 
-    def update_rule(self, group: int, rule: Rule, settings: Mapping[str, Any]) -> bool:
-        """Give a group a rule with other values; False, and nothing done, if units would change."""
-        previous = self.rules[group]
-        if previous is None or previous.members != rule.members:
+    def set_stack_keys(self) -> None:
+        """Number equal rules alike, so that units of several groups can run as one stack."""
+        numbers: dict[Hashable, int] = {}
+        keys: list[Hashable] = []
+        for rule, group in zip(self.rules, self.groups_of_rules, strict=True):
+            flags = tuple(self.settings[group][name] for name in STACK_SETTINGS)
+            keys.append(numbers.setdefault((*flags, _hashable(rule)), len(numbers)))
+        if keys != self.stack_keys:
+            self.stack_keys, self.mask = keys, None
+
+    def update_rules(self, group: int, rule: Rule, settings: Mapping[str, Any]) -> bool:
+        """Give a group's rules other values; False, and nothing done, if units would change.
+
+        Args:
+            group: Index of the group.
+            rule: The group's rule with the new values.
+            settings: The group.
+        """
+        indices = [i for i, owner in enumerate(self.groups_of_rules) if owner == group]
+        new_rules = dict.fromkeys(indices, rule)
+        if settings.get("sides"):  # a part keeps the side that the model gave it
+            new_rules = {i: replace(rule, **{"side": self.rules[i].side}) for i in indices}  # type: ignore[attr-defined]
+        if not all(self._fits(i, new_rules[i], settings) for i in indices):
+            return False
+        for i in indices:
+            self.rules[i] = new_rules[i]
+        return True
+
+    def _fits(self, index: int, rule: Rule, settings: Mapping[str, Any]) -> bool:
+        """Whether the units of a rule stay as they are under its new values."""
+        previous = self.rules[index]
+        if previous.members != rule.members:
             return False
         if drops_state(rule) and block_labels_of(settings, rule) != block_labels_of(
             settings, previous
@@ -442,11 +506,10 @@ class StepPlan:
         if previous.refresh_interval != rule.refresh_interval and settings["stagger"]:
             return False
         for unit in self.units:
-            if unit.group != group:
+            if unit.rule != index:
                 continue
             sides = tuple(unit.sides(i) for i in range(len(unit.params)))
             transposed = rule.transposed_members([(v.m, v.n) for v in unit.views])
             if transposed != unit.transposed or rule.slots(sides) != unit.slots:
                 return False
-        self.rules[group] = rule
         return True

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._core.rule import RULE_CLASSES, Rule
 from . import adamw
-from .param_groups import describe, routed, rule_of
+from .param_groups import describe, parts_of, rule_of
 from .units import Unit, pinned, units_of
 
 ExpectedState = dict[str, tuple[tuple[int, ...], torch.dtype, str | torch.device]]
@@ -60,6 +60,7 @@ def prepare(
         return dict(state_dict)  # torch says which length differs
     for group, new in zip(groups, saved, strict=True):
         RULE_CLASSES.get(str(new.get("rule")), default_rule).complete_saved(new)
+        new.setdefault("draws", "position")  # as all did before there was a choice
         for key, value in group.items():
             if key != "params":  # names too: torch keeps the optimizer's where none were saved
                 new.setdefault(key, value)
@@ -84,8 +85,8 @@ def _units(
     default_rule: type[Rule], index: int, group: Mapping[str, Any], position: int
 ) -> list[Unit]:
     """Units of a group; ``position`` is the flat position of its first parameter."""
-    rule = rule_of(group, default_rule)
-    return [] if rule is None else units_of(index, group, rule, routed(group, rule, position)[0])
+    parts = parts_of(group, rule_of(group, default_rule), position)[0]
+    return [unit for part in parts for unit in units_of(index, group, part)]
 
 
 def _tables(units: Sequence[Unit]) -> dict[Tensor, ExpectedState]:

@@ -1,67 +1,349 @@
-"""Checks of groups before torch adds them: values in range, parameters that a rule can train."""
+"""Checks: values in range, parameters and gradients that a step can use; nothing is changed.
+
+Groups are checked whole before torch adds them. A step checks again what was written into a group
+since the last one, and what has happened to weights and gradients, before anything moves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import fields
+from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from .._core.rule import Rule
-from .._core.views import split_view
-from .param_groups import describe, parameters_of, roles_of, rule_of, warn_user
-from .units import views_of
+from .._core.rule import Rule, rule_class
+from .._core.validation import (
+    check,
+    choice,
+    dtype_name,
+    flag,
+    is_number,
+    number,
+    shown,
+    two_decays,
+    whole_number,
+)
+from .._core.views import VIEW_KINDS, split_view
+from .buckets import StepPlan
+from .param_groups import (
+    describe,
+    listed,
+    parameters_of,
+    roles_of,
+    rule_of,
+    view_of,
+    warn_user,
+)
+from .units import State, Unit, views_of
 
-LARGE_SIDE = 16384
-"""Side above which a matrix without a name is more likely an embedding, so the user is warned."""
+NONFINITE_POLICIES = ("skip", "skip_step", "raise", "ignore")
+TRAINABLE_DTYPES = frozenset(
+    (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex32,
+        torch.complex64,
+        torch.complex128,
+    )
+)
+SHARDED_NAMES = frozenset(("_fsdp_wrapped_module", "_flat_param"))
+"""Components of names that FSDP1 gives to what it has flattened."""
+SHARDED_MARKS = ("ds_id", "ds_shape", "_is_flat_param", "_fsdp_flattened")
+"""Attributes by which DeepSpeed ZeRO and FSDP1 mark parameters that they partition."""
 
 
-def check_values(group: Mapping[str, Any]) -> None:
-    """Check the ranges of all values but the rule's fields, in torch's words where it has them."""
-    for key in ("lr", "adamw_lr"):
-        lr = group[key]
-        if isinstance(lr, Tensor):
-            if group["foreach"] and not group["capturable"]:
-                raise ValueError(
-                    "lr as a Tensor is not supported for capturable=False and foreach=True"
-                )
-            if lr.numel() != 1:
-                raise ValueError("Tensor lr must be 1-element")
-        if lr is not None and not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}")
-    for key in ("weight_decay", "adamw_weight_decay"):
-        if group[key] is not None and not group[key] >= 0.0:
-            raise ValueError(f"Invalid {key} value: {group[key]}")
-    if not group["adamw_eps"] >= 0.0:
-        raise ValueError(f"Invalid adamw_eps value: {group['adamw_eps']}")
-    for i, beta in enumerate(group["adamw_betas"] or ()):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid adamw_betas parameter at index {i}: {beta}")
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if group["differentiable"]:
-        raise ValueError("differentiable=True is not supported; differentiate the loss instead")
-    if group["nonfinite"] not in ("skip", "raise"):
-        raise ValueError(f"nonfinite must be 'skip' or 'raise', got {group['nonfinite']!r}")
-    name = group["state_dtype"]
-    dtype: Any = getattr(torch, name, None) if isinstance(name, str) else None
+# values -------------------------------------------------------------------------------------------
+
+
+def _learning_rate(name: str, x: Any) -> Any:
+    """A learning rate as a plain number; a 1-element tensor stays what it is."""
+    if not isinstance(x, Tensor):
+        return number(name, x, "[0, inf)", "Invalid learning rate")
+    allowed = f"{name} must be a real number or a tensor of one"
+    is_real = x.layout is torch.strided and not (x.is_nested or x.is_complex() or x.is_meta)
+    check(is_real and x.dtype != torch.bool, f"{allowed}, got {shown(x)}")
+    check(x.numel() == 1, f"Tensor lr must be 1-element; {name} has {x.numel()} elements")
+    _check_tensor_lr(name, x)
+    return x
+
+
+def _check_tensor_lr(name: str, x: Tensor) -> None:
+    """Check the number in a tensor, which waits for its device."""
+    number(name, x.item(), "[0, inf)", "Invalid learning rate")
+
+
+def _decay(name: str, x: Any) -> Any:
+    return number(name, x, "[0, inf)", f"Invalid {name} value")
+
+
+def _view(name: str, x: Any) -> Any:
+    views = [x] if isinstance(x, str) else x
+    is_view = isinstance(views, (tuple, list)) and all(isinstance(v, str) for v in views)
+    check(
+        is_view and len(views) > 0,
+        f"{name} must be a string such as 'auto' or 'heads:8', or one for each member of a pair, "
+        f"got {shown(x)}",
+    )
+    for view in views:
+        check(
+            view.partition(":")[0] in VIEW_KINDS,
+            f"{name} {shown(view)} is unknown; choose one of {', '.join(VIEW_KINDS)}",
+        )
+    return x
+
+
+def _state_dtype(name: str, x: Any) -> Any:
+    """The name of a dtype of state, for the dtype or its name."""
+    text = dtype_name(x)
+    dtype: Any = getattr(torch, text, None) if isinstance(text, str) else None
     # what cannot hold small squares makes a second moment zero, and a step of it without bound
     is_supported = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     is_supported = is_supported and torch.finfo(dtype).tiny < 1e-30
-    if name not in (None, "int8") and not is_supported:
-        raise ValueError(
-            f"state_dtype must be None, 'int8' or 'bfloat16', 'float32' or 'float64', got {name!r}"
+    check(
+        text is None or (isinstance(text, str) and text == "int8") or is_supported,
+        f"{name} must be None, 'int8' or 'bfloat16', 'float32' or 'float64', got {shown(x)}",
+    )
+    return text
+
+
+def _or_none(check_value: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, x: None if x is None else check_value(name, x)
+
+
+def _listed(check_value: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """The check of a list with one value per parameter; the list stays the user's."""
+
+    def check_list(name: str, values: Any) -> Any:
+        is_list = values is None or isinstance(values, (tuple, list))
+        check(is_list, f"{name} must be a list with a value per parameter, got {shown(values)}")
+        for x in values or ():
+            check_value(name, x)
+        return values
+
+    return check_list
+
+
+def _name(name: str, x: Any) -> Any:
+    check(isinstance(x, str), f"{name} must hold a word or None per parameter, got {shown(x)}")
+    return x
+
+
+def _adamw_betas(name: str, x: Any) -> tuple[float, float]:
+    return two_decays(name, x, f"Invalid {name} parameter")
+
+
+def _nonfinite(name: str, x: Any) -> Any:
+    *names, last = map(repr, NONFINITE_POLICIES)
+    is_known = isinstance(x, str) and x in NONFINITE_POLICIES
+    check(is_known, f"{name} must be {', '.join(names)} or {last}, got {shown(x)}")
+    return x
+
+
+def _differentiable(name: str, x: Any) -> bool | None:
+    value = flag(name, x)
+    check(not value, "differentiable=True is not supported; differentiate the loss instead")
+    return value
+
+
+VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "lr": _learning_rate,
+    "weight_decay": _decay,
+    "adamw_lr": _or_none(_learning_rate),
+    "adamw_betas": _or_none(_adamw_betas),
+    "adamw_eps": _decay,
+    "adamw_weight_decay": _or_none(_decay),
+    "maximize": flag,
+    "foreach": partial(flag, may_be_none=True),
+    "fused": partial(flag, may_be_none=True),
+    "capturable": flag,
+    "differentiable": _differentiable,
+    "nonfinite": _nonfinite,
+    "view": _view,
+    "state_dtype": _state_dtype,
+    "stagger": flag,
+    "adamw_lr_ratio": _or_none(_decay),
+    "draws": partial(choice, known=("name", "position")),
+    "rules": _listed(partial(choice, known=(None, "matrix", "adamw"))),
+    "views": _listed(_or_none(_view)),
+    "sides": _listed(_or_none(_name)),
+    "roles": _listed(_or_none(_name)),
+    "reasons": _listed(_or_none(_name)),
+    "decays": _listed(_or_none(_decay)),
+    "positions": _listed(partial(whole_number, allowed="[0, inf) or None")),
+}
+"""Group key -> what checks its value and makes it plain; a rule checks its own fields."""
+
+
+def check_values(group: MutableMapping[str, Any], keys: Iterable[str] = VALUE_CHECKS) -> None:
+    """Check values but the rule's fields, in torch's words where it has them, and make them plain.
+
+    Args:
+        group: A group, or what is to become one; a scalar of numpy or a dtype in it becomes a plain
+            value, and nothing does if a value is refused.
+        keys: Which to check, all by default; values that exclude each other always are.
+
+    Raises:
+        ValueError: If a value has a wrong type or is out of range.
+    """
+    plain = {key: VALUE_CHECKS[key](key, group[key]) for key in keys if key in group}
+    get = {**group, **plain}.get
+    if any(isinstance(get(key), Tensor) for key in ("lr", "adamw_lr")) and get("foreach"):
+        check(
+            bool(get("capturable")),
+            "lr as a Tensor is not supported for capturable=False and foreach=True",
         )
+    if get("fused") and get("foreach"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    group.update(plain)
 
 
-def _check_unsharded(p: Tensor, text: str, method: str) -> None:
+def _check_rule(group: MutableMapping[str, Any], default_rule: type[Rule]) -> Rule | None:
+    """Build a group's rule, which checks its fields, and make these plain; None for AdamW."""
+    name = group.get("rule")
+    is_adamw = isinstance(name, str) and name == "adamw"
+    rule = rule_of({**group, "rule": None} if is_adamw else group, default_rule)
+    assert rule is not None
+    group.update((f.name, getattr(rule, f.name)) for f in fields(rule) if f.name in group)
+    return None if is_adamw else rule
+
+
+def check_written_values(
+    groups: Sequence[dict[str, Any]],
+    default_rule: type[Rule],
+    seen: Sequence[dict[str, Any]],
+) -> Sequence[dict[str, Any]]:
+    """Check what was written into groups since the last step; values are compared by identity.
+
+    Args:
+        groups: The groups, in which values become plain once all have passed.
+        default_rule: The optimizer's rule class.
+        seen: What this function returned at the last step, at first nothing.
+
+    Returns:
+        The groups as they are now, for the next step.
+
+    Raises:
+        ValueError: If a value has a wrong type or is out of range; no group has changed then.
+    """
+    for group, old in zip(groups, seen, strict=False):
+        lr, decay = group.get("lr"), group.get("weight_decay")
+        if type(lr) is float and 0.0 <= lr < math.inf:  # as a scheduler writes it
+            old["lr"] = lr
+        elif isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.numel() == 1:
+            _check_tensor_lr("lr", lr)  # written in place; a device is not waited for
+        if type(decay) is float and 0.0 <= decay < math.inf:
+            old["weight_decay"] = decay
+    written = [
+        i for i, group in enumerate(groups) if i >= len(seen) or not _is_unchanged(group, seen[i])
+    ]
+    if not written and len(groups) == len(seen):
+        return seen
+    plain = {i: _plain(groups[i], default_rule, seen[i] if i < len(seen) else {}) for i in written}
+    for i, values in plain.items():
+        groups[i].update(values)
+    return [dict(groups[i]) if i in plain else seen[i] for i in range(len(groups))]
+
+
+def _is_unchanged(group: Mapping[str, Any], seen: Mapping[str, Any]) -> bool:
+    return len(group) == len(seen) and all(map(is_, group.values(), seen.values()))
+
+
+def _plain(
+    group: Mapping[str, Any], default_rule: type[Rule], seen: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A checked copy of a group with plain values; what was seen before is not checked again."""
+    copy = dict(group)
+    written = [key for key, x in group.items() if key not in seen or seen[key] is not x]
+    check_values(copy, [key for key in written if key in VALUE_CHECKS])
+    if any(key not in VALUE_CHECKS for key in written):
+        name = copy.get("rule")
+        is_default = name is None or (isinstance(name, str) and name == "adamw")
+        cls = default_rule if is_default else rule_class(str(name))
+        if {"rule", *(f.name for f in fields(cls))} & {*written}:
+            _check_rule(copy, default_rule)
+    return copy
+
+
+def is_mark(key: str, value: Any) -> bool | None:
+    """Whether a published package's key says that its group holds matrices; None: it says nothing.
+
+    Raises:
+        ValueError: If the key asks for True or False and has another value.
+    """
+    if key.startswith("use_"):
+        return flag(key, value, may_be_none=True)
+    return True if is_number(value) and value else None
+
+
+# parameters ---------------------------------------------------------------------------------------
+
+
+def _refuse_sharded(p: Tensor, name: str | None, text: str, method: str) -> None:
     """Raise for a parameter that DeepSpeed or FSDP1 has flattened or partitioned."""
-    if hasattr(p, "ds_id") or hasattr(p, "ds_shape") or getattr(p, "_is_flat_param", False):
+    is_marked = any(getattr(p, mark, None) not in (None, False) for mark in SHARDED_MARKS)
+    if is_marked or (isinstance(name, str) and SHARDED_NAMES & {*name.split(".")}):
         raise ValueError(
             f"{text} is flattened or partitioned (DeepSpeed ZeRO or FSDP1), which hides its matrix "
             f"from {method}; use DDP with ZeroRedundancyOptimizer, or a group with rule='adamw'"
         )
+
+
+def refuse_sharded_module(params: Any, method: str) -> None:
+    """Raise for a module that FSDP1 has wrapped, in whole or in part; other values pass."""
+    if not isinstance(params, nn.Module):
+        return
+    for name, module in params.named_modules():
+        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__):
+            raise ValueError(
+                f"module {name or type(module).__name__!r} is wrapped by FSDP1, which flattens its "
+                f"weights and so hides their matrices from {method}; use DDP with "
+                "ZeroRedundancyOptimizer, or torch.optim.AdamW"
+            )
+
+
+def refuse_sharded_parameters(
+    params: Sequence[Any], names: Sequence[str | None], method: str
+) -> None:
+    """Raise for parameters whose mark or name says that DeepSpeed or FSDP1 holds parts of them."""
+    for i, (p, name) in enumerate(zip(params, names, strict=True)):
+        if isinstance(p, Tensor):
+            _refuse_sharded(p, name, _text(name, p, i), method)
+
+
+def _text(name: str | None, p: Tensor, i: int) -> str:
+    """Words that name a parameter, also one that tells no shape."""
+    if p.is_nested or is_lazy(p):
+        return f"parameter {name!r}" if name else f"parameter {i}"
+    return describe(name, p, i)
+
+
+def _obstacle(p: Tensor) -> str | None:
+    """Why no optimizer can write a parameter, to follow its name in a sentence; None if it can."""
+    if p.is_nested:
+        return "is a nested tensor, whose parts must be parameters of their own"
+    if p.layout is not torch.strided:
+        return f"is stored as {p.layout}; pass a dense parameter"
+    if p.dtype not in TRAINABLE_DTYPES:
+        return f"has dtype {p.dtype}, which cannot be trained; keep a copy in bfloat16 or float32"
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        return "is expanded, so several of its entries share memory; make it of p.contiguous()"
+    return None
+
+
+def check_trainable(params: Sequence[Tensor], names: Sequence[str | None]) -> None:
+    """Raise for a parameter that no optimizer can write; what is frozen may be quantized, say."""
+    for i, (p, name) in enumerate(zip(params, names, strict=True)):
+        obstacle = _obstacle(p) if p.requires_grad and not is_lazy(p) else None
+        check(obstacle is None, f"{_text(name, p, i)} {obstacle}")
 
 
 def check_matrix(p: Tensor, text: str, method: str) -> None:
@@ -71,15 +353,15 @@ def check_matrix(p: Tensor, text: str, method: str) -> None:
             f"{text} is a DTensor, which {method} does not shard yet; use DDP with "
             "ZeroRedundancyOptimizer, or put it in a group with rule='adamw'"
         )
-    _check_unsharded(p, text, method)
+    _refuse_sharded(p, None, text, method)
     if p.is_complex():
         raise RuntimeError(f"{method} does not support complex parameters; {text} is complex")
 
 
 def check_group(
-    group: Mapping[str, Any], default_rule: type[Rule], *, is_marked: bool = False
+    group: MutableMapping[str, Any], default_rule: type[Rule], *, is_marked: bool = False
 ) -> None:
-    """Run every check of a group before torch adds it; nothing is changed.
+    """Run every check of a group before torch adds it, and make its values plain.
 
     Args:
         group: A group with all defaults filled in.
@@ -91,28 +373,42 @@ def check_group(
         ValueError: If a value is out of range or a parameter cannot be trained.
     """
     check_values(group)
-    rule = rule_of(group, default_rule)
+    rule = _check_rule(group, default_rule)
     params, names = parameters_of(group)
-    if rule is None or any(not isinstance(p, Tensor) for p in params):
+    if any(not isinstance(p, Tensor) for p in params):
         return  # torch refuses what is no tensor, with its own text
+    check_trainable(params, names)
+    if rule is not None:
+        _check_rule_parameters(group, rule, params, names, is_marked)
+
+
+def _check_rule_parameters(
+    group: Mapping[str, Any],
+    rule: Rule,
+    params: Sequence[Tensor],
+    names: Sequence[str | None],
+    is_marked: bool,
+) -> None:
+    """The checks of :func:`check_group` for the parameters of a group that has a rule."""
     method = rule.method()
-    if group["stagger"] and rule.refresh_in_lockstep:
-        raise ValueError(
-            f"stagger=True does not go with {method} as set here, whose windows begin for all "
-            "weights at once; leave stagger out"
-        )
+    check(
+        not (group["stagger"] and rule.refresh_in_lockstep),
+        f"stagger=True does not go with {method} as set here, whose windows begin for all "
+        "weights at once; leave stagger out",
+    )
+    refuse_sharded_parameters(params, names, method)
     rows = roles_of({**group, "params": params, "param_names": names}, rule)
     moved_to_adamw = []
     for i, (p, name, row) in enumerate(zip(params, names, rows, strict=True)):
+        if is_lazy(p):  # it tells its shape at the first step
+            continue
         text = describe(name, p, i)
         if row.rule == "matrix":
             check_matrix(p, text, method)
-            _check_shape(p, name, text, group, rule, method)
-            continue
-        _check_unsharded(p, text, method)
-        if is_marked:
+            _check_shape(p, text, view_of(group, i, row), rule, method)
+        elif is_marked:
             moved_to_adamw.append(text)
-        elif group.get("rule") is not None:
+        elif group.get("rule") is not None and listed(group, "rules", i) is None:
             _refuse_vector(p, text, method)
     if group["capturable"] and any(row.rule == "matrix" for row in rows):
         raise ValueError(
@@ -129,16 +425,161 @@ def _refuse_vector(p: Tensor, text: str, method: str) -> None:
     )
 
 
-def _check_shape(
-    p: Tensor, name: str | None, text: str, group: Mapping[str, Any], rule: Rule, method: str
-) -> None:
-    """Raise if the view does not fit; warn of a very large side in a matrix without a name."""
+def _check_shape(p: Tensor, text: str, view: Any, rule: Rule, method: str) -> None:
+    """Raise if the view does not fit."""
     if p.ndim < 2 or p.numel() == 0:
         _refuse_vector(p, text, method)
     if len(rule.members) == 1:
-        split_view(views_of(group["view"], rule)[0], tuple(p.shape))
-    if p.ndim == 2 and max(p.shape) > LARGE_SIDE and name is None and group.get("rule") is None:
+        split_view(views_of(view, rule)[0], tuple(p.shape))
+
+
+def warn_without_matrix(groups: Sequence[Mapping[str, Any]], default_rule: type[Rule]) -> None:
+    """Warn of an optimizer that has no matrix, as of shards that nothing marks.
+
+    One parameter alone is a hook's own optimizer, and names or a rule show that the user knows. A
+    group with ``roles`` has its rule from a policy.
+    """
+    params = [p for group in groups for p in group["params"]]
+    if len(params) < 2 or any(is_lazy(p) for p in params):
+        return
+    has_rule = any(group.get("rule") is not None and "roles" not in group for group in groups)
+    if has_rule or any(group.get("param_names") for group in groups):
+        return
+    rows = [row for group in groups for row in roles_of(group, rule_of(group, default_rule))]
+    if not any(row.rule == "matrix" for row in rows):
         warn_user(
-            f"{text} has a side above {LARGE_SIDE} and goes to {method}; if it is an embedding or "
-            "a head, pass the model or its named_parameters(), or give it rule='adamw'"
+            f"no matrix among {len(params)} parameters, so AdamW trains them all; if a wrapper "
+            f"such as FSDP1 has flattened them, use DDP with ZeroRedundancyOptimizer"
         )
+
+
+# tensors at a step --------------------------------------------------------------------------------
+
+
+def signature_of(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None], groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[Any], ...]:
+    """What other code may change about tensors between steps, cheap to make and to compare."""
+    return (
+        [(group.get("capturable"), group.get("fused")) for group in groups],
+        [p.dtype for p in params],
+        [p.shape for p in params],
+        [p.device for p in params],
+        [None if grad is None else grad.dtype for grad in grads],
+        [None if grad is None else grad.layout for grad in grads],
+    )
+
+
+def check_ready(
+    plan: StepPlan,
+    grads: Sequence[Tensor | None],
+    groups: Sequence[Mapping[str, Any]],
+    state: State,
+    method: str,
+) -> bool:
+    """Check before a step that it can use all weights, gradients and state.
+
+    Args:
+        plan: The plan of the step.
+        grads: Gradients of all parameters.
+        groups: The groups.
+        state: The optimizer's state.
+        method: Name of the optimizer, for messages.
+
+    Returns:
+        Whether the plan is still that of the weights. It is not where they have changed their
+        dtype, and their state fits.
+
+    Raises:
+        RuntimeError: If something does not fit; nothing has changed then.
+    """
+    params = [p for p in plan.flat_params if not is_lazy(p)] if plan.lazy_params else None
+    signature = signature_of(plan.flat_params if params is None else params, grads, groups)
+    if plan.signature == signature:
+        return True
+    names = [listed(g, "param_names", i) for g in groups for i in range(len(g["params"]))]
+    adamw = {
+        i: group
+        for group, positions in zip(groups, plan.adamw_positions, strict=True)
+        for i in positions
+    }
+    for i, (p, grad, name) in enumerate(zip(plan.flat_params, grads, names, strict=True)):
+        if grad is not None:
+            _check_gradient(p, grad, _text(name, p, i), method, i in adamw)
+            if i in adamw:
+                _check_moments(p, state.get(p, {}), adamw[i], _text(name, p, i))
+    fits = True
+    for unit in plan.units:
+        for j, (i, p) in enumerate(zip(unit.positions, unit.params, strict=True)):
+            if (p.shape, p.dtype, p.device) != unit.key[j - len(unit.params)][:3]:
+                _check_state(unit, j, p, state.get(p, {}), _text(names[i], p, i))
+                fits = False
+    plan.signature = signature
+    return fits
+
+
+def _check_gradient(p: Tensor, grad: Tensor, text: str, method: str, is_adamw: bool) -> None:
+    """Raise if a parameter cannot be stepped by its gradient, or not at all."""
+    wrong = None
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"{method} does not support sparse gradients, as {text} has one")
+    if grad.is_nested:
+        wrong = "is a nested tensor"
+    elif p.is_meta or grad.is_meta:
+        wrong = "is on the meta device, where there is nothing to train"
+    elif grad.shape != p.shape:
+        wrong = (
+            f"has shape {tuple(grad.shape)}, but its weight changed its shape to {tuple(p.shape)}"
+        )
+    elif grad.device != p.device:
+        wrong = f"is on {grad.device}, but its weight on {p.device}"
+    elif not grad.is_floating_point() and not (grad.is_complex() and p.is_complex()):
+        wrong = f"has dtype {grad.dtype}"
+    elif is_adamw and grad.dtype != p.dtype:
+        wrong = f"has dtype {grad.dtype}, but its weight {p.dtype}, which AdamW cannot step"
+    if wrong is not None:
+        raise RuntimeError(f"the gradient of {text} {wrong}; run a new backward pass")
+    obstacle = _obstacle(p)
+    if obstacle is not None:
+        raise RuntimeError(f"{text} {obstacle}")
+
+
+REBUILD = "build the optimizer after the model is converted, moved or wrapped"
+
+
+def _check_moments(
+    p: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any], text: str
+) -> None:
+    """Raise if torch's AdamW cannot use the state of a parameter, or its own flags for it."""
+    step = entry.get("step")
+    if group.get("fused"):
+        _device_dtype_check_for_fused(p)
+    if group.get("capturable") and p.device.type == "cpu":
+        raise RuntimeError(f"capturable=True needs an accelerator, but {text} is on {p.device}")
+    for flag_name in ("capturable", "fused"):
+        if group.get(flag_name) and isinstance(step, Tensor) and step.device != p.device:
+            raise RuntimeError(
+                f"{flag_name}=True keeps the step count of {text} on {p.device}, but it is on "
+                f"{step.device}; set {flag_name} at construction"
+            )
+    for key in ("exp_avg", "exp_avg_sq"):
+        X = entry.get(key)
+        if isinstance(X, Tensor) and (X.shape, X.dtype, X.device) != (p.shape, p.dtype, p.device):
+            _refuse_state(p, key, X, text)
+
+
+def _check_state(unit: Unit, j: int, p: Tensor, entry: Mapping[str, Any], text: str) -> None:
+    """Raise if the state of member j of a unit is not that of the weight as it is now."""
+    shape, _, device = unit.key[j - len(unit.params)][:3]
+    for key, (_, _, dtype) in unit.expected_state(j).items():
+        X = entry.get(key)
+        if isinstance(X, Tensor) and (p.shape != shape or p.device != device or X.dtype != dtype):
+            _refuse_state(p, key, X, text)
+
+
+def _refuse_state(p: Tensor, key: str, X: Tensor, text: str) -> None:
+    raise RuntimeError(
+        f"{text} changed its shape, dtype or device after its state was made: it is {p.dtype} of "
+        f"shape {tuple(p.shape)} on {p.device}, but {key!r} is {X.dtype} of shape {tuple(X.shape)} "
+        f"on {X.device}; {REBUILD}"
+    )

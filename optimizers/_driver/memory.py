@@ -77,8 +77,7 @@ class MemoryReport:
         ]
         shared: dict[Hashable, int] = {}
         for unit in plan.units:
-            rule = plan.rules[unit.group]
-            assert rule is not None
+            rule = plan.rule(unit)
             for i in range(len(unit.params)):
                 shared.update(rule.shared(*unit.sides(i)))
         return cls(type(optimizer).__name__, tuple(rows), sum(shared.values()))
@@ -168,7 +167,7 @@ def memory_report(
 
     Returns:
         Bytes of weights, gradients (in the dtype of the weights) and state per parameter and in
-        all, beside AdamW's; of what the optimizer trains, so not of a module's frozen weights.
+        all, beside AdamW's. Frozen weights count as weights, without gradient and state.
         State that comes and goes (FRUGAL's blocks) is that of the first window. Temporary memory
         is not in it; see each class.
 
@@ -221,8 +220,7 @@ def _state_bytes(plan: StepPlan, optimizer: StackedOptimizer) -> dict[int, int]:
 
 
 def _slot_bytes(plan: StepPlan, unit: Unit, i: int) -> dict[str, int]:
-    rule = plan.rules[unit.group]
-    assert rule is not None
+    rule = plan.rule(unit)
     if not rule.state_since_at(unit.block_position, 1):
         return {}
     return {

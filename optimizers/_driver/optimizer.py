@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from operator import is_
 from typing import Any, ClassVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .._core.rule import (
@@ -20,29 +21,61 @@ from .._core.rule import (
     rule_class,
     settings_of,
 )
-from .._core.validation import describe_unknown
-from .._roles.classify import Assignment
+from .._core.validation import check, describe_unknown, misspelt_option
+from .._roles.assignment import OptimizerAssignment
 from . import adamw, checkpoint
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
-from .buckets import Bucket, StepPlan
-from .checks import check_group, check_matrix, check_values
-from .finite import LateFlags, finite_sums, read_flags
+from .buckets import STACK_SETTINGS, Bucket, StepPlan
+from .checks import (
+    check_group,
+    check_matrix,
+    check_ready,
+    check_values,
+    check_written_values,
+    is_mark,
+    refuse_sharded_module,
+    warn_without_matrix,
+)
+from .finite import (
+    Findings,
+    LateFlags,
+    inspect_grads,
+    is_capturing,
+    names_of,
+    refuse,
+    roll_back,
+    skip_warning,
+    snapshot,
+    stops_step,
+)
+from .model_roles import ModelRoles, complete_names, fill_lists, rows_of
 from .param_groups import (
     COMMON,
+    FOREIGN_KEYS,
     GROUP_KEYS,
-    SCHEDULER_KEYS,
+    LISTS,
+    assigned_rows,
+    copy_list,
+    count_routed_by_shape,
+    describe,
     parameters_of,
-    roles_of,
-    routed,
+    parts_of,
+    refuse_view,
     rule_of,
+    store_adamw_lr,
     to_param_groups,
+    warn_user,
+    with_adamw_names,
 )
 from .settings import refuse_state_changes, refuse_unfit_state
-from .units import Unit, units_of
+from .units import units_of
 from .windows import assign_block_positions, stagger_refreshes
-from .write import write_, write_list_
+from .write import Run, write_, write_list_, write_runs_
 
-UNIT_SETTINGS = ("rule", "view", "state_dtype", "stagger")
+UNIT_SETTINGS = (
+    *("rule", "view", "state_dtype", "stagger", "draws"),
+    *("rules", "views", "sides", "decays", "positions"),
+)
 """Group keys beside the rule's fields that decide how parameters become units."""
 
 
@@ -71,10 +104,14 @@ class StackedOptimizer(Optimizer):
         fused: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
         capturable: As in ``torch.optim.AdamW``, for groups without matrices (default: False).
         differentiable: Must be False (default); the key is there because torch reads it.
-        nonfinite: ``"skip"`` (default) leaves a matrix with a NaN or infinite gradient and its
-            state alone and counts it in :attr:`skipped`; ``"raise"`` raises before anything
-            changes, and waits for the device at every step. Gradients of AdamW parameters are not
-            looked at.
+        nonfinite: What a NaN or infinite gradient does, of a matrix or of an AdamW parameter.
+            ``"skip"`` (default): weight, state and clock of that parameter (of its whole pair, for
+            LoRA factors) stay, all others move as in a step without it. ``"skip_step"``: nothing
+            moves if a gradient of this group is bad, whatever the other groups say.
+            ``"raise"``: RuntimeError before anything changes, which names the parameters.
+            ``"ignore"``: gradients are not looked at, as in torch. What is skipped counts in
+            :attr:`skipped`, and the first time warns. ``"skip_step"`` and ``"raise"`` wait for the
+            device at every step.
         view: How a parameter becomes matrices, see ``_core/views.py`` (default: ``"auto"``).
         state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None
             (default): float32 (float64 for float64 weights). ``"int8"``: moments and momentum in 8
@@ -102,8 +139,13 @@ class StackedOptimizer(Optimizer):
     _reference_key: ClassVar[str | None] = None
     """Group key by which the published package of the method marks its matrix groups."""
     _plan: StepPlan | None = None
-    _skipped = 0
-    _pending: Sequence[tuple[LateFlags, list[Bucket]]] = ()
+    _model_roles: ModelRoles | None = None
+    _is_built = False
+    _has_warned_of_shapes = False
+    _skipped: dict[Tensor, int] | None = None
+    _seen: Sequence[dict[str, Any]] = ()
+    """Groups as the last step has checked them."""
+    _pending: Sequence[LateFlags] = ()
     _wait: bool | None = None
     """Whether the host waits for the finite flags; None: on CPU only. Tests set it."""
 
@@ -113,8 +155,11 @@ class StackedOptimizer(Optimizer):
         rule: Rule,
         lr: float | Tensor,
         weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
         **common: Any,
     ) -> None:
+        common = with_adamw_names(common, settings_of(rule))
         method_keys = {"lr", "weight_decay", *settings_of(rule)}
         what = f"{type(self).__name__} keyword"
         message = describe_unknown(common, COMMON.keys() | method_keys, what)
@@ -130,9 +175,19 @@ class StackedOptimizer(Optimizer):
             "method": rule.method(),
         }
         check_values(defaults)
-        super().__init__(
-            to_param_groups(params, rule, self._reference_key, defaults["view"]), defaults
-        )
+        for module in (params, model):
+            refuse_sharded_module(module, rule.method())
+        store_adamw_lr(defaults)
+        if isinstance(params, nn.Module):
+            check(model in (None, params), "model= and params name two modules; pass one of them")
+            params = self._params_of_model(params)
+        elif model is not None:
+            self._model_roles = ModelRoles(model, is_params=False)
+        super().__init__(to_param_groups(params, self._marking_keys()), defaults)
+        self._set_draws()
+        self._is_built = True
+        self._warn_of_shapes()
+        warn_without_matrix(self.param_groups, type(rule))
 
     # groups ---------------------------------------------------------------------------------------
 
@@ -140,114 +195,157 @@ class StackedOptimizer(Optimizer):
     def _default_rule(self) -> type[Rule]:
         return RULE_CLASSES[self.defaults["method"]]
 
+    def _params_of_model(self, model: nn.Module) -> Any:
+        """The one group of a module, whose parameters get their roles as they are added."""
+        self._model_roles = ModelRoles(model, is_params=True)
+        return [{"params": list(model.named_parameters())}]
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking it whole; a refused group changes nothing.
 
         A late group is routed without regard to the others. Only the constructor, which sees all
-        groups, gives those without a reference package's key to AdamW.
+        groups, gives those without a reference package's key to AdamW. A late group without names
+        gets those of the model, or made-up ones, where the other groups have names.
 
         Args:
             param_group: ``params`` and any overrides; see the class docstring.
 
         Raises:
-            ValueError: If a key is unknown, a value out of range or a parameter cannot be trained.
+            ValueError: If a key is a misspelling, a value out of range or a parameter cannot be
+                trained.
         """
-        count = len(self.param_groups)
-        try:
-            for group in self._prepare_groups(param_group):
-                super().add_param_group(group)
-        except BaseException:
-            del self.param_groups[count:]
-            raise
+        super().add_param_group(self._prepare_group(param_group))
+        if self._is_built:
+            self.param_groups[-1].setdefault("draws", self.param_groups[0]["draws"])
+            self._warn_of_shapes()
 
-    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
-        """Turn a user's group into the groups that torch adds, after all checks."""
+    def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """Complete a user's group after all checks, in a copy."""
         if not isinstance(param_group, dict):
-            return [param_group]
+            return param_group
         group = dict(param_group)
         if "params" not in group:
             raise ValueError("a parameter group needs the key 'params'")
         if isinstance(group["params"], set):
-            return [group]
+            return group
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
-        key = self._reference_key
-        is_marked = key is not None and bool(group.get(key)) and "rule" not in group
-        if is_marked:
-            group["rule"] = self._default_rule.method()
-        elif key is not None and group.get(key) is False:
-            group.setdefault("rule", "adamw")  # use_muon=False, also in a late group
+        is_marked = self._read_reference_key(group)
         rule_name = group.get("rule")
-        if rule_name == "adamw":  # torch's own names mean AdamW's values in an AdamW group
-            if "eps" in group:
-                group.setdefault("adamw_eps", group["eps"])
-            if "betas" in group and "betas" not in self.defaults:
-                group.setdefault("adamw_betas", group.pop("betas"))
         rule = self._default_rule if rule_name in (None, "adamw") else rule_class(rule_name)
+        if rule_name == "adamw" and "eps" in group:  # in an AdamW group it is AdamW's
+            group.setdefault("adamw_eps", group["eps"])
+        if rule_name == "adamw" and "lr" in group and "adamw_lr" not in group:
+            group.setdefault("adamw_lr_ratio", None)  # a learning rate of its own
+        group = with_adamw_names(group, defaults_of(rule))
         other_defaults = {} if rule is self._default_rule else defaults_of(rule)
-        self._refuse_unknown_keys(group, other_defaults)
+        self._refuse_misspelt_keys(group, other_defaults)
         # a group of another method starts from that method's defaults, not from this one's
         full_group = {**self.defaults, **other_defaults, **group}
+        check_values(full_group)
+        store_adamw_lr(group, full_group["lr"])
+        self._add_roles(group, full_group)
+        full_group.update(group)
         check_group(full_group, self._default_rule, is_marked=is_marked)
+        group = {key: full_group[key] for key in group}  # with plain values
         for name in other_defaults:
             group.setdefault(name, other_defaults[name])
-        return self._split_adamw(group, full_group)
+        return group
 
-    def _refuse_unknown_keys(
+    def _read_reference_key(self, group: dict[str, Any]) -> bool:
+        """Set the rule of a group in the format of the published package; whether it is marked."""
+        marks = [is_mark(key, group.get(key)) for key in self._marking_keys()]
+        is_marked = any(marks) and "rule" not in group
+        if is_marked:
+            group["rule"] = self._default_rule.method()
+        elif any(mark is False for mark in marks):
+            group.setdefault("rule", "adamw")  # use_muon=False, also in a late group
+        return is_marked
+
+    def _marking_keys(self) -> tuple[str, ...]:
+        """Group keys of published packages by which users mark the matrices."""
+        own = self._reference_key
+        return ("use_muon",) if own in (None, "use_muon") else ("use_muon", own)
+
+    def _refuse_misspelt_keys(
         self, group: Mapping[str, Any], other_defaults: Mapping[str, Any]
     ) -> None:
-        """Raise for a key that neither the driver nor the group's rule knows."""
-        known_keys = GROUP_KEYS | SCHEDULER_KEYS | COMMON.keys() | other_defaults.keys()
-        known_keys |= defaults_of(self._default_rule).keys()
-        if self._reference_key is not None:
-            known_keys |= {self._reference_key}
-        message = describe_unknown(group, known_keys, "parameter group key")
-        if message:
-            raise ValueError(message)
+        """Raise for a key that is an option with one wrong letter; other keys are kept."""
+        options = COMMON.keys() | self.defaults.keys() | other_defaults.keys()
+        for name in group.keys() - self._known_keys() - other_defaults.keys() - FOREIGN_KEYS:
+            option = misspelt_option(name, options)
+            if option is not None:
+                raise ValueError(
+                    f"parameter group key {name!r} is unknown; did you mean {option!r}?"
+                )
 
-    def _split_adamw(
-        self, group: dict[str, Any], full_group: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """Move AdamW parameters into a group of their own if ``adamw_lr`` is given."""
-        if full_group["adamw_lr"] is None:
-            return [group]
-        rule = rule_of(full_group, self._default_rule)
-        if rule is None:
-            return [{"lr": full_group["adamw_lr"], **group}]
+    def _known_keys(self) -> set[str]:
+        """Group keys of this class."""
+        return {*COMMON, *GROUP_KEYS, *LISTS, *self.defaults, *self._marking_keys()}
+
+    def _add_roles(self, group: dict[str, Any], full_group: Mapping[str, Any]) -> None:
+        """Complete the names of a group, and add what the model says about its parameters."""
         params, names = parameters_of(group)
-        if None in names and any(names):
-            return [group]  # torch refuses names of some parameters only, with its own text
-        rows = roles_of({**full_group, "params": params, "param_names": names}, rule)
-        parts = []
-        for target in ("matrix", "adamw"):
-            indices = [i for i, row in enumerate(rows) if row.rule == target]
-            part = {
-                **group,
-                "params": [
-                    params[i] if names[i] is None else (names[i], params[i]) for i in indices
-                ],
-            }
-            part.pop("param_names", None)  # torch takes them from the pairs again
-            for key in ("roles", "reasons"):
-                if key in group:
-                    part[key] = [group[key][i] for i in indices]
-            if target == "adamw":
-                part.update(rule="adamw", lr=full_group["adamw_lr"])
-            if indices:
-                parts.append(part)
-        return parts
+        if any(not isinstance(p, Tensor) for p in params) or isinstance(group["params"], Tensor):
+            return  # torch refuses what is no tensor, with its own text
+        known = self._model_roles.rows() if self._model_roles is not None else {}
+        is_named = "param_names" in self.param_groups[0] if self.param_groups else bool(known)
+        if self._model_roles is None and (not self._is_built or not is_named or any(names)):
+            return
+        position = sum(len(other["params"]) for other in self.param_groups)
+        if is_named and (known or self._is_built):
+            names = [*complete_names(names, params, known, position)]
+            group["params"] = list(zip(names, params, strict=True))
+            group.pop("param_names", None)
+        if not known or "rules" in group:
+            return
+        rows = rows_of(params, names, known)
+        refuse_view(self.defaults["view"], [row for row in rows if row is not None])
+        assert self._model_roles is not None
+        lists = {**full_group, "params": params}
+        before = set(lists)
+        fill_lists(
+            lists,
+            rows,
+            rule_of(full_group, self._default_rule),
+            decays=self._model_roles.is_params and not self._is_built,
+            own_view="view" in group,
+        )
+        group.update((key, lists[key]) for key in LISTS if key in lists and key not in before)
 
-    def assignment(self) -> Assignment:
-        """Return a table of every parameter's rule, and why; the table prints."""
-        table = []
+    def _set_draws(self) -> None:
+        """Random draws go by names where all parameters have one; the groups say which."""
+        named = all(group.get("param_names") for group in self.param_groups)
         for group in self.param_groups:
-            rule = rule_of(group, self._default_rule)
-            name = "adamw" if rule is None else rule.method()
-            table += [
-                replace(row, rule=name if row.rule == "matrix" else "adamw")
-                for row in roles_of(group, rule)
-            ]
-        return Assignment(tuple(table))
+            group.setdefault("draws", "name" if named else "position")
+
+    def _warn_of_shapes(self) -> None:
+        """Warn once if matrices go to the rule by shape alone beside vectors that nobody marked."""
+        if self._has_warned_of_shapes:
+            return
+        count = count_routed_by_shape(self.param_groups, self._default_rule)
+        if count:
+            self._has_warned_of_shapes = True
+            method = self._default_rule.method()
+            warn_user(
+                f"{count} matrices without names go to {method} by their shape alone, embeddings "
+                f"and heads among them; pass model=model, or give groups rule={method!r} and "
+                "rule='adamw'"
+            )
+
+    def assignment(self) -> OptimizerAssignment:
+        """Return a table of every parameter's rule, learning rate and decay, and why; it prints."""
+        rows = [
+            row for group in self.param_groups for row in assigned_rows(group, self._default_rule)
+        ]
+        kept = [key for group in self.param_groups for key in group if self._is_foreign(group, key)]
+        return OptimizerAssignment(tuple(rows), tuple(dict.fromkeys(kept)))
+
+    def _is_foreign(self, group: Mapping[str, Any], key: str) -> bool:
+        """Whether a group key belongs to other code."""
+        name = group.get("rule")
+        own = {} if name in (None, "adamw") else defaults_of(rule_class(name))
+        return key not in self._known_keys() and key not in own
 
     # plan -----------------------------------------------------------------------------------------
 
@@ -255,7 +353,7 @@ class StackedOptimizer(Optimizer):
         """Values that decide a group's rule and units, with defaults for missing keys."""
         cls = self._default_rule if group["rule"] in (None, "adamw") else rule_class(group["rule"])
         return {
-            **{name: group[name] for name in UNIT_SETTINGS},
+            **{name: group.get(name) for name in (*UNIT_SETTINGS, *STACK_SETTINGS)},
             **{field.name: group.get(field.name, field.default) for field in fields(cls)},
         }
 
@@ -266,13 +364,18 @@ class StackedOptimizer(Optimizer):
             ValueError: If settings changed that shape the state of a parameter. Plan and state are
                 as before.
         """
+        self._seen = check_written_values(self.param_groups, self._default_rule, self._seen)
         flat_params = [p for group in self.param_groups for p in group["params"]]
+        for group in self.param_groups:
+            if "adamw_lr" in group:
+                store_adamw_lr(group)
         settings = [self._settings(group) for group in self.param_groups]
         old = self._plan
         if (
             old is not None
             and len(old.flat_params) == len(flat_params)
             and all(map(is_, old.flat_params, flat_params))
+            and all(map(is_lazy, old.lazy_params))
         ):
             if old.settings == settings or self._update_rules(old, settings):
                 return old
@@ -294,24 +397,37 @@ class StackedOptimizer(Optimizer):
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
         """Make rules and units for the groups as they are now; buckets come with the first step."""
-        rules = [rule_of(group, self._default_rule) for group in self.param_groups]
+        group_rules = [rule_of(group, self._default_rule) for group in self.param_groups]
         adamw_orders = [self._adamw_order(group) for group in self.param_groups]
-        plan = StepPlan(flat_params, settings, rules, adamw_orders, [], [])
+        copies = [{k: copy_list(x) for k, x in values.items()} for values in settings]
+        plan = StepPlan(flat_params, copies, group_rules, adamw_orders)
+        plan.lazy_params = [p for p in flat_params if is_lazy(p)]
         position = 0
         first_position = dict[Tensor, int]()  # torch only warns about a parameter given twice
-        for i, (group, rule) in enumerate(zip(self.param_groups, rules, strict=True)):
-            matrices, adamw_params = (
-                [(j, p) for j, p in part if first_position.setdefault(p, j) == j]
-                for part in routed(group, rule, position)
-            )
+        for i, (group, rule) in enumerate(zip(self.param_groups, group_rules, strict=True)):
+            parts, adamw_params = parts_of(group, rule, position)
             position += len(group["params"])
-            plan.adamw_positions.append([j for j, _ in adamw_params])
-            if rule is not None:
-                for j, p in matrices:
-                    check_matrix(p, f"parameter {j} of shape {tuple(p.shape)}", rule.method())
-                plan.units += units_of(i, group, rule, matrices)
-        assign_block_positions(plan.units, rules, self.param_groups)
-        stagger_refreshes(plan.units, rules, self.param_groups)
+            plan.adamw_positions.append(
+                [j for j, p in adamw_params if first_position.setdefault(p, j) == j]
+            )
+            for part in parts:
+                weights = [
+                    w
+                    for w in part.weights
+                    if first_position.setdefault(w.param, w.position) == w.position
+                ]
+                for w in weights:
+                    text = describe(None, w.param, w.position)
+                    check_matrix(w.param, text, part.rule.method())
+                units = units_of(i, group, part._replace(weights=weights))
+                for unit in units:
+                    unit.rule = len(plan.rules)
+                plan.units += units
+                plan.rules.append(part.rule)
+                plan.groups_of_rules.append(i)
+        plan.set_stack_keys()
+        assign_block_positions(plan.units, plan.rules, group_rules, self.param_groups)
+        stagger_refreshes(plan.units, plan.rules, self.param_groups)
         return plan
 
     @staticmethod
@@ -345,18 +461,19 @@ class StackedOptimizer(Optimizer):
                 rule = rule_of(group, self._default_rule)
                 if any(old[name] != new[name] for name in UNIT_SETTINGS):
                     return False
-                if rule is not None and not plan.update_rule(i, rule, group):
+                if rule is not None and not plan.update_rules(i, rule, group):
                     return False
-                plan.settings[i], plan.adamw_orders[i] = new, self._adamw_order(group)
+                plan.settings[i] = {k: copy_list(x) for k, x in new.items()}
+                plan.group_rules[i], plan.adamw_orders[i] = rule, self._adamw_order(group)
+        plan.set_stack_keys()
         return len(plan.settings) == len(settings)
 
     def init_state(self) -> None:
         """Allocate the state of all trainable parameters, with the keys and shapes of a step."""
         plan = self._get_plan()
         for unit in plan.units:
-            rule = plan.rules[unit.group]
-            if rule is not None and any(p.requires_grad for p in unit.params):
-                unit.allocate(self.state, rule)
+            if any(p.requires_grad for p in unit.params):
+                unit.allocate(self.state, plan.rule(unit))
         for group, positions in zip(self.param_groups, plan.adamw_positions, strict=True):
             for i in positions:
                 if plan.flat_params[i].requires_grad:
@@ -380,8 +497,10 @@ class StackedOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: For a sparse gradient, or a non-finite one of a matrix under
-                ``nonfinite="raise"``; no weight and no value of the state has changed then.
+            RuntimeError: For a sparse gradient or one of another shape than its weight, for weights
+                whose state does not fit after ``model.bfloat16()``, or for a non-finite gradient
+                under ``nonfinite="raise"``; nothing has changed then.
+            ValueError: For a value that was written into a group and is out of range; likewise.
         """
         loss = None
         if closure is not None:
@@ -396,19 +515,56 @@ class StackedOptimizer(Optimizer):
         self._apply_late_flags()
         plan = self._get_plan()
         grads = [p.grad for p in plan.flat_params]
-        for grad in grads:
-            if grad is not None and grad.layout is not torch.strided:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        name = type(self).__name__
+        if not check_ready(plan, grads, self.param_groups, self.state, name):
+            self._plan = None  # weights have another dtype now, and their state fits
+            plan = self._get_plan()
         adamw_steps = self._adamw_steps(plan, grads)  # may raise, so before any change
         if self._is_dry_step(grads):
             self.init_state()
+            for work in adamw_steps:
+                work.allocate(self.state)
+            found = Findings()
         else:
-            mask = [grad is not None for grad in grads]
-            if plan.is_stale(mask, self.state):
+            found = self._inspect(plan, grads, adamw_steps)
+            if found.bad and self._count_skipped(found):
+                return
+            self._step_matrices(plan, grads, found)
+        for work in adamw_steps:
+            work.step(found.bad, found.adamw_flags)
+        if found.joined or any(found.unread):
+            self._pending = [*self._pending, *found.late_flags(plan, self.param_groups)]
+
+    def _inspect(
+        self, plan: StepPlan, grads: Sequence[Tensor | None], adamw_steps: Sequence[adamw.Work]
+    ) -> Findings:
+        """Allocate and sort what has a gradient, and find bad ones; undone if nothing is to move.
+
+        Args:
+            plan: The plan.
+            grads: Gradients of all parameters.
+            adamw_steps: What AdamW steps.
+
+        Raises:
+            RuntimeError: For a bad gradient under ``nonfinite="raise"``.
+        """
+        mask, before = [grad is not None for grad in grads], None
+        stops = True
+        try:
+            if any(work.new for work in adamw_steps) or plan.is_stale(mask, self.state):
+                before = snapshot(self.state)
+                for work in adamw_steps:
+                    work.allocate(self.state)
                 plan.rebuild(mask, self.state)
-            self._step_matrices(plan, grads)
-        for group, params, present_grads, entries, order in adamw_steps:
-            adamw.step(group, params, present_grads, entries, order=order)
+            found = inspect_grads(plan, grads, self.param_groups, self._waits)
+            if found.bad:
+                refuse(found, self.param_groups)
+            stops = stops_step(found, self.param_groups)
+        finally:
+            if stops and before is not None:
+                plan.mask = None
+                roll_back(self.state, before)
+        return found
 
     def _is_dry_step(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether every lr and every gradient is 0, as in a checkpointer's probing step."""
@@ -418,52 +574,50 @@ class StackedOptimizer(Optimizer):
                 return False
         return not any(grad is not None and bool(grad.any()) for grad in grads)
 
-    def _adamw_steps(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> list[tuple[Any, ...]]:
-        """Arguments of :func:`adamw.step` per group that has parameters without a matrix rule."""
-        adamw_steps = []
-        for group, order, positions in zip(
-            self.param_groups, plan.adamw_orders, plan.adamw_positions, strict=True
-        ):
-            present = [
-                (plan.flat_params[i], grad) for i in positions if (grad := grads[i]) is not None
-            ]
-            entries = [self.state[p] for p, _ in present]
-            for (p, _), entry in zip(present, entries, strict=True):
-                adamw.allocate(p, group, entry)
-            if present:
-                adamw_steps.append((group, *map(list, zip(*present, strict=True)), entries, order))
-        return adamw_steps
+    def _adamw_steps(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> list[adamw.Work]:
+        """What AdamW steps in each group that has a gradient for it.
 
-    def _step_matrices(self, plan: StepPlan, grads: Sequence[Tensor | None]) -> None:
-        """Find non-finite gradients before any state changes, then step bucket after bucket."""
-        stacks, flags = finite_sums(plan.buckets, grads, self._waits)
-        finite_units = read_flags(plan, self.param_groups, flags, grads, self._waits)
-        batcher = CallBatcher()
-        for bucket, stack, flag, finite in zip(
-            plan.buckets, stacks, flags, finite_units, strict=True
+        Raises:
+            RuntimeError: For a parameter that AdamW cannot step.
+        """
+        works, start, cache = [], 0, plan.adamw_entries
+        cache.follow(self.state)
+        for i, (group, order, positions) in enumerate(
+            zip(self.param_groups, plan.adamw_orders, plan.adamw_positions, strict=True)
         ):
+            if positions:
+                work = adamw.Work.of(group, order, positions, start, plan.flat_params, grads)
+                if work.positions:
+                    work.find(self.state, cache, i, work.positions is positions)
+                    work.check(self._describe)
+                    works.append(work)
+            start += len(group["params"])
+        return works
+
+    def _describe(self, position: int) -> str:
+        """Words that name the parameter at a flat position."""
+        name = names_of(self.param_groups)[position]
+        p = [p for group in self.param_groups for p in group["params"]][position]
+        return describe(name if isinstance(name, str) else None, p, position)
+
+    def _step_matrices(
+        self, plan: StepPlan, grads: Sequence[Tensor | None], found: Findings
+    ) -> None:
+        """Step bucket after bucket, without the units whose gradient is known to be bad."""
+        batcher = CallBatcher()
+        for j, (bucket, stack) in enumerate(zip(plan.buckets, found.stacks, strict=True)):
             Gs = stack or [
                 bucket.gradient(i, grads) if has_grad else None
                 for i, has_grad in enumerate(bucket.present)
             ]
-            rule = plan.rules[bucket.group]
-            key = (
-                (bucket.group, flag.device)
-                if rule is not None and rule.yields_batched_calls
-                else None
-            )
+            rule = plan.rule(bucket)
+            own_stack = plan.stack_keys[bucket.unit.rule]
+            device = bucket.unit.params[0].device
+            key = (own_stack, device) if rule.yields_batched_calls else None
             size = sum(G.nbytes for G in Gs if G is not None)
-            batcher.add(self._step_bucket(plan, bucket, Gs, finite, flag), key, size)
+            finite = found.finite_units(j, bucket)
+            batcher.add(self._step_bucket(plan, bucket, Gs, finite, found.flag(j)), key, size)
         batcher.flush()
-        late = [
-            (flag, bucket)
-            for flag, bucket, finite in zip(flags, plan.buckets, finite_units, strict=True)
-            if finite is None
-        ]
-        for device in {flag.device for flag, _ in late}:
-            on_device = [(flag, bucket) for flag, bucket in late if flag.device == device]
-            late_flags = LateFlags(torch.cat([flag for flag, _ in on_device]).isfinite())
-            self._pending = [*self._pending, (late_flags, [bucket for _, bucket in on_device])]
 
     def _waits(self, device: torch.device) -> bool:
         return device.type == "cpu" if self._wait is None else self._wait
@@ -474,7 +628,7 @@ class StackedOptimizer(Optimizer):
         bucket: Bucket,
         Gs: Sequence[Tensor | None],
         finite: list[bool] | None,
-        flag: Tensor,
+        flag: Tensor | None = None,
     ) -> UpdateGenerator:
         """Step one bucket, as a generator that stops where the rule asks for a batched call.
 
@@ -483,10 +637,9 @@ class StackedOptimizer(Optimizer):
             bucket: The bucket.
             Gs: Per member its gradients (K, m, n) as they were given, None if it has none.
             finite: Per unit, whether its gradients are finite; None if the host does not know yet.
-            flag: (K,) on the device, finite where the gradients are.
+            flag: If the host does not know, (K,) on the device, finite where the gradients are.
         """
-        rule = plan.rules[bucket.group]
-        assert rule is not None
+        rule = plan.rule(bucket)
         t, refreshed = bucket.clocks()
         refresh_due = finite is not None and rule.refresh_due(t, refreshed, bucket.unit.shift)
         nonzero = [not refresh_due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
@@ -494,13 +647,12 @@ class StackedOptimizer(Optimizer):
             # a stack with a unit to leave out runs unit by unit: same bits, no second code path
             for j in range(len(bucket.units)):
                 parts = [None if G is None else G[j : j + 1] for G in Gs]
-                yield from self._step_bucket(plan, bucket.single(j), parts, finite[j : j + 1], flag)
+                yield from self._step_bucket(plan, bucket.single(j), parts, finite[j : j + 1])
             plan.mask = None  # clocks differ now: sort again at the next step
             return
         if finite is not None and not finite[0]:
-            self._count_skipped(bucket.unit)
             return
-        device_finite = None if finite is not None else flag.isfinite()
+        device_finite = None if flag is None else flag.isfinite()
         # the rule itself keeps bad gradients out of its state: no mask, no backup
         unmasked = (
             device_finite is not None and rule.handles_nonfinite and bucket.runs_on_kernels(Gs)
@@ -535,8 +687,8 @@ class StackedOptimizer(Optimizer):
             update: What the rule's ``update`` returned.
             device_finite: None, or flags (K,): weights whose flag is False stay as they are.
         """
-        group = self.param_groups[bucket.group]
-        lr, decay = self._lr_value(group["lr"]), group["weight_decay"]
+        runs = self._runs(bucket)
+        _, lr, decay = runs[0]
         write_mask = None
         if device_finite is not None:
             write_mask = device_finite.to(bucket.dtype).view(-1, 1, 1)
@@ -546,11 +698,28 @@ class StackedOptimizer(Optimizer):
                 steps.answer = yield step
                 continue
             i = step.member.number
-            if write_list_(bucket.weight_list(i), step, lr, decay, write_mask):
+            if len(runs) == 1 and write_list_(bucket.weight_list(i), step, lr, decay, write_mask):
                 continue
             W = bucket.load(i)
-            write_(W, step, lr, decay, write_mask)
+            if len(runs) == 1:
+                write_(W, step, lr, decay, write_mask)
+            else:
+                write_runs_(W, step, runs, write_mask)
             bucket.store(i, W)
+
+    def _runs(self, bucket: Bucket) -> list[Run]:
+        """Learning rate and decay of the units of a bucket, equal neighbours together."""
+        runs: list[Run] = []
+        for j, unit in enumerate(bucket.units if bucket.spans else bucket.units[:1]):
+            group = self.param_groups[unit.group]
+            lr, decay = self._lr_value(group["lr"]), group["weight_decay"]
+            decay = decay if unit.decay == 1.0 else decay * unit.decay
+            previous = runs[-1] if runs else None
+            if previous is not None and _same(previous.lr, lr) and previous.weight_decay == decay:
+                runs[-1] = previous._replace(ks=slice(previous.ks.start, j + 1))
+            else:
+                runs.append(Run(slice(j, j + 1), lr, decay))
+        return runs
 
     @staticmethod
     def _lr_value(lr: float | Tensor) -> float | Tensor:
@@ -563,25 +732,44 @@ class StackedOptimizer(Optimizer):
 
     def _apply_late_flags(self) -> None:
         """Read the flags of the last step and set back the clocks of units that were skipped."""
+        if not self._pending or is_capturing():
+            return
         pending, self._pending = self._pending, ()
-        for late_flags, buckets in pending:
-            units = [unit for bucket in buckets for unit in bucket.units]
-            for unit, finite in zip(units, late_flags.read(), strict=True):
-                if not finite:
-                    self.state[unit.params[0]][unit.step_key] -= 1
-                    self._count_skipped(unit)
-                    if self._plan is not None:
-                        self._plan.mask = None
+        owners = [owner for late_flags in pending for owner in late_flags.bad_owners()]
+        for owner in owners:
+            if owner.clock is not None and owner.clock[1] in self.state.get(owner.clock[0], {}):
+                self.state[owner.clock[0]][owner.clock[1]] -= 1
+        if owners:
+            if self._plan is not None:
+                self._plan.mask = None
+            self._count([owner.param for owner in owners if owner.param is not None])
 
-    def _count_skipped(self, unit: Unit) -> None:
-        """Count a skipped parameter once, however many units its view makes."""
-        self._skipped += unit.number == 0
+    def _count_skipped(self, found: Findings) -> bool:
+        """Count bad gradients that the host has found; True if they stop the whole step."""
+        flat_params = [p for group in self.param_groups for p in group["params"]]
+        stopped = stops_step(found, self.param_groups)
+        self._count([flat_params[i] for i in sorted(found.bad)], stopped)
+        return stopped
+
+    def _count(self, params: Sequence[Tensor], stopped: bool = False) -> None:
+        """Count skipped parameters, once each however many units a view makes; warn once."""
+        is_first, self._skipped = not self._skipped, self._skipped or {}
+        for p in params:
+            self._skipped[p] = self._skipped.get(p, 0) + 1
+        if is_first and params:
+            warn_user(skip_warning(list(self.skipped), stopped))
 
     @property
-    def skipped(self) -> int:
-        """Number of updates left out because a gradient was not finite; waits for the device."""
+    def skipped(self) -> dict[str | int, int]:
+        """Updates left out because a gradient was not finite, by name, else by position.
+
+        Reading it waits for the device. A step replayed from a CUDA graph does not count.
+        """
         self._apply_late_flags()
-        return self._skipped
+        counts = self._skipped or {}
+        flat_params = [p for group in self.param_groups for p in group["params"]]
+        names = names_of(self.param_groups)
+        return {name: counts[p] for name, p in zip(names, flat_params, strict=True) if p in counts}
 
     # checkpoints ----------------------------------------------------------------------------------
 
@@ -631,8 +819,16 @@ class StackedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan, self._pending = None, ()
+        self._plan, self._pending, self._is_built = None, (), True
         for group in self.param_groups:
+            group.setdefault("draws", "position")  # as all did before there was a choice
+            if group.get("adamw_lr_ratio") is None and "adamw_lr_ratio" not in group:
+                group.pop("adamw_lr", None)  # its parameters had a group of their own
             RULE_CLASSES.get(group["rule"], self._default_rule).complete_saved(group)
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+
+def _same(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two learning rates are known to be equal without waiting for a device."""
+    return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)

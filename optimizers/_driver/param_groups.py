@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from itertools import zip_longest
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .._core.rule import Rule, rule_class
-from .._roles.classify import Row, classify, route
-from .._roles.residual_sides import sides_of
+from .._roles.assignment import AssignedRow
+from .._roles.classify import Row, route
+from .._roles.role_table import RULE_OF_ROLE
 
 
 class Common(TypedDict, total=False):
     """Keywords of every optimizer; :class:`StackedOptimizer` says what they do."""
 
+    model: nn.Module | None
     adamw_lr: float | Tensor | None
     adamw_betas: tuple[float, float] | None
     adamw_eps: float
@@ -32,7 +35,7 @@ class Common(TypedDict, total=False):
     differentiable: bool
     nonfinite: str
     view: str | Sequence[str]
-    state_dtype: str | None
+    state_dtype: str | torch.dtype | None
     stagger: bool
 
 
@@ -52,11 +55,21 @@ COMMON: dict[str, Any] = {
     "stagger": False,
 }
 """Keywords of every optimizer, with their defaults; each is a group key too."""
-SCHEDULER_KEYS = frozenset(
-    ("param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+GROUP_KEYS = frozenset(
+    ("params", "param_names", "lr", "weight_decay", "rule", "method", "draws", "adamw_lr_ratio")
 )
-"""Group keys that schedulers and trainers add."""
-GROUP_KEYS = frozenset(("params", "lr", "weight_decay", "rule", "method", "roles", "reasons"))
+"""Group keys of every optimizer that are no keywords."""
+LISTS = ("rules", "views", "sides", "roles", "reasons", "decays", "positions")
+"""Group keys with one value per parameter, in the order of ``params``, as torch's param_names."""
+FOREIGN_KEYS = frozenset(
+    (
+        *("name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
+        *("lr_scale", "lr_mult", "lr_decay", "wd_mult", "decay_mult", "layer_id", "layer_name"),
+        *("rho", "kind", "is_last_layer", "group_name", "module_name", "tag", "weights", "models"),
+        *("betas", "eps", "momentum", "dampening", "amsgrad", "alpha", "adaptive", "apply_decay"),
+    )
+)
+"""Group keys of trainers, schedulers and wrappers, which are kept however close to an option."""
 
 
 def rule_of(group: Mapping[str, Any], default_rule: type[Rule]) -> Rule | None:
@@ -68,77 +81,181 @@ def rule_of(group: Mapping[str, Any], default_rule: type[Rule]) -> Rule | None:
     return cls(**{f.name: group[f.name] for f in fields(cls) if f.name in group})
 
 
-def to_param_groups(
-    params: Any, rule: Rule, reference_key: str | None, view: str | Sequence[str] = "auto"
-) -> Any:
+class Weight(NamedTuple):
+    """A parameter that goes to a rule.
+
+    Attributes:
+        position: Position in the optimizer's flat list.
+        place: Position in its group.
+        param: The parameter.
+        name: Its name, None if it has none.
+    """
+
+    position: int
+    place: int
+    param: Tensor
+    name: str | None
+
+
+class Part(NamedTuple):
+    """Weights of a group that have a rule and a view in common.
+
+    Attributes:
+        rule: The group's rule, with the side of these weights.
+        view: How each becomes matrices.
+        weights: The weights.
+    """
+
+    rule: Rule
+    view: str | Sequence[str]
+    weights: list[Weight]
+
+
+def listed(group: Mapping[str, Any], key: str, i: int) -> Any:
+    """What one of the group's :data:`LISTS` says about parameter i; None if it says nothing."""
+    values = group.get(key)
+    # a parameter appended to the group's list later has no entry
+    return values[i] if values is not None and i < len(values) else None
+
+
+def copy_list(x: Any) -> Any:
+    """A copy of a list, which other code may change in place; anything else as it is."""
+    return list(x) if isinstance(x, list) else x
+
+
+_WRAPPERS = frozenset(("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the components that DDP, compile, FSDP and checkpointing add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def to_param_groups(params: Any, marking_keys: Sequence[str]) -> Any:
     """Turn what a user passes as ``params`` into what ``torch.optim.Optimizer`` takes.
 
     Args:
-        params: A module, named parameters, parameters, or groups.
-        rule: The optimizer's rule as its arguments set it.
-        reference_key: Group key by which the reference package marks its matrix groups.
-        view: The optimizer's view as its arguments set it.
+        params: Named parameters, parameters, or groups.
+        marking_keys: Group keys by which published packages mark their matrix groups.
 
     Returns:
         Groups, or the input itself where torch has an error text of its own for it.
-
-    Raises:
-        ValueError: If a module's weights have other views than the one given.
     """
-    if isinstance(params, nn.Module):
-        return _from_module(params, rule, view)
     if isinstance(params, Tensor):
         return params
     items = list(params)
     if not items or not isinstance(items[0], Mapping):
         return [{"params": items}] if items else items
-    has_reference_key = reference_key is not None and any(reference_key in group for group in items)
+    marked = any(
+        key in group for group in items if isinstance(group, Mapping) for key in marking_keys
+    )
     groups = []
     for group in items:
+        if not isinstance(group, Mapping):
+            return items  # torch refuses it, with its own text
         group = dict(group)
-        if has_reference_key and "rule" not in group and group.get(reference_key) is None:
+        if marked and "rule" not in group and all(group.get(key) is None for key in marking_keys):
             group["rule"] = "adamw"
         groups.append(group)
     return groups
 
 
-def _from_module(
-    model: nn.Module, default_rule: Rule, view: str | Sequence[str] = "auto"
-) -> list[dict[str, Any]]:
-    """Groups of a classified model: one per rule, view and side, frozen parameters left out."""
-    named = dict(model.named_parameters())
-    rows = [row for row in classify(model) if row.name and named[row.name].requires_grad]
-    matrices = [row for row in rows if row.rule == "matrix"]
-    _refuse_view(view, matrices)
-    sides = sides_of(matrices, default_rule)
-    groups_by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        assert row.name is not None
-        matrix = row.rule == "matrix"
-        rule, group_view = (default_rule.method(), row.view) if matrix else ("adamw", "auto")
-        side = sides.get(row.name)
-        side_key = {} if side is None else {"side": side}
-        group: dict[str, Any] = groups_by_key.setdefault(
-            (rule, group_view, side),
-            {
-                "params": [],
-                "rule": rule,
-                "view": group_view,
-                "roles": [],
-                "reasons": [],
-                **side_key,
-            },
-        )
-        group["params"].append((row.name, named[row.name]))
-        group["roles"].append(row.role)
-        group["reasons"].append(row.why)
-    return sorted(groups_by_key.values(), key=lambda group: group["rule"] == "adamw")
+def with_adamw_names(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which torch's names mean AdamW's values where the method has no such option.
+
+    Args:
+        settings: Keywords or a group.
+        own: Options of the method.
+
+    Raises:
+        ValueError: If a value is given under both names.
+    """
+    settings = dict(settings)
+    for name in ("betas", "eps"):
+        if name in settings and name not in own:
+            given = settings.pop(name)
+            if settings.get(f"adamw_{name}") not in (None, given):
+                raise ValueError(f"{name} and adamw_{name} differ but mean the same: pass one")
+            settings[f"adamw_{name}"] = given
+    return settings
 
 
-def _refuse_view(view: str | Sequence[str], rows: Iterable[Row]) -> None:
+def store_adamw_lr(group: dict[str, Any], lr: float | Tensor | None = None) -> None:
+    """Replace ``adamw_lr`` by its ratio to ``lr``, so that both follow one schedule.
+
+    Args:
+        group: Settings of a group, changed in place.
+        lr: The learning rate of the group; None (default): its own.
+
+    Raises:
+        ValueError: If lr is 0, which has no ratio; the group is unchanged.
+    """
+    if "adamw_lr" not in group:
+        return
+    adamw_lr, lr = group["adamw_lr"], group["lr"] if lr is None else lr
+    if adamw_lr is None:
+        group.pop("adamw_lr")
+        group.setdefault("adamw_lr_ratio", None)
+        return
+    if float(lr) == 0.0:
+        raise ValueError("adamw_lr needs lr above 0, to which it keeps its ratio; set both later")
+    group.pop("adamw_lr")
+    group["adamw_lr_ratio"] = _ratio(float(adamw_lr), float(lr))
+
+
+def _ratio(x: float, y: float) -> float:
+    """X / y, or a neighbour of it whose product with y is exactly x."""
+    ratio = x / y
+    neighbours = (ratio, math.nextafter(ratio, math.inf), math.nextafter(ratio, 0.0))
+    return next((c for c in neighbours if y * c == x), ratio)
+
+
+def count_routed_by_shape(groups: Iterable[Mapping[str, Any]], default_rule: type[Rule]) -> int:
+    """Number of matrices that only their shape gives to the rule; 0 without unmarked vectors.
+
+    Names, ``rule``, the model and the keys of published packages mark parameters, and so does
+    ``compat``. Matrices without vectors are what ``torch.optim.Muon`` takes.
+    """
+    matrices = vectors = 0
+    for group in groups:
+        is_told = group.get("rule") is not None or group.get("param_names") or group.get("rules")
+        rule = rule_of(group, default_rule)
+        if is_told or rule is None or len(rule.members) > 1 or group.get("compat") is not None:
+            continue
+        params = [p for p in group["params"] if not is_lazy(p)]
+        vectors += sum(p.ndim < 2 for p in params)
+        matrices += sum(row.rule == "matrix" for row in roles_of({**group, "params": params}, rule))
+    return matrices if vectors else 0
+
+
+def assigned_rows(group: Mapping[str, Any], default_rule: type[Rule]) -> list[AssignedRow]:
+    """The group's part of :meth:`StackedOptimizer.assignment`."""
+    rule, lr = rule_of(group, default_rule), float(group["lr"])
+    ratio, own_decay = group.get("adamw_lr_ratio"), group["adamw_weight_decay"]
+    rows = []
+    for i, row in enumerate(roles_of(group, rule)):
+        matrix = rule is not None and row.rule == "matrix"
+        layout = (group.get("pair"), group.get("axis")) if matrix else ()
+        decay = group["weight_decay"] if matrix or own_decay is None else own_decay
+        factor = listed(group, "decays", i)
+        view = view_of(group, i, row)
+        values = {f.name: getattr(row, f.name) for f in fields(row)}
+        values |= {
+            "rule": rule.method() if rule is not None and matrix else "adamw",
+            "view": (view if isinstance(view, str) else ", ".join(view)) if matrix else "auto",
+            "centred": bool(matrix and group.get("centred")),
+            "layout": " ".join(x for x in layout if x not in (None, "rows")),
+            "lr": lr if matrix or ratio is None else lr * ratio,
+            "decay": decay if factor is None else decay * factor,
+        }
+        rows.append(AssignedRow(**values))
+    return rows
+
+
+def refuse_view(view: str | Sequence[str], rows: Iterable[Row]) -> None:
     """Raise if the one view that a user gave contradicts the view that the model needs."""
     for row in rows if view != "auto" else ():
-        if _plain_view(view, row) != _plain_view(row.view, row):
+        if row.rule == "matrix" and _plain_view(view, row) != _plain_view(row.view, row):
             raise ValueError(
                 f"view {view!r} is not that of {row.name!r} in the model, {row.view!r}; leave out "
                 "view (matrix_view, split_sizes, num_heads), or pass groups, each with its view"
@@ -161,40 +278,64 @@ def roles_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
         group: The group.
         rule: Its rule, None for an AdamW group.
     """
-    names = group.get("param_names") or ()
-    roles, reasons = group.get("roles"), group.get("reasons")
     rows = []
-    # a parameter appended to the group's list later has no name
-    for i, (p, name) in enumerate(zip_longest(group["params"], names[: len(group["params"])])):
-        row = route(name, tuple(p.shape))
-        if roles and reasons and i < len(roles):
-            row = replace(row, role=roles[i], why=reasons[i])
+    for i, p in enumerate(group["params"]):
+        role, known = listed(group, "roles", i), listed(group, "rules", i)
+        name, shape = listed(group, "param_names", i), () if is_lazy(p) else tuple(p.shape)
+        if role is None:
+            row = route(name, shape)
+        else:
+            why, view = listed(group, "reasons", i) or "", listed(group, "views", i) or "auto"
+            row = Row(name, shape, role, known or RULE_OF_ROLE.get(role, "adamw"), why, view)
         if rule is None:
-            row = replace(row, rule="adamw", why=row.why if roles else "group rule 'adamw'")
+            row = replace(row, rule="adamw", why=row.why if role else "group rule 'adamw'")
+        elif known is not None:
+            row = replace(row, rule=known)
         elif len(rule.members) > 1:
-            row = replace(row, rule="matrix", why=f"member {rule.members[i % len(rule.members)]}")
+            why = row.why if role else f"member {rule.members[i % len(rule.members)]}"
+            row = replace(row, rule="matrix", why=why)
         elif group.get("rule") is not None and p.ndim >= 2 and p.numel():
-            why = row.why if roles else f"group rule {group['rule']!r}"
+            why = row.why if role else f"group rule {group['rule']!r}"
             row = replace(row, rule="matrix", why=why)
         rows.append(row)
     return rows
 
 
-def routed(
+def view_of(group: Mapping[str, Any], i: int, row: Row) -> str | Sequence[str]:
+    """How parameter i of a group becomes matrices: as the model, the group or its name tells."""
+    told: str | None = listed(group, "views", i)
+    if told is not None:
+        return told
+    view: str | Sequence[str] = group["view"]
+    # a kernel of three dimensions is one matrix, not a stack of small ones
+    return row.view if view == "auto" and row.role == "conv" else view
+
+
+def parts_of(
     group: Mapping[str, Any], rule: Rule | None, position: int
-) -> tuple[list[tuple[int, Tensor]], list[tuple[int, Tensor]]]:
-    """Matrices and AdamW parameters of a group, each with its flat position.
+) -> tuple[list[Part], list[tuple[int, Tensor]]]:
+    """Parts of a group, and its AdamW parameters with their flat positions.
 
     Args:
         group: The group.
         rule: Its rule, None for an AdamW group.
         position: Flat position of the group's first parameter.
     """
-    matrices: list[tuple[int, Tensor]] = []
+    parts: dict[Hashable, Part] = {}
     adamw_params: list[tuple[int, Tensor]] = []
-    for j, (row, p) in enumerate(zip(roles_of(group, rule), group["params"], strict=True)):
-        (matrices if row.rule == "matrix" else adamw_params).append((position + j, p))
-    return matrices, adamw_params
+    for i, (row, p) in enumerate(zip(roles_of(group, rule), group["params"], strict=True)):
+        if is_lazy(p):
+            continue
+        if row.rule != "matrix" or rule is None:
+            adamw_params.append((position + i, p))
+            continue
+        view, side = view_of(group, i, row), listed(group, "sides", i)
+        key = (view if isinstance(view, str) else tuple(view), side)
+        if key not in parts:
+            part_rule = rule if side is None else replace(rule, **{"side": side})
+            parts[key] = Part(part_rule, view, [])
+        parts[key].weights.append(Weight(position + i, i, p, row.name))
+    return list(parts.values()), adamw_params
 
 
 def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]]:
@@ -202,6 +343,8 @@ def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]
     params = group["params"]
     items = [params] if isinstance(params, Tensor) else list(params)
     given_names = group.get("param_names") or [None] * len(items)
+    if not isinstance(given_names, (tuple, list)):
+        raise ValueError(f"param_names must be a list of names, got {given_names!r}")
     if len(given_names) != len(items):
         raise ValueError(f"param_names has {len(given_names)} names for {len(items)} parameters")
     pairs = [

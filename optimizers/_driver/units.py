@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...kernels import blockwise_scales
 from .._core.rule import BlockPosition, Rule, Slot, Slots
 from .._core.views import MatrixView, split_view
+from .param_groups import Part, Weight, listed, plain_name
 from .windows import drops_state
 
 MAX_STACKED_NUMEL = {"cpu": 2**15}
@@ -76,7 +79,12 @@ class Unit:
         quantized: Whether moments are kept in eight bits.
         block_position: The unit's block, for rules that drop state by blocks.
         shift: Updates by which refreshes come early, where they are staggered.
-        key: What units of one stack have in common.
+        name: Name that is the key of random draws; None where the position is.
+        order: Position of the first parameter in the run that began with it: the key of draws by
+            position, and what blocks and staggered refreshes are counted by.
+        decay: Factor on the group's weight decay.
+        rule: Index of the unit's rule in the plan.
+        key: What units of one stack have in common, beside their rule.
     """
 
     group: int
@@ -90,6 +98,10 @@ class Unit:
     quantized: bool = False
     block_position: BlockPosition = ONLY_BLOCK
     shift: int = 0
+    name: str | None = None
+    order: int = 0
+    decay: float = 1.0
+    rule: int = 0
     key: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,15 +110,15 @@ class Unit:
         self.step_key, self.refreshed_key = "step" + view.tag, "refreshed" + view.tag
         self.state_since_key = "held" + view.tag
         self.clock_keys = (self.step_key, self.refreshed_key, self.state_since_key)
-        self.index = self.positions[0] + (self.number << 20)
         self.stackable = (
             len(self.params) == 1
             and view.plain
             and p.numel() <= MAX_STACKED_NUMEL.get(p.device.type, MAX_STACKED_NUMEL_ACCELERATOR)
         )
         self.key = (
-            self.group,
             self.transposed,
+            self.state_dtype,
+            self.quantized,
             *(
                 (p.shape, p.dtype, p.device, v.k, v.m, v.n)
                 for p, v in zip(self.params, self.views, strict=True)
@@ -118,10 +130,13 @@ class Unit:
         view = self.views[i]
         return (view.n, view.m) if self.transposed[i] else (view.m, view.n)
 
-    @property
+    @cached_property
     def indices(self) -> tuple[int, ...]:
-        """One key of random draws per matrix."""
-        return tuple(self.index + (j << 40) for j in range(self.views[0].k))
+        """One key of random draws per matrix: 63 bits of a hash of the name, or the position."""
+        count = range(self.views[0].k)
+        if self.name is not None:
+            return tuple(_hash63(f"{self.name}|{self.number}|{j}") for j in count)
+        return tuple(self.order + (self.number << 20) + (j << 40) for j in count)
 
     def expected_state(self, i: int) -> dict[str, tuple[Slot, tuple[int, ...], torch.dtype]]:
         """Per state key of member i, its slot, stored shape and stored dtype."""
@@ -243,6 +258,11 @@ def scale_of(key: str) -> str:
     return f"{name}_scale{dot}{tag}"
 
 
+def _hash63(text: str) -> int:
+    """The same 63 bits for a text in every process, unlike ``hash``."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
 def _initial_state(
     slot: Slot, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
@@ -270,54 +290,78 @@ def views_of(view: str | Sequence[str], rule: Rule, count: int = 0) -> list[str]
     return views
 
 
-def units_of(
-    group: int, settings: Mapping[str, Any], rule: Rule, routed: Sequence[tuple[int, Tensor]]
-) -> list[Unit]:
-    """Units of one group: runs of ``len(rule.members)`` parameters, each cut by its view.
+def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Unit]:
+    """Units of one part of a group: runs of ``len(rule.members)`` weights, each cut by its view.
 
     Args:
-        group: Index of the group.
-        settings: The group.
-        rule: Its rule.
-        routed: (flat position, parameter) of every parameter that goes to the rule.
+        group_index: Index of the group.
+        group: The group.
+        part: Weights of the group that have a rule and a view in common.
 
     Raises:
-        ValueError: If the parameters cannot be cut into runs, or a view does not fit.
+        ValueError: If the weights cannot be cut into runs, or a view does not fit.
     """
-    size = len(rule.members) or max(1, len(routed))
-    if len(routed) % size:
+    rule, weights = part.rule, part.weights
+    size = len(rule.members) or max(1, len(weights))
+    if len(weights) % size:
         raise ValueError(
             f"{rule.method()} takes parameters in runs of {size} "
-            f"({', '.join(rule.members)}), got {len(routed)}"
+            f"({', '.join(rule.members)}), got {len(weights)}"
         )
-    name, views = settings["state_dtype"], views_of(settings["view"], rule, size)
-    quantized = name == "int8"
-    dtype = None if name is None or quantized else getattr(torch, name)
+    views = views_of(part.view, rule, size)
     units = []
-    for start in range(0, len(routed), size):
-        run = routed[start : start + size]
+    for start in range(0, len(weights), size):
+        run = weights[start : start + size]
         views_of_params = [
-            split_view(v, tuple(p.shape)) for v, (_, p) in zip(views, run, strict=True)
+            split_view(v, tuple(w.param.shape)) for v, w in zip(views, run, strict=True)
         ]
         if size > 1 and any(len(cut) > 1 for cut in views_of_params):
             raise ValueError(f"view {views} cuts a parameter, which {size} members cannot follow")
         for number, unit_views in enumerate(zip(*views_of_params, strict=True)):
-            transposed = rule.transposed_members([(v.m, v.n) for v in unit_views])
-            sides = tuple(
-                (v.n, v.m) if is_transposed else (v.m, v.n)
-                for v, is_transposed in zip(unit_views, transposed, strict=True)
-            )
-            units.append(
-                Unit(
-                    group,
-                    tuple(i for i, _ in run),
-                    tuple(p for _, p in run),
-                    unit_views,
-                    transposed,
-                    number,
-                    rule.slots(sides),
-                    dtype,
-                    quantized,
-                )
-            )
+            units.append(_unit(group_index, group, rule, run, unit_views, number))
     return units
+
+
+def _unit(
+    group_index: int,
+    group: Mapping[str, Any],
+    rule: Rule,
+    run: Sequence[Weight],
+    views: tuple[MatrixView, ...],
+    number: int,
+) -> Unit:
+    """The unit of one matrix view of each weight of a run."""
+    transposed = rule.transposed_members([(v.m, v.n) for v in views])
+    sides = tuple(
+        (v.n, v.m) if is_transposed else (v.m, v.n)
+        for v, is_transposed in zip(views, transposed, strict=True)
+    )
+    name, quantized = group["state_dtype"], group["state_dtype"] == "int8"
+    first = run[0]
+    order = listed(group, "positions", first.place)
+    draws_by_name = group.get("draws") == "name" and first.name is not None
+    return Unit(
+        group_index,
+        tuple(w.position for w in run),
+        tuple(w.param for w in run),
+        views,
+        transposed,
+        number,
+        rule.slots(sides),
+        None if name is None or quantized else getattr(torch, name),
+        quantized,
+        name=plain_name(first.name or "") if draws_by_name else None,
+        order=first.position if order is None else order,
+        decay=_decay_factor(group, run),
+    )
+
+
+def _decay_factor(group: Mapping[str, Any], run: Sequence[Weight]) -> float:
+    """The factor on the group's weight decay that the weights of a unit have in common."""
+    factors = {1.0 if (x := listed(group, "decays", w.place)) is None else x for w in run}
+    if len(factors) > 1:
+        raise ValueError(
+            f"decays of a parameter group must be equal for weights that are stepped together, "
+            f"got {sorted(factors)}"
+        )
+    return factors.pop()

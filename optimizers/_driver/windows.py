@@ -15,23 +15,36 @@ if TYPE_CHECKING:
 
 
 def assign_block_positions(
-    units: Sequence[Unit], rules: Sequence[Rule | None], groups: Sequence[Mapping[str, Any]]
+    units: Sequence[Unit],
+    rules: Sequence[Rule],
+    group_rules: Sequence[Rule | None],
+    groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Set ``block_position`` of the units of rules that drop state, numbered over all groups."""
+    """Set ``block_position`` of the units of rules that drop state, numbered over all groups.
+
+    Args:
+        units: All units; their ``order`` is that of the numbers.
+        rules: Rules of the units, by ``Unit.rule``.
+        group_rules: Per group its own rule, None for AdamW.
+        groups: All groups.
+    """
     numbers: dict[str, dict[Hashable, int]] = {}
     labels: list[Hashable] = []
-    for group, rule in zip(groups, rules, strict=True):
+    for group, rule in zip(groups, group_rules, strict=True):
         labels += block_labels_of(group, rule)
-    windowed = [unit for unit in units if drops_state(rules[unit.group])]
+    windowed = sorted((u for u in units if drops_state(rules[u.rule])), key=_order)
     for unit in windowed:
-        method_numbers, position = numbers.setdefault(_method(rules, unit), {}), unit.positions[0]
-        label = labels[position]
-        key = ("own", position) if label is None else ("shared", label)
+        method_numbers = numbers.setdefault(rules[unit.rule].method(), {})
+        label = labels[unit.positions[0]]
+        key = ("own", unit.order) if label is None else ("shared", label)
         unit.block_position = BlockPosition(method_numbers.setdefault(key, len(method_numbers)))
     for unit in windowed:
-        unit.block_position = BlockPosition(
-            unit.block_position.number, len(numbers[_method(rules, unit)])
-        )
+        count = len(numbers[rules[unit.rule].method()])
+        unit.block_position = BlockPosition(unit.block_position.number, count)
+
+
+def _order(unit: Unit) -> int:
+    return unit.order
 
 
 def block_labels_of(group: Mapping[str, Any], rule: Rule | None) -> list[Hashable]:
@@ -48,26 +61,23 @@ def drops_state(rule: Rule | None) -> bool:
 
 
 def stagger_refreshes(
-    units: Sequence[Unit], rules: Sequence[Rule | None], groups: Sequence[Mapping[str, Any]]
+    units: Sequence[Unit], rules: Sequence[Rule], groups: Sequence[Mapping[str, Any]]
 ) -> None:
     """Set ``shift`` of the units of groups with ``stagger``, evenly over the window.
 
-    Units that may run as one stack keep one shift: stacking small matrices saves more time than
-    their refreshes cost.
+    Units of a group that may run as one stack keep one shift: stacking small matrices saves more
+    time than their refreshes cost.
+
+    Args:
+        units: All units; their ``order`` is that of the shifts.
+        rules: Rules of the units, by ``Unit.rule``.
+        groups: All groups.
     """
     shifts: dict[Hashable, list[Unit]] = {}
-    for unit in units:
-        rule = rules[unit.group]
-        if rule is not None and rule.refresh_interval and groups[unit.group]["stagger"]:
-            shifts.setdefault(unit.key if unit.stackable else id(unit), []).append(unit)
+    for unit in sorted(units, key=_order):
+        if rules[unit.rule].refresh_interval and groups[unit.group]["stagger"]:
+            own = (unit.rule, unit.key) if unit.stackable else id(unit)
+            shifts.setdefault(own, []).append(unit)
     for i, same_shift in enumerate(shifts.values()):
         for unit in same_shift:
-            rule = rules[unit.group]
-            assert rule is not None
-            unit.shift = i * rule.refresh_interval // len(shifts)
-
-
-def _method(rules: Sequence[Rule | None], unit: Unit) -> str:
-    rule = rules[unit.group]
-    assert rule is not None
-    return rule.method()
+            unit.shift = i * rules[unit.rule].refresh_interval // len(shifts)

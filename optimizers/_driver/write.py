@@ -8,7 +8,9 @@ summed in it with the decayed weight and rounded once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +76,44 @@ def write_(
         if puts_back and finite is not None:
             change = _where_finite(change, finite if len(finite) == 1 else finite[panel[0]])
         update_weight_(W, change, dtype, panel)
+
+
+class Run(NamedTuple):
+    """Matrices of a stack that have learning rate and weight decay in common.
+
+    Attributes:
+        ks: Which matrices, a slice with both ends.
+        lr: Their learning rate.
+        weight_decay: Their decoupled weight decay.
+    """
+
+    ks: slice
+    lr: float | Tensor
+    weight_decay: float
+
+
+def write_runs_(
+    W: Tensor, step: Direction, runs: Sequence[Run], finite: Tensor | None = None
+) -> None:
+    """``write_`` with a learning rate and a decay for each run of matrices.
+
+    Args:
+        W: Weights (K, m, n), any strides.
+        step: What to write.
+        runs: All matrices, run after run.
+        finite: None, or flags (K, 1, 1).
+    """
+    terms, decay = step.terms, step.decay
+    if W.stride(-1) != 1 and W.stride(-2) == 1:  # as in write_, but once for all runs
+        W, terms = W.mT, tuple(term.mT for term in terms)
+        decay = None if decay is None else decay.mT
+    for ks, lr, weight_decay in runs:
+        part = replace(
+            step,
+            terms=tuple(term.matrices(ks) for term in terms),
+            decay=decay if decay is None or len(decay) == 1 else decay[ks],
+        )
+        write_(W[ks], part, lr, weight_decay, None if finite is None else finite[ks])
 
 
 def write_list_(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from .._core.rule import Dense, Member, Rule, Slot, Term
-from .._core.validation import check
+from .._core.validation import check, is_number, shown
 from .._driver.param_groups import describe, parameters_of, roles_of
 from .._toolkit.base_optimizers import BaseOptimizer
 from .._toolkit.random_keys import StackRNG, random_order
@@ -95,6 +96,34 @@ def _active_blocks(schedule: BlockSchedule, window: int, count: int) -> frozense
     return frozenset(forward if schedule.order == "ascending" else {count - 1 - i for i in forward})
 
 
+def check_blocks(blocks: Any) -> None:
+    """Refuse what says no block of any parameter; :func:`block_labels` reads the rest."""
+    numbered = isinstance(blocks, (tuple, list)) and all(is_number(x, Integral) for x in blocks)
+    check(
+        numbered or (isinstance(blocks, str) and blocks in ("tensor", "layer")),
+        f"blocks (group key block_of) must be one of ('tensor', 'layer'), lists of tensors or, in "
+        f"a group, an int for each parameter, got {shown(blocks)}",
+    )
+
+
+def numbered_blocks(blocks: Any) -> dict[Tensor, int]:
+    """The block of every tensor in lists of tensors.
+
+    Raises:
+        ValueError: If these are no lists of tensors.
+    """
+    lists: list[list[Any]] = []
+    if _is_list(blocks):
+        lists = [[*block] if _is_list(block) else [None] for block in blocks]
+    valid = _is_list(blocks) and all(isinstance(p, Tensor) for block in lists for p in block)
+    check(valid, f"blocks must be 'tensor', 'layer' or lists of tensors, got {shown(blocks)}")
+    return {p: i for i, block in enumerate(lists) for p in block}
+
+
+def _is_list(x: Any) -> bool:
+    return isinstance(x, Iterable) and not isinstance(x, (str, Mapping, Tensor))
+
+
 def block_labels(blocks: str | Sequence[int], names: Sequence[str | None]) -> list[Hashable]:
     """The block of each parameter; None is a block of its own.
 
@@ -121,30 +150,29 @@ def block_labels(blocks: str | Sequence[int], names: Sequence[str | None]) -> li
 
 
 def assign_block_numbers(
-    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], listed: Mapping[Tensor, int]
+    group: dict[str, Any], defaults: Mapping[str, Any], listed: Mapping[Tensor, int]
 ) -> None:
-    """Give every group the number of each parameter's block, -1 for what AdamW trains.
+    """Give a group the number of each parameter's block, -1 for what AdamW trains.
 
     Args:
-        groups: Groups as users give them, changed in place.
-        defaults: Values of keys that a group lacks.
+        group: A group as users give it, changed in place.
+        defaults: Values of keys that the group lacks.
         listed: Block of every tensor in the user's lists.
 
     Raises:
         ValueError: For a matrix that is in no list.
     """
-    for group in groups:
-        full = {**defaults, **group}
-        is_other_method = full["rule"] not in (None, "FRUGAL")
-        if is_other_method or "block_of" in group or isinstance(group["params"], set):
-            continue
-        params, names = parameters_of(group)
-        # any rule with one member will do: only whether a parameter goes to the rule is asked
-        rows = roles_of({**full, "params": params, "param_names": names}, Rule())
-        group["block_of"] = tuple(listed.get(p, -1) for p in params)
-        for i, (row, number) in enumerate(zip(rows, group["block_of"], strict=True)):
-            check(
-                row.rule != "matrix" or number >= 0,
-                f"{describe(names[i], params[i], i)} is in none of the lists of blocks; add it to "
-                "one, or give it a group with rule='adamw'",
-            )
+    full = {**defaults, **group}
+    is_other_method = full["rule"] not in (None, "FRUGAL")
+    if is_other_method or "block_of" in group or isinstance(group["params"], set):
+        return
+    params, names = parameters_of(group)
+    # any rule with one member will do: only whether a parameter goes to the rule is asked
+    rows = roles_of({**full, "params": params, "param_names": names}, Rule())
+    group["block_of"] = tuple(listed.get(p, -1) for p in params)
+    for i, (row, number) in enumerate(zip(rows, group["block_of"], strict=True)):
+        check(
+            row.rule != "matrix" or number >= 0,
+            f"{describe(names[i], params[i], i)} is in none of the lists of blocks; add it to "
+            "one, or give it a group with rule='adamw'",
+        )

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .._core.rule import Rule
-from .._core.validation import check, check_at_least
+from .._core.validation import check, check_numbers, is_number, shown
+from .._driver.buckets import StepPlan
+from .._driver.checks import check_values, refuse_sharded_module, refuse_sharded_parameters
 from .._driver.optimizer import StackedOptimizer
 from .._driver.param_groups import describe, parameters_of, warn_user
 
@@ -51,9 +53,9 @@ class LoRARule(Rule, abstract=True):
     def __post_init__(self) -> None:
         check(
             self.scale is None or _is_scale(self.scale),
-            f"scale must be a positive finite number, got {self.scale!r}",
+            f"scale must be a positive finite number, got {shown(self.scale)}",
         )
-        check_at_least(self, object, lr_ratio_b=0)
+        check_numbers(self, scale="(0, inf) or None", lr_ratio_b="[0, inf) or None")
 
     @property
     def s(self) -> float:
@@ -62,7 +64,7 @@ class LoRARule(Rule, abstract=True):
 
     @property
     def lr_factor_b(self) -> float:
-        """Multiplier of the learning rate of B."""
+        """Multiplier of the step of B; its decay keeps the plain learning rate."""
         return 1.0 if self.lr_ratio_b is None else self.lr_ratio_b
 
 
@@ -72,7 +74,8 @@ class PairOptimizer(StackedOptimizer):
     Args:
         params: A module, which goes through :func:`lora_param_groups`; its named parameters, which
             do so too and need ``scale``; or groups, of which those without ``rule="adamw"`` hold
-            ``[A1, B1, A2, B2, ...]`` and a ``scale``.
+            ``[A1, B1, A2, B2, ...]`` and a ``scale``. Names tell pairs where there are any; without
+            them shapes must, unless :func:`pairs_to_groups` made the group.
         rule: The method; a third member is the base weight.
         lr: Learning rate.
         weight_decay: Decoupled weight decay (default: 0.0).
@@ -90,15 +93,36 @@ class PairOptimizer(StackedOptimizer):
         scale: Scale = None,
         **options: Any,
     ) -> None:
+        check(
+            scale is None or _is_scale(scale) or isinstance(scale, Mapping) or callable(scale),
+            f"{_scale_message(scale)}, a dict by module, or a function of its name",
+        )
+        refuse_sharded_module(params, rule.method())
         super().__init__(_to_pair_groups(params, rule, scale), rule, lr, weight_decay, **options)
 
     @override
-    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
+    def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
         if isinstance(param_group, dict) and isinstance(param_group.get("params"), (list, tuple)):
             full = {**self.defaults, **param_group}
-            if full["rule"] in (None, self._default_rule.method()):
+            if self._holds_pairs(full):
+                check_values(full)
                 _check_group(full, len(self._default_rule.members))
-        return super()._prepare_groups(param_group)
+        return super()._prepare_group(param_group)
+
+    @override
+    def _build_plan(self, *args: Any, **kwargs: Any) -> StepPlan:
+        for group in self.param_groups:  # someone may have changed what it holds
+            if self._holds_pairs(group):
+                _check_group(group, len(self._default_rule.members), is_new=False)
+        return super()._build_plan(*args, **kwargs)
+
+    def _holds_pairs(self, group: Mapping[str, Any]) -> bool:
+        """Whether the method trains a group, so that it must hold pairs."""
+        return group["rule"] in (None, self._default_rule.method())
+
+
+class PairList(list[Any]):
+    """Members of pairs that were given as pairs: shapes need not tell what belongs together."""
 
 
 def accepts_groups(init: Callable[P, None]) -> Callable[P, None]:
@@ -132,13 +156,15 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
         return params
     items = list(params)
     if items and isinstance(items[0], tuple):
+        named = [item for item in items if len(item) == 2]
+        refuse_sharded_parameters([p for _, p in named], [n for n, _ in named], rule.method())
         return lora_param_groups(items, scale=scale, base_weight=base)
     if items and isinstance(items[0], Tensor):
         raise ValueError(
             f"{rule.method()} cannot tell which of these tensors are pairs; pass the model, "
             "lora_param_groups(model) or pairs_to_groups([(A1, B1), ...], scale=...)"
         )
-    if isinstance(scale, (int, float)):
+    if _is_scale(scale):
         items = [
             {"scale": scale, **group}
             if isinstance(group, Mapping) and group.get("rule") in (None, rule.method())
@@ -148,9 +174,21 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
     return items
 
 
-def _check_group(group: Mapping[str, Any], size: int) -> None:
-    """Check each pair (or triple) of a group."""
+def _check_group(group: Mapping[str, Any], size: int, *, is_new: bool = True) -> None:
+    """Check each pair (or triple) of a group.
+
+    Args:
+        group: The group with all its keys.
+        size: Members of a pair or triple.
+        is_new: Whether it is checked for the first time (default: True). Later only what is
+            certainly wrong is refused.
+    """
+    if not is_new:  # a parameter appended to the list has no name
+        names = group.get("param_names") or []
+        missing = len(group["params"]) - len(names)
+        group = {**group, "param_names": [*names, *[None] * missing][: len(group["params"])]}
     params, names = parameters_of(group)
+    refuse_sharded_parameters(params, names, "a method of LoRA pairs")
     wanted = "[A1, B1, A2, B2, ...]" if size == 2 else "[A1, B1, W1, A2, B2, W2, ...]"
     check(
         len(params) % size == 0,
@@ -163,10 +201,48 @@ def _check_group(group: Mapping[str, Any], size: int) -> None:
     texts = [describe(name, p, i) for i, (name, p) in enumerate(zip(names, params, strict=True))]
     views = group["view"]
     transposed = not isinstance(views, str) and [*views[:2]] == ["transposed", "transposed"]
+    known = size > 2 or isinstance(group["params"], PairList) or not is_new
     for i in range(0, len(params), size):
         A, B = params[i : i + 2]
         sides = (A.mT, B.mT) if (transposed or views == "transposed") and A.ndim > 1 else (A, B)
-        _check_pair(*sides, *texts[i : i + 2])
+        have_names = _check_names(*names[i : i + 2])
+        _check_pair(*sides, *texts[i : i + 2], warns=is_new)
+        if not (known or have_names):
+            _refuse_doubt(*sides, *texts[i : i + 2])
+
+
+APART = (
+    "; a group holds [A1, B1, A2, B2, ...]: where a helper would put A and B into groups apart, "
+    "lr_ratio_b gives B a step of its own"
+)
+
+
+def _check_names(a: str | None, b: str | None) -> bool:
+    """Refuse members whose names say that they are no pair; False if names do not tell.
+
+    Args:
+        a: Name of the first member, None if it has none.
+        b: Name of the second.
+    """
+    words = {other: word for other, _, word in _counterparts(a or "")}
+    if a is None or b is None or not (words or any(_counterparts(b))):
+        return False
+    word = words.get(b)
+    check(word is not None, f"{a!r} and {b!r} are no pair by their names{APART}")
+    check(word != "lora_B", f"{a!r} and {b!r} are in the wrong order: A comes first")
+    return True
+
+
+def _refuse_doubt(A: Tensor, B: Tensor, a: str, b: str) -> None:
+    """Refuse a pair without names whose rank is a side: two factors A, or two B, look the same."""
+    if _is_conv(A, B):
+        A, B = A.flatten(1), B.flatten(1)
+    r, n, m = A.shape[-2], A.shape[-1], B.shape[-2]
+    check(
+        r not in (n, m),
+        f"{a} and {b} could be A and B, or two factors of one kind, since r is a side of the weight; "
+        "give them names with lora_A and lora_B, or use pairs_to_groups([(A, B), ...])",
+    )
 
 
 # groups of pairs ----------------------------------------------------------------------------------
@@ -190,7 +266,8 @@ def lora_param_groups(
     Pairs are found by name: two parameters whose names differ in one component, ``lora_A`` and
     ``lora_B`` (``lora_embedding_A``, ``lora_embedding_B``), in whatever order they come. So models
     of peft, with DoRA, rsLoRA, convolutions, embeddings, several adapters or ``modules_to_save``,
-    and plain modules with such attributes are read alike. Call it after adapters are injected.
+    and plain modules with such attributes are read alike. Biases of factors (``lora_bias=True``) go
+    with the rest. Call it after adapters are injected.
 
     Args:
         model: A module, or its named parameters, of which only names are used.
@@ -207,7 +284,7 @@ def lora_param_groups(
         unpaired: What becomes of a trainable factor without its other: ``"error"`` (default), or
             ``"fallback"`` for AdamW.
         lr: Learning rate of pairs; None (default): the optimizer's.
-        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
+        lr_ratio_b: Multiplies the step of B; decay keeps the plain lr. None (default): 1.
         **group_options: More keys for every group of pairs.
 
     Returns:
@@ -242,7 +319,7 @@ def lora_param_groups(
         f"unpaired must be 'error' or 'fallback', got {unpaired!r}",
     )
     named, modules = _names_of(model)
-    found, unmatched = _find_pairs(named)
+    found, unmatched = _find_pairs(name for name, p in named.items() if not _is_bias(name, p))
     if unpaired == "error":
         _refuse_unmatched(unmatched, named)
     used: dict[int, tuple[int, int]] = {}
@@ -280,7 +357,7 @@ def pairs_to_groups(
             stacked in a first dimension, or those of a convolution.
         scale: s of W = W0 + s B A where a pair names none (default: None).
         lr: Learning rate of pairs; None (default): the optimizer's.
-        lr_ratio_b: Multiplies the learning rate of B; None (default): 1.
+        lr_ratio_b: Multiplies the step of B; decay keeps the plain lr. None (default): 1.
         **group_options: More keys for every group.
 
     Returns:
@@ -348,9 +425,9 @@ def _group_pairs(
         view = pair.views[0] if len(set(pair.views)) == 1 else pair.views
         group = groups.setdefault(
             (pair.scale, tuple(pair.views)),
-            {"params": [], "scale": pair.scale, "view": view, **given, **options},
+            {"params": PairList(), "scale": pair.scale, "view": view, **given, **options},
         )
-        group["params"] += pair.members
+        group["params"].extend(pair.members)
     return [*groups.values()]
 
 
@@ -401,6 +478,14 @@ def _counterparts(name: str) -> Iterator[tuple[str, int, str]]:
     for i in reversed(range(len(parts))):
         if parts[i] in COUNTERPART:
             yield ".".join([*parts[:i], COUNTERPART[parts[i]], *parts[i + 1 :]]), i, parts[i]
+
+
+def _is_bias(name: str, p: Tensor) -> bool:
+    """Whether a parameter is the bias of a factor's layer (peft's ``lora_bias=True``)."""
+    owner, _, last = name.rpartition(".")
+    if owner.endswith(("lora_embedding_A", "lora_embedding_B")):  # last is an adapter
+        return False
+    return last == "bias" or (p.ndim < 2 and last not in (*COUNTERPART, "weight"))
 
 
 def _find_pairs(names: Iterable[str]) -> tuple[list[_PairNames], dict[str, str]]:
@@ -504,11 +589,11 @@ def _unused_parameters(
 
 
 def _is_scale(s: Any) -> bool:
-    return isinstance(s, (int, float)) and not isinstance(s, bool) and 0 < s < math.inf
+    return is_number(s) and 0 < s < math.inf
 
 
 def _scale_message(s: Any) -> str:
-    return f"scale must be a positive finite number, got {s!r}; it is alpha / r of the adapter"
+    return f"scale must be a positive finite number, got {shown(s)}; it is alpha / r of the adapter"
 
 
 def _pair_kind(
@@ -528,7 +613,7 @@ def _is_conv(A: Tensor, B: Tensor) -> bool:
     return A.ndim == B.ndim > 2 and pointwise and A.shape[0] == B.shape[1]
 
 
-def _check_pair(A: Tensor, B: Tensor, a: str, b: str) -> None:
+def _check_pair(A: Tensor, B: Tensor, a: str, b: str, *, warns: bool = True) -> None:
     """Refuse factors that do not belong together; the message says what to do."""
     for p, name in ((A, a), (B, b)):
         if hasattr(p, "device_mesh"):
@@ -548,9 +633,11 @@ def _check_pair(A: Tensor, B: Tensor, a: str, b: str) -> None:
     r, n, m = A.shape[-2], A.shape[-1], B.shape[-2]
     if B.shape[-1] != r:
         hint = "; swapped order?" if n == m else ""
+        if m == r or n == B.shape[-1]:
+            hint = APART  # two factors of one kind
         raise ValueError(f"rank mismatch: {a} has r={r} but {b} has r={B.shape[-1]}{hint}")
     check(A.device == B.device, f"{a} is on {A.device} but {b} on {B.device}; keep a pair together")
-    if r > min(m, n):
+    if warns and r > min(m, n):
         warn_user(
             f"{a} has r={r} > min(m, n)={min(m, n)}: Gram matrices are singular, damping is used"
         )

@@ -141,7 +141,7 @@ def merge_weights(plan: StepPlan, names: Sequence[str | None]) -> dict[str | int
     """W0 + s B A of every triple, by W0's name or, without one, its position."""
     weights: dict[str | int, Tensor] = {}
     for unit in plan.units:
-        rule, at = plan.rules[unit.group], unit.positions[-1]
+        rule, at = plan.rule(unit), unit.positions[-1]
         if rule is None or rule.members != ("A", "B", "W0"):
             continue
         W = unit.params[2].detach().clone()

@@ -218,26 +218,25 @@ def _redraw_(
     if units:
         warn_user("the checkpoint has no pools, so candidates are drawn anew")
     for unit in units:
-        rule, (A, B, _) = plan.rules[unit.group], unit.params
-        rng = rng_for(rule.seed, unit.indices, state[A]["step"], POOL_STREAM)  # type: ignore[union-attr]
+        rule, (A, B, _) = plan.rule(unit), unit.params
+        rng = rng_for(rule.seed, unit.indices, state[A]["step"], POOL_STREAM)  # type: ignore[attr-defined]
         pools = [state[p]["pool"] for p in (A, B)]
         k = unit.views[0].k
         for j in range(k):
             a, b = (X[j] if k > 1 else X for X in pools)
-            fill_pools_(a, b, unit.sides(0)[0], rule.s, rng.generator(j))  # type: ignore[union-attr]
+            fill_pools_(a, b, unit.sides(0)[0], rule.s, rng.generator(j))  # type: ignore[attr-defined]
 
 
 class TripleOptimizer(PairOptimizer):
     """Base class for triples A, B, W0 with pools; arguments as :class:`PairOptimizer`."""
 
     @override
-    def _prepare_groups(self, param_group: dict[str, Any]) -> list[dict[str, Any]]:
-        groups = super()._prepare_groups(param_group)
-        for group in groups:
-            full = {**self.defaults, **group}
-            if full["rule"] in (None, self._default_rule.method()):
-                check_triples(full)
-        return groups
+    def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        group = super()._prepare_group(param_group)
+        full = {**self.defaults, **group} if isinstance(group, dict) else {"rule": "adamw"}
+        if full["rule"] in (None, self._default_rule.method()):
+            check_triples(full)
+        return group
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -11,14 +11,17 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .role_table import (
     LORA_FACTOR,
     ROLE_TABLE,
     RULE_OF_ROLE,
+    UNINITIALISED,
     UNKNOWN_ORIENTATION,
     UNKNOWN_ROLE,
     WRITERS,
+    NameTree,
     ParamSite,
     fused_view,
     heads_of,
@@ -26,14 +29,16 @@ from .role_table import (
     is_embedding,
     is_linear,
     is_stored_transposed,
+    is_token_table,
+    may_be_linear,
     names_head,
-    names_position,
     part_of,
     partner_name,
     residual_side,
+    shape_of,
 )
 
-__all__ = ["Assignment", "Row", "classify", "route"]
+__all__ = ["Assignment", "Row", "classify", "route", "route_all"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ class Row:
 
     Attributes:
         name: First name of the parameter, None where names are not known.
-        shape: Stored shape.
-        role: hidden, conv, expert, router, embedding, head, norm, bias, vector or quantised.
+        shape: Stored shape, () as long as a lazy parameter is not initialised.
+        role: hidden, conv, expert, router, embedding, head, depthwise, norm, bias, vector or
+            quantised.
         rule: ``"matrix"`` or ``"adamw"``.
         why: The reason for role and rule.
         view: How the parameter becomes matrices (out, in); see ``views.py``. Fused weights are cut.
@@ -72,13 +78,17 @@ class Row:
     aliases: tuple[str, ...] = ()
     kind: str = ""
 
+    @property
+    def is_lazy(self) -> bool:
+        return not self.shape and UNINITIALISED in self.why
+
     def _cells(self) -> dict[str, str]:
         """Texts of the columns, empty for unknown values."""
         cells = {column: getattr(self, column) or "" for column in _COLUMNS}
         return {
             **cells,
             "name": self.name or "-",
-            "shape": " x ".join(map(str, self.shape)) or "scalar",
+            "shape": " x ".join(map(str, self.shape)) or ("lazy" if self.is_lazy else "scalar"),
             "heads": " ".join(map(str, self.heads)),
             "centred": "yes" if self.centred else "",
             "aliases": ", ".join(self.aliases),
@@ -151,7 +161,7 @@ class Assignment:
     def _counts(self) -> str:
         methods = sorted({row.rule for row in self.rows} - {"matrix", "adamw"}) or ["matrix"]
         sizes = {
-            rule: [prod(row.shape) for row in self.rows if row.rule == rule]
+            rule: [0 if row.is_lazy else prod(row.shape) for row in self.rows if row.rule == rule]
             for rule in [*methods, "adamw"]
         }
         return "; ".join(f"{k}: {len(v)} parameters, {sum(v):,} elements" for k, v in sizes.items())
@@ -159,6 +169,10 @@ class Assignment:
 
 def _swap(value: Any, old: type, new: type) -> Any:
     return new(value) if isinstance(value, old) else value
+
+
+_NO_PLACE = ("norm", "bias", "vector", "depthwise", "quantised")
+"""Roles of parameters that neither read nor write the residual stream as matrices."""
 
 
 def _assign_role(sites: list[ParamSite]) -> Row:
@@ -170,7 +184,7 @@ def _assign_role(sites: list[ParamSite]) -> Row:
         for site in sites
         if test(site)
     )
-    why = why.format(s=site)
+    why = why.format(s=site) + (f"; {UNINITIALISED}" if site.is_lazy else "")
     if site is not own:
         why = f"tied to {site.name} ({why})"
     elif others:
@@ -179,18 +193,16 @@ def _assign_role(sites: list[ParamSite]) -> Row:
     aliases = tuple(other.name for other in others)
     row = Row(own.name, own.shape, role, RULE_OF_ROLE[role], why, view, aliases=aliases)
     tied = role == "embedding" and any(is_linear(s) or names_head(s) for s in sites)
-    return _with_place(row, site, tied) if site.module is not None else row
+    if site.module is not None:
+        return _with_place(row, site, tied)
+    return _with_named_place(row, site) if site.owners else row
 
 
 def _with_place(row: Row, s: ParamSite, tied: bool) -> Row:
     """Fill in part, view, side, heads, pair and centring by the place of a weight in its layer."""
     part, view, why, side = part_of(s, row.role), row.view, row.why, None
     row = replace(row, part="tied" if tied else part, kind=s.kind)
-    if (
-        len(row.shape) < 2
-        or row.role in ("norm", "bias", "vector", "quantised")
-        or s.name_matches(LORA_FACTOR)
-    ):
+    if len(row.shape) < 2 or row.role in _NO_PLACE or s.name_matches(LORA_FACTOR):
         return row
     if row.role == "expert" and part:
         transposed = is_stored_transposed(s, part)
@@ -216,12 +228,62 @@ def _with_place(row: Row, s: ParamSite, tied: bool) -> Row:
     )
 
 
+def _with_named_place(row: Row, s: ParamSite) -> Row:
+    """Fill in part, side and pair by the names around; the view stays as the weight is stored."""
+    part = part_of(s, row.role)
+    row = replace(row, part=part)
+    if len(row.shape) < 2 or row.role in _NO_PLACE or s.name_matches(LORA_FACTOR):
+        return row
+    m, n = row.shape[-2:] if row.view != "flatten" else (row.shape[0], prod(row.shape[1:]))
+    side = residual_side(s, part, m, n)
+    if row.role == "expert" and m == n and side is not None:
+        transposed = is_stored_transposed(s, part)
+        side = None if transposed is None else "rows" if transposed == (side == "cols") else "cols"
+    return replace(row, side=side, pair=partner_name(s, part))
+
+
 def route(name: str | None, shape: tuple[int, ...]) -> Row:
     """Return the row of a parameter of which only the shape, and maybe the name, is known.
 
-    Without a telling name, 0-D, 1-D and empty tensors get AdamW and all others the rule.
+    Without a telling name, tensors get AdamW if they are empty, have fewer than two sides, or have
+    three or more of which one is longer than 1; all others get the rule. Kernels of shape
+    (channels, 1, ...) get AdamW as depthwise ones: a convolution of a single channel has the same
+    shape, and only its module tells.
     """
     return replace(_assign_role([ParamSite(name or "", tuple(shape))]), name=name)
+
+
+def route_all(names: Sequence[str | None], shapes: Sequence[tuple[int, ...]]) -> list[Row]:
+    """Return the rows of parameters of which only shapes and names are known, seen together.
+
+    What stands beside a name tells more than :func:`route` can know: the part of a weight in its
+    layer, gate and up projection of a pair, routers and heads, the width of the residual stream and
+    with it the sides of weights. Heads of an attention, cuts of a fused weight and centring are
+    never told by names.
+
+    Args:
+        names: A name for each parameter, None where it has none; in the model's order.
+        shapes: Their shapes.
+    """
+    tree, sites, stored_names = NameTree(), {}, {}
+    for i, (name, shape) in enumerate(zip(names, map(tuple, shapes), strict=True)):
+        site = ParamSite(name or "", shape)
+        stored_names[site.plain_name] = name
+        sites[i] = [replace(site, owners=tree.add(site.plain_name, shape)) if name else site]
+    rows = [_assign_role(places) for places in _with_tables(tree, sites).values()]
+    rows = [
+        replace(row, name=name, pair=stored_names.get(ParamSite(row.pair or "", ()).plain_name))
+        for row, name in zip(rows, names, strict=True)
+    ]
+    wide = [row for row in rows if row.part and row.side and row.shape[0] != row.shape[1]]
+    if any((row.side == "rows") != (row.part in WRITERS) for row in wide if row.role == "hidden"):
+        # these are stored (in, out), so nothing tells the sides of square ones
+        rows = [replace(row, side=None) if _is_square(row) else row for row in rows]
+    return rows
+
+
+def _is_square(row: Row) -> bool:
+    return row.role == "hidden" and row.shape[0] == row.shape[1]
 
 
 _NUMBERED_BLOCK = re.compile(r"(^|\.)[^\d.][^.]*\.\d+\.")
@@ -246,6 +308,10 @@ def classify(
     has one row, whose reason mentions another name. Frozen parameters have rows as well. A head is
     found by its name, by a tie, or by as many outputs as there are words: the last layer of a plain
     ``nn.Sequential`` looks like any other and counts as hidden.
+
+    Depthwise convolutions, and tensors of three or more dimensions of which one is longer than 1,
+    are AdamW's: as matrices they are single rows. A parameter that is not initialised yet has the
+    role that its module gives it and the shape ().
 
     Args:
         model: Any module. Only its tree and its shapes are read, so the meta device will do.
@@ -282,13 +348,15 @@ outputs of a vocabulary
     sites, rows = _param_sites(model), []
     for name, p in model.named_parameters():
         # The name given here is the one that counts: wrappers may shorten it.
-        own, *others = sites.get(id(p)) or [ParamSite(name, tuple(p.shape), (model,))]
+        own, *others = sites.get(id(p)) or [ParamSite(name, shape_of(p), (model,))]
         own = replace(own, name=name)
         row = _assign_role([own, *others])
         hits = [i for i, (key, _) in enumerate(pairs) if _matches(key, p, [own, *others])]
         if hits:
             key, choice = pairs[hits[0]]
             row = _override(row, key if isinstance(key, str) else _describe_key(key, row), choice)
+            if own.is_lazy:
+                row = replace(row, why=f"{row.why}; {UNINITIALISED}")
         rows.append(row)
         for i in hits:
             unused.pop(i, None)
@@ -326,7 +394,7 @@ def _describe_key(key: Any, row: Row | None = None) -> str:
         return repr(key)
     what = "parameter" if isinstance(key, Tensor) else type(key).__name__
     if isinstance(key, Tensor):
-        return row.name or what if row else f"a tensor of shape {tuple(key.shape)}"
+        return row.name or what if row else f"a tensor of shape {shape_of(key)}"
     return what if isinstance(key, nn.Module) else getattr(key, "__name__", what)
 
 
@@ -345,7 +413,9 @@ def _override(row: Row, pattern: str, choice: Choice) -> Row:
         return replace(row, **{"why": why, **{k: _swap(v, list, tuple) for k, v in chosen.items()}})
     _one_of(why, choice, ("matrix", "adamw", *RULE_OF_ROLE))
     role, rule = (choice, RULE_OF_ROLE[choice]) if choice in RULE_OF_ROLE else (row.role, choice)
+    is_lazy_matrix = UNINITIALISED in row.why and row.role not in _NO_PLACE
     no_matrix = len(row.shape) < 2 or 0 in row.shape or row.role == "quantised"
+    no_matrix = no_matrix and not is_lazy_matrix
     if rule == "matrix" and no_matrix:
         raise ValueError(f"{why}: {row.name} of shape {row.shape} is no matrix; give it 'adamw'")
     own_view = {"conv": "flatten", "expert": "batch"} if len(row.shape) > 2 else {}
@@ -364,7 +434,7 @@ def _stored_as(p: Tensor) -> str:
     coded = re.search(r"4bit|8bit|Int8Params|Quantized|Float8|NF4", type(p).__name__)
     if coded:
         return type(p).__name__
-    plain = (p.is_floating_point() or p.is_complex()) and p.element_size() > 1
+    plain = (p.is_floating_point() or p.is_complex()) and p.dtype.itemsize > 1
     return "" if plain else str(p.dtype).removeprefix("torch.")
 
 
@@ -380,8 +450,14 @@ def _param_sites(model: nn.Module) -> dict[int, list[ParamSite]]:
             place = place.rpartition(".")[0]
             owners.append(modules[place])
         for name, p in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            site = ParamSite(name, tuple(p.shape), tuple(owners), stored=_stored_as(p))
+            site = ParamSite(name, shape_of(p), tuple(owners), stored=_stored_as(p))
+            site = replace(site, is_lazy=is_lazy(p))
             sites.setdefault(id(p), []).append(site)
+    return _with_tables(model, sites)
+
+
+def _with_tables(model: nn.Module, sites: dict[int, list[ParamSite]]) -> dict[int, list[ParamSite]]:
+    """Add what the embeddings of the model tell about its other parameters: heads and widths."""
     heads = _inferred_heads(model, sites)
     lookups = _token_embeddings(sites)
     widths = {s.shape[1] for s in lookups}
@@ -390,16 +466,16 @@ def _param_sites(model: nn.Module) -> dict[int, list[ParamSite]]:
     }
     width = widths.pop() if len(widths) == 1 else None
     sizes = frozenset(s.shape[0] for s in lookups)
-    for key, places in sites.items():
-        why = heads.get(key, "")
-        sites[key] = [replace(s, head=why, width=width, vocabularies=sizes) for s in places]
-    return sites
+    return {
+        key: [replace(s, head=heads.get(key, ""), width=width, vocabularies=sizes) for s in places]
+        for key, places in sites.items()
+    }
 
 
 def _token_embeddings(sites: dict[int, list[ParamSite]]) -> list[ParamSite]:
     """The embeddings of tokens."""
     places = (s for all_sites in sites.values() for s in all_sites)
-    return [s for s in places if s.ndim == 2 and is_embedding(s) and not names_position(s)]
+    return [s for s in places if is_token_table(s)]
 
 
 def _inferred_heads(model: nn.Module, sites: dict[int, list[ParamSite]]) -> dict[int, str]:
@@ -411,7 +487,7 @@ def _inferred_heads(model: nn.Module, sites: dict[int, list[ParamSite]]) -> dict
         (key, s)
         for key, all_sites in sites.items()
         for s in all_sites
-        if is_linear(s) and s.ndim == 2 and not s.name_matches(LORA_FACTOR)
+        if may_be_linear(s) and len(s.shape) == 2 and not s.name_matches(LORA_FACTOR)
     ]
     tables = _token_embeddings(sites)
     sizes = {s.shape[0] for s in tables}
@@ -435,7 +511,8 @@ def _inferred_heads(model: nn.Module, sites: dict[int, list[ParamSite]]) -> dict
             and not named
             and (trailing or rows > _SMALL_VOCABULARY or (rows in words and rows != cols))
         ):
-            found[key] = f"{s.kind} with the {rows} outputs of a vocabulary"
+            what = s.kind if s.module is not None else "2-D"
+            found[key] = f"{what} with the {rows} outputs of a vocabulary"
         after = cols
     return found
 

@@ -7,19 +7,18 @@ layer tells (view, axis, pair, centring, side) is filled in for rules that have 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from .._core.rule import RULE_CLASSES, Rule, rule_class, settings_of
 from .._core.validation import check, describe_unknown
-from .classify import Assignment, Row
+from .classify import Row
 from .residual_sides import asks_side, short_side
-from .role_table import PART_TABLE, RULE_OF_ROLE
+from .role_table import PART_TABLE, RULE_OF_ROLE, UNDECAYED_ROLES
 
 Settings = dict[str, Any]
 PER_HEAD_MUON = {"rule": "Muon", "view": "heads"}
@@ -104,8 +103,13 @@ def policy_groups(
     scale: str,
     lr: Any,
     own: Mapping[str | None, Settings],
+    *,
+    decays: bool = False,
 ) -> list[Settings]:
     """Parameter groups: one for each set of keys, with gate and up of a layer side by side.
+
+    Where nothing but shapes is known and one rule serves all matrices there is one group, so that
+    processes that hold different parameters have equal groups.
 
     Args:
         rows: One row for each weight.
@@ -114,21 +118,58 @@ def policy_groups(
         scale: ``"match_rms_adamw"``, ``"paper"`` or ``"paper:NAME"``.
         lr: Learning rate of the hidden matrices.
         own: Keys of weights that have an override, by name.
+        decays: Whether vectors get no weight decay (default: False).
     """
     table = _paper_lrs(scale, rows)
     keys = [_group_keys(row, policy, own.get(row.name), table, lr) for row in rows]
+    shared_keys = _keys_by_shape(rows, keys, policy, table, lr)
     groups: dict[str, Settings] = {}
     for run, group_keys in _member_runs(rows, keys):
+        rule = "adamw" if group_keys["rule"] == "adamw" else "matrix"
+        group_keys = shared_keys or group_keys
         group = groups.setdefault(
             repr(sorted(group_keys.items())),
-            {"params": [], **group_keys, "roles": [], "reasons": []},
+            {"params": [], **group_keys, "rules": [], "roles": [], "reasons": []},
         )
         for j in run:
             row, p = rows[j], params[j]
             group["params"].append(p if row.name is None else (row.name, p))
+            group["rules"].append(rule)
             group["roles"].append(row.role)
-            group["reasons"].append(f"{row.part}: {row.why}" if row.part else row.why)
+            group["reasons"].append(_reason(row, policy, own))
+            if decays:
+                factor = 0.0 if row.role in UNDECAYED_ROLES else 1.0
+                group.setdefault("decays", []).append(factor)
     return sorted(groups.values(), key=lambda group: group["rule"] == "adamw")
+
+
+def _keys_by_shape(
+    rows: Sequence[Row],
+    keys: Sequence[Settings],
+    policy: str | Mapping[str, Any],
+    table: Mapping[str, float],
+    lr: Any,
+) -> Settings | None:
+    """Keys of the one group of parameters without names; None if they need several groups."""
+    if table or any(row.name is not None for row in rows):
+        return None
+    hidden = _group_keys(Row(None, (2, 2), "hidden", "matrix", ""), policy, None, table, lr)
+    return hidden if all(k in (hidden, {"rule": "adamw"}) for k in keys) else None
+
+
+def _reason(row: Row, policy: str | Mapping[str, Any], own: Mapping[str | None, Settings]) -> str:
+    """Why a weight has its rule: its part, its role's reason, the policy's line."""
+    why = f"{row.part}: {row.why}" if row.part else row.why
+    lines: Mapping[str, Any] = {} if row.name in own else _lines(row, policy)
+    line = next((label for label in (row.part, row.role) if label in lines), None)
+    return why if line is None else f"{why}; policy {line!r}"
+
+
+def _lines(row: Row, policy: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The policy that decides about a weight: the user's where it has a line for the weight."""
+    if isinstance(policy, str):
+        return ROLE_POLICIES[policy]
+    return policy if {row.part, row.role} & policy.keys() else ROLE_POLICIES["symmetry"]
 
 
 def _paper_lrs(scale: str, rows: Sequence[Row]) -> Mapping[str, float]:
@@ -245,43 +286,3 @@ def _head_view(row: Row) -> str:
         return row.view
     transposed = "transposed:" if row.view.startswith("transposed") else ""
     return f"{transposed}{'heads_in' if row.part == 'out' else 'heads'}:{count}"
-
-
-@dataclass(frozen=True)
-class StackRow(Row):
-    """A row with values of its group: pair or axis of the rule, learning rate, weight decay."""
-
-    layout: str = ""
-    lr: float = 0.0
-    decay: float = 0.0
-
-    @override
-    def _cells(self) -> dict[str, str]:
-        return {
-            **super()._cells(),
-            "layout": self.layout,
-            "lr": f"{self.lr:g}",
-            "decay": f"{self.decay:g}",
-        }
-
-
-class StackAssignment(Assignment):
-    """The table that :meth:`SymmetryStack.assignment` returns."""
-
-    _columns = ("name", "shape", "role", "rule", "view", "layout", "centred", "lr", "decay", "why")
-
-    @override
-    def __str__(self) -> str:
-        table = self._table(self._columns, "view", "layout", "centred")
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
-        return "\n".join([*lines, self._counts()])
-
-    @classmethod
-    @override
-    def from_dict(cls, data: Mapping[str, Any]) -> StackAssignment:
-        swapped: list[dict[str, Any]] = [
-            {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-            for row in data["rows"]
-        ]
-        return cls(tuple(StackRow(**row) for row in swapped))

@@ -10,9 +10,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from .._core.rule import AdamFactored, Member, Rule, Slot, Term
-from .._core.validation import check, check_adam, check_at_least, check_choices, resolve_rank
+from .._core.validation import (
+    check,
+    check_adam,
+    check_choices,
+    check_count_or_share,
+    check_flags,
+    check_ints,
+    resolve_rank,
+    shown,
+)
 from .base_optimizers import Adam, BaseOptimizer
-from .moments import adam_reference, bias_correction, check_moment_policy
+from .moments import MOMENT_POLICIES, adam_reference, bias_correction, check_moment_policy
 from .projectors import Projector, make_projector, projects_columns
 from .random_keys import StackRNG
 
@@ -38,10 +47,17 @@ class LowRankRule(Rule, abstract=True):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_adam(self.betas, self.eps, eps_may_be_unset=True)
-        resolve_rank(self.rank, 2**62)  # raises for what is neither a count nor a fraction
-        check_choices(self, proj_type=PROJ_TYPES, compat=(None, "reference"))
-        check_at_least(self, int, update_proj_gap=1, seed=0)
+        check_adam(self, eps_may_be_none=True)
+        check_count_or_share(self, "rank")
+        check_choices(
+            self, proj_type=PROJ_TYPES, compat=(None, "reference"), moments=MOMENT_POLICIES
+        )
+        check_ints(self, update_proj_gap="[1, inf)", seed="[0, inf)")
+        check_flags(self, "correct_bias")
+        check(
+            isinstance(self.projection, str),
+            f"projection must be the name of a subspace, got {shown(self.projection)}",
+        )
         check_moment_policy(self.moments, self.projector.permutes)
         check(
             not self.published or self.projection in ("svd", "svd_full"),

@@ -25,7 +25,16 @@ from .._core.rule import (
     Slot,
     Term,
 )
-from .._core.validation import check, check_choices, check_eps, check_momentum
+from .._core.validation import (
+    check,
+    check_choices,
+    check_eps,
+    check_flags,
+    check_ints,
+    check_numbers,
+    naming,
+    shown,
+)
 from .moments import total
 
 PAIR_LAYOUTS = (None, "members", "halves", "interleaved")
@@ -48,8 +57,8 @@ class RowRule(Rule, abstract=True):
     """Set to "rows" where ``terms`` takes the squared norms of the rows of M."""
 
     def __post_init__(self) -> None:
-        check_momentum(self.momentum)
-        check(self.rms_target > 0.0, f"rms_target must be positive, got {self.rms_target}")
+        check_numbers(self, momentum="[0, 1]", rms_target="(0, inf)")
+        check_flags(self, "centred")
         check_choices(
             self, axis=("rows", "cols"), pair=PAIR_LAYOUTS, adjust_lr_fn=("match_rms_adamw", "none")
         )
@@ -149,15 +158,17 @@ class RowPolarRule(RowRule, abstract=True):
         super().__post_init__()
         known = ("auto", "inverse_root", *(name for name in POLAR_METHODS if name != "turbo"))
         check(
-            self.polar in known,  # turbo scales rows first, which is no equivariant map
-            f"polar must be one of {', '.join(known)}, got {self.polar!r}",
+            # turbo scales rows first, which is no equivariant map
+            isinstance(self.polar, str) and self.polar in known,
+            f"polar must be one of {', '.join(known)}, got {shown(self.polar)}",
         )
-        steps = self.ns_steps
-        check(steps is None or 1 <= steps < 100, f"ns_steps must be in [1, 99], got {steps}")
-        check_eps(self.eps)
-        if self.polar != "inverse_root":  # raises here for what the kernel refuses
-            empty = torch.empty(1, 0, 1, dtype=torch.float32, device="cpu")
-            polar_factor(empty, self.polar, steps=steps)
+        check_ints(self, ns_steps="[1, 99] or None")
+        check_numbers(self, alpha="[-8, 8]")
+        check_eps(self)
+        if self.polar != "inverse_root":
+            with naming("ns_steps"):  # raises here for what the kernel refuses
+                empty = torch.empty(1, 0, 1, dtype=torch.float32, device="cpu")
+                polar_factor(empty, self.polar, steps=self.ns_steps)
         check(
             self.alpha == 0.0 or self.adjust_lr_fn == "none",
             "alpha scales a whole update, which match_rms_adamw does by itself; set "

@@ -10,8 +10,6 @@ from helpers.shapes import SQUARE, TALL, WIDE
 from torch import nn
 
 from stiefel.optimizers import GaLore, Muon, StackedOptimizer
-from stiefel.optimizers._driver.param_groups import to_param_groups
-from stiefel.optimizers.muon import MuonRule
 
 BOTH = pytest.mark.parametrize("cls", [Muon, GaLore])
 
@@ -38,8 +36,6 @@ def refusals():
         ("non-leaf", [p * 2], ValueError, "can't optimize a non-leaf Tensor"),
         ("twice", [{"params": [p]}, {"params": [p]}], ValueError, "more than one parameter group"),
         ("half named", [("a", p), weight(TALL)], ValueError, "with/without names"),
-        ("names later", [{"params": [("a", p)]}, {"params": [weight(TALL)]}], ValueError,
-         "with/without names"),
         ("two lrs", [{"params": [p], "lr": torch.ones(2)}], ValueError, "must be 1-element"),
         ("negative lr", [{"params": [p], "lr": -1.0}], ValueError, "Invalid learning rate: -1.0"),
         ("nan lr", [{"params": [p], "lr": float("nan")}], ValueError, "Invalid learning rate"),
@@ -50,7 +46,7 @@ def refusals():
         ("nothing", [{"params": [weight((0, 3))], "rule": "Muon"}], ValueError, "needs matrices"),
         ("rule", [{"params": [p], "rule": "SGD"}], ValueError, "group key 'rule' must be"),
         ("decay", [{"params": [p], "weight_decay": -0.1}], ValueError, "Invalid weight_decay"),
-        ("nonfinite", [{"params": [p], "nonfinite": "ignore"}], ValueError, "nonfinite must be"),
+        ("nonfinite", [{"params": [p], "nonfinite": "drop"}], ValueError, "nonfinite must be"),
         ("dtype", [{"params": [p], "state_dtype": "int32"}], ValueError, "state_dtype must be"),
         ("capturable", [{"params": [p], "capturable": True}], ValueError, "capturable=True"),
         ("through", [{"params": [p], "differentiable": True}], ValueError, "differentiable"),
@@ -80,7 +76,7 @@ def test_refusal_in_add_param_group_changes_nothing(cls, case):
     _, params, error, text = next(c for c in refusals() if c[0] == case)
     groups = params if isinstance(params[0], dict) else [{"params": params}]
     first = weight(TALL, 3)
-    named = case in ("half named", "names later", "names")
+    named = case in ("half named", "names")
     optimizer = cls([("first", first)] if named else [first])
     run(optimizer, [first], [gradients(TALL, 1)])
     before, keys = tensors(optimizer), [dict(g) for g in optimizer.param_groups]
@@ -169,29 +165,38 @@ def test_dtensor_is_refused_naming_the_way_around(cls):
 
 
 @BOTH
-def test_module_form_routes_by_module_and_leaves_frozen_parameters_out(cls):
+def test_a_module_is_one_group_routed_by_module_with_its_frozen_parameters(cls):
     net = model()
     net[1].bias.requires_grad_(False)
     optimizer = cls(net)
     table = {row.name: row.rule for row in optimizer.assignment()}
     assert table == {
-        "1.weight": cls.__name__,
         "0.weight": "adamw",
+        "1.weight": cls.__name__,
+        "1.bias": "adamw",
         "2.weight": "adamw",
         "2.bias": "adamw",
         "3.weight": "adamw",
         "3.bias": "adamw",
     }
-    assert [g["rule"] for g in optimizer.param_groups] == [cls.__name__, "adamw"]
+    (group,) = optimizer.param_groups
+    assert group["rule"] is None and group["params"] == [*net.parameters()]
+    assert group["decays"] == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     assert "nn.Embedding" in str(optimizer.assignment())
     net(torch.tensor([[1, 2, 3]])).square().mean().backward()
     optimizer.step()
+    assert net[1].bias not in optimizer.state
+    net[1].bias.requires_grad_(True)
+    before = net[1].bias.detach().clone()
+    net(torch.tensor([[1, 2, 3]])).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(net[1].bias, before)
 
 
 def test_module_form_uses_the_views_of_the_model():
     attention = nn.MultiheadAttention(8, 2)
     optimizer = Muon(attention)
-    assert {g["view"] for g in optimizer.param_groups} >= {"rows:8,8,8", "auto"}
+    assert set(optimizer.param_groups[0]["views"]) == {"rows:8,8,8", "auto"}
     attention(*[torch.randn(3, 1, 8)] * 3)[0].square().mean().backward()
     optimizer.step()
     assert {"step.0", "step.1", "step.2"} <= set(optimizer.state[attention.in_proj_weight])
@@ -215,7 +220,7 @@ def test_a_view_for_a_whole_model_must_not_contradict_it(options):
     with pytest.raises(ValueError, match=text):
         Muon(net, **options)
     with pytest.raises(ValueError, match=text):
-        to_param_groups(net, MuonRule(), None, "rows:8,8")
+        Muon(net.parameters(), model=net, **options)
     group = {"params": [net.q.weight], "view": "heads:4"}
     assert Muon([group]).param_groups[0]["view"] == "heads:4"
 
@@ -223,9 +228,10 @@ def test_a_view_for_a_whole_model_must_not_contradict_it(options):
 def test_a_view_that_says_what_the_model_does_is_fine():
     linear = nn.Sequential(nn.Linear(8, 16))
     for view in ("auto", "batch", "flatten"):
-        assert Muon(linear, matrix_view=view).param_groups[0]["view"] == "auto"
+        assert Muon(linear, matrix_view=view).param_groups[0]["views"] == ["auto", "auto"]
     convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 16))
-    assert Muon(convolution, view="flatten").param_groups[0]["view"] == "flatten"
+    views = Muon(convolution, view="flatten").param_groups[0]["views"]
+    assert views == ["flatten", "auto", "auto", "auto"]
     with pytest.raises(ValueError, match=r"view 'batch' is not that of '0\.weight'"):
         Muon(convolution, view="batch")
 
@@ -245,15 +251,25 @@ def test_names_route_as_far_as_they_go(cls):
 
 
 @BOTH
-def test_shape_alone_warns_about_a_very_long_side(cls):
-    wide = nn.Parameter(torch.zeros(16385, 2))
-    with pytest.warns(UserWarning, match=r"side above 16384.*rule='adamw'"):
-        cls([wide])
+def test_matrices_routed_by_shape_beside_unmarked_vectors_give_one_warning(cls):
+    W, b, other = weight((8, 4), 0), weight((8,), 1), weight((4, 8), 2)
+    with pytest.warns(
+        UserWarning, match=r"2 matrices without names.*model=model.*rule='adamw'"
+    ) as seen:
+        optimizer = cls([{"params": [W, other]}, {"params": [b], "weight_decay": 0.0}])
+        optimizer.add_param_group({"params": [weight((5, 5))]})
+    assert len(seen) == 1 and seen[0].filename == __file__
+    net = nn.Sequential(nn.Linear(4, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cls([("layer.weight", wide)])
-        cls([{"params": [wide], "rule": "adamw"}])
-        cls([weight((1, 7)), weight((3, 4, 5)), weight((2, 3, 4, 4)), weight(())])
+        cls([W, other])
+        cls([("layer.weight", W), ("layer.bias", b)])
+        cls([{"params": [W], "rule": cls.__name__}, {"params": [b], "rule": "adamw"}])
+        cls([{"params": [W], "use_muon": True}, {"params": [b], "use_muon": False}])
+        cls([{"params": [W, b], "compat": "reference" if cls is GaLore else "torch"}])
+        cls(net)
+        cls(net.parameters(), model=net)
+        cls([b])
 
 
 @BOTH
@@ -295,27 +311,85 @@ def test_keys_of_trainers_pass():
     keys = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
     optimizer = Muon([{"params": [weight(SQUARE)], **dict.fromkeys(keys, 0.1)}])
     assert optimizer.param_groups[0]["swa_lr"] == 0.1
-    with pytest.raises(ValueError, match="use_muon"):
-        GaLore([{"params": [weight(SQUARE)], "use_muon": True}])
+    with pytest.raises(ValueError, match="did you mean 'momentum'"):
+        Muon([{"params": [weight(SQUARE)], "momentun": 0.9}])
 
 
 @BOTH
-def test_explicit_adamw_group_takes_matrices_and_its_own_lr(cls):
-    p = weight(SQUARE)
-    optimizer = cls([{"params": [p], "rule": "adamw"}], lr=0.1, adamw_lr=0.01)
-    assert optimizer.param_groups[0]["lr"] == 0.01
+def test_foreign_keys_are_kept_saved_and_listed(cls):
+    foreign = {"name": "backbone", "lr_scale": 0.5, "rho": 0.05, "kind": "decay", "depth": [1]}
+    optimizer = cls([{"params": [("w", weight(SQUARE))], **foreign}])
+    assert foreign.items() <= optimizer.param_groups[0].items()
+    assert foreign.items() <= optimizer.state_dict()["param_groups"][0].items()
+    other = cls([{"params": [("w", weight(SQUARE))]}])
+    other.load_state_dict(optimizer.state_dict())
+    assert foreign.items() <= other.param_groups[0].items()
+    assert set(optimizer.assignment().kept_keys) == set(foreign)
+    assert "kept group keys: name, lr_scale, rho, kind, depth" in str(optimizer.assignment())
+
+
+@BOTH
+def test_use_muon_marks_groups_of_every_class(cls):
+    groups = [{"params": [weight(SQUARE)], "use_muon": True},
+              {"params": [weight(TALL)], "use_muon": False}]  # fmt: skip
+    assert rules(cls(groups)) == [cls.__name__, "adamw"]
+
+
+@BOTH
+def test_adamw_lr_is_a_ratio_but_for_groups_with_an_lr_of_their_own(cls):
+    optimizer = cls([{"params": [weight(SQUARE)], "rule": "adamw"}], lr=0.1, adamw_lr=0.01)
+    (row,) = optimizer.assignment()
+    assert row.lr == 0.01 and optimizer.param_groups[0]["lr"] == 0.1
     own = cls([{"params": [weight(SQUARE)], "rule": "adamw", "lr": 0.5}], lr=0.1, adamw_lr=0.01)
-    assert own.param_groups[0]["lr"] == 0.5
+    assert own.assignment().rows[0].lr == 0.5
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    assert optimizer.assignment().rows[0].lr == 0.005
+    optimizer.param_groups[0]["adamw_lr"] = 0.02
+    assert optimizer.param_groups[0]["adamw_lr"] == 0.02
+    optimizer.step()
+    assert optimizer.param_groups[0]["adamw_lr_ratio"] == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="adamw_lr needs lr above 0"):
+        cls([weight(SQUARE)], lr=0.0, adamw_lr=0.01)
 
 
-def test_module_form_with_adamw_lr_keeps_roles_and_names_beside_their_parameters():
-    optimizer = Muon(model(), lr=0.02, adamw_lr=0.003)
-    assert [g["lr"] for g in optimizer.param_groups] == [0.02, 0.003]
-    named = Muon(model().named_parameters(), lr=0.02, adamw_lr=0.003)
-    for group in (*optimizer.param_groups, *named.param_groups):
-        assert len(group["param_names"]) == len(group["params"])
-        assert "roles" not in group or len(group["roles"]) == len(group["params"])
-    assert [len(g["params"]) for g in named.param_groups] == [3, 4]
+@BOTH
+def test_adamw_lr_keeps_the_groups_of_the_user(cls):
+    optimizer = cls(model(), lr=0.02, adamw_lr=0.003)
+    named = cls(model().named_parameters(), lr=0.02, adamw_lr=0.003)
+    layers = [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(model().parameters())]
+    layerwise = cls(layers, lr=0.02, adamw_lr=0.003)
+    assert [len(o.param_groups) for o in (optimizer, named, layerwise)] == [1, 1, 7]
+    lrs = [row.lr for row in layerwise.assignment() if row.rule == "adamw"]
+    assert lrs == pytest.approx([0.0015 * k for k in (3, 4, 5, 7)])
+
+
+@BOTH
+def test_a_late_group_without_names_joins_a_named_optimizer(cls):
+    net = model()
+    net[3].requires_grad_(False)
+    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    optimizer = cls(trained, model=net)
+    optimizer.add_param_group({"params": [*net[3].parameters()]})
+    assert optimizer.param_groups[1]["param_names"] == ["3.weight", "3.bias"]
+    assert rules(optimizer)[-2:] == ["adamw", "adamw"]  # the head of the model
+    lone = cls(trained)
+    lone.add_param_group({"params": [weight((5, 3))]})
+    assert lone.param_groups[1]["param_names"] == ["parameter_5"]
+    assert lone.param_groups[1]["draws"] == "name"
+
+
+@BOTH
+def test_model_tells_roles_beside_any_form_of_params(cls):
+    net = model()
+    decay = [p for p in net.parameters() if p.ndim > 1]
+    plain = [p for p in net.parameters() if p.ndim < 2]
+    groups = [{"params": decay}, {"params": plain, "weight_decay": 0.0}]
+    whole = {row.name: row.rule for row in cls(net).assignment()}
+    for params in (groups, net.named_parameters(), net.parameters(), decay):
+        table = {row.name: row.rule for row in cls(params, model=net).assignment()}
+        assert table.items() <= whole.items() and len(table) >= 3
+    assert "decays" not in cls(groups, model=net).param_groups[0]
 
 
 @BOTH
@@ -405,8 +479,8 @@ def test_a_warning_names_the_users_line():
     wide = nn.Parameter(torch.zeros(16385, 2))
     optimizer = Muon([weight(SQUARE)])
     for warn in (
-        lambda: Muon([wide]),
-        lambda: optimizer.add_param_group({"params": [wide]}),
+        lambda: Muon([wide, weight((3,))]),
+        lambda: optimizer.add_param_group({"params": [wide, weight((3,))]}),
         lambda: Muon([{"params": [weight((3,))], "use_muon": True}]),
     ):
         with pytest.warns(UserWarning) as seen:

@@ -114,7 +114,7 @@ Until a refresh can say that it wants the whole gradient, the ranks are given th
 """
 SAME_ANYWAY = {ARORule: {ONE}}
 """Equal small matrices have equal results on all ranks of one machine, if not of several."""
-GUARDS_ONLY = {("fira", "cols"): {0, 1, 2, 4}}
+GUARDS_ONLY = {("fira", "cols"): {0, 1, 2, 4}, ("fira, matrix", "cols"): {2, 4}}
 """Calls that decide only for columns that the basis misses, and for residuals of round-off."""
 K, M, N, STEPS = 2, 7, 11, 5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}

@@ -325,7 +325,205 @@ def qlora(d=24):
     return _parts(base_model=_parts(model=body, lm_head=LoRALinear(d, 96)))
 
 
+# ------------------------------------------------------------------------- of images and of sound
+
+
+class Bare(nn.Module):
+    """A module without a type that tells: layers, and parameters of its own by name and shape."""
+
+    def __init__(self, layers=(), **shapes):
+        super().__init__()
+        for name, layer in dict(layers).items():
+            self.add_module(name, layer)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+class GRN(Bare):
+    """Global response normalisation of ConvNeXt V2."""
+
+
+class ConvBlock(Bare):
+    """A block whose class name says convolution and whose own parameters are none."""
+
+
+class RelPosBias(Bare):
+    """A table of relative positions."""
+
+
+def vit(d=24):
+    """Vision transformer in the style of timm: tokens, positions and layer scale are bare."""
+    attn = _parts(
+        qkv=nn.Linear(d, 3 * d), q_norm=nn.LayerNorm(6), proj=nn.Linear(d, d), norm=nn.LayerNorm(d)
+    )
+    layers = {
+        "norm1": nn.LayerNorm(d),
+        "attn": attn,
+        "ls1": Bare(gamma=(d,)),
+        "norm2": nn.LayerNorm(d),
+        "mlp": _parts(fc1=nn.Linear(d, 40), fc2=nn.Linear(40, d)),
+        "ls2": Bare(gamma=(d,)),
+    }
+    return Bare(
+        {
+            "patch_embed": _parts(proj=nn.Conv2d(3, d, 4, stride=4)),
+            "blocks": nn.ModuleList([_parts(**layers)]),
+            "norm": nn.LayerNorm(d),
+            "head": nn.Linear(d, 7),
+        },
+        cls_token=(1, 1, d),
+        reg_token=(1, 4, d),
+        pos_embed=(1, 9, d),
+    )
+
+
+def convnext(d=24):
+    """ConvNeXt V2 as published, and a layer scale in the block itself, as in its first version."""
+    block = {
+        "dwconv": nn.Conv2d(d, d, 7, padding=3, groups=d),
+        "norm": nn.LayerNorm(d),
+        "pwconv1": nn.Linear(d, 4 * d),
+        "grn": GRN(gamma=(1, 1, 1, 4 * d), beta=(1, 1, 1, 4 * d)),
+        "pwconv2": nn.Linear(4 * d, d),
+    }
+    stem = nn.Sequential(nn.Conv2d(3, d, 4, stride=4), nn.LayerNorm(d))
+    down = nn.Sequential(nn.LayerNorm(d), nn.Conv2d(d, 2 * d, 2, stride=2))
+    return _parts(
+        downsample_layers=nn.ModuleList([stem, down]),
+        stages=nn.ModuleList([nn.Sequential(ConvBlock(block, gamma=(d, 1, 1)))]),
+        norm=nn.LayerNorm(2 * d),
+        head=nn.Linear(2 * d, 7),
+    )
+
+
+def mobilenet(d=16):
+    """MobileNet V3 in the style of torchvision: depthwise kernels, squeeze and excitation."""
+
+    def conv(m, n, size, groups=1):
+        layer = nn.Conv2d(m, n, size, groups=groups, bias=False)
+        return nn.Sequential(layer, nn.BatchNorm2d(n), nn.Hardswish())
+
+    excite = _parts(fc1=nn.Conv2d(4 * d, d, 1), fc2=nn.Conv2d(d, 4 * d, 1))
+    block = nn.Sequential(
+        conv(d, 4 * d, 1), conv(4 * d, 4 * d, 3, 4 * d), excite, conv(4 * d, d, 1)
+    )
+    return _parts(
+        features=nn.Sequential(conv(3, d, 3), _parts(block=block), conv(d, 2 * d, 3, groups=4)),
+        classifier=nn.Sequential(nn.Linear(2 * d, 40), nn.Hardswish(), nn.Linear(40, 7)),
+    )
+
+
+def levit(d=24, heads=4):
+    """LeViT: one bias for each head and offset; a gain for each head beside it."""
+
+    def linear_norm(m, n):
+        return _parts(c=nn.Linear(m, n, bias=False), bn=nn.BatchNorm1d(n))
+
+    layers = {
+        "qkv": linear_norm(d, 3 * d),
+        "proj": nn.Sequential(nn.Hardswish(), linear_norm(d, d)),
+    }
+    attention = Bare(layers, attention_biases=(heads, 16), head_scale=(heads, 1, 1))
+    mlp = _parts(ln1=linear_norm(d, 2 * d), ln2=linear_norm(2 * d, d))
+    return _parts(
+        stem=_parts(conv1=_parts(c=nn.Conv2d(3, d, 3, bias=False), bn=nn.BatchNorm2d(d))),
+        stages=nn.ModuleList([_parts(attn=attention, mlp=mlp)]),
+        head=_parts(bn=nn.BatchNorm1d(d), l=nn.Linear(d, 7)),
+    )
+
+
+def swin(d=24, heads=4):
+    """Swin and BEiT: tables of relative positions, an absolute one with channels first."""
+    attn = Bare(
+        {"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)},
+        relative_position_bias_table=(49, heads),
+        logit_scale=(heads, 1, 1),
+    )
+    block = _parts(attn=attn, mlp=_parts(fc1=nn.Linear(d, 40), fc2=nn.Linear(40, d)))
+    layer = _parts(
+        blocks=nn.ModuleList([block]), downsample=_parts(reduction=_linear(2 * d, 4 * d))
+    )
+    return Bare(
+        {
+            "patch_embed": _parts(proj=nn.Conv2d(3, d, 4)),
+            "layers": nn.ModuleList([layer]),
+            "rel_pos_bias": RelPosBias(relative_position_bias_table=(49, heads)),
+            "head": nn.Linear(2 * d, 7),
+        },
+        absolute_pos_embed=(1, d, 5, 5),
+        mask_token=(1, d, 1, 1),
+    )
+
+
+def _resblock(d):
+    return _parts(
+        attn=nn.MultiheadAttention(d, 4),
+        ln_1=nn.LayerNorm(d),
+        mlp=_parts(c_fc=nn.Linear(d, 4 * d), c_proj=nn.Linear(4 * d, d)),
+        ln_2=nn.LayerNorm(d),
+    )
+
+
+def clip(d=24):
+    """CLIP as published: two towers, positions and projections that are bare and 2-D."""
+    visual = Bare(
+        {
+            "conv1": nn.Conv2d(3, d, 4, stride=4, bias=False),
+            "ln_pre": nn.LayerNorm(d),
+            "transformer": _parts(resblocks=nn.ModuleList([_resblock(d)])),
+            "ln_post": nn.LayerNorm(d),
+        },
+        class_embedding=(d,),
+        positional_embedding=(10, d),
+        proj=(d, 16),
+    )
+    layers = {
+        "visual": visual,
+        "transformer": _parts(resblocks=nn.ModuleList([_resblock(d)])),
+        "token_embedding": nn.Embedding(96, d),
+        "ln_final": nn.LayerNorm(d),
+    }
+    return Bare(layers, positional_embedding=(12, d), text_projection=(d, 16), logit_scale=())
+
+
+def whisper(d=24):
+    """Whisper as published: two convolutions over time, bare positions, layers by number."""
+
+    def attention():
+        layers = {x: nn.Linear(d, d, bias=x != "key") for x in ("query", "key", "value", "out")}
+        return _parts(**layers)
+
+    def block(*more):
+        mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        layers = {"attn": attention(), "attn_ln": nn.LayerNorm(d), "mlp": mlp}
+        layers |= {"mlp_ln": nn.LayerNorm(d), **{name: attention() for name in more}}
+        return _parts(**layers)
+
+    encoder = _parts(
+        conv1=nn.Conv1d(8, d, 3),
+        conv2=nn.Conv1d(d, d, 3),
+        blocks=nn.ModuleList([block()]),
+        ln_post=nn.LayerNorm(d),
+    )
+    layers = {
+        "token_embedding": nn.Embedding(96, d),
+        "blocks": nn.ModuleList([block("cross_attn")]),
+        "ln": nn.LayerNorm(d),
+    }
+    return _parts(encoder=encoder, decoder=Bare(layers, positional_embedding=(12, d)))
+
+
+OF_IMAGES_AND_SOUND = {
+    "timm-vit": vit,
+    "convnext-v2": convnext,
+    "mobilenet-v3": mobilenet,
+    "levit": levit,
+    "swin": swin,
+    "clip": clip,
+    "whisper": whisper,
+}
 OWN_FAMILIES = {
+    **OF_IMAGES_AND_SOUND,
     "nanogpt": nanogpt,
     "qlora": qlora,
     "torchtitan": torchtitan,

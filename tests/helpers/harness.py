@@ -103,7 +103,7 @@ def shared_errors(name, says):
                 foreach=True),
         refused("differentiable", "differentiable=True is not supported", differentiable=True),
         refused("capturable matrices", "capturable=True is not supported", capturable=True),
-        refused("nonfinite", "nonfinite must be 'skip' or 'raise'", nonfinite="ignore"),
+        refused("nonfinite", "nonfinite must be 'skip', 'skip_step',", nonfinite="maybe"),
         refused("state of integers", "state_dtype must be None,", state_dtype="int32"),
         refused("a view nobody knows", "unknown", view="sideways"),
         refused("a view that does not fit", "must divide", view="heads:3"),
@@ -381,7 +381,7 @@ INFOS = [
         },
         [
             refused("momentum", "momentum must be in", momentum=1.1),
-            refused("gamma", "gamma must be None or in", gamma=0.0),
+            refused("gamma", "gamma must be in", gamma=0.0),
             refused("ns_steps", "ns_steps must be an int", ns_steps=100),
             refused("variant", "variant must be one of", variant="repo"),
             refused("adjust_lr_fn", "adjust_lr_fn must be one of", adjust_lr_fn="original"),
@@ -436,7 +436,7 @@ INFOS = [
         },
         [
             refused("order", "order must be one of", order="both"),
-            refused("ns_steps", "ns_steps must be in", ns_steps=0),
+            refused("ns_steps", "ns_steps must be an int from 1 to 99", ns_steps=0),
         ],
     ),
     entry(

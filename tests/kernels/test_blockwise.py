@@ -223,7 +223,7 @@ def test_flags_that_arrive_late_put_codes_back(monkeypatch):
         grads = series(params, 6)
         grads[0][2] = torch.full(BIG, float("inf"))
         W = run(optimizer, params, grads)
-        assert optimizer.skipped == 1
+        assert sum(optimizer.skipped.values()) == 1
         return W
 
     assert same(trained(True), trained(False))

@@ -503,8 +503,9 @@ def check_once(net, groups):
         ({"target_modules": ["q", "v"], "use_dora": True}, 2, 2.0, 2),
         ({"target_modules": ["q"], "modules_to_save": ["head"]}, 1, 2.0, 2),
         ({"target_modules": ["q", "emb"]}, 1, 2.0, 2),
+        ({"target_modules": ["q", "v"], "lora_bias": True}, 2, 2.0, 2),
     ],
-    ids=["linear", "rslora", "dora", "modules_to_save", "embedding"],
+    ids=["linear", "rslora", "dora", "modules_to_save", "embedding", "lora_bias"],
 )  # fmt: skip
 def test_pairs_of_real_peft_models(options, pairs, scale, rest):
     net = adapted(**options)
@@ -695,3 +696,144 @@ def test_positions_after_params_are_those_of_adam_or_lr_only():
     assert wanted.items() <= optimizer.param_groups[0].items()
     with pytest.raises(TypeError, match="total_steps is a keyword"):
         SwitchLoRA(triples, 1e-3, 1000)
+
+
+# which factors belong together
+
+
+CLASSES = [AltLoRA, AdaPreLoRA, SwitchLoRA]
+classes = pytest.mark.parametrize("cls", CLASSES)
+
+
+def needed(cls):
+    return {"total_steps": 9} if cls is SwitchLoRA else {}
+
+
+def layer(cls, m, n, r, name=None):
+    """A pair, or a triple, and with names if one is given."""
+    members = [weight((r, n)), weight((m, r)), weight((m, n)).requires_grad_(False)]
+    if name is not None:
+        parts = ("lora_A.weight", "lora_B.weight", "weight")
+        members = [(f"{name}.{part}", p) for part, p in zip(parts, members, strict=True)]
+    return members if cls is SwitchLoRA else members[:2]
+
+
+@classes
+def test_params_is_a_keyword_in_every_form(cls):
+    made = pairs_to_groups([layer(cls, 5, 6, 2)], scale=1.0)
+    bare = [{"params": layer(cls, 5, 6, 2), "scale": 1.0}]
+    named_groups = [{"params": layer(cls, 5, 6, 2, "x"), "scale": 1.0}]
+    # names alone do not tell the base weight
+    named = [] if cls is SwitchLoRA else [model().named_parameters()]
+    for params in (made, bare, named_groups, model(), *named):
+        scale = {} if isinstance(params, (list, nn.Module)) else {"scale": 1.0}
+        assert cls(params=params, **scale, **needed(cls)).param_groups
+
+
+@classes
+@pytest.mark.parametrize("sides", ["A", "B", "AB"])
+def test_biases_of_factors_go_to_adamw(cls, sides):
+    """As of peft's lora_bias=True, which gives the layer of B one; and where both have one."""
+    net = model()
+    for i in (0, 2):
+        for side in sides:
+            factor = getattr(net[i], f"lora_{side}")["default"]
+            factor.bias = nn.Parameter(torch.zeros(factor.out_features))
+    optimizer = cls(net, lr=0.1, **needed(cls))
+    pairs, rest = optimizer.param_groups
+    assert not any(name.endswith("bias") for name in pairs["param_names"] if "lora" in name)
+    biases = [f"{i}.lora_{side}.default.bias" for i in (0, 2) for side in sides]
+    assert {*biases} <= {*rest["param_names"]} and rest["rule"] == "adamw"
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    net(torch.ones(3, 6)).sum().backward()
+    for name, p in net.named_parameters():
+        if "bias" in name and "lora" in name:
+            p.grad = torch.ones_like(p)  # the module of this test does not use them
+    optimizer.step()
+    assert all(not torch.equal(before[name], net.get_parameter(name)) for name in biases)
+
+
+def test_an_adapter_of_an_embedding_may_be_called_bias():
+    given = named(
+        x__lora_embedding_A__bias=weight((2, 9)), x__lora_embedding_B__bias=weight((4, 2))
+    )
+    assert len(lora_param_groups(given, scale=1.0, kinds=("embedding",))) == 1
+
+
+@pytest.mark.parametrize("cls", [AltLoRA, AdaPreLoRA])
+@pytest.mark.parametrize("r", [2, 8])
+@pytest.mark.parametrize("count", [2, 4])
+def test_factors_in_groups_apart_are_refused(cls, r, count):
+    """As helpers of LoRA+ make them; with r = 8 the shapes of q.A and k.A fit as a pair."""
+    layers = [layer(cls, 8, 8, r, f"{i}") for i in range(count)]
+    apart = [[pair[side] for pair in layers] for side in (0, 1)]
+    with pytest.raises(ValueError, match=r"no pair by their names.*lr_ratio_b"):
+        cls([{"params": part} for part in apart], scale=1.0)
+    bare = [[p for _, p in part] for part in apart]
+    with pytest.raises(ValueError, match="lr_ratio_b" if r == 2 else "two factors of one kind"):
+        cls([{"params": part} for part in bare], scale=1.0)
+    with pytest.raises(ValueError, match="no pair by their names"):  # [A1, A2, B1, B2]
+        cls([{"params": apart[0] + apart[1]}], scale=1.0)
+    flat = [p for pair in layers for p in pair]
+    assert len(cls([{"params": flat}], scale=1.0).param_groups) == 1
+    given = [tuple(p for _, p in pair) for pair in layers]
+    assert len(cls(pairs_to_groups(given, scale=1.0)).param_groups) == 1
+
+
+@classes
+def test_names_tell_a_pair_of_another_layer_and_a_swapped_one(cls):
+    one, two = layer(cls, 8, 8, 8, "q"), layer(cls, 8, 8, 8, "o")
+    crossed = [one[0], two[1], *one[2:]]
+    with pytest.raises(ValueError, match=r"'q.lora_A.weight' and 'o.lora_B.weight' are no pair"):
+        cls([{"params": crossed, "scale": 1.0}], **needed(cls))
+    with pytest.raises(ValueError, match="wrong order: A comes first"):
+        cls([{"params": [one[1], one[0], *one[2:]], "scale": 1.0}], **needed(cls))
+    own = [(f"my.{i}", p) for i, (_, p) in enumerate(layer(cls, 5, 6, 2, "q"))]
+    assert cls([{"params": own, "scale": 1.0}], **needed(cls)).param_groups
+
+
+@classes
+def test_a_late_group_and_a_changed_one_are_checked_too(cls):
+    first, second = layer(cls, 8, 8, 8, "q"), layer(cls, 8, 8, 8, "o")
+    optimizer = cls([{"params": first, "scale": 1.0}], **needed(cls))
+    with pytest.raises(ValueError, match="no pair by their names"):
+        optimizer.add_param_group({"params": [first[0], second[1], *second[2:]], "scale": 1.0})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": second, "scale": 1.0})
+
+    def step():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+        optimizer.step()
+
+    step()
+    before = [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
+    held = tensors(optimizer)
+    groups = optimizer.param_groups
+    for key in ("params", "param_names"):
+        groups[0][key][1], groups[1][key][1] = groups[1][key][1], groups[0][key][1]
+    with pytest.raises(ValueError, match="no pair by their names"):
+        step()
+    for key in ("params", "param_names"):
+        groups[0][key][1], groups[1][key][1] = groups[1][key][1], groups[0][key][1]
+    assert same(before, [p.detach() for g in groups for p in g["params"]])
+    assert same(held, tensors(optimizer))
+    step()
+
+
+@classes
+def test_decay_of_b_keeps_the_plain_lr(cls):
+    """lr_ratio_b multiplies the step."""
+    moved = []
+    for ratio in (0.0, 5.0):
+        members = layer(cls, 5, 6, 2)
+        groups = pairs_to_groups([members], scale=1.0, lr_ratio_b=ratio)
+        optimizer = cls(groups, lr=0.1, weight_decay=0.5, **needed(cls))
+        before = members[1].detach().clone()
+        for p in members[:2]:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        moved.append(members[1].detach() / before)
+    for share in moved:
+        torch.testing.assert_close(share, torch.full((5, 2), 0.95))

@@ -580,7 +580,7 @@ def test_a_bad_gradient_leaves_no_trace_in_the_statistics():
             layer.step(G)
             if i == 1:
                 layer.step(G * float("nan"))
-        assert layer.optimizer.skipped == 1
+        assert sum(layer.optimizer.skipped.values()) == 1
         assert same([plain.A.detach(), plain.B.detach()], [layer.A.detach(), layer.B.detach()])
         assert same(tensors(plain.optimizer), tensors(layer.optimizer))
 
@@ -795,7 +795,7 @@ def test_int8_and_bfloat16_state():
         ({"eps": -1.0}, "Invalid epsilon value"),
         ({"variant": "lion"}, "variant must be one of"),
         ({"stats": "chain"}, "stats must be one of"),
-        ({"floor": 0.0}, "floor must lie in"),
+        ({"floor": 0.0}, r"floor must be in \(0, 1\]"),
         ({"max_rel_step": 0.0}, "max_rel_step must be positive"),
         ({"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1"),
         ({"lr_ratio_b": -1.0}, "lr_ratio_b must be at least 0"),

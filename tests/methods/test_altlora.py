@@ -450,7 +450,7 @@ def test_singular_factors_are_damped_not_left_out():
         ({"delta": -1.0}, "delta must be at least 0"),
         ({"schedule": "neither"}, "schedule must be one of"),
         ({"second_moment": "full"}, "second_moment must be one of"),
-        ({"switch_every": 0}, "switch_every must be at least 1"),
+        ({"switch_every": 0}, "switch_every must be an int of at least 1"),
         ({"first": "W"}, "first must be one of"),
         ({"max_rel_step": 0.0}, "max_rel_step must be positive"),
         ({"compat": "reference", "compact_alignment": True}, "leave compact_alignment out"),

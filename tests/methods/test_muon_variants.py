@@ -457,7 +457,7 @@ def test_guards_of_gradients_at_the_end_of_the_range(size):
         optimizer = Muon([p], **options)
         run(optimizer, [p], [[gradients(TALL, 1)[0], torch.full(TALL, size)]])
         assert p.isfinite().all() and optimizer.state[p]["momentum_buffer"].isfinite().all()
-        assert optimizer.skipped == 0
+        assert optimizer.skipped == {}
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-25, 1e-19, 1e19, 1e25, 1e30, 1e37])
@@ -613,19 +613,19 @@ def test_polar_dtype_is_that_of_the_iteration(name):
     [
         ({"momentum_kind": "classical"}, "momentum_kind must be one of"),
         ({"second_moment": "adam"}, "second_moment must be one of"),
-        ({"second_moment": "normuon", "beta2": 1.0}, r"beta2 must lie in \[0, 1\)"),
+        ({"second_moment": "normuon", "beta2": 1.0}, r"beta2 must be in \[0, 1\)"),
         ({"decay_schedule": "cosine"}, "decay_schedule must be one of"),
-        ({"clip_grad_rms": 0.0}, "clip_grad_rms must be above 0"),
+        ({"clip_grad_rms": 0.0}, "clip_grad_rms must be positive"),
         ({"spike_ratio": 1.0}, "spike_ratio must be above 1"),
         ({"normalize_grad": True, "spike_ratio": 2.0}, "normalize_grad fixes the norm"),
         ({"report_steps": -1}, "report_steps must be an int of at least 0"),
         ({"report_steps": True}, "report_steps must be an int of at least 0"),
         ({"seed": -1}, "seed must be an int of at least 0"),
         ({"polar": "low_rank", "rank": 0}, "rank must be"),
-        ({"polar": "low_rank", "inner": "low_rank"}, "inner='low_rank'"),
+        ({"polar": "low_rank", "inner": "low_rank"}, "inner must be one of"),
         ({"polar": "low_rank", "compat": "torch"}, "compat='torch' iterates with ns5"),
         ({"sketch": "hash"}, "sketch must be one of"),
-        ({"power": -1, "polar": "low_rank"}, "power=-1"),
+        ({"power": -1, "polar": "low_rank"}, "power must be an int from 0 to 99"),
         ({"compat": "torch", "momentum_kind": "sum"}, "compat='torch' averages"),
         ({"compat": "torch", "second_moment": "normuon"}, "compat='torch' averages"),
         ({"compat": "torch", "polar_dtype": "float32"}, "leave polar_dtype unset"),

@@ -843,7 +843,7 @@ def test_a_bad_gradient_leaves_the_whole_triple_alone(member, bad, wait):
     now = tensors(optimizer)
     assert same(before, [p.detach() for p in one]) and not torch.equal(moved, other[0])
     assert all(same(now[key], value) for key, value in state.items() if key[0] < 3)
-    assert optimizer.skipped == 1 and optimizer.state[other[0]]["step"] == 4
+    assert sum(optimizer.skipped.values()) == 1 and optimizer.state[other[0]]["step"] == 4
     run(optimizer, flat([one, other]), [G[4:] for G in grads])
     assert all(torch.isfinite(p).all() for p in one)
 
@@ -1085,9 +1085,9 @@ def test_distributed_checkpoints_read_and_write_it():
     [
         ({}, "total_steps must be the number of updates"),
         ({"total_steps": 0}, "total_steps must be"),
-        ({"ratio": 0.0, "total_steps": 5}, "ratio must be positive or None"),
+        ({"ratio": 0.0, "total_steps": 5}, "ratio must be positive"),
         ({"ratio": None, "interval0": 0, "freeze_steps": 0}, "interval0 must be positive"),
-        ({"ratio": None, "freeze_steps": -2}, "freeze_steps must be -1 or more"),
+        ({"ratio": None, "freeze_steps": -2}, "freeze_steps must be an int of at least -1"),
         ({"ratio": None, "rounding": "up"}, "rounding"),
         ({"ratio": None, "choice": "best"}, "choice"),
         ({"ratio": None, "betas": (1.0, 0.9)}, "Invalid beta"),

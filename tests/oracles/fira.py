@@ -29,16 +29,33 @@ def lift(R, P, Q):
 
 
 def factors(N, R, G, right, scaling, guards):
-    """The sizes of Adam's direction over those of the gradient, per column or for the matrix."""
+    """The sizes of Adam's direction over those of the gradient, per column or for the matrix.
+
+    With guards no factor times G has more than 3 times the root mean square of N, and no column of
+    G times its factor is longer than 96 of them.
+    """
+
+    def limited(n, of_n, r, g, of_g, columns):
+        rms = n / of_n**0.5
+        tops = (n / r, 3 * rms * of_g**0.5 / g, 96 * rms / columns)
+        tops = torch.broadcast_tensors(*(torch.nan_to_num(x, nan=0.0) for x in tops))
+        return torch.stack(tops).amin(0)
+
+    dim, both = 1 if right else 0, right is None
     whole = N.norm() / (R.norm() + TINY)
-    if guards and R.norm() <= 1e-6 * G.norm():
-        whole = torch.zeros_like(whole)
-    if scaling == "matrix" or right is None:
+    columns = G.norm(dim=dim, keepdim=True)
+    if guards:
+        longest = columns.max() if both else columns
+        whole = limited(N.norm(), N.numel(), R.norm(), G.norm(), G.numel(), longest)
+        if R.norm() <= 1e-6 * G.norm():
+            whole = torch.zeros_like(whole)
+    if scaling == "matrix" or both:
         return whole
-    dim = 1 if right else 0
     n, r = N.norm(dim=dim, keepdim=True), R.norm(dim=dim, keepdim=True)
-    phi = n / (r + TINY)
-    return torch.where(r <= TINY * R.norm(), whole, phi) if guards else phi
+    if not guards:
+        return n / (r + TINY)
+    phi = limited(n, N.shape[dim], r, columns, G.shape[dim], columns)
+    return torch.where(r <= TINY * R.norm(), whole, phi)
 
 
 def fira(

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from stiefel import optimizers
 from stiefel.optimizers._core.rule import Dense, Rule
 from stiefel.optimizers._core.views import split_view
 from stiefel.optimizers._driver.optimizer import StackedOptimizer
-from stiefel.optimizers._roles.classify import Assignment, classify, route
+from stiefel.optimizers._roles.classify import Assignment, classify, route, route_all
 
 GOLDEN = FIXTURES / "roles"
 
@@ -637,6 +638,236 @@ def test_bare_parameters_that_are_no_matrices():
     }
 
 
+class Own(nn.Module):
+    """A module with parameters of its own, by name and shape."""
+
+    def __init__(self, **shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.zeros(shape)))
+
+
+@pytest.mark.parametrize("outputs", [1, 3], ids=["plain", "multiplied"])
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
+def test_depthwise_convolutions_go_to_adamw(transposed, d, outputs):
+    conv = getattr(nn, f"Conv{'Transpose' if transposed else ''}{d}d")
+    row = by_name(parts(layer=conv(8, 8 * outputs, 3, groups=8)))["layer.weight"]
+    assert brief(row) == ("depthwise", "adamw", "flatten")
+    assert row.why == f"nn.{conv.__name__}, a kernel for each channel alone"
+    grouped = by_name(parts(layer=conv(8, 8 * outputs, 3, groups=4)))["layer.weight"]
+    assert brief(grouped) == ("conv", "matrix", "flatten")
+    if not transposed or outputs == 1:  # else the kernel looks like that of a grouped one
+        alone = route("layer.weight", row.shape)
+        assert brief(alone) == ("depthwise", "adamw", "flatten")
+        assert alone.why == f"{d + 2}-D, second side 1: rows of a kernel"
+
+
+def test_a_convolution_of_one_channel_is_a_matrix_where_the_module_tells():
+    """By its shape it could be a depthwise one: AdamW is right for both."""
+    row = by_name(parts(layer=nn.Conv2d(1, 6, 3)))["layer.weight"]
+    assert brief(row) == ("conv", "matrix", "flatten")
+    assert brief(route("layer.weight", (6, 1, 3, 3))) == ("depthwise", "adamw", "flatten")
+    assert classify(parts(a=nn.Conv2d(1, 1, 3, bias=False))).rows[0].role == "depthwise"
+
+
+def test_a_depthwise_convolution_by_its_class_or_by_choice():
+    class DepthwiseConv(Own):
+        pass
+
+    table = by_name(parts(a=DepthwiseConv(weight=(8, 1, 3)), b=DepthwiseConv(weight=(8, 2, 3))))
+    assert [row.role for row in table.values()] == ["depthwise", "conv"]
+    model = parts(a=nn.Conv1d(8, 8, 3, groups=8))
+    row = by_name(model, overrides={"a.weight": "matrix"})["a.weight"]
+    assert brief(row) == ("depthwise", "matrix", "flatten")
+    assert brief(by_name(model, overrides={"a.weight": "conv"})["a.weight"])[1] == "matrix"
+    optimizer = optimizers.SymmetryStack(model, policy={"depthwise": "Muon"})
+    assert optimizer.assignment().rows[0].rule == "Muon"
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 8, 1, 1), (8, 1, 1, 1), (1, 1, 1, 8), (1, 1, 8)])
+@pytest.mark.parametrize("name", ["w", "mix", "layer_scale", "alpha", "weight"])
+def test_one_side_only_is_a_vector(shape, name):
+    class ConvBlock(Own):
+        pass
+
+    for row in (
+        *classify(Own(**{name: shape})),
+        *classify(ConvBlock(**{name: shape})),
+        route(name, shape),
+        route(None, shape),
+    ):
+        assert (row.role, row.rule) == ("vector", "adamw"), row
+        assert "one side only" in row.why
+    conv = by_name(parts(layer=nn.Conv2d(1, 8, 1)))["layer.weight"]
+    assert (conv.role, conv.why) == ("vector", "4-D, one side only")
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1)])
+def test_two_sides_mean_a_matrix(shape):
+    layer = by_name(parts(layer=nn.Linear(*reversed(shape))))["layer.weight"]
+    for row in (layer, route("layer.weight", shape), route(None, shape)):
+        assert (row.role, row.rule) == ("hidden", "matrix")
+    for row in (*classify(Own(gamma=shape)), route("block.gamma", shape)):
+        assert (row.role, row.rule) == ("vector", "adamw")
+
+
+POSITIONS = {
+    "pos_embed": [(9, 8), (1, 9, 8), (1, 8, 3, 3), (1, 3, 3, 8), (1, 2, 3, 3, 8)],
+    "decoder_pos_embed": [(9, 8), (1, 9, 8)],
+    "absolute_pos_embed": [(1, 8, 3, 3)],
+    "pos_embed_spatial": [(1, 9, 8)],
+    "positional_embedding": [(9, 8), (9, 1, 8)],
+    "position_embeddings": [(1, 9, 8)],
+    "temporal_embed": [(1, 4, 8)],
+    "row_embed": [(9, 8)],
+    "query_pos": [(9, 8), (9, 1, 8)],
+    "pos_emb": [(8, 3, 3)],
+    "pos_embed2": [(1, 9, 8)],
+    "pos_embeds.0": [(9, 8), (1, 9, 8)],
+    "relative_bias_table": [(49, 4)],
+    "pe": [(9, 8), (9, 1, 8)],
+    "rel_pos_h": [(27, 8)],
+    "rel_height": [(27, 8)],
+    "emb_rel_k": [(1, 9, 8)],
+    "relative_position_bias_table": [(49, 4)],
+    "relative_position_bias": [(4, 9, 9)],
+    "relative_attention_bias": [(32, 4)],
+    "attention_biases": [(4, 16)],
+    "attn_bias": [(1, 4, 9, 9)],
+    "rpb": [(4, 13, 13)],
+}
+TOKENS = {
+    "cls_token": [(1, 8), (1, 1, 8), (1, 8, 1, 1)],
+    "class_token": [(1, 1, 8)],
+    "mask_token": [(1, 1, 8), (1, 8, 1, 1)],
+    "reg_token": [(1, 4, 8), (4, 8)],
+    "register_tokens": [(1, 4, 8), (4, 8)],
+    "storage_tokens": [(4, 8)],
+    "det_token": [(1, 100, 8)],
+    "tokens": [(4, 8), (2, 4, 8)],
+    "queries": [(4, 8), (1, 4, 8), (4, 1, 8)],
+    "object_queries": [(4, 8)],
+    "latents": [(4, 8)],
+    "prompts": [(2, 4, 8), (4, 8)],
+    "level_embed": [(4, 8)],
+    "null_text_embed": [(1, 8), (4, 8)],
+    "codebook": [(16, 8), (2, 16, 8)],
+    "latent_array": [(16, 8)],
+    "pool_query": [(1, 8), (4, 8)],
+    "prompts.3": [(4, 8), (1, 4, 8)],
+    "cls_tokens.0": [(1, 8)],
+    "reference_points": [(9, 4)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [(n, "position") for n in POSITIONS] + [(n, "") for n in TOKENS]
+)
+def test_positions_and_tokens_are_embeddings_of_any_number_of_sides(name, part):
+    class ConvStem(Own):
+        """Whose name says convolution."""
+
+    for shape in {**POSITIONS, **TOKENS}[name]:
+        names = ["encoder." + name, "module.decoder." + name]
+        for row in (
+            *classify(parts(encoder=own_parameter(Own, name, shape))),
+            *classify(parts(encoder=own_parameter(ConvStem, name, shape))),
+            *route_all(names, [shape, shape]),
+        ):
+            assert (row.role, row.rule, row.part) == ("embedding", "adamw", part), row
+            assert row.why == f"name component '{name.partition('.')[0]}'"
+        alone = route(names[0], shape)
+        assert (alone.role, alone.rule) == ("embedding", "adamw")
+
+
+def own_parameter(kind, name, shape):
+    """A module of this class with one parameter, in a list where the name has a number."""
+    word, _, number = name.partition(".")
+    module = kind(**({} if number else {word: shape}))
+    if number:
+        module.add_module(word, nn.ParameterDict({number: nn.Parameter(torch.zeros(shape))}))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("pos_embed", nn.Conv2d(8, 8, 3)),
+        ("pos_conv", nn.Conv1d(8, 8, 3)),
+        ("pos_proj", nn.Linear(8, 8)),
+        ("linear_pos", nn.Linear(8, 8)),
+        ("pos_embed_proj", nn.Linear(8, 8)),
+        ("rel_pos_mlp", nn.Linear(8, 8)),
+        ("to_tokens", nn.Linear(8, 8)),
+        ("patch_embed", nn.Conv2d(3, 8, 4)),
+        ("time_embed", nn.Linear(8, 8)),
+        ("query", nn.Linear(8, 8)),
+        ("memory", nn.Linear(8, 8)),
+        ("proj", nn.Linear(8, 8)),
+    ],
+)
+def test_layers_that_are_named_after_positions_stay_matrices(name, layer):
+    (row, *_) = classify(parts(block=parts(**{name: layer})))
+    assert row.rule == "matrix"
+    assert route(row.name, row.shape).rule == "matrix"
+    assert route_all([row.name], [row.shape])[0].rule == "matrix"
+
+
+def test_tables_in_lists():
+    def tables():
+        return nn.ModuleList(nn.Embedding(9, 8) for _ in range(2))
+
+    model = parts(embed_tokens=tables(), embeddings=tables(), embed=nn.Sequential(nn.Linear(8, 7)))
+    roles = ["embedding"] * 4 + ["hidden"]
+    assert [row.role for row in classify(model) if row.shape[1:]] == roles
+    assert [row.role for row in by_names_alone(model).values() if row.shape[1:]] == roles
+
+
+def test_weights_under_the_older_norms_of_weights():
+    model = parts(tok=nn.Embedding(9, 8), q_proj=nn.Linear(8, 8), k_proj=nn.Linear(8, 8))
+    torch.nn.utils.spectral_norm(model["tok"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(model["q_proj"])
+    for table in (by_name(model), by_names_alone(model)):
+        assert (table["tok.weight_orig"].role, table["tok.weight_orig"].part) == (
+            "embedding",
+            "token",
+        )
+        assert brief(table["q_proj.weight_v"]) == ("hidden", "matrix", "auto")
+        assert table["q_proj.weight_v"].part == "query"
+        assert table["q_proj.weight_g"].role == "vector"
+
+
+def test_biases_of_relative_attention_are_biases():
+    for row in (*classify(Own(pos_bias_u=(4, 8), r_w_bias=(4, 8))), route("pos_bias_v", (4, 8))):
+        assert (row.role, row.rule) == ("bias", "adamw")
+
+
+def test_tables_of_positions_by_their_class():
+    class LearnedPositionalEmbedding(nn.Embedding):
+        pass
+
+    model = parts(a=LearnedPositionalEmbedding(9, 8), b=nn.Embedding(9, 8), mix=nn.Linear(8, 9))
+    assert [row.part for row in classify(model) if row.role == "embedding"] == ["position", "token"]
+
+
+def test_tables_inside_modules_that_are_named_after_positions():
+    names = {"pos_emb.emb": (9, 8), "pos_embed.table": (1, 9, 8), "position.proj": (8, 8)}
+    rows = route_all([f"{name}.weight" for name in names], [*names.values()])
+    assert [row.part for row in rows[:2]] == ["position", "position"]
+    assert [row.rule for row in rows] == ["adamw", "adamw", "matrix"]
+
+
+def test_tables_of_positions_that_are_layers():
+    tables = ("relative_attention_bias", "pos_embed", "row_embed", "distance_embedding", "wpe")
+    model = parts(**{name: nn.Embedding(9, 8) for name in tables}, tok=nn.Embedding(9, 8))
+    found = [(row.role, row.part) for row in classify(model)]
+    assert found == [("embedding", "position")] * len(tables) + [("embedding", "token")]
+    assert [(row.role, row.part) for row in by_names_alone(model).values()] == found
+
+
 def test_a_learned_query_beside_projections():
     pool = nn.Module()
     pool.query = nn.Parameter(torch.zeros(4, 8))
@@ -853,6 +1084,98 @@ def test_the_function_of_a_router_decides(function, centred):
     assert by_name(model)["layers.0.moe.router.gate.weight"].centred == centred
 
 
+class FullyShardedDataParallel(nn.Module):
+    """Named as torch names it, which keeps the wrapped module under this name."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+def test_wrapped_layers_keep_role_part_and_pair():
+    wrap = FullyShardedDataParallel
+
+    def block(wrap=lambda module: module):
+        swiglu = {"gate": (8, 20), "up": (8, 20), "down": (20, 8)}
+        layers = {x: wrap(nn.Linear(*sides, bias=False)) for x, sides in swiglu.items()}
+        expert = parts(w1=nn.Linear(8, 6), w2=nn.Linear(6, 8), w3=nn.Linear(8, 6))
+        moe = parts(gate=wrap(nn.Linear(8, 2)), experts=nn.ModuleList([expert, expert]))
+        return wrap(parts(mlp=parts(**layers), moe=moe))
+
+    def table(model):
+        def plain(name):
+            return (name or "").replace("_fsdp_wrapped_module.", "")
+
+        return [(plain(row.name), row.role, row.part, plain(row.pair)) for row in classify(model)]
+
+    assert table(wrap(parts(blocks=nn.ModuleList([block(wrap)])))) == table(
+        parts(blocks=nn.ModuleList([block()]))
+    )
+    flat = route("_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module._flat_param", (96,))
+    assert (flat.role, flat.rule) == ("vector", "adamw")
+
+
+def lazy_model():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.parameter.UninitializedParameter()
+            self.w_bias = nn.parameter.UninitializedParameter()
+
+    layers = {"gate": nn.LazyLinear(6), "up": nn.LazyLinear(6), "down": nn.Linear(6, 4)}
+    layers |= {"conv": nn.LazyConv2d(8, 3), "back": nn.LazyConvTranspose1d(8, 3)}
+    layers |= {"batch": nn.LazyBatchNorm2d(), "head": nn.LazyLinear(9), "own": Own()}
+    return parts(tok=nn.Embedding(9, 4), **layers)
+
+
+def test_lazy_parameters_have_the_role_of_their_module():
+    model = lazy_model()
+    table = by_name(model)
+    assert list(table) == [name for name, _ in model.named_parameters()]
+    assert {name: brief(row) for name, row in table.items() if not name.endswith("bias")} == {
+        "tok.weight": ("embedding", "adamw", "auto"),
+        "gate.weight": ("hidden", "matrix", "auto"),
+        "up.weight": ("hidden", "matrix", "auto"),
+        "down.weight": ("hidden", "matrix", "auto"),
+        "conv.weight": ("conv", "matrix", "flatten"),
+        "back.weight": ("conv", "matrix", "flatten"),
+        "batch.weight": ("norm", "adamw", "auto"),
+        "head.weight": ("head", "adamw", "auto"),
+        "own.w": ("vector", "adamw", "auto"),
+    }
+    lazy = [row for row in table.values() if row.name.split(".")[0] not in ("tok", "down")]
+    assert {row.shape for row in lazy} == {()}
+    assert all(row.why.endswith("; not initialised yet") for row in lazy)
+    assert {row.role for row in lazy if row.name.endswith("bias")} == {"bias", "norm"}
+    assert (table["gate.weight"].part, table["up.weight"].part) == ("gate", "up")
+    assert table["gate.weight"].pair is None, "nothing says yet that the shapes are equal"
+    assert str(classify(model)).splitlines()[-1].startswith("matrix: 5 parameters, 24 elements")
+
+
+def test_lazy_parameters_under_overrides_and_strict():
+    model = lazy_model()
+    with pytest.raises(ValueError, match=r"give one in overrides: own\.w \(\)$"):
+        classify(model, strict=True)
+    table = by_name(
+        model, overrides={"own.w": "adamw", model["head"].weight: "matrix"}, strict=True
+    )
+    assert brief(table["head.weight"]) == ("head", "matrix", "auto")
+    assert table["head.weight"].why == "override 'head.weight'; not initialised yet"
+    with pytest.raises(ValueError, match=r"batch\.weight of shape \(\) is no matrix"):
+        classify(model, {"batch.weight": "matrix"})
+    with pytest.raises(ValueError, match="match no parameter: a tensor of shape"):
+        classify(model, {nn.parameter.UninitializedParameter(): "adamw"})
+
+
+def test_lazy_parameters_have_the_row_of_plain_ones_once_they_are_initialised():
+    model = nn.Sequential(nn.LazyConv2d(8, 3, groups=1), nn.Flatten(), nn.LazyLinear(6))
+    expected = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(32, 6))
+    early = classify(model)
+    model(torch.zeros(1, 2, 4, 4))
+    assert classify(model) == classify(expected)
+    assert [brief(row) for row in early] == [brief(row) for row in classify(model)]
+
+
 def test_quantised_weights():
     class Params4bit(nn.Parameter):
         pass
@@ -882,7 +1205,9 @@ def dense_classes():
 
 @pytest.mark.parametrize("cls", dense_classes(), ids=lambda c: c.__name__)
 @pytest.mark.parametrize(
-    "make", [gpt2, lambda: families.torchtitan(experts=3)], ids=["gpt2", "moe"]
+    "make",
+    [gpt2, lambda: families.torchtitan(experts=3), families.convnext, families.swin],
+    ids=["gpt2", "moe", "convnext", "swin"],
 )
 def test_every_optimizer_uses_the_table(cls, make):
     model = make()
@@ -893,11 +1218,25 @@ def test_every_optimizer_uses_the_table(cls, make):
     assert found == {
         row.name: (row.role, name if row.rule == "matrix" else "adamw", row.why) for row in expected
     }
-    views = {n: g["view"] for g in method.param_groups for n in g["param_names"]}
+    views = {
+        n: g["views"][i] if "views" in g else g["view"]
+        for g in method.param_groups
+        for i, n in enumerate(g["param_names"])
+    }
     assert all(views[row.name] == row.view for row in expected if row.rule == "matrix")
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e-2)
     method.step()  # every view fits its weight
+
+
+@pytest.mark.parametrize("cls", dense_classes(), ids=lambda c: c.__name__)
+@pytest.mark.parametrize("name", ["timm-vit", "convnext-v2", "levit", "swin", "clip", "whisper"])
+def test_every_optimizer_has_the_rules_of_the_model_from_names_too(cls, name):
+    model = families.OF_IMAGES_AND_SOUND[name]()
+    by_module, named = cls(model, lr=1e-3), cls(model.named_parameters(), lr=1e-3)
+    rules = {row.name: row.rule for row in by_module.assignment()}
+    assert {row.name: row.rule for row in named.assignment()} == rules
+    assert set(rules.values()) == {"adamw", named.defaults["method"]}
 
 
 @dataclass(frozen=True)
@@ -951,8 +1290,13 @@ class OneSideRule(SidedRule):
 
 def sides_of(rule, model):
     optimizer = StackedOptimizer(model, rule, 1e-3, 0.0)
-    groups = [group for group in optimizer.param_groups if group["rule"] != "adamw"]
-    return {name: group["side"] for group in groups for name in group["param_names"]}
+    (group,) = optimizer.param_groups
+    names, sides = group["param_names"], group.get("sides") or [None] * len(group["params"])
+    return {
+        name: group["side"] if side is None else side
+        for name, side, rule in zip(names, sides, group["rules"], strict=True)
+        if rule == "matrix"
+    }
 
 
 def test_a_rule_with_a_side_gets_that_of_the_residual_stream():
@@ -1142,7 +1486,7 @@ def test_strict():
         (None, (4, 5), "hidden", "matrix"),
         (None, (3, 4, 5), "hidden", "matrix"),
         (None, (1, 4, 5), "hidden", "matrix"),
-        (None, (6, 4, 3, 3), "hidden", "matrix"),
+        (None, (6, 4, 3, 3), "conv", "matrix"),
         ("up.weight", (4, 5), "hidden", "matrix"),
         ("fc.bias", (4,), "bias", "adamw"),
         ("experts.down_proj_bias", (4, 8), "bias", "adamw"),
@@ -1161,7 +1505,7 @@ def test_strict():
         ("block.0.SelfAttention.relative_attention_bias.weight", (9, 4), "embedding", "adamw"),
         ("shared.weight", (9, 4), "embedding", "adamw"),
         ("mlp.shared.weight", (9, 4), "hidden", "matrix"),
-        ("embed.weight", (9, 3, 4, 4), "hidden", "matrix"),
+        ("embed.weight", (9, 3, 4, 4), "conv", "matrix"),
         ("bias_net.weight", (9, 4), "hidden", "matrix"),
         ("pos_embed", (9, 4), "embedding", "adamw"),
         ("vit.cls_token", (1, 1, 4), "embedding", "adamw"),
@@ -1234,7 +1578,7 @@ def test_strict():
 def test_route(name, shape, role, rule):
     row = route(name, shape)
     assert (row.name, row.shape, row.role, row.rule) == (name, shape, role, rule)
-    assert row.view == ("batch" if role == "expert" else "auto")
+    assert row.view == {"expert": "batch", "conv": "flatten"}.get(role, "auto")
     assert row.why and "known" not in row.why
 
 
@@ -1248,6 +1592,144 @@ def test_names_alone_agree_with_modules(model):
     for row in classify(model()):
         alone = route(row.name, row.shape)
         assert (alone.role, alone.rule) == (row.role, row.rule)
+
+
+# ----------------------------------------------------------------------- names of all parameters
+
+
+def by_names_alone(model):
+    return table_by_names([(n, tuple(p.shape)) for n, p in model.named_parameters()])
+
+
+def table_by_names(named_shapes):
+    return {row.name: row for row in route_all(*zip(*named_shapes, strict=True))}
+
+
+def zoo():
+    """Every model of the golden tables, and the meta models of those of transformers."""
+    rebuilt = {
+        name: lambda path=path: families.rebuild(path.read_text()) for name, path in TABLES.items()
+    }
+    return {**GOLDEN_MODELS, **rebuilt}
+
+
+# What only modules tell: (field, by module, by names) -> why.
+UNTOLD_BY_NAMES = {
+    ("part", "tied", "token"): "a tie is one object under two names, and names are told once",
+    ("role", "quantised", "hidden"): "codes are told by the dtype",
+    ("role", "quantised", "head"): "codes are told by the dtype",
+    ("role", "norm", "vector"): "a norm by its class, a number in an nn.Sequential by its name",
+    ("role", "norm", "bias"): "a norm by its class, a number in an nn.Sequential by its name",
+}
+
+
+@pytest.mark.parametrize("name", zoo())
+def test_names_of_all_parameters_agree_with_modules(name):
+    model = zoo()[name]()
+    expected, found = classify(model), by_names_alone(model)
+    assert [row.name for row in expected] == list(found)
+    for row in expected:
+        alone = found[row.name]
+        assert alone.shape == row.shape and alone.heads == () and not alone.centred
+        assert alone.view in ("auto", "batch", "flatten")
+        if ("role", row.role, alone.role) in UNTOLD_BY_NAMES:
+            assert row.role == "quantised" or alone.rule == row.rule
+            continue
+        if ("part", row.part, alone.part) not in UNTOLD_BY_NAMES:
+            assert (alone.name, alone.part) == (row.name, row.part)
+        assert (alone.name, alone.role, alone.rule) == (row.name, row.role, row.rule)
+        assert (alone.name, alone.pair) == (row.name, row.pair)
+        if alone.side is not None and not row.view.startswith("transposed"):
+            assert (alone.name, alone.side) == (row.name, row.side)
+
+
+def test_what_stands_beside_a_name_decides():
+    layer = {"q": (8, 8), "k": (8, 8), "v": (8, 8), "o": (8, 8)}
+    layer |= {"gate": (20, 8), "up": (20, 8), "down": (8, 20)}
+    names = {f"blocks.0.{word}.weight": shape for word, shape in layer.items()}
+    found = table_by_names([("tok.weight", (50, 8)), *names.items()])
+    assert found["tok.weight"].part == "token"
+    rows = [found[name] for name in names]
+    parts = ["query", "key", "value", "out", "gate", "up", "down"]
+    assert [row.part for row in rows] == parts
+    assert [row.side for row in rows] == ["cols"] * 3 + ["rows"] + ["cols"] * 2 + ["rows"]
+    assert found["blocks.0.gate.weight"].pair == "blocks.0.up.weight"
+    assert found["blocks.0.up.weight"].pair == "blocks.0.gate.weight"
+    alone = [route(name, shape) for name, shape in names.items()]
+    assert {row.part for row in alone} == {""}, "one name sees nothing beside itself"
+
+
+def test_wrappers_in_names_hide_nothing():
+    names = [
+        "_orig_mod.module.blocks.0._fsdp_wrapped_module.gate.base_layer.weight",
+        "_orig_mod.module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.up.weight",
+        "_orig_mod.module.blocks.0._fsdp_wrapped_module.down.parametrizations.weight.original1",
+    ]
+    gate, up, down = route_all(names, [(20, 8), (20, 8), (8, 20)])
+    assert (gate.part, up.part, down.part) == ("gate", "up", "down")
+    assert [gate.name, up.name, down.name] == names
+    assert (gate.pair, up.pair, down.pair) == (names[1], names[0], None)
+    tied = route_all(["module.lm_head.weight", "lm_head_norm.weight"], [(9, 4), (4,)])
+    assert [row.role for row in tied] == ["head", "norm"]
+
+
+# Rows of which one name alone says something else than the model: (role, role of route) -> names.
+TOLD_BY_MODULES = {
+    "convnext-v2": {("norm", "vector"): 2, ("norm", "bias"): 2},  # norms in an nn.Sequential
+    "mobilenet-v3": {
+        ("norm", "vector"): 5,
+        ("norm", "bias"): 5,
+        ("hidden", "head"): ["classifier.0.weight"],  # of two layers in a row
+    },
+}
+
+
+@pytest.mark.parametrize("name", families.OF_IMAGES_AND_SOUND)
+def test_one_name_alone_says_what_the_model_does_but_for(name):
+    left = {
+        key: rows if type(rows) is int else [*rows]
+        for key, rows in TOLD_BY_MODULES.get(name, {}).items()
+    }
+    for row in classify(families.OF_IMAGES_AND_SOUND[name]()):
+        alone = route(row.name, row.shape)
+        if alone.role == row.role:
+            assert alone.rule == row.rule
+        elif row.role == "norm":
+            assert alone.rule == "adamw"
+            left[row.role, alone.role] -= 1
+        else:
+            left[row.role, alone.role].remove(row.name)
+    assert not any(left.values())
+
+
+def test_names_may_be_missing_or_contradict_each_other():
+    rows = route_all([None, "a", "a.b", "a.b.weight", "a..c", None], [(3, 4)] * 6)
+    assert [row.name for row in rows] == [None, "a", "a.b", "a.b.weight", "a..c", None]
+    assert {(row.role, row.rule) for row in rows} == {("hidden", "matrix")}
+    assert route_all([], []) == []
+
+
+def test_heads_by_the_names_of_all_parameters():
+    tok, block = ("tok.weight", (50, 8)), ("h.0.up.weight", (50, 8))
+    found = table_by_names([tok, block, ("final.weight", (50, 8))])
+    assert (found["final.weight"].role, found["final.weight"].part) == ("head", "vocabulary")
+    assert found["final.weight"].why == "2-D with the 50 outputs of a vocabulary"
+    assert found["h.0.up.weight"].role == "hidden"
+    layers = [(f"classifier.{i}.weight", s) for i, s in ((0, (16, 8)), (3, (16, 16)), (6, (9, 16)))]
+    assert [row.role for row in table_by_names(layers).values()] == ["hidden", "hidden", "head"]
+    heads = [(f"heads.{i}.weight", (50, 8)) for i in range(2)]
+    assert {row.role for row in table_by_names([tok, *heads]).values()} == {"embedding", "head"}
+    fc = table_by_names([("fc.weight", (16, 8)), ("out.weight", (2, 16))])
+    assert fc["fc.weight"].role == "hidden"
+    moe = [("mlp.gate.weight", (4, 8)), ("mlp.experts.0.up.weight", (6, 8))]
+    assert table_by_names(moe)["mlp.gate.weight"].role == "router"
+
+
+def test_sides_of_weights_that_are_stored_transposed_are_not_made_up():
+    """Conv1D of GPT-2: names do not tell, but a reader whose rows are the stream does."""
+    found = by_names_alone(gpt2())
+    assert found["transformer.h.0.attn.c_attn.weight"].side == "rows"
+    assert found["transformer.h.0.attn.c_proj.weight"].side is None
 
 
 # ---------------------------------------------------------------------------------- the table

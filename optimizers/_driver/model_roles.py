@@ -1,0 +1,112 @@
+"""What a module says about the parameters of a group, as lists beside ``params``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .._core.rule import Rule
+from .._roles.classify import Row, classify, route
+from .._roles.residual_sides import sides_of
+from .._roles.role_table import UNDECAYED_ROLES
+
+
+class ModelRoles:
+    """Roles of a module's parameters by identity; the module itself is held weakly.
+
+    Attributes:
+        is_params: Whether the optimizer was given the module as ``params``, so that the decay of
+            its vectors is ours to choose.
+    """
+
+    def __init__(self, model: nn.Module, is_params: bool) -> None:
+        self._model, self.is_params = weakref.ref(model), is_params
+        self._rows: dict[Tensor, Row] = {}
+
+    def rows(self) -> Mapping[Tensor, Row]:
+        """Row by parameter, read anew where the module has changed; empty once it is gone."""
+        model = self._model()
+        if model is None:
+            return {}
+        named = dict(model.named_parameters())
+        if any(p not in self._rows for p in named.values()):
+            self._rows = {named[row.name]: row for row in classify(model) if row.name}
+        return self._rows
+
+
+def fill_lists(
+    group: dict[str, Any],
+    rows: Sequence[Row | None],
+    rule: Rule | None,
+    *,
+    decays: bool,
+    own_view: bool,
+) -> None:
+    """Put rules, views, sides, roles, reasons and decays of a group's parameters beside them.
+
+    Args:
+        group: The group, with ``params`` as plain tensors; changed in place.
+        rows: Per parameter its row, None for one without a shape of which nothing is known.
+        rule: The group's rule, None for an AdamW group.
+        decays: Whether vectors get no weight decay.
+        own_view: Whether the group has a view of its own, which counts for all of it.
+    """
+    group["roles"] = [row.role if row else None for row in rows]
+    group["reasons"] = [row.why if row else None for row in rows]
+    if decays:
+        group["decays"] = [0.0 if row and row.role in UNDECAYED_ROLES else 1.0 for row in rows]
+    if rule is None or (len(rule.members) > 1 and not hasattr(rule, "side")):
+        return  # AdamW, and LoRA pairs, whose order tells the members
+    targets = [_target(group, p, row) for p, row in zip(group["params"], rows, strict=True)]
+    group["rules"] = targets
+    matrices = [
+        row
+        for row, target in zip(rows, targets, strict=True)
+        if row and target == "matrix" and not row.is_lazy
+    ]
+    if not own_view:
+        views = {row.name: row.view for row in matrices}
+        group["views"] = [views.get(row.name, "auto") if row else "auto" for row in rows]
+    sides = sides_of(matrices, rule) if not own_view else {}
+    if sides:
+        group["sides"] = [sides.get(row.name) if row else None for row in rows]
+
+
+def _target(group: Mapping[str, Any], p: Tensor, row: Row | None) -> str | None:
+    """``"matrix"`` or ``"adamw"``; None for a parameter that has no shape yet."""
+    if row is None:
+        return None
+    is_forced = group.get("rule") is not None and not is_lazy(p) and p.ndim >= 2 and p.numel()
+    return "matrix" if is_forced else row.rule
+
+
+def rows_of(
+    params: Sequence[Tensor], names: Sequence[str | None], known: Mapping[Tensor, Row]
+) -> list[Row | None]:
+    """A row per parameter: the model's where it knows the parameter, else by name and shape."""
+    return [
+        known.get(p) or (None if is_lazy(p) else route(name, tuple(p.shape)))
+        for p, name in zip(params, names, strict=True)
+    ]
+
+
+def complete_names(
+    names: Sequence[str | None], params: Sequence[Tensor], known: Mapping[Tensor, Row], first: int
+) -> list[str]:
+    """The names given, else the model's, else one made up from the flat position.
+
+    Args:
+        names: Names that the user gave.
+        params: The parameters.
+        known: The model's rows.
+        first: Flat position of the first parameter.
+    """
+    completed = []
+    for i, (name, p) in enumerate(zip(names, params, strict=True), first):
+        row = known.get(p)
+        completed.append(name or (row.name if row else None) or f"parameter_{i}")
+    return completed

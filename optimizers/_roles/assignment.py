@@ -1,0 +1,86 @@
+"""The table that ``assignment()`` of an optimizer returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from typing_extensions import override
+
+from .classify import Assignment, Row
+
+
+@dataclass(frozen=True)
+class AssignedRow(Row):
+    """A row with what its group says.
+
+    Attributes:
+        layout: Pair and axis of the rule, "" for the usual ones.
+        lr: Learning rate of the parameter.
+        decay: Weight decay of the parameter.
+    """
+
+    layout: str = ""
+    lr: float = 0.0
+    decay: float = 0.0
+
+    @override
+    def _cells(self) -> dict[str, str]:
+        return {
+            **super()._cells(),
+            "layout": self.layout,
+            "lr": f"{self.lr:g}",
+            "decay": f"{self.decay:g}",
+        }
+
+
+@dataclass(frozen=True)
+class OptimizerAssignment(Assignment):
+    """Rule, learning rate and decay of every parameter of an optimizer, and why; it prints.
+
+    Attributes:
+        kept_keys: Group keys that belong to other code and are kept.
+    """
+
+    kept_keys: tuple[str, ...] = ()
+
+    _columns = ("name", "shape", "role", "rule", "view", "layout", "centred", "lr", "decay", "why")
+    _optional = ("view", "layout", "centred")
+
+    @override
+    def __str__(self) -> str:
+        table = self._table(self._columns, *self._optional)
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+        return "\n".join([*lines, self._counts(), *self._kept()])
+
+    @override
+    def to_markdown(self) -> str:
+        head, *table = self._table(self._columns, *self._optional)
+        lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for row in table:
+            cells = (cell.replace("|", "\\|") for cell in row)
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join([*lines, "", self._counts(), *self._kept(), ""])
+
+    def _kept(self) -> list[str]:
+        return [f"kept group keys: {', '.join(self.kept_keys)}"] if self.kept_keys else []
+
+    @override
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            {key: list(x) if isinstance(x, tuple) else x for key, x in asdict(row).items()}
+            for row in self.rows
+        ]
+        return {"rows": rows, "kept_keys": list(self.kept_keys)}
+
+    @classmethod
+    @override
+    def from_dict(cls, data: Mapping[str, Any]) -> OptimizerAssignment:
+        rows: list[dict[str, Any]] = [
+            {key: tuple(x) if isinstance(x, list) else x for key, x in row.items()}
+            for row in data["rows"]
+        ]
+        kept_keys = tuple(data.get("kept_keys", ()))
+        return cls(tuple(AssignedRow(**row) for row in rows), kept_keys)
