@@ -52,7 +52,7 @@ def blockwise_levels(signed: bool) -> Tensor:
     parts = []
     for i in reversed(range(decades)):
         count = 2 ** (decades - 1 - i)
-        steps = torch.arange(1, count + 1, dtype=torch.float64) / count
+        steps = torch.arange(1, count + 1, dtype=torch.float64, device="cpu") / count
         parts.append((0.1 + 0.9 * steps) * 10.0**-i)
     return torch.cat(parts)
 
@@ -60,7 +60,8 @@ def blockwise_levels(signed: bool) -> Tensor:
 @lru_cache(maxsize=16)
 def _decoder(signed: bool, device: torch.device) -> Tensor:
     """(256,) value of every code read as an unsigned byte."""
-    levels, zero = blockwise_levels(signed), torch.zeros(1, dtype=torch.float64)
+    levels = blockwise_levels(signed)
+    zero = levels.new_zeros(1)
     # as unsigned bytes, the codes -128..-1 of int8 come after 0..127; -128 is not used
     values = torch.cat([zero, levels, -levels[-1:], -levels.flip(0)] if signed else [zero, levels])
     return values.float().to(device)
@@ -74,7 +75,7 @@ def _encoder(signed: bool, device: torch.device) -> Tensor:
     one; so a look-up takes the place of a search, at a twentieth of its time.
     """
     levels = blockwise_levels(signed)
-    bits = torch.arange(65536, dtype=torch.int32)
+    bits = torch.arange(65536, dtype=torch.int32, device="cpu")
     values = bits.to(torch.uint16).view(torch.float16).double().nan_to_num(0.0) / _CODE_SCALE
     size = values.abs()
     middles = (levels[1:] + levels[:-1]) / 2

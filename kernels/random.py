@@ -9,7 +9,7 @@ _ROUNDS = ((30, -4658895280553007687), (27, -7723592293110705685))
 _BITS = 32
 
 
-def splitmix(count: int, key: int = 0, device: torch.device | None = None) -> Tensor:
+def splitmix(count: int, key: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """The first outputs of splitmix64 from the state ``key``, made where they are used.
 
     Args:
@@ -23,7 +23,7 @@ def splitmix(count: int, key: int = 0, device: torch.device | None = None) -> Te
     Source: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
     """
     key = (key + 2**63) % 2**64 - 2**63
-    x = torch.arange(1, count + 1, device=device) * _STEP + key
+    x = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _STEP + key
     for shift, factor in _ROUNDS:
         x = (x ^ _shifted(x, shift)) * factor
     return x ^ _shifted(x, 31)
@@ -37,5 +37,6 @@ def _shifted(x: Tensor, shift: int) -> Tensor:
 def random_signs(m: int, n: int, key: int, like: Tensor) -> Tensor:
     """An m x n matrix of independent signs +1 and -1, in dtype and on the device of ``like``."""
     words = splitmix(-(-m * n // _BITS), key, like.device)
-    bits = words.unsqueeze(1) >> torch.arange(_BITS, device=like.device) & 1
+    shifts = torch.arange(_BITS, dtype=torch.int64, device=like.device)
+    bits = words.unsqueeze(1) >> shifts & 1
     return (1 - 2 * bits).to(like.dtype).view(-1)[: m * n].view(m, n)

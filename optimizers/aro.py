@@ -206,7 +206,7 @@ class ARORule(RotationRule):
         check_equal_stacks([len(w.state["momentum_buffer"]) for w in members])
         ws = [w for w in members if w.grad is not None]
         Ms = [self.momentum_of(w) for w in ws]  # (K, m, n) each
-        R, cs = None, [torch.ones(())] * len(ws)
+        R, cs = None, [M.new_ones(()) for M in Ms]
         if self.rotation != "none":
             # (K, 1, 1) each, so that products with c M do not overflow
             cs = [safe_square_scale(M, w.reductions) for w, M in zip(ws, Ms, strict=True)]

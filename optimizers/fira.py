@@ -200,7 +200,8 @@ class Fira(StackedOptimizer):
         TypeError: For an unknown keyword.
 
     State of an m x n weight, m <= n: ``basis`` (m, r), ``exp_avg`` and ``exp_avg_sq`` (r, n),
-    ``limiter_norm`` (1, 1). Peak temporary memory: buffers of r x n elements, and panels.
+    ``limiter_norm`` (1, 1). Peak temporary memory: buffers of r x n elements, and panels; in a
+    refresh as :class:`GaLore`.
 
     Caveat: paper and published code differ. In the code alpha shrinks what is subtracted but not S,
     so S contains 1 - alpha of the projected gradient and weighs 1 / alpha times more, and |S| is

@@ -115,7 +115,9 @@ class GaLore(StackedOptimizer):
     r n each (float32), ``step`` and ``refreshed``; ``"full"``: r (m + n) + 2 r^2. randk, topk and
     dct store ``index``, r int32, in place of the basis. Lion has no ``exp_avg_sq``; Adafactor has
     ``exp_avg_sq_row`` r and ``exp_avg_sq_col`` n in its place. AdamW stores 2 m n.
-    Peak temporary memory: buffers of r x n elements, and panels.
+    Peak temporary memory: buffers of r x n elements, and panels. A refresh adds, in elements and
+    with m <= n, 2 m^2 for ``"svd"``, m n + m^2 for ``"svd_full"``, and for all but the random kinds
+    two panels of 2^20, ``"range"`` four, ``"dct"`` five.
 
     Caveat: only the state shrinks; gradients and weights keep their full size. After a refresh kept
     moments are read in the new basis, as published; ``moments="rotate"`` carries them over.

@@ -146,7 +146,7 @@ class MuonRule(Rule):
             O = self.orthogonalize(X, keys)
             if self.report_steps and w.t % self.report_steps == 0:
                 rows = [_report_row(M.clone(), P.clone()) for M, P in zip(X, O, strict=True)]
-                w.state["polar_report"].copy_(torch.tensor(rows))
+                w.state["polar_report"].copy_(X.new_tensor(rows, dtype=torch.float32))
             return O
 
         return w.reductions.on_full_matrix(factor_with_report, U)
@@ -243,7 +243,8 @@ class MuonRule(Rule):
         self._check_second_moment()
         self._check_guards()
         with naming("ns_steps", "ns_coefficients", "polar_norm", "polar_dtype", "inner"):
-            self.orthogonalize(torch.empty(1, 0, 1))  # raises here for what the kernel refuses
+            # raises here for what the kernel refuses
+            self.orthogonalize(torch.empty(1, 0, 1, dtype=torch.float32, device="cpu"))
 
     def _check_torch_options(self) -> None:
         """Check the options that torch.optim.Muon has too, with its error texts."""

@@ -60,7 +60,7 @@ class TrionRule(Rule):
         check_choices(self, norm=("l1", "l2"), basis=DCT_BASES)
         check_count_or_share(self, "rank")
         with naming("ns_steps", "ns_coefficients"):  # raises here for what the kernel refuses
-            self.orthogonalize(torch.empty(1, 0, 1))
+            self.orthogonalize(torch.empty(1, 0, 1, dtype=torch.float32, device="cpu"))
 
     @property
     def cosines(self) -> DctProjector:

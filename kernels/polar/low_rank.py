@@ -128,9 +128,10 @@ def _sketched(X: Tensor, sketch: str | Tensor, key: int | list[int], r: int) -> 
         return X @ sketch.to(X) if sketch.is_floating_point() else _columns(X, sketch)
     if sketch == "signs":
         return X @ random_signs(X.shape[-1], r, key, X)
-    draw = torch.Generator().manual_seed(key % 2**63)
+    draw = torch.Generator("cpu").manual_seed(key % 2**63)
     if sketch == "gaussian":
-        return X @ torch.randn(X.shape[-1], r, generator=draw).to(X)
+        shape = X.shape[-1], r
+        return X @ torch.randn(shape, generator=draw, device="cpu", dtype=torch.float32).to(X)
     index = torch.multinomial(_weights(X).cpu(), r, replacement=True, generator=draw)
     return _columns(X, index.to(X.device))
 

@@ -159,7 +159,8 @@ def power_bound(A: Tensor, k: int) -> Tensor:
         length = _norm(V).clamp(min=torch.finfo(torch.float32).tiny)
         log = log + length.log()
         V = V / length.to(V.dtype)
-    return torch.as_tensor(log / (2 * k)).exp().clamp(max=1.0)
+    assert isinstance(log, Tensor)
+    return (log / (2 * k)).exp().clamp(max=1.0)
 
 
 def _gaussian(m: int, device: torch.device) -> Tensor:

@@ -47,8 +47,8 @@ def _householder(A: Tensor) -> tuple[Tensor, Tensor]:
 def _reflections(A: Tensor) -> tuple[Tensor, Tensor]:
     H, tau = torch.geqrf(A)
     diagonal = H.diagonal(dim1=-2, dim2=-1)
-    signs = torch.where(diagonal < 0, -1.0, 1.0).to(A.dtype)
-    Q = torch.linalg.householder_product(H, tau).mul_(signs.unsqueeze(-2))
+    signs = 1 - 2 * (diagonal < 0).to(A.dtype)
+    Q: Tensor = torch.linalg.householder_product(H, tau).mul_(signs.unsqueeze(-2))
     return Q, diagonal.abs()
 
 

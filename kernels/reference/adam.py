@@ -77,7 +77,7 @@ def _adam_fused(
         params, grads, Ms, Vs = (list(x.flatten(0, 1).unbind()) for x in tensors)
     else:
         # A fill, not a copy from the host: on a GPU nothing waits.
-        clock = torch.full((), float(t), device=R.device)
+        clock = torch.full((), float(t), dtype=torch.float32, device=R.device)
         flat = R.shape[0] == 1 or R.device.type != "cpu" or R[0].numel() % _LINE_ENTRIES == 0
         params, grads, Ms, Vs = ([x] if flat else list(x.unbind(0)) for x in tensors)
         clocks = [clock] * len(params)

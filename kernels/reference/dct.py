@@ -23,8 +23,9 @@ DCT_NORMS = (None, "l1", "l2")
 def basis(n: int, dtype: torch.dtype, device: str) -> Tensor:
     """The matrix C (n, n) of :func:`stiefel.kernels.dct_basis`."""
     with torch.inference_mode(False), torch.no_grad():
-        k = torch.arange(n)
-        wave = torch.arange(4 * n, dtype=torch.float64).mul_(math.pi / (2 * n)).cos_()
+        k = torch.arange(n, dtype=torch.int64, device="cpu")
+        wave = torch.arange(4 * n, dtype=torch.float64, device="cpu")
+        wave.mul_(math.pi / (2 * n)).cos_()
         C = wave[k[:, None] * (2 * k + 1) % (4 * n)].mul_(math.sqrt(2 / n))
         C[0].fill_(math.sqrt(1 / n))
         return C.to(device, dtype)
@@ -34,10 +35,12 @@ def basis(n: int, dtype: torch.dtype, device: str) -> Tensor:
 def quarter_waves(n: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Order of Makhoul's permutation, its inverse, and s_k e^{-i pi k / (2 n)} for k <= n / 2."""
     with torch.inference_mode(False), torch.no_grad():
-        order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
+        k = torch.arange(n, dtype=torch.int64, device="cpu")
+        order = torch.cat([k[::2], k[1::2].flip(0)])
         place = torch.empty_like(order)
-        place[order] = torch.arange(n)
-        theta = torch.arange(n // 2 + 1, dtype=torch.float64).mul_(-math.pi / (2 * n))
+        place[order] = k
+        theta = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu")
+        theta.mul_(-math.pi / (2 * n))
         twiddle = torch.polar(torch.full_like(theta, math.sqrt(2 / n)), theta)
         twiddle[0] = math.sqrt(1 / n)
         narrow = torch.complex128 if dtype == torch.float64 else torch.complex64

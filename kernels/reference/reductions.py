@@ -48,7 +48,10 @@ def power_sums(X: Stack, count: int) -> tuple[Tensor, Tensor]:
     """
     found = [_powers(x, count) for x in stacked(X)]
     if not found:
-        return torch.empty(0, 1, 1).double(), torch.empty(0, count).double()
+        empty = torch.empty(
+            0, device=X.device if isinstance(X, Tensor) else "cpu", dtype=torch.float64
+        )
+        return empty.view(0, 1, 1), empty.view(0, count)
     norm = torch.stack([x[0] for x in found]).view(-1, 1, 1)
     return norm, torch.stack([torch.stack(x[1:]) for x in found])
 

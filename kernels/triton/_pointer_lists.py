@@ -137,7 +137,7 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
         return found[0]
     if stream not in of_streams:
         with torch.inference_mode(False):
-            host = torch.tensor(addresses, dtype=torch.int64)
+            host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
             host = host.pin_memory() if device.type == "cuda" else host
             of_streams[stream] = host.to(device, non_blocking=True), host
         if len(_TABLES) >= MAX_TABLES:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...kernels import dequantize_blocks, fuses_passes, quantize_blocks
 from .._core.rule import Member, Rule
 from .adamw import EntryCache
-from .units import State, Unit, is_slab_row, scale_of
+from .units import State, Unit, is_slab_row, scale_of, slab_rows
 from .windows import block_labels_of, drops_state
 
 MAX_STACK_BYTES = {"cpu": 64 * 2**20}
@@ -53,6 +53,8 @@ class Bucket:
         owners: (parameter, its state dict), to notice a dict that other code has replaced.
         bindings: (state dict, key, tensor) of every live state tensor, to notice a tensor that
             other code has replaced.
+        addresses: Per binding of a stack its address on the CPU, to notice rows that another
+            process was sent and that left their slab by that.
         clock_dicts: Per unit, the state dict that holds its clocks.
     """
 
@@ -63,6 +65,7 @@ class Bucket:
     quantized: list[dict[str, tuple[Tensor, Tensor]]] = field(default_factory=list)
     owners: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
     bindings: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
     clock_dicts: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -102,9 +105,10 @@ class Bucket:
             self.bindings.append((entries[0], key, tensor))
             return tensor.unsqueeze(0)
         slab = torch.stack([entry[key] for entry in entries])
-        for entry, row in zip(entries, slab.unbind(0), strict=True):
+        for entry, row in zip(entries, slab_rows(slab), strict=True):
             entry[key] = row
             self.bindings.append((entry, key, row))
+            self.addresses.append(row.data_ptr() if is_slab_row(row) else 0)
         return slab
 
     def _rule_view(self, i: int, name: str, stored: Tensor) -> Tensor:
@@ -213,6 +217,9 @@ class Bucket:
                 return False
         for entry, key, tensor in self.bindings:
             if entry.get(key) is not tensor:
+                return False
+        for (_, _, tensor), address in zip(self.bindings, self.addresses, strict=False):
+            if address and tensor.data_ptr() != address:
                 return False
         # clocks that other code has set: the units are sorted anew, or refused
         step_key, refreshed_key = self.unit.step_key, self.unit.refreshed_key

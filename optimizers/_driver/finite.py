@@ -58,7 +58,7 @@ class LateFlags:
         self._owners = owners
         if finite.is_cuda:
             stream = torch.cuda.current_stream(finite.device)  # not that of the current device
-            pinned = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
+            pinned = torch.empty(finite.shape, dtype=finite.dtype, device="cpu", pin_memory=True)
             finite = pinned.copy_(finite, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(stream)
@@ -266,7 +266,7 @@ def _of_shards(G: Any) -> Tensor:
     bad = largest(G.to_local()).isfinite().logical_not().float()
     mesh = G.device_mesh
     count = DTensor.from_local(bad, mesh, [Partial()] * mesh.ndim).full_tensor()
-    return torch.where(count > 0, math.inf, 0.0)
+    return torch.where(count > 0, torch.full_like(count, math.inf), 0.0)
 
 
 def largest(G: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ def largest(G: Tensor) -> Tensor:
     if hasattr(G, "device_mesh"):
         return _of_shards(G)
     G = _as_real(G)
-    return max_abs(G) if G.numel() else torch.zeros((), device=G.device)
+    return max_abs(G) if G.numel() else G.new_zeros(())
 
 
 def _as_real(G: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def _target(group: Mapping[str, Any], p: Tensor, row: Row | None) -> str | None:
     return "matrix" if is_forced else row.rule
 
 
-def rows_of(
+def rows_for(
     params: Sequence[Tensor], names: Sequence[str | None], known: Mapping[Tensor, Row]
 ) -> list[Row | None]:
     """A row per parameter: the model's where it knows the parameter, else by name and shape."""

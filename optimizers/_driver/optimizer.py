@@ -48,7 +48,7 @@ from .finite import (
     snapshot,
     stops_step,
 )
-from .model_roles import ModelRoles, complete_names, fill_lists, rows_of
+from .model_roles import ModelRoles, complete_names, fill_lists, rows_for
 from .param_groups import (
     COMMON,
     FOREIGN_KEYS,
@@ -86,16 +86,20 @@ class StackedOptimizer(Optimizer):
     Matrices go to the rule, everything else to torch's own AdamW, as :meth:`assignment` lists.
 
     Args:
-        params: A module (roles are found by :func:`classify`; frozen parameters are left out),
-            named parameters (names route embeddings and heads to AdamW), parameters (shape alone
-            decides), or groups: dicts with ``params``, any field of the rule, any keyword below,
-            and ``rule``: ``"adamw"``, or the name of a method.
+        params: A module (roles are found by :func:`classify`; its vectors have no weight decay,
+            its frozen parameters train once they are unfrozen), named parameters (names route
+            embeddings and heads to AdamW), parameters (shape alone decides), or groups: dicts with
+            ``params``, any field of the rule, any keyword below, and ``rule``: ``"adamw"``, or the
+            name of a method. Groups stay as many as they are, a module is one. Keys of other code
+            are kept; a key that is an option with one wrong letter is refused.
         rule: The method and its hyper-parameters.
         lr: Learning rate, a float or a 1-element tensor.
         weight_decay: Decoupled weight decay (default: 0).
-        adamw_lr: Learning rate of the AdamW parameters; None (default): ``lr``. If given, these
-            parameters get groups of their own, so that schedulers scale both. Wrappers that mirror
-            groups (ZeroRedundancyOptimizer) need the groups spelled out, each with its ``lr``.
+        model: The module whose parameters ``params`` are, in any form, so that roles come from it;
+            it is held weakly. None (default): names and shapes decide.
+        adamw_lr: Learning rate of the AdamW parameters; None (default): ``lr``. Kept as the group
+            key ``adamw_lr_ratio``, so that schedulers scale both; ``group["adamw_lr"] = x`` sets it
+            anew. An AdamW group with ``lr`` of its own has that.
         adamw_betas: Betas of the AdamW parameters; None (default): the method's ``betas``, else
             (0.9, 0.95).
         adamw_eps: Eps of the AdamW parameters (default: 1e-8).
@@ -300,7 +304,7 @@ class StackedOptimizer(Optimizer):
             group.pop("param_names", None)
         if not known or "rules" in group:
             return
-        rows = rows_of(params, names, known)
+        rows = rows_for(params, names, known)
         refuse_view(self.defaults["view"], [row for row in rows if row is not None])
         assert self._model_roles is not None
         lists = {**full_group, "params": params}
@@ -401,7 +405,10 @@ class StackedOptimizer(Optimizer):
         """Raise if other code has put into the state what a step cannot use."""
         adamw_params = [plan.flat_params[i] for part in plan.adamw_positions for i in part]
         names = names_of(self.param_groups)
-        texts = {p: describe(names[i], p, i) for i, p in enumerate(plan.flat_params)}
+        texts = {
+            p: describe(name if isinstance(name, str) else None, p, i)
+            for i, (p, name) in enumerate(zip(plan.flat_params, names, strict=True))
+        }
         refuse_unsound_state(plan.units, plan.rules, adamw_params, self.state, texts)
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:

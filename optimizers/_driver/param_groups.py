@@ -303,9 +303,9 @@ def roles_of(group: Mapping[str, Any], rule: Rule | None) -> list[Row]:
 
 def view_of(group: Mapping[str, Any], i: int, row: Row) -> str | Sequence[str]:
     """How parameter i of a group becomes matrices: as the model, the group or its name tells."""
-    told: str | None = listed(group, "views", i)
-    if told is not None:
-        return told
+    listed_view: str | None = listed(group, "views", i)
+    if listed_view is not None:
+        return listed_view
     view: str | Sequence[str] = group["view"]
     # a kernel of three dimensions is one matrix, not a stack of small ones
     return row.view if view == "auto" and row.role == "conv" else view

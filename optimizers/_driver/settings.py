@@ -130,7 +130,7 @@ def _entries(units: Iterable[Unit]) -> dict[Tensor, Entries | None]:
 
 def _layout(unit: Unit, i: int) -> tuple[Any, ...]:
     """Shape, strides and offset of member i of a unit, as the rule sees a contiguous parameter."""
-    whole = torch.empty(unit.params[i].shape, device="meta")
+    whole = torch.empty(unit.params[i].shape, dtype=torch.float32, device="meta")
     X = unit.views[i].to_matrices(whole)
     X = X.mT if unit.transposed[i] else X
     return tuple(X.shape), X.stride(), X.storage_offset()

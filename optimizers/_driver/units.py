@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ...kernels import blockwise_scales
 from .._core.rule import BlockPosition, Rule, Slot, Slots
@@ -38,9 +39,28 @@ ONLY_BLOCK = BlockPosition()
 State = MutableMapping[Tensor, dict[str, Any]]
 
 
+_SLAB_ROWS: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()
+
+
+def slab_rows(slab: Tensor) -> list[Tensor]:
+    """The rows of a slab; on the CPU each with a storage of its own over the slab's memory.
+
+    Whatever saves, copies or pickles a tensor takes its whole storage along. Other devices cannot
+    send a storage that begins inside an allocation to another process, so there all rows share one.
+    """
+    rows = list(slab.unbind(0))
+    if slab.device.type == "cpu" and type(slab) is Tensor and slab.numel():
+        start, size = slab.storage_offset() * slab.element_size(), rows[0].nbytes
+        for k, row in enumerate(rows):
+            begin = start + k * size
+            row.set_(slab.untyped_storage()[begin : begin + size], 0, row.shape, row.stride())
+            _SLAB_ROWS[row] = True
+    return rows
+
+
 def is_slab_row(X: Tensor) -> bool:
-    """Whether X is part of a larger storage, such as a row of a slab."""
-    return X.untyped_storage().nbytes() > X.numel() * X.element_size()
+    """Whether X keeps more memory alive than its own, such as that of a whole slab."""
+    return X in _SLAB_ROWS or X.untyped_storage().nbytes() > X.nbytes
 
 
 @dataclass(eq=False)

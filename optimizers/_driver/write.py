@@ -206,7 +206,8 @@ def _limit_rel_norm(
 ) -> list[Term]:
     """Shrink the step to max_rel_norm * ||W||_F per matrix; a zero weight sets no limit."""
     check(all(isinstance(term, Dense) for term in terms), "max_rel_norm needs Dense terms")
-    U = sum((term.U for term in terms if isinstance(term, Dense)), torch.zeros((), device=W.device))
+    zero = torch.zeros((), dtype=torch.float32, device=W.device)
+    U = sum((term.U for term in terms if isinstance(term, Dense)), zero)
     size = torch.linalg.vector_norm(U, dim=(-2, -1), keepdim=True) * (lr * abs(lr_factor))
     limit = max_rel_norm * torch.linalg.vector_norm(W.to(U.dtype), dim=(-2, -1), keepdim=True)
     shrink = torch.where((limit > 0) & (size > limit), limit / size, torch.ones_like(size))

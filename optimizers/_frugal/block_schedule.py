@@ -9,7 +9,6 @@ from functools import lru_cache
 from numbers import Integral
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -17,7 +16,7 @@ from .._core.rule import Dense, Member, Rule, Slot, Term
 from .._core.validation import check, is_number, shown
 from .._driver.param_groups import describe, parameters_of, roles_of
 from .._toolkit.base_optimizers import BaseOptimizer
-from .._toolkit.random_keys import StackRNG
+from .._toolkit.random_keys import StackRNG, random_order
 from .gradient_split import GradientSplit, StateFreeUpdate, resolve_count, warn_rounds_to_zero
 
 BLOCK_ORDERS = ("random", "ascending", "descending", "mirror")
@@ -84,7 +83,7 @@ def _active_blocks(schedule: BlockSchedule, window: int, count: int) -> frozense
         warn_rounds_to_zero(schedule.share, f"{count} blocks")
     if schedule.order == "random":
         generator = StackRNG(schedule.seed, (0,), window).generator(0)
-        return frozenset(torch.randperm(count, generator=generator)[:active].tolist())
+        return frozenset(random_order(count, generator)[:active].tolist())
     if schedule.order == "mirror":
         check(
             active % 2 == 0,

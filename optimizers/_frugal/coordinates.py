@@ -15,7 +15,7 @@ from ... import kernels
 from .._core.rule import Dense, Member, Slot, Term, WriteScalars
 from .._toolkit.base_optimizers import Adam, BaseOptimizer
 from .._toolkit.moments import IndexBasisChange
-from .._toolkit.random_keys import StackRNG
+from .._toolkit.random_keys import StackRNG, random_order
 from .gradient_split import ALL, GradientSplit, StateFreeUpdate, slots_if_any
 
 COORDINATE_KINDS = ("columns", "rows", "randk")
@@ -76,14 +76,14 @@ class CoordinateSplit(GradientSplit):
     def draw(self, rng: StackRNG, length: int, c: int) -> Tensor:
         """Draw numbers (K, c), every set equally likely."""
         generators = [rng.generator(k) for k in range(len(rng.indices))]
-        return torch.stack([torch.randperm(length, generator=g)[:c] for g in generators])
+        return torch.stack([random_order(length, g)[:c] for g in generators])
 
     def find(self, rng: StackRNG, m: int, n: int, old: Tensor) -> Tensor:
         """Draw numbers and put them in the order, dtype and device in which ``old`` is stored."""
         length = self.length(m, n)
         index = self.draw(rng, length, old.shape[-1])
         if self.ordered:  # by a mask, which is faster than a sort
-            chosen = torch.zeros(len(index), length, dtype=torch.bool)
+            chosen = torch.zeros(len(index), length, dtype=torch.bool, device=index.device)
             chosen.scatter_(1, index, True)
             index = chosen.nonzero()[:, 1].view(len(index), -1)
         return index.to(old.device, old.dtype)
@@ -290,7 +290,7 @@ class SplitTerm(Term):
             return ALL, self.positions[ks]
         width = 1 if self.coordinates.kind == "rows" else self.G.shape[-1]
         numbers = self.positions[ks]  # of one matrix: only single ones are cut into rows
-        edges = torch.tensor([[start * width, stop * width]])
+        edges = numbers.new_tensor([[start * width, stop * width]])
         low, high = torch.searchsorted(numbers, edges)[0].tolist()
         return slice(low, high), numbers[:, low:high] - start * width
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from .._core.rule import Member, Slot
 from .._driver.param_groups import parameters_of, warn_user
-from .._toolkit.random_keys import StackRNG, splitmix64
+from .._toolkit.random_keys import StackRNG, random_order, splitmix64
 from .pair_groups import PairOptimizer
 from .switching import (
     check_triples,
@@ -28,6 +28,9 @@ from .switching import (
 
 if TYPE_CHECKING:
     from .._driver.buckets import StepPlan
+
+DRAW_PANEL = 2**14
+"""Entries of a pool that are drawn at a time: a pool may be as large as the base weight."""
 
 __all__ = [
     "TripleOptimizer",
@@ -117,7 +120,7 @@ class VectorPool:
             return [(last + 1 + i) % len(self.vectors) for i in range(k)]
         used = set(self.slots)
         waiting = [entry for entry in range(len(self.vectors)) if entry not in used]
-        return [waiting[i] for i in torch.randperm(len(waiting), generator=generator)[:k].tolist()]
+        return [waiting[i] for i in random_order(len(waiting), generator)[:k].tolist()]
 
     def exchange(
         self, k: int, X: Tensor, generator: torch.Generator | None = None
@@ -133,7 +136,8 @@ class VectorPool:
             The slots (k,), and their new vectors (k, length) on X's device, a tensor of its own.
         """
         slots = [(self.cursor + i) % len(self.slots) for i in range(k)]
-        at, entries = torch.tensor(slots), self.next_entries(k, generator)
+        at = torch.tensor(slots, dtype=torch.int64, device="cpu")
+        entries = self.next_entries(k, generator)
         leaving, start = X[at], 0
         new = torch.cat(
             [self.vectors[run].to(X.device, non_blocking=True) for run in _contiguous_runs(entries)]
@@ -149,7 +153,7 @@ class VectorPool:
         return at, new
 
     def _store(self) -> None:
-        self._slots.copy_(torch.tensor(self.slots, dtype=self._slots.dtype))
+        self._slots.copy_(self._slots.new_tensor(self.slots))
         self._cursor.fill_(self.cursor)
 
 
@@ -168,7 +172,11 @@ def fill_pools_(A: Tensor, B: Tensor, r: int, s: float, generator: torch.Generat
     """Fill pools (p, n) of A and (p, m) of B with uniform vectors, in float32 and rounded."""
     for X, std in zip((A, B), init_stds(B.shape[1], A.shape[1], r, s), strict=True):
         bound = math.sqrt(3) * std
-        X.copy_(torch.rand(X.shape, generator=generator).mul_(2 * bound).sub_(bound))
+        height = max(1, DRAW_PANEL // X.shape[1])
+        for i in range(0, len(X), height):  # panels have the bits of one draw
+            rows = X[i : i + height]
+            draw = torch.rand(rows.shape, generator=generator, dtype=torch.float32, device="cpu")
+            rows.copy_(draw.mul_(2 * bound).sub_(bound))
 
 
 def start_pools_(a: VectorPool, b: VectorPool, s: float, generator: torch.Generator) -> None:

@@ -16,7 +16,7 @@ from .._core.rule import LOCAL_REDUCTIONS, Factored, Reductions, Selected, Slot,
 from .._core.validation import check, check_rank
 from .dense_projectors import ALL, Projector, State
 from .moments import BasisChange, IndexBasisChange
-from .random_keys import StackRNG
+from .random_keys import StackRNG, random_order
 from .svd import full_precision_matmul, normalized_panels, work_dtype
 
 DCT_BASES = ("dct2", "dct3")
@@ -120,7 +120,7 @@ class RandKProjector(TopKProjector):
     """Random rows, each set equally likely: E[P P^T] = (r / m) I."""
 
     def _choose(self, G: Tensor, r: int, rng: StackRNG, k: int) -> Tensor:
-        return torch.randperm(G.shape[0], generator=rng.generator(k))[:r]
+        return random_order(G.shape[0], rng.generator(k))[:r]
 
 
 @dataclass(frozen=True)

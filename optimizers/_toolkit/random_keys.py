@@ -50,9 +50,18 @@ class StackRNG:
 
     def generator(self, k: int) -> torch.Generator:
         """A new CPU generator for matrix k of the stack."""
-        return torch.Generator().manual_seed(self.key(k) % 2**63)
+        return torch.Generator("cpu").manual_seed(self.key(k) % 2**63)
 
     def gaussian(self, k: int, G: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
         """Draw independent normal matrices of these shapes in fp32, in the work dtype of G."""
         generator = self.generator(k)
-        return [torch.randn(shape, generator=generator).to(work_dtype(G)) for shape in shapes]
+        draws = [
+            torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+            for shape in shapes
+        ]
+        return [draw.to(work_dtype(G)) for draw in draws]
+
+
+def random_order(count: int, generator: torch.Generator) -> Tensor:
+    """The numbers below ``count`` in random order, drawn on the generator's device."""
+    return torch.randperm(count, generator=generator, device=generator.device, dtype=torch.int64)

@@ -187,5 +187,5 @@ def random_bases(
 
 def _haar(A: Tensor) -> Tensor:
     Q, T = torch.linalg.qr(A)
-    P: Tensor = Q * torch.where(T.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
+    P: Tensor = Q * (1 - 2 * (T.diagonal() < 0).to(Q.dtype))
     return P

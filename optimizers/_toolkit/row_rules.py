@@ -167,7 +167,8 @@ class RowPolarRule(RowRule, abstract=True):
         check_eps(self)
         if self.polar != "inverse_root":
             with naming("ns_steps"):  # raises here for what the kernel refuses
-                polar_factor(torch.empty(1, 0, 1), self.polar, steps=self.ns_steps)
+                empty = torch.empty(1, 0, 1, dtype=torch.float32, device="cpu")
+                polar_factor(empty, self.polar, steps=self.ns_steps)
         check(
             self.alpha == 0.0 or self.adjust_lr_fn == "none",
             "alpha scales a whole update, which match_rms_adamw does by itself; set "

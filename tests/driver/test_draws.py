@@ -45,12 +45,12 @@ def named(params, prefix=""):
 @ALL
 def test_one_optimizer_per_named_parameter_draws_as_one_for_all(make):
     params, grads = layers()
-    together = run(make(named(params)), params, grads)[-1]
-    assert not same(together[0], together[1])
+    joint = run(make(named(params)), params, grads)[-1]
+    assert not same(joint[0], joint[1])
     for i, name in enumerate(NAMES):
         params, grads = layers()
         alone = run(make([(name, params[i])]), [params[i]], [grads[i]])[-1]
-        assert same(alone[0], together[i])
+        assert same(alone[0], joint[i])
 
 
 @ALL
@@ -69,11 +69,11 @@ def test_draws_without_names_go_by_position(make):
     params, grads = layers()
     optimizer = make(params)
     assert optimizer.param_groups[0]["draws"] == "position"
-    together = run(optimizer, params, grads)[-1]
-    assert not same(together[0], together[1])
+    joint = run(optimizer, params, grads)[-1]
+    assert not same(joint[0], joint[1])
     params, grads = layers()
     alone = run(make([params[0]]), [params[0]], [grads[0]])[-1]
-    assert same(alone[0], together[0])
+    assert same(alone[0], joint[0])
 
 
 @ALL

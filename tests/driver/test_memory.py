@@ -6,8 +6,9 @@ from helpers.allocations import count_step
 from helpers.problems import gradients, weight
 
 from stiefel.kernels import POLAR_METHODS
-from stiefel.optimizers import GaLore, Muon
+from stiefel.optimizers import Fira, GaLore, Muon, SwitchLoRA, pairs_to_groups
 from stiefel.optimizers._driver.write import WRITE_PANEL
+from stiefel.optimizers._toolkit.projectors import PROJECTION_KINDS
 
 WIDE, TALL = (256, 1024), (1024, 256)
 MATRIX = 256 * 1024 * 4
@@ -41,6 +42,36 @@ def test_galore_refresh_makes_no_copy_of_the_gradient(shape):
     optimizer = GaLore([p], rank=64, update_proj_gap=1)
     gram = 256 * 256 * 4
     assert peak(optimizer, [p]) <= 6 * gram + 2 * 64 * 1024 * 4 + 2**20 * 4 // 2
+
+
+PANELS = {"svd": 2, "svd_full": 0, "range": 4, "power": 2, "topk": 2, "dct": 5}
+"""Panels of 2^20 elements that a refresh takes at once."""
+
+
+@pytest.mark.parametrize("cls", [GaLore, Fira])
+@pytest.mark.parametrize("kind", PROJECTION_KINDS)
+@pytest.mark.parametrize("shape", [(256, 8192), (8192, 256), (1024, 1024)])
+def test_a_refresh_takes_what_the_docstring_says(kind, shape, cls):
+    r, (m, n) = 16, sorted(shape)
+    p = weight(shape)
+    optimizer = cls([p], rank=r, projection=kind, update_proj_gap=1)
+    p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    bound = PANELS.get(kind, 0) * 2**20 + 2 * m * m * (kind == "svd")
+    bound += (m * n + m * m) * (kind == "svd_full")
+    assert count_step(optimizer).peak <= 4 * (bound + 8 * r * n + 2 * WRITE_PANEL) * 1.02
+
+
+def test_switchlora_draws_its_pools_in_panels():
+    """The first step takes four factors beside its state, as any other, not copies of the pools."""
+    m, n, r = 512, 1024, 32
+    W0 = weight((m, n), 3).requires_grad_(False)
+    A, B = weight((r, n)), weight((m, r), 1)
+    groups = pairs_to_groups([(A, B, W0)], scale=0.5)
+    optimizer = SwitchLoRA(groups, interval0=4, freeze_steps=1, ratio=None)
+    A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
+    counter = count_step(optimizer)
+    assert counter.peak - counter.live <= 4 * r * n * 4
 
 
 @pytest.mark.parametrize("polar", ["auto", *POLAR_METHODS])

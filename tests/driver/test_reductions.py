@@ -307,3 +307,10 @@ def test_ranks_that_do_not_agree_fail_instead_of_waiting(lost_rank, behave, erro
     ranks = SimulatedRanks(lost_rank(), torch.zeros(1, 7, 3), "rows", [5, 2])
     with pytest.raises(error_type, match=text):
         ranks.step(torch.ones(1, 7, 3))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_safe_scale_begins_where_the_docstring_says(sign):
+    """In float32 beyond 2^48 and 2^-48, by 96 powers of two; at the limit nothing is scaled."""
+    assert safe_square_scale(torch.full((1, 2, 3), 2.0 ** (49 * sign))) == 2.0 ** (-96 * sign)
+    assert safe_square_scale(torch.full((1, 2, 3), 2.0 ** (48 * sign))) == 1.0

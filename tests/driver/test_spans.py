@@ -38,11 +38,11 @@ def problem(dtype=torch.float32):
 def test_groups_of_one_run_as_stacks_with_the_bits_of_single_steps(method, dtype):
     params, grads = problem(dtype)
     optimizer = METHODS[method](groups(params))
-    together = run(optimizer, params, grads)
+    joint = run(optimizer, params, grads)
     for i in range(len(SHAPES)) if method not in ALONE_DIFFERS else ():
         params, grads = problem(dtype)
         alone = run(METHODS[method]([groups(params)[i]]), [params[i]], [grads[i]])
-        assert same([W[i] for W in together], [W[0] for W in alone]), i
+        assert same([W[i] for W in joint], [W[0] for W in alone]), i
 
 
 def test_equal_matrices_of_many_groups_are_one_stack():
@@ -58,11 +58,11 @@ def test_equal_matrices_of_many_groups_are_one_stack():
 def test_groups_that_differ_in_more_than_scalars_stay_apart(other):
     params, grads = problem()
     optimizer = Muon(groups(params, **other))
-    together = run(optimizer, params, grads)
+    joint = run(optimizer, params, grads)
     assert sorted(len(bucket.units) for bucket in optimizer._plan.buckets) == [1, 2, 2, 2]
     params, grads = problem()
     alone = run(Muon([groups(params, **other)[0]]), [params[0]], [grads[0]])
-    assert same([W[0] for W in together], [W[0] for W in alone])
+    assert same([W[0] for W in joint], [W[0] for W in alone])
 
 
 def test_a_group_that_changes_alone_leaves_its_stack_and_comes_back():

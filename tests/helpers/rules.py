@@ -79,8 +79,8 @@ class PickRule(Rule):
         index = w.state["index"]
         side = w.n if self.dim == -1 else w.m
         for row, key in zip(index, w.indices, strict=True):
-            draw = torch.Generator().manual_seed((key * 7919 + w.t) % 2**63)
-            row.copy_(torch.randperm(side, generator=draw)[: row.numel()])
+            draw = torch.Generator("cpu").manual_seed((key * 7919 + w.t) % 2**63)
+            row.copy_(torch.randperm(side, generator=draw, device="cpu")[: row.numel()])
 
     def update(self, w):
         index = w.state["index"].long()

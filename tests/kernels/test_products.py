@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stiefel.kernels import add_product_, product
+from stiefel.kernels import add_product_, product, row_step_
 
 SIDES = st.sampled_from([1, 2, 3, 5, 7, 8, 10, 17, 24, 33, 50, 96, 129])
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -48,3 +48,11 @@ def test_the_narrower_operand_is_widened(narrow):
     A, B = torch.randn(2, 3, 4).to(narrow), torch.randn(2, 4, 5)
     assert product(A, B).dtype == torch.float32
     torch.testing.assert_close(product(A, B), A.float() @ B)
+
+
+@pytest.mark.parametrize("mode", ["relative", "add"])
+def test_a_step_of_rows_refuses_a_mode_that_it_cannot_do(mode):
+    W, M, G = (torch.ones(1, 2, 3) for _ in range(3))
+    with pytest.raises(ValueError, match="mode"):
+        row_step_(W, M, G, 0.9, 1e-8, mode, 1.0, -0.1)
+    assert bool((W == 1).all() and (M == 1).all())

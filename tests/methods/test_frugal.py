@@ -1070,3 +1070,14 @@ def test_groups_of_other_methods_need_be_in_no_list_of_blocks():
     groups = [{"params": [a]}, {"params": [b], "rule": "GaLore", "rank": 2}]
     optimizer = FRUGAL(groups, split="block", blocks=[[a]], density=1.0)
     assert optimizer.param_groups[0]["block_of"] == (0,)
+
+
+@pytest.mark.parametrize("split", ["columns", "rows", "randk", "svd"])
+def test_density_zero_is_asked_for_and_warns_nobody(split):
+    p = weight(WIDE)
+    gradient_split.warn_rounds_to_zero.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = FRUGAL([p], density=0.0, split=split)
+        run(optimizer, [p], [gradients(WIDE, 1)])
+    assert optimizer.state[p].keys() <= {"step", "refreshed"}
