@@ -14,6 +14,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from .._core.rule import Rule
@@ -616,12 +617,17 @@ def _is_conv(A: Tensor, B: Tensor) -> bool:
 def _check_pair(A: Tensor, B: Tensor, a: str, b: str, *, warns: bool = True) -> None:
     """Refuse factors that do not belong together; the message says what to do."""
     for p, name in ((A, a), (B, b)):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
+        check(not is_lazy(p), f"{name} has no shape yet; run the model once before")
+        check(not p.is_nested, f"{name} is a nested tensor, whose parts must be pairs of their own")
         if hasattr(p, "device_mesh"):
             raise NotImplementedError(
                 f"{name}: factors must be whole tensors on each rank; gather them or exclude them"
             )
         if p.is_complex():
             raise RuntimeError(f"complex parameters are not supported: {name}")
+    check(A is not B, f"{a} and {b} are one tensor; a pair needs two")
     if _is_conv(A, B):
         A, B = A.flatten(1), B.flatten(1)
     stacked = A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0]
