@@ -378,14 +378,15 @@ def _lr_ratio(matrix: Group, vector: Group, number: int) -> float | None:
     Raises:
         ValueError: If the matrices have lr 0, AdamW has not, and no first value is known.
     """
+    own: float | None = vector.get("adamw_lr_ratio")
     for key in ("lr", "initial_lr"):
         x, y = float(matrix.get(key) or 0.0), float(vector.get(key) or 0.0)
         if x == y and x != 0.0:
-            return None
+            return own
         if x != 0.0:
-            return exact_ratio(y, x)
+            return exact_ratio(y if own is None else y * own, x)
     if float(vector["lr"]) == 0.0:
-        return vector.get("adamw_lr_ratio")
+        return own
     raise ValueError(
         f"the checkpoint has lr 0 for the matrices of parameter group {number} and "
         f"{float(vector['lr'])!r} for its AdamW parameters, which no ratio can hold; pass groups "
