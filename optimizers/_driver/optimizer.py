@@ -220,6 +220,9 @@ class StackedOptimizer(Optimizer):
             ValueError: If a key is a misspelling, a value out of range or a parameter cannot be
                 trained.
         """
+        name = param_group.get("rule") if isinstance(param_group, dict) else None
+        if name is not None and not isinstance(name, str):
+            rule_class(name)  # refuses it before anything compares it, as it may be an array
         super().add_param_group(self._prepare_group(param_group))
         if self._is_built:
             self.param_groups[-1].setdefault("draws", self.param_groups[0]["draws"])

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from .._core.rule import Rule
-from .._core.validation import check, check_numbers, is_number, shown
+from .._core.validation import check, check_numbers, is_number, plain_number, shown
 from .._driver.buckets import StepPlan
 from .._driver.checks import check_values, refuse_sharded_module, refuse_sharded_parameters
 from .._driver.optimizer import StackedOptimizer
@@ -168,7 +168,8 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
     if _is_scale(scale):
         items = [
             {"scale": scale, **group}
-            if isinstance(group, Mapping) and group.get("rule") in (None, rule.method())
+            if isinstance(group, Mapping)
+            and (group.get("rule") is None or str(group["rule"]) == rule.method())
             else group
             for group in items
         ]
@@ -370,6 +371,8 @@ def pairs_to_groups(
     used: set[int] = set()
     read = []
     for i, given in enumerate(pairs):
+        is_pair = isinstance(given, Sequence) and len(given) > 0
+        check(is_pair, f"pair {i} must be (A, B) or the like, got {shown(given)}")
         *members, last = given
         s = scale
         if isinstance(last, (Tensor, tuple)):
@@ -590,7 +593,7 @@ def _unused_parameters(
 
 
 def _is_scale(s: Any) -> bool:
-    return is_number(s) and 0 < s < math.inf
+    return is_number(s) and 0 < plain_number(s) < math.inf
 
 
 def _scale_message(s: Any) -> str:
