@@ -238,8 +238,11 @@ def check_lists(groups: Sequence[Mapping[str, Any]], where: str = "") -> None:
                 f"{key} of parameter group {i}{where} must be a list with a value for each of its "
                 f"{count} parameters, got {shown(values)}",
             )
-    positions = [x for group in groups for x in group.get("positions") or ()]
-    check(len({*positions}) == len(positions), f"positions{where} give two parameters one number")
+    if any(group.get("positions") for group in groups):
+        places = [(group, i) for group in groups for i in range(len(group["params"]))]
+        given = [listed(group, "positions", i) for group, i in places]
+        flat = [i if number is None else number for i, number in enumerate(given)]
+        check(len({*flat}) == len(flat), f"positions{where} give two parameters one number")
 
 
 def _check_rule(group: MutableMapping[str, Any], default_rule: type[Rule]) -> Rule | None:

@@ -19,11 +19,16 @@ from .windows import drops_state
 CLOCKS = ("step", "refreshed", "held")
 MAX_CLOCK = 2**31 - 1
 """Largest clock: counters of the state are int32."""
-NONNEGATIVE = frozenset(
+SUMS = frozenset(
     "exp_avg_sq exp_avg_sq_row exp_avg_sq_col second_moment row_second_moment grad_norm "
-    "energy seen age count frozen due".split()
+    "energy seen".split()
 )
-"""State that is a sum of squares, a norm or a count, by its name without the view's tag."""
+"""State that is a sum of squares or a norm, by its name without the view's tag.
+
+Gradients above 1e19 make it infinite, here and in ``torch.optim.AdamW``.
+"""
+NONNEGATIVE = SUMS | {"age", "count", "frozen", "due"}
+"""State that cannot be negative: sums and counts."""
 REPORTS = frozenset(("polar_report",))
 """State that no update reads, so that it may hold anything."""
 
@@ -223,9 +228,8 @@ def check_values_of(key: str, value: Tensor, expected: Expected, text: str, star
     if not value.dtype.is_floating_point and expected.limit is not None:
         check_index(key, value, expected, text, started)
         return
-    # a sum of squares of gradients above 1e19 is inf, here and in torch.optim.AdamW
-    may_be_inf = expected.low is not None
     value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    may_be_inf = base_of(key).removesuffix("_scale") in SUMS
     if not bool((~value.isnan() if may_be_inf else value.isfinite()).all()):
         raise ValueError(f"{what} is not finite; load a checkpoint from before that happened")
     if expected.low is not None and bool((value < expected.low).any()):
