@@ -20,7 +20,7 @@ from ._core.validation import (
     check_numbers,
 )
 from ._lora.base_weight_hooks import WatchingOptimizer
-from ._lora.pair_algebra import damped_inverse, debias_factor, gram, right_matmul
+from ._lora.pair_algebra import damped_inverse, debias_factor, gram, is_on_host, right_matmul
 from ._lora.pair_groups import LoRARule, Scale, accepts_groups
 from ._lora.tangent_stats import tangent_cores, tangent_grams, tangent_squares
 from ._toolkit.moments import adam, ema, safe_square_scale, total
@@ -96,7 +96,7 @@ class AdaPreLoRARule(LoRARule):
         dtype = functools.reduce(torch.promote_types, [g.dtype for g in grads] + floats)
         is_far = has_left_range(ws)
         dtype = torch.float64 if is_far else dtype
-        if self.stats == "none" or (grads[0].device.type == "cpu" and not is_far):
+        if self.stats == "none" or (is_on_host(grads[0]) and not is_far):
             return [w.grad for w in ws], dtype
         c = functools.reduce(torch.minimum, (safe_square_scale(g) for g in grads)).clamp_(max=1.0)
         return [None if w.grad is None else w.grad * c for w in ws], dtype
@@ -212,7 +212,7 @@ def has_left_range(ws: Sequence[Member]) -> bool:
     Products of four such numbers leave their dtype. An accelerator would have to wait.
     """
     tensors = [x for w in ws for x in (w.grad, w.value) if x is not None]
-    if tensors[0].device.type != "cpu":
+    if not is_on_host(tensors[0]):
         return False
     limit = 2.0 ** (384 if tensors[0].dtype == torch.float64 else 48)
     sizes = [max(-float(low), float(high)) for low, high in map(torch.aminmax, tensors)]

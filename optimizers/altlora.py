@@ -26,6 +26,7 @@ from ._lora.pair_algebra import (
     gram,
     is_in_range,
     is_nonzero,
+    is_on_host,
     left_matmul,
     saturate,
     transport,
@@ -332,7 +333,7 @@ class AltLoRA(PairOptimizer):
 
 def has_left_range(in_range: Tensor) -> bool:
     """Whether the host knows of a Gram matrix out of range; an accelerator would have to wait."""
-    return in_range.device.type == "cpu" and not bool(in_range.all())
+    return is_on_host(in_range) and not bool(in_range.all())
 
 
 def as_A(x: Tensor, w: Member) -> Tensor:

@@ -23,6 +23,7 @@ __all__ = [
     "gram",
     "is_in_range",
     "is_nonzero",
+    "is_on_host",
     "left_matmul",
     "right_matmul",
     "saturate",
@@ -61,6 +62,11 @@ def left_matmul(T: Tensor, M: Tensor) -> Tensor:
 def is_nonzero(S: Tensor) -> Tensor:
     """Whether each Gram matrix (K, r, r) is not zero, as (K, 1, 1)."""
     return (S.diagonal(dim1=-2, dim2=-1).amax(-1) > 0).view(-1, 1, 1)
+
+
+def is_on_host(x: Tensor) -> bool:
+    """Whether the host can read x without waiting for a device."""
+    return x.device.type == "cpu"
 
 
 def is_in_range(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:

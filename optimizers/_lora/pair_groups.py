@@ -20,10 +20,9 @@ from .._core.rule import Rule
 from .._core.validation import check, check_numbers, is_number, shown
 from .._driver.buckets import StepPlan
 from .._driver.checks import check_values, refuse_sharded_module, refuse_sharded_parameters
+from .._driver.model_roles import decays_of
 from .._driver.optimizer import StackedOptimizer
 from .._driver.param_groups import describe, parameters_of, warn_user
-from .._roles.classify import route
-from .._roles.role_table import UNDECAYED_ROLES
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec
@@ -169,8 +168,7 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
         groups = lora_param_groups(params, scale=scale, base_weight=base)
         for rest in groups:
             if rest.get("rule") == "adamw":  # vectors have no decay, as in every class
-                roles = [route(name, tuple(p.shape)).role for name, p in rest["params"]]
-                rest["decays"] = [0.0 if role in UNDECAYED_ROLES else 1.0 for role in roles]
+                rest["decays"] = decays_of(rest["params"])
         return groups
     if isinstance(params, Tensor):
         return params

@@ -172,7 +172,7 @@ def test_a_natural_gradient_in_float32_is_that_of_float64_for_every_size(name):
 def test_a_pair_whose_grams_leave_float32_takes_a_finite_step_where_no_host_looks(monkeypatch):
     """As on an accelerator: no second look, the factor's own step is left out."""
     for module in (altlora, adaprelora):
-        monkeypatch.setattr(module, "has_left_range", lambda _: False)
+        monkeypatch.setattr(module, "is_on_host", lambda _: False)
     for name in PAIR_FORMS:
         for c in (1e-38, 1e-20, 1e-18, 1.0, 1e15, 1e20, 1e30, 1e37):
             for zero in (False, True):
