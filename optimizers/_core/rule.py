@@ -341,6 +341,8 @@ class Rule:
     """
     writes_in_refresh: ClassVar[bool] = False
     """Set True if ``refresh`` changes weights in place. The driver then never stacks the units."""
+    needs_own_strides: ClassVar[bool] = False
+    """Set True if bits depend on how a weight lies in memory: only contiguous ones are stacked."""
     yields_batched_calls: ClassVar[bool] = False
     """Set True if ``update`` yields :class:`BatchedCall`.
 

@@ -94,6 +94,12 @@ def rows_for(
     ]
 
 
+def decays_of(named: Sequence[tuple[str, Tensor]]) -> list[float]:
+    """Factors on the weight decay by name and shape: 0 for vectors, 1 for all else."""
+    rows = [None if is_lazy(p) else route(name, tuple(p.shape)) for name, p in named]
+    return [0.0 if row and row.role in UNDECAYED_ROLES else 1.0 for row in rows]
+
+
 def complete_names(
     names: Sequence[str | None], params: Sequence[Tensor], known: Mapping[Tensor, Row], first: int
 ) -> list[str]:
