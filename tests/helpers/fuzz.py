@@ -140,7 +140,7 @@ def is_tame(optimizer: StackedOptimizer) -> bool:
                 return False
             if "eps" in key and value < 1e-12 and value != optimizer.defaults.get(key):
                 return False
-            if isinstance(value, float) and not abs(value) <= 50:
+            if not abs(value) <= (50 if isinstance(value, float) else 10_000):
                 return False
     return True
 
@@ -298,8 +298,8 @@ def _check_finite(use: Use, k: int) -> None:
             continue
         if bool(p.isfinite().all()):
             continue
-        if id(p) in adamw and p.dtype is torch.float16:
-            continue  # moments in float16, as in torch.optim.AdamW: 0 / 0
+        if id(p) in adamw and spec_of(case, use, p).dtype == "float16":
+            continue  # moments in float16, as in torch.optim.AdamW: 0 / 0; a cast may follow
         kinds = {row[i] for row in case.grads[: k + 1] if i < len(row)}
         odd = sorted(kinds & set(ODD_GRADS)) or ["plain gradients"]
         if id(p) in adamw:
