@@ -125,6 +125,10 @@ def _check_forms(saved: Sequence[Mapping[str, Any]]) -> None:
     """Raise for lists and rules whose form alone is wrong, before anything reads them."""
     check_lists(saved, " of the checkpoint")
     for i, group in enumerate(saved):
+        try:
+            check_values({key: group[key] for key in ("param_names", *LISTS) if key in group})
+        except ValueError as error:
+            raise _bad_settings(f"group {i} of the checkpoint", error) from error
         rule = group.get("rule")
         if rule is not None and not isinstance(rule, str):
             raise ValueError(

@@ -358,8 +358,8 @@ def describe(name: str | None, p: Tensor, position: int) -> str:
     """Words that name a parameter in a message, also one that tells no shape."""
     if name:
         return f"parameter {name!r}"
-    shape = "" if is_lazy(p) or p.is_nested else f" of shape {tuple(p.shape)}"
-    return f"parameter {position}{shape}"
+    has_shape = isinstance(p, Tensor) and not (is_lazy(p) or p.is_nested)
+    return f"parameter {position}" + (f" of shape {tuple(p.shape)}" if has_shape else "")
 
 
 def warn_user(text: str) -> None:

@@ -420,6 +420,32 @@ def live_damages(entry, key):
     return [None, -1, math.nan, "3", torch.tensor([1.0, 2.0]), 2.5]
 
 
+HUGE = {
+    name: make
+    for name, make in METHODS.items()
+    if name != "rows"  # a rule of the tests alone
+} | {"adafactor": lambda ps: GaLore(ps, rank=3, inner="adafactor")}
+
+
+@pytest.mark.parametrize("size", [1e20, 1e37])
+@pytest.mark.parametrize("name", HUGE)
+def test_what_a_step_of_huge_gradients_makes_is_finite_but_for_sums_and_loads(name, size):
+    params = [weight(shape, k, torch.float32) for k, shape in enumerate(SHAPES)]
+    optimizer = HUGE[name](params)
+    for k in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+            p.grad *= size if k == 0 else 1.0
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in params)
+        for (_, key), X in tensors(optimizer).items():
+            name_of = key.partition(".")[0].removesuffix("_scale")
+            X = torch.as_tensor(X)
+            assert not X.isnan().any(), key
+            assert bool(X.isfinite().all()) or name_of in SUMS, key
+        optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+
+
 def adamw_damages(entry, key):
     X = entry[key]
     if key == "step":

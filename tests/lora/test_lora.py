@@ -220,6 +220,50 @@ def test_shapes_that_are_no_factors_are_refused(shapes):
         pairs_to_groups([tuple(map(weight, shapes))], scale=1.0)
 
 
+ODD_FACTORS = {
+    "text": ("weight", TypeError, "must be a tensor, got str"),
+    "number": (3, TypeError, "must be a tensor, got int"),
+    "lazy": (nn.parameter.UninitializedParameter(), ValueError, "has no shape yet"),
+    "nested": (
+        nn.Parameter(torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])),
+        ValueError,
+        "is a nested tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_FACTORS)
+@pytest.mark.parametrize("cls", [AltLoRA, AdaPreLoRA, SwitchLoRA], ids=lambda cls: cls.__name__)
+def test_a_factor_that_is_no_tensor_with_a_shape_is_refused_by_name(cls, odd):
+    factor, error, text = ODD_FACTORS[odd]
+    base = [weight((5, 6))] if cls is SwitchLoRA else []
+    rest = {"total_steps": 9} if cls is SwitchLoRA else {}
+    for i, pair in enumerate(((factor, weight((5, 2))), (weight((2, 6)), factor))):
+        says = f"{'AB'[i]} of pair 0 .*{text}|pair 0 must be .* got 2 entries"
+        with pytest.raises((error, ValueError), match=says):
+            pairs_to_groups([(*pair, *base)], scale=1.0)
+        named = [("x.lora_A", pair[0]), ("x.lora_B", pair[1]), ("x.weight", weight((5, 6)))]
+        group = {"params": [*pair, *base], "scale": 1.0}
+        for params, words in ((named, f"lora_{'AB'[i]}.*{text}"), ([group], "")):
+            if params is named and (base or error is TypeError):
+                continue  # a list of names has no base weight; torch refuses what is no tensor
+            with pytest.raises((TypeError, ValueError), match=words):
+                cls(params, lr=0.1, scale=1.0, **rest)
+
+
+def test_one_tensor_is_no_pair():
+    A = weight((4, 4))
+    for make in (
+        lambda: pairs_to_groups([(A, A)], scale=1.0),
+        lambda: lora_param_groups([("x.lora_A", A), ("x.lora_B", A)], scale=1.0),
+    ):
+        with pytest.raises(ValueError, match=r"B.* are one tensor"):
+            make()
+    for pair in (5, (), None):
+        with pytest.raises(ValueError, match="pair 0 must be"):
+            pairs_to_groups([pair], scale=1.0)
+
+
 def test_groups_that_are_no_pairs_are_refused():
     A, B = factors(5, 6, 2)
     with pytest.raises(ValueError, match=r"needs \[A1, B1, A2, B2, ...\] .* got 3 parameters"):
