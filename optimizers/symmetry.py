@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +165,7 @@ class SymmetryStack(StackedOptimizer):
         )
         self._policy, self._scale = policy, adjust_lr_fn
         self._overrides, self._initial_lr = overrides, lr
-        if not isinstance(params, (nn.Module, Tensor)):
+        if isinstance(params, Iterable) and not isinstance(params, (nn.Module, Tensor)):
             params = list(params)
             self._named_rows = rows_by_names(params)
         super().__init__(params, SymmetryStackRule(), lr, weight_decay, **options)

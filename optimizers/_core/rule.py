@@ -25,6 +25,7 @@ from .terms import (
     Term,
     WriteScalars,
 )
+from .validation import shown
 
 __all__ = [
     "LOCAL_REDUCTIONS",
@@ -466,7 +467,7 @@ def rule_class(name: str) -> type[Rule]:
     if not isinstance(name, str) or name not in RULE_CLASSES:
         raise ValueError(
             f"group key 'rule' must be 'adamw' or one of {', '.join(sorted(RULE_CLASSES))}, "
-            f"got {name!r}"
+            f"got {shown(name)}"
         )
     return RULE_CLASSES[name]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -215,6 +216,10 @@ class Bucket:
         for p, owned in self.owners:
             if state.get(p) is not owned:
                 return False
+        return self.holds_its_tensors()
+
+    def holds_its_tensors(self) -> bool:
+        """Whether the dicts of this bucket still hold its tensors, and clocks that agree."""
         for entry, key, tensor in self.bindings:
             if entry.get(key) is not tensor:
                 return False
@@ -222,15 +227,19 @@ class Bucket:
             if address and tensor.data_ptr() != address:
                 return False
         # clocks that other code has set: the units are sorted anew, or refused
-        step_key, refreshed_key = self.unit.step_key, self.unit.refreshed_key
-        first = self.clock_dicts[0]
-        t, refreshed = first.get(step_key), first.get(refreshed_key, 0)
-        if type(t) is not int or type(refreshed) is not int or not 0 <= refreshed <= t:
-            return False
-        return all(
-            entry.get(step_key) == t and entry.get(refreshed_key, 0) == refreshed
-            for entry in self.clock_dicts
-        )
+        first, count = self.clock_dicts[0], len(self.clock_dicts)
+        for key in (self.unit.step_key, self.unit.refreshed_key):
+            if key not in first:
+                continue
+            t = first[key]
+            if type(t) is not int or not 0 <= t <= first[self.unit.step_key]:
+                return False
+            try:
+                if [entry[key] for entry in self.clock_dicts] != [t] * count:
+                    return False
+            except KeyError:
+                return False
+        return self.unit.step_key in first
 
     def grads_of(self, i: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients of member i, one per unit."""
@@ -420,7 +429,7 @@ class StepPlan:
         mask: Per parameter, whether it had a gradient when ``buckets`` was made; None forces the
             next step to make buckets anew.
         buckets: Units with a gradient, sorted.
-        entries: Number of parameters with state when ``buckets`` was made.
+        entries: State of all parameters when ``buckets`` was made, to notice a replaced dict.
         signature: Dtypes, shapes and devices of weights and gradients that the last step has
             checked, see :func:`check_ready`.
         adamw_parts: What ``finite.py`` knows of the AdamW parameters, made at the first step.
@@ -439,7 +448,7 @@ class StepPlan:
     stack_keys: list[Hashable] = field(default_factory=list)
     mask: list[bool] | None = None
     buckets: list[Bucket] = field(default_factory=list)
-    entries: int = 0
+    entries: list[dict[str, Any]] = field(default_factory=list)
     signature: Any = None
     adamw_parts: list[dict[Any, list[int]]] | None = None
     adamw_entries: EntryCache = field(default_factory=EntryCache)
@@ -452,8 +461,9 @@ class StepPlan:
         """Whether the buckets no longer fit the present gradients or the optimizer's state."""
         return (
             self.mask != mask
-            or len(state) != self.entries
-            or not all(bucket.is_current(state) for bucket in self.buckets)
+            or len(state) != len(self.entries)
+            or not all(map(is_, state.values(), self.entries))
+            or not all(bucket.holds_its_tensors() for bucket in self.buckets)
             or any(self._state_window_changed(bucket) for bucket in self.buckets)
         )
 
@@ -473,7 +483,7 @@ class StepPlan:
         self.buckets = buckets_of(
             self.units, mask, state, self.rules, self.stack_keys, self.buckets
         )
-        self.mask, self.entries = mask, len(state)
+        self.mask, self.entries = mask, [*state.values()]
 
     def set_stack_keys(self) -> None:
         """Number equal rules alike, so that units of several groups can run as one stack."""

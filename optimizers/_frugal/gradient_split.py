@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...kernels import fuses_passes
 from .._core.rule import Member, Slot, Term
 from .._toolkit.base_optimizers import BaseOptimizer
 from .._toolkit.moments import column_squares, safe_square_scale, total
@@ -58,7 +59,8 @@ def make_state_free(w: Member, kind: str, scale: float, threshold: float) -> Sta
         return StateFreeUpdate(kind, scale)
     assert w.grad is not None
     squares, c = w.reductions.both(total(column_squares(w.grad))), None
-    if w.grad.device.type == "cpu" and not in_range(squares, *SAFE_SQUARES):
+    reads_sizes = w.grad.device.type == "cpu" and not fuses_passes(w.grad)
+    if reads_sizes and not in_range(squares, *SAFE_SQUARES):
         c = safe_square_scale(w.grad, w.reductions)
         squares = w.reductions.both(total(column_squares(w.grad * c)))
     floor = squares.div_(w.m * w.n).sqrt_().mul_(threshold)

@@ -14,10 +14,11 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from .._core.rule import Rule
-from .._core.validation import check, check_numbers, is_number, shown
+from .._core.validation import check, check_numbers, is_number, plain_number, shown
 from .._driver.buckets import StepPlan
 from .._driver.checks import check_values, refuse_sharded_module, refuse_sharded_parameters
 from .._driver.optimizer import StackedOptimizer
@@ -167,7 +168,8 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
     if _is_scale(scale):
         items = [
             {"scale": scale, **group}
-            if isinstance(group, Mapping) and group.get("rule") in (None, rule.method())
+            if isinstance(group, Mapping)
+            and (group.get("rule") is None or str(group["rule"]) == rule.method())
             else group
             for group in items
         ]
@@ -369,6 +371,8 @@ def pairs_to_groups(
     used: set[int] = set()
     read = []
     for i, given in enumerate(pairs):
+        is_pair = isinstance(given, Sequence) and len(given) > 0
+        check(is_pair, f"pair {i} must be (A, B) or the like, got {shown(given)}")
         *members, last = given
         s = scale
         if isinstance(last, (Tensor, tuple)):
@@ -589,7 +593,7 @@ def _unused_parameters(
 
 
 def _is_scale(s: Any) -> bool:
-    return is_number(s) and 0 < s < math.inf
+    return is_number(s) and 0 < plain_number(s) < math.inf
 
 
 def _scale_message(s: Any) -> str:
@@ -616,12 +620,17 @@ def _is_conv(A: Tensor, B: Tensor) -> bool:
 def _check_pair(A: Tensor, B: Tensor, a: str, b: str, *, warns: bool = True) -> None:
     """Refuse factors that do not belong together; the message says what to do."""
     for p, name in ((A, a), (B, b)):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
+        check(not is_lazy(p), f"{name} has no shape yet; run the model once before")
+        check(not p.is_nested, f"{name} is a nested tensor, whose parts must be pairs of their own")
         if hasattr(p, "device_mesh"):
             raise NotImplementedError(
                 f"{name}: factors must be whole tensors on each rank; gather them or exclude them"
             )
         if p.is_complex():
             raise RuntimeError(f"complex parameters are not supported: {name}")
+    check(A is not B, f"{a} and {b} are one tensor; a pair needs two")
     if _is_conv(A, B):
         A, B = A.flatten(1), B.flatten(1)
     stacked = A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0]
