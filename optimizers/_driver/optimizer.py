@@ -21,7 +21,7 @@ from .._core.rule import (
     rule_class,
     settings_of,
 )
-from .._core.validation import check, describe_unknown, misspelt_option
+from .._core.validation import check, describe_unknown, misspelt_option, shown
 from .._roles.assignment import OptimizerAssignment
 from . import adamw, checkpoint
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
@@ -184,6 +184,8 @@ class StackedOptimizer(Optimizer):
         for module in (params, model):
             refuse_sharded_module(module, rule.method())
         store_adamw_lr(defaults)
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(f"model must be the module of the parameters, got {shown(model)}")
         if isinstance(params, nn.Module):
             check(model in (None, params), "model= and params name two modules; pass one of them")
             params = self._params_of_model(params)

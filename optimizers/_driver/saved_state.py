@@ -197,6 +197,8 @@ def check_tensor(
         raise ValueError(f"{what} must be a plain dense tensor, got a {kind} one")
     if value.is_meta and not p.is_meta:
         raise ValueError(f"{what} is on the meta device, so it has no values")
+    if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
+        raise ValueError(f"{what} is expanded, so several of its entries share memory; clone it")
     if tuple(value.shape) != expected.shape:
         raise ValueError(
             f"{what} has shape {tuple(value.shape)} but its settings need {expected.shape}; build "

@@ -186,6 +186,8 @@ def bad_tensors(X):
     }
     if X.dim():
         changed["sparse"] = X.to_sparse()
+    if X.numel() > 1:
+        changed["expanded"] = X.new_zeros(()).expand(X.shape)
     if X.is_floating_point():
         for value in (math.nan, math.inf, -math.inf):
             Y = X.clone()

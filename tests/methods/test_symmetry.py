@@ -545,6 +545,17 @@ def test_parameters_names_and_groups():
     train(model, optimizer, batches(1))
 
 
+def test_rule_none_in_a_group_is_no_rule():
+    model = dense()
+    names = list(model.named_parameters())
+    plain = SymmetryStack([{"params": names}])
+    told = SymmetryStack([{"params": names, "rule": None}])
+    assert str(told.assignment()) == str(plain.assignment())
+    told.add_param_group({"params": [weight((5, 3))], "rule": None})
+    assert told.param_groups[-1]["rule"] == "Muon"
+    train(model, told, batches(1))
+
+
 def test_a_late_group_is_sorted_and_a_refused_one_changes_nothing():
     optimizer = SymmetryStack([weight((4, 3))])
     optimizer.add_param_group({"params": [weight((5, 3)), weight((3,))], "lr": 0.3})
