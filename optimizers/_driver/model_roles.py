@@ -57,8 +57,10 @@ def fill_lists(
     """
     group["roles"] = [row.role if row else None for row in rows]
     group["reasons"] = [row.why if row else None for row in rows]
-    if decays:
-        group["decays"] = [0.0 if row and row.role in UNDECAYED_ROLES else 1.0 for row in rows]
+    # the list is there in every form with a model: a flat distributed checkpoint reads only the
+    # keys that the group to be loaded has
+    undecayed = UNDECAYED_ROLES if decays else ()
+    group["decays"] = [0.0 if row and row.role in undecayed else 1.0 for row in rows]
     if rule is None or (len(rule.members) > 1 and not hasattr(rule, "side")):
         return  # AdamW, and LoRA pairs, whose order tells the members
     targets = [_target(group, p, row) for p, row in zip(group["params"], rows, strict=True)]

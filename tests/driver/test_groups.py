@@ -390,7 +390,7 @@ def test_model_tells_roles_beside_any_form_of_params(cls):
     for params in (groups, net.named_parameters(), net.parameters(), decay):
         table = {row.name: row.rule for row in cls(params, model=net).assignment()}
         assert table.items() <= whole.items() and len(table) >= 3
-    assert "decays" not in cls(groups, model=net).param_groups[0]
+    assert set(cls(groups, model=net).param_groups[0]["decays"]) == {1.0}
 
 
 @BOTH

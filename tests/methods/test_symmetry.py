@@ -383,7 +383,14 @@ def test_adamw_everywhere_is_torch_adamw_bit_for_bit():
     a, b = dense(), dense()
     train(
         a,
-        torch.optim.AdamW(a.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in a.parameters() if p.ndim > 1], "weight_decay": 0.1},
+                {"params": [p for p in a.parameters() if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=1e-2,
+            betas=(0.9, 0.95),
+        ),
         batches(3),
     )
     train(b, SymmetryStack(b, 1e-2, policy="adamw", weight_decay=0.1), batches(3))
