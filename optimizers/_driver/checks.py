@@ -134,6 +134,12 @@ def _listed(check_value: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]
     return check_list
 
 
+def _side(name: str, x: Any) -> Any:
+    for side in x if isinstance(x, tuple) else (x,):  # weights that share have several
+        _name(name, side)
+    return x
+
+
 def _name(name: str, x: Any) -> Any:
     check(isinstance(x, str), f"{name} must hold a word or None per parameter, got {shown(x)}")
     return x
@@ -182,7 +188,7 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "draws": partial(choice, known=("name", "position")),
     "rules": _listed(partial(choice, known=(None, "matrix", "adamw"))),
     "views": _listed(_or_none(_view)),
-    "sides": _listed(_or_none(_name)),
+    "sides": _listed(_or_none(_side)),
     "roles": _listed(_or_none(_name)),
     "reasons": _listed(_or_none(_name)),
     "decays": _listed(_or_none(_decay)),
