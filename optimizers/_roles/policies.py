@@ -158,7 +158,12 @@ def _keys_of_one_group(
     one = next((k for k in keys if k["rule"] != "adamw" and "pair" not in k), None)
     if all(row.name is None for row in rows) and not table:
         one = _group_keys(Row(None, (2, 2), "hidden", "matrix", ""), policy, None, table, lr)
-    return one if one is not None and all(k in (one, adamw) for k in keys) else None
+    if one is None or one["rule"] == "adamw" or not all(k in (one, adamw) for k in keys):
+        return None
+    # values that the AdamW parameters of the group would follow too
+    shared = {"lr", "weight_decay", "betas", *(k for k in one if k.startswith("adamw_"))}
+    has_betas = any(f.name == "betas" for f in fields(rule_class(one["rule"])))
+    return None if has_betas or shared & one.keys() else one
 
 
 def _reason(row: Row, policy: str | Mapping[str, Any], own: Mapping[str | None, Settings]) -> str:

@@ -59,7 +59,7 @@ def test_order_and_wrappers_do_not_move_named_draws(make, order):
     params, grads = layers()
     plain = run(make(named(params)), params, grads)[-1]
     params, grads = layers()
-    pairs = named(params, "_orig_mod.module._fsdp_wrapped_module._checkpoint_wrapped_module.")
+    pairs = named(params, "_orig_mod.module._checkpoint_wrapped_module.")
     moved = run(make([pairs[i] for i in order]), params, grads)[-1]
     assert same(plain, moved)
 

@@ -556,11 +556,11 @@ def test_rule_none_in_a_group_is_no_rule():
     model = dense()
     names = list(model.named_parameters())
     plain = SymmetryStack([{"params": names}])
-    told = SymmetryStack([{"params": names, "rule": None}])
-    assert str(told.assignment()) == str(plain.assignment())
-    told.add_param_group({"params": [weight((5, 3))], "rule": None})
-    assert told.param_groups[-1]["rule"] == "Muon"
-    train(model, told, batches(1))
+    explicit = SymmetryStack([{"params": names, "rule": None}])
+    assert str(explicit.assignment()) == str(plain.assignment())
+    explicit.add_param_group({"params": [weight((5, 3))], "rule": None})
+    assert explicit.param_groups[-1]["rule"] == "Muon"
+    train(model, explicit, batches(1))
 
 
 def test_a_late_group_is_sorted_and_a_refused_one_changes_nothing():
