@@ -43,7 +43,7 @@ class FiraRule(LowRankRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, variant=("reference", "paper"), scaling=("column", "matrix"))
-        check_numbers(self, alpha="(-inf, inf)", gamma="[1, inf)", limiter_floor="[0, inf)")
+        check_numbers(self, alpha="(-inf, inf)", gamma="[1, inf]", limiter_floor="[0, inf)")
         check_flags(self, "limiter")
         check(
             self.variant == "reference" or not self.published,

@@ -65,7 +65,7 @@ class SwitchLoRARule(LoRARule):
         super().__post_init__()
         check_adam(self)
         check_choices(self, rounding=("accumulate", "stochastic"), choice=("fifo", "random"))
-        check_numbers(self, ratio="(0, inf) or None", interval0="(0, inf)")
+        check_numbers(self, ratio="(0, inf) or None", interval0="(0, inf]")
         check(
             self.ratio is None or self.total_steps is not None,
             "total_steps must be the number of updates of the whole run, got None; leave it out "

@@ -42,10 +42,10 @@ class Range(NamedTuple):
     may_be_none: bool
 
     def contains(self, x: float) -> bool:
-        """Whether a number lies in the interval; NaN and infinity do not."""
+        """Whether a number lies in the interval; NaN never does, infinity where it is an end."""
         above = x > self.low if self.is_open_below else x >= self.low
         below = x < self.high if self.is_open_above else x <= self.high
-        return above and below and math.isfinite(x)
+        return above and below and x > -math.inf
 
     def words(self, *, whole: bool = False) -> str:
         """The allowed values in words, to follow "must be"."""
@@ -57,10 +57,11 @@ class Range(NamedTuple):
             text = f"an int of at least {low}"
         elif self.low == -math.inf:
             text = "a finite number"
-        elif self.is_open_below:
-            text = "positive and finite" if self.low == 0 else f"above {low} and finite"
         else:
-            text = f"at least {low} and finite"
+            finite = " and finite" if self.is_open_above else ""
+            text = f"at least {low}{finite}"
+            if self.is_open_below:
+                text = f"positive{finite}" if self.low == 0 else f"above {low}{finite}"
         return f"{text}, or None" if self.may_be_none else text
 
 
