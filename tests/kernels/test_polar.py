@@ -346,6 +346,12 @@ def test_non_finite_gives_nan_and_spares_its_neighbours(method, bad):
     assert polar_factor(big, method).isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(30, 20), (3, 8, 5), (2, 130, 140)])
+@pytest.mark.parametrize("method", ALL)
+def test_the_factor_is_contiguous_whatever_the_strides(method, shape):
+    assert polar_factor(gaussian(*shape, dtype=torch.float32).mT, method).is_contiguous()
+
+
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_input_is_not_modified(method, dtype):
