@@ -20,7 +20,7 @@ from ._core.validation import (
     check_numbers,
 )
 from ._lora.base_weight_hooks import WatchingOptimizer
-from ._lora.pair_algebra import damped_inverse, debias_factor, gram, right_matmul
+from ._lora.pair_algebra import damped_inverse, debias_factor, gram, is_on_host, right_matmul
 from ._lora.pair_groups import LoRARule, Scale, accepts_groups
 from ._lora.tangent_stats import tangent_cores, tangent_grams, tangent_squares
 from ._toolkit.moments import adam, ema, safe_square_scale, total
@@ -63,10 +63,7 @@ class AdaPreLoRARule(LoRARule):
     def update(self, A: Member, B: Member) -> Steps:
         """Compute both steps from the old factors, as one joint solution."""
         ws = (A, B)
-        grads = gradients_in_range(ws)
-        dtypes = [g.dtype for g in grads if g is not None]
-        floats = [X.dtype for w in ws for X in w.state.values() if X.is_floating_point()]
-        dtype = functools.reduce(torch.promote_types, dtypes + floats)
+        grads, dtype = self.gradients_in_range(ws)
         G = [None if g is None else as_tall(g, w).to(dtype) for w, g in zip(ws, grads, strict=True)]
         X = [as_tall(w.value, w).to(dtype) for w in ws]
         Y = [None, None]
@@ -81,10 +78,36 @@ class AdaPreLoRARule(LoRARule):
         for w, m, K, x, y, k in zip(ws, M, (K_a, K_b), X, Y, own_inverses, strict=True):
             if m is not None:
                 D = self.least_imbalance(w, m, K, x, y, k, is_joint)
+                D = self.storable(w, D)
                 D = self.adamw_direction(w, D) if self.variant == "adamw" else D
                 lr_factor = self.lr_factor_b if w.number else 1.0
                 steps.append(w.step(Dense(D), lr_factor=lr_factor, max_rel_norm=self.max_rel_step))
         yield from steps
+
+    def gradients_in_range(self, ws: Sequence[Member]) -> tuple[list[Tensor | None], torch.dtype]:
+        """Gradients of a pair, and the dtype of its step.
+
+        The gradients are 2^-96 times as large where one has entries above 2^48, because squares of
+        squares are formed of them and the step hardly depends on scale; as they are under
+        ``stats="none"``. The dtype is float64 where factors or gradients leave float32's range.
+        """
+        grads = [w.grad for w in ws if w.grad is not None]
+        floats = [X.dtype for w in ws for X in w.state.values() if X.is_floating_point()]
+        dtype = functools.reduce(torch.promote_types, [g.dtype for g in grads] + floats)
+        is_far = has_left_range(ws)
+        dtype = torch.float64 if is_far else dtype
+        if self.stats == "none" or (is_on_host(grads[0]) and not is_far):
+            return [w.grad for w in ws], dtype
+        c = functools.reduce(torch.minimum, (safe_square_scale(g) for g in grads)).clamp_(max=1.0)
+        return [None if w.grad is None else w.grad * c for w in ws], dtype
+
+    def storable(self, w: Member, D: Tensor) -> Tensor:
+        """The step D, limited where it may be larger than the weight can hold."""
+        ordinary = torch.promote_types(w.value.dtype, torch.float32)
+        if w.value.dtype == torch.float16 or D.dtype != ordinary or self.stats == "none":
+            limit = torch.finfo(w.value.dtype).max / 8
+            D = D.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit).clamp_(-limit, limit)
+        return D.to(ordinary)
 
     def energies(
         self, ws: Sequence[Member], X: Sequence[Tensor], G: Sequence[Tensor | None]
@@ -183,16 +206,17 @@ class AdaPreLoRARule(LoRARule):
         return tuple({**slots, **{k: Slot(axes) for k in along}} for axes in ("1n", "m1"))
 
 
-def gradients_in_range(ws: Sequence[Member]) -> list[Tensor | None]:
-    """The gradients of a pair, 2^-96 times as large where one has entries above 2^48.
+def has_left_range(ws: Sequence[Member]) -> bool:
+    """Whether the host finds an entry that is not 0 outside of 2^-48 to 2^48, float64's 2^-384.
 
-    Squares of squares are formed of them, which would overflow; the step hardly depends on scale.
+    Products of four such numbers leave their dtype. An accelerator would have to wait.
     """
-    grads = [w.grad for w in ws if w.grad is not None]
-    c = functools.reduce(torch.minimum, (safe_square_scale(g) for g in grads)).clamp_(max=1.0)
-    if c.device.type == "cpu" and bool((c == 1.0).all()):  # an accelerator would have to wait
-        return [w.grad for w in ws]
-    return [None if w.grad is None else w.grad * c for w in ws]
+    tensors = [x for w in ws for x in (w.grad, w.value) if x is not None]
+    if not is_on_host(tensors[0]):
+        return False
+    limit = 2.0 ** (384 if tensors[0].dtype == torch.float64 else 48)
+    sizes = [max(-float(low), float(high)) for low, high in map(torch.aminmax, tensors)]
+    return any(x > limit or 0.0 < x < 1 / limit for x in sizes)
 
 
 class AdaPreLoRA(WatchingOptimizer):

@@ -24,8 +24,11 @@ from ._lora.pair_algebra import (
     damped_inverse,
     debias_factor,
     gram,
+    is_in_range,
     is_nonzero,
+    is_on_host,
     left_matmul,
+    saturate,
     transport,
 )
 from ._lora.pair_groups import LoRARule, PairOptimizer, Scale, accepts_groups
@@ -83,32 +86,31 @@ class AltLoRARule(LoRARule):
             old = as_A(w.value, other).clone() if self.compact_alignment else None
             yield from self.factor_step(w, other)
             if old is not None:  # the other momentum has to follow this factor
-                X, carry = as_A(w.value, other).to(w.grad.dtype), other.state["carry"]
-                S = gram(X)
-                T = transport(S, self.inverse(S), cross_gram(X, old.to(X.dtype)))
-                carry.copy_(product(T, carry))
+                X = as_A(w.value, other).to(w.grad.dtype)
+                self.carry_on(X, old, other.state["carry"])
 
     def factor_step(self, w: Member, other: Member) -> Steps:
         """The step of one factor, in A's letters: w is A (r, n), X is B (m, r)."""
         assert w.grad is not None
         state = w.state
         M = as_A(state["exp_avg"], w)  # (K, r, n)
-        G = as_A(w.grad, w).to(torch.promote_types(w.grad.dtype, M.dtype))
-        X = as_A(other.value, w).to(G.dtype)  # (K, m, r)
-        S = gram(X)
+        dtype = torch.promote_types(w.grad.dtype, M.dtype)
+        *found, in_range = yield self.solve(w, other, dtype)
+        if has_left_range(in_range):
+            *found, _ = yield self.solve(w, other, torch.float64)
+        T, K, count, nonzero, debias = found
         if self.compact_alignment:
-            C = state["carry"].clone()
-            state["carry"].copy_(torch.eye(len(C[0]), dtype=C.dtype, device=C.device))
+            C = state["carry"]
+            C.copy_(torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
         else:
-            ref = as_A(other.state["ref"], w)
-            C = cross_gram(X, ref)
-            ref.copy_(X)
-        T, K, count, nonzero, debias = yield BatchedCall(self.small_solves, (S, C, state["count"]))
+            as_A(other.state["ref"], w).copy_(as_A(other.value, w))
         state["count"].copy_(count)
+        G = as_A(w.grad, w).to(T.dtype)
         if self.second_moment is None:
             N = left_matmul(T, M)
             add_product_(N, K, G)
-            U, scale = M.copy_(N), debias
+            saturate(N, M, self.limit(w, M) * (1 - self.betas[0]))
+            U, scale = M, debias
         else:
             U, scale = self.adam_direction(w, M, left_matmul(K, G), T, count), nonzero
         U, lr_factor = as_A(U, w), self.lr_factor_b if w.number else 1.0
@@ -116,6 +118,15 @@ class AltLoRARule(LoRARule):
         yield w.step(
             term, lr_factor=lr_factor, decay_last=self.published, max_rel_norm=self.max_rel_step
         )
+
+    def solve(self, w: Member, other: Member, dtype: torch.dtype) -> BatchedCall:
+        """The request for the r x r matrices of one factor's step, computed in a dtype."""
+        X = as_A(other.value, w).to(dtype)  # (K, m, r)
+        if self.compact_alignment:
+            C = w.state["carry"].to(dtype)
+        else:
+            C = cross_gram(X, as_A(other.state["ref"], w))
+        return BatchedCall(self.small_solves, (gram(X), C, w.state["count"]))
 
     def small_solves(self, S: Tensor, C: Tensor, count: Tensor) -> tuple[Tensor, ...]:
         """Compute everything of size r x r, for many pairs at once.
@@ -127,38 +138,67 @@ class AltLoRARule(LoRARule):
 
         Returns:
             b1 T, (K, r, r); (1 - b1) K / s^2, or K / s^2 in AltLoRA+, (K, r, r); and (K, 1, 1) each
-            the new count, 1 where X is not zero (else 0), and the bias correction of M.
+            the new count, 1 where X is not zero (else 0), the bias correction of M, and whether
+            the dtype can hold T and K, which are 0 where it cannot.
         """
         b1 = self.betas[0]
         inverse, nonzero = self.inverse(S), is_nonzero(S)
-        if self.compact_alignment:
-            T = C
-        elif self.published:
-            T = product(inverse, C)
-        else:
-            T = transport(S, inverse, C)
+        T = C if self.compact_alignment else self.transported(S, inverse, C)
         count = count + (1 if self.published else nonzero.to(count.dtype))
         nonzero = nonzero.to(S.dtype)  # a bool times 0.9 is a float32
         s2 = self.s**2 if self.scale_aware and not self.published else 1.0
         share = 1.0 if self.second_moment else 1 - b1
         debias = debias_factor(count, b1, S.dtype)
-        return T * (nonzero * b1), inverse * (share / s2), count, nonzero, debias
+        T, K = T * (nonzero * b1), inverse * (share / s2)
+        sums = (T.abs() + K.abs()).sum((-2, -1), keepdim=True)
+        in_range = is_in_range(S, *self.damping) & sums.isfinite()
+        T, K = (torch.where(in_range, x, 0.0) for x in (T, K))
+        return T, K, count, nonzero, debias, in_range
+
+    def transported(self, S: Tensor, inverse: Tensor, C: Tensor) -> Tensor:
+        """T (K, r, r) of the momentum, as published or exact where X has not moved."""
+        return product(inverse, C) if self.published else transport(S, inverse, C)
+
+    def carry_on(self, X: Tensor, old: Tensor, carry: Tensor) -> None:
+        """Let the T of ``compact_alignment`` follow a factor that has moved from ``old`` to X."""
+        for dtype in (X.dtype, torch.float64):
+            Y = X.to(dtype)
+            S = gram(Y)
+            T = product(transport(S, self.inverse(S), cross_gram(Y, old.to(dtype))), carry)
+            in_range = is_in_range(S, *self.damping) & T.isfinite().all(-1, True).all(-2, True)
+            if not has_left_range(in_range):
+                break
+        T = torch.where(in_range, T, 0.0)
+        saturate(T, carry, torch.finfo(carry.dtype).max / 8)
+
+    def limit(self, w: Member, M: Tensor) -> float:
+        """The largest entry of a direction: the weight and its momentum can hold several steps."""
+        return min(torch.finfo(dtype).max for dtype in (w.value.dtype, M.dtype)) / 8
 
     def adam_direction(self, w: Member, M: Tensor, Z: Tensor, T: Tensor, count: Tensor) -> Tensor:
         """AltLoRA+: Adam's direction of Z, the first moment carried along, the second not."""
-        (b1, b2), V = self.betas, as_A(w.state["exp_avg_sq"], w)
+        (b1, b2), V, limit = self.betas, as_A(w.state["exp_avg_sq"], w), self.limit(w, M)
+        Z.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit)
         N = left_matmul(T, M).add_(Z, alpha=1 - b1)
-        # the published code carries M for the step only, and does not correct V
-        M.mul_(b1).add_(Z, alpha=1 - b1) if self.published else M.copy_(N)
-        V.mul_(b2).add_(Z.square(), alpha=1 - b2)
+        if self.published:  # it carries M for the step only, and does not correct V
+            M.mul_(b1).add_(Z, alpha=1 - b1)
+            moved = N.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit)
+        else:
+            moved = saturate(N, M, limit)
+        V.mul_(b2).addcmul_(Z, Z, value=1 - b2)
         c1, c2 = debias_factor(count, b1, Z.dtype), debias_factor(count, b2, Z.dtype)
         eps = self.eps if self.eps is not None else 1e-4 if self.published else 1e-8
-        return N.mul_(c1).div_((V if self.published else V * c2).sqrt().add_(eps))
+        N = torch.mul(moved, c1, out=N)
+        return N.div_((V if self.published else V * c2).sqrt().add_(eps))
 
     def inverse(self, S: Tensor) -> Tensor:
         """(S + delta I)^-1, zero for S = 0: no step of one factor moves W while the other is 0."""
-        relative = self.delta_mode == "relative"
-        return damped_inverse(S, 0.0 if relative else self.delta, self.delta if relative else 0.0)
+        return damped_inverse(S, *self.damping)
+
+    @property
+    def damping(self) -> tuple[float, float]:
+        """Absolute damping, and that relative to the mean eigenvalue."""
+        return (0.0, self.delta) if self.delta_mode == "relative" else (self.delta, 0.0)
 
     def is_active(self, w: Member) -> bool:
         """Whether the schedule lets this factor move in this step."""
@@ -236,7 +276,10 @@ class AltLoRA(PairOptimizer):
     under ``compact_alignment``. Peak temporary memory: three matrices of the largest factor.
 
     Caveat: under damping, and in AltLoRA+, whose squares belong to entries, the step depends on how
-    B A is split into factors. ``"both"`` takes the gradient of B at the old A.
+    B A is split into factors. ``"both"`` takes the gradient of B at the old A. A step is as large
+    as the gradient: entries of M beyond 1/8 of the largest number of the weight's dtype are held
+    there. Where B^T B leaves the dtype of the state (entries of B beyond 1e15), a CPU computes the
+    step in float64; elsewhere M becomes 0 and A only decays.
 
     Example:
         >>> import torch
@@ -286,6 +329,11 @@ class AltLoRA(PairOptimizer):
             lr_ratio_b=lr_ratio_b,
         )
         super().__init__(params, rule, lr, weight_decay, scale=scale, **options)
+
+
+def has_left_range(in_range: Tensor) -> bool:
+    """Whether the host knows of a Gram matrix out of range; an accelerator would have to wait."""
+    return is_on_host(in_range) and not bool(in_range.all())
 
 
 def as_A(x: Tensor, w: Member) -> Tensor:

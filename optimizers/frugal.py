@@ -286,8 +286,9 @@ class FRUGAL(StackedOptimizer):
     ``momentum_buffer``): columns 2 m c, rows 2 n c, randk 2 c, with ``index`` and under
     ``"changed"`` ``age``, c int32 each; a subspace as :class:`GaLore`; a block 2 m n while it is
     active, else none. Density 0 stores none. Peak temporary memory: panels; buffers of r x n
-    elements for a subspace; one matrix for an active block, on devices, and for a weight that is
-    not stored row by row.
+    elements for a subspace, with ``"topk"`` three and a half matrices more, as
+    rows anywhere are written whole, and up to five in a refresh; one matrix for an active block,
+    on devices, and for a weight that is not stored row by row.
 
     Caveat: FRUGAL saves memory, not loss. ``"block"`` counts tensors, not elements, so its memory
     varies. A gradient of zeros at a new choice leaves the old choice for one more window. With a

@@ -117,7 +117,8 @@ class GaLore(StackedOptimizer):
     ``exp_avg_sq_row`` r and ``exp_avg_sq_col`` n in its place. AdamW stores 2 m n.
     Peak temporary memory: buffers of r x n elements, and panels. A refresh adds, in elements and
     with m <= n, 2 m^2 for ``"svd"``, m n + m^2 for ``"svd_full"``, and for all but the random kinds
-    two panels of 2^20, ``"range"`` four, ``"dct"`` five.
+    two panels of 2^20, ``"range"`` four, ``"dct"`` five. A bfloat16 or float16 weight adds one
+    float32 matrix, its gradient.
 
     Caveat: only the state shrinks; gradients and weights keep their full size. After a refresh kept
     moments are read in the new basis, as published; ``moments="rotate"`` carries them over.

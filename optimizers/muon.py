@@ -231,6 +231,11 @@ class MuonRule(Rule):
     # checks ---------------------------------------------------------------------------------------
 
     @property
+    def needs_own_strides(self) -> bool:  # type: ignore[override]
+        """True under ``compat``: on a CPU torch adds to a transposed bfloat16 weight in scalars."""
+        return self.compat is not None
+
+    @property
     def handles_nonfinite(self) -> bool:  # type: ignore[override]
         """False under ``compat``, and where a report or a Kaczmarz sketch reads the gradient."""
         drawn = self.polar == "low_rank" and self.sketch == "kaczmarz"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +165,7 @@ class SymmetryStack(StackedOptimizer):
         )
         self._policy, self._scale = policy, adjust_lr_fn
         self._overrides, self._initial_lr = overrides, lr
-        if not isinstance(params, (nn.Module, Tensor)):
+        if isinstance(params, Iterable) and not isinstance(params, (nn.Module, Tensor)):
             params = list(params)
             self._named_rows = rows_by_names(params)
         super().__init__(params, SymmetryStackRule(), lr, weight_decay, **options)
@@ -176,7 +176,7 @@ class SymmetryStack(StackedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one without ``rule`` becomes groups by the policy."""
         groups = [param_group]
-        if isinstance(param_group, dict) and "rule" not in param_group:
+        if isinstance(param_group, dict) and param_group.get("rule") is None:
             groups = self._grouped_by_policy(param_group)
         count = len(self.param_groups)
         try:
@@ -229,7 +229,7 @@ class SymmetryStack(StackedOptimizer):
             replace(row, name=name or row.name)
             for name, row in zip(names, self._rows(params, names, known), strict=True)
         ]
-        own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names", "rule")}
         lr = own_keys.get("lr", self.defaults["lr"])
         groups = policy_groups(rows, params, self._policy, self._scale, lr, {})
         return [{**g, **own_keys} for g in groups]
@@ -267,7 +267,9 @@ class SymmetryStack(StackedOptimizer):
 
 def rows_by_names(items: Sequence[Any]) -> dict[Tensor, Row]:
     """Rows of parameters with names, or of all such groups together: neighbours tell parts."""
-    groups = [x for x in items if isinstance(x, Mapping) and "params" in x and "rule" not in x]
+    groups = [
+        x for x in items if isinstance(x, Mapping) and "params" in x and x.get("rule") is None
+    ]
     pairs = [x for x in items if isinstance(x, tuple) and len(x) == 2]
     for group in groups:
         params = group["params"]

@@ -25,6 +25,7 @@ from .terms import (
     Term,
     WriteScalars,
 )
+from .validation import shown
 
 __all__ = [
     "LOCAL_REDUCTIONS",
@@ -340,6 +341,8 @@ class Rule:
     """
     writes_in_refresh: ClassVar[bool] = False
     """Set True if ``refresh`` changes weights in place. The driver then never stacks the units."""
+    needs_own_strides: ClassVar[bool] = False
+    """Set True if bits depend on how a weight lies in memory: only contiguous ones are stacked."""
     yields_batched_calls: ClassVar[bool] = False
     """Set True if ``update`` yields :class:`BatchedCall`.
 
@@ -466,7 +469,7 @@ def rule_class(name: str) -> type[Rule]:
     if not isinstance(name, str) or name not in RULE_CLASSES:
         raise ValueError(
             f"group key 'rule' must be 'adamw' or one of {', '.join(sorted(RULE_CLASSES))}, "
-            f"got {name!r}"
+            f"got {shown(name)}"
         )
     return RULE_CLASSES[name]
 

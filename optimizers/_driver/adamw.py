@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter, is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,6 +19,8 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from ...kernels import update_weight_
+from .param_groups import listed
+from .saved_state import adamw_entry, check_tensor
 from .units import State
 
 MAX_COPIED_NUMEL = 2**22
@@ -29,6 +32,7 @@ Entries = Sequence[dict[str, Any]]
 T = TypeVar("T")
 _NO_STATE: dict[str, Any] = {}
 _dtype_of = attrgetter("dtype")
+_tensors_of = itemgetter("step", "exp_avg", "exp_avg_sq")
 
 
 def lr_of(group: Mapping[str, Any]) -> float | Tensor:
@@ -96,22 +100,58 @@ def _refuse_unfit(p: Tensor, grad: Tensor, moment: Tensor | None, fused: bool, n
         _device_dtype_check_for_fused(p)
 
 
+def _is_sound(p: Tensor, entry: Mapping[str, Any]) -> bool:
+    """Whether the state of a parameter is what torch's AdamW can step."""
+    step = entry.get("step")
+    is_step = isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point()
+    return is_step and all(
+        isinstance(X, Tensor)
+        and (X.shape, X.dtype, X.device, X.layout) == (p.shape, p.dtype, p.device, p.layout)
+        for X in (entry.get("exp_avg"), entry.get("exp_avg_sq"))
+    )
+
+
+def _refuse_unsound(p: Tensor, entry: Mapping[str, Any], name: str) -> None:
+    """Raise for what makes the state of a parameter unfit, which other code must have done."""
+    expected = adamw_entry(p)
+    for key, x in expected.tensors.items():
+        check_tensor(key, entry.get(key), x, p, name, exact=True)
+        if entry[key].device != p.device:
+            raise ValueError(f"state {key!r} of {name} is on {entry[key].device}, not {p.device}")
+    raise ValueError(f"state 'step' of {name} must be a floating tensor with one element")
+
+
 class EntryCache:
     """State dicts of whole groups, found again without a hash of each parameter.
 
     They are right as long as the state holds the same dicts in the same order, since a dict belongs
-    to one parameter.
+    to one parameter. Their tensors are known by ids alone, so that none is kept alive that other
+    code has moved elsewhere.
     """
 
     def __init__(self) -> None:
         self._all: list[dict[str, Any]] = []
+        self._sound: dict[int, list[int]] = {}
         self.by_group: dict[int, Entries] = {}
+
+    def is_sound(self, index: int, entries: Entries) -> bool:
+        """Whether these tensors of a group are those that were last checked."""
+        try:
+            ids = list(map(id, chain.from_iterable(map(_tensors_of, entries))))
+        except KeyError:
+            return False
+        return self._sound.get(index) == ids
+
+    def set_sound(self, index: int, entries: Entries) -> None:
+        """Remember the tensors of a group, which have passed all checks."""
+        self._sound[index] = list(map(id, chain.from_iterable(map(_tensors_of, entries))))
 
     def follow(self, state: State) -> None:
         """Forget everything if other code has replaced, added or dropped a dict."""
         if len(state) != len(self._all) or not all(map(is_, state.values(), self._all)):
             self._all = list(state.values())
             self.by_group.clear()
+            self._sound.clear()
 
 
 @dataclass
@@ -152,6 +192,9 @@ class Work:
         if len(present_grads) < len(positions):
             positions = [i for i in positions if grads[i] is not None]
         factors = group.get("decays")
+        if factors and (len(factors) < len(group["params"]) or None in factors):
+            known = [listed(group, "decays", i) for i in range(len(group["params"]))]
+            factors = [1.0 if factor is None else factor for factor in known]
         return cls(
             group,
             order,
@@ -177,25 +220,33 @@ class Work:
                 cache.by_group[index] = entries
         self.entries = entries
 
-    def check(self, describe: Callable[[int], str]) -> None:
+    def check(self, describe: Callable[[int], str], cache: EntryCache, index: int) -> None:
         """Raise before any change for what torch would refuse in the middle of the step.
 
         Args:
             describe: Makes words for a message of a position.
+            cache: What is known of the state.
+            index: Number of the group.
 
         Raises:
             RuntimeError: If gradient or state has another dtype, or ``fused`` does not take it.
+            ValueError: If other code has put in state that AdamW cannot step.
         """
-        moments = [entry.get("exp_avg") for entry in self.entries]
-        self.new = [p for p, X in zip(self.params, moments, strict=True) if X is None]
-        if not self.new:
+        entries = self.entries
+        self.new = [p for p, e in zip(self.params, entries, strict=True) if "exp_avg" not in e]
+        if not self.new and cache.is_sound(index, entries):
             dtypes = set(map(_dtype_of, self.grads))
-            dtypes.update(map(_dtype_of, moments))
+            dtypes.update(entry["exp_avg"].dtype for entry in entries)
             if len(dtypes) == 1:  # converted weights have converted gradients
                 return
-        for i, p, grad, X in zip(self.positions, self.params, self.grads, moments, strict=True):
-            if X is None or not X.dtype == p.dtype == grad.dtype:
+        for i, p, grad, entry in zip(self.positions, self.params, self.grads, entries, strict=True):
+            X = entry.get("exp_avg")
+            if X is None or getattr(X, "dtype", p.dtype) != p.dtype or grad.dtype != p.dtype:
                 _refuse_unfit(p, grad, X, self.group["fused"], describe(i))
+            if "exp_avg" in entry and not _is_sound(p, entry):
+                _refuse_unsound(p, entry, describe(i))
+        if not self.new:
+            cache.set_sound(index, entries)
 
     def allocate(self, state: State) -> None:
         """Allocate missing state."""

@@ -378,7 +378,10 @@ def buckets_of(
         state_since = unit.allocate(state, rule)
         first = state[unit.params[0]]
         clocks = (first[unit.step_key], first.get(unit.refreshed_key, 0))
-        own_bucket = () if unit.stackable and not rule.writes_in_refresh else (id(unit),)
+        stacks = unit.stackable and not rule.writes_in_refresh
+        if rule.needs_own_strides and not unit.params[0].is_contiguous():
+            stacks = False
+        own_bucket = () if stacks else (id(unit),)
         key = (present, state_since, *clocks, stack_keys[unit.rule], unit.shift, *unit.key)
         sorted_units.setdefault((*key, *own_bucket), []).append(unit)
     buckets = []
@@ -388,9 +391,9 @@ def buckets_of(
         buckets += [
             Bucket(members[i : i + size], key[0], key[1]) for i in range(0, len(members), size)
         ]
-    stacks = {tuple(map(id, bucket.units)): bucket for bucket in old if bucket.stacked}
+    old_stacks = {tuple(map(id, bucket.units)): bucket for bucket in old if bucket.stacked}
     for j, bucket in enumerate(buckets):
-        previous = stacks.get(tuple(map(id, bucket.units)))
+        previous = old_stacks.get(tuple(map(id, bucket.units)))
         same_kind = previous and (previous.present, previous.state_since) == (
             bucket.present,
             bucket.state_since,

@@ -8,7 +8,7 @@ tensors that were cast.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from itertools import accumulate
 from typing import Any
 
@@ -17,13 +17,24 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .._core.rule import RULE_CLASSES, Rule, defaults_of
+from .._core.validation import shown
 from . import adamw
-from .checks import check_values
-from .matching import Place, is_list, match, realigned, regroup
-from .param_groups import COMMON, LISTS, describe, exact_ratio, parts_of, rule_of, warn_user
+from .checks import check_lists, check_values
+from .matching import Place, match, realigned, regroup
+from .param_groups import (
+    COMMON,
+    LISTS,
+    describe,
+    exact_ratio,
+    listed,
+    parts_of,
+    rule_of,
+    warn_user,
+)
 from .saved_state import (
     Entry,
     adamw_entry,
+    base_of,
     check_clocks,
     check_tensor,
     check_values_of,
@@ -59,7 +70,7 @@ def prepare(
     found = match(groups, saved, lambda group: _matrix_flags(default_rule, group))
     if found is None:
         return dict(state_dict)  # torch says which length differs
-    _check_lengths(saved)
+    _check_forms(saved)
     _check_ids(groups, found.places, state_dict["state"])
     is_old = any("method" in group and "draws" not in group for group in saved)
     for group in saved:
@@ -110,17 +121,20 @@ def _saved_groups(state_dict: Any) -> list[dict[str, Any]]:
     return [realigned(group, first) for group, first in zip(saved, firsts, strict=False)]
 
 
-def _check_lengths(saved: Sequence[Mapping[str, Any]]) -> None:
-    """Raise for a list beside ``params`` that is longer than ``params``."""
+def _check_forms(saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for lists and rules whose form alone is wrong, before anything reads them."""
+    check_lists(saved, " of the checkpoint")
     for i, group in enumerate(saved):
-        for key in ("param_names", *LISTS):
-            value, count = group.get(key), len(group["params"])
-            # shorter: a parameter was appended to the list of a group
-            if value is not None and not (isinstance(value, list | tuple) and len(value) <= count):
-                raise ValueError(
-                    f"{key!r} of group {i} of the checkpoint must be a list with a value for each "
-                    f"of its {count} parameters"
-                )
+        try:
+            check_values({key: group[key] for key in ("param_names", *LISTS) if key in group})
+        except ValueError as error:
+            raise _bad_settings(f"group {i} of the checkpoint", error) from error
+        rule = group.get("rule")
+        if rule is not None and not isinstance(rule, str):
+            raise ValueError(
+                f"rule of parameter group {i} of the checkpoint must be a name or None, got "
+                f"{shown(rule)}"
+            )
 
 
 def _refuse_other_methods(default_rule: type[Rule], saved: Sequence[Mapping[str, Any]]) -> None:
@@ -251,41 +265,17 @@ def _check_settings(default_rule: type[Rule], new_groups: Sequence[dict[str, Any
         try:
             check_values(new)
             rule_of(new, default_rule)
-            _check_lists(new)
+            _check_numbers(new)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _bad_settings(f"group {i} of the checkpoint", error) from error
-        rule_name = new["rule"]
-        if rule_name is not None and not isinstance(rule_name, str):
-            raise ValueError(f"group key 'rule' must be a name or None, got {rule_name!r}")
-    positions = [x for new in new_groups for x in new.get("positions") or ()]
-    if len(set(positions)) < len(positions):
-        raise ValueError("the checkpoint gives two parameters one number in 'positions'")
+    check_lists(new_groups, " of the checkpoint")
 
 
-def _check_lists(group: Mapping[str, Any]) -> None:
-    """Raise for a value of one parameter that is not what its list holds."""
-    for rule in group.get("rules") or ():
-        if rule not in ("matrix", "adamw", None):
-            raise ValueError(f"rules must be 'matrix' or 'adamw', got {rule!r}")
-    for decay in group.get("decays") or ():
-        if not _is_number(decay) or not 0.0 <= decay < float("inf"):
-            raise ValueError(f"decays must be factors from 0, got {decay!r}")
-    ratio = group.get("adamw_lr_ratio")
-    for key, value in (("lr", group["lr"]), ("adamw_lr_ratio", 0.0 if ratio is None else ratio)):
-        if value is None or not 0.0 <= value < float("inf"):
-            raise ValueError(f"{key} must be a finite number from 0, got {value!r}")
-    if group["weight_decay"] is None:
-        raise ValueError("weight_decay must be a number from 0, got None")
-    for sums in group.get("base_sums") or ():
-        if sums is not None and not (is_list(sums, 3) and all(map(_is_number, sums))):
-            raise ValueError(f"base_sums must be None or three numbers, got {sums!r}")
-    for position in group.get("positions") or ():
-        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
-            raise ValueError(f"positions must be whole numbers from 0, got {position!r}")
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
+def _check_numbers(group: Mapping[str, Any]) -> None:
+    """Raise for a learning rate or decay that is not there; their values were checked."""
+    for key in ("lr", "weight_decay"):
+        if group[key] is None:
+            raise ValueError(f"{key} must be a number from 0, got None")
 
 
 def _units(
@@ -325,41 +315,45 @@ def _check_state(
         for group, new in zip(groups, new_groups, strict=True)
         for p, key in zip(group["params"], new["params"], strict=True)
     }
-    started = {
-        p for unit in units for p in unit.params if _is_started(unit, by_param[unit.params[0]])
+    texts = {
+        p: describe(listed(group, "param_names", j), p, j)
+        for group in groups
+        for j, p in enumerate(group["params"])
     }
-    for group in groups:
-        names = group.get("param_names")
-        for j, p in enumerate(group["params"]):
-            name = names[j] if is_list(names, len(group["params"])) else None  # type: ignore[index]
-            if is_lazy(p):
-                _refuse_state_of_lazy(by_param[p], name, j)
-                continue
-            text = describe(name, p, j)
-            method = default_rule.method() if p in entries else "AdamW"
-            entry = entries[p] if p in entries else adamw_entry(p)
-            _check_entry(by_param[p], entry, p, text, method, p in started)
+    started: dict[Tensor, set[str]] = {}
+    for unit in units:
+        first = unit.params[0]
+        if _is_started(unit, by_param[first], texts[first]):
+            for p in unit.params:
+                started.setdefault(p, set()).add(unit.tag)
+    for p, text in texts.items():
+        if is_lazy(p):
+            _refuse_state_of_lazy(by_param[p], text)
+            continue
+        method = default_rule.method() if p in entries else "AdamW"
+        entry = entries[p] if p in entries else adamw_entry(p)
+        _check_entry(by_param[p], entry, p, text, method, started.get(p, set()))
 
 
-def _refuse_state_of_lazy(found: Any, name: str | None, j: int) -> None:
+def _refuse_state_of_lazy(found: Any, text: str) -> None:
     if found:
         raise ValueError(
-            f"checkpoint holds state for parameter {name or j!r}, which has no shape yet; run the "
-            "model once before loading"
+            f"checkpoint holds state for {text}, which has no shape yet; run the model once before "
+            "loading"
         )
 
 
-def _is_started(unit: Unit, found: Any) -> bool:
+def _is_started(unit: Unit, found: Any, text: str) -> bool:
     """Whether a saved unit was updated and refreshed, as far as its clocks tell."""
     if not isinstance(found, Mapping):
         return False
     key = unit.refreshed_key if unit.refreshed_key in found else unit.step_key
     value = found.get(key, 0)
-    return isinstance(value, int | float | Tensor) and clock_value(key, value, "a parameter") > 0
+    return isinstance(value, int | float | Tensor) and clock_value(key, value, text) > 0
 
 
 def _check_entry(
-    found: Any, expected: Entry, p: Tensor, text: str, method: str, started: bool
+    found: Any, expected: Entry, p: Tensor, text: str, method: str, started: Set[str]
 ) -> None:
     """Refuse the saved state of a parameter unless it is empty, or complete and sound.
 
@@ -369,7 +363,7 @@ def _check_entry(
         p: The parameter.
         text: How a message names the parameter.
         method: Name of what trains it.
-        started: Whether its state was in use.
+        started: Tags of the views whose state was in use.
 
     Raises:
         ValueError: With the first key that is missing, unknown or wrong.
@@ -390,7 +384,8 @@ def _check_entry(
         raise ValueError(f"checkpoint lacks 'step' for {text}, which AdamW needs; {advice}")
     for key, value in tensors.items():
         check_tensor(key, value, expected.tensors[key], p, text)
-        check_values_of(key, value, expected.tensors[key], text, started)
+        in_use = key.removeprefix(base_of(key)) in started
+        check_values_of(key, value, expected.tensors[key], text, in_use)
 
 
 def restore(

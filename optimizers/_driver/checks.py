@@ -33,11 +33,13 @@ from .._core.validation import (
 from .._core.views import VIEW_KINDS, split_view
 from .buckets import StepPlan
 from .param_groups import (
+    LISTS,
     describe,
     listed,
     parameters_of,
     roles_of,
     rule_of,
+    store_adamw_lr,
     view_of,
     warn_user,
 )
@@ -132,8 +134,20 @@ def _listed(check_value: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]
     return check_list
 
 
+def _side(name: str, x: Any) -> Any:
+    for side in x if isinstance(x, tuple) else (x,):  # weights that share have several
+        _name(name, side)
+    return x
+
+
 def _name(name: str, x: Any) -> Any:
     check(isinstance(x, str), f"{name} must hold a word or None per parameter, got {shown(x)}")
+    return x
+
+
+def _sums(name: str, x: Any) -> Any:
+    is_triple = isinstance(x, (tuple, list)) and len(x) == 3 and all(map(is_number, x))
+    check(is_triple, f"{name} must hold three numbers or None per parameter, got {shown(x)}")
     return x
 
 
@@ -174,11 +188,13 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "draws": partial(choice, known=("name", "position")),
     "rules": _listed(partial(choice, known=(None, "matrix", "adamw"))),
     "views": _listed(_or_none(_view)),
-    "sides": _listed(_or_none(_name)),
+    "sides": _listed(_or_none(_side)),
     "roles": _listed(_or_none(_name)),
     "reasons": _listed(_or_none(_name)),
     "decays": _listed(_or_none(_decay)),
-    "positions": _listed(partial(whole_number, allowed="[0, inf) or None")),
+    "positions": _listed(partial(whole_number, allowed="[0, inf)")),
+    "base_sums": _listed(_or_none(_sums)),
+    "param_names": _listed(_or_none(_name)),
 }
 """Group key -> what checks its value and makes it plain; a rule checks its own fields."""
 
@@ -206,6 +222,35 @@ def check_values(group: MutableMapping[str, Any], keys: Iterable[str] = VALUE_CH
     group.update(plain)
 
 
+def check_lists(groups: Sequence[Mapping[str, Any]], where: str = "") -> None:
+    """Raise for a list beside ``params`` that has values for more parameters than there are.
+
+    A shorter one passes, since a parameter may have been appended to ``params``.
+
+    Args:
+        groups: All groups, whose lists have passed :func:`check_values`.
+        where: What holds the groups, to follow the number of one (default: nothing).
+
+    Raises:
+        ValueError: With the first such list, or if two parameters have one number in ``positions``.
+    """
+    for i, group in enumerate(groups):
+        count = len(group["params"])
+        for key in ("param_names", *LISTS):
+            values = group.get(key)
+            is_list = values is None or isinstance(values, (tuple, list))
+            check(
+                is_list and len(values or ()) <= count,
+                f"{key} of parameter group {i}{where} must be a list with a value for each of its "
+                f"{count} parameters, got {shown(values)}",
+            )
+    if any(group.get("positions") for group in groups):
+        places = [(group, i) for group in groups for i in range(len(group["params"]))]
+        given = [listed(group, "positions", i) for group, i in places]
+        flat = [i if number is None else number for i, number in enumerate(given)]
+        check(len({*flat}) == len(flat), f"positions{where} give two parameters one number")
+
+
 def _check_rule(group: MutableMapping[str, Any], default_rule: type[Rule]) -> Rule | None:
     """Build a group's rule, which checks its fields, and make these plain; None for AdamW."""
     name = group.get("rule")
@@ -224,15 +269,16 @@ def check_written_values(
     """Check what was written into groups since the last step; values are compared by identity.
 
     Args:
-        groups: The groups, in which values become plain once all have passed.
+        groups: The groups.
         default_rule: The optimizer's rule class.
         seen: What this function returned at the last step, at first nothing.
 
     Returns:
-        The groups as they are now, for the next step.
+        Copies of the groups with plain values, also for the next step; ``seen`` itself if nothing
+        was written.
 
     Raises:
-        ValueError: If a value has a wrong type or is out of range; no group has changed then.
+        ValueError: If a value has a wrong type or is out of range.
     """
     for group, old in zip(groups, seen, strict=False):
         lr, decay = group.get("lr"), group.get("weight_decay")
@@ -248,9 +294,8 @@ def check_written_values(
     if not written and len(groups) == len(seen):
         return seen
     plain = {i: _plain(groups[i], default_rule, seen[i] if i < len(seen) else {}) for i in written}
-    for i, values in plain.items():
-        groups[i].update(values)
-    return [dict(groups[i]) if i in plain else seen[i] for i in range(len(groups))]
+    check_lists([{**group, **plain.get(i, {})} for i, group in enumerate(groups)])
+    return [plain[i] if i in plain else seen[i] for i in range(len(groups))]
 
 
 def _is_unchanged(group: Mapping[str, Any], seen: Mapping[str, Any]) -> bool:
@@ -270,6 +315,7 @@ def _plain(
         cls = default_rule if is_default else rule_class(str(name))
         if {"rule", *(f.name for f in fields(cls))} & {*written}:
             _check_rule(copy, default_rule)
+    store_adamw_lr(dict(copy))  # refuses it where lr is 0
     return copy
 
 
@@ -316,14 +362,7 @@ def refuse_sharded_parameters(
     """Raise for parameters whose mark or name says that DeepSpeed or FSDP1 holds parts of them."""
     for i, (p, name) in enumerate(zip(params, names, strict=True)):
         if isinstance(p, Tensor):
-            _refuse_sharded(p, name, _text(name, p, i), method)
-
-
-def _text(name: str | None, p: Tensor, i: int) -> str:
-    """Words that name a parameter, also one that tells no shape."""
-    if p.is_nested or is_lazy(p):
-        return f"parameter {name!r}" if name else f"parameter {i}"
-    return describe(name, p, i)
+            _refuse_sharded(p, name, describe(name, p, i), method)
 
 
 def _obstacle(p: Tensor) -> str | None:
@@ -343,7 +382,7 @@ def check_trainable(params: Sequence[Tensor], names: Sequence[str | None]) -> No
     """Raise for a parameter that no optimizer can write; what is frozen may be quantized, say."""
     for i, (p, name) in enumerate(zip(params, names, strict=True)):
         obstacle = _obstacle(p) if p.requires_grad and not is_lazy(p) else None
-        check(obstacle is None, f"{_text(name, p, i)} {obstacle}")
+        check(obstacle is None, f"{describe(name, p, i)} {obstacle}")
 
 
 def check_matrix(p: Tensor, text: str, method: str) -> None:
@@ -375,6 +414,7 @@ def check_group(
     check_values(group)
     rule = _check_rule(group, default_rule)
     params, names = parameters_of(group)
+    check_lists([{**group, "params": params}])
     if any(not isinstance(p, Tensor) for p in params):
         return  # torch refuses what is no tensor, with its own text
     check_trainable(params, names)
@@ -505,14 +545,16 @@ def check_ready(
     }
     for i, (p, grad, name) in enumerate(zip(plan.flat_params, grads, names, strict=True)):
         if grad is not None:
-            _check_gradient(p, grad, _text(name, p, i), method, i in adamw)
+            if i in adamw and adamw[i].get("fused"):
+                _device_dtype_check_for_fused(p)
+            _check_gradient(p, grad, describe(name, p, i), method, i in adamw)
             if i in adamw:
-                _check_moments(p, state.get(p, {}), adamw[i], _text(name, p, i))
+                _check_moments(p, state.get(p, {}), adamw[i], describe(name, p, i))
     fits = True
     for unit in plan.units:
         for j, (i, p) in enumerate(zip(unit.positions, unit.params, strict=True)):
             if (p.shape, p.dtype, p.device) != unit.key[j - len(unit.params)][:3]:
-                _check_state(unit, j, p, state.get(p, {}), _text(names[i], p, i))
+                _check_state(unit, j, p, state.get(p, {}), describe(names[i], p, i))
                 fits = False
     plan.signature = signature
     return fits
@@ -552,8 +594,6 @@ def _check_moments(
 ) -> None:
     """Raise if torch's AdamW cannot use the state of a parameter, or its own flags for it."""
     step = entry.get("step")
-    if group.get("fused"):
-        _device_dtype_check_for_fused(p)
     if group.get("capturable") and p.device.type == "cpu":
         raise RuntimeError(f"capturable=True needs an accelerator, but {text} is on {p.device}")
     for flag_name in ("capturable", "fused"):

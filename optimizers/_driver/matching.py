@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import adamw
-from .param_groups import LISTS, exact_ratio, plain_name
+from .param_groups import LISTS, exact_ratio, listed, plain_name
 
 HELD_BY_LISTS = {"view": "views", "side": "sides"}
 """Settings that a group can hold for each parameter, with the list that does so."""
@@ -203,9 +203,9 @@ def realigned(group: Group, first: int) -> dict[str, Any]:
     if any(key not in order for key in wanted):
         return dict(group)
     lists = {
-        key: [group[key][order[name]] for name in wanted]
+        key: [listed(group, key, order[name]) for name in wanted]
         for key in ("param_names", *LISTS)
-        if is_list(group.get(key), len(ids))
+        if group.get(key) is not None
     }
     positions = [first + order[name] for name in wanted]
     return {**group, "positions": positions, **lists}
@@ -259,8 +259,8 @@ def _positions(
     flat = [place for row in places for place in row]
     found = [
         place.position
-        if not is_list(saved[place.group].get("positions"), len(saved[place.group]["params"]))
-        else saved[place.group]["positions"][place.number]
+        if (position := listed(saved[place.group], "positions", place.number)) is None
+        else position
         for place in flat
         if place is not None
     ]
@@ -378,14 +378,15 @@ def _lr_ratio(matrix: Group, vector: Group, number: int) -> float | None:
     Raises:
         ValueError: If the matrices have lr 0, AdamW has not, and no first value is known.
     """
+    own: float | None = vector.get("adamw_lr_ratio")
     for key in ("lr", "initial_lr"):
         x, y = float(matrix.get(key) or 0.0), float(vector.get(key) or 0.0)
         if x == y and x != 0.0:
-            return None
+            return own
         if x != 0.0:
-            return exact_ratio(y, x)
+            return exact_ratio(y if own is None else y * own, x)
     if float(vector["lr"]) == 0.0:
-        return vector.get("adamw_lr_ratio")
+        return own
     raise ValueError(
         f"the checkpoint has lr 0 for the matrices of parameter group {number} and "
         f"{float(vector['lr'])!r} for its AdamW parameters, which no ratio can hold; pass groups "
@@ -400,16 +401,14 @@ def _lists(
     factors = _decay_factors(parts)
     found: dict[str, list[Any]] = {}
     for key in sorted(_wanted_lists(group, parts)):
-        own = group[key] if is_list(group.get(key), len(row)) else [_default(key, group)] * len(row)
         found[key] = values = []
         for i, place in enumerate(row):
-            if place is None:
-                values.append(own[i])
-                continue
-            part = parts[place.group]
-            has_list = is_list(part.get(key), len(part["params"]))
-            value = part[key][place.number] if has_list else _default(key, part)
-            values.append(value * factors.get(place.group, 1.0) if key == "decays" else value)
+            part, number = (group, i) if place is None else (parts[place.group], place.number)
+            has_list = part.get(key) is not None  # one that is shorter says nothing of the rest
+            value = listed(part, key, number) if has_list else _default(key, part)
+            if key == "decays" and place is not None:
+                value = (1.0 if value is None else value) * factors.get(place.group, 1.0)
+            values.append(value)
     return found
 
 

@@ -57,8 +57,10 @@ def fill_lists(
     """
     group["roles"] = [row.role if row else None for row in rows]
     group["reasons"] = [row.why if row else None for row in rows]
-    if decays:
-        group["decays"] = [0.0 if row and row.role in UNDECAYED_ROLES else 1.0 for row in rows]
+    # the list is there in every form with a model: a flat distributed checkpoint reads only the
+    # keys that the group to be loaded has
+    undecayed = UNDECAYED_ROLES if decays else ()
+    group["decays"] = [0.0 if row and row.role in undecayed else 1.0 for row in rows]
     if rule is None or (len(rule.members) > 1 and not hasattr(rule, "side")):
         return  # AdamW, and LoRA pairs, whose order tells the members
     targets = [_target(group, p, row) for p, row in zip(group["params"], rows, strict=True)]
@@ -92,6 +94,12 @@ def rows_for(
         known.get(p) or (None if is_lazy(p) else route(name, tuple(p.shape)))
         for p, name in zip(params, names, strict=True)
     ]
+
+
+def decays_of(named: Sequence[tuple[str, Tensor]]) -> list[float]:
+    """Factors on the weight decay by name and shape: 0 for vectors, 1 for all else."""
+    rows = [None if is_lazy(p) else route(name, tuple(p.shape)) for name, p in named]
+    return [0.0 if row and row.role in UNDECAYED_ROLES else 1.0 for row in rows]
 
 
 def complete_names(

@@ -21,13 +21,14 @@ from .._core.rule import (
     rule_class,
     settings_of,
 )
-from .._core.validation import check, describe_unknown, misspelt_option
+from .._core.validation import check, describe_unknown, misspelt_option, shown
 from .._roles.assignment import OptimizerAssignment
 from . import adamw, checkpoint
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
 from .buckets import STACK_SETTINGS, Bucket, StepPlan
 from .checks import (
     check_group,
+    check_lists,
     check_matrix,
     check_ready,
     check_values,
@@ -183,6 +184,8 @@ class StackedOptimizer(Optimizer):
         for module in (params, model):
             refuse_sharded_module(module, rule.method())
         store_adamw_lr(defaults)
+        if model is not None and not isinstance(model, nn.Module):
+            raise ValueError(f"model must be the module of the parameters, got {shown(model)}")
         if isinstance(params, nn.Module):
             check(model in (None, params), "model= and params name two modules; pass one of them")
             params = self._params_of_model(params)
@@ -219,6 +222,9 @@ class StackedOptimizer(Optimizer):
             ValueError: If a key is a misspelling, a value out of range or a parameter cannot be
                 trained.
         """
+        name = param_group.get("rule") if isinstance(param_group, dict) else None
+        if name is not None and not isinstance(name, str):
+            rule_class(name)  # refuses it before anything compares it, as it may be an array
         super().add_param_group(self._prepare_group(param_group))
         if self._is_built:
             self.param_groups[-1].setdefault("draws", self.param_groups[0]["draws"])
@@ -366,10 +372,28 @@ class StackedOptimizer(Optimizer):
         """The plan, with rules and units made anew only if groups changed.
 
         Raises:
-            ValueError: If settings changed that shape the state of a parameter. Plan and state are
-                as before.
+            ValueError: If settings changed that shape the state of a parameter. Plan, state and
+                groups are as before.
         """
-        self._seen = check_written_values(self.param_groups, self._default_rule, self._seen)
+        groups, seen = self.param_groups, self._seen
+        written = check_written_values(groups, self._default_rule, seen)
+        if written is seen:
+            return self._current_plan()
+        before = [dict(group) for group in groups]
+        try:
+            for group, values in zip(groups, written, strict=True):
+                group.update(values)
+            self._seen = written
+            return self._current_plan()
+        except Exception:
+            self._seen = seen
+            for group, values in zip(groups, before, strict=True):
+                group.clear()
+                group.update(values)
+            raise
+
+    def _current_plan(self) -> StepPlan:
+        """The plan of groups whose values were checked."""
         flat_params = [p for group in self.param_groups for p in group["params"]]
         for group in self.param_groups:
             if "adamw_lr" in group:
@@ -413,6 +437,7 @@ class StackedOptimizer(Optimizer):
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
         """Make rules and units for the groups as they are now; buckets come with the first step."""
+        check_lists(self.param_groups)
         group_rules = [rule_of(group, self._default_rule) for group in self.param_groups]
         adamw_orders = [self._adamw_order(group) for group in self.param_groups]
         copies = [{k: copy_list(x) for k, x in values.items()} for values in settings]
@@ -433,7 +458,7 @@ class StackedOptimizer(Optimizer):
                     if first_position.setdefault(w.param, w.position) == w.position
                 ]
                 for w in weights:
-                    text = describe(None, w.param, w.position)
+                    text = describe(w.name, w.param, w.position)
                     check_matrix(w.param, text, part.rule.method())
                 units = units_of(i, group, part._replace(weights=weights))
                 for unit in units:
@@ -606,7 +631,7 @@ class StackedOptimizer(Optimizer):
                 work = adamw.Work.of(group, order, positions, start, plan.flat_params, grads)
                 if work.positions:
                     work.find(self.state, cache, i, work.positions is positions)
-                    work.check(self._describe)
+                    work.check(self._describe, cache, i)
                     works.append(work)
             start += len(group["params"])
         return works
@@ -802,6 +827,9 @@ class StackedOptimizer(Optimizer):
         self._apply_late_flags()
         if self._plan is not None:
             self._get_plan()  # refuses settings that do not fit the state, as a step does
+        else:
+            check_written_values(self.param_groups, self._default_rule, self._seen)
+        check_lists(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

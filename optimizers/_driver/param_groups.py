@@ -355,8 +355,11 @@ def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]
 
 
 def describe(name: str | None, p: Tensor, position: int) -> str:
-    """Words that name a parameter in a message."""
-    return f"parameter {name!r}" if name else f"parameter {position} of shape {tuple(p.shape)}"
+    """Words that name a parameter in a message, also one that tells no shape."""
+    if name:
+        return f"parameter {name!r}"
+    has_shape = isinstance(p, Tensor) and not (is_lazy(p) or p.is_nested)
+    return f"parameter {position}" + (f" of shape {tuple(p.shape)}" if has_shape else "")
 
 
 def warn_user(text: str) -> None:

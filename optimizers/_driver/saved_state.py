@@ -19,11 +19,16 @@ from .windows import drops_state
 CLOCKS = ("step", "refreshed", "held")
 MAX_CLOCK = 2**31 - 1
 """Largest clock: counters of the state are int32."""
-NONNEGATIVE = frozenset(
+SUMS = frozenset(
     "exp_avg_sq exp_avg_sq_row exp_avg_sq_col second_moment row_second_moment grad_norm "
-    "energy seen age count frozen due".split()
+    "energy seen".split()
 )
-"""State that is a sum of squares, a norm or a count, by its name without the view's tag."""
+"""State that is a sum of squares or a norm, by its name without the view's tag.
+
+Gradients above 1e19 make it infinite, here and in ``torch.optim.AdamW``.
+"""
+NONNEGATIVE = SUMS | {"age", "count", "frozen", "due"}
+"""State that cannot be negative: sums and counts."""
 REPORTS = frozenset(("polar_report",))
 """State that no update reads, so that it may hold anything."""
 
@@ -111,10 +116,9 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
 
 def adamw_entry(p: Tensor) -> Entry:
     """What the state of a parameter of AdamW must be."""
-    low = None if p.is_complex() else 0.0
     tensors = {
         "exp_avg": Expected(tuple(p.shape), p.dtype, p.device),
-        "exp_avg_sq": Expected(tuple(p.shape), p.dtype, p.device, low),
+        "exp_avg_sq": Expected(tuple(p.shape), p.dtype, p.device, 0.0),
     }
     return Entry(tensors, {"step"}, False, set())
 
@@ -135,7 +139,7 @@ def clock_value(key: str, value: Any, text: str) -> int:
         is_plain = value.layout is torch.strided and not value.is_quantized and not value.is_meta
         number = value.item() if is_plain and value.numel() == 1 else None
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
-    if not is_number or not 0 <= float(number) <= MAX_CLOCK or float(number) % 1:
+    if not is_number or not 0 <= number <= MAX_CLOCK or number % 1:
         shown = value
         if isinstance(value, Tensor):
             shown = number if number is not None else f"a tensor of shape {tuple(value.shape)}"
@@ -193,6 +197,8 @@ def check_tensor(
         raise ValueError(f"{what} must be a plain dense tensor, got a {kind} one")
     if value.is_meta and not p.is_meta:
         raise ValueError(f"{what} is on the meta device, so it has no values")
+    if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
+        raise ValueError(f"{what} is expanded, so several of its entries share memory; clone it")
     if tuple(value.shape) != expected.shape:
         raise ValueError(
             f"{what} has shape {tuple(value.shape)} but its settings need {expected.shape}; build "
@@ -215,8 +221,8 @@ def check_values_of(key: str, value: Tensor, expected: Expected, text: str, star
         started: Whether the parameter was updated, so that indices have been chosen.
 
     Raises:
-        ValueError: For a value that is not finite, below the smallest, or, of indices, too large or
-            given twice.
+        ValueError: For a value that is not finite (sums of squares may be infinite), below the
+            smallest, or, of indices, too large or given twice.
     """
     what = f"state {key!r} of {text}"
     if value.is_meta or not value.numel() or base_of(key) in REPORTS:
@@ -224,7 +230,9 @@ def check_values_of(key: str, value: Tensor, expected: Expected, text: str, star
     if not value.dtype.is_floating_point and expected.limit is not None:
         check_index(key, value, expected, text, started)
         return
-    if (value.is_floating_point() or value.is_complex()) and not bool(value.isfinite().all()):
+    value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+    may_be_inf = base_of(key).removesuffix("_scale") in SUMS
+    if not bool((~value.isnan() if may_be_inf else value.isfinite()).all()):
         raise ValueError(f"{what} is not finite; load a checkpoint from before that happened")
     if expected.low is not None and bool((value < expected.low).any()):
         raise ValueError(f"{what} has entries below {expected.low:g}, which it cannot have")

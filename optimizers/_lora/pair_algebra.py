@@ -21,9 +21,12 @@ __all__ = [
     "damped_inverse",
     "debias_factor",
     "gram",
+    "is_in_range",
     "is_nonzero",
+    "is_on_host",
     "left_matmul",
     "right_matmul",
+    "saturate",
     "transport",
 ]
 
@@ -61,6 +64,52 @@ def is_nonzero(S: Tensor) -> Tensor:
     return (S.diagonal(dim1=-2, dim2=-1).amax(-1) > 0).view(-1, 1, 1)
 
 
+def is_on_host(x: Tensor) -> bool:
+    """Whether the host can read x without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+def is_in_range(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
+    """Whether each damped Gram matrix (K, r, r) and its inverse have the digits of their dtype.
+
+    Args:
+        S: (K, r, r).
+        delta: Absolute damping.
+        relative: Damping relative to the mean eigenvalue.
+
+    Returns:
+        (K, 1, 1), in float32 true for factors from about 1e-15 to 1e15.
+    """
+    info = torch.finfo(S.dtype)
+    least = info.tiny / info.eps
+    mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1) * (1 + relative) + delta
+    finite = S.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    return finite & (mean >= least) & (mean <= 1 / least)
+
+
+def saturate(N: Tensor, out: Tensor, limit: float) -> Tensor:
+    """Store N in ``out``, at the limit where N is larger than can be stored.
+
+    In one pass where the two have one dtype, as a plain copy is. A sum of infinite parts of both
+    signs has no value and is 0.
+
+    Args:
+        N: The values, which may be changed.
+        out: Where they are stored.
+        limit: The limit. Above the largest float16 only infinite values are replaced.
+
+    Returns:
+        ``out``, or N where that is more precise.
+    """
+    is_half = limit < torch.finfo(torch.float16).max  # then no product has left float32
+    if N.dtype == out.dtype:
+        if is_half:
+            return torch.clamp(N, -limit, limit, out=out)
+        return torch.nan_to_num(N, nan=0.0, posinf=limit, neginf=-limit, out=out)
+    out.copy_(N.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit).clamp_(-limit, limit))
+    return N
+
+
 def damped(S: Tensor, delta: float, relative: float = 0.0, least: float = 0.0) -> Tensor:
     """S + d I as a new tensor, d = max(delta + relative * mean, least * mean) of eigenvalues."""
     K = S.clone()
@@ -71,10 +120,11 @@ def damped(S: Tensor, delta: float, relative: float = 0.0, least: float = 0.0) -
 
 
 def damped_inverse(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
-    """(S + (delta + relative * mean eigenvalue) I)^-1 by Cholesky; zero where S is zero.
+    """(S + (delta + relative * mean eigenvalue) I)^-1 by Cholesky.
 
-    Damping is never below the round-off of the Gram matrix, so that a singular one does not fill
-    the result with noise, and more where the factorization fails; no device is waited for.
+    Zero where S is zero, or not in range (:func:`is_in_range`), so that it is finite. Damping is
+    never below the round-off of the Gram matrix, so that a singular one does not fill the result
+    with noise, and more where the factorization fails; no device is waited for.
 
     Args:
         S: (K, r, r), symmetric, no negative eigenvalues beyond round-off.
@@ -84,7 +134,8 @@ def damped_inverse(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
     Returns:
         (K, r, r).
     """
-    nonzero, roundoff = is_nonzero(S), S.shape[-1] * torch.finfo(S.dtype).eps
+    nonzero = is_nonzero(S) & is_in_range(S, delta, relative)
+    roundoff = S.shape[-1] * torch.finfo(S.dtype).eps
     K = damped(S, delta, relative, DAMPING_FLOOR * roundoff)
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device).expand_as(K)
     K = torch.where(nonzero, K, eye)
@@ -94,7 +145,7 @@ def damped_inverse(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
             torch.where(nonzero, damped(S, delta, relative, FALLBACK_DAMPING * roundoff), eye)
         )
         L = torch.where((info != 0).view(-1, 1, 1), fallback, L)
-    return inverse_from(L) * nonzero
+    return torch.where(nonzero, inverse_from(L), 0.0)
 
 
 def inverse_from(L: Tensor, at_once: bool | None = None) -> Tensor:

@@ -14,12 +14,14 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from .._core.rule import Rule
-from .._core.validation import check, check_numbers, is_number, shown
+from .._core.validation import check, check_numbers, is_number, plain_number, shown
 from .._driver.buckets import StepPlan
 from .._driver.checks import check_values, refuse_sharded_module, refuse_sharded_parameters
+from .._driver.model_roles import decays_of
 from .._driver.optimizer import StackedOptimizer
 from .._driver.param_groups import describe, parameters_of, warn_user
 
@@ -72,10 +74,11 @@ class PairOptimizer(StackedOptimizer):
     """Base class of optimizers of LoRA pairs: takes models and groups, and checks each pair.
 
     Args:
-        params: A module, which goes through :func:`lora_param_groups`; its named parameters, which
-            do so too and need ``scale``; or groups, of which those without ``rule="adamw"`` hold
-            ``[A1, B1, A2, B2, ...]`` and a ``scale``. Names tell pairs where there are any; without
-            them shapes must, unless :func:`pairs_to_groups` made the group.
+        params: A module, which goes through :func:`lora_param_groups` (vectors of the rest have no
+            weight decay); its named parameters, which do so too and need ``scale``; or groups, of
+            which those without ``rule="adamw"`` hold ``[A1, B1, A2, B2, ...]`` and a ``scale``.
+            Names, given or of ``model=``, tell pairs where there are any; without them shapes must,
+            unless :func:`pairs_to_groups` made the group.
         rule: The method; a third member is the base weight.
         lr: Learning rate.
         weight_decay: Decoupled weight decay (default: 0.0).
@@ -106,7 +109,8 @@ class PairOptimizer(StackedOptimizer):
             full = {**self.defaults, **param_group}
             if self._holds_pairs(full):
                 check_values(full)
-                _check_group(full, len(self._default_rule.members))
+                size = len(self._default_rule.members)
+                _check_group({**full, "param_names": self._names_for(full)}, size)
         return super()._prepare_group(param_group)
 
     @override
@@ -115,6 +119,17 @@ class PairOptimizer(StackedOptimizer):
             if self._holds_pairs(group):
                 _check_group(group, len(self._default_rule.members), is_new=False)
         return super()._build_plan(*args, **kwargs)
+
+    def _names_for(self, group: Mapping[str, Any]) -> list[str | None]:
+        """Names of a group's parameters: its own, else those in the module of ``model=``."""
+        params, names = parameters_of(group)
+        if self._model_roles is None or not all(isinstance(p, Tensor) for p in params):
+            return names
+        known = self._model_roles.rows()
+        return [
+            name or (known[p].name if p in known else None)
+            for name, p in zip(names, params, strict=True)
+        ]
 
     def _holds_pairs(self, group: Mapping[str, Any]) -> bool:
         """Whether the method trains a group, so that it must hold pairs."""
@@ -151,7 +166,11 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
     """Groups from a module or its named parameters; groups, and what torch refuses, unchanged."""
     base = len(rule.members) == 3
     if isinstance(params, nn.Module):
-        return lora_param_groups(params, scale=scale, base_weight=base)
+        groups = lora_param_groups(params, scale=scale, base_weight=base)
+        for rest in groups:
+            if rest.get("rule") == "adamw":  # vectors have no decay, as in every class
+                rest["decays"] = decays_of(rest["params"])
+        return groups
     if isinstance(params, Tensor):
         return params
     items = list(params)
@@ -167,7 +186,8 @@ def _to_pair_groups(params: Any, rule: LoRARule, scale: Scale) -> Any:
     if _is_scale(scale):
         items = [
             {"scale": scale, **group}
-            if isinstance(group, Mapping) and group.get("rule") in (None, rule.method())
+            if isinstance(group, Mapping)
+            and (group.get("rule") is None or str(group["rule"]) == rule.method())
             else group
             for group in items
         ]
@@ -290,6 +310,8 @@ def lora_param_groups(
     Returns:
         Groups for a method of pairs: one for each scale and view, then ``rule="adamw"`` for every
         other trainable parameter. A pair with one frozen factor is a pair; only the other moves.
+        Whole frozen pairs and other frozen parameters, such as base weights, are in no group, also
+        in ``AltLoRA(model)``: what is unfrozen later joins by ``add_param_group``.
 
     Raises:
         ValueError: If there is no pair, no scale, or factors that do not fit.
@@ -369,6 +391,8 @@ def pairs_to_groups(
     used: set[int] = set()
     read = []
     for i, given in enumerate(pairs):
+        is_pair = isinstance(given, Sequence) and len(given) > 0
+        check(is_pair, f"pair {i} must be (A, B) or the like, got {shown(given)}")
         *members, last = given
         s = scale
         if isinstance(last, (Tensor, tuple)):
@@ -589,7 +613,7 @@ def _unused_parameters(
 
 
 def _is_scale(s: Any) -> bool:
-    return is_number(s) and 0 < s < math.inf
+    return is_number(s) and 0 < plain_number(s) < math.inf
 
 
 def _scale_message(s: Any) -> str:
@@ -616,12 +640,17 @@ def _is_conv(A: Tensor, B: Tensor) -> bool:
 def _check_pair(A: Tensor, B: Tensor, a: str, b: str, *, warns: bool = True) -> None:
     """Refuse factors that do not belong together; the message says what to do."""
     for p, name in ((A, a), (B, b)):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
+        check(not is_lazy(p), f"{name} has no shape yet; run the model once before")
+        check(not p.is_nested, f"{name} is a nested tensor, whose parts must be pairs of their own")
         if hasattr(p, "device_mesh"):
             raise NotImplementedError(
                 f"{name}: factors must be whole tensors on each rank; gather them or exclude them"
             )
         if p.is_complex():
             raise RuntimeError(f"complex parameters are not supported: {name}")
+    check(A is not B, f"{a} and {b} are one tensor; a pair needs two")
     if _is_conv(A, B):
         A, B = A.flatten(1), B.flatten(1)
     stacked = A.ndim == B.ndim == 3 and A.shape[0] == B.shape[0]

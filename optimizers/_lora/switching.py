@@ -230,6 +230,9 @@ def check_triples(group: Mapping[str, Any]) -> None:
     used: set[int] = set()
     for i in range(0, len(params), 3):
         texts = [describe(names[i + k], params[i + k], i + k) for k in range(3)]
+        for p, text in zip(params[i : i + 3], texts, strict=True):
+            if not isinstance(p, Tensor):
+                raise TypeError(f"{text} must be a tensor, got {type(p).__name__}")
         _check_trained(params[i : i + 3], texts)
         base_weight = params[i + 2]
         check(

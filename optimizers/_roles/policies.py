@@ -108,8 +108,8 @@ def policy_groups(
 ) -> list[Settings]:
     """Parameter groups: one for each set of keys, with gate and up of a layer side by side.
 
-    Where nothing but shapes is known and one rule serves all matrices there is one group, so that
-    processes that hold different parameters have equal groups.
+    Where one rule serves all matrices there is one group, so that processes that hold different
+    parameters without names have equal groups.
 
     Args:
         rows: One row for each weight.
@@ -122,7 +122,7 @@ def policy_groups(
     """
     table = _paper_lrs(scale, rows)
     keys = [_group_keys(row, policy, own.get(row.name), table, lr) for row in rows]
-    shared_keys = _keys_by_shape(rows, keys, policy, table, lr)
+    shared_keys = _keys_of_one_group(rows, keys, policy, table, lr)
     groups: dict[str, Settings] = {}
     for run, group_keys in _member_runs(rows, keys):
         rule = "adamw" if group_keys["rule"] == "adamw" else "matrix"
@@ -143,18 +143,22 @@ def policy_groups(
     return sorted(groups.values(), key=lambda group: group["rule"] == "adamw")
 
 
-def _keys_by_shape(
+def _keys_of_one_group(
     rows: Sequence[Row],
     keys: Sequence[Settings],
     policy: str | Mapping[str, Any],
     table: Mapping[str, float],
     lr: Any,
 ) -> Settings | None:
-    """Keys of the one group of parameters without names; None if they need several groups."""
-    if table or any(row.name is not None for row in rows):
-        return None
-    hidden = _group_keys(Row(None, (2, 2), "hidden", "matrix", ""), policy, None, table, lr)
-    return hidden if all(k in (hidden, {"rule": "adamw"}) for k in keys) else None
+    """Keys of the one group in which all weights fit, with a rule for its matrices; else None.
+
+    Without names they are those of hidden matrices, whichever weights there are.
+    """
+    adamw = {"rule": "adamw"}
+    one = next((k for k in keys if k["rule"] != "adamw" and "pair" not in k), None)
+    if all(row.name is None for row in rows) and not table:
+        one = _group_keys(Row(None, (2, 2), "hidden", "matrix", ""), policy, None, table, lr)
+    return one if one is not None and all(k in (one, adamw) for k in keys) else None
 
 
 def _reason(row: Row, policy: str | Mapping[str, Any], own: Mapping[str | None, Settings]) -> str:

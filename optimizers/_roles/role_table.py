@@ -377,7 +377,7 @@ def _head_name(s: ParamSite) -> str:
     """The components of the name that say head, "" if there are none."""
     if s.ndim != 2:
         return ""
-    *above, word = s.parts
+    *above, word = s.parts[_wrapper_depth(s) :]
     top = _TOP_MODULES.issuperset(above)
     if _HEADS.fullmatch(word) or (top and word == "value" and s.shape[:1] == (1,)):
         return word
@@ -395,6 +395,39 @@ def _head_name(s: ParamSite) -> str:
     if (named and _is_last(s)) or generates or predicts:
         return f"{base}.{word}"
     return ""
+
+
+def _wrapper_depth(s: ParamSite) -> int:
+    """Number of modules at the top of the model that hold one module and nothing else.
+
+    What a trainer puts around a network, ``self.net = net``, is no part of its structure.
+    """
+    depth = 0
+    for owner in reversed(s.owners[1:]):
+        if isinstance(owner, NameTree) or not _is_wrapper(owner):
+            break
+        depth += not _WRAPPERS.match(f"{next(_holding(owner))}.")
+    return min(depth, len(s.parts) - 1)
+
+
+def _holding(module: nn.Module) -> Iterator[str]:
+    """Names of the children that have parameters."""
+    return (
+        name
+        for name, child in module._modules.items()
+        if child is not None and next(child.parameters(), None) is not None
+    )
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether a module has no parameters but those of one child, which has a forward."""
+    own = any(p is not None for p in module._parameters.values())
+    children = [*_holding(module)]
+    lists = nn.ModuleList | nn.ModuleDict | nn.Sequential
+    if own or len(children) != 1 or isinstance(module, lists):
+        return False
+    inner = module._modules[children[0]]
+    return inner is not None and not isinstance(inner, lists) and bool(inner._modules)
 
 
 def _is_last(s: ParamSite) -> bool:

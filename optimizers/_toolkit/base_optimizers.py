@@ -6,10 +6,12 @@ state, moves it and returns the direction N: the coordinates move by -lr * N.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -197,9 +199,15 @@ class Adafactor(BaseOptimizer):
         r, n = R.shape[-2:]
         beta2 = 1 - float(t) ** self.decay_rate
         rows = reductions.cols(column_squares(R.mT).mT) / n + self.floor
-        v = ema(state["exp_avg_sq_row"], rows, beta2, finite)
-        w = ema(state["exp_avg_sq_col"], column_squares(R) / r + self.floor, beta2, finite)
-        N = R * (v / (total(v.mT) / r)).rsqrt() * w.rsqrt()
+        cols = column_squares(R) / r + self.floor
+        # an average cannot leave infinity, so squares above the largest number count as that
+        row_average, col_average = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        largest = min(torch.finfo(X.dtype).max for X in (rows, row_average))
+        v = ema(row_average, rows.clamp_(max=largest), beta2, finite)
+        w = ema(col_average, cols.clamp_(max=largest), beta2, finite)
+        mean = total(v.mT) / r
+        share = (v / mean).masked_fill_(mean.isinf(), math.inf)  # no step, as Adam: R / inf
+        N = R * share.rsqrt() * w.rsqrt()
         rms = (reductions.cols(total(column_squares(N))) / (r * n)).sqrt()
         N.div_((rms / self.clip_threshold).clamp(min=1.0))
         if self.betas[0] == 0.0:

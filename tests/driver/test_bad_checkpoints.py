@@ -186,6 +186,8 @@ def bad_tensors(X):
     }
     if X.dim():
         changed["sparse"] = X.to_sparse()
+    if X.numel() > 1:
+        changed["expanded"] = X.new_zeros(()).expand(X.shape)
     if X.is_floating_point():
         for value in (math.nan, math.inf, -math.inf):
             Y = X.clone()
@@ -210,12 +212,16 @@ def test_state_that_is_no_sound_tensor_is_refused(name, built):
                 for what, value in bad_tensors(X).items():
                     if key == "polar_report" and what in ("nan", "inf", "-inf"):
                         continue  # nothing reads it
+                    if what == "inf" and key.partition(".")[0].removesuffix("_scale") in SUMS:
+                        continue  # gradients above 1e19 have such squares
                     bad = copy.copy(saved)
                     bad["state"] = {**saved["state"], i: {**entry, key: value}}
                     check_refused(optimizer, bad, key)
 
 
 SQUARES = ("exp_avg_sq", "second_moment", "row_second_moment", "energy", "seen", "age", "count")
+SUMS = {*SQUARES, "exp_avg_sq_row", "exp_avg_sq_col", "grad_norm"} - {"age", "count"}
+"""What gradients above 1e19 make infinite."""
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -348,6 +354,7 @@ VALUES = [
     ("positions", lambda n: [-1] * n), ("positions", lambda n: [0.5] * n),
     ("lr", math.inf), ("decays", 3),
     ("adamw_lr_ratio", math.nan), ("adamw_lr_ratio", -1.0), ("adamw_lr_ratio", "x"),
+    ("base_sums", lambda n: [[1.0, 2.0]] * n), ("base_sums", lambda n: [["x"] * 3] * n),
 ]  # fmt: skip
 
 
@@ -414,6 +421,63 @@ def live_damages(entry, key):
     if isinstance(X, torch.Tensor) and key != "step":
         return [None, 3.0, X.reshape(-1)[:-1], X.to_sparse() if X.dim() else None, X.to("meta")]
     return [None, -1, math.nan, "3", torch.tensor([1.0, 2.0]), 2.5]
+
+
+HUGE = {
+    name: make
+    for name, make in METHODS.items()
+    if name != "rows"  # a rule of the tests alone
+} | {"adafactor": lambda ps: GaLore(ps, rank=3, inner="adafactor")}
+
+
+@pytest.mark.parametrize("size", [1e20, 1e37])
+@pytest.mark.parametrize("name", HUGE)
+def test_what_a_step_of_huge_gradients_makes_is_finite_but_for_sums_and_loads(name, size):
+    params = [weight(shape, k, torch.float32) for k, shape in enumerate(SHAPES)]
+    optimizer = HUGE[name](params)
+    for k in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+            p.grad *= size if k == 0 else 1.0
+        optimizer.step()
+        assert all(bool(p.isfinite().all()) for p in params)
+        for (_, key), X in tensors(optimizer).items():
+            name_of = key.partition(".")[0].removesuffix("_scale")
+            X = torch.as_tensor(X)
+            assert not X.isnan().any(), key
+            assert bool(X.isfinite().all()) or name_of in SUMS, key
+        optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+
+
+def adamw_damages(entry, key):
+    X = entry[key]
+    if key == "step":
+        return [None, 3, "3", torch.tensor([1.0, 2.0]), torch.tensor(1)]
+    dtypes = [X.bfloat16(), X.int()]
+    return [None, 3.0, X.reshape(-1)[:-1], X[:, None], X.to_sparse(), X.to("meta"), *dtypes]
+
+
+@pytest.mark.parametrize("flag", [{}, {"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_state_of_adamw_that_other_code_has_replaced_is_refused_at_any_step(name, flag):
+    params, optimizer, rest = build(name)
+    optimizer.param_groups[-1].update(flag)
+    vector = next(p for p in params if p.ndim == 1)
+    for p, series in zip(params, rest, strict=True):
+        p.grad = series[0].clone()
+    optimizer.step()
+    entry = optimizer.state[vector]
+    for key in list(entry):
+        for damage in adamw_damages(entry, key):
+            kept, entry[key] = entry[key], damage
+            before = [p.detach().clone() for p in params]
+            others = {k: v for k, v in tensors(optimizer).items() if k[1] != key}
+            with pytest.raises((ValueError, RuntimeError), match="parameter"):
+                optimizer.step()
+            assert same(before, [p.detach() for p in params]), (key, damage)
+            assert same(others, {k: v for k, v in tensors(optimizer).items() if k[1] != key})
+            entry[key] = kept
+    optimizer.step()
 
 
 @pytest.mark.parametrize("way", ["live", "deepcopy"])

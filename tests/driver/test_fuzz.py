@@ -29,7 +29,12 @@ def test_a_use_is_right_or_refused_by_one_sentence_with_nothing_changed(request)
     @hypothesis.given(strategies.randoms(use_true_random=True))
     def run(draw):
         case = fuzz_cases.draw_case(draw.getrandbits(62))
-        report.add(case, fuzz.run_case(case))
+        outcome = fuzz.run_case(case)
+        if outcome.finding and outcome.finding not in report.findings:
+            print(f"\n{' | '.join(outcome.finding)}\n{case}", flush=True)
+        report.add(case, outcome)
+        if report.cases % 5000 == 0:  # a long run shows how far it is
+            print(f"\n{report}", flush=True)
 
     run()
     print(f"\n{report}")

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.every_class import PLAIN
 from helpers.problems import gradients, run, same, tensors, weight
 from helpers.rules import PairRule, driver
 from helpers.shapes import SQUARE, TALL, WIDE
@@ -389,7 +390,7 @@ def test_model_tells_roles_beside_any_form_of_params(cls):
     for params in (groups, net.named_parameters(), net.parameters(), decay):
         table = {row.name: row.rule for row in cls(params, model=net).assignment()}
         assert table.items() <= whole.items() and len(table) >= 3
-    assert "decays" not in cls(groups, model=net).param_groups[0]
+    assert set(cls(groups, model=net).param_groups[0]["decays"]) == {1.0}
 
 
 @BOTH
@@ -494,3 +495,19 @@ def test_a_parameter_appended_to_a_named_group_is_trained_without_a_name():
     optimizer.param_groups[0]["params"].append(late)
     run(optimizer, [p, late], [gradients(SQUARE, 1, 0), gradients(SQUARE, 1, 1)])
     assert optimizer.state[late]["step"] == 1
+
+
+@PLAIN
+@pytest.mark.parametrize("kind", ["state_dict", "forward", "name", "class", "list", "number"])
+def test_a_model_that_is_no_module_is_refused_by_name(cls, kind):
+    net = nn.Linear(6, 8)
+    model = {
+        "state_dict": net.state_dict(),
+        "forward": net.forward,
+        "name": "net",
+        "class": nn.Linear,
+        "list": [net],
+        "number": 5,
+    }[kind]
+    with pytest.raises(ValueError, match="model must be the module of the parameters, got "):
+        cls(net.parameters(), model=model)

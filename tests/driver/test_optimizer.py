@@ -517,15 +517,38 @@ def test_adamw_parameters_are_bit_equal_to_torch(flags, dtype):
         assert same(dict(a.state[p]), dict(b.state[q]))
 
 
-def test_adamw_lr_gets_groups_of_its_own_that_schedulers_scale():
-    p, v = weight(SQUARE), weight((4,), 1)
-    optimizer = Muon([p, v], lr=0.02, adamw_lr=0.001)
-    assert [(g["lr"], len(g["params"])) for g in optimizer.param_groups] == [(0.02, 1), (0.001, 1)]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5**k)
-    p.grad, v.grad = torch.ones_like(p), torch.ones_like(v)
-    optimizer.step()
-    schedule.step()
-    assert [g["lr"] for g in optimizer.param_groups] == [0.01, 0.0005]
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_adamw_lr_follows_the_schedule_of_its_group(as_tensor):
+    lrs, adamw_lrs = (0.02, 0.05), (0.001, 0.0025)
+    params = [(weight(SQUARE, i), weight((4,), i)) for i in (0, 1)]
+    twins = [weight((4,), i) for i in (0, 1)]
+    groups = [
+        {"params": list(pair), "lr": torch.tensor(lr, dtype=torch.float64) if as_tensor else lr}
+        for pair, lr in zip(params, lrs, strict=True)
+    ]
+    ours = Muon(groups, lr=0.02, adamw_lr=0.001, adamw_betas=(0.9, 0.95), weight_decay=0.1)
+    theirs = torch.optim.AdamW(
+        [{"params": [p], "lr": lr} for p, lr in zip(twins, adamw_lrs, strict=True)],
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+    )
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=[*rates], total_steps=9, cycle_momentum=False
+        )
+        for optimizer, rates in ((ours, lrs), (theirs, adamw_lrs))
+    ]
+    for step in range(8):
+        for (W, v), twin in zip(params, twins, strict=True):
+            W.grad, v.grad = torch.ones_like(W), torch.ones_like(v) * (step - 3)
+            twin.grad = v.grad.clone()
+        ours.step()
+        theirs.step()
+        for schedule in schedules:
+            schedule.step()
+    assert len(ours.param_groups) == 2
+    for (_, v), twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(v, twin, rtol=1e-6, atol=1e-7)
 
 
 def test_adamw_settings_default_to_the_group_and_the_method():

@@ -84,7 +84,9 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(3, 8, 2, 2)
         self.cls_token = nn.Parameter(torch.randn(1, 1, 8))
         self.pos_embed = nn.Parameter(torch.randn(1, 5, 8))
-        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, 0.0) for _ in range(2)])
+        self.blocks = nn.ModuleList(
+            [nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2)]
+        )
         self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
 
     def loss(self, k):

@@ -114,7 +114,7 @@ WHOLE: dict[str, Callable[[Any], Any]] = {
 GROUP_MUTATIONS: dict[str, Callable[..., Any]] = {
     "drop group": lambda saved, groups, group, rng: groups.remove(group),
     "extra group": lambda saved, groups, group, rng: groups.append({**group, "params": [998]}),
-    "fewer params": lambda saved, groups, group, rng: group["params"].pop(),
+    "fewer params": lambda saved, groups, group, rng: group["params"] and group["params"].pop(),
     "drop names": lambda saved, groups, group, rng: group.pop("param_names", None),
     "permute names": _permute_names,
     "odd names": _odd_names,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +49,7 @@ class Use:
             with torch.no_grad():
                 for p, W in zip(self.params, weights, strict=True):
                     if is_material(p) and is_material(W) and p.layout is torch.strided:
-                        if spec_of(case, self, p).kind != "expanded":
+                        if all(s > 0 or n < 2 for s, n in zip(p.stride(), p.shape, strict=True)):
                             p.copy_(W)
         self.optimizer: Any = None
         self._model: nn.Module | None = None
@@ -330,6 +332,10 @@ def bits(x: Any) -> Any:
         return {key: bits(value) for key, value in x.items() if key != "params"}
     if isinstance(x, (list, tuple)):
         return [bits(value) for value in x]
+    if isinstance(x, numbers.Real) and not isinstance(x, int):
+        return repr(float(x))  # a step makes numbers plain, and they stay the same numbers
+    if isinstance(x, (np.generic, torch.dtype)):
+        return repr(x.item() if isinstance(x, np.generic) else str(x).removeprefix("torch."))
     return repr(x)
 
 

@@ -29,6 +29,10 @@ class UnequalMatrices(AssertionError):
     """Ranks hand different matrices to ``on_one_rank``."""
 
 
+class MissingRanks(AssertionError):
+    """Some ranks ask for an exchange that others do not: real ones would wait for ever."""
+
+
 class Lockstep:
     """Runs one function per rank, one rank at a time, from one exchange to the next.
 
@@ -90,7 +94,7 @@ class Lockstep:
     def _complete(self, waiting):
         try:
             if len(waiting) < len(self._requests):
-                raise AssertionError(f"only ranks {sorted(waiting)} ask for an exchange")
+                raise MissingRanks(f"only ranks {sorted(waiting)} ask for an exchange")
             self._answers = self._answer(self._requests)
         except BaseException as error:
             self._error = error

@@ -220,6 +220,50 @@ def test_shapes_that_are_no_factors_are_refused(shapes):
         pairs_to_groups([tuple(map(weight, shapes))], scale=1.0)
 
 
+ODD_FACTORS = {
+    "text": ("weight", TypeError, "must be a tensor, got str"),
+    "number": (3, TypeError, "must be a tensor, got int"),
+    "lazy": (nn.parameter.UninitializedParameter(), ValueError, "has no shape yet"),
+    "nested": (
+        nn.Parameter(torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])),
+        ValueError,
+        "is a nested tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_FACTORS)
+@pytest.mark.parametrize("cls", [AltLoRA, AdaPreLoRA, SwitchLoRA], ids=lambda cls: cls.__name__)
+def test_a_factor_that_is_no_tensor_with_a_shape_is_refused_by_name(cls, odd):
+    factor, error, text = ODD_FACTORS[odd]
+    base = [weight((5, 6))] if cls is SwitchLoRA else []
+    rest = {"total_steps": 9} if cls is SwitchLoRA else {}
+    for i, pair in enumerate(((factor, weight((5, 2))), (weight((2, 6)), factor))):
+        says = f"{'AB'[i]} of pair 0 .*{text}|pair 0 must be .* got 2 entries"
+        with pytest.raises((error, ValueError), match=says):
+            pairs_to_groups([(*pair, *base)], scale=1.0)
+        named = [("x.lora_A", pair[0]), ("x.lora_B", pair[1]), ("x.weight", weight((5, 6)))]
+        group = {"params": [*pair, *base], "scale": 1.0}
+        for params, words in ((named, f"lora_{'AB'[i]}.*{text}"), ([group], "")):
+            if params is named and (base or error is TypeError):
+                continue  # a list of names has no base weight; torch refuses what is no tensor
+            with pytest.raises((TypeError, ValueError), match=words):
+                cls(params, lr=0.1, scale=1.0, **rest)
+
+
+def test_one_tensor_is_no_pair():
+    A = weight((4, 4))
+    for make in (
+        lambda: pairs_to_groups([(A, A)], scale=1.0),
+        lambda: lora_param_groups([("x.lora_A", A), ("x.lora_B", A)], scale=1.0),
+    ):
+        with pytest.raises(ValueError, match=r"B.* are one tensor"):
+            make()
+    for pair in (5, (), None):
+        with pytest.raises(ValueError, match="pair 0 must be"):
+            pairs_to_groups([pair], scale=1.0)
+
+
 def test_groups_that_are_no_pairs_are_refused():
     A, B = factors(5, 6, 2)
     with pytest.raises(ValueError, match=r"needs \[A1, B1, A2, B2, ...\] .* got 3 parameters"):
@@ -837,3 +881,52 @@ def test_decay_of_b_keeps_the_plain_lr(cls):
         moved.append(members[1].detach() / before)
     for share in moved:
         torch.testing.assert_close(share, torch.full((5, 2), 0.95))
+
+
+class PlainLoRA(torch.nn.Linear):
+    """A layer whose rank is a side of its weight."""
+
+    def __init__(self, n, m, r=4):
+        super().__init__(n, m)
+        self.weight.requires_grad_(False)
+        self.lora_A = torch.nn.Parameter(torch.randn(r, n))
+        self.lora_B = torch.nn.Parameter(torch.zeros(m, r))
+        self.scaling = 2.0
+
+
+def plain_model():
+    return torch.nn.Sequential(PlainLoRA(4, 6), torch.nn.LayerNorm(6), PlainLoRA(6, 4))
+
+
+@pytest.mark.parametrize("cls", [AltLoRA, AdaPreLoRA])
+def test_names_that_only_the_model_knows_tell_which_factors_are_pairs(cls):
+    model = plain_model()
+    first, second = model[0], model[2]
+    pairs = [first.lora_A, first.lora_B, second.lora_A, second.lora_B]
+    with pytest.raises(ValueError, match="could be A and B"):
+        cls([{"params": pairs, "scale": 2.0}])
+    optimizer = cls([{"params": pairs, "scale": 2.0}], model=model)
+    assert optimizer.param_groups[0]["param_names"][0] == "0.lora_A"
+    with pytest.raises(ValueError, match=r"'0.lora_A' and '2.lora_B' are no pair"):
+        cls([{"params": [first.lora_A, second.lora_B], "scale": 2.0}], model=model)
+    with pytest.raises(ValueError, match="wrong order"):
+        cls([{"params": [first.lora_B, first.lora_A], "scale": 2.0}], model=model)
+
+
+@pytest.mark.parametrize("cls", [AltLoRA, AdaPreLoRA, SwitchLoRA])
+def test_vectors_beside_the_pairs_of_a_model_have_no_weight_decay(cls):
+    model = plain_model()
+    model.append(torch.nn.Linear(4, 3))
+    settings = {"total_steps": 10} if cls is SwitchLoRA else {}
+    optimizer = cls(model, weight_decay=0.5, lr=0.1, **settings)
+    rest = optimizer.param_groups[-1]
+    factors = dict(zip(rest["param_names"], rest["decays"], strict=True))
+    assert factors.pop("3.weight") == 1.0
+    assert set(factors.values()) == {0.0}
+    norm = model[1].weight
+    norm.grad = torch.zeros_like(norm)
+    optimizer.step()
+    assert torch.equal(norm, torch.ones(6))
+    groups = lora_param_groups(model, base_weight=cls is SwitchLoRA)
+    groups = cls(groups, **settings).param_groups
+    assert not groups[-1].get("decays")

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from helpers.methods import METHODS
-from helpers.pair_problems import PAIRS, factors, pair_gradients
+from helpers.pair_problems import PAIRS, by_altlora, factors, pair_gradients
+
+from stiefel.optimizers import adaprelora, altlora
 
 SHAPE = (8, 6)
 SIZES = [10.0**k for k in range(-45, 38)]
@@ -13,8 +15,19 @@ TEST_RULES = ("rows", "pick", "pick-rows")
 """Rules of the tests alone: sums of squares that may overflow, steps that read the weight."""
 GROWING = ("auon-repo2026", "frugal-random", "spectral-published", *TEST_RULES)
 """Methods whose step grows with the gradient, as published: finite is all that they promise."""
-GROWING_PAIRS = ("altlora", "altlora-alternate", "altlora-compact", "altlora-reference")
-"""Natural gradients: the step is as large as the gradient, and squares of weights overflow."""
+PAIR_FORMS = {
+    **PAIRS,
+    "altlora-compact-plain": by_altlora(compact_alignment=True),
+    "altlora-compact-alternate": by_altlora(compact_alignment=True, schedule="alternate"),
+    "altlora-reference-alternate": by_altlora(compat="reference", schedule="alternate"),
+    "altlora-plus-compact": by_altlora(second_moment="elementwise", compact_alignment=True),
+    "altlora-plus-free": by_altlora(second_moment="elementwise"),
+}
+GROWING_PAIRS = (
+    "adaprelora-none",
+    *(name for name in PAIR_FORMS if name.startswith("altlora") and "plus" not in name),
+)
+"""Natural gradients: the step is as large as the gradient."""
 SCALE_FREE = (
     *("muon", "muon-ns5", "muon-plain", "muon-normuon", "muon-adamuon", "auon", "auon-hybrid"),
     *("trion", "trion-l2", "aro", "aro-polar", "rownorm", "rownorm-columns", "rownorm-centred"),
@@ -108,21 +121,74 @@ def test_the_negative_of_a_gradient_takes_the_negative_of_the_step(name):
             assert float((x + y).norm()) <= 1e-3 * float(x.norm()), c
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRS if name not in GROWING_PAIRS])
-def test_pairs_take_finite_and_bounded_steps(name):
-    def moved(c):
-        A, B = (torch.nn.Parameter(x.detach()) for x in factors(10, 7, 3))
-        optimizer, steps = PAIRS[name]([(A, B)], weight_decay=0.0), []
-        for g_A, g_B in zip(*pair_gradients(10, 7, 3, 3), strict=True):
-            old = [A.detach().clone(), B.detach().clone()]
-            A.grad, B.grad = (c * g_A.double()).float(), (c * g_B.double()).float()
-            optimizer.step()
-            steps += [A.detach() - old[0], B.detach() - old[1]]
-        assert bool(A.isfinite().all() and B.isfinite().all())
-        return largest(steps)
+PAIR_SHAPES = [(10, 7, 3), (4, 8, 1), (3, 8, 3)]
 
-    bound = 3.0 * moved(1.0)
+
+def pair_steps(name, c, shape=PAIR_SHAPES[0], dtype=torch.float32, sides="AB", **draws_of):
+    """The factors of two pairs after three steps, what the first moved by, and all state."""
+    limit = torch.finfo(dtype).max
+    pairs = [
+        tuple(torch.nn.Parameter(x.detach().to(dtype)) for x in factors(*shape, seed, **draws_of))
+        for seed in range(2)
+    ]
+    optimizer, steps = PAIR_FORMS[name](pairs, weight_decay=0.0), []
+    for step in range(3):
+        old = [p.detach().double() for p in pairs[0]]
+        for seed, pair in enumerate(pairs):
+            for side, p, Gs in zip("AB", pair, pair_gradients(*shape, 3, seed), strict=True):
+                if side in sides:
+                    p.grad = (c * Gs[step].double()).clamp(-limit, limit).to(dtype)
+        optimizer.step()
+        steps += [p.detach().double() - x for p, x in zip(pairs[0], old, strict=True)]
+    state = {
+        (side, key): x
+        for pair in pairs
+        for side, p in zip("AB", pair, strict=True)
+        for key, x in optimizer.state[p].items()
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+    }
+    return [p.detach() for pair in pairs for p in pair], steps, state
+
+
+@pytest.mark.parametrize("name", [name for name in PAIR_FORMS if name not in GROWING_PAIRS])
+def test_pairs_take_finite_and_bounded_steps(name):
+    bound = 3.0 * largest(pair_steps(name, 1.0)[1])
     for c in SIZES:
-        size = moved(c)
-        assert math.isfinite(size)
-        assert name == "adaprelora-none" or size <= bound, c
+        assert largest(pair_steps(name, c)[1]) <= bound, c
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("sides", ["AB", "A", "B"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PAIR_FORMS)
+def test_pairs_and_their_state_stay_finite_for_every_size_of_the_gradient(name, dtype, sides, zero):
+    sizes = [1e-45, 1e-38, 1e-20, 1e-18, 1.0, 1e15, 1e20, 1e25, 1e30, 1e37]
+    sizes = {torch.float16: [1e-7, 1.0, 1e4, 6e4], torch.bfloat16: sizes[:-1]}.get(dtype, sizes)
+    for shape in PAIR_SHAPES:
+        for c in sizes:
+            weights, _, state = pair_steps(name, c, shape, dtype, sides, zero=zero)
+            assert all(bool(p.isfinite().all()) for p in weights), (shape, c)
+            for (_, key), x in state.items():
+                assert not bool(x.isnan().any()), (shape, c, key)
+                assert key == "exp_avg_sq" or bool(x.isfinite().all()), (shape, c, key)
+
+
+@pytest.mark.parametrize("name", GROWING_PAIRS)
+def test_a_natural_gradient_in_float32_is_that_of_float64_for_every_size(name):
+    """Grams of the moved factors leave float32 from gradients of 1e20 on."""
+    for c in (1e-30, 1e-20, 1.0, 1e10, 1e15, 1e20, 1e25, 1e32):
+        found, want = (pair_steps(name, c, dtype=x)[0] for x in (torch.float32, torch.float64))
+        for x, y in zip(found, want, strict=True):
+            assert float((x.double() - y).norm()) <= 1e-3 * float(y.norm()), c
+
+
+def test_a_pair_whose_grams_leave_float32_takes_a_finite_step_where_no_host_looks(monkeypatch):
+    """As on an accelerator: no second look, the factor's own step is left out."""
+    for module in (altlora, adaprelora):
+        monkeypatch.setattr(module, "is_on_host", lambda _: False)
+    for name in PAIR_FORMS:
+        for c in (1e-38, 1e-20, 1e-18, 1.0, 1e15, 1e20, 1e30, 1e37):
+            for zero in (False, True):
+                weights, _, state = pair_steps(name, c, zero=zero)
+                assert all(bool(p.isfinite().all()) for p in weights), (name, c)
+                assert not any(bool(x.isnan().any()) for x in state.values()), (name, c)

@@ -69,10 +69,20 @@ def test_weights_of_many_panels_have_the_bits_of_torch(shape, dtype):
     assert differing(shape, dtype, 2, "float32", steps=3) == [0, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(12, 15), (15, 12), (13, 13)])
-def test_a_weight_that_lies_transposed_has_the_bits_of_torch(shape, dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_that_lie_transposed_have_the_bits_of_torch(shape, dtype):
     def layout(x):
         return x.t().contiguous().t()
 
-    assert differing(shape, dtype, 1, "float", layout=layout) == [0, 0]
+    for count in (1, 2, 5):
+        assert differing(shape, dtype, count, "float", layout=layout) == [0, 0]
+
+
+def test_weights_of_one_shape_that_lie_in_two_ways_have_the_bits_of_torch():
+    lies = itertools.cycle([False, True, True])
+
+    def layout(x):  # a weight and its gradients alike
+        return x.t().contiguous().t() if next(lies) else x
+
+    assert differing((13, 15), torch.bfloat16, 3, "float", layout=layout) == [0, 0]

@@ -383,7 +383,14 @@ def test_adamw_everywhere_is_torch_adamw_bit_for_bit():
     a, b = dense(), dense()
     train(
         a,
-        torch.optim.AdamW(a.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in a.parameters() if p.ndim > 1], "weight_decay": 0.1},
+                {"params": [p for p in a.parameters() if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=1e-2,
+            betas=(0.9, 0.95),
+        ),
         batches(3),
     )
     train(b, SymmetryStack(b, 1e-2, policy="adamw", weight_decay=0.1), batches(3))
@@ -543,6 +550,17 @@ def test_parameters_names_and_groups():
     assert optimizer.param_groups[0]["centred"]
     assert {g["lr"] for g in optimizer.param_groups[1:]} == {0.1}
     train(model, optimizer, batches(1))
+
+
+def test_rule_none_in_a_group_is_no_rule():
+    model = dense()
+    names = list(model.named_parameters())
+    plain = SymmetryStack([{"params": names}])
+    told = SymmetryStack([{"params": names, "rule": None}])
+    assert str(told.assignment()) == str(plain.assignment())
+    told.add_param_group({"params": [weight((5, 3))], "rule": None})
+    assert told.param_groups[-1]["rule"] == "Muon"
+    train(model, told, batches(1))
 
 
 def test_a_late_group_is_sorted_and_a_refused_one_changes_nothing():

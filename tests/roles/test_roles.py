@@ -1795,3 +1795,27 @@ def test_diff():
     fewer = Assignment(table.rows[1:])
     assert table.diff(fewer) == [(table.rows[0].name, table.rows[0], None)]
     assert fewer.diff(table) == [(table.rows[0].name, None, table.rows[0])]
+
+
+class Around(nn.Module):
+    """What a trainer puts around a network."""
+
+    def __init__(self, name, net, **beside):
+        super().__init__()
+        for key, module in {name: net, **beside}.items():
+            self.add_module(key, module)
+
+
+@pytest.mark.parametrize("name", ["net", "vit", "network", "_model", "student", "encoder"])
+def test_a_module_around_the_model_changes_no_role(name):
+    model = Around("embeddings", nn.Linear(12, 8), blocks=nn.Linear(8, 8), head=nn.Linear(8, 5))
+    alone = {row.name: (row.role, row.rule, row.part) for row in classify(model)}
+    assert alone["head.weight"][0] == "head"
+    once = Around(name, model, loss=nn.CrossEntropyLoss())
+    twice = Around("module", Around("trained", once))
+    for around, prefix in ((once, f"{name}."), (twice, f"module.trained.{name}.")):
+        rows = {
+            row.name.removeprefix(prefix): (row.role, row.rule, row.part)
+            for row in classify(around)
+        }
+        assert rows == alone
