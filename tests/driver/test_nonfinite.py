@@ -562,6 +562,7 @@ def test_state_that_other_code_replaces_is_found_again(wait):
         if step == 1:
             optimizer.state[params[1]] = copy.deepcopy(optimizer.state[params[1]])
     assert same([p.detach() for p in params], [q.detach() for q in twins])
+    assert same(tensors(optimizer), tensors(twin))
 
 
 @every_wait

@@ -192,12 +192,12 @@ def test_a_run_stays_close_to_float32(method):
 @pytest.mark.parametrize("method", [m for m in CODED if "block" not in m])
 def test_stack_equals_separate_optimizers_bitwise(method, shape, monkeypatch):
     monkeypatch.setattr(units, "MIN_QUANTIZED_NUMEL", 4)  # what is stacked is small
-    params, stacked = build(method, shapes=(shape,) * 3)
+    params, stacked = build(method, shapes=(shape,) * 4)
     grads = series(params, 7)
+    grads[2][1] = torch.full(shape, float("nan"))  # three of the stack are left
     grads[1][3] = None
-    grads[2][4] = torch.full(shape, float("nan"))
     W = run(stacked, params, grads)
-    for i in range(3):
+    for i in range(4):
         p = weight(shape, i)
         # padding parameters keep the position, which is the key of random draws
         pads = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(i)]
