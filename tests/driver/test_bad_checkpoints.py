@@ -354,6 +354,7 @@ VALUES = [
     ("positions", lambda n: [-1] * n), ("positions", lambda n: [0.5] * n),
     ("lr", math.inf), ("decays", 3),
     ("adamw_lr_ratio", math.nan), ("adamw_lr_ratio", -1.0), ("adamw_lr_ratio", "x"),
+    ("base_sums", lambda n: [[1.0, 2.0]] * n), ("base_sums", lambda n: [["x"] * 3] * n),
 ]  # fmt: skip
 
 

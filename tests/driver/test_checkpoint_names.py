@@ -260,6 +260,15 @@ def test_other_names_whose_shapes_do_not_fit_are_refused_and_change_nothing():
     assert same(before[1], optimizer.state_dict()["param_groups"])
 
 
+@pytest.mark.parametrize("more", [True, False])
+def test_a_file_of_a_model_with_more_or_fewer_layers_is_refused_by_the_name_of_one(more):
+    small, large = network(LAYERS[:2]), network(LAYERS)
+    own, saved = (small, large) if more else (large, small)
+    text = "only the checkpoint has" if more else "it lacks"
+    with pytest.raises(ValueError, match=f"{text} 'third.weight'"):
+        Muon(own).load_state_dict(Muon(saved).state_dict())
+
+
 def test_without_names_on_a_side_parameters_match_by_position():
     net = network()
     matrices = [(n, p) for n, p in net.named_parameters() if p.ndim > 1]

@@ -328,6 +328,16 @@ def test_the_first_skip_warns_once_at_the_users_line(wait, mode):
     assert optimizer.skipped == {"head.weight": 1, "norm.bias": 1}
 
 
+def test_copies_for_late_flags_are_bounded(monkeypatch):
+    monkeypatch.setattr(adamw, "MAX_COPIED_NUMEL", 20)
+    params = [torch.zeros(shape) for shape in [(6,), (3, 3), (4, 4), (5,), (7, 8), (9,), (9,)]]
+    entries = [{"step": torch.tensor(1.0), "exp_avg": p, "exp_avg_sq": p} for p in params]
+    flags = [torch.tensor(True) for _ in params]
+    chunks = list(adamw._chunks(params, params, entries, flags))
+    sizes = [sum(piece[0].numel() for piece in chunk) for chunk in chunks]
+    assert max(sizes) <= 20 and sum(sizes) == sum(p.numel() for p in params)
+
+
 def test_without_names_positions_are_counted():
     p, v, w = weight((6, 4)), weight((5,), 1), weight((5,), 2)
     optimizer = Muon([{"params": [p, v]}, {"params": [w]}], lr=0.1)
@@ -552,6 +562,7 @@ def test_state_that_other_code_replaces_is_found_again(wait):
         if step == 1:
             optimizer.state[params[1]] = copy.deepcopy(optimizer.state[params[1]])
     assert same([p.detach() for p in params], [q.detach() for q in twins])
+    assert same(tensors(optimizer), tensors(twin))
 
 
 @every_wait

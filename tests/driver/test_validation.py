@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from stiefel.optimizers import ARO, Hybrid, Muon, Spectral
 from stiefel.optimizers._core.validation import (
     check_coefficients,
     check_count_or_share,
@@ -149,3 +150,22 @@ def test_an_unknown_name_is_described_with_the_nearest_known_one():
         "key 'momentun' is unknown; did you mean 'momentum'?"
     )
     assert describe_unknown(["x"], known, "key") == "key 'x' is unknown; known are lr, momentum"
+
+
+LOW_RANK, BAD_COUNTS = {"polar": "low_rank"}, [-1, 2.5, math.nan, "x"]
+BESIDE = [
+    (ARO, {"rotation": "eigh"}, "gram_beta", [-0.1, 1.0, 1.5, math.nan, "x"]),
+    (ARO, {"rotation_sharing": "chain"}, "layer", [0, *BAD_COUNTS]),
+    (Spectral, {"adjust_lr_fn": "none"}, "alpha", [math.nan, math.inf, "x"]),
+    (Hybrid, {"adjust_lr_fn": "none"}, "alpha", [math.nan, math.inf, "x"]),
+    (Muon, LOW_RANK, "oversample", BAD_COUNTS),
+    (Muon, LOW_RANK, "power", BAD_COUNTS),
+    (Muon, LOW_RANK, "rank", [0, -1, math.nan, "x"]),
+]
+
+
+@pytest.mark.parametrize(("cls", "needed", "key", "values"), BESIDE)
+def test_options_are_checked_beside_those_that_they_need(cls, needed, key, values):
+    for value in values:
+        with pytest.raises(ValueError, match=key):
+            cls([torch.nn.Parameter(torch.ones(4, 3))], **needed, **{key: value})

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers.checkpoints import through_a_file
+from helpers.methods import METHODS
 from helpers.problems import gradients, refreshes, run, same, tensors, weight
 from helpers.rules import PickRule, driver
 
 from stiefel.optimizers import FRUGAL, BlockPosition, Dense, GaLore, Rule, Slot, StackedOptimizer
+from stiefel.optimizers._driver.buckets import StepPlan
 
 LARGE = (256, 160)  # above the limit of stacks
 
@@ -219,3 +221,12 @@ def test_staggered_units_follow_another_gap():
     optimizer.param_groups[0]["update_proj_gap"] = 4
     optimizer.step()
     assert [unit.shift for unit in optimizer._plan.units] == [0, 2]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_units_are_sorted_once_while_nothing_changes(name, monkeypatch):
+    shapes, calls, rebuild = [(8, 6), (8, 6), (6, 9)], [], StepPlan.rebuild
+    monkeypatch.setattr(StepPlan, "rebuild", lambda *args: calls.append(1) or rebuild(*args))
+    params = [weight(shape, i) for i, shape in enumerate(shapes)]
+    run(METHODS[name](params), params, [gradients(shape, 5, i) for i, shape in enumerate(shapes)])
+    assert len(calls) == (2 if name == "frugal-block" else 1)  # a window begins

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from stiefel.kernels import blockwise_levels, blockwise_scales, dequantize_blocks, quantize_blocks
 from stiefel.optimizers import GaLore, Muon
+from stiefel.optimizers._driver import units
 from stiefel.optimizers._driver.units import MIN_QUANTIZED_NUMEL
 
 BLOCK = 256
@@ -187,15 +188,17 @@ def test_a_run_stays_close_to_float32(method):
 
 
 # which blocks are at work depends on how many there are, so one cannot be trained alone
+@pytest.mark.parametrize("shape", [BIG, (8, 6)], ids=["alone", "stacked"])
 @pytest.mark.parametrize("method", [m for m in CODED if "block" not in m])
-def test_stack_equals_separate_optimizers_bitwise(method):
-    params, stacked = build(method, shapes=(BIG,) * 3)
+def test_stack_equals_separate_optimizers_bitwise(method, shape, monkeypatch):
+    monkeypatch.setattr(units, "MIN_QUANTIZED_NUMEL", 4)  # what is stacked is small
+    params, stacked = build(method, shapes=(shape,) * 4)
     grads = series(params, 7)
+    grads[2][1] = torch.full(shape, float("nan"))  # three of the stack are left
     grads[1][3] = None
-    grads[2][4] = torch.full(BIG, float("nan"))
     W = run(stacked, params, grads)
-    for i in range(3):
-        p = weight(BIG, i)
+    for i in range(4):
+        p = weight(shape, i)
         # padding parameters keep the position, which is the key of random draws
         pads = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(i)]
         alone = METHODS[method]([*pads, p], state_dtype="int8")

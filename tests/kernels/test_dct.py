@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import projectors as oracle
 
-from stiefel.kernels import dct, dct_basis, dct_path, idct
+from stiefel.kernels import dct, dct_basis, dct_path, dct_project, idct
 from stiefel.kernels.dct import FFT_FROM
 from stiefel.kernels.reference.dct import quarter_waves
 from stiefel.optimizers._toolkit.index_projectors import DctProjector
@@ -58,6 +58,16 @@ def test_the_cosine_basis_is_orthonormal(n, dtype):
     assert largest(E) <= (2e-7 if dtype == torch.float32 else 2e-14)
     assert C.dtype == dtype and C.shape == (n, n)
     assert largest(C[0] - math.sqrt(1 / n)) <= 1e-7
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_chosen_coefficients_are_those_of_the_transform_in_the_dtype_of_the_work(dtype, dim):
+    X, index = gaussian(12, 20).expand(2, -1, -1).to(dtype), torch.tensor([[0, 3, 7]])
+    R = dct_project(X, index.to(torch.int32), dim)
+    want = dct(X.double(), dim).index_select(dim, index[0])
+    assert R.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert largest(R - want) <= (1e-13 if dtype == torch.float64 else 1e-5)
 
 
 def test_phases_are_exact_for_long_sides():

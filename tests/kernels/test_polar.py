@@ -40,6 +40,7 @@ from stiefel.kernels import (
     zolotarev,
 )
 from stiefel.kernels.polar import coefficients as lists
+from stiefel.kernels.polar.factorizations import inverse_
 from stiefel.kernels.polar.gram_newton_schulz import gram_iteration, restart_score
 from stiefel.kernels.polar.methods import POLAR_METHODS
 from stiefel.kernels.polar.newton_schulz import _gaussian, polynomial, power_bound
@@ -344,6 +345,21 @@ def test_non_finite_gives_nan_and_spares_its_neighbours(method, bad):
     big = gaussian(300, 20, dtype=torch.float32)
     big[7, 7] = bad
     assert polar_factor(big, method).isnan().all()
+
+
+def test_a_matrix_that_cannot_be_factorized_has_the_identity_for_an_inverse():
+    X = gaussian(6, 9, dtype=torch.float64)
+    S = torch.stack([X @ X.mT, X @ X.mT - 3.0 * torch.eye(6).double()])
+    inverse, worked = inverse_(S.clone())
+    assert worked.tolist() == [True, False]
+    torch.testing.assert_close(inverse[0] @ S[0], torch.eye(6).double())
+    assert torch.equal(inverse[1], torch.eye(6).double())
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (3, 8, 5), (2, 130, 140)])
+@pytest.mark.parametrize("method", ALL)
+def test_the_factor_is_contiguous_whatever_the_strides(method, shape):
+    assert polar_factor(gaussian(*shape, dtype=torch.float32).mT, method).is_contiguous()
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -34,7 +34,7 @@ from stiefel.optimizers._driver import units
 from stiefel.optimizers._driver.write import WRITE_PANEL
 from stiefel.optimizers._toolkit.moments import column_squares, total
 from stiefel.optimizers._toolkit.projectors import PROJECTION_KINDS
-from stiefel.optimizers.fira import norm_growth_limiter
+from stiefel.optimizers.fira import matrix_factor, norm_growth_limiter
 
 sys.path.append(str(BENCH))
 
@@ -751,3 +751,11 @@ def test_groups_of_the_published_package_work_as_they_are():
 )
 def test_bad_settings_are_one_sentence_for_constructor_and_group(bad, text):
     check_refusal(Fira, bad, text)
+
+
+@pytest.mark.parametrize(("share", "has_scale"), [(1e-4, True), (1e-8, True), (1e-14, False)])
+def test_a_small_projection_has_a_scale_and_round_off_has_none(share, has_scale):
+    """``share`` is the part of the gradient's square that the basis holds."""
+    R, G = torch.tensor([[[share]]]).double(), torch.ones(1, 1, 1).double()
+    found = matrix_factor(torch.ones_like(G), R, G, G, 12, 120)
+    assert bool(found.isfinite().all()) and bool(found > 0) == has_scale

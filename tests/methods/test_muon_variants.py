@@ -489,6 +489,15 @@ def test_a_spike_beyond_the_squares_is_limited_too():
     torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], 2.0 * G)
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-3, 1.0, 1e3])
+def test_a_spike_is_limited_however_small_the_gradients_are(size):
+    p, G = weight(TALL), gradients(TALL, 1)[0]
+    optimizer = Muon([p], momentum=0.0, nesterov=False, spike_ratio=2.0)
+    run(optimizer, [p], [[size * G, 100 * size * G]])
+    found = optimizer.state[p]["momentum_buffer"] / size
+    torch.testing.assert_close(found, 2.0 * G)
+
+
 @pytest.mark.parametrize(
     "alpha, lr, one_minus_momentum", [(2.0, -3 / 4, -1 / 2), (None, -3 / 4, -1 / 2),
                                       (1.5, -2 / 2.5, -1.5 / 2.5), (1.2, -1.4 / 1.6, -1.2 / 1.6)]

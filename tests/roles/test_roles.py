@@ -1334,6 +1334,11 @@ def test_weights_that_share_get_a_side_each():
     assert len({*found.values()}) > 1
 
 
+def test_a_weight_that_shares_with_no_other_has_its_own_side():
+    model = parts(tok=nn.Embedding(9, 8), q_proj=nn.Linear(8, 8))
+    assert set(sides_of(SharedSideRule(), model).values()) == {"cols"}
+
+
 def test_shared_sides_that_are_not_known():
     plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     assert set(sides_of(SharedSideRule(), plain).values()) == {"auto"}
