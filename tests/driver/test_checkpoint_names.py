@@ -420,6 +420,24 @@ def test_a_whole_group_keeps_its_place_beside_one_that_was_split():
         assert old.state[p] and same(old.state[p], new.state[q])
 
 
+def test_names_of_a_split_group_come_to_parameters_without_names():
+    B, v = weight((4, 6)), weight((5,))
+    old = Muon([{"params": [("b", B)]}, {"params": [("v", v)], "rule": "adamw"}], lr=0.1)
+    new = Muon([weight((4, 6)), weight((5,))], lr=0.1)
+    new.load_state_dict(old.state_dict())
+    assert new.param_groups[0]["param_names"] == ["b", "v"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_key_of_one_group_alone_is_no_key_of_both(at):
+    named = [("a", weight((4, 6))), ("b", weight((6, 4)))]
+    groups = [{"params": [pair]} for pair in named]
+    groups[at]["tag"] = "mine"
+    saved = Muon(groups, lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="'mine'"):
+        Muon(named, lr=0.1).load_state_dict(saved)
+
+
 @every_class
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("scheduled", [1.0, 0.3, 0.0])
