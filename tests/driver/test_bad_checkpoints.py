@@ -140,6 +140,15 @@ def test_a_refresh_after_the_last_step_is_refused(name, built):
             check_refused(optimizer, bad, key)
 
 
+@pytest.mark.parametrize("name", ["galore", "fira", "frugal-svd"])
+def test_a_refresh_without_a_step_is_refused(name, built):
+    _, optimizer, _ = built(name)
+    bad = copy.deepcopy(optimizer.state_dict())
+    del bad["state"][0]["step"]
+    bad["state"][0]["refreshed"] = 1
+    check_refused(optimizer, bad, "refreshed")
+
+
 def test_state_held_since_after_the_next_step_is_refused():
     params = [weight((6, 6), k) for k in range(3)]
     optimizer = METHODS["frugal-block"](params, density=0.4)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers.checkpoints import through_a_file
-from helpers.problems import same, tensors
+from helpers.problems import run, same, tensors, weight
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -402,6 +402,40 @@ def as_first_version(saved, adamw_lr=None, named=True):
             part["lr"] = group["lr"] * group["adamw_lr_ratio"]
         groups.append(part)
     return {"state": state, "param_groups": groups}
+
+
+def test_a_whole_group_keeps_its_place_beside_one_that_was_split():
+    def made(split):
+        A, B, v = (weight(shape, k) for k, shape in enumerate([(6, 4), (4, 6), (5,)]))
+        parts = [[B], [v]] if split else [[B, v]]
+        groups = [{"params": [A]}, *({"params": part} for part in parts)]
+        if split:
+            groups[2]["rule"] = "adamw"
+        return (A, B, v), Muon(groups, lr=0.1)
+
+    (params, old), (fresh, new) = made(True), made(False)
+    run(old, params, [[torch.ones(p.shape)] for p in params])
+    new.load_state_dict(old.state_dict())
+    for p, q in zip(params, fresh, strict=True):
+        assert old.state[p] and same(old.state[p], new.state[q])
+
+
+def test_names_of_a_split_group_come_to_parameters_without_names():
+    B, v = weight((4, 6)), weight((5,))
+    old = Muon([{"params": [("b", B)]}, {"params": [("v", v)], "rule": "adamw"}], lr=0.1)
+    new = Muon([weight((4, 6)), weight((5,))], lr=0.1)
+    new.load_state_dict(old.state_dict())
+    assert new.param_groups[0]["param_names"] == ["b", "v"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_key_of_one_group_alone_is_no_key_of_both(at):
+    named = [("a", weight((4, 6))), ("b", weight((6, 4)))]
+    groups = [{"params": [pair]} for pair in named]
+    groups[at]["tag"] = "mine"
+    saved = Muon(groups, lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="'mine'"):
+        Muon(named, lr=0.1).load_state_dict(saved)
 
 
 @every_class

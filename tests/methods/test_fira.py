@@ -753,9 +753,10 @@ def test_bad_settings_are_one_sentence_for_constructor_and_group(bad, text):
     check_refusal(Fira, bad, text)
 
 
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize(("share", "has_scale"), [(1e-4, True), (1e-8, True), (1e-14, False)])
-def test_a_small_projection_has_a_scale_and_round_off_has_none(share, has_scale):
+def test_a_small_projection_has_a_scale_and_round_off_has_none(share, has_scale, size):
     """``share`` is the part of the gradient's square that the basis holds."""
-    R, G = torch.tensor([[[share]]]).double(), torch.ones(1, 1, 1).double()
-    found = matrix_factor(torch.ones_like(G), R, G, G, 12, 120)
+    G = torch.full((1, 1, 1), size, dtype=torch.float64)
+    found = matrix_factor(G, share * G, G, G, 12, 120)
     assert bool(found.isfinite().all()) and bool(found > 0) == has_scale

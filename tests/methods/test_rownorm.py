@@ -25,6 +25,7 @@ from helpers.recordings import symmetry_cases
 from helpers.shapes import ODD, ROW, SHAPES, TALL, WIDE
 from oracles import symmetry as oracle
 
+from stiefel.kernels.reference.row_norm import column_norm, row_norm
 from stiefel.optimizers import Hybrid, Muon, RowNorm, Spectral
 
 # the recorded steps
@@ -499,3 +500,11 @@ def test_a_hybrid_group_from_before_row_eps_keeps_what_was_added():
 def test_only_params_and_lr_are_positional(cls):
     with pytest.raises(TypeError, match="positional"):
         cls([weight((4, 6))], 0.1, 0.1)
+
+
+@pytest.mark.parametrize("mode", ["inverse_eps", "inverse", "unit", "relative"])
+@pytest.mark.parametrize("norm", [row_norm, column_norm])
+def test_an_empty_matrix_has_an_empty_result(norm, mode):
+    for shape in [(0, 3), (3, 0), (0, 3, 4), (2, 0, 4), (2, 3, 0)]:
+        for centred in (False, True):
+            assert norm(torch.zeros(shape), mode=mode, centred=centred).shape == shape
