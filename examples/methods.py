@@ -134,6 +134,8 @@ def build_optimizer(
     else:
         group["rule"] = "adamw"
         fixed = {"adamw_betas": BETAS, "adamw_eps": EPS}
+        if cls is stiefel.optimizers.SymmetryStack:  # its rules ask for the place of each weight
+            fixed["model"] = model
     try:
         return cls([{"params": matrices}, group], lr=lr, **(fixed | options))  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:

@@ -6,7 +6,6 @@ module knows. Nothing here needs peft; names and attributes are enough.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ class LoRARule(Rule, abstract=True):
     def __post_init__(self) -> None:
         check(
             self.scale is None or _is_scale(self.scale),
-            f"scale must be a positive finite number, got {shown(self.scale)}",
+            f"scale must be a positive finite number from 1e-12 to 1e12, got {shown(self.scale)}",
         )
         check_numbers(self, scale="(0, inf) or None", lr_ratio_b="[0, inf) or None")
 
@@ -613,11 +612,15 @@ def _unused_parameters(
 
 
 def _is_scale(s: Any) -> bool:
-    return is_number(s) and 0 < plain_number(s) < math.inf
+    """Whether s can be a scale; rules divide by its square, which no float may lose."""
+    return is_number(s) and 1e-12 <= plain_number(s) <= 1e12
 
 
 def _scale_message(s: Any) -> str:
-    return f"scale must be a positive finite number, got {shown(s)}; it is alpha / r of the adapter"
+    return (
+        f"scale must be a positive finite number from 1e-12 to 1e12, got {shown(s)}; it is "
+        "alpha / r of the adapter"
+    )
 
 
 def _pair_kind(
@@ -689,7 +692,10 @@ def _scale_of(scale: Scale, owner: nn.Module | None, names: _PairNames) -> float
     elif callable(scale):
         found = scale(names.module)
     where = f"module '{names.module}' tells none, so pass scale=alpha/r"
-    check(_is_scale(found), f"scale must be a positive finite number, got {found!r} ({where})")
+    check(
+        _is_scale(found),
+        f"scale must be a positive finite number from 1e-12 to 1e12, got {found!r} ({where})",
+    )
     return float(found)
 
 

@@ -72,6 +72,8 @@ def _drop_key(state: dict[Any, Any], i: Any, entry: dict[str, Any], rng: random.
 
 def _filled(x: float) -> Callable[[Tensor], Tensor]:
     def fill(value: Tensor) -> Tensor:
+        if value.layout is not torch.strided:  # another mutation came first
+            return value
         value = value.clone(memory_format=torch.contiguous_format)
         if value.is_floating_point() and value.numel():
             value.view(-1)[0] = x
