@@ -503,7 +503,8 @@ def test_weights_converted_in_mid_run_are_refused_before_anything_moves():
         model.bfloat16()
         give(model, 1)
         before, state = weights(model), state_of(optimizer, model)
-        with pytest.raises(RuntimeError, match=r"parameter .\w+\.\w+. changed its shape, dtype or device"):
+        text = r"parameter .\w+\.\w+. changed its shape, dtype or device"
+        with pytest.raises(RuntimeError, match=text):
             optimizer.step()
         assert same(before, weights(model)) and same(state, state_of(optimizer, model))
 
