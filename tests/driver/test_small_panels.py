@@ -19,6 +19,7 @@ from stiefel.kernels.reference import reductions, symmetric
 from stiefel.optimizers import FRUGAL, DCTAdamW, Fira, GaLore, Muon, dctadamw
 from stiefel.optimizers._driver import units, write
 from stiefel.optimizers._frugal import coordinates
+from stiefel.optimizers._lora import switching, vector_pools
 from stiefel.optimizers._toolkit import index_projectors, power_sums, svd
 from stiefel.optimizers._toolkit.projectors import PROJECTION_KINDS
 
@@ -34,6 +35,8 @@ PANELS = {
     (symmetric, "GRAM_PANEL_ROWS"): 4,
     (reductions, "_SUM_PANEL_ROWS"): 3,
     (reductions, "_SUM_PANEL_ENTRIES"): 16,
+    (switching, "SUM_PANEL"): 7,
+    (vector_pools, "DRAW_PANEL"): 16,
 }
 """Every constant and its small value, which divides no side of a weight below."""
 NOT_PANELS = {"WRITE_PANEL_ACCELERATOR", "SPECTRUM_PANEL_ACCELERATOR", "_PANEL_DEVICES"}
@@ -153,3 +156,18 @@ def test_every_constant_that_names_a_panel_is_made_small_here():
             targets = node.targets if isinstance(node, ast.Assign) else []
             names |= {x.id for x in targets if isinstance(x, ast.Name) and "PANEL" in x.id}
     assert names - NOT_PANELS <= {name for _, name in PANELS}
+
+
+def test_panels_of_pools_and_base_weights_change_nothing(monkeypatch):
+    def made():
+        draw = torch.Generator().manual_seed(3)
+        pools = torch.empty(9, 11), torch.empty(9, 5)
+        vector_pools.fill_pools_(*pools, 2, 1.5, draw)
+        return pools, switching.base_sums(weight((9, 11)))
+
+    pools, sums = made()
+    for module, name in ((switching, "SUM_PANEL"), (vector_pools, "DRAW_PANEL")):
+        monkeypatch.setattr(module, name, PANELS[module, name])
+    small_pools, small_sums = made()
+    assert all(map(torch.equal, pools, small_pools))
+    assert small_sums == pytest.approx(sums, rel=1e-12)
