@@ -21,13 +21,13 @@ MAX_CLOCK = 2**31 - 1
 """Largest clock: counters of the state are int32."""
 SUMS = frozenset(
     "exp_avg_sq exp_avg_sq_row exp_avg_sq_col second_moment row_second_moment grad_norm "
-    "energy seen".split()
+    "seen".split()
 )
 """State that is a sum of squares or a norm, by its name without the view's tag.
 
 Gradients above 1e19 make it infinite, here and in ``torch.optim.AdamW``.
 """
-NONNEGATIVE = SUMS | {"age", "count", "frozen", "due"}
+NONNEGATIVE = SUMS | {"energy", "age", "count", "frozen", "due"}
 """State that cannot be negative: sums and counts."""
 REPORTS = frozenset(("polar_report",))
 """State that no update reads, so that it may hold anything."""

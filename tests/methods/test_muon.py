@@ -442,3 +442,11 @@ def test_polar_auto_is_zolo_on_a_cpu():
     assert same(
         trajectory(lambda ps: Muon(ps), TALL), trajectory(lambda ps: Muon(ps, polar="zolo"), TALL)
     )
+
+
+@pytest.mark.parametrize("coefficients", [(0.9, 0.95, 0.99), (3.0, 3.0, 3.0), [(9.0, 9.0, 9.0)] * 4])
+def test_a_polynomial_that_diverges_is_refused(coefficients):
+    with pytest.raises(ValueError, match=r"ns_coefficients .* diverge"):
+        Muon([weight(TALL)], ns_coefficients=coefficients)
+    for bounded in ((3.4445, -4.7750, 2.0315), (2.0, -1.5, 0.5), (1.5, -0.5, 0.0)):
+        assert Muon([weight(TALL)], ns_coefficients=bounded).defaults["ns_coefficients"] == bounded
