@@ -444,7 +444,7 @@ def test_polar_auto_is_zolo_on_a_cpu():
     )
 
 
-@pytest.mark.parametrize("coefficients", [(0.9, 0.95, 0.99), (3.0, 3.0, 3.0), [(9.0, 9.0, 9.0)] * 4])
+@pytest.mark.parametrize("coefficients", [(0.9, 0.95, 0.99), (3.0, 3.0, 3.0), [(9.0, 9, 9)] * 4])
 def test_a_polynomial_that_diverges_is_refused(coefficients):
     with pytest.raises(ValueError, match=r"ns_coefficients .* diverge"):
         Muon([weight(TALL)], ns_coefficients=coefficients)
