@@ -280,8 +280,6 @@ class MuonRule(Rule):
             f"from 1 to 99, got {shown(steps)}",
         )
         check_ints(self, ns_steps="[1, 99] or None")
-        if self.ns_coefficients is not None:
-            check_bounded_polynomial(self.ns_coefficients, steps)
 
     def _check_compat(self) -> None:
         """Refuse options that contradict ``compat="torch"``, which fixes iteration and momentum."""
@@ -538,27 +536,6 @@ class Muon(StackedOptimizer):
         A parameter without a name is called by its position; a matrix that was zero has None.
         """
         return collect_reports(self.param_groups, self.state)
-
-
-def check_bounded_polynomial(coefficients: Sequence[Any], steps: int | None) -> None:
-    """Refuse odd polynomials a x + b x^3 + c x^5 under which a singular value up to 1 explodes.
-
-    Args:
-        coefficients: One triple, or one for each step.
-        steps: Number of steps; None: five, or as many as there are triples.
-    """
-    is_single = not isinstance(coefficients[0], (tuple, list))
-    rows = [coefficients] * (steps or 5) if is_single else list(coefficients)
-    rows += rows[-1:] * max(0, (steps or 0) - len(rows))
-    for start in (0.03125 * i for i in range(1, 33)):
-        x = start
-        for a, b, c in rows:
-            x = x * (a + x * x * (b + x * x * c)) if abs(x) < 1e4 else math.inf
-        check(
-            abs(x) < 1e4,
-            f"ns_coefficients {shown(coefficients)} diverge: a singular value of {start:g} grows "
-            f"beyond 1e4 in {len(rows)} steps; choose a polynomial that keeps values near 1",
-        )
 
 
 def spike_factor(

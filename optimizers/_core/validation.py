@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -270,7 +270,31 @@ def check_coefficients(rule: Any, name: str) -> None:
     if x is not None:
         check(isinstance(x, (tuple, list)) and len(x) > 0, message)
         is_single = not isinstance(x[0], (tuple, list))
-        _store(rule, name, triple(x) if is_single else tuple(map(triple, x)))
+        rows = [triple(x)] if is_single else [*map(triple, x)]
+        _store(rule, name, rows[0] if is_single else tuple(rows))
+        steps = getattr(rule, "ns_steps", None)
+        own = steps if isinstance(steps, int) else None
+        _check_bounded(name, rows, min(own or (5 if is_single else len(rows)), 99))
+
+
+def _check_bounded(name: str, rows: Sequence[tuple[float, ...]], steps: int) -> None:
+    """Refuse odd polynomials a x + b x^3 + c x^5 under which a singular value up to 1 explodes.
+
+    Args:
+        name: The keyword.
+        rows: (a, b, c) of each step; the last one serves all further steps.
+        steps: Number of steps.
+    """
+    for start in (0.03125 * i for i in range(1, 33)):
+        x = start
+        for i in range(steps):
+            a, b, c = rows[min(i, len(rows) - 1)]
+            x = x * (a + x * x * (b + x * x * c)) if abs(x) < 1e4 else math.inf
+        check(
+            abs(x) < 1e4,
+            f"{name} {shown(rows)} diverge: a singular value of {start:g} grows beyond 1e4 in "
+            f"{steps} steps; choose polynomials that keep values near 1",
+        )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .._core.rule import RULE_CLASSES, Rule, defaults_of
-from .._core.validation import shown
+from .._core.validation import is_number, shown
 from . import adamw
 from .checks import check_lists, check_values
 from .matching import Place, match, realigned, regroup
@@ -250,6 +250,9 @@ def _store_old_adamw_lr(group: dict[str, Any]) -> None:
     if "adamw_lr_ratio" in group:
         return
     adamw_lr = group.pop("adamw_lr", None)
+    for key, x in (("adamw_lr", adamw_lr), ("initial_lr", group.get("initial_lr"))):
+        if x is not None and not (is_number(x) or (isinstance(x, Tensor) and x.numel() == 1)):
+            raise ValueError(f"{key} in a group of the checkpoint must be a number, got {x!r}")
     lr = float(group.get("initial_lr") or group.get("lr") or 0.0)
     is_ratio = adamw_lr is not None and group.get("rule") != "adamw" and lr > 0.0
     group["adamw_lr_ratio"] = exact_ratio(float(adamw_lr), lr) if is_ratio else None

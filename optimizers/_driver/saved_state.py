@@ -249,7 +249,8 @@ def check_index(key: str, value: Tensor, expected: Expected, text: str, started:
         raise ValueError(
             f"{what} must lie from {expected.low:g} to {count - 1}, got {low} to {high}"
         )
-    if low < 0 and high >= 0:
+    by_matrix = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
+    if low < 0 and high >= 0 and bool(((by_matrix < 0).any(-1) & (by_matrix >= 0).any(-1)).any()):
         raise ValueError(f"{what} is chosen in part only")
     is_unset = low == high == expected.empty and (not started or expected.low < 0)
     if expected.distinct and not is_unset:
