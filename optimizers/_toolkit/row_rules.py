@@ -241,7 +241,10 @@ def rms_factor(U: Tensor, target: float, reductions: Reductions, n: int) -> Tens
     squares = row_squares(U, reductions)
     rows = reductions.rows((squares > 0).to(U.dtype).sum(-2, keepdim=True))
     square_sum = reductions.rows(total(squares.mT))
-    return torch.where(square_sum > 0, target * (rows * n / square_sum).sqrt_(), 0.0)
+    ratio = rows * n / square_sum
+    # a subnormal sum, as a given eps leaves of tiny gradients, makes the quotient infinite
+    ratio = torch.where(ratio.isinf(), (rows * n).sqrt() / square_sum.sqrt(), ratio.sqrt())
+    return torch.where(square_sum > 0, target * ratio, 0.0)
 
 
 def center(X: Tensor, reductions: Reductions, m: int, in_place: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ from helpers.problems import gradients, run, weight
 
 from stiefel.kernels import polar_factor
 from stiefel.kernels.polar.qdwh import qdwh
-from stiefel.optimizers import DCTAdamW, Fira, GaLore, Hybrid, Muon, Spectral, Trion
+from stiefel.optimizers import AuON, DCTAdamW, Fira, GaLore, Hybrid, Muon, RowNorm, Spectral, Trion
 
 SHAPE = (12, 20)
 DOUBLE = torch.float64
@@ -147,3 +147,17 @@ def test_qdwh_bounds_a_stack_by_its_worst_matrix(dtype):
     O = qdwh(stack)
     eye = torch.eye(6, dtype=dtype).expand(3, 6, 6)
     torch.testing.assert_close(O @ O.mT, eye, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("cls", [Spectral, Hybrid, RowNorm, AuON, Muon, Trion])
+@pytest.mark.parametrize("eps", [1e-6, 1e-8, 1e-12])
+@pytest.mark.parametrize("size", [1e-30, 1e-35, 1e-38, 1e-42])
+def test_a_given_eps_keeps_steps_of_tiny_gradients_finite(cls, eps, size):
+    for shape in ((8, 4), (4, 8), (5, 5), (1, 6)):
+        p = weight(shape)
+        options = {"rank": 2} if cls is Trion else {}
+        optimizer, before = cls([p], lr=1e-3, eps=eps, **options), p.detach().clone()
+        for seed in range(3):
+            p.grad = gradients(shape, 1, seed)[0] * size
+            optimizer.step()
+        assert (p.detach() - before).abs().max() < 1.0
