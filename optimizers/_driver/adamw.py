@@ -85,21 +85,6 @@ def allocate(p: Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None
             entry[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
-def _refuse_unfit(p: Tensor, grad: Tensor, moment: Tensor | None, fused: bool, name: str) -> None:
-    """Raise for a parameter that torch's AdamW would refuse in the middle of the step."""
-    if moment is not None and moment.dtype != p.dtype:
-        raise RuntimeError(
-            f"{name} is {p.dtype} but its AdamW state is {moment.dtype}; convert the model before "
-            "the first step, or build a new optimizer"
-        )
-    if grad.dtype != p.dtype:
-        raise RuntimeError(
-            f"{name} is {p.dtype} but its gradient is {grad.dtype}; AdamW needs one dtype"
-        )
-    if moment is None and fused:
-        _device_dtype_check_for_fused(p)
-
-
 def _is_sound(p: Tensor, entry: Mapping[str, Any]) -> bool:
     """Whether the state of a parameter is what torch's AdamW can step."""
     step = entry.get("step")
@@ -131,20 +116,19 @@ class EntryCache:
 
     def __init__(self) -> None:
         self._all: list[dict[str, Any]] = []
-        self._sound: dict[int, list[int]] = {}
+        self._sound: dict[int, tuple[list[int], list[torch.dtype]]] = {}
         self.by_group: dict[int, Entries] = {}
 
     def is_sound(self, index: int, entries: Entries) -> bool:
         """Whether these tensors of a group are those that were last checked."""
         try:
-            ids = list(map(id, chain.from_iterable(map(_tensors_of, entries))))
-        except KeyError:
+            return self._sound.get(index) == _identity_of(entries)
+        except (KeyError, AttributeError):  # a tensor is gone, or is none any more
             return False
-        return self._sound.get(index) == ids
 
     def set_sound(self, index: int, entries: Entries) -> None:
         """Remember the tensors of a group, which have passed all checks."""
-        self._sound[index] = list(map(id, chain.from_iterable(map(_tensors_of, entries))))
+        self._sound[index] = _identity_of(entries)
 
     def follow(self, state: State) -> None:
         """Forget everything if other code has replaced, added or dropped a dict."""
@@ -152,6 +136,12 @@ class EntryCache:
             self._all = list(state.values())
             self.by_group.clear()
             self._sound.clear()
+
+
+def _identity_of(entries: Entries) -> tuple[list[int], list[torch.dtype]]:
+    """Ids of all tensors, and the dtypes of the first moments, which ``.data`` may have changed."""
+    tensors = list(chain.from_iterable(map(_tensors_of, entries)))
+    return list(map(id, tensors)), list(map(_dtype_of, tensors[1::3]))
 
 
 @dataclass
@@ -221,7 +211,9 @@ class Work:
         self.entries = entries
 
     def check(self, describe: Callable[[int], str], cache: EntryCache, index: int) -> None:
-        """Raise before any change for what torch would refuse in the middle of the step.
+        """Raise before any change for state that torch would refuse in the middle of the step.
+
+        Weights and gradients have passed :func:`check_ready`.
 
         Args:
             describe: Makes words for a message of a position.
@@ -229,20 +221,13 @@ class Work:
             index: Number of the group.
 
         Raises:
-            RuntimeError: If gradient or state has another dtype, or ``fused`` does not take it.
             ValueError: If other code has put in state that AdamW cannot step.
         """
         entries = self.entries
         self.new = [p for p, e in zip(self.params, entries, strict=True) if "exp_avg" not in e]
         if not self.new and cache.is_sound(index, entries):
-            dtypes = set(map(_dtype_of, self.grads))
-            dtypes.update(entry["exp_avg"].dtype for entry in entries)
-            if len(dtypes) == 1:  # converted weights have converted gradients
-                return
-        for i, p, grad, entry in zip(self.positions, self.params, self.grads, entries, strict=True):
-            X = entry.get("exp_avg")
-            if X is None or getattr(X, "dtype", p.dtype) != p.dtype or grad.dtype != p.dtype:
-                _refuse_unfit(p, grad, X, self.group["fused"], describe(i))
+            return
+        for i, p, entry in zip(self.positions, self.params, entries, strict=True):
             if "exp_avg" in entry and not _is_sound(p, entry):
                 _refuse_unsound(p, entry, describe(i))
         if not self.new:

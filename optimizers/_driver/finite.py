@@ -21,8 +21,6 @@ from .buckets import Bucket, StepPlan, max_abs, max_stack_bytes
 from .units import State
 from .write import LOW_PRECISION_DTYPES
 
-MODES = ("skip", "skip_step", "raise", "ignore")
-"""Values of ``nonfinite``."""
 MAX_JOINED_NUMEL = 2**13
 """Largest gradient, in entries, that is summed together with others: a copy costs less then."""
 MAX_JOIN_NUMEL = 2**22
