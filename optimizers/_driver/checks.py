@@ -36,6 +36,7 @@ from .param_groups import (
     LISTS,
     describe,
     listed,
+    names_of,
     parameters_of,
     roles_of,
     rule_of,
@@ -537,7 +538,7 @@ def check_ready(
     signature = signature_of(plan.flat_params if params is None else params, grads, groups)
     if plan.signature == signature:
         return True
-    names = [listed(g, "param_names", i) for g in groups for i in range(len(g["params"]))]
+    names = names_of(groups)
     adamw = {
         i: group
         for group, positions in zip(groups, plan.adamw_positions, strict=True)

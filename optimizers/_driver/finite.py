@@ -18,6 +18,7 @@ from torch import Tensor
 from ...kernels import cast_stack, fuses_passes
 from . import adamw
 from .buckets import Bucket, StepPlan, max_abs, max_stack_bytes
+from .param_groups import names_of
 from .units import State
 from .write import LOW_PRECISION_DTYPES
 
@@ -394,7 +395,7 @@ def refuse(found: Findings, groups: Groups) -> None:
     group_of = _group_of(groups)
     bad = [i for i in sorted(found.bad) if groups[group_of[i]]["nonfinite"] == "raise"]
     if bad:
-        names = names_of(groups)
+        names = names_or_positions(groups)
         text = ", ".join(repr(names[i]) for i in bad)
         raise RuntimeError(
             f"non-finite gradient of parameter {text}; nonfinite='skip' leaves such parameters "
@@ -408,15 +409,9 @@ def stops_step(found: Findings, groups: Groups) -> bool:
     return any(groups[group_of[i]]["nonfinite"] == "skip_step" for i in found.bad)
 
 
-def names_of(groups: Groups) -> Names:
+def names_or_positions(groups: Groups) -> Names:
     """Per parameter its name, or its position where it has none."""
-    names: Names = []
-    for group in groups:
-        given = group.get("param_names") or ()
-        for j in range(len(group["params"])):
-            name = given[j] if j < len(given) else None
-            names.append(len(names) if name is None else name)
-    return names
+    return [i if name is None else name for i, name in enumerate(names_of(groups))]
 
 
 def skip_warning(names: Sequence[str | int], stopped: bool) -> str:

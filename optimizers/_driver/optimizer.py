@@ -42,7 +42,7 @@ from .finite import (
     LateFlags,
     inspect_grads,
     is_capturing,
-    names_of,
+    names_or_positions,
     refuse,
     roll_back,
     skip_warning,
@@ -59,6 +59,7 @@ from .param_groups import (
     copy_list,
     count_routed_by_shape,
     describe,
+    names_of,
     parameters_of,
     parts_of,
     refuse_view,
@@ -428,11 +429,8 @@ class StackedOptimizer(Optimizer):
     def _refuse_unsound_state(self, plan: StepPlan) -> None:
         """Raise if other code has put into the state what a step cannot use."""
         adamw_params = [plan.flat_params[i] for part in plan.adamw_positions for i in part]
-        names = names_of(self.param_groups)
-        texts = {
-            p: describe(name if isinstance(name, str) else None, p, i)
-            for i, (p, name) in enumerate(zip(plan.flat_params, names, strict=True))
-        }
+        named = zip(names_of(self.param_groups), plan.flat_params, strict=True)
+        texts = {p: describe(name, p, i) for i, (name, p) in enumerate(named)}
         refuse_unsound_state(plan.units, plan.rules, adamw_params, self.state, texts)
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
@@ -638,9 +636,8 @@ class StackedOptimizer(Optimizer):
 
     def _describe(self, position: int) -> str:
         """Words that name the parameter at a flat position."""
-        name = names_of(self.param_groups)[position]
         p = [p for group in self.param_groups for p in group["params"]][position]
-        return describe(name if isinstance(name, str) else None, p, position)
+        return describe(names_of(self.param_groups)[position], p, position)
 
     def _step_matrices(
         self, plan: StepPlan, grads: Sequence[Tensor | None], found: Findings
@@ -767,7 +764,8 @@ class StackedOptimizer(Optimizer):
             if previous is not None and _same(previous.lr, lr) and previous.weight_decay == decay:
                 runs[-1] = previous._replace(ks=slice(previous.ks.start, j + 1))
             else:
-                runs.append(Run(slice(j, j + 1), lr, decay))
+                stop = j + 1 if bucket.spans else len(bucket.units)
+                runs.append(Run(slice(j, stop), lr, decay))
         return runs
 
     @staticmethod
@@ -817,7 +815,7 @@ class StackedOptimizer(Optimizer):
         self._apply_late_flags()
         counts = self._skipped or {}
         flat_params = [p for group in self.param_groups for p in group["params"]]
-        names = names_of(self.param_groups)
+        names = names_or_positions(self.param_groups)
         return {name: counts[p] for name, p in zip(names, flat_params, strict=True) if p in counts}
 
     # checkpoints ----------------------------------------------------------------------------------

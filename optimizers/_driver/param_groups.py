@@ -354,6 +354,13 @@ def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]
     return [p for _, p in pairs], [name for name, _ in pairs]
 
 
+def names_of(groups: Iterable[Mapping[str, Any]]) -> list[str | None]:
+    """The name of every parameter of all groups, None for one without a name."""
+    return [
+        listed(group, "param_names", i) for group in groups for i in range(len(group["params"]))
+    ]
+
+
 def describe(name: str | None, p: Tensor, position: int) -> str:
     """Words that name a parameter in a message, also one that tells no shape."""
     if name:
