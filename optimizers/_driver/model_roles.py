@@ -38,52 +38,62 @@ class ModelRoles:
         return self._rows
 
 
-def fill_lists(
-    group: dict[str, Any],
+def lists_of(
     rows: Sequence[Row | None],
+    params: Sequence[Tensor],
     rule: Rule | None,
     *,
+    has_rule: bool,
     decays: bool,
     own_view: bool,
-) -> None:
-    """Put rules, views, sides, roles, reasons and decays of a group's parameters beside them.
+) -> dict[str, list[Any]]:
+    """Rules, views, sides, roles, reasons and decays of a group's parameters, by group key.
 
     Args:
-        group: The group, with ``params`` as plain tensors; changed in place.
         rows: Per parameter its row, None for one without a shape of which nothing is known.
+        params: The parameters.
         rule: The group's rule, None for an AdamW group.
+        has_rule: Whether the group names its rule, which then takes every matrix.
         decays: Whether vectors get no weight decay.
         own_view: Whether the group has a view of its own, which counts for all of it.
     """
-    group["roles"] = [row.role if row else None for row in rows]
-    group["reasons"] = [row.why if row else None for row in rows]
-    # the list is there in every form with a model: a flat distributed checkpoint reads only the
+    # decays are there in every form with a model: a flat distributed checkpoint reads only the
     # keys that the group to be loaded has
-    undecayed = UNDECAYED_ROLES if decays else ()
-    group["decays"] = [0.0 if row and row.role in undecayed else 1.0 for row in rows]
+    lists: dict[str, list[Any]] = {
+        "roles": [row.role if row else None for row in rows],
+        "reasons": [row.why if row else None for row in rows],
+        "decays": [_decay_factor(row) if decays else 1.0 for row in rows],
+    }
     if rule is None or (len(rule.members) > 1 and not hasattr(rule, "side")):
-        return  # AdamW, and LoRA pairs, whose order tells the members
-    targets = [_target(group, p, row) for p, row in zip(group["params"], rows, strict=True)]
-    group["rules"] = targets
+        return lists  # AdamW, and LoRA pairs, whose order tells the members
+    targets = [_target(p, row, has_rule) for p, row in zip(params, rows, strict=True)]
+    lists["rules"] = targets
+    if own_view:
+        return lists
     matrices = [
         row
         for row, target in zip(rows, targets, strict=True)
         if row and target == "matrix" and not row.is_lazy
     ]
-    if not own_view:
-        views = {row.name: row.view for row in matrices}
-        group["views"] = [views.get(row.name, "auto") if row else "auto" for row in rows]
-    sides = sides_of(matrices, rule) if not own_view else {}
+    views = {row.name: row.view for row in matrices}
+    lists["views"] = [views.get(row.name, "auto") if row else "auto" for row in rows]
+    sides = sides_of(matrices, rule)
     if sides:
-        group["sides"] = [sides.get(row.name) if row else None for row in rows]
+        lists["sides"] = [sides.get(row.name) if row else None for row in rows]
+    return lists
 
 
-def _target(group: Mapping[str, Any], p: Tensor, row: Row | None) -> str | None:
+def _target(p: Tensor, row: Row | None, has_rule: bool) -> str | None:
     """``"matrix"`` or ``"adamw"``; None for a parameter that has no shape yet."""
     if row is None:
         return None
-    is_forced = group.get("rule") is not None and not is_lazy(p) and p.ndim >= 2 and p.numel()
+    is_forced = has_rule and not is_lazy(p) and p.ndim >= 2 and p.numel()
     return "matrix" if is_forced else row.rule
+
+
+def _decay_factor(row: Row | None) -> float:
+    """Factor on the weight decay: 0 for vectors, 1 for all else."""
+    return 0.0 if row and row.role in UNDECAYED_ROLES else 1.0
 
 
 def rows_for(
@@ -98,8 +108,8 @@ def rows_for(
 
 def decays_of(named: Sequence[tuple[str, Tensor]]) -> list[float]:
     """Factors on the weight decay by name and shape: 0 for vectors, 1 for all else."""
-    rows = [None if is_lazy(p) else route(name, tuple(p.shape)) for name, p in named]
-    return [0.0 if row and row.role in UNDECAYED_ROLES else 1.0 for row in rows]
+    names, params = [name for name, _ in named], [p for _, p in named]
+    return [_decay_factor(row) for row in rows_for(params, names, {})]
 
 
 def complete_names(

@@ -49,7 +49,7 @@ from .finite import (
     snapshot,
     stops_step,
 )
-from .model_roles import ModelRoles, complete_names, fill_lists, rows_for
+from .model_roles import ModelRoles, complete_names, lists_of, rows_for
 from .param_groups import (
     COMMON,
     FOREIGN_KEYS,
@@ -314,16 +314,15 @@ class StackedOptimizer(Optimizer):
         rows = rows_for(params, names, known)
         refuse_view(self.defaults["view"], [row for row in rows if row is not None])
         assert self._model_roles is not None
-        lists = {**full_group, "params": params}
-        before = set(lists)
-        fill_lists(
-            lists,
+        lists = lists_of(
             rows,
+            params,
             rule_of(full_group, self._default_rule),
+            has_rule=full_group.get("rule") is not None,
             decays=self._model_roles.is_params and not self._is_built,
             own_view="view" in group,
         )
-        group.update((key, lists[key]) for key in LISTS if key in lists and key not in before)
+        group.update((key, values) for key, values in lists.items() if key not in full_group)
 
     def _set_draws(self) -> None:
         """Random draws go by names where all parameters have one; the groups say which."""
