@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from .._core.rule import Rule
 from .._roles.classify import Row, classify, route
 from .._roles.residual_sides import sides_of
-from .._roles.role_table import UNDECAYED_ROLES
+from .._roles.role_table import decay_factor
 
 
 class ModelRoles:
@@ -62,7 +62,7 @@ def lists_of(
     lists: dict[str, list[Any]] = {
         "roles": [row.role if row else None for row in rows],
         "reasons": [row.why if row else None for row in rows],
-        "decays": [_decay_factor(row) if decays else 1.0 for row in rows],
+        "decays": [decay_factor(row.role) if decays and row else 1.0 for row in rows],
     }
     if rule is None or (len(rule.members) > 1 and not hasattr(rule, "side")):
         return lists  # AdamW, and LoRA pairs, whose order tells the members
@@ -91,11 +91,6 @@ def _target(p: Tensor, row: Row | None, has_rule: bool) -> str | None:
     return "matrix" if is_forced else row.rule
 
 
-def _decay_factor(row: Row | None) -> float:
-    """Factor on the weight decay: 0 for vectors, 1 for all else."""
-    return 0.0 if row and row.role in UNDECAYED_ROLES else 1.0
-
-
 def rows_for(
     params: Sequence[Tensor], names: Sequence[str | None], known: Mapping[Tensor, Row]
 ) -> list[Row | None]:
@@ -109,7 +104,7 @@ def rows_for(
 def decays_of(named: Sequence[tuple[str, Tensor]]) -> list[float]:
     """Factors on the weight decay by name and shape: 0 for vectors, 1 for all else."""
     names, params = [name for name, _ in named], [p for _, p in named]
-    return [_decay_factor(row) for row in rows_for(params, names, {})]
+    return [decay_factor(row.role if row else None) for row in rows_for(params, names, {})]
 
 
 def complete_names(

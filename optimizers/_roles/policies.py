@@ -18,7 +18,7 @@ from .._core.rule import RULE_CLASSES, Rule, rule_class, settings_of
 from .._core.validation import check, describe_unknown
 from .classify import Row
 from .residual_sides import asks_side, short_side
-from .role_table import PART_TABLE, RULE_OF_ROLE, UNDECAYED_ROLES
+from .role_table import PART_TABLE, RULE_OF_ROLE, decay_factor
 
 Settings = dict[str, Any]
 PER_HEAD_MUON = {"rule": "Muon", "view": "heads"}
@@ -138,8 +138,7 @@ def policy_groups(
             group["roles"].append(row.role)
             group["reasons"].append(_reason(row, policy, own))
             if decays:
-                factor = 0.0 if row.role in UNDECAYED_ROLES else 1.0
-                group.setdefault("decays", []).append(factor)
+                group.setdefault("decays", []).append(decay_factor(row.role))
     return sorted(groups.values(), key=lambda group: group["rule"] == "adamw")
 
 

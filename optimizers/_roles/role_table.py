@@ -461,8 +461,12 @@ RULE_OF_ROLE = {
     "depthwise": "adamw",
 }
 """The rule of each role."""
-UNDECAYED_ROLES = frozenset(("norm", "bias", "vector"))
-"""Roles that have no weight decay where a module is given as ``params``."""
+
+
+def decay_factor(role: str | None) -> float:
+    """Factor on the weight decay where a module is given as ``params``: 0 for vectors, else 1."""
+    return 0.0 if role in ("norm", "bias", "vector") else 1.0
+
 
 # The first line whose test holds gives role, view and reason. `route` asks without modules: there
 # the lines about modules never hold, and "N-D" is the last line.
