@@ -241,6 +241,11 @@ class SymmetryStack(StackedOptimizer):
         known = {**self._named_rows, **known}
         routed = route_all(names, [shape_of(p) for p in params])
         rows = [known.get(p, row) for p, row in zip(params, routed, strict=True)]
+        # without names all matrices share a group, whose view "auto" flattens these too
+        rows = [
+            replace(row, view="auto") if row.name is None and len(row.shape) > 3 else row
+            for row in rows
+        ]
         self._unplaced += sum(
             row.role == "hidden" and not row.part and not row.kind
             for p, row in zip(params, rows, strict=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .._core.rule import RULE_CLASSES, Rule, rule_class, settings_of
 from .._core.validation import check, describe_unknown
@@ -133,10 +134,12 @@ def policy_groups(
         )
         for j in run:
             row, p = rows[j], params[j]
+            # the shape decides about a lazy parameter without a model, at its first step
+            is_open = is_lazy(p) and not row.is_lazy
             group["params"].append(p if row.name is None else (row.name, p))
-            group["rules"].append(rule)
-            group["roles"].append(row.role)
-            group["reasons"].append(_reason(row, policy, own))
+            group["rules"].append(None if is_open else rule)
+            group["roles"].append(None if is_open else row.role)
+            group["reasons"].append(None if is_open else _reason(row, policy, own))
             if decays:
                 group.setdefault("decays", []).append(decay_factor(row.role))
     return sorted(groups.values(), key=lambda group: group["rule"] == "adamw")

@@ -123,8 +123,9 @@ def test_coefficients_are_triples_of_plain_numbers():
     def checked(x):
         return outcome(lambda rule: check_coefficients(rule, "x"), x)
 
-    assert checked([1, np.float32(0.5), 2.0]) == (1, 0.5, 2.0)
-    assert checked([[1, 2, 3], (4, 5, 6)]) == ((1, 2, 3), (4, 5, 6)) and checked(None) is None
+    assert checked([1, np.float32(0.5), -0.5]) == (1, 0.5, -0.5)
+    assert checked([[1, 2, 3], (4, 5, 6)]) is not None and checked(None) is None
+    assert checked([[1, 2, -3], (2, -1, 0)]) == ((1, 2, -3), (2, -1, 0))
     for bad in ((), (1, 2), ((1, 2),), (1, 2, math.nan), (1, 2, "x"), 3, "abc", [[]], [None] * 3):
         assert checked(bad).startswith("x must be None, a tuple of exactly 3 values or a sequence")
 

@@ -552,6 +552,21 @@ def test_parameters_names_and_groups():
     train(model, optimizer, batches(1))
 
 
+def test_parameters_without_names_are_one_group_whatever_their_shapes():
+    """So a model that was lazy when its optimizer was built has the groups of one that was not."""
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(5), nn.LayerNorm(5))
+    lazy = SymmetryStack(model.parameters())
+    for i in range(2):
+        model(torch.ones(2, 3, 4, 4) + i).square().mean().backward()
+        lazy.step()
+    late = SymmetryStack(model.parameters())
+    for optimizer in (lazy, late):
+        rules = [row.rule for row in optimizer.assignment()]
+        assert rules == ["Muon", "adamw", "Muon", "adamw", "adamw", "adamw"]
+        assert len(optimizer.param_groups) == 1
+    late.load_state_dict(lazy.state_dict())
+
+
 def test_rule_none_in_a_group_is_no_rule():
     model = dense()
     names = list(model.named_parameters())
