@@ -66,15 +66,18 @@ from .reference._stacks import Stack
 from .reference.adam import update_moments_
 from .reference.matmul import add_product_, product
 from .reference.reductions import row_total
+from .reference.rounding import LOW_PRECISION_DTYPES, Rounding, parameter_keys, rounding_keys
 from .reference.row_norm import ROW_MODES, row_factors
 from .reference.write import update_weight_
 
 __all__ = [
     "DCT_PATHS",
+    "LOW_PRECISION_DTYPES",
     "POLAR_METHODS",
     "ROW_MODES",
     "SKETCHES",
     "PolarReport",
+    "Rounding",
     "Stack",
     "adam",
     "adam_lift_",
@@ -110,6 +113,7 @@ __all__ = [
     "momentum_step_",
     "nearest_rotation",
     "newton_schulz",
+    "parameter_keys",
     "polar_express_schedule",
     "polar_factor",
     "polar_report",
@@ -120,6 +124,7 @@ __all__ = [
     "quantize_blocks",
     "quantize_rows",
     "rotated",
+    "rounding_keys",
     "row_factors",
     "row_norm",
     "row_step_",

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-# splitmix64's step and factors, as signed integers.
-_STEP = -7046029254386353131
-_ROUNDS = ((30, -4658895280553007687), (27, -7723592293110705685))
+from .reference.hashing import STEP_64, mix64
+
 _BITS = 32
 
 
@@ -23,15 +22,7 @@ def splitmix(count: int, key: int = 0, device: torch.device | str = "cpu") -> Te
     Source: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
     """
     key = (key + 2**63) % 2**64 - 2**63
-    x = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _STEP + key
-    for shift, factor in _ROUNDS:
-        x = (x ^ _shifted(x, shift)) * factor
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, shift: int) -> Tensor:
-    """X >> shift for 64-bit words without a sign."""
-    return x >> shift & (1 << 64 - shift) - 1
+    return mix64(torch.arange(count, dtype=torch.int64, device=device) * STEP_64 + key)
 
 
 def random_signs(m: int, n: int, key: int, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The one place of plain torch that rounds a weight. Another rounding mode is a change here.
+"""The one place of plain torch that rounds a weight, and so the place of every mode of rounding.
 
 The kernels' counterpart is ``store_weight`` in ``triton/_write.py``. Nothing else rounds weights,
-but torch's own AdamW, which trains what is no matrix.
+but torch's own AdamW for weights that are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -11,30 +11,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_HALF = (torch.bfloat16, torch.float16)
+from .rounding import LOW_PRECISION_DTYPES, Rounding
+
 Change = Callable[[Tensor], object]
 """What changes a tensor in place."""
 
 
 def update_weight_(
-    W: Tensor, change: Change, dtype: torch.dtype | None = None, panel: tuple[slice, ...] = ()
+    W: Tensor,
+    change: Change,
+    dtype: torch.dtype | None = None,
+    panel: tuple[slice, ...] = (),
+    rounding: Rounding | None = None,
 ) -> None:
     """Change the values of a weight in the accumulation dtype, and round them into it once.
 
-    Together with ``store_weight`` of the Triton kernels this function is all that rounds weights:
-    another rounding mode is a change in these two functions. What such a mode needs belongs to the
-    weight and not to the step, so that it is one more argument, None for rounding to nearest:
-
-    - the mode's name;
-    - for random bits, per matrix k a key (made of the seed, the parameter's name and the update)
-      and the position of its first entry, and two strides: entry (i, j) has the position
-      ``start[k] + i * stride_m + j * stride_n`` in the whole parameter, row by row, however the
-      parameter is stacked, viewed or cut;
-    - for compensated sums, the residual, a tensor of W's shape.
-
-    Callers hand over the whole W and name the panel, so both are cut here, as W is. A matrix that
-    stays as it is comes out of ``change`` unchanged, and values of W's dtype are fixed points of
-    every mode.
+    Together with ``store_weight`` of the Triton kernels this function is all that rounds weights.
+    Callers hand over the whole W and name the panel, so W and ``rounding`` are cut here alike. A
+    matrix that stays as it is comes out of ``change`` unchanged, and values of W's dtype are fixed
+    points of every mode.
 
     Args:
         W: The weight, changed in place: any shape, strides and floating dtype.
@@ -43,21 +38,32 @@ def update_weight_(
             dtype, so that nothing is copied.
         dtype: The accumulation dtype. None (default): float32 for bfloat16 and float16, else W's.
         panel: Which slices of W change; () (default) for all of it.
+        rounding: How a weight of low precision is rounded; None (default): to nearest, as weights
+            of float32 and float64 always are. X is float32 under it, whatever ``dtype`` is, as
+            sums in the weight's own dtype are rounded to nearest already.
     """
-    if dtype is None:
-        dtype = torch.float32 if W.dtype in _HALF else W.dtype
-    _round_into_(W[panel] if panel else W, change, dtype)
+    is_low = W.dtype in LOW_PRECISION_DTYPES
+    if dtype is None or (is_low and rounding is not None):
+        dtype = torch.float32 if is_low else W.dtype
+    target = W[panel] if panel else W
+    if not is_low:
+        rounding = None
+    _round_into_(target, change, dtype, None if rounding is None else rounding.part(panel))
 
 
-def _round_into_(target: Tensor, change: Change, dtype: torch.dtype) -> None:
-    """Do what ``update_weight_`` does, with a panel of a weight: the only line that writes weights.
-
-    Another mode than to nearest must call ``change`` in float32 whatever ``dtype`` says: in the
-    weight's own dtype every sum of ``change`` is rounded to nearest already.
-    """
+def _round_into_(
+    target: Tensor, change: Change, dtype: torch.dtype, rounding: Rounding | None
+) -> None:
+    """Do what ``update_weight_`` does, with a panel of a weight: the only lines that write it."""
     if target.dtype == dtype:
         change(target)
         return
     X = target.to(dtype)
+    if rounding is None:
+        change(X)
+        target.copy_(X)  # to nearest, halves to even
+        return
+    if rounding.residual is not None:
+        X.add_(rounding.residual)
     change(X)
-    target.copy_(X)  # to nearest, halves to even
+    rounding.round_into_(target, X)

@@ -7,7 +7,7 @@ from helpers.problems import gradients, run, weight
 from stiefel.kernels.reference import write
 
 
-def drop(target, change, dtype):
+def drop(target, change, dtype, rounding=None):
     """In place of plain torch's rounding: the change is made to a copy, and state moves with it."""
     change(target.to(dtype, copy=True))
 

@@ -147,7 +147,7 @@ def test_no_reference_writes_a_weight_but_by_update_weight(name, controlled, dty
         assert not torch.equal(W[0], before[0])
         assert torch.equal(W[1], before[1]) is controlled
         with monkeypatch.context() as patch:
-            patch.setattr(write, "_round_into_", lambda target, change, dtype: None)
+            patch.setattr(write, "_round_into_", lambda target, change, dtype, rounding: None)
             W, calls = before.clone(), steps(control, listed)
             calls[name](W)
             assert torch.equal(W, before), f"{name} wrote by itself"
