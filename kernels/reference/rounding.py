@@ -108,22 +108,24 @@ class Rounding:
     @property
     def mT(self) -> Rounding:
         """The same for the transposed weight."""
-        assert self.strides is not None
-        k, m, n = self.strides
         residual, error = (None if X is None else X.mT for X in (self.residual, self.error))
-        return replace(self, strides=(k, n, m), residual=residual, error=error)
+        turned = replace(self, residual=residual, error=error)
+        if self.strides is None:
+            return turned
+        step_k, step_m, step_n = self.strides
+        return replace(turned, strides=(step_k, step_n, step_m))
 
     def part(self, panel: Sequence[slice]) -> Rounding:
         """The same for a panel: slices of matrices and, if given, of rows and columns."""
         panel = tuple(panel)
         if not panel:
             return self
-        assert self.strides is not None
-        keys = self.keys[panel[0]] if self.keys is not None and len(self.keys) > 1 else self.keys
-        starts = [s.start or 0 for s in panel]
-        offset = self.offset + sum(
-            start * step for start, step in zip(starts, self.strides, strict=False)
-        )
+        keys, offset = self.keys, self.offset
+        if keys is not None:
+            assert self.strides is not None
+            keys = keys[panel[0]] if len(keys) > 1 else keys
+            starts = [s.start or 0 for s in panel]
+            offset += sum(i * step for i, step in zip(starts, self.strides, strict=False))
         residual, error = (None if X is None else X[panel] for X in (self.residual, self.error))
         return Rounding(keys, offset, self.strides, residual, error)
 
