@@ -166,16 +166,15 @@ class Bucket:
         mode = self.unit.writes[i]
         if mode == "nearest":
             return None
-        if mode == "kahan":
-            return Rounding(residual=self.states[i][RESIDUAL])
         offset, strides = self.unit.positions_in_parameter[i]
         strides = (0, *strides[1:]) if self.stacked else strides
         keys = rounding_keys(self._parameter_keys[i], t, number)
+        residual = self.states[i][RESIDUAL] if mode == "kahan" else None
         error = None
         if mode == "eco":
             shape = (len(self.indices), *self.unit.sides(i))
             error = torch.zeros(shape, dtype=torch.float32, device=keys.device)
-        return Rounding(keys, offset, strides, error=error)
+        return Rounding(keys, offset, strides, residual, error)
 
     @cached_property
     def _parameter_keys(self) -> list[Tensor]:
