@@ -369,7 +369,7 @@ class Bucket:
             m, n = self.unit.sides(i)
             load = partial(self.load, i)
             K = len(self.indices)  # all matrices of one parameter share its flag
-            state = dict(self.states[i])
+            state = {name: X for name, X in self.states[i].items() if name != RESIDUAL}
             state.update((name, self._rule_view(i, name, X)) for name, X in dequantized[i].items())
             members.append(
                 Member(
