@@ -680,7 +680,8 @@ class StackedOptimizer(Optimizer):
         rule = plan.rule(bucket)
         t, refreshed = bucket.clocks()
         refresh_due = finite is not None and rule.refresh_due(t, refreshed, bucket.unit.shift)
-        nonzero = [not refresh_due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
+        count = len(bucket.units)
+        nonzero = [bucket.nonzero(Gs, j) for j in range(count)] if refresh_due else [True] * count
         if bucket.stacked and finite is not None and not (all(finite) and all(nonzero)):
             # a stack with a unit to leave out runs unit by unit: same bits, no second code path
             for j in range(len(bucket.units)):
