@@ -555,8 +555,8 @@ def _torch_fused_on_cpu(
     steps, exp_avgs, exp_avg_sqs = map(list, zip(*map(_tensors_of, entries), strict=True))
     torch._foreach_add_(steps, torch.ones((), device="cpu", dtype=torch.float32), alpha=1.0)
     torch._fused_adamw_(
-        params,
-        grads,
+        list(params),
+        list(grads),
         exp_avgs,
         exp_avg_sqs,
         [],

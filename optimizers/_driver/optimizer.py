@@ -619,7 +619,9 @@ class StackedOptimizer(Optimizer):
         Raises:
             RuntimeError: For a parameter that AdamW cannot step.
         """
-        works, start, cache = [], 0, plan.adamw_entries
+        works, start, cache = list[adamw.Work](), 0, plan.adamw_entries
+        if not any(plan.adamw_positions):
+            return works
         cache.follow(self.state)
         for i, (group, order, positions) in enumerate(
             zip(self.param_groups, plan.adamw_orders, plan.adamw_positions, strict=True)
