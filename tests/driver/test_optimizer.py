@@ -546,8 +546,8 @@ def test_fused_adamw_is_bit_equal_to_torch_where_gradients_are_missing(dtypes, l
 def test_a_stack_is_written_back_to_weights_of_any_strides():
     plain = [weight((4, 6), i) for i in range(3)]
     values = [p.detach().clone() for p in plain]
-    turned, wide = values[1].t().contiguous().t(), torch.zeros(4, 12)[:, ::2].copy_(values[2])
-    strided = [nn.Parameter(W) for W in (values[0], turned, wide)]
+    transposed, wide = values[1].t().contiguous().t(), torch.zeros(4, 12)[:, ::2].copy_(values[2])
+    strided = [nn.Parameter(W) for W in (values[0], transposed, wide)]
     memory = [(p.data_ptr(), p.stride()) for p in strided]
     for params in (plain, strided):
         for i, p in enumerate(params):
