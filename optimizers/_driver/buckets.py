@@ -84,7 +84,10 @@ class Bucket:
         self.indices = tuple(index for unit in self.units for index in unit.indices)
         double = unit.params[0].dtype == torch.float64
         self.dtype = torch.float64 if double else torch.float32
-        self.params_by_member = [[u.params[i] for u in self.units] for i in range(len(unit.params))]
+        members = range(len(unit.params))
+        self.params_by_member = [[u.params[i] for u in self.units] for i in members]
+        self.positions = [[u.positions[i] for u in self.units] for i in members]
+        self.groups = {u.group for u in self.units}
 
     def bind_state(self, state: State) -> None:
         """Bind the live state: slabs for a stack, views otherwise."""
@@ -147,8 +150,9 @@ class Bucket:
 
     def set_step(self, t: int) -> None:
         """Record that all units have made update t."""
-        for unit, entry in zip(self.units, self.clock_dicts, strict=True):
-            entry[unit.step_key] = t
+        key = self.unit.step_key  # that of every unit: a stack is made of whole parameters
+        for entry in self.clock_dicts:
+            entry[key] = t
 
     def set_refreshed(self, t: int) -> None:
         """Record that all units were refreshed at update t."""
@@ -282,7 +286,7 @@ class Bucket:
 
     def grads_of(self, i: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients of member i, one per unit."""
-        present_grads = [G for unit in self.units if (G := grads[unit.positions[i]]) is not None]
+        present_grads = [G for k in self.positions[i] if (G := grads[k]) is not None]
         expected_shape, shape = self.unit.key[3 + i][0], present_grads[0].shape
         if shape != expected_shape:
             raise RuntimeError(
@@ -323,7 +327,12 @@ class Bucket:
         """Copy the weights of member i back where ``load`` made a copy."""
         W = W.mT if self.unit.transposed[i] else W
         if self.stacked:
-            torch._foreach_copy_(self.params_by_member[i], list(W.unbind(0)))
+            params = self.params_by_member[i]
+            if W.device.type == "cpu":  # a list of views would cost as much as the copies
+                sizes = [W.shape[1]] * len(params)
+                torch.split_with_sizes_copy(W.flatten(0, 1), sizes, out=params)
+            else:
+                torch._foreach_copy_(params, list(W.unbind(0)))
             return
         p = self.unit.params[i]
         if W.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
@@ -395,7 +404,7 @@ class Bucket:
 
 def buckets_of(
     units: Iterable[Unit],
-    mask: Sequence[bool],
+    mask: Sequence[bool] | Mapping[int, bool],
     state: State,
     rules: Sequence[Rule],
     stack_keys: Sequence[Hashable],
@@ -405,7 +414,7 @@ def buckets_of(
 
     Args:
         units: All units.
-        mask: Per parameter, whether it has a gradient.
+        mask: By position, whether a parameter of these units has a gradient.
         state: The optimizer's state.
         rules: Rules, by ``Unit.rule``.
         stack_keys: Per rule, what units of one stack must have in common.
@@ -510,10 +519,10 @@ class StepPlan:
             or len(state) != len(self.entries)
             or not all(map(is_, state.values(), self.entries))
             or not all(bucket.holds_its_tensors() for bucket in self.buckets)
-            or any(self._state_window_changed(bucket) for bucket in self.buckets)
+            or any(self.state_window_changed(bucket) for bucket in self.buckets)
         )
 
-    def _state_window_changed(self, bucket: Bucket) -> bool:
+    def state_window_changed(self, bucket: Bucket) -> bool:
         """Whether a window began in which some unit gains or loses its state."""
         rule = self.rule(bucket)
         if not drops_state(rule):
