@@ -202,7 +202,10 @@ def complete(
     """
     default_rule = RULE_CLASSES[defaults["method"]]
     old = [group for group in groups if "draws" not in group]
+    # a pickle of a time when all weights were rounded to nearest goes on like that
+    before = {} if "write" in defaults else {"write": "nearest"}
     for values in (defaults, *groups):
+        values.update(before | values)
         rule_name = values.setdefault("rule", None)
         rule = RULE_CLASSES.get(str(rule_name), default_rule)
         if values is not defaults:
