@@ -352,7 +352,7 @@ class Bucket:
 
 def buckets_of(
     units: Iterable[Unit],
-    mask: Sequence[bool],
+    mask: Sequence[bool] | Mapping[int, bool],
     state: State,
     rules: Sequence[Rule],
     stack_keys: Sequence[Hashable],
@@ -362,7 +362,7 @@ def buckets_of(
 
     Args:
         units: All units.
-        mask: Per parameter, whether it has a gradient.
+        mask: By position, whether a parameter of these units has a gradient.
         state: The optimizer's state.
         rules: Rules, by ``Unit.rule``.
         stack_keys: Per rule, what units of one stack must have in common.
@@ -467,10 +467,10 @@ class StepPlan:
             or len(state) != len(self.entries)
             or not all(map(is_, state.values(), self.entries))
             or not all(bucket.holds_its_tensors() for bucket in self.buckets)
-            or any(self._state_window_changed(bucket) for bucket in self.buckets)
+            or any(self.state_window_changed(bucket) for bucket in self.buckets)
         )
 
-    def _state_window_changed(self, bucket: Bucket) -> bool:
+    def state_window_changed(self, bucket: Bucket) -> bool:
         """Whether a window began in which some unit gains or loses its state."""
         rule = self.rule(bucket)
         if not drops_state(rule):

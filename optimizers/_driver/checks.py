@@ -546,11 +546,8 @@ def check_ready(
     }
     for i, (p, grad, name) in enumerate(zip(plan.flat_params, grads, names, strict=True)):
         if grad is not None:
-            if i in adamw and adamw[i].get("fused"):
-                _device_dtype_check_for_fused(p)
-            _check_gradient(p, grad, describe(name, p, i), method, i in adamw)
-            if i in adamw:
-                _check_moments(p, state.get(p, {}), adamw[i], describe(name, p, i))
+            text = describe(name, p, i)
+            check_gradient(p, grad, state.get(p, {}), adamw.get(i), text, method)
     fits = True
     for unit in plan.units:
         for j, (i, p) in enumerate(zip(unit.positions, unit.params, strict=True)):
@@ -559,6 +556,31 @@ def check_ready(
                 fits = False
     plan.signature = signature
     return fits
+
+
+def check_gradient(
+    p: Tensor,
+    grad: Tensor,
+    entry: Mapping[str, Any],
+    group: Mapping[str, Any] | None,
+    text: str,
+    method: str,
+) -> None:
+    """Raise if a parameter cannot be stepped by its gradient, or by the state it has.
+
+    Args:
+        p: The parameter.
+        grad: Its gradient.
+        entry: Its state.
+        group: Its group if AdamW steps it, else None.
+        text: Words that name it.
+        method: Name of the optimizer, for messages.
+    """
+    if group is not None and group.get("fused"):
+        _device_dtype_check_for_fused(p)
+    _check_gradient(p, grad, text, method, group is not None)
+    if group is not None:
+        _check_moments(p, entry, group, text)
 
 
 def _check_gradient(p: Tensor, grad: Tensor, text: str, method: str, is_adamw: bool) -> None:

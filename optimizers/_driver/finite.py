@@ -49,6 +49,10 @@ class Owner(NamedTuple):
     clock: tuple[Tensor, str] | None
 
 
+Unread = dict[torch.device, tuple[list[Tensor], list[Owner]]]
+"""Per device, flags that the host has not read, and whom each concerns."""
+
+
 class LateFlags:
     """Flags that are copied to the host while the step goes on, and read in the next step."""
 
@@ -117,7 +121,21 @@ class Findings:
 
     def late_flags(self, plan: StepPlan, groups: Groups) -> list[LateFlags]:
         """Start to copy all unread flags to the host, one tensor per device."""
-        parts: dict[torch.device, tuple[list[Tensor], list[Owner]]] = {}
+        parts: Unread = {}
+        self.add_unread(parts, plan, groups, group_indices(groups) if self.joined else ())
+        return copied_to_host(parts)
+
+    def add_unread(
+        self, parts: Unread, plan: StepPlan, groups: Groups, group_of: Sequence[int]
+    ) -> None:
+        """Add all unread flags to those of other findings.
+
+        Args:
+            parts: What is added to.
+            plan: The plan of these findings.
+            groups: The groups.
+            group_of: Per flat position, the index of its group.
+        """
         for bucket, members in zip(plan.buckets, self.unread, strict=True):
             for i, number in enumerate(members or ()):
                 if number is not None:
@@ -130,7 +148,6 @@ class Findings:
                         )
                         for unit in bucket.units
                     ]
-        group_of = _group_of(groups) if self.joined else []
         for positions, finite in self.joined:
             tensors, owners = parts.setdefault(finite.device, ([], []))
             tensors.append(finite)
@@ -138,9 +155,13 @@ class Findings:
                 p = plan.flat_params[i]
                 on_device = adamw.clock_is_on_device(groups[group_of[i]])
                 owners.append(Owner(p, None if on_device else (p, "step")))
-        if not parts or is_capturing():
-            return []
-        return [LateFlags(torch.cat(tensors), owners) for tensors, owners in parts.values()]
+
+
+def copied_to_host(parts: Unread) -> list[LateFlags]:
+    """Start to copy unread flags to the host, one tensor per device."""
+    if not parts or is_capturing():
+        return []
+    return [LateFlags(torch.cat(tensors), owners) for tensors, owners in parts.values()]
 
 
 def inspect_grads(plan: StepPlan, grads: Grads, groups: Groups, waits: Waits) -> Findings:
@@ -381,7 +402,7 @@ def _joined_total(numbers: Sequence[Tensor]) -> Tensor:
 # what a mode makes of it ----------------------------------------------------------------------
 
 
-def _group_of(groups: Groups) -> list[int]:
+def group_indices(groups: Groups) -> list[int]:
     """Per flat position, the index of its group."""
     return [i for i, group in enumerate(groups) for _ in group["params"]]
 
@@ -392,7 +413,7 @@ def refuse(found: Findings, groups: Groups) -> None:
     Raises:
         RuntimeError: Naming all of them.
     """
-    group_of = _group_of(groups)
+    group_of = group_indices(groups)
     bad = [i for i in sorted(found.bad) if groups[group_of[i]]["nonfinite"] == "raise"]
     if bad:
         names = names_or_positions(groups)
@@ -405,7 +426,7 @@ def refuse(found: Findings, groups: Groups) -> None:
 
 def stops_step(found: Findings, groups: Groups) -> bool:
     """Whether a bad gradient in a group with ``nonfinite="skip_step"`` stops the whole step."""
-    group_of = _group_of(groups) if found.bad else []
+    group_of = group_indices(groups) if found.bad else []
     return any(groups[group_of[i]]["nonfinite"] == "skip_step" for i in found.bad)
 
 
