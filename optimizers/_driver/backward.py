@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,7 +100,8 @@ class BackwardHandle:
         self.grad_norm: Tensor | None = None
         self._is_removed = False
         self._warned: set[str] = set()
-        self._hooks: dict[Tensor, RemovableHandle] = {}
+        self._hooks: dict[Tensor, tuple[RemovableHandle, int]] = {}
+        """Hooks, and the tensor behind each parameter: a swapped parameter has another one."""
         self._hook = _Hook(self)
         # parameters of several devices have their hooks called by several threads
         self._lock = threading.RLock()
@@ -131,7 +133,7 @@ class BackwardHandle:
         if self._is_removed:
             return
         self._is_removed = True
-        for hook in self._hooks.values():
+        for hook, _ in self._hooks.values():
             hook.remove()
         self._hooks.clear()
         self._collect_flags()
@@ -151,8 +153,11 @@ class BackwardHandle:
         """Hook all parameters that have no hook yet, frozen ones too."""
         for group in self._optimizer.param_groups:
             for p in group["params"]:
-                if not self._is_hooked(p) and _can_train(p):
-                    self._hooks[p] = _register(p, self._hook)
+                if not self._is_hooked(p) and p.is_leaf and _can_train(p):
+                    if p in self._hooks:
+                        self._hooks.pop(p)[0].remove()
+                        _revive_hooks(p)
+                    self._hooks[p] = _register(p, self._hook), p._cdata
 
     def ignore_step(self, closure: Any = None) -> None:
         """Do what ``step()`` does as long as this handle lives: nothing, with one warning.
@@ -437,7 +442,7 @@ class BackwardHandle:
             self.__dict__.pop(name, None)
         live = set(plan.flat_params)
         for p in [p for p in self._hooks if p not in live]:
-            self._hooks.pop(p).remove()
+            self._hooks.pop(p)[0].remove()
 
     @cached_property
     def _texts(self) -> dict[Tensor, str]:
@@ -453,10 +458,9 @@ class BackwardHandle:
     # refusals -----------------------------------------------------------------------------------
 
     def _is_hooked(self, p: Tensor) -> bool:
-        """Whether the hook is still there: swapped tensors have lost it."""
+        """Whether the parameter has the hook, and would still call it."""
         known = self._hooks.get(p)
-        with torch._C.DisableTorchFunctionSubclass():
-            return known is not None and known.id in (p._post_accumulate_grad_hooks or ())
+        return known is not None and known[1] == p._cdata
 
     def _refuse_parameters(self) -> None:
         """Raise for parameters whose gradients are not final when autograd has accumulated them."""
@@ -589,7 +593,13 @@ def _norm(G: Tensor) -> Tensor:
 
 
 def _can_train(p: Tensor) -> bool:
-    return p.is_leaf and (p.is_floating_point() or p.is_complex())
+    return p.is_floating_point() or p.is_complex()
+
+
+def _revive_hooks(p: Tensor) -> None:
+    """Let a swapped parameter call its hooks again: they stayed with the tensor behind it."""
+    hooks = p._post_accumulate_grad_hooks
+    p._post_accumulate_grad_hooks = OrderedDict(hooks or {})
 
 
 def _register(p: Tensor, hook: _Hook) -> RemovableHandle:

@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import dequantize_blocks, fuses_passes, quantize_blocks
+from ...kernels import (
+    Rounding,
+    dequantize_blocks,
+    fuses_passes,
+    parameter_keys,
+    quantize_blocks,
+    rounding_keys,
+)
 from .._core.rule import Member, Rule
 from .adamw import EntryCache
 from .units import State, Unit, is_slab_row, scale_of, slab_rows
 from .windows import block_labels_of, drops_state
+from .write_modes import REFRESH_WRITE, RESIDUAL, takes_flags, with_residuals
 
 MAX_STACK_BYTES = {"cpu": 64 * 2**20}
 """Largest stack of weights in bytes: a stack is a copy, and must not cost what low rank saves."""
@@ -85,7 +93,7 @@ class Bucket:
             member_state: dict[str, Tensor] = {}
             quantized: dict[str, tuple[Tensor, Tensor]] = {}
             entries = [state[p] for p in self.params_by_member[i]] if slots else []
-            for name in slots if self.state_since else ():
+            for name in slots if self.state_since else slots.keys() & {RESIDUAL}:
                 key = self.unit.key_of(i, name)
                 stored = self._bind_slot(key, entries)
                 if self.unit.quantized_dtype(i, name) is None:
@@ -147,6 +155,35 @@ class Bucket:
         for unit, entry in zip(self.units, self.clock_dicts, strict=True):
             entry[unit.refreshed_key] = t
 
+    def rounding(self, i: int, t: int, number: int) -> Rounding | None:
+        """How member i is rounded; None: to nearest.
+
+        Args:
+            i: The member.
+            t: Number of the update.
+            number: Number of the write within the update.
+        """
+        mode = self.unit.writes[i]
+        if mode == "nearest":
+            return None
+        offset, strides = self.unit.positions_in_parameter[i]
+        strides = (0, *strides[1:]) if self.stacked else strides
+        keys = rounding_keys(self._parameter_keys[i], t, number)
+        residual = self.states[i][RESIDUAL] if mode == "kahan" else None
+        error = None
+        if mode == "eco":
+            shape = (len(self.indices), *self.unit.sides(i))
+            error = torch.zeros(shape, dtype=torch.float32, device=keys.device)
+        return Rounding(keys, offset, strides, residual, error)
+
+    @cached_property
+    def _parameter_keys(self) -> list[Tensor]:
+        """Per member, the keys of random bits that last: one for each parameter."""
+        return [
+            parameter_keys(self.unit.seed, [u.write_indices[i] for u in self.units], p.device)
+            for i, p in enumerate(self.unit.params)
+        ]
+
     def nonzero(self, Gs: Sequence[Tensor | None], j: int) -> bool:
         """Whether some gradient of unit j is not all zero, and all are finite."""
         parts = [max_abs(G[j] if self.stacked else G) for G in Gs if G is not None]
@@ -187,14 +224,16 @@ class Bucket:
         return G.mT if self.unit.transposed[i] else G
 
     def runs_on_kernels(self, Gs: Sequence[Tensor | None]) -> bool:
-        """Whether kernels pass over these gradients, and no state is quantized."""
+        """Whether kernels pass over these gradients, and all state is theirs to keep."""
         grads_on_kernels = all(G is None or fuses_passes(G) for G in Gs)
-        return grads_on_kernels and not any(self.quantized)
+        return grads_on_kernels and not any(self.quantized) and takes_flags(self.unit.writes)
 
     @cached_property
     def _state_is_full_precision(self) -> bool:
         """Whether no state has a dtype narrower than float32."""
-        return all(X.dtype.itemsize >= 4 for X in self._state_tensors() if X.is_floating_point())
+        tensors = [X for X in self._state_tensors() if X.is_floating_point()]
+        tensors = [X for X in tensors if all(X is not s.get(RESIDUAL) for s in self.states)]
+        return all(X.dtype.itemsize >= 4 for X in tensors)
 
     def clone_state(self) -> list[Tensor]:
         """Copies of all state, for units whose flags arrive after the update."""
@@ -313,6 +352,7 @@ class Bucket:
         t: int,
         refreshed: int,
         finite: Tensor | None = None,
+        writes: bool = False,
     ) -> list[Member]:
         """The arguments of ``refresh`` and ``update``.
 
@@ -322,6 +362,7 @@ class Bucket:
             t: Number of this update.
             refreshed: Number of the last refresh, 0 if there was none.
             finite: None, or flags of the units for a rule that takes them itself.
+            writes: Whether ``refresh`` writes weights.
         """
         members = []
         for i, G in enumerate(grads):
@@ -345,6 +386,8 @@ class Bucket:
                     transposed=self.unit.transposed[i],
                     store=partial(self.store, i),
                     finite=finite if finite is None else finite.expand(K),
+                    rounding=self.rounding(i, t, REFRESH_WRITE) if writes else None,
+                    carries_errors=self.unit.writes[i] == "eco",
                 )
             )
         return members
@@ -532,6 +575,7 @@ class StepPlan:
                 continue
             sides = tuple(unit.sides(i) for i in range(len(unit.params)))
             transposed = rule.transposed_members([(v.m, v.n) for v in unit.views])
-            if transposed != unit.transposed or rule.slots(sides) != unit.slots:
+            slots = with_residuals(rule.slots(sides), unit.writes)
+            if transposed != unit.transposed or slots != unit.slots:
                 return False
         return True

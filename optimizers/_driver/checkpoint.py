@@ -44,6 +44,7 @@ from .saved_state import (
     missing_key,
 )
 from .units import Unit, pinned, units_of
+from .write_modes import check_eco
 
 MEANT_BEFORE = {"draws": "position"}
 """Values of keys that older files lack, where today's default is another."""
@@ -267,7 +268,7 @@ def _check_settings(default_rule: type[Rule], new_groups: Sequence[dict[str, Any
     for i, new in enumerate(new_groups):
         try:
             check_values(new)
-            rule_of(new, default_rule)
+            check_eco(new, rule_of(new, default_rule), adamw.betas_of(new))
             _check_numbers(new)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _bad_settings(f"group {i} of the checkpoint", error) from error

@@ -31,6 +31,7 @@ from .._core.validation import (
     whole_number,
 )
 from .._core.views import VIEW_KINDS, split_view
+from .adamw import betas_of
 from .buckets import StepPlan
 from .param_groups import (
     LISTS,
@@ -45,6 +46,7 @@ from .param_groups import (
     warn_user,
 )
 from .units import State, Unit, views_of
+from .write_modes import WRITE_MODES, check_eco
 
 NONFINITE_POLICIES = ("skip", "skip_step", "raise", "ignore")
 TRAINABLE_DTYPES = frozenset(
@@ -184,6 +186,7 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "nonfinite": _nonfinite,
     "view": _view,
     "state_dtype": _state_dtype,
+    "write": partial(choice, known=WRITE_MODES),
     "stagger": flag,
     "adamw_lr_ratio": _or_none(_decay),
     "draws": partial(choice, known=("name", "position")),
@@ -317,6 +320,8 @@ def _plain(
         if {"rule", *(f.name for f in fields(cls))} & {*written}:
             _check_rule(copy, default_rule)
     store_adamw_lr(dict(copy))  # refuses it where lr is 0
+    if copy.get("write") == "eco":
+        check_eco(copy, rule_of(copy, default_rule), betas_of(copy))
     return copy
 
 
@@ -414,6 +419,7 @@ def check_group(
     """
     check_values(group)
     rule = _check_rule(group, default_rule)
+    check_eco(group, rule, betas_of(group))
     params, names = parameters_of(group)
     check_lists([{**group, "params": params}])
     if any(not isinstance(p, Tensor) for p in params):

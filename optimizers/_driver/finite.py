@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels import cast_stack, fuses_passes
+from ...kernels import LOW_PRECISION_DTYPES, cast_stack, fuses_passes
 from . import adamw
 from .buckets import Bucket, StepPlan, max_abs, max_stack_bytes
 from .param_groups import names_of
 from .units import State
-from .write import LOW_PRECISION_DTYPES
 
 MAX_JOINED_NUMEL = 2**13
 """Largest gradient, in entries, that is summed together with others: a copy costs less then."""

@@ -121,19 +121,11 @@ def _entries(units: Iterable[Unit]) -> dict[Tensor, Entries | None]:
             table = tables.setdefault(p, {})
             assert table is not None
             for key, (slot, shape, dtype) in unit.expected_state(i).items():
-                layout = None if slot.axes == "mn" else _layout(unit, i)
+                layout = None if slot.axes == "mn" else unit.layout(i)
                 table[key] = Entry(slot.axes, shape, dtype, layout)
             if i == 0:
                 table[unit.step_key] = None
     return tables
-
-
-def _layout(unit: Unit, i: int) -> tuple[Any, ...]:
-    """Shape, strides and offset of member i of a unit, as the rule sees a contiguous parameter."""
-    whole = torch.empty(unit.params[i].shape, dtype=torch.float32, device="meta")
-    X = unit.views[i].to_matrices(whole)
-    X = X.mT if unit.transposed[i] else X
-    return tuple(X.shape), X.stride(), X.storage_offset()
 
 
 def _difference(before: Mapping[str, Entry | None], after: Mapping[str, Entry | None]) -> str:
