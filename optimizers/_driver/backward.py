@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ref
 
@@ -20,17 +21,18 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
+from ...kernels import LOW_PRECISION_DTYPES
 from .._core.validation import whole_number
 from . import adamw
 from .buckets import StepPlan, buckets_of
 from .checks import check_gradient, check_ready
-from .finite import Unread, copied_to_host, group_indices, inspect_grads, refuse
+from .finite import Findings, Unread, copied_to_host, group_indices, inspect_grads, refuse
 from .param_groups import describe, names_of, warn_user
 from .saved_state import refuse_unsound_state
 from .units import Unit
-from .write import LOW_PRECISION_DTYPES
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -119,8 +121,12 @@ class BackwardHandle:
         """Positions whose gradients have come since the last step and have not been used."""
         self._unseen: list[Tensor] = []
         """Parameters without a hook at the beginning of the pass, whose gradients it leaves."""
+        self._known_states = 0
+        """Parameters that had state at the beginning of the pass."""
         self._norms: list[Tensor] = []
         self._unread: Unread = {}
+        self._streams: dict[int, torch.cuda.Stream] = {}
+        """By position, the stream on which a gradient of a unit of several weights was made."""
         self._refuse_parameters()
         # a GradScaler then calls step(), which can refuse it
         optimizer._step_supports_amp_scaling = True
@@ -139,7 +145,7 @@ class BackwardHandle:
         self._collect_flags()
         self._plan, self._unit_plans, self._plan_of = None, [], {}
         self._optimizer._in_backward = None
-        del self._optimizer._step_supports_amp_scaling
+        self._optimizer.__dict__.pop("_step_supports_amp_scaling", None)
 
     def __enter__(self: H) -> H:
         return self
@@ -225,6 +231,8 @@ class BackwardHandle:
                     return
                 unit_plan, position = found
                 self._arrived.add(position)
+                if p.is_cuda and len(unit_plan.params) > 1:
+                    self._streams[position] = torch.cuda.current_stream(p.device)
                 unit_plan.waiting -= 1
                 if self._is_last_pass() and unit_plan.waiting == 0 and not unit_plan.at_end:
                     self._step(unit_plan)
@@ -244,7 +252,7 @@ class BackwardHandle:
         optimizer._apply_late_flags()
         optimizer._before_backward()
         plan = self._current_plan()
-        self._norms = [] if self._count == 0 else self._norms
+        self._known_states = len(optimizer.state)
         if plan is not self._plan:
             self._refuse_parameters()
             self._build(plan)
@@ -302,12 +310,23 @@ class BackwardHandle:
         self._task, self._count = None, 0
         self._arrived.clear()
         self._collect_flags()
+        self._sort_new_states()
         if self._norms:
             first = self._norms[0]
             norms = torch.stack([norm.to(first.device, first.dtype) for norm in self._norms])
             self.grad_norm = torch.linalg.vector_norm(norms)
         self._norms = []
         self._optimizer._opt_called = True  # schedulers ask for it
+
+    def _sort_new_states(self) -> None:
+        """Put state that this pass has allocated in the order of a joint step."""
+        state = self._optimizer.state
+        if len(state) - self._known_states < 2:
+            return
+        plans = sorted(self._unit_plans, key=lambda unit_plan: not unit_plan.is_adamw)
+        rank = {p: i for i, p in enumerate(p for unit_plan in plans for p in unit_plan.params)}
+        for p in sorted(list(state)[self._known_states :], key=lambda p: rank.get(p, len(rank))):
+            state[p] = state.pop(p)
 
     def _collect_flags(self) -> None:
         """Let the optimizer read the unread flags of this pass before the next one."""
@@ -332,6 +351,7 @@ class BackwardHandle:
         for i, p in zip(positions, unit_plan.params, strict=True):
             if i in self._arrived:
                 grads[i] = p.grad
+                self._wait_for_stream(i, p)
         try:
             self._update(unit_plan, grads)
         finally:
@@ -340,12 +360,22 @@ class BackwardHandle:
                     grads[i] = p.grad = None
             self._arrived.difference_update(positions)
 
+    def _wait_for_stream(self, position: int, p: Tensor) -> None:
+        """Order the step after the work that has made a gradient on another stream."""
+        stream = self._streams.pop(position, None)
+        current = None if stream is None else torch.cuda.current_stream(p.device)
+        if stream is not None and current is not None and stream != current:
+            current.wait_stream(stream)
+            if p.grad is not None:  # freed by the host before this stream has read it
+                p.grad.record_stream(current)
+
     def _update(self, unit_plan: UnitPlan, grads: Sequence[Tensor | None]) -> None:
         """What the joint step does, for one unit."""
         optimizer, plan = self._optimizer, unit_plan.plan
         groups, state = optimizer.param_groups, optimizer.state
         self._check(unit_plan, grads)
-        self._norms += [_norm(G) for i in unit_plan.positions if (G := grads[i]) is not None]
+        norms = [_norm(G) for i in unit_plan.positions if (G := grads[i]) is not None]
+        self._norms += norms
         work = self._adamw_work(unit_plan, grads) if unit_plan.is_adamw else None
         before = {p: dict(state[p]) for p in unit_plan.params if p in state}
         try:
@@ -353,7 +383,12 @@ class BackwardHandle:
                 self._allocate(unit_plan, grads)
             else:
                 work.allocate(state)
-            found = inspect_grads(plan, grads, groups, optimizer._waits)
+            if all(optimizer._waits(norm.device) and isfinite(norm.item()) for norm in norms):
+                found = Findings(
+                    stacks=[None] * len(plan.buckets), unread=[None] * len(plan.buckets)
+                )
+            else:  # the norm of finite numbers may overflow
+                found = inspect_grads(plan, grads, groups, optimizer._waits)
             if found.bad:
                 refuse(found, groups)
         except BaseException:
@@ -641,8 +676,10 @@ def _refuse_nested_pass(frame: FrameType | None) -> None:
     Raises:
         RuntimeError: Naming the one common case.
     """
+    passes = 0
     while frame is not None:
-        if frame.f_code is BackwardCFunction.apply.__code__:
+        passes += frame.f_code is _engine_run_backward.__code__
+        if frame.f_code is BackwardCFunction.apply.__code__ or passes > 1:
             raise RuntimeError(
                 "step_in_backward() cannot tell the end of a backward pass that runs inside of "
                 "another one; pass use_reentrant=False to torch.utils.checkpoint.checkpoint"

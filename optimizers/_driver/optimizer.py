@@ -589,6 +589,7 @@ class StackedOptimizer(Optimizer):
         ``register_step_post_hook`` belong to ``step()`` and run around it, after the weights have
         moved. Copies and pickles of the optimizer have no hooks: they step by ``step()``.
 
+        ``clip_grad_norm_`` and whatever else works on ``.grad`` after the backward pass finds none.
         Every backward pass counts, so two losses with a pass each are two steps, unless ``every``
         is 2. A gradient that cannot be used (not finite under ``nonfinite="raise"``, sparse) raises
         out of ``backward()``: its unit and those after it stay as they are, those before it have

@@ -92,7 +92,7 @@ def everything(optimizer, params):
     return (
         [p.detach().clone() for p in params],
         tensors(optimizer),
-        {k: saved["state"][k] for k in sorted(saved["state"])},
+        list(saved["state"].items()),
         saved["param_groups"],
         skipped,
     )
@@ -633,6 +633,39 @@ def test_removed_in_an_accumulation_gradients_wait_for_the_joint_step():
         pull(twins, grads)
     twin.step()
     assert same(everything(optimizer, params), everything(twin, twins))
+
+
+def test_gradients_that_were_freed_in_an_accumulation_are_not_used():
+    ends = []
+    for is_inside in (False, True):
+        params = parameters()
+        optimizer = Muon(params)
+        handle = optimizer.step_in_backward(every=2) if is_inside else None
+        for k, grads in enumerate(series(params, 8)):
+            present = grads if k != 5 else [None, *grads[1:5], None, *grads[6:]]
+            pull(params, present)
+            if k == 4:
+                for p in params:
+                    p.grad = None
+            if handle is None and k % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append(everything(optimizer, params))
+    assert same(*ends)
+
+
+def test_a_graph_of_the_backward_pass_may_be_built():
+    model, twin = Net(), Net()
+    optimizer, other = Muon(model), Muon(twin)
+    with optimizer.step_in_backward(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of the cycle
+        for step in range(2):
+            loss_of(model, step).backward(create_graph=True)
+            loss_of(twin, step).backward()
+            other.step()
+            other.zero_grad()
+    want = everything(other, list(twin.parameters()))
+    assert same(want, everything(optimizer, list(model.parameters())))
 
 
 # parameters that come, thaw and get a shape -------------------------------------------------------
