@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import random
 import warnings
 import weakref
 from itertools import pairwise
@@ -143,12 +144,16 @@ def test_weights_state_and_checkpoint_are_those_of_the_joint_step(method, dtype)
 
 
 @every_method
-@pytest.mark.parametrize("write", ["nearest", "kahan"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_every_way_to_write_low_precision(method, write, dtype):
+def test_residuals_of_low_precision_weights(method):
     if "reference" in method:
         pytest.skip("writes to nearest")
-    check_twins(lambda ps: METHODS[method](ps, write=write), with_gaps, dtype)
+    check_twins(lambda ps: METHODS[method](ps, write="kahan"), with_gaps, torch.bfloat16)
+
+
+@pytest.mark.parametrize("method", ["muon", "galore", "rownorm", "aro"])
+@pytest.mark.parametrize("write", ["nearest", "stochastic", "kahan"])
+def test_every_way_to_write_float16(method, write):
+    check_twins(lambda ps: METHODS[method](ps, write=write), with_gaps, torch.float16)
 
 
 def test_what_rounding_cuts_off_enters_the_momentum():
@@ -548,6 +553,60 @@ def test_schedulers_follow_backward_directly():
             pull(params, grads)
             schedule.step()
     assert optimizer.param_groups[0]["lr"] == 0.0025
+
+
+RANDOM_SHAPES = [(8, 6), (6, 8), (5,), (1,), (8, 1), (1, 6), (3, 4, 5), (2, 3, 2, 2), (), (4, 0)]
+RANDOM_OPTIONS = [
+    {},
+    {"maximize": True},
+    {"foreach": True},
+    {"nonfinite": "ignore"},
+    {"state_dtype": "bfloat16"},
+    {"lr": torch.tensor(0.01)},
+    {"adamw_lr": 0.03, "weight_decay": 0.2},
+]
+
+
+def random_run(seed, is_inside):
+    """Everything after a run of random shapes, options, gradients and events."""
+    draw, count = random.Random(seed), 6
+    torch.manual_seed(seed)
+    dtype = draw.choice([torch.float32, torch.bfloat16, torch.float64])
+    params = [nn.Parameter(torch.randn(draw.choice(RANDOM_SHAPES)).to(dtype)) for _ in range(count)]
+    options, every = draw.choice(RANDOM_OPTIONS), draw.choice([1, 1, 2, 3])
+    optimizer = METHODS[draw.choice(list(METHODS))](params, **options)
+    optimizer._wait = draw.choice([None, False])
+    handle = optimizer.step_in_backward(every=every) if is_inside else None
+    for _ in range(6):
+        for _ in range(every):
+            frozen, scale = draw.randrange(2 * count), draw.choice([0, 1e-3, 1, 1, 30])
+            grads = [(scale * torch.randn(p.shape)).to(dtype) for p in params]
+            if draw.random() < 0.2 and "nonfinite" not in options:
+                grads[0].view(-1)[-1:] = draw.choice([NAN, INF])
+            for i, p in enumerate(params):
+                p.requires_grad_(i != frozen)
+            has = [p.requires_grad and draw.random() < 0.8 for p in params]
+            has[-1] |= not any(has) and params[-1].requires_grad  # a pass is counted by a gradient
+            has[0] |= not any(has)
+            pull(params, [G if x else None for G, x in zip(grads, has, strict=True)])
+        if handle is None:
+            optimizer.step()
+            optimizer.zero_grad()
+        event = draw.random()
+        if event < 0.15:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        elif event < 0.3:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * 0.5
+        elif event < 0.45 and handle is not None:
+            handle.remove()
+            handle = optimizer.step_in_backward(every=every)
+    return everything(optimizer, params)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_runs(seed):
+    assert same(random_run(seed, False), random_run(seed, True))
 
 
 # accumulation -------------------------------------------------------------------------------------
