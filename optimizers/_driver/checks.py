@@ -46,8 +46,9 @@ from .param_groups import (
     view_of,
     warn_user,
 )
+from .saved_state import moment_dtype
 from .units import State, Unit, views_of
-from .write_modes import WRITE_MODES, check_eco
+from .write_modes import WRITE_MODES, check_eco, mode_of
 
 NONFINITE_POLICIES = ("skip", "skip_step", "raise", "ignore")
 TRAINABLE_DTYPES = frozenset(
@@ -646,7 +647,8 @@ def _check_moments(
             )
     for key in ("exp_avg", "exp_avg_sq"):
         X = entry.get(key)
-        if isinstance(X, Tensor) and (X.shape, X.dtype, X.device) != (p.shape, p.dtype, p.device):
+        needed = p.shape, moment_dtype(p, mode_of(group, p)), p.device
+        if isinstance(X, Tensor) and (X.shape, X.dtype, X.device) != needed:
             _refuse_state(p, key, X, text)
 
 

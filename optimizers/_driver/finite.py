@@ -152,7 +152,7 @@ class Findings:
             tensors.append(finite)
             for i in positions:
                 p = plan.flat_params[i]
-                on_device = adamw.clock_is_on_device(groups[group_of[i]])
+                on_device = adamw.has_device_clock(groups[group_of[i]])
                 owners.append(Owner(p, None if on_device else (p, "step")))
 
 

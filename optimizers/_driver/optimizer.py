@@ -448,16 +448,16 @@ class StackedOptimizer(Optimizer):
             if old.settings == settings or self._update_rules(old, settings):
                 return old
         plan = self._build_plan(flat_params, settings)
-        adamw_params = [flat_params[i] for positions in plan.adamw_positions for i in positions]
+        adamw_modes = adamw.modes_of(flat_params, settings, plan.adamw_positions)
         if old is None:  # a new optimizer, or one that was loaded or copied
-            refuse_unfit_state(plan.units, adamw_params, self.state)
+            refuse_unfit_state(plan.units, adamw_modes, self.state, settings)
             self._refuse_unsound_state(plan)
         else:  # settings changed, or a group came
             refuse_state_changes(
                 old.units,
-                [old.flat_params[i] for positions in old.adamw_positions for i in positions],
+                adamw.modes_of(old.flat_params, old.settings, old.adamw_positions),
                 plan.units,
-                adamw_params,
+                adamw_modes,
                 self.state,
                 self._changes(old.settings, settings),
             )
@@ -466,10 +466,11 @@ class StackedOptimizer(Optimizer):
 
     def _refuse_unsound_state(self, plan: StepPlan) -> None:
         """Raise if other code has put into the state what a step cannot use."""
-        adamw_params = [plan.flat_params[i] for part in plan.adamw_positions for i in part]
+        modes = adamw.modes_of(plan.flat_params, plan.settings, plan.adamw_positions)
         named = zip(names_of(self.param_groups), plan.flat_params, strict=True)
         texts = {p: describe(name, p, i) for i, (name, p) in enumerate(named)}
-        refuse_unsound_state(plan.units, plan.rules, adamw_params, self.state, texts)
+        adamw_modes = {p: mode for p, (_, mode) in modes.items()}
+        refuse_unsound_state(plan.units, plan.rules, adamw_modes, self.state, texts)
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
         """Make rules and units for the groups as they are now; buckets come with the first step."""
