@@ -25,7 +25,7 @@ from ..kernels import (
     polar_factor,
     polar_report,
 )
-from ._core.rule import Dense, Direction, Member, Reductions, Rule, Scaled, Slot, Term
+from ._core.rule import Carry, Dense, Direction, Member, Reductions, Rule, Scaled, Slot, Term
 from ._core.validation import (
     check,
     check_choices,
@@ -123,7 +123,25 @@ class MuonRule(Rule):
             decay=decay,
             decay_power=2 if self.decay_schedule == "lr2" else 1,
             torch_bits=self.compat == "torch",
+            carry=self.carry_of(w, B, U, O) if w.carries_errors else None,
         )
+
+    def carry_of(self, w: Member, B: Tensor, U: Tensor, O: Tensor) -> Carry:
+        """How the momentum B takes errors E of the weight: T(U) = s O, T^-1[E] = E (U^T U)^1/2 / s.
+
+        The root is O^T U, on the shorter side.
+        """
+        # a change of B changes U by momentum times as much where U looks ahead
+        beta, s = self.momentum, self.lr_factor(w.m, w.n)
+        s *= self.momentum if self.nesterov else 1.0
+
+        def inverse(E: Tensor, ks: slice) -> Tensor:
+            u, o = U[ks].to(E.dtype), O[ks].to(E.dtype)
+            root = o @ u.mT if w.m <= w.n else o.mT @ u
+            root = (root + root.mT) / (2 * s)  # that of an inexact factor is nearly symmetric
+            return root @ E if w.m <= w.n else E @ root
+
+        return Carry(B, beta, inverse)
 
     def momentum_of(self, w: Member, B: Tensor) -> Tensor:
         """The step of the momentum B (K, m, n), which moves."""
@@ -229,6 +247,19 @@ class MuonRule(Rule):
         return G.mul_(scale)
 
     # checks ---------------------------------------------------------------------------------------
+
+    @override
+    def eco_obstacle(self) -> str | None:
+        obstacles = {
+            "momentum=0, which keeps no buffer": self.momentum == 0.0,
+            "momentum=1, whose buffer never moves": self.momentum == 1.0,
+            f"compat={self.compat!r}, whose buffer has the weight's precision": self.compat,
+            f"second_moment={self.second_moment!r}, whose step has no fixed scale": (
+                self.second_moment
+            ),
+            "polar='low_rank', whose step leaves out what errors need": self.polar == "low_rank",
+        }
+        return next((text for text, is_so in obstacles.items() if is_so), None)
 
     @property
     def needs_own_strides(self) -> bool:  # type: ignore[override]

@@ -21,7 +21,13 @@ from ._core.validation import (
     check_numbers,
 )
 from ._lora.pair_groups import LoRARule, Scale, accepts_groups
-from ._lora.switching import exchange_vectors_, fold_into_weight_, reset_vectors_, switch_rate
+from ._lora.switching import (
+    drop_residual_,
+    exchange_vectors_,
+    fold_into_weight_,
+    reset_vectors_,
+    switch_rate,
+)
 from ._lora.vector_pools import (
     CHOICE_STREAM,
     POOL_STREAM,
@@ -102,7 +108,10 @@ class SwitchLoRARule(LoRARule):
                 I, C = a.exchange(k, X[j], generator)
                 J, D = b.exchange(k, Y[j].mT, generator)
                 P, N = exchange_vectors_(X[j], Y[j], I, C, J, D)
-                fold_into_weight_(W0[j], P, N, self.s)
+                rounding = None if W.rounding is None else W.rounding.part((slice(j, j + 1),))
+                fold_into_weight_(W0[j], P, N, self.s, rounding)
+                drop_residual_(A, j, I)
+                drop_residual_(B, j, J)
                 reset_vectors_(B, j, I, self.freeze_steps)
                 reset_vectors_(A, j, J, self.freeze_steps)
         for w, value in ((A, X), (B, Y), (W, W0)):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...kernels import Rounding
 from .terms import (
     AdamFactored,
     Deferred,
@@ -33,6 +34,7 @@ __all__ = [
     "AdamFactored",
     "BatchedCall",
     "BlockPosition",
+    "Carry",
     "Deferred",
     "Dense",
     "Direction",
@@ -142,6 +144,21 @@ class Reductions:
 LOCAL_REDUCTIONS = Reductions()
 
 
+class Carry(NamedTuple):
+    """A momentum that can carry what rounding cuts off from the weight, for ``write="eco"``.
+
+    Attributes:
+        M: (K, m, n), changed in place.
+        beta: Its decay.
+        inverse: T^-1, given errors (k, m, n) and which matrices they are of: the change of M that
+            changes the step by these.
+    """
+
+    M: Tensor
+    beta: float
+    inverse: Callable[[Tensor, slice], Tensor]
+
+
 @dataclass(frozen=True)
 class Direction:
     """W <- decay_factor * W - lr * lr_factor * sum(terms).
@@ -157,6 +174,7 @@ class Direction:
         max_rel_norm: Limit of the step's Frobenius norm relative to the weight's; Dense terms only.
         decay_power: The power of lr in decay_factor; 2 lets decay vanish with the schedule.
         torch_bits: Whether the write must round as torch's own operations, one after the other.
+        carry: None, or the momentum that takes rounding errors where ``write`` is ``"eco"``.
     """
 
     member: Member
@@ -167,6 +185,7 @@ class Direction:
     max_rel_norm: float | None = None
     decay_power: int = 1
     torch_bits: bool = False
+    carry: Carry | None = None
 
     @property
     def mT(self) -> Direction:
@@ -211,11 +230,14 @@ class Member:
         reductions: Completes sums over the weight's indices.
         finite: None, or flags (K,) float32 on the device, 0 where a gradient is not finite: only
             rules with ``handles_nonfinite`` see flags. State of such a matrix must stay as it is.
+        rounding: How ``refresh`` rounds weights that it writes; None: to nearest.
+        carries_errors: Whether ``write`` is ``"eco"``, so that a Direction needs a :class:`Carry`.
     """
 
     __slots__ = (
         "_load",
         "_store",
+        "carries_errors",
         "finite",
         "grad",
         "indices",
@@ -225,6 +247,7 @@ class Member:
         "number",
         "reductions",
         "refreshed",
+        "rounding",
         "state",
         "state_since",
         "t",
@@ -248,8 +271,10 @@ class Member:
         reductions: Reductions = LOCAL_REDUCTIONS,
         store: Callable[[Tensor], None] | None = None,
         finite: Tensor | None = None,
+        rounding: Rounding | None = None,
+        carries_errors: bool = False,
     ) -> None:
-        self.finite = finite
+        self.finite, self.rounding, self.carries_errors = finite, rounding, carries_errors
         self.grad, self._load, self._store, self.state = grad, load, store, state
         self.t, self.refreshed, self.is_first_refresh = t, refreshed, False
         self.m, self.n, self.indices, self.reductions = m, n, indices, reductions
@@ -291,10 +316,11 @@ class Member:
         max_rel_norm: float | None = None,
         decay_power: int = 1,
         torch_bits: bool = False,
+        carry: Carry | None = None,
     ) -> Direction:
         """Return a :class:`Direction` for this member; the arguments are its attributes."""
         return Direction(
-            self, terms, lr_factor, decay, decay_last, max_rel_norm, decay_power, torch_bits
+            self, terms, lr_factor, decay, decay_last, max_rel_norm, decay_power, torch_bits, carry
         )
 
 
@@ -454,6 +480,13 @@ class Rule:
         (correct_bias, eps) asks for the order of GaLore's published code.
         """
         return None
+
+    def eco_obstacle(self) -> str | None:
+        """Why no momentum of this rule can carry rounding errors; None if its Direction has one.
+
+        The words follow "does not go with".
+        """
+        return f"{self.method()}, whose state holds no momentum of the weight itself"
 
     @classmethod
     def complete_saved(cls, group: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ... import kernels
-from ...kernels import Stack, add_product_
+from ...kernels import Rounding, Stack, add_product_
 
 
 def _slice_rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
@@ -37,11 +37,13 @@ class WriteScalars(NamedTuple):
         alpha: That of the terms.
         control: None, or (K, 3) float32, for each matrix a flag and what counts instead of keep and
             alpha. Where the flag is 0 the weight stays, with all state that belongs to the terms.
+        rounding: How the weight is rounded where its precision is low; None: to nearest.
     """
 
     decay_factor: float
     alpha: float
     control: Tensor | None = None
+    rounding: Rounding | None = None
 
     def scale_alpha(self, c: float) -> WriteScalars:
         """The same with terms c times as large."""

@@ -15,11 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import dequantize_blocks, fuses_passes, quantize_blocks
+from ...kernels import (
+    Rounding,
+    dequantize_blocks,
+    fuses_passes,
+    parameter_keys,
+    quantize_blocks,
+    rounding_keys,
+)
 from .._core.rule import Member, Rule
 from .adamw import EntryCache
 from .units import State, Unit, is_slab_row, scale_of, slab_rows
 from .windows import block_labels_of, drops_state
+from .write_modes import REFRESH_WRITE, RESIDUAL, takes_flags, with_residuals
 
 MAX_STACK_BYTES = {"cpu": 64 * 2**20}
 """Largest stack of weights in bytes: a stack is a copy, and must not cost what low rank saves."""
@@ -76,7 +84,10 @@ class Bucket:
         self.indices = tuple(index for unit in self.units for index in unit.indices)
         double = unit.params[0].dtype == torch.float64
         self.dtype = torch.float64 if double else torch.float32
-        self.params_by_member = [[u.params[i] for u in self.units] for i in range(len(unit.params))]
+        members = range(len(unit.params))
+        self.params_by_member = [[u.params[i] for u in self.units] for i in members]
+        self.positions = [[u.positions[i] for u in self.units] for i in members]
+        self.groups = {u.group for u in self.units}
 
     def bind_state(self, state: State) -> None:
         """Bind the live state: slabs for a stack, views otherwise."""
@@ -85,7 +96,7 @@ class Bucket:
             member_state: dict[str, Tensor] = {}
             quantized: dict[str, tuple[Tensor, Tensor]] = {}
             entries = [state[p] for p in self.params_by_member[i]] if slots else []
-            for name in slots if self.state_since else ():
+            for name in slots if self.state_since else slots.keys() & {RESIDUAL}:
                 key = self.unit.key_of(i, name)
                 stored = self._bind_slot(key, entries)
                 if self.unit.quantized_dtype(i, name) is None:
@@ -139,13 +150,43 @@ class Bucket:
 
     def set_step(self, t: int) -> None:
         """Record that all units have made update t."""
-        for unit, entry in zip(self.units, self.clock_dicts, strict=True):
-            entry[unit.step_key] = t
+        key = self.unit.step_key  # that of every unit: a stack is made of whole parameters
+        for entry in self.clock_dicts:
+            entry[key] = t
 
     def set_refreshed(self, t: int) -> None:
         """Record that all units were refreshed at update t."""
         for unit, entry in zip(self.units, self.clock_dicts, strict=True):
             entry[unit.refreshed_key] = t
+
+    def rounding(self, i: int, t: int, number: int) -> Rounding | None:
+        """How member i is rounded; None: to nearest.
+
+        Args:
+            i: The member.
+            t: Number of the update.
+            number: Number of the write within the update.
+        """
+        mode = self.unit.writes[i]
+        if mode == "nearest":
+            return None
+        offset, strides = self.unit.positions_in_parameter[i]
+        strides = (0, *strides[1:]) if self.stacked else strides
+        keys = rounding_keys(self._parameter_keys[i], t, number)
+        residual = self.states[i][RESIDUAL] if mode == "kahan" else None
+        error = None
+        if mode == "eco":
+            shape = (len(self.indices), *self.unit.sides(i))
+            error = torch.zeros(shape, dtype=torch.float32, device=keys.device)
+        return Rounding(keys, offset, strides, residual, error)
+
+    @cached_property
+    def _parameter_keys(self) -> list[Tensor]:
+        """Per member, the keys of random bits that last: one for each parameter."""
+        return [
+            parameter_keys(self.unit.seed, [u.write_indices[i] for u in self.units], p.device)
+            for i, p in enumerate(self.unit.params)
+        ]
 
     def nonzero(self, Gs: Sequence[Tensor | None], j: int) -> bool:
         """Whether some gradient of unit j is not all zero, and all are finite."""
@@ -187,14 +228,16 @@ class Bucket:
         return G.mT if self.unit.transposed[i] else G
 
     def runs_on_kernels(self, Gs: Sequence[Tensor | None]) -> bool:
-        """Whether kernels pass over these gradients, and no state is quantized."""
+        """Whether kernels pass over these gradients, and all state is theirs to keep."""
         grads_on_kernels = all(G is None or fuses_passes(G) for G in Gs)
-        return grads_on_kernels and not any(self.quantized)
+        return grads_on_kernels and not any(self.quantized) and takes_flags(self.unit.writes)
 
     @cached_property
     def _state_is_full_precision(self) -> bool:
         """Whether no state has a dtype narrower than float32."""
-        return all(X.dtype.itemsize >= 4 for X in self._state_tensors() if X.is_floating_point())
+        tensors = [X for X in self._state_tensors() if X.is_floating_point()]
+        tensors = [X for X in tensors if all(X is not s.get(RESIDUAL) for s in self.states)]
+        return all(X.dtype.itemsize >= 4 for X in tensors)
 
     def clone_state(self) -> list[Tensor]:
         """Copies of all state, for units whose flags arrive after the update."""
@@ -243,7 +286,7 @@ class Bucket:
 
     def grads_of(self, i: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients of member i, one per unit."""
-        present_grads = [G for unit in self.units if (G := grads[unit.positions[i]]) is not None]
+        present_grads = [G for k in self.positions[i] if (G := grads[k]) is not None]
         expected_shape, shape = self.unit.key[3 + i][0], present_grads[0].shape
         if shape != expected_shape:
             raise RuntimeError(
@@ -284,7 +327,12 @@ class Bucket:
         """Copy the weights of member i back where ``load`` made a copy."""
         W = W.mT if self.unit.transposed[i] else W
         if self.stacked:
-            torch._foreach_copy_(self.params_by_member[i], list(W.unbind(0)))
+            params = self.params_by_member[i]
+            if W.device.type == "cpu":  # a list of views would cost as much as the copies
+                sizes = [W.shape[1]] * len(params)
+                torch.split_with_sizes_copy(W.flatten(0, 1), sizes, out=params)
+            else:
+                torch._foreach_copy_(params, list(W.unbind(0)))
             return
         p = self.unit.params[i]
         if W.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
@@ -313,6 +361,7 @@ class Bucket:
         t: int,
         refreshed: int,
         finite: Tensor | None = None,
+        writes: bool = False,
     ) -> list[Member]:
         """The arguments of ``refresh`` and ``update``.
 
@@ -322,13 +371,14 @@ class Bucket:
             t: Number of this update.
             refreshed: Number of the last refresh, 0 if there was none.
             finite: None, or flags of the units for a rule that takes them itself.
+            writes: Whether ``refresh`` writes weights.
         """
         members = []
         for i, G in enumerate(grads):
             m, n = self.unit.sides(i)
             load = partial(self.load, i)
             K = len(self.indices)  # all matrices of one parameter share its flag
-            state = dict(self.states[i])
+            state = {name: X for name, X in self.states[i].items() if name != RESIDUAL}
             state.update((name, self._rule_view(i, name, X)) for name, X in dequantized[i].items())
             members.append(
                 Member(
@@ -345,6 +395,8 @@ class Bucket:
                     transposed=self.unit.transposed[i],
                     store=partial(self.store, i),
                     finite=finite if finite is None else finite.expand(K),
+                    rounding=self.rounding(i, t, REFRESH_WRITE) if writes else None,
+                    carries_errors=self.unit.writes[i] == "eco",
                 )
             )
         return members
@@ -352,7 +404,7 @@ class Bucket:
 
 def buckets_of(
     units: Iterable[Unit],
-    mask: Sequence[bool],
+    mask: Sequence[bool] | Mapping[int, bool],
     state: State,
     rules: Sequence[Rule],
     stack_keys: Sequence[Hashable],
@@ -362,7 +414,7 @@ def buckets_of(
 
     Args:
         units: All units.
-        mask: Per parameter, whether it has a gradient.
+        mask: By position, whether a parameter of these units has a gradient.
         state: The optimizer's state.
         rules: Rules, by ``Unit.rule``.
         stack_keys: Per rule, what units of one stack must have in common.
@@ -467,10 +519,10 @@ class StepPlan:
             or len(state) != len(self.entries)
             or not all(map(is_, state.values(), self.entries))
             or not all(bucket.holds_its_tensors() for bucket in self.buckets)
-            or any(self._state_window_changed(bucket) for bucket in self.buckets)
+            or any(self.state_window_changed(bucket) for bucket in self.buckets)
         )
 
-    def _state_window_changed(self, bucket: Bucket) -> bool:
+    def state_window_changed(self, bucket: Bucket) -> bool:
         """Whether a window began in which some unit gains or loses its state."""
         rule = self.rule(bucket)
         if not drops_state(rule):
@@ -532,6 +584,7 @@ class StepPlan:
                 continue
             sides = tuple(unit.sides(i) for i in range(len(unit.params)))
             transposed = rule.transposed_members([(v.m, v.n) for v in unit.views])
-            if transposed != unit.transposed or rule.slots(sides) != unit.slots:
+            slots = with_residuals(rule.slots(sides), unit.writes)
+            if transposed != unit.transposed or slots != unit.slots:
                 return False
         return True

@@ -31,6 +31,7 @@ from .._core.validation import (
     whole_number,
 )
 from .._core.views import VIEW_KINDS, split_view
+from .adamw import betas_of
 from .buckets import StepPlan
 from .param_groups import (
     LISTS,
@@ -45,6 +46,7 @@ from .param_groups import (
     warn_user,
 )
 from .units import State, Unit, views_of
+from .write_modes import WRITE_MODES, check_eco
 
 NONFINITE_POLICIES = ("skip", "skip_step", "raise", "ignore")
 TRAINABLE_DTYPES = frozenset(
@@ -184,6 +186,7 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "nonfinite": _nonfinite,
     "view": _view,
     "state_dtype": _state_dtype,
+    "write": partial(choice, known=WRITE_MODES),
     "stagger": flag,
     "adamw_lr_ratio": _or_none(_decay),
     "draws": partial(choice, known=("name", "position")),
@@ -317,6 +320,8 @@ def _plain(
         if {"rule", *(f.name for f in fields(cls))} & {*written}:
             _check_rule(copy, default_rule)
     store_adamw_lr(dict(copy))  # refuses it where lr is 0
+    if copy.get("write") == "eco":
+        check_eco(copy, rule_of(copy, default_rule), betas_of(copy))
     return copy
 
 
@@ -414,6 +419,7 @@ def check_group(
     """
     check_values(group)
     rule = _check_rule(group, default_rule)
+    check_eco(group, rule, betas_of(group))
     params, names = parameters_of(group)
     check_lists([{**group, "params": params}])
     if any(not isinstance(p, Tensor) for p in params):
@@ -546,11 +552,8 @@ def check_ready(
     }
     for i, (p, grad, name) in enumerate(zip(plan.flat_params, grads, names, strict=True)):
         if grad is not None:
-            if i in adamw and adamw[i].get("fused"):
-                _device_dtype_check_for_fused(p)
-            _check_gradient(p, grad, describe(name, p, i), method, i in adamw)
-            if i in adamw:
-                _check_moments(p, state.get(p, {}), adamw[i], describe(name, p, i))
+            text = describe(name, p, i)
+            check_gradient(p, grad, state.get(p, {}), adamw.get(i), text, method)
     fits = True
     for unit in plan.units:
         for j, (i, p) in enumerate(zip(unit.positions, unit.params, strict=True)):
@@ -559,6 +562,31 @@ def check_ready(
                 fits = False
     plan.signature = signature
     return fits
+
+
+def check_gradient(
+    p: Tensor,
+    grad: Tensor,
+    entry: Mapping[str, Any],
+    group: Mapping[str, Any] | None,
+    text: str,
+    method: str,
+) -> None:
+    """Raise if a parameter cannot be stepped by its gradient, or by the state it has.
+
+    Args:
+        p: The parameter.
+        grad: Its gradient.
+        entry: Its state.
+        group: Its group if AdamW steps it, else None.
+        text: Words that name it.
+        method: Name of the optimizer, for messages.
+    """
+    if group is not None and group.get("fused"):
+        _device_dtype_check_for_fused(p)
+    _check_gradient(p, grad, text, method, group is not None)
+    if group is not None:
+        _check_moments(p, entry, group, text)
 
 
 def _check_gradient(p: Tensor, grad: Tensor, text: str, method: str, is_adamw: bool) -> None:

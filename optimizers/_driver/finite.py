@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels import cast_stack, fuses_passes
+from ...kernels import LOW_PRECISION_DTYPES, cast_stack, fuses_passes
 from . import adamw
 from .buckets import Bucket, StepPlan, max_abs, max_stack_bytes
 from .param_groups import names_of
 from .units import State
-from .write import LOW_PRECISION_DTYPES
 
 MAX_JOINED_NUMEL = 2**13
 """Largest gradient, in entries, that is summed together with others: a copy costs less then."""
@@ -47,6 +46,10 @@ class Owner(NamedTuple):
 
     param: Tensor | None
     clock: tuple[Tensor, str] | None
+
+
+Unread = dict[torch.device, tuple[list[Tensor], list[Owner]]]
+"""Per device, flags that the host has not read, and whom each concerns."""
 
 
 class LateFlags:
@@ -117,7 +120,21 @@ class Findings:
 
     def late_flags(self, plan: StepPlan, groups: Groups) -> list[LateFlags]:
         """Start to copy all unread flags to the host, one tensor per device."""
-        parts: dict[torch.device, tuple[list[Tensor], list[Owner]]] = {}
+        parts: Unread = {}
+        self.add_unread(parts, plan, groups, group_indices(groups) if self.joined else ())
+        return copied_to_host(parts)
+
+    def add_unread(
+        self, parts: Unread, plan: StepPlan, groups: Groups, group_of: Sequence[int]
+    ) -> None:
+        """Add all unread flags to those of other findings.
+
+        Args:
+            parts: What is added to.
+            plan: The plan of these findings.
+            groups: The groups.
+            group_of: Per flat position, the index of its group.
+        """
         for bucket, members in zip(plan.buckets, self.unread, strict=True):
             for i, number in enumerate(members or ()):
                 if number is not None:
@@ -130,7 +147,6 @@ class Findings:
                         )
                         for unit in bucket.units
                     ]
-        group_of = _group_of(groups) if self.joined else []
         for positions, finite in self.joined:
             tensors, owners = parts.setdefault(finite.device, ([], []))
             tensors.append(finite)
@@ -138,9 +154,13 @@ class Findings:
                 p = plan.flat_params[i]
                 on_device = adamw.clock_is_on_device(groups[group_of[i]])
                 owners.append(Owner(p, None if on_device else (p, "step")))
-        if not parts or is_capturing():
-            return []
-        return [LateFlags(torch.cat(tensors), owners) for tensors, owners in parts.values()]
+
+
+def copied_to_host(parts: Unread) -> list[LateFlags]:
+    """Start to copy unread flags to the host, one tensor per device."""
+    if not parts or is_capturing():
+        return []
+    return [LateFlags(torch.cat(tensors), owners) for tensors, owners in parts.values()]
 
 
 def inspect_grads(plan: StepPlan, grads: Grads, groups: Groups, waits: Waits) -> Findings:
@@ -215,13 +235,13 @@ def _inspect_buckets(
             continue
         device = bucket.unit.params[0].device
         rule = plan.rule(bucket)
-        read = waits(device) or any(reads[unit.group] for unit in bucket.units)
+        read = waits(device) or any(reads[group] for group in bucket.groups)
         read = read or rule.writes_in_refresh
         read = read or rule.refresh_due(*bucket.clocks(), bucket.unit.shift)
         stack: list[Tensor | None] = [None] * len(members)
         numbers: list[Tensor | None] = [None] * len(members)
         for i, unit_grads in enumerate(members):
-            positions = [unit.positions[i] for unit in bucket.units]
+            positions = bucket.positions[i]
             if not unit_grads:
                 continue
             if bucket.stacked:
@@ -381,7 +401,7 @@ def _joined_total(numbers: Sequence[Tensor]) -> Tensor:
 # what a mode makes of it ----------------------------------------------------------------------
 
 
-def _group_of(groups: Groups) -> list[int]:
+def group_indices(groups: Groups) -> list[int]:
     """Per flat position, the index of its group."""
     return [i for i, group in enumerate(groups) for _ in group["params"]]
 
@@ -392,7 +412,7 @@ def refuse(found: Findings, groups: Groups) -> None:
     Raises:
         RuntimeError: Naming all of them.
     """
-    group_of = _group_of(groups)
+    group_of = group_indices(groups)
     bad = [i for i in sorted(found.bad) if groups[group_of[i]]["nonfinite"] == "raise"]
     if bad:
         names = names_or_positions(groups)
@@ -405,7 +425,7 @@ def refuse(found: Findings, groups: Groups) -> None:
 
 def stops_step(found: Findings, groups: Groups) -> bool:
     """Whether a bad gradient in a group with ``nonfinite="skip_step"`` stops the whole step."""
-    group_of = _group_of(groups) if found.bad else []
+    group_of = group_indices(groups) if found.bad else []
     return any(groups[group_of[i]]["nonfinite"] == "skip_step" for i in found.bad)
 
 

@@ -15,6 +15,7 @@ from . import adamw
 from .buckets import StepPlan
 from .optimizer import StackedOptimizer
 from .units import Unit
+from .write_modes import RESIDUAL
 
 __all__ = ["MemoryReport", "MemoryRow", "memory_report"]
 
@@ -220,10 +221,9 @@ def _state_bytes(plan: StepPlan, optimizer: StackedOptimizer) -> dict[int, int]:
 
 
 def _slot_bytes(plan: StepPlan, unit: Unit, i: int) -> dict[str, int]:
-    rule = plan.rule(unit)
-    if not rule.state_since_at(unit.block_position, 1):
-        return {}
+    has_state = plan.rule(unit).state_since_at(unit.block_position, 1)
     return {
         key: torch.Size(shape).numel() * dtype.itemsize
         for key, (_, shape, dtype) in unit.expected_state(i).items()
+        if has_state or key == RESIDUAL
     }

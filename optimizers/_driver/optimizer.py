@@ -77,7 +77,7 @@ from .write import Run, write_, write_list_, write_runs_
 
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
-    *("rules", "views", "sides", "decays", "positions"),
+    *("rules", "views", "sides", "decays", "positions", "write", "compat"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
 
@@ -125,6 +125,14 @@ class StackedOptimizer(Optimizer):
             bits with a scale for every 256 of them, the rest as under None; see
             ``kernels/quantize.py``. Averages of squares follow falling gradients late then: steps
             of 0.001 round away.
+        write: How weights of bfloat16 and float16 are rounded; others always to nearest. ``"auto"``
+            (default): as ``"stochastic"``, under ``compat`` as ``"nearest"``. ``"nearest"``: as
+            torch does, which loses steps below half of a weight's last digit. ``"stochastic"``: up
+            or down with the probability that keeps the mean, by bits that are a function of the
+            seed, the name, the update and the entry. ``"kahan"``: to nearest, with what is cut off
+            kept in bfloat16 for the next step. ``"eco"``: as ``"stochastic"``, with what is cut
+            off put into the momentum (AdamW parameters and Muon only). AdamW parameters have
+            float32 moments under all but ``"nearest"``.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.
 
@@ -619,7 +627,9 @@ class StackedOptimizer(Optimizer):
         Raises:
             RuntimeError: For a parameter that AdamW cannot step.
         """
-        works, start, cache = [], 0, plan.adamw_entries
+        works, start, cache = list[adamw.Work](), 0, plan.adamw_entries
+        if not any(plan.adamw_positions):
+            return works
         cache.follow(self.state)
         for i, (group, order, positions) in enumerate(
             zip(self.param_groups, plan.adamw_orders, plan.adamw_positions, strict=True)
@@ -680,7 +690,8 @@ class StackedOptimizer(Optimizer):
         rule = plan.rule(bucket)
         t, refreshed = bucket.clocks()
         refresh_due = finite is not None and rule.refresh_due(t, refreshed, bucket.unit.shift)
-        nonzero = [not refresh_due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
+        count = len(bucket.units)
+        nonzero = [bucket.nonzero(Gs, j) for j in range(count)] if refresh_due else [True] * count
         if bucket.stacked and finite is not None and not (all(finite) and all(nonzero)):
             # a stack with a unit to leave out runs unit by unit: same bits, no second code path
             for j in range(len(bucket.units)):
@@ -700,7 +711,8 @@ class StackedOptimizer(Optimizer):
         state_backup = [] if device_finite is None or unmasked else bucket.clone_state()
         dequantized = bucket.dequantized()
         member_finite = device_finite.float() if device_finite is not None and unmasked else None
-        members = bucket.members(Gs, dequantized, t, refreshed, member_finite)
+        writes = rule.writes_in_refresh and refresh_due
+        members = bucket.members(Gs, dequantized, t, refreshed, member_finite, writes)
         if refresh_due and nonzero[0]:
             for member in members:
                 member.refreshed, member.is_first_refresh = t, refreshed == 0
@@ -725,8 +737,9 @@ class StackedOptimizer(Optimizer):
             update: What the rule's ``update`` returned.
             device_finite: None, or flags (K,): weights whose flag is False stay as they are.
         """
-        runs = self._runs(bucket)
+        runs, t = self._runs(bucket), bucket.clocks()[0]
         _, lr, decay = runs[0]
+        written = [0] * len(bucket.present)
         write_mask = None
         if device_finite is not None:
             write_mask = device_finite.to(bucket.dtype).view(-1, 1, 1)
@@ -739,13 +752,16 @@ class StackedOptimizer(Optimizer):
             if step.torch_bits:
                 runs = self._runs(bucket, as_given=True)
                 _, lr, decay = runs[0]
-            if len(runs) == 1 and write_list_(bucket.weight_list(i), step, lr, decay, write_mask):
+            rounding = bucket.rounding(i, t, written[i])
+            written[i] += 1
+            Ws = bucket.weight_list(i) if len(runs) == 1 else []
+            if len(runs) == 1 and write_list_(Ws, step, lr, decay, write_mask, rounding):
                 continue
             W = bucket.load(i)
             if len(runs) == 1:
-                write_(W, step, lr, decay, write_mask)
+                write_(W, step, lr, decay, write_mask, rounding)
             else:
-                write_runs_(W, step, runs, write_mask)
+                write_runs_(W, step, runs, write_mask, rounding)
             bucket.store(i, W)
 
     def _runs(self, bucket: Bucket, as_given: bool = False) -> list[Run]:

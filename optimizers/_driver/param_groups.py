@@ -18,6 +18,7 @@ from .._core.rule import Rule, rule_class
 from .._roles.assignment import AssignedRow
 from .._roles.classify import Row, route
 from .._roles.role_table import RULE_OF_ROLE
+from .write_modes import mode_of
 
 
 class Common(TypedDict, total=False):
@@ -36,6 +37,7 @@ class Common(TypedDict, total=False):
     nonfinite: str
     view: str | Sequence[str]
     state_dtype: str | torch.dtype | None
+    write: str
     stagger: bool
 
 
@@ -52,6 +54,7 @@ COMMON: dict[str, Any] = {
     "nonfinite": "skip",
     "view": "auto",
     "state_dtype": None,
+    "write": "auto",
     "stagger": False,
 }
 """Keywords of every optimizer, with their defaults; each is a group key too."""
@@ -247,6 +250,7 @@ def assigned_rows(group: Mapping[str, Any], default_rule: type[Rule]) -> list[As
             "layout": " ".join(x for x in layout if x not in (None, "rows")),
             "lr": lr if matrix or ratio is None else lr * ratio,
             "decay": decay if factor is None else decay * factor,
+            "write": mode_of(group, group["params"][i]),
         }
         rows.append(AssignedRow(**values))
     return rows

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._core.rule import Rule
 from .units import Unit
 from .windows import drops_state
+from .write_modes import RESIDUAL
 
 CLOCKS = ("step", "refreshed", "held")
 MAX_CLOCK = 2**31 - 1
@@ -108,7 +109,7 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
                 entry.tensors[key] = Expected(
                     shape, dtype, device, low, count, fill, bool(slot.axes)
                 )
-                if name in rule.optional_state:
+                if name in rule.optional_state or name == RESIDUAL:
                     entry.optional.add(key)
         entries[unit.params[0]].clocks.update(unit.clock_keys)
     return entries

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .units import State, Unit
+from .write_modes import RESIDUAL
 
 
 class Entry(NamedTuple):
@@ -93,7 +94,7 @@ def refuse_unfit_state(units: Sequence[Unit], adamw_params: Iterable[Tensor], st
         stored = {k: X for k, X in state.get(p, {}).items() if isinstance(X, Tensor)}
         if "step" in stored:  # AdamW's clock is a tensor, a rule's a number
             raise _refusal("the settings", HAND_OVER)
-        if not stored:  # not stepped yet, or between windows
+        if not stored.keys() - {RESIDUAL} & needed.keys():  # not stepped yet, or between windows
             continue
         after = {key: entry for key, entry in needed.items() if entry is not None}
         before = {
@@ -121,19 +122,11 @@ def _entries(units: Iterable[Unit]) -> dict[Tensor, Entries | None]:
             table = tables.setdefault(p, {})
             assert table is not None
             for key, (slot, shape, dtype) in unit.expected_state(i).items():
-                layout = None if slot.axes == "mn" else _layout(unit, i)
+                layout = None if slot.axes == "mn" else unit.layout(i)
                 table[key] = Entry(slot.axes, shape, dtype, layout)
             if i == 0:
                 table[unit.step_key] = None
     return tables
-
-
-def _layout(unit: Unit, i: int) -> tuple[Any, ...]:
-    """Shape, strides and offset of member i of a unit, as the rule sees a contiguous parameter."""
-    whole = torch.empty(unit.params[i].shape, dtype=torch.float32, device="meta")
-    X = unit.views[i].to_matrices(whole)
-    X = X.mT if unit.transposed[i] else X
-    return tuple(X.shape), X.stride(), X.storage_offset()
 
 
 def _difference(before: Mapping[str, Entry | None], after: Mapping[str, Entry | None]) -> str:

@@ -22,6 +22,7 @@ from .._core.rule import BlockPosition, Rule, Slot, Slots
 from .._core.views import MatrixView, split_view
 from .param_groups import Part, Weight, listed, plain_name
 from .windows import drops_state
+from .write_modes import RESIDUAL, mode_of, seed_of, with_residuals
 
 MAX_STACKED_NUMEL = {"cpu": 2**15}
 """Largest matrix, in elements, that is stacked: for smaller ones fewer calls outweigh the copies.
@@ -84,6 +85,9 @@ class Unit:
             position, and what blocks and staggered refreshes are counted by.
         decay: Factor on the group's weight decay.
         rule: Index of the unit's rule in the plan.
+        writes: Per member, how its weight is written, see ``write_modes.py``.
+        write_indices: Per member, the key of its weight's random bits.
+        seed: Seed of these bits.
         key: What units of one stack have in common, beside their rule.
     """
 
@@ -102,6 +106,9 @@ class Unit:
     order: int = 0
     decay: float = 1.0
     rule: int = 0
+    writes: tuple[str, ...] = ()
+    write_indices: tuple[int, ...] = ()
+    seed: int = 0
     key: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,7 +125,7 @@ class Unit:
         self.key = (
             self.transposed,
             self.state_dtype,
-            self.quantized,
+            (self.quantized, self.writes, self.seed),
             *(
                 (p.shape, p.dtype, p.device, v.k, v.m, v.n)
                 for p, v in zip(self.params, self.views, strict=True)
@@ -198,7 +205,7 @@ class Unit:
             table = self.expected_state(i)
             entry = state[p] if table else {}
             for key, (slot, shape, dtype) in table.items():
-                if not state_since:
+                if not state_since and key != RESIDUAL:
                     entry.pop(key, None)
                 elif key not in entry:
                     entry[key] = _initial_state(slot, shape, dtype, p.device)
@@ -218,7 +225,9 @@ class Unit:
         """
         first = state[self.params[0]]
         has_state = any(
-            self.key_of(i, n) in state[p] for i, p in enumerate(self.params) for n in self.slots[i]
+            self.key_of(i, name) in state[p]
+            for i, p in enumerate(self.params)
+            for name in self.slots[i].keys() - {RESIDUAL}
         )
         state_since = self.state_since_at(
             rule, first.get(self.state_since_key, 1) if has_state else 0, first[self.step_key] + 1
@@ -234,6 +243,27 @@ class Unit:
         if not start or not any(self.slots):
             return start
         return t if start == t or not state_since else state_since
+
+    @cached_property
+    def positions_in_parameter(self) -> tuple[tuple[int, tuple[int, int, int]], ...]:
+        """Per member, the place of its first entry in the parameter, and how places grow.
+
+        Places are counted row by row in the parameter's own shape, along the matrices, rows and
+        columns that the rule sees.
+        """
+        found = []
+        for i in range(len(self.params)):
+            _, strides, offset = self.layout(i)
+            found.append((offset, strides))
+        return tuple(found)
+
+    def layout(self, i: int) -> tuple[tuple[int, ...], tuple[int, int, int], int]:
+        """Shape, strides and offset of member i as the rule sees a contiguous parameter."""
+        whole = torch.empty(self.params[i].shape, dtype=torch.float32, device="meta")
+        X = self.views[i].to_matrices(whole)
+        X = X.mT if self.transposed[i] else X
+        step_k, step_m, step_n = X.stride()
+        return tuple(X.shape), (step_k, step_m, step_n), int(X.storage_offset())
 
     def detach_from_slab(self, state: State) -> None:
         """Clone state out of slabs for a unit without a gradient: a row keeps its slab alive."""
@@ -337,7 +367,7 @@ def _unit(
         for v, is_transposed in zip(views, transposed, strict=True)
     )
     name, quantized = group["state_dtype"], group["state_dtype"] == "int8"
-    first = run[0]
+    first, writes = run[0], tuple(mode_of(group, w.param) for w in run)
     order = listed(group, "positions", first.place)
     draws_by_name = group.get("draws") == "name" and first.name is not None
     return Unit(
@@ -347,13 +377,31 @@ def _unit(
         views,
         transposed,
         number,
-        rule.slots(sides),
+        with_residuals(rule.slots(sides), writes),
         None if name is None or quantized else getattr(torch, name),
         quantized,
         name=plain_name(first.name or "") if draws_by_name else None,
         order=first.position if order is None else order,
         decay=_decay_factor(group, run),
+        writes=writes,
+        write_indices=tuple(parameter_index(group, w.place, w.position, w.name) for w in run),
+        seed=seed_of(group),
     )
+
+
+def parameter_index(group: Mapping[str, Any], place: int, position: int, name: str | None) -> int:
+    """63 bits that are the key of a parameter's draws: a hash of its name, or its position.
+
+    Args:
+        group: The group.
+        place: Number of the parameter in the group.
+        position: Flat position of the parameter.
+        name: Its name, None if it has none.
+    """
+    if group.get("draws") == "name" and name is not None:
+        return _hash63(plain_name(name))
+    order: int | None = listed(group, "positions", place)
+    return position if order is None else order
 
 
 def _decay_factor(group: Mapping[str, Any], run: Sequence[Weight]) -> float:

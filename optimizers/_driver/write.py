@@ -15,15 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels import Stack, fuses_passes, update_weight_
-from .._core.rule import Dense, Direction, Term, WriteScalars
+from ...kernels import LOW_PRECISION_DTYPES, Rounding, Stack, fuses_passes, update_weight_
+from .._core.rule import Carry, Dense, Direction, Term, WriteScalars
 from .._core.validation import check
+from .write_modes import carry_error_
 
 WRITE_PANEL = 2**17
 """Elements of a row panel on CPU: the passes of one write then meet in the cache."""
 WRITE_PANEL_ACCELERATOR = 2**26
 """The same on accelerators, where it only bounds the float32 copy of a low-precision weight."""
-LOW_PRECISION_DTYPES = (torch.bfloat16, torch.float16)
 ALL = slice(None)
 Panel = tuple[slice, ...]
 """Matrices, and which of their rows if not all."""
@@ -37,6 +37,7 @@ def write_(
     lr: float | Tensor,
     weight_decay: float,
     finite: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> None:
     """W <- decay_factor * W - lr * lr_factor * sum(terms), in place.
 
@@ -46,11 +47,34 @@ def write_(
         lr: A float, or a 1-element tensor on W's device.
         weight_decay: Decoupled decay; decay_factor = 1 - lr * weight_decay where it applies.
         finite: None, or flags (K, 1, 1): a matrix whose flag is 0 stays as it is, decay included.
+        rounding: How W is rounded where its precision is low; None (default): to nearest.
     """
+    if finite is not None and rounding is not None and rounding.residual is not None:
+        # a sum halfway between two grid points might be rounded to the other one
+        old, residual = W.clone(), rounding.residual.clone()
+        _write_(W, step, lr, weight_decay, finite, rounding)
+        W.copy_(torch.where(finite != 0, W, old))
+        rounding.residual.copy_(torch.where(finite != 0, rounding.residual, residual))
+    else:
+        _write_(W, step, lr, weight_decay, finite, rounding)
+    if step.carry is not None and rounding is not None and rounding.error is not None:
+        run = Run(slice(0, len(W)), lr, weight_decay)
+        _carry_errors_(step, step.carry, rounding.error, [run])
+
+
+def _write_(
+    W: Tensor,
+    step: Direction,
+    lr: float | Tensor,
+    weight_decay: float,
+    finite: Tensor | None,
+    rounding: Rounding | None,
+) -> None:
+    """Do what ``write_`` does, but for what needs the weight after the write."""
     terms = list(step.terms)
     if step.max_rel_norm is not None:
         terms = _limit_rel_norm(W, terms, step.max_rel_norm, lr, step.lr_factor)
-    if _try_fused_write_(W, step, terms, lr, weight_decay, finite):
+    if _try_fused_write_(W, step, terms, lr, weight_decay, finite, rounding):
         return
     # a rule that takes flags itself leaves NaN in the terms of a bad matrix, which no factor of 0
     # removes: the old values of such a matrix are put back
@@ -69,16 +93,18 @@ def write_(
     if W.stride(-1) != 1 and W.stride(-2) == 1:
         # panels must run along the memory: write the transposed weight as it is stored
         W, terms = W.mT, [term.mT for term in terms]
+        rounding = None if rounding is None else rounding.mT
         if isinstance(decay_factor, Tensor) and decay_factor.dim() > 1:
             decay_factor = decay_factor.mT
     terms.sort(key=lambda term: not term.fuses_decay)
-    in_weight_dtype = step.torch_bits or _adds_in_weight_dtype(W, terms)
+    is_nearest = rounding is None
+    in_weight_dtype = is_nearest and (step.torch_bits or _adds_in_weight_dtype(W, terms))
     dtype = W.dtype if in_weight_dtype else _accumulation_dtype(W)
     panels = _panels(W, not all(term.supports_row_panels for term in terms), step.torch_bits)
     for panel, change in _changes(W, dtype, terms, alpha, decay_factor, step.decay_last, panels):
         if puts_back and finite is not None:
             change = _where_finite(change, finite if len(finite) == 1 else finite[panel[0]])
-        update_weight_(W, change, dtype, panel)
+        update_weight_(W, change, dtype, panel, rounding)
 
 
 class Run(NamedTuple):
@@ -96,7 +122,11 @@ class Run(NamedTuple):
 
 
 def write_runs_(
-    W: Tensor, step: Direction, runs: Sequence[Run], finite: Tensor | None = None
+    W: Tensor,
+    step: Direction,
+    runs: Sequence[Run],
+    finite: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> None:
     """``write_`` with a learning rate and a decay for each run of matrices.
 
@@ -105,18 +135,31 @@ def write_runs_(
         step: What to write.
         runs: All matrices, run after run.
         finite: None, or flags (K, 1, 1).
+        rounding: How W is rounded where its precision is low; None (default): to nearest.
     """
-    terms, decay = step.terms, step.decay
+    terms, decay, error = step.terms, step.decay, None if rounding is None else rounding.error
     if W.stride(-1) != 1 and W.stride(-2) == 1:  # as in write_, but once for all runs
         W, terms = W.mT, tuple(term.mT for term in terms)
+        rounding = None if rounding is None else rounding.mT
         decay = None if decay is None else decay.mT
     for ks, lr, weight_decay in runs:
         part = replace(
             step,
             terms=tuple(term.matrices(ks) for term in terms),
             decay=decay if decay is None or len(decay) == 1 else decay[ks],
+            carry=None,
         )
-        write_(W[ks], part, lr, weight_decay, None if finite is None else finite[ks])
+        own = None if rounding is None else rounding.part((ks,))
+        write_(W[ks], part, lr, weight_decay, None if finite is None else finite[ks], own)
+    if step.carry is not None and error is not None:
+        _carry_errors_(step, step.carry, error, runs)
+
+
+def _carry_errors_(step: Direction, carry: Carry, error: Tensor, runs: Sequence[Run]) -> None:
+    """Put what rounding has cut off from all matrices into the momentum, run by run."""
+    for ks, lr, weight_decay in runs:
+        decay_factor = 1.0 - lr**step.decay_power * weight_decay
+        carry_error_(carry, error, lr, decay_factor, ks)
 
 
 def write_list_(
@@ -125,6 +168,7 @@ def write_list_(
     lr: float | Tensor,
     weight_decay: float,
     finite: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> bool:
     """``write_`` for a list of K matrices (m, n), which are not copied into a stack.
 
@@ -138,7 +182,7 @@ def write_list_(
         or not all(term.accepts_list for term in terms)
     ):
         return False
-    return _try_fused_write_(Ws, step, terms, lr, weight_decay, finite)
+    return _try_fused_write_(Ws, step, terms, lr, weight_decay, finite, rounding)
 
 
 def _try_fused_write_(
@@ -148,11 +192,14 @@ def _try_fused_write_(
     lr: float | Tensor,
     weight_decay: float,
     finite: Tensor | None,
+    rounding: Rounding | None,
 ) -> bool:
     """Write all terms at once where the back end has a kernel that does it."""
     if step.torch_bits or step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
         return False
-    if not fuses_passes(W) or _adds_in_weight_dtype(W[0], terms):
+    if not fuses_passes(W) or (rounding is None and _adds_in_weight_dtype(W[0], terms)):
+        return False
+    if rounding is not None and (rounding.residual is not None or rounding.error is not None):
         return False
     alpha, decay_factor = -step.lr_factor * lr, 1.0 - lr**step.decay_power * weight_decay
     control = None
@@ -164,7 +211,8 @@ def _try_fused_write_(
         alpha = decay_factor = 1.0
     assert not isinstance(alpha, Tensor) and not isinstance(decay_factor, Tensor)
     first, *others = sorted(terms, key=lambda term: not term.fuses_decay)
-    return first.fused_write_(W, WriteScalars(decay_factor, alpha, control), *others)
+    scalars = WriteScalars(decay_factor, alpha, control, rounding)
+    return first.fused_write_(W, scalars, *others)
 
 
 def _masked_decay(W: Tensor, decay_factor: float | Tensor, *masks: Tensor | None) -> float | Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...kernels import update_weight_
+from ...kernels import Rounding, update_weight_
 from .._core.rule import Factored, Member
 from .._core.validation import check
 from .._core.views import split_view
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "base_sums",
     "check_triples",
+    "drop_residual_",
     "exchange_vectors_",
     "fold_into_weight_",
     "init_stds",
@@ -71,11 +72,13 @@ def exchange_vectors_(
     return P, torch.cat([old_rows - C.to(work), A[J].to(work)])
 
 
-def fold_into_weight_(W: Tensor, P: Tensor, N: Tensor, s: float) -> None:
+def fold_into_weight_(
+    W: Tensor, P: Tensor, N: Tensor, s: float, rounding: Rounding | None = None
+) -> None:
     """W (m, n) <- W + s P N, panel by panel in at least float32 and rounded once."""
     m, n = W.shape
     w = Member(None, lambda: W, {}, t=0, refreshed=0, m=m, n=n, indices=(0,))
-    write_(W[None], w.step(Factored(P[None], N[None]), lr_factor=-s), 1.0, 0.0)
+    write_(W[None], w.step(Factored(P[None], N[None]), lr_factor=-s), 1.0, 0.0, None, rounding)
 
 
 def reset_vectors_(w: Member, j: int, at: Tensor, freeze: int) -> None:
@@ -84,6 +87,13 @@ def reset_vectors_(w: Member, j: int, at: Tensor, freeze: int) -> None:
     for key, value in values.items():
         X = w.state[key][j]
         X.index_fill_(w.number, at.to(X.device), value)
+
+
+def drop_residual_(w: Member, j: int, at: Tensor) -> None:
+    """Zero what rounding had cut off from the vectors ``at`` of matrix j, which are new."""
+    if w.rounding is not None and w.rounding.residual is not None:
+        X = w.rounding.residual[j]
+        X.index_fill_(w.number, at.to(X.device), 0)
 
 
 # initialization -----------------------------------------------------------------------------------

@@ -19,11 +19,13 @@ class AssignedRow(Row):
         layout: Pair and axis of the rule, "" for the usual ones.
         lr: Learning rate of the parameter.
         decay: Weight decay of the parameter.
+        write: How the parameter is rounded, ``"nearest"`` or another mode.
     """
 
     layout: str = ""
     lr: float = 0.0
     decay: float = 0.0
+    write: str = "nearest"
 
     @override
     def _cells(self) -> dict[str, str]:
@@ -32,6 +34,7 @@ class AssignedRow(Row):
             "layout": self.layout,
             "lr": f"{self.lr:g}",
             "decay": f"{self.decay:g}",
+            "write": "" if self.write == "nearest" else self.write,
         }
 
 
@@ -45,8 +48,20 @@ class OptimizerAssignment(Assignment):
 
     kept_keys: tuple[str, ...] = ()
 
-    _columns = ("name", "shape", "role", "rule", "view", "layout", "centred", "lr", "decay", "why")
-    _optional = ("view", "layout", "centred")
+    _columns = (
+        "name",
+        "shape",
+        "role",
+        "rule",
+        "view",
+        "layout",
+        "centred",
+        "lr",
+        "decay",
+        "write",
+        "why",
+    )
+    _optional = ("view", "layout", "centred", "write")
 
     @override
     def __str__(self) -> str:

@@ -14,8 +14,8 @@ from stiefel.kernels import dispatch, ops, reference
 from stiefel.kernels.reference import write
 
 FOLDER = Path(kernels.__file__).parent
-TORCH_ONLY = {"matmul", "write"}
-"""Plain torch on every device: products of stacks, and what `_write` is among the kernels."""
+TORCH_ONLY = {"hashing", "matmul", "rounding", "write"}
+"""Plain torch on every device: products, hashes, and what `_write` is among the kernels."""
 WRITERS = ("adam_lift", "lift", "row_step", "scaled_add", "split_step")
 BETAS = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 OPERATIONS = [

@@ -304,7 +304,7 @@ def test_bfloat16_weights_sum_in_float32(kind):
     p, q = weight(TALL, dtype=torch.bfloat16), None
     q = torch.nn.Parameter(p.detach().float())
     G = gradients(TALL, 1, dtype=torch.bfloat16)[0]
-    coarse, fine = AuON([p], lr=0.02, **kind), AuON([q], lr=0.02, **kind)
+    coarse, fine = (AuON([X], lr=0.02, write="nearest", **kind) for X in (p, q))
     p.grad, q.grad = G, G.float()
     coarse.step()
     fine.step()
