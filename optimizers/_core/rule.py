@@ -428,6 +428,13 @@ class Rule:
         """``transpose`` of every member of a unit, for rules whose members must agree on a side."""
         return tuple(self.transpose(m, n) for m, n in sides)
 
+    def check_members(self, sizes: Sequence[tuple[int, int, int]]) -> None:
+        """Raise ValueError, without their names, for members that do not belong together.
+
+        Args:
+            sizes: Per member the number of its matrices, and their rows and columns.
+        """
+
     def state(self, *sides: Any) -> Any:
         """Slots by name: ``state(m, n)`` for one member, ``state((m, n), ...)`` for several.
 

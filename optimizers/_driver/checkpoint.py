@@ -231,7 +231,8 @@ def keep_old_rules(
         entries: State of each parameter.
     """
     rule = rule_of(group, default_rule)
-    if rule is None or "rules" in group or len(rule.members) != 1 or group["rule"] is not None:
+    is_told = group.get("rules") is not None or group["rule"] is not None
+    if rule is None or is_told or len(rule.members) != 1:
         return
     today = ["matrix" if flag else "adamw" for flag in _matrix_flags(default_rule, group)]
     found = list(today)

@@ -35,6 +35,7 @@ from .checks import (
     check_written_values,
     is_mark,
     refuse_sharded_module,
+    refuse_stagger,
     warn_without_matrix,
 )
 from .finite import (
@@ -159,7 +160,7 @@ class StackedOptimizer(Optimizer):
     _has_warned_of_shapes = False
     _skipped: dict[Tensor, int] | None = None
     _seen: Sequence[dict[str, Any]] = ()
-    """Groups as the last step has checked them."""
+    """Groups as the last step has checked them; of a new one only the rule."""
     _pending: Sequence[LateFlags] = ()
     _wait: bool | None = None
     """Whether the host waits for the finite flags; None: on CPU only. Tests set it."""
@@ -235,6 +236,7 @@ class StackedOptimizer(Optimizer):
         if name is not None and not isinstance(name, str):
             rule_class(name)  # refuses it before anything compares it, as it may be an array
         super().add_param_group(self._prepare_group(param_group))
+        self._seen = [*self._seen, {"rule": self.param_groups[-1]["rule"]}]
         if self._is_built:
             self.param_groups[-1].setdefault("draws", self.param_groups[0]["draws"])
             self._warn_of_shapes()
@@ -309,7 +311,9 @@ class StackedOptimizer(Optimizer):
         if any(not isinstance(p, Tensor) for p in params) or isinstance(group["params"], Tensor):
             return  # torch refuses what is no tensor, with its own text
         known = self._model_roles.rows() if self._model_roles is not None else {}
-        is_named = "param_names" in self.param_groups[0] if self.param_groups else bool(known)
+        is_named = (
+            bool(self.param_groups[0].get("param_names")) if self.param_groups else bool(known)
+        )
         if self._model_roles is None and (not self._is_built or not is_named or any(names)):
             return
         position = sum(len(other["params"]) for other in self.param_groups)
@@ -317,7 +321,7 @@ class StackedOptimizer(Optimizer):
             names = [*complete_names(names, params, known, position)]
             group["params"] = list(zip(names, params, strict=True))
             group.pop("param_names", None)
-        if not known or "rules" in group:
+        if not known or group.get("rules") is not None:
             return
         rows = rows_for(params, names, known)
         refuse_view(self.defaults["view"], [row for row in rows if row is not None])
@@ -330,7 +334,7 @@ class StackedOptimizer(Optimizer):
             decays=self._model_roles.is_params and not self._is_built,
             own_view="view" in group,
         )
-        group.update((key, values) for key, values in lists.items() if key not in full_group)
+        group.update((key, x) for key, x in lists.items() if full_group.get(key) is None)
 
     def _set_draws(self) -> None:
         """Random draws go by names where all parameters have one; the groups say which."""
@@ -383,6 +387,17 @@ class StackedOptimizer(Optimizer):
             ValueError: If settings changed that shape the state of a parameter. Plan, state and
                 groups are as before.
         """
+        try:
+            return self._plan_of_written()
+        except (ValueError, TypeError, RuntimeError) as error:
+            rules, text = self._written_rules(), str(error)
+            if not rules or "rule=" in text or "'rule'" in text:
+                raise
+            # what does not fit may be a key that nobody wrote, so say whose rule asks for it
+            raise type(error)(f"{rules}: {text}") from None
+
+    def _plan_of_written(self) -> StepPlan:
+        """The plan of the groups as they are; if one is refused, all are as they were written."""
         groups, seen = self.param_groups, self._seen
         written = check_written_values(groups, self._default_rule, seen)
         if written is seen:
@@ -399,6 +414,14 @@ class StackedOptimizer(Optimizer):
                 group.clear()
                 group.update(values)
             raise
+
+    def _written_rules(self) -> str:
+        """Words for the groups whose rule was written since the last step; "" for none."""
+        return ", ".join(
+            f"parameter group {i} with rule={shown(group.get('rule'))}"
+            for i, (group, seen) in enumerate(zip(self.param_groups, self._seen, strict=False))
+            if shown(group.get("rule")) != shown(seen.get("rule"))  # of any type
+        )
 
     def _current_plan(self) -> StepPlan:
         """The plan of groups whose values were checked."""
@@ -444,6 +467,8 @@ class StackedOptimizer(Optimizer):
         """Make rules and units for the groups as they are now; buckets come with the first step."""
         check_lists(self.param_groups)
         group_rules = [rule_of(group, self._default_rule) for group in self.param_groups]
+        for group, rule in zip(self.param_groups, group_rules, strict=True):
+            refuse_stagger(group, rule)
         adamw_orders = [self._adamw_order(group) for group in self.param_groups]
         copies = [{k: copy_list(x) for k, x in values.items()} for values in settings]
         plan = StepPlan(flat_params, copies, group_rules, adamw_orders)
@@ -895,6 +920,7 @@ class StackedOptimizer(Optimizer):
         super().__setstate__(state)
         self._plan, self._pending, self._is_built = None, (), True
         checkpoint.complete(self.param_groups, self.defaults, self.state)
+        self._seen = [{"rule": group.get("rule")} for group in self.param_groups]
 
 
 def _same(a: float | Tensor, b: float | Tensor) -> bool:

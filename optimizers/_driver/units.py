@@ -19,8 +19,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...kernels import basis_scales, blockwise_shape
 from .._core.rule import BlockPosition, Rule, Slot, Slots
+from .._core.validation import naming, shown
 from .._core.views import MatrixView, split_view
-from .param_groups import Part, Weight, listed, plain_name
+from .param_groups import Part, Weight, describe, listed, plain_name
 from .windows import drops_state
 from .write_modes import RESIDUAL, mode_of, seed_of, with_residuals
 
@@ -352,12 +353,17 @@ def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Uni
     units = []
     for start in range(0, len(weights), size):
         run = weights[start : start + size]
-        views_of_params = [
-            split_view(v, tuple(w.param.shape)) for v, w in zip(views, run, strict=True)
-        ]
+        texts = [describe(w.name, w.param, w.position) for w in run]
+        views_of_params = []
+        for view, w, text in zip(views, run, texts, strict=True):
+            with naming(text):
+                views_of_params.append(split_view(view, tuple(w.param.shape)))
         if size > 1 and any(len(cut) > 1 for cut in views_of_params):
             raise ValueError(f"view {views} cuts a parameter, which {size} members cannot follow")
         for number, unit_views in enumerate(zip(*views_of_params, strict=True)):
+            if size > 1:
+                with naming(f"view {shown(part.view)} of {' and '.join(texts)}"):
+                    rule.check_members([(v.k, v.m, v.n) for v in unit_views])
             units.append(_unit(group_index, group, rule, run, unit_views, number))
     return units
 
