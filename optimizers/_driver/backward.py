@@ -448,7 +448,7 @@ class BackwardHandle:
             and not any(plan.state_window_changed(bucket) for bucket in plan.buckets)
         ):
             return
-        refuse_unsound_state(plan.units, plan.rules, (), state, self._texts)
+        refuse_unsound_state(plan.units, plan.rules, {}, state, self._texts)
         has_grad = dict(zip(unit_plan.positions, mask, strict=True))
         plan.buckets = buckets_of(plan.units, has_grad, state, plan.rules, plan.stack_keys)
         plan.mask = mask
