@@ -196,6 +196,7 @@ class EntryCache:
             self._all = list(state.values())
             self.by_group.clear()
             self._sound.clear()
+            self._writers.clear()
 
 
 def _identity_of(entries: Entries, writer: Writer | None) -> Identity:

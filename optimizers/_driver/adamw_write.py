@@ -9,7 +9,6 @@ changes a bit: random bits follow from the key of the parameter and the place in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,9 +57,9 @@ class Piece(NamedTuple):
     grad: Tensor
     entry: Entry
     position: int
-    start: int
-    flag: Tensor | None
-    key: Tensor | None
+    start: int = 0
+    flag: Tensor | None = None
+    key: Tensor | None = None
 
 
 Stepper = Callable[
@@ -86,7 +85,7 @@ class Layout(NamedTuple):
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """One row of all entries, each tensor from an even place."""
-        rows = [X.reshape(-1) for X in tensors]
+        rows = [X if X.dim() == 1 else X.reshape(-1) for X in tensors]
         if any(self.fills):
             filler = rows[0].new_zeros(1)
             pairs = zip(rows, self.fills, strict=True)
@@ -117,7 +116,8 @@ class Writer:
     def __init__(self, group: Mapping[str, Any], mode: str, start: int) -> None:
         self.mode, self.signature, self._start = mode, signature_of(group, mode), start
         self.names = ["exp_avg", "exp_avg_sq", *([RESIDUAL] if mode == "kahan" else [])]
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._runs: dict[tuple[int, ...], list[list[int]]] = {}
 
     def chunks(
         self,
@@ -138,37 +138,45 @@ class Writer:
             positions: Their flat positions.
             flags: None, or a flag () for each.
         """
-        open_chunks: dict[tuple[torch.device, torch.dtype], tuple[list[Piece], int]] = {}
-        finite = flags or [None] * len(params)
-        for p, *rest in zip(params, grads, entries, positions, finite, strict=True):
-            limit = max_chunk_numel(p.device)
-            if p.numel() > limit:
-                for piece in self._cut(group, p, *rest):
+        finite: Sequence[Tensor | None] = flags or [None] * len(params)
+        pieces = [
+            Piece(p, grad, entry, position, flag=flag)
+            for p, grad, entry, position, flag in zip(
+                params, grads, entries, positions, finite, strict=True
+            )
+        ]
+        for run in self._runs_of(params, positions):
+            if params[run[0]].numel() > max_chunk_numel(params[run[0]].device):
+                for piece in self._cut(group, pieces[run[0]]):
                     yield Chunk(self, group, [piece])
-                continue
-            kind = p.device, p.dtype
-            pieces, used = open_chunks.get(kind, ([], 0))
-            if pieces and used + p.numel() > limit:
-                yield Chunk(self, group, pieces)
-                pieces, used = [], 0
-            pieces.append(Piece(p, *rest[:3], 0, rest[3], None))
-            open_chunks[kind] = pieces, used + p.numel()
-        for pieces, _ in open_chunks.values():
-            yield Chunk(self, group, pieces)
+            else:
+                yield Chunk(self, group, [pieces[j] for j in run])
 
-    def _cut(
-        self,
-        group: Mapping[str, Any],
-        p: Tensor,
-        grad: Tensor,
-        entry: Entry,
-        position: int,
-        flag: Tensor | None,
-    ) -> Iterator[Piece]:
+    def _runs_of(self, params: Sequence[Tensor], positions: Sequence[int]) -> list[list[int]]:
+        """Numbers of the parameters of every chunk; a large parameter is alone."""
+        known = tuple(positions)
+        if known not in self._runs:
+            if len(self._runs) >= MAX_LAYOUTS:
+                self._runs.clear()
+            runs: list[list[int]] = []
+            last: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
+            for j, p in enumerate(params):
+                limit, kind = max_chunk_numel(p.device), (p.device, p.dtype)
+                run, used = last.get(kind, ([], limit + 1))
+                if used + p.numel() > limit:
+                    run, used = [], 0
+                    runs.append(run)
+                run.append(j)
+                last[kind] = run, used + p.numel()
+            self._runs[known] = runs
+        return self._runs[known]
+
+    def _cut(self, group: Mapping[str, Any], whole: Piece) -> Iterator[Piece]:
         """Pieces of a large parameter, with clocks of their own, of which the last is kept."""
-        limit, key = max_chunk_numel(p.device), self.keys(group, [p], [entry], [position])
+        p, entry = whole.param, whole.entry
+        limit, key = max_chunk_numel(p.device), self.keys(group, [whole])
         clock = entry["step"].clone()  # before the last piece moves it
-        tensors = {"": p, "grad": grad, **{name: entry[name] for name in self.names}}
+        tensors = {"": p, "grad": whole.grad, **{name: entry[name] for name in self.names}}
         if all(X.is_contiguous() for X in tensors.values()):
             tensors = {name: X.reshape(-1) for name, X in tensors.items()}
         while len(tensors[""]) == 1:
@@ -182,18 +190,18 @@ class Writer:
             part = {name: X[start : start + count] for name, X in tensors.items()}
             piece, piece_grad = part.pop(""), part.pop("grad")
             part["step"] = entry["step"] if is_last else clock.clone()
-            yield Piece(piece, piece_grad, part, position, start * row, flag, key)
+            yield whole._replace(
+                param=piece, grad=piece_grad, entry=part, start=start * row, key=key
+            )
 
-    def layout(
-        self, group: Mapping[str, Any], params: Sequence[Tensor], positions: Sequence[int]
-    ) -> Layout:
-        """The layout of these parameters; their keys are made once."""
-        device = params[0].device
-        sizes = [p.numel() for p in params]
-        known = (*positions, *sizes, device)
+    def layout(self, group: Mapping[str, Any], pieces: Sequence[Piece]) -> Layout:
+        """The layout of whole parameters; their keys are made once."""
+        positions = [piece.position for piece in pieces]
+        known = tuple(positions)
         if known not in self._layouts:
             if len(self._layouts) >= MAX_LAYOUTS:
                 self._layouts.clear()
+            device, sizes = pieces[0].param.device, [piece.param.numel() for piece in pieces]
             names = [listed(group, "param_names", i - self._start) for i in positions]
             indices = [
                 parameter_index(group, i - self._start, i, name)
@@ -208,17 +216,11 @@ class Writer:
             )
         return self._layouts[known]
 
-    def keys(
-        self,
-        group: Mapping[str, Any],
-        params: Sequence[Tensor],
-        entries: Sequence[Entry],
-        positions: Sequence[int],
-    ) -> Tensor:
+    def keys(self, group: Mapping[str, Any], pieces: Sequence[Piece]) -> Tensor:
         """Keys (K,) of the bits of the next update, made where the clocks are."""
-        t = next_updates(group, entries)
-        keys = rounding_keys(self.layout(group, params, positions).keys, t)
-        return keys.to(params[0].device, non_blocking=True)
+        t = next_updates(group, pieces)
+        keys = rounding_keys(self.layout(group, pieces).keys, t)
+        return keys.to(pieces[0].param.device, non_blocking=True)
 
 
 def signature_of(group: Mapping[str, Any], mode: str) -> tuple[Any, ...]:
@@ -236,11 +238,12 @@ def has_device_clock(group: Mapping[str, Any]) -> bool:
     return bool(group["fused"] or group["capturable"])
 
 
-def next_updates(group: Mapping[str, Any], entries: Sequence[Entry]) -> Tensor:
+def next_updates(group: Mapping[str, Any], pieces: Sequence[Piece]) -> Tensor:
     """Numbers (K,) int64 of the next updates."""
-    clocks = [entry["step"] for entry in entries]
+    clocks = [piece.entry["step"] for piece in pieces]
     if has_device_clock(group):
-        return torch.stack([clock.reshape(()) for clock in clocks]).long() + 1
+        clocks = [clock if clock.dim() == 0 else clock.reshape(()) for clock in clocks]
+        return torch.stack(clocks).long() + 1
     return torch.tensor([int(clock) + 1 for clock in clocks], dtype=torch.int64, device="cpu")
 
 
@@ -267,87 +270,68 @@ class Chunk:
             stepper: Steps float32 values.
             values: Settings of the step.
         """
-        pieces, writer = self._pieces, self._writer
-        live = [
-            {"": piece.param, **{name: piece.entry[name] for name in writer.names}}
-            for piece in pieces
-        ]
-        rows = [_row_by_row(tensors) for tensors in live]
-        params, grads = [row[""] for row in rows], [piece.grad for piece in pieces]
-        entries = [
-            {**row, "step": piece.entry["step"]} for row, piece in zip(rows, pieces, strict=True)
-        ]
+        writer, pieces = self._writer, [_row_by_row(piece, self._writer) for piece in self._pieces]
         flags = [piece.flag for piece in pieces if piece.flag is not None] or None
-        t = next_updates(self._group, entries) if writer.mode == "eco" else None
-        if len(pieces) == 1:
-            errors = self._step_alone(params[0], grads[0], entries[0], flags, stepper)
-        else:
-            errors = self._step_joined(params, grads, entries, flags, stepper)
+        t = next_updates(self._group, pieces) if writer.mode == "eco" else None
+        step = self._step_alone if len(pieces) == 1 else self._step_joined
+        errors = step(pieces, flags, stepper)
         if t is not None:
-            carry_errors_(entries, errors, t, values)
-        for tensors, row in zip(live, rows, strict=True):
-            for name, X in tensors.items():
-                if X is not row[name]:
-                    X.copy_(row[name])
+            carry_errors_([piece.entry for piece in pieces], errors, t, values)
+        for live, piece in zip(self._pieces, pieces, strict=True):
+            if piece is not live:
+                live.param.copy_(piece.param)
+                for name in writer.names:
+                    live.entry[name].copy_(piece.entry[name])
 
     def _step_alone(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        entry: Entry,
-        flags: Sequence[Tensor] | None,
-        stepper: Stepper,
+        self, pieces: Sequence[Piece], flags: Sequence[Tensor] | None, stepper: Stepper
     ) -> list[Tensor]:
         """Step one piece; the errors of its rounding, if they are wanted."""
-        piece = self._pieces[0]
-        key = piece.key
-        if key is None:
-            key = self._writer.keys(self._group, [p], [entry], [piece.position])
-        error = torch.empty_like(p, dtype=torch.float32) if self._writer.mode == "eco" else None
+        (piece,) = pieces
+        key = self._writer.keys(self._group, pieces) if piece.key is None else piece.key
+        W, entry = piece.param, piece.entry
+        error = torch.empty_like(W, dtype=torch.float32) if self._writer.mode == "eco" else None
         rounding = Rounding(key, piece.start, residual=entry.get(RESIDUAL), error=error)
-        grad = grad.to(torch.float32, memory_format=torch.contiguous_format)
+        grad = piece.grad.to(torch.float32, memory_format=torch.contiguous_format)
 
         def change(X: Tensor) -> None:
             stepper([X], [grad], [entry], flags)
 
-        update_weight_(p, change, rounding=rounding)
+        update_weight_(W, change, rounding=rounding)
         return [] if error is None else [error]
 
     def _step_joined(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        entries: Sequence[Entry],
-        flags: Sequence[Tensor] | None,
-        stepper: Stepper,
+        self, pieces: Sequence[Piece], flags: Sequence[Tensor] | None, stepper: Stepper
     ) -> list[Tensor]:
         """Step several parameters as one row; the errors of its rounding, if they are wanted."""
-        positions = [piece.position for piece in self._pieces]
-        layout = self._writer.layout(self._group, params, positions)
-        key = self._writer.keys(self._group, params, entries, positions)
+        mode, layout = self._writer.mode, self._writer.layout(self._group, pieces)
+        key = self._writer.keys(self._group, pieces)
+        params, entries = [piece.param for piece in pieces], [piece.entry for piece in pieces]
         row = layout.join(params)
-        residuals = [entry[RESIDUAL] for entry in entries if self._writer.mode == "kahan"]
+        residuals = [entry[RESIDUAL] for entry in entries if mode == "kahan"]
         residual = layout.join(residuals) if residuals else None
-        error = torch.empty_like(row, dtype=torch.float32) if self._writer.mode == "eco" else None
+        error = torch.empty_like(row, dtype=torch.float32) if mode == "eco" else None
         rounding = Rounding(key, residual=residual, error=error, pairs=layout.pairs)
-        grad_row = layout.join(grads).float()
+        grad_row = layout.join([piece.grad for piece in pieces]).float()
 
         def change(X: Tensor) -> None:
-            split = partial(layout.split, like=params)
-            stepper(split(X), split(grad_row), entries, flags)
+            stepper(layout.split(X, params), layout.split(grad_row, params), entries, flags)
 
         update_weight_(row, change, rounding=rounding)
-        torch._foreach_copy_(list(params), layout.split(row, params))
+        torch._foreach_copy_(params, layout.split(row, params))
         if residual is not None:
             torch._foreach_copy_(residuals, layout.split(residual, params))
         return [] if error is None else layout.split(error, params)
 
 
-def _row_by_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as they are where all lie row by row, else copies that do."""
-    if all(X.is_contiguous() for X in tensors.values()):
-        return tensors
-    return {name: X.contiguous() for name, X in tensors.items()}
+def _row_by_row(piece: Piece, writer: Writer) -> Piece:
+    """A piece whose weight and state lie row by row: itself, or a copy."""
+    tensors = [piece.param, *[piece.entry[name] for name in writer.names]]
+    if all([X.is_contiguous() for X in tensors]):
+        return piece
+    p, *state = [X.contiguous() for X in tensors]
+    entry = {"step": piece.entry["step"], **dict(zip(writer.names, state, strict=True))}
+    return piece._replace(param=p, entry=entry)
 
 
 def carry_errors_(
