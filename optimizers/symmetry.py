@@ -163,6 +163,12 @@ class SymmetryStack(StackedOptimizer):
             not isinstance(params, nn.Module) or options.get("view", "auto") == "auto",
             "view is read from the model; give it to one weight in overrides, or to a group",
         )
+        check(
+            options.get("write") != "eco",
+            "write='eco' puts rounding errors into the momentum, which does not go with all rules "
+            "of SymmetryStack; choose write='stochastic' or 'kahan', or give it to groups with "
+            "rule='Muon'",
+        )
         self._policy, self._scale = policy, adjust_lr_fn
         self._overrides, self._initial_lr = overrides, lr
         if isinstance(params, Iterable) and not isinstance(params, (nn.Module, Tensor)):

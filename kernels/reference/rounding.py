@@ -11,11 +11,11 @@ move at all by steps below half of the distance of its grid points. Two ways kee
 The random bits of an entry are a function h(key, position) of the parameter, the update and the
 entry's place in the whole parameter, row by row. So they are the same whether the weight is
 stacked, viewed, transposed or cut into shards, on every back end, and after a resume. All of it is
-wrapping arithmetic in int32, where >>> is the shift without a sign::
+wrapping arithmetic in int32, where >> keeps the sign and >>> does not::
 
     x = (position mod 2^32 >>> 1) * 0x9E3779B1 + key + (position div 2^32) * 0x632BE5AB
-    x = (x ^ x >>> 16) * 0x7FEB352D
-    x = (x ^ x >>> 15) * 0x846CA68B
+    x = (x ^ x >> 16) * 0x7FEB352D
+    x = (x ^ x >> 15) * 0x846CA68B
     x = x ^ x >>> 16
     h = lower 16 bits of x at even positions, upper 16 bits at odd ones
 
@@ -226,9 +226,9 @@ def _cached_steps(device: torch.device) -> Tensor:
 def _mixed(x: Tensor) -> Tensor:
     """The last three lines of x in the module's text, in place; int32."""
     shifted = x >> 16
-    x.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(FACTOR_1)
+    x.bitwise_xor_(shifted).mul_(FACTOR_1)
     torch.bitwise_right_shift(x, 15, out=shifted)
-    x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(FACTOR_2)
+    x.bitwise_xor_(shifted).mul_(FACTOR_2)
     torch.bitwise_right_shift(x, 16, out=shifted)
     return x.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
 

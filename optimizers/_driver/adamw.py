@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
@@ -31,7 +32,7 @@ Entries = Sequence[dict[str, Any]]
 
 T = TypeVar("T")
 _NO_STATE: dict[str, Any] = {}
-_dtype_of = attrgetter("dtype")
+_dtype_of, _is_on_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 _tensors_of = itemgetter("step", "exp_avg", "exp_avg_sq")
 
 
@@ -224,9 +225,9 @@ class Work:
             ValueError: If other code has put in state that AdamW cannot step.
         """
         entries = self.entries
-        self.new = [p for p, e in zip(self.params, entries, strict=True) if "exp_avg" not in e]
-        if not self.new and cache.is_sound(index, entries):
+        if cache.is_sound(index, entries):
             return
+        self.new = [p for p, e in zip(self.params, entries, strict=True) if "exp_avg" not in e]
         for i, p, entry in zip(self.positions, self.params, entries, strict=True):
             if "exp_avg" in entry and not _is_sound(p, entry):
                 _refuse_unsound(p, entry, describe(i))
@@ -505,7 +506,11 @@ def _torch(
     eps: float,
     weight_decay: float,
 ) -> None:
-    has_complex = any(map(torch.is_complex, params))
+    dtypes = {*map(_dtype_of, params)}
+    has_complex = any(dtype.is_complex for dtype in dtypes)
+    if group["fused"] and len(dtypes) == 1 and not has_complex and _are_plain_on_cpu(params):
+        _torch_fused_on_cpu(group, params, grads, entries, lr, betas, eps, weight_decay)
+        return
     if has_complex:  # torch takes no lazy conjugate
         grads = [grad.resolve_conj() for grad in grads]
     adamw(
@@ -523,6 +528,43 @@ def _torch(
         beta1=betas[0],
         beta2=betas[1],
         lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=group["maximize"],
+    )
+
+
+def _are_plain_on_cpu(params: Sequence[Tensor]) -> bool:
+    return {*map(type, params)} <= {Tensor, Parameter} and all(map(_is_on_cpu, params))
+
+
+def _torch_fused_on_cpu(
+    group: Mapping[str, Any],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    entries: Entries,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """What torch's fused form does for tensors of one dtype, without sorting them by dtype.
+
+    It also counts the steps with a tensor: torch makes one of the number 1 for every parameter.
+    """
+    steps, exp_avgs, exp_avg_sqs = map(list, zip(*map(_tensors_of, entries), strict=True))
+    torch._foreach_add_(steps, torch.ones((), device="cpu", dtype=torch.float32), alpha=1.0)
+    torch._fused_adamw_(
+        list(params),
+        list(grads),
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        amsgrad=False,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
         weight_decay=weight_decay,
         eps=eps,
         maximize=group["maximize"],

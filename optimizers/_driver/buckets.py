@@ -84,7 +84,10 @@ class Bucket:
         self.indices = tuple(index for unit in self.units for index in unit.indices)
         double = unit.params[0].dtype == torch.float64
         self.dtype = torch.float64 if double else torch.float32
-        self.params_by_member = [[u.params[i] for u in self.units] for i in range(len(unit.params))]
+        members = range(len(unit.params))
+        self.params_by_member = [[u.params[i] for u in self.units] for i in members]
+        self.positions = [[u.positions[i] for u in self.units] for i in members]
+        self.groups = {u.group for u in self.units}
 
     def bind_state(self, state: State) -> None:
         """Bind the live state: slabs for a stack, views otherwise."""
@@ -147,8 +150,9 @@ class Bucket:
 
     def set_step(self, t: int) -> None:
         """Record that all units have made update t."""
-        for unit, entry in zip(self.units, self.clock_dicts, strict=True):
-            entry[unit.step_key] = t
+        key = self.unit.step_key  # that of every unit: a stack is made of whole parameters
+        for entry in self.clock_dicts:
+            entry[key] = t
 
     def set_refreshed(self, t: int) -> None:
         """Record that all units were refreshed at update t."""
@@ -282,7 +286,7 @@ class Bucket:
 
     def grads_of(self, i: int, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Gradients of member i, one per unit."""
-        present_grads = [G for unit in self.units if (G := grads[unit.positions[i]]) is not None]
+        present_grads = [G for k in self.positions[i] if (G := grads[k]) is not None]
         expected_shape, shape = self.unit.key[3 + i][0], present_grads[0].shape
         if shape != expected_shape:
             raise RuntimeError(
@@ -323,7 +327,12 @@ class Bucket:
         """Copy the weights of member i back where ``load`` made a copy."""
         W = W.mT if self.unit.transposed[i] else W
         if self.stacked:
-            torch._foreach_copy_(self.params_by_member[i], list(W.unbind(0)))
+            params = self.params_by_member[i]
+            if W.device.type == "cpu":  # a list of views would cost as much as the copies
+                sizes = [W.shape[1]] * len(params)
+                torch.split_with_sizes_copy(W.flatten(0, 1), sizes, out=params)
+            else:
+                torch._foreach_copy_(params, list(W.unbind(0)))
             return
         p = self.unit.params[i]
         if W.untyped_storage().data_ptr() != p.untyped_storage().data_ptr():
@@ -369,7 +378,7 @@ class Bucket:
             m, n = self.unit.sides(i)
             load = partial(self.load, i)
             K = len(self.indices)  # all matrices of one parameter share its flag
-            state = dict(self.states[i])
+            state = {name: X for name, X in self.states[i].items() if name != RESIDUAL}
             state.update((name, self._rule_view(i, name, X)) for name, X in dequantized[i].items())
             members.append(
                 Member(

@@ -235,13 +235,13 @@ def _inspect_buckets(
             continue
         device = bucket.unit.params[0].device
         rule = plan.rule(bucket)
-        read = waits(device) or any(reads[unit.group] for unit in bucket.units)
+        read = waits(device) or any(reads[group] for group in bucket.groups)
         read = read or rule.writes_in_refresh
         read = read or rule.refresh_due(*bucket.clocks(), bucket.unit.shift)
         stack: list[Tensor | None] = [None] * len(members)
         numbers: list[Tensor | None] = [None] * len(members)
         for i, unit_grads in enumerate(members):
-            positions = [unit.positions[i] for unit in bucket.units]
+            positions = bucket.positions[i]
             if not unit_grads:
                 continue
             if bucket.stacked:

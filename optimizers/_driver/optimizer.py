@@ -708,7 +708,9 @@ class StackedOptimizer(Optimizer):
         Raises:
             RuntimeError: For a parameter that AdamW cannot step.
         """
-        works, start, cache = [], 0, plan.adamw_entries
+        works, start, cache = list[adamw.Work](), 0, plan.adamw_entries
+        if not any(plan.adamw_positions):
+            return works
         cache.follow(self.state)
         for i, (group, order, positions) in enumerate(
             zip(self.param_groups, plan.adamw_orders, plan.adamw_positions, strict=True)
@@ -769,7 +771,8 @@ class StackedOptimizer(Optimizer):
         rule = plan.rule(bucket)
         t, refreshed = bucket.clocks()
         refresh_due = finite is not None and rule.refresh_due(t, refreshed, bucket.unit.shift)
-        nonzero = [not refresh_due or bucket.nonzero(Gs, j) for j in range(len(bucket.units))]
+        count = len(bucket.units)
+        nonzero = [bucket.nonzero(Gs, j) for j in range(count)] if refresh_due else [True] * count
         if bucket.stacked and finite is not None and not (all(finite) and all(nonzero)):
             # a stack with a unit to leave out runs unit by unit: same bits, no second code path
             for j in range(len(bucket.units)):

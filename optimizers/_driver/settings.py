@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .units import State, Unit
+from .write_modes import RESIDUAL
 
 
 class Entry(NamedTuple):
@@ -93,7 +94,7 @@ def refuse_unfit_state(units: Sequence[Unit], adamw_params: Iterable[Tensor], st
         stored = {k: X for k, X in state.get(p, {}).items() if isinstance(X, Tensor)}
         if "step" in stored:  # AdamW's clock is a tensor, a rule's a number
             raise _refusal("the settings", HAND_OVER)
-        if not stored:  # not stepped yet, or between windows
+        if not stored.keys() - {RESIDUAL} & needed.keys():  # not stepped yet, or between windows
             continue
         after = {key: entry for key, entry in needed.items() if entry is not None}
         before = {

@@ -18,7 +18,6 @@ from .._core.validation import check
 from .._core.views import split_view
 from .._driver.param_groups import describe, parameters_of
 from .._driver.write import write_
-from .._driver.write_modes import RESIDUAL
 from .pair_groups import refuse_quantized
 
 if TYPE_CHECKING:
@@ -92,8 +91,8 @@ def reset_vectors_(w: Member, j: int, at: Tensor, freeze: int) -> None:
 
 def drop_residual_(w: Member, j: int, at: Tensor) -> None:
     """Zero what rounding had cut off from the vectors ``at`` of matrix j, which are new."""
-    if RESIDUAL in w.state:
-        X = w.state[RESIDUAL][j]
+    if w.rounding is not None and w.rounding.residual is not None:
+        X = w.rounding.residual[j]
         X.index_fill_(w.number, at.to(X.device), 0)
 
 

@@ -517,6 +517,46 @@ def test_adamw_parameters_are_bit_equal_to_torch(flags, dtype):
         assert same(dict(a.state[p]), dict(b.state[q]))
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("lr", [3e-3, torch.tensor(3e-3)], ids=["float", "tensor"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float64,) * 3, (torch.float16,) * 3, (torch.float32, torch.bfloat16, torch.float32)],
+    ids=["double", "half", "mixed"],
+)
+def test_fused_adamw_is_bit_equal_to_torch_where_gradients_are_missing(dtypes, lr, maximize):
+    def make():
+        return [weight(shape, i, dtypes[i]) for i, shape in enumerate(((4, 6), (5,), ()))]
+
+    ours, theirs = make(), make()
+    settings = {"lr": lr, "weight_decay": 0.1, "fused": True, "maximize": maximize}
+    a = Muon([{"params": ours, "rule": "adamw"}], **settings, adamw_betas=(0.9, 0.98))
+    b = torch.optim.AdamW(theirs, **settings, betas=(0.9, 0.98))
+    for step in range(4):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            draw = torch.Generator().manual_seed(10 * step + i)
+            grad = torch.randn(p.shape, generator=draw).to(p.dtype)
+            p.grad, q.grad = (None, None) if step == i else (grad, grad.clone())
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert same(p.detach(), q.detach()) and same(dict(a.state[p]), dict(b.state[q]))
+
+
+def test_a_stack_is_written_back_to_weights_of_any_strides():
+    plain = [weight((4, 6), i) for i in range(3)]
+    values = [p.detach().clone() for p in plain]
+    transposed, wide = values[1].t().contiguous().t(), torch.zeros(4, 12)[:, ::2].copy_(values[2])
+    strided = [nn.Parameter(W) for W in (values[0], transposed, wide)]
+    memory = [(p.data_ptr(), p.stride()) for p in strided]
+    for params in (plain, strided):
+        for i, p in enumerate(params):
+            p.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(i))
+        Muon(params, lr=0.1).step()
+    assert same([p.detach() for p in plain], [p.detach() for p in strided])
+    assert [(p.data_ptr(), p.stride()) for p in strided] == memory
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_adamw_lr_follows_the_schedule_of_its_group(as_tensor):
     lrs, adamw_lrs = (0.02, 0.05), (0.001, 0.0025)
