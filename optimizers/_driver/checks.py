@@ -442,6 +442,7 @@ def _check_rule_parameters(
     method = rule.method()
     refuse_stagger(group, rule)
     refuse_sharded_parameters(params, names, method)
+    rule.block_labels(names)  # refuses what a first step would
     rows = roles_of({**group, "params": params, "param_names": names}, rule)
     moved_to_adamw = []
     for i, (p, name, row) in enumerate(zip(params, names, rows, strict=True)):

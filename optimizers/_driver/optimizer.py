@@ -57,6 +57,7 @@ from .param_groups import (
     FOREIGN_KEYS,
     GROUP_KEYS,
     LISTS,
+    Part,
     assigned_rows,
     copy_list,
     count_routed_by_shape,
@@ -73,13 +74,13 @@ from .param_groups import (
 )
 from .saved_state import refuse_unsound_state
 from .settings import refuse_state_changes, refuse_unfit_state
-from .units import units_of
+from .units import Unit, units_of
 from .windows import assign_block_positions, stagger_refreshes
 from .write import Run, write_, write_list_, write_runs_
 
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
-    *("rules", "views", "sides", "decays", "positions", "write", "compat"),
+    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
 
@@ -499,7 +500,7 @@ class StackedOptimizer(Optimizer):
                 for w in weights:
                     text = describe(w.name, w.param, w.position)
                     check_matrix(w.param, text, part.rule.method())
-                units = units_of(i, group, part._replace(weights=weights))
+                units = self._units_of_part(i, group, part._replace(weights=weights))
                 for unit in units:
                     unit.rule = len(plan.rules)
                 plan.units += units
@@ -509,6 +510,18 @@ class StackedOptimizer(Optimizer):
         assign_block_positions(plan.units, plan.rules, group_rules, self.param_groups)
         stagger_refreshes(plan.units, plan.rules, self.param_groups)
         return plan
+
+    @staticmethod
+    def _units_of_part(index: int, group: Mapping[str, Any], part: Part) -> list[Unit]:
+        """Units of a part; where they cannot be made, a message names the first weight."""
+        try:
+            return units_of(index, group, part)
+        except ValueError as error:
+            w = part.weights[0]
+            text = describe(w.name, w.param, w.position)
+            if text in str(error):
+                raise
+            raise ValueError(f"{text}: {error}") from error
 
     @staticmethod
     def _changes(
