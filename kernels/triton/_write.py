@@ -69,8 +69,8 @@ def hashed(keys, keys_k, first, step_k, step_m, step_n, k, rows, cols, ROUNDING:
         else:
             row = plus(times_wrapped(rows, step_m), plus(start, key))
             x, odd = plus(row, times_wrapped(cols >> 1, STEP)), cols & 1
-    x = times_wrapped(x ^ ((x >> 16) & 0xFFFF), FACTOR_1)
-    x = times_wrapped(x ^ ((x >> 15) & 0x1FFFF), FACTOR_2)
+    x = times_wrapped(x ^ (x >> 16), FACTOR_1)
+    x = times_wrapped(x ^ (x >> 15), FACTOR_2)
     return x ^ ((x >> 16) & 0xFFFF), odd
 
 
