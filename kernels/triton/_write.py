@@ -75,7 +75,7 @@ def hashed(keys, keys_k, first, step_k, step_m, step_n, k, rows, cols, ROUNDING:
 
 
 @triton.jit
-def rounded(value, bits, TYPE: tl.constexpr):
+def rounded(value, bits, ROUNDING: tl.constexpr, TYPE: tl.constexpr):
     """A tile of float32 at a grid point of TYPE below or above, by 16 random bits for each entry.
 
     As ``round_stochastically_`` of plain torch does it. Grid points and infinities lose nothing by
@@ -84,9 +84,13 @@ def rounded(value, bits, TYPE: tl.constexpr):
     pattern = value.to(tl.int32, bitcast=True)
     sign = pattern & -0x80000000
     if TYPE == tl.bfloat16:
-        # sums make quiet NaN only, of which the bits would carry into the sign
-        size = plus(tl.minimum(pattern & 0x7FFFFFFF, QUIET_NAN), bits)
-        return ((size | sign) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        # a carry into the sign must not make a number of NaN; both ways give the same bits, and
+        # each has the registers that the other one spills
+        if ROUNDING == 2:
+            pattern = tl.where(value == value, plus(pattern, bits), QUIET_NAN)
+        else:
+            pattern = plus(tl.minimum(pattern & 0x7FFFFFFF, QUIET_NAN), bits) | sign
+        return (pattern >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         shift = tl.where(tl.abs(value) < SMALLEST_HALF, SMALLEST_HALF, 0.0)
         shift = (shift.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
@@ -128,7 +132,8 @@ def store_weight(
         # plain torch takes the bits for a number with a sign and adds 2^15: the highest one flips
         x ^= -0x7FFF8000
         bits = tl.where(odd != 0, x >> 16, x) & 0xFFFF
-        tl.store(pointers, rounded(value, bits, pointers.dtype.element_ty), mask=mask)
+        value = rounded(value, bits, ROUNDING, pointers.dtype.element_ty)
+        tl.store(pointers, value, mask=mask)
 
 
 # launchers ----------------------------------------------------------------------------------------
