@@ -608,7 +608,7 @@ def test_decay_is_that_of_float32(mode, dtype):
     if mode == "kahan":
         total = total + optimizer.state[p]["residual"].double()
     lost = float((start - total).sum() / start.sum()) / (1 - (1 - 1e-4) ** 400)
-    assert abs(lost - 1) < 0.01 if mode != "eco" else abs(lost - 1) < 0.05
+    assert abs(lost - 1) < 0.01
 
 
 # errors in the momentum -----------------------------------------------------------------------
