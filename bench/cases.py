@@ -42,7 +42,13 @@ from contests import (
 from torch import Tensor
 
 from stiefel import optimizers
-from stiefel.kernels import polar_factor, polar_report
+from stiefel.kernels import (
+    Rounding,
+    parameter_keys,
+    polar_factor,
+    polar_report,
+    rounding_keys,
+)
 from stiefel.optimizers import (
     FRUGAL,
     AdaPreLoRA,
@@ -59,6 +65,7 @@ from stiefel.optimizers import (
     Trion,
     pairs_to_groups,
 )
+from stiefel.optimizers._driver.write import write_
 from stiefel.optimizers._lora.pair_groups import PairOptimizer
 from stiefel.optimizers._toolkit.projectors import top_basis
 
@@ -479,6 +486,61 @@ def many_groups(setting: Setting) -> Iterator[Contest]:
             yield contest
 
 
+# --- Weights of low precision ---
+
+
+class Write:
+    """The write of a dense step alone, into bfloat16 weights."""
+
+    def __init__(self, model: Model, mode: str) -> None:
+        generator = torch.Generator().manual_seed(1)
+        # near 1 the steps are far below a grid point, near 0 they are many: both are there
+        self.weights = [torch.randn(1, *shape, generator=generator).bfloat16() for shape in model]
+        self.terms = [torch.randn(1, *shape, generator=generator) for shape in model]
+        self.roundings = [self._rounding(W, mode) for W in self.weights]
+        self.run()
+
+    @staticmethod
+    def _rounding(W: Tensor, mode: str) -> Rounding | None:
+        if mode == "nearest":
+            return None
+        keys = rounding_keys(parameter_keys(0, [1], W.device), 1)
+        residual = torch.zeros_like(W) if mode == "kahan" else None
+        return Rounding(keys, 0, (0, W.shape[-1], 1), residual)
+
+    def prepare(self, i: int) -> None:
+        """Nothing: a write leaves no trace that matters."""
+
+    def run(self) -> None:
+        """One write of every weight, with decay."""
+        for W, U, rounding in zip(self.weights, self.terms, self.roundings, strict=True):
+            member = Member(None, lambda W=W: W, {}, t=1, refreshed=0, m=1, n=1, indices=(0,))  # type: ignore[misc]
+            write_(W, member.step(Dense(U)), 1e-4, 0.1, None, rounding)
+
+
+def writes(setting: Setting) -> Iterator[Contest]:
+    """Ways to write bfloat16 weights: the write alone, then whole steps."""
+    modes = ("nearest", "stochastic", "kahan")
+    for model in setting.models("1024x4096", "32x64"):
+        name = f"{label(model)} bfloat16"
+        contest = Contest({mode: partial(Write, model, mode) for mode in modes})
+        contest.ratio(f"{name}, the write alone: stochastic / nearest", *modes[1::-1], 3.0)
+        contest.ratio(f"{name}, the write alone: kahan / nearest", "kahan", "nearest")
+        yield contest
+        makers: dict[str, tuple[Callable[..., Maker], tuple[float, ...]]] = {
+            "GaLore": (partial(ours_galore, rank_for(model), NEVER), (1.10,)),
+            "Muon": (partial(partial, Muon, weight_decay=0.1), (1.02,)),
+            "AdamW": (adamw_rule, ()),
+        }
+        for method, (make, target) in makers.items():
+            step = partial(Step, model=model, dtype=torch.bfloat16)
+            contest = Contest({mode: partial(step, make(write=mode)) for mode in modes})
+            text = f"{name}, a step of {method}: stochastic / nearest"
+            contest.ratio(text, *modes[1::-1], *target)
+            contest.ratio(f"{name}, a step of {method}: kahan / nearest", "kahan", "nearest")
+            yield contest
+
+
 # --- Memory ---
 
 
@@ -798,6 +860,7 @@ CASES: dict[str, Case] = {
     "many-groups": Case(
         "a group for each parameter, 120 matrices", many_groups, seconds=4.0, shaped=False
     ),
+    "writes": Case("bfloat16 weights, rounded in every way", writes, seconds=10.0, builds=3),
     "memory": Case("state and temporaries", figures=memory),
     "optimizers": Case(
         "every optimizer; time ratios, then bytes per byte of weights",

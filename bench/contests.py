@@ -210,11 +210,16 @@ class Step:
     """An optimizer on weights of its own; ``swap`` is a context that holds during its steps."""
 
     def __init__(
-        self, make: Maker, model: Model, warm: int = 2, swap: Swap = contextlib.nullcontext
+        self,
+        make: Maker,
+        model: Model,
+        warm: int = 2,
+        swap: Swap = contextlib.nullcontext,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         generator = torch.Generator().manual_seed(1)
         self.params = [
-            torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in model
+            torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in model
         ]
         for p in self.params:
             p.grad = torch.empty_like(p)
@@ -381,9 +386,11 @@ def pytorch_optimizer_fira(rank: int, gap: int = NEVER) -> tuple[Maker, Swap]:
     )
 
 
-def ours_galore(rank: int, gap: int) -> Maker:
+def ours_galore(rank: int, gap: int, **options: Any) -> Maker:
     """Constructor of this package's GaLore."""
-    return lambda params: GaLore(params, rank=rank, update_proj_gap=gap, weight_decay=0.1)
+    return lambda params: GaLore(
+        params, rank=rank, update_proj_gap=gap, weight_decay=0.1, **options
+    )
 
 
 def adamw_rule(**flags: Any) -> Maker:

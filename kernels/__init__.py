@@ -56,11 +56,13 @@ from .polar import (
 from .quantize import (
     blockwise_levels,
     blockwise_scales,
+    blockwise_shape,
     dequantize_blocks,
     dequantize_rows,
     quantize_blocks,
     quantize_rows,
 )
+from .quantize_basis import basis_scales, dequantize_basis, quantize_basis
 from .reference import gram, symmetric_poly
 from .reference._stacks import Stack
 from .reference.adam import update_moments_
@@ -83,8 +85,10 @@ __all__ = [
     "adam_lift_",
     "add_product_",
     "auto_method",
+    "basis_scales",
     "blockwise_levels",
     "blockwise_scales",
+    "blockwise_shape",
     "cast_stack",
     "cholesky_qr",
     "column_norm",
@@ -94,6 +98,7 @@ __all__ = [
     "dct_path",
     "dct_project",
     "dct_take",
+    "dequantize_basis",
     "dequantize_blocks",
     "dequantize_rows",
     "eigenbasis",
@@ -121,6 +126,7 @@ __all__ = [
     "product",
     "project",
     "qdwh_schedule",
+    "quantize_basis",
     "quantize_blocks",
     "quantize_rows",
     "rotated",

@@ -17,6 +17,7 @@ from ._core.validation import (
     check_count_or_share,
     check_ints,
     check_numbers,
+    naming,
     shown,
 )
 from ._driver.optimizer import StackedOptimizer
@@ -88,7 +89,8 @@ class FRUGALRule(Rule):
         )
         check_count_or_share(self, "density", may_be_zero=True)
         self._check_split()
-        self.gradient_split  # noqa: B018  building it refuses unknown projections
+        with naming("split" if self.projection is None else "projection"):
+            self.gradient_split  # noqa: B018  building it refuses unknown projections
 
     def _check_split(self) -> None:
         """Refuse values of density, split and reset that do not go together."""
@@ -113,6 +115,10 @@ class FRUGALRule(Rule):
         check(
             split.partition(":")[0] in known,
             f"split must be one of {', '.join(known)}, got {split!r}",
+        )
+        check(
+            split in known or split.partition(":")[0] in PROJECTION_KINDS,
+            f"split {split!r}: {split.partition(':')[0]!r} takes no options",
         )
         check(
             self.split != "block" or self.reset != "none",

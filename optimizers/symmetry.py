@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ._core.rule import Direction, Member, Rule, defaults_of, rule_class
+from ._core.rule import Rule, defaults_of, rule_class
 from ._core.validation import check, check_numbers, describe_unknown, shown
 from ._driver.checks import check_trainable, refuse_sharded_module, refuse_sharded_parameters
 from ._driver.optimizer import StackedOptimizer
-from ._driver.param_groups import COMMON, parameters_of, warn_user
+from ._driver.param_groups import COMMON, LISTS, parameters_of, warn_user
 from ._roles.classify import Row, classify, route_all
 from ._roles.policies import (
     PAPER_LRS,
@@ -44,8 +44,11 @@ class SymmetryStackRule(Rule):
         check_numbers(self, momentum="[0, 1]")
 
     @override
-    def update(self, *members: Member, **unused: Any) -> Direction:
-        raise NotImplementedError("a group of SymmetryStack names its rule")
+    def state(self, *sides: Any) -> Any:
+        raise ValueError(
+            "the group key 'rule' must name the method of its matrices in SymmetryStack, such as "
+            "'Muon'; without a rule a group is sorted by the policy, as it is added"
+        )
 
 
 class SymmetryStack(StackedOptimizer):
@@ -164,7 +167,7 @@ class SymmetryStack(StackedOptimizer):
             "view is read from the model; give it to one weight in overrides, or to a group",
         )
         check(
-            options.get("write") != "eco",
+            str(options.get("write")) != "eco",
             "write='eco' puts rounding errors into the momentum, which does not go with all rules "
             "of SymmetryStack; choose write='stochastic' or 'kahan', or give it to groups with "
             "rule='Muon'",
@@ -236,6 +239,9 @@ class SymmetryStack(StackedOptimizer):
             for name, row in zip(names, self._rows(params, names, known), strict=True)
         ]
         own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names", "rule")}
+        for key in LISTS:  # one that is None says nothing, also not against the policy
+            if own_keys.get(key, 0) is None:
+                del own_keys[key]
         lr = own_keys.get("lr", self.defaults["lr"])
         groups = policy_groups(rows, params, self._policy, self._scale, lr, {})
         return [{**g, **own_keys} for g in groups]

@@ -4,6 +4,7 @@ from torch import Tensor
 
 # splitmix64's step and factors, as signed integers.
 STEP_64 = -7046029254386353131
+_MASK = 2**64 - 1
 _ROUNDS = ((30, -4658895280553007687), (27, -7723592293110705685))
 
 
@@ -22,6 +23,14 @@ def mix64(x: Tensor) -> Tensor:
     for shift, factor in _ROUNDS:
         x = (x ^ _shifted(x, shift)) * factor
     return x ^ _shifted(x, 31)
+
+
+def mix64_of_int(x: int) -> int:
+    """The same of one word, an integer of 64 bits with or without a sign; none comes out."""
+    x = (x + STEP_64) & _MASK
+    for shift, factor in _ROUNDS:
+        x = (x ^ x >> shift) * factor & _MASK
+    return x ^ x >> 31
 
 
 def _shifted(x: Tensor, shift: int) -> Tensor:

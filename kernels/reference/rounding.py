@@ -11,11 +11,11 @@ move at all by steps below half of the distance of its grid points. Two ways kee
 The random bits of an entry are a function h(key, position) of the parameter, the update and the
 entry's place in the whole parameter, row by row. So they are the same whether the weight is
 stacked, viewed, transposed or cut into shards, on every back end, and after a resume. All of it is
-wrapping arithmetic in int32, where >>> is the shift without a sign::
+wrapping arithmetic in int32, where >> keeps the sign and >>> does not::
 
     x = (position mod 2^32 >>> 1) * 0x9E3779B1 + key + (position div 2^32) * 0x632BE5AB
-    x = (x ^ x >>> 16) * 0x7FEB352D
-    x = (x ^ x >>> 15) * 0x846CA68B
+    x = (x ^ x >> 16) * 0x7FEB352D
+    x = (x ^ x >> 15) * 0x846CA68B
     x = x ^ x >>> 16
     h = lower 16 bits of x at even positions, upper 16 bits at odd ones
 
@@ -36,7 +36,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .hashing import mix64
+from .hashing import mix64, mix64_of_int
 
 LOW_PRECISION_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes of weights that are not always rounded to nearest."""
@@ -47,7 +47,6 @@ _CACHED_PAIRS = 2**16
 _SMALLEST_HALF = 2.0**-14
 """Smallest normal number of float16; below it all distances of grid points are 2^-24."""
 _PURPOSE = 0x726F756E64  # other draws of the same seed and parameter have other bits
-_MASK_64 = 2**64 - 1
 
 
 def _signed(x: int, bits: int = 32) -> int:
@@ -67,7 +66,7 @@ def parameter_keys(seed: int, indices: Sequence[int], device: torch.device) -> T
     Returns:
         (K,) int64.
     """
-    mixed = int(mix64(torch.tensor(_signed(seed ^ _PURPOSE, 64), dtype=torch.int64, device="cpu")))
+    mixed = _signed(mix64_of_int(seed ^ _PURPOSE), 64)
     return mix64(torch.tensor(list(indices), dtype=torch.int64, device="cpu") ^ mixed).to(device)
 
 
@@ -82,6 +81,9 @@ def rounding_keys(keys: Tensor, t: int | Tensor, number: int = 0) -> Tensor:
     Returns:
         (K,) int32.
     """
+    if len(keys) == 1 and keys.device.type == "cpu" and isinstance(t, int):
+        key = mix64_of_int(int(keys) ^ (t + (number << 48)))  # a tenth of the time
+        return torch.tensor([_signed(key ^ key >> 32)], dtype=torch.int32, device="cpu")
     x = mix64(keys ^ (t + (number << 48)))
     x = (x ^ x >> 32) & 0xFFFFFFFF
     return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
@@ -248,9 +250,9 @@ def _cached_steps(device: torch.device) -> Tensor:
 def _mixed(x: Tensor) -> Tensor:
     """The last three lines of x in the module's text, in place; int32."""
     shifted = x >> 16
-    x.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(FACTOR_1)
+    x.bitwise_xor_(shifted).mul_(FACTOR_1)
     torch.bitwise_right_shift(x, 15, out=shifted)
-    x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(FACTOR_2)
+    x.bitwise_xor_(shifted).mul_(FACTOR_2)
     torch.bitwise_right_shift(x, 16, out=shifted)
     return x.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
 

@@ -383,6 +383,8 @@ class Rule:
     """
     optional_state: ClassVar[frozenset[str]] = frozenset()
     """Names of slots that a checkpoint may lack: the optimizer fills them after the load."""
+    bases: ClassVar[frozenset[str]] = frozenset()
+    """Names of slots of orthonormal columns that ``refresh`` alone changes: 8 bits suit them."""
     refresh_in_lockstep: ClassVar[bool] = False
     """Set True if all units must refresh in the same update. ``stagger=True`` is refused then."""
 
@@ -425,6 +427,13 @@ class Rule:
     def transposed_members(self, sides: Sequence[tuple[int, int]]) -> tuple[bool, ...]:
         """``transpose`` of every member of a unit, for rules whose members must agree on a side."""
         return tuple(self.transpose(m, n) for m, n in sides)
+
+    def check_members(self, sizes: Sequence[tuple[int, int, int]]) -> None:
+        """Raise ValueError, without their names, for members that do not belong together.
+
+        Args:
+            sizes: Per member the number of its matrices, and their rows and columns.
+        """
 
     def state(self, *sides: Any) -> Any:
         """Slots by name: ``state(m, n)`` for one member, ``state((m, n), ...)`` for several.

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from ...kernels import (
     Rounding,
+    dequantize_basis,
     dequantize_blocks,
     fuses_passes,
     parameter_keys,
+    quantize_basis,
     quantize_blocks,
     rounding_keys,
 )
 from .._core.rule import Member, Rule
 from .adamw import EntryCache
-from .units import State, Unit, is_slab_row, scale_of, slab_rows
+from .units import State, Unit, hash63, is_slab_row, scale_of, slab_rows
 from .windows import block_labels_of, drops_state
 from .write_modes import REFRESH_WRITE, RESIDUAL, takes_flags, with_residuals
 
@@ -99,7 +101,7 @@ class Bucket:
             for name in slots if self.state_since else slots.keys() & {RESIDUAL}:
                 key = self.unit.key_of(i, name)
                 stored = self._bind_slot(key, entries)
-                if self.unit.quantized_dtype(i, name) is None:
+                if self.unit.scales_shape(i, name) is None:
                     member_state[name] = self._rule_view(i, name, stored)
                 else:
                     quantized[name] = stored, self._bind_slot(scale_of(key), entries)
@@ -132,16 +134,32 @@ class Bucket:
 
     def dequantized(self) -> list[dict[str, Tensor]]:
         """Per member, the quantized state as (K, ...) floats."""
+        bases = self.unit.bases
         return [
-            {name: dequantize_blocks(*pair, self.dtype) for name, pair in quantized.items()}
+            {
+                name: (dequantize_basis if name in bases else dequantize_blocks)(*pair, self.dtype)
+                for name, pair in quantized.items()
+            }
             for quantized in self.quantized
         ]
 
-    def quantize(self, dequantized: Sequence[Mapping[str, Tensor]]) -> None:
-        """Quantize and store what an update has made of ``dequantized()``."""
+    def quantize(self, dequantized: Sequence[Mapping[str, Tensor]], t: int) -> None:
+        """Quantize and store what update t has made of ``dequantized()``, but for bases."""
+        for i, (quantized, plain) in enumerate(zip(self.quantized, dequantized, strict=True)):
+            for name in plain.keys() - self.unit.bases:
+                codes, scales = quantized[name]
+                rounding = None
+                if codes.dtype == torch.uint8 and self.unit.stochastic_squares:
+                    slot = hash63(self.unit.key_of(i, name))  # a parameter's slots differ
+                    rounding = Rounding(rounding_keys(self._parameter_keys[i] ^ slot, t))
+                quantize_blocks(plain[name], codes, scales, rounding)
+
+    def quantize_bases(self, dequantized: Sequence[Mapping[str, Tensor]]) -> None:
+        """Store the bases that a refresh made, which become what is left of them in 8 bits."""
         for quantized, plain in zip(self.quantized, dequantized, strict=True):
-            for name, X in plain.items():
-                quantize_blocks(X, *quantized[name])
+            for name in plain.keys() & self.unit.bases:
+                quantize_basis(plain[name], *quantized[name])
+                plain[name].copy_(dequantize_basis(*quantized[name], self.dtype))
 
     def clocks(self) -> tuple[int, int]:
         """Number of the next update, and of the last refresh (0: none)."""

@@ -21,6 +21,7 @@ from .._core.validation import is_number, shown
 from . import adamw
 from .checks import check_lists, check_values
 from .matching import Place, match, realigned, regroup
+from .old_codes import recoded
 from .param_groups import (
     COMMON,
     LISTS,
@@ -96,10 +97,10 @@ def prepare(
         )
         if "rules" in target:
             new["rules"] = target["rules"]
-    _check_state(default_rule, groups, new_groups, state_dict["state"])
+    state = _check_state(default_rule, groups, new_groups, state_dict["state"])
     if found.warning is not None:
         warn_user(found.warning)
-    return {**state_dict, "param_groups": new_groups}
+    return {**state_dict, "state": state, "param_groups": new_groups}
 
 
 def _saved_groups(state_dict: Any) -> list[dict[str, Any]]:
@@ -202,8 +203,10 @@ def complete(
     """
     default_rule = RULE_CLASSES[defaults["method"]]
     old = [group for group in groups if "draws" not in group]
-    older = [group for group in groups if "write" not in group]
+    # a pickle of a time when all weights were rounded to nearest goes on like that
+    before = {} if "write" in defaults else {"write": "nearest"}
     for values in (defaults, *groups):
+        values.update(before | values)
         rule_name = values.setdefault("rule", None)
         rule = RULE_CLASSES.get(str(rule_name), default_rule)
         if values is not defaults:
@@ -217,20 +220,21 @@ def complete(
             values.setdefault(key, defaults.get(key, value) if key not in own else own[key])
     for group in old:
         keep_old_rules(default_rule, group, [state.get(p, {}) for p in group["params"]])
-    for group in older:
-        _convert_moments(group, state)
+    if any(group["state_dtype"] == "int8" for group in groups):
+        _recode_live(default_rule, groups, state)
 
 
-def _convert_moments(group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Give the state of AdamW in a pickle from before there were write modes its dtypes."""
-    for p in group["params"]:
-        entry = state.get(p, {})
-        if "exp_avg" not in entry or not isinstance(entry.get("step"), Tensor):
-            continue
-        assert isinstance(entry, dict)
-        for name, x in adamw_entry(p, mode_of(group, p)).tensors.items():
-            if name in entry:
-                entry[name] = entry[name].to(x.dtype)
+def _recode_live(
+    default_rule: type[Rule], groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any]
+) -> None:
+    """Put codes of an older pickle into today's layout, in place."""
+    units, rules = _units(default_rule, groups)
+    for p, entry in entries_of(units, rules).items():
+        if p in state:
+            new = recoded(state[p], entry, "a parameter")
+            if new is not state[p]:
+                state[p].clear()
+                state[p].update(new)
 
 
 def keep_old_rules(
@@ -246,7 +250,8 @@ def keep_old_rules(
         entries: State of each parameter.
     """
     rule = rule_of(group, default_rule)
-    if rule is None or "rules" in group or len(rule.members) != 1 or group["rule"] is not None:
+    is_told = group.get("rules") is not None or group["rule"] is not None
+    if rule is None or is_told or len(rule.members) != 1:
         return
     today = ["matrix" if flag else "adamw" for flag in _matrix_flags(default_rule, group)]
     found = list(today)
@@ -319,8 +324,12 @@ def _check_state(
     groups: Sequence[Mapping[str, Any]],
     new_groups: Sequence[Mapping[str, Any]],
     state: Mapping[Any, Any],
-) -> None:
-    """Raise unless the saved state of every parameter is empty or complete, and sound."""
+) -> dict[Any, Any]:
+    """Raise unless the saved state of every parameter is empty or complete, and sound.
+
+    Returns:
+        The state, with codes of older versions in today's layout.
+    """
     targets = [
         {**new, "params": group["params"]} for group, new in zip(groups, new_groups, strict=True)
     ]
@@ -329,17 +338,20 @@ def _check_state(
     except TypeError as error:
         raise _bad_settings("the checkpoint", error) from error
     entries = entries_of(units, rules)
-    by_param = {
-        p: state.get(key, {})
-        for group, new in zip(groups, new_groups, strict=True)
-        for p, key in zip(group["params"], new["params"], strict=True)
-    }
     modes = _modes(targets)
     texts = {
         p: describe(listed(group, "param_names", j), p, j)
         for group in groups
         for j, p in enumerate(group["params"])
     }
+    keys = {
+        p: key
+        for group, new in zip(groups, new_groups, strict=True)
+        for p, key in zip(group["params"], new["params"], strict=True)
+    }
+    by_param = {p: state.get(key, {}) for p, key in keys.items()}
+    for p, entry in entries.items():
+        by_param[p] = recoded(by_param[p], entry, texts[p])
     started: dict[Tensor, set[str]] = {}
     for unit in units:
         first = unit.params[0]
@@ -353,6 +365,7 @@ def _check_state(
         method = default_rule.method() if p in entries else "AdamW"
         entry = entries[p] if p in entries else adamw_entry(p, modes[p])
         _check_entry(by_param[p], entry, p, text, method, started.get(p, set()))
+    return {**state, **{key: by_param[p] for p, key in keys.items() if key in state}}
 
 
 def _modes(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:

@@ -25,6 +25,7 @@ from .._core.validation import (
     dtype_name,
     flag,
     is_number,
+    naming,
     number,
     shown,
     two_decays,
@@ -439,11 +440,7 @@ def _check_rule_parameters(
 ) -> None:
     """The checks of :func:`check_group` for the parameters of a group that has a rule."""
     method = rule.method()
-    check(
-        not (group["stagger"] and rule.refresh_in_lockstep),
-        f"stagger=True does not go with {method} as set here, whose windows begin for all "
-        "weights at once; leave stagger out",
-    )
+    refuse_stagger(group, rule)
     refuse_sharded_parameters(params, names, method)
     rows = roles_of({**group, "params": params, "param_names": names}, rule)
     moved_to_adamw = []
@@ -458,12 +455,26 @@ def _check_rule_parameters(
             moved_to_adamw.append(text)
         elif group.get("rule") is not None and listed(group, "rules", i) is None:
             _refuse_vector(p, text, method)
-    if group["capturable"] and any(row.rule == "matrix" for row in rows):
-        raise ValueError(
-            f"capturable=True is not supported by {method}; set it on AdamW groups only"
-        )
+    if any(row.rule == "matrix" for row in rows):
+        _refuse_capturable(group, method)
     if moved_to_adamw:
         warn_user(f"{', '.join(moved_to_adamw)}: no matrix, so AdamW trains it instead of {method}")
+
+
+def refuse_stagger(group: Mapping[str, Any], rule: Rule | None) -> None:
+    """Raise if refreshes are to be spread that must come at once."""
+    check(
+        rule is None or not (group["stagger"] and rule.refresh_in_lockstep),
+        f"stagger=True does not go with {'' if rule is None else rule.method()} as set here, whose "
+        "windows begin for all weights at once; leave stagger out",
+    )
+
+
+def _refuse_capturable(group: Mapping[str, Any], method: str) -> None:
+    check(
+        not group.get("capturable"),
+        f"capturable=True is not supported by {method}; set it on AdamW groups only",
+    )
 
 
 def _refuse_vector(p: Tensor, text: str, method: str) -> None:
@@ -478,7 +489,8 @@ def _check_shape(p: Tensor, text: str, view: Any, rule: Rule, method: str) -> No
     if p.ndim < 2 or p.numel() == 0:
         _refuse_vector(p, text, method)
     if len(rule.members) == 1:
-        split_view(views_of(view, rule)[0], tuple(p.shape))
+        with naming(text):
+            split_view(views_of(view, rule)[0], tuple(p.shape))
 
 
 def warn_without_matrix(groups: Sequence[Mapping[str, Any]], default_rule: type[Rule]) -> None:
@@ -557,6 +569,7 @@ def check_ready(
             check_gradient(p, grad, state.get(p, {}), adamw.get(i), text, method)
     fits = True
     for unit in plan.units:
+        _refuse_capturable(groups[unit.group], plan.rules[unit.rule].method())
         for j, (i, p) in enumerate(zip(unit.positions, unit.params, strict=True)):
             if (p.shape, p.dtype, p.device) != unit.key[j - len(unit.params)][:3]:
                 _check_state(unit, j, p, state.get(p, {}), describe(names[i], p, i))

@@ -280,7 +280,7 @@ def _of_one_rule(group: Group, part: Group) -> dict[str, Any]:
     It becomes a group with lists; any other stays as it is.
     """
     count, rule = len(part["params"]), part.get("rule")
-    is_old_module = is_list(part.get("roles"), count) and "rules" not in part
+    is_old_module = is_list(part.get("roles"), count) and part.get("rules") is None
     if not is_old_module or group["rule"] is not None or rule not in ("adamw", part.get("method")):
         return dict(part)
     lists: dict[str, list[Any]] = {"rules": ["adamw" if rule == "adamw" else "matrix"] * count}
@@ -303,7 +303,7 @@ def _joined(group: Group, parts: Mapping[int, Group], number: int) -> dict[str, 
     vectors = {k: part for k, part in parts.items() if part.get("rule") == "adamw"}
     first = next(iter((matrices or vectors).values()))
     new = {key: value for key, value in first.items() if key not in ("params", *LISTS)}
-    lone_vectors = not matrices and any("rules" in part for part in vectors.values())
+    lone_vectors = not matrices and any(part.get("rules") is not None for part in vectors.values())
     if lone_vectors and group["rule"] is None:
         new["rule"] = None
     for part in (matrices, vectors):
@@ -414,7 +414,7 @@ def _lists(
 
 def _wanted_lists(group: Group, parts: Mapping[int, Group]) -> set[str]:
     """Lists that a group gets from the saved groups; others of the optimizer stay as they are."""
-    wanted = {key for key in LISTS if any(key in part for part in parts.values())}
+    wanted = {key for key in LISTS if any(part.get(key) is not None for part in parts.values())}
     wanted -= {"positions"}
     matrices = [part for part in parts.values() if part.get("rule") != "adamw"]
     if 0 < len(matrices) < len(parts):
@@ -422,7 +422,7 @@ def _wanted_lists(group: Group, parts: Mapping[int, Group]) -> set[str]:
     for key, name in HELD_BY_LISTS.items():
         if len({str(part.get(key)) for part in matrices}) > 1:
             wanted.add(name)
-    if "decays" in group or _decay_factors(parts):  # version 0.1 decayed every vector
+    if group.get("decays") is not None or _decay_factors(parts):  # version 0.1 decayed every vector
         wanted.add("decays")
     return wanted
 

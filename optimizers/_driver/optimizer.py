@@ -24,6 +24,7 @@ from .._core.rule import (
 from .._core.validation import check, describe_unknown, misspelt_option, shown
 from .._roles.assignment import OptimizerAssignment
 from . import adamw, checkpoint
+from .backward import BackwardHandle, checked_every
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
 from .buckets import STACK_SETTINGS, Bucket, StepPlan
 from .checks import (
@@ -35,6 +36,7 @@ from .checks import (
     check_written_values,
     is_mark,
     refuse_sharded_module,
+    refuse_stagger,
     warn_without_matrix,
 )
 from .finite import (
@@ -159,8 +161,13 @@ class StackedOptimizer(Optimizer):
     _has_warned_of_shapes = False
     _skipped: dict[Tensor, int] | None = None
     _seen: Sequence[dict[str, Any]] = ()
-    """Groups as the last step has checked them."""
+    """Groups as the last step has checked them; of a new one only the rule."""
     _pending: Sequence[LateFlags] = ()
+    _in_backward: BackwardHandle | None = None
+    """What steps inside of the backward pass, if it does."""
+    _step_supports_amp_scaling: bool
+    """There (and True) only as long as a GradScaler is to be refused."""
+    _opt_called: bool
     _wait: bool | None = None
     """Whether the host waits for the finite flags; None: on CPU only. Tests set it."""
 
@@ -235,9 +242,12 @@ class StackedOptimizer(Optimizer):
         if name is not None and not isinstance(name, str):
             rule_class(name)  # refuses it before anything compares it, as it may be an array
         super().add_param_group(self._prepare_group(param_group))
+        self._seen = [*self._seen, {"rule": self.param_groups[-1]["rule"]}]
         if self._is_built:
             self.param_groups[-1].setdefault("draws", self.param_groups[0]["draws"])
             self._warn_of_shapes()
+        if self._in_backward is not None:
+            self._in_backward.attach()
 
     def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """Complete a user's group after all checks, in a copy."""
@@ -309,7 +319,9 @@ class StackedOptimizer(Optimizer):
         if any(not isinstance(p, Tensor) for p in params) or isinstance(group["params"], Tensor):
             return  # torch refuses what is no tensor, with its own text
         known = self._model_roles.rows() if self._model_roles is not None else {}
-        is_named = "param_names" in self.param_groups[0] if self.param_groups else bool(known)
+        is_named = (
+            bool(self.param_groups[0].get("param_names")) if self.param_groups else bool(known)
+        )
         if self._model_roles is None and (not self._is_built or not is_named or any(names)):
             return
         position = sum(len(other["params"]) for other in self.param_groups)
@@ -317,7 +329,7 @@ class StackedOptimizer(Optimizer):
             names = [*complete_names(names, params, known, position)]
             group["params"] = list(zip(names, params, strict=True))
             group.pop("param_names", None)
-        if not known or "rules" in group:
+        if not known or group.get("rules") is not None:
             return
         rows = rows_for(params, names, known)
         refuse_view(self.defaults["view"], [row for row in rows if row is not None])
@@ -330,7 +342,7 @@ class StackedOptimizer(Optimizer):
             decays=self._model_roles.is_params and not self._is_built,
             own_view="view" in group,
         )
-        group.update((key, values) for key, values in lists.items() if key not in full_group)
+        group.update((key, x) for key, x in lists.items() if full_group.get(key) is None)
 
     def _set_draws(self) -> None:
         """Random draws go by names where all parameters have one; the groups say which."""
@@ -383,6 +395,17 @@ class StackedOptimizer(Optimizer):
             ValueError: If settings changed that shape the state of a parameter. Plan, state and
                 groups are as before.
         """
+        try:
+            return self._plan_of_written()
+        except (ValueError, TypeError, RuntimeError) as error:
+            rules, text = self._written_rules(), str(error)
+            if not rules or "rule=" in text or "'rule'" in text:
+                raise
+            # what does not fit may be a key that nobody wrote, so say whose rule asks for it
+            raise type(error)(f"{rules}: {text}") from None
+
+    def _plan_of_written(self) -> StepPlan:
+        """The plan of the groups as they are; if one is refused, all are as they were written."""
         groups, seen = self.param_groups, self._seen
         written = check_written_values(groups, self._default_rule, seen)
         if written is seen:
@@ -399,6 +422,14 @@ class StackedOptimizer(Optimizer):
                 group.clear()
                 group.update(values)
             raise
+
+    def _written_rules(self) -> str:
+        """Words for the groups whose rule was written since the last step; "" for none."""
+        return ", ".join(
+            f"parameter group {i} with rule={shown(group.get('rule'))}"
+            for i, (group, seen) in enumerate(zip(self.param_groups, self._seen, strict=False))
+            if shown(group.get("rule")) != shown(seen.get("rule"))  # of any type
+        )
 
     def _current_plan(self) -> StepPlan:
         """The plan of groups whose values were checked."""
@@ -445,6 +476,8 @@ class StackedOptimizer(Optimizer):
         """Make rules and units for the groups as they are now; buckets come with the first step."""
         check_lists(self.param_groups)
         group_rules = [rule_of(group, self._default_rule) for group in self.param_groups]
+        for group, rule in zip(self.param_groups, group_rules, strict=True):
+            refuse_stagger(group, rule)
         adamw_orders = [self._adamw_order(group) for group in self.param_groups]
         copies = [{k: copy_list(x) for k, x in values.items()} for values in settings]
         plan = StepPlan(flat_params, copies, group_rules, adamw_orders)
@@ -549,6 +582,9 @@ class StackedOptimizer(Optimizer):
                 under ``nonfinite="raise"``; nothing has changed then.
             ValueError: For a value that was written into a group and is out of range; likewise.
         """
+        if self._in_backward is not None:
+            self._in_backward.ignore_step(closure)
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -556,6 +592,77 @@ class StackedOptimizer(Optimizer):
         with torch._C._DisableAutocast():  # the caller's autocast is for the model only
             self._update()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; see :meth:`step_in_backward` for its part there."""
+        if self._in_backward is not None:
+            self._in_backward.ignore_zero_grad()
+        else:
+            super().zero_grad(set_to_none)
+
+    def step_in_backward(self, every: int = 1, max_norm: float | None = None) -> BackwardHandle:
+        """Let ``backward()`` itself step each weight once its gradient is there, and free that.
+
+        At most the gradients of the largest layers are alive at a time. What steps together (a LoRA
+        pair, weights that share a rotation) waits for its members; a member whose gradient does not
+        come, and rules that write frozen weights or read their gradients, step when the backward
+        pass ends. A weight that is used several times steps once, after all uses. Weights, state
+        and checkpoints are those of ``step()`` after the same backward pass, bit for bit.
+
+        Until :meth:`BackwardHandle.remove`, ``step()`` and ``zero_grad()`` do nothing, with one
+        warning each. Schedulers go on as before, and may follow ``backward()`` directly: each
+        weight reads the learning rate as it steps. Hooks of ``register_step_pre_hook`` and
+        ``register_step_post_hook`` belong to ``step()`` and run around it, after the weights have
+        moved. Copies and pickles of the optimizer have no hooks: they step by ``step()``.
+
+        ``clip_grad_norm_`` and whatever else works on ``.grad`` after the backward pass finds none.
+        Every backward pass counts, so two losses with a pass each are two steps, unless ``every``
+        is 2. A gradient that cannot be used (not finite under ``nonfinite="raise"``, sparse) raises
+        out of ``backward()``: its unit and those after it stay as they are, those before it have
+        moved, and all gradients are freed. After a backward pass that failed otherwise,
+        ``zero_grad()`` frees what it has left.
+
+        Args:
+            every: Backward passes whose gradients add up to one step, which comes in the last of
+                them (default: 1).
+            max_norm: Must be None (default): a norm over all gradients is known too late. Log
+                ``grad_norm`` of the handle instead.
+
+        Returns:
+            A handle with ``remove()``, which is a context manager too.
+
+        Raises:
+            ValueError: For ``max_norm``, an ``every`` below 1, ``nonfinite="skip_step"``, and for
+                parameters whose gradients are final only later: sharded ones, and those of
+                DistributedDataParallel over several processes.
+            RuntimeError: If the optimizer steps in backward already. ``step(closure)``, the step
+                of a GradScaler and checkpointing with ``use_reentrant=True`` raise it later.
+
+        Example:
+            >>> import torch
+            >>> from stiefel.optimizers import GaLore
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+            >>> optimizer = GaLore(model, lr=1e-3, rank=2)
+            >>> with optimizer.step_in_backward():
+            ...     for _ in range(3):
+            ...         model(torch.ones(2, 8)).square().mean().backward()
+            >>> all(p.grad is None for p in model.parameters())
+            True
+        """
+        count = checked_every(every, max_norm, self)
+        self._in_backward = BackwardHandle(self, count)
+        return self._in_backward
+
+    def _before_backward(self) -> None:
+        """What must be looked at before a backward pass steps."""
+
+    def _steps_at_end(self, params: Sequence[Tensor]) -> bool:
+        """Whether a unit of these parameters needs more than their gradients."""
+        return False
+
+    def _step_at_end(self, step: Callable[[], None]) -> None:
+        """Run the last steps of a backward pass."""
+        step()
 
     def _update(self) -> None:
         """Step all parameters by their gradients as they are now."""
@@ -719,8 +826,9 @@ class StackedOptimizer(Optimizer):
                 member.refreshed, member.is_first_refresh = t, refreshed == 0
             rule.refresh(*members)
             bucket.set_refreshed(t)
+            bucket.quantize_bases(dequantized)
         yield from self._write_directions(bucket, rule.update(*members), device_finite)
-        bucket.quantize(dequantized)
+        bucket.quantize(dequantized, t)
         bucket.set_step(t)
         if device_finite is not None and not unmasked:
             bucket.restore(state_backup, device_finite)
@@ -895,6 +1003,7 @@ class StackedOptimizer(Optimizer):
         super().__setstate__(state)
         self._plan, self._pending, self._is_built = None, (), True
         checkpoint.complete(self.param_groups, self.defaults, self.state)
+        self._seen = [{"rule": group.get("rule")} for group in self.param_groups]
 
 
 def _same(a: float | Tensor, b: float | Tensor) -> bool:

@@ -67,12 +67,14 @@ class Entry(NamedTuple):
         clocks: Keys of clocks.
         may_be_empty: Whether the rule keeps state in some windows only.
         optional: Keys of tensors that a checkpoint may lack.
+        bases: Names of bases, see :attr:`Rule.bases`.
     """
 
     tensors: Table
     clocks: set[str]
     may_be_empty: bool
     optional: set[str]
+    bases: frozenset[str] = frozenset()
 
 
 def base_of(key: str) -> str:
@@ -98,7 +100,7 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
         sides = tuple(unit.sides(i) for i in range(len(unit.params)))
         counts = rule.index_counts(sides)
         for i, p in enumerate(unit.params):
-            entry = entries.setdefault(p, Entry({}, set(), drops_state(rule), set()))
+            entry = entries.setdefault(p, Entry({}, set(), drops_state(rule), set(), rule.bases))
             for key, (slot, shape, dtype) in unit.expected_state(i).items():
                 name = base_of(key)
                 is_positive = name in NONNEGATIVE or name.endswith("_scale")

@@ -105,7 +105,8 @@ def refuse_unfit_state(
         stored = {k: X for k, X in state.get(p, {}).items() if isinstance(X, Tensor)}
         if "step" in stored:  # AdamW's clock is a tensor, a rule's a number
             raise _refusal("the settings", HAND_OVER)
-        if not stored.keys() - {RESIDUAL} & needed.keys():  # not stepped yet, or between windows
+        # not stepped yet, or between windows, where only what rounding has cut off is kept
+        if not stored.keys() - ({RESIDUAL} & needed.keys()):
             continue
         after = {key: entry for key, entry in needed.items() if entry is not None}
         before = {

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...kernels import blockwise_scales
+from ...kernels import basis_scales, blockwise_shape
 from .._core.rule import BlockPosition, Rule, Slot, Slots
+from .._core.validation import naming, shown
 from .._core.views import MatrixView, split_view
-from .param_groups import Part, Weight, listed, plain_name
+from .param_groups import Part, Weight, describe, listed, plain_name
 from .windows import drops_state
 from .write_modes import RESIDUAL, mode_of, seed_of, with_residuals
 
@@ -32,9 +33,12 @@ but stacks are copies, and ``kernels/reference/matmul.py`` needs a limit below 2
 """
 MAX_STACKED_NUMEL_ACCELERATOR = 2**22
 QUANTIZED_DTYPES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "momentum_buffer": torch.int8}
-"""State that ``state_dtype="int8"`` quantizes, with its codes: signed, or roots of squares."""
+"""Moments that ``state_dtype="int8"`` quantizes, with their codes: signed, or roots of squares."""
 MIN_QUANTIZED_NUMEL = 4096
-"""Smallest state tensor, in entries, that is quantized."""
+"""Smallest state tensor, in entries, that is quantized.
+
+Rows of fewer than 8 entries stay as they are too, see ``blockwise_shape``.
+"""
 
 ONLY_BLOCK = BlockPosition()
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -77,7 +81,9 @@ class Unit:
         number: Number of the MatrixView within the parameter, 0 where there is only one.
         slots: Per member, its slots.
         state_dtype: Dtype of state whose slot names none; None: float32, or float64.
-        quantized: Whether moments are kept in eight bits.
+        quantized: Whether moments and bases are kept in eight bits.
+        bases: Names of the slots that are bases, see :attr:`Rule.bases`.
+        stochastic_squares: Whether averages of squares in eight bits are rounded by random bits.
         block_position: The unit's block, for rules that drop state by blocks.
         shift: Updates by which refreshes come early, where they are staggered.
         name: Name that is the key of random draws; None where the position is.
@@ -109,6 +115,8 @@ class Unit:
     writes: tuple[str, ...] = ()
     write_indices: tuple[int, ...] = ()
     seed: int = 0
+    bases: frozenset[str] = frozenset()
+    stochastic_squares: bool = False
     key: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,7 +133,7 @@ class Unit:
         self.key = (
             self.transposed,
             self.state_dtype,
-            (self.quantized, self.writes, self.seed),
+            (self.quantized, self.stochastic_squares, self.writes, self.seed),
             *(
                 (p.shape, p.dtype, p.device, v.k, v.m, v.n)
                 for p, v in zip(self.params, self.views, strict=True)
@@ -142,7 +150,7 @@ class Unit:
         """One key of random draws per matrix: 63 bits of a hash of the name, or the position."""
         count = range(self.views[0].k)
         if self.name is not None:
-            return tuple(_hash63(f"{self.name}|{self.number}|{j}") for j in count)
+            return tuple(hash63(f"{self.name}|{self.number}|{j}") for j in count)
         return tuple(self.order + (self.number << 20) + (j << 40) for j in count)
 
     def expected_state(self, i: int) -> dict[str, tuple[Slot, tuple[int, ...], torch.dtype]]:
@@ -151,12 +159,12 @@ class Unit:
         table = {}
         for name, slot in self.slots[i].items():
             key, shape = self.key_of(i, name), self._shape(i, slot)
-            if self.quantized_dtype(i, name) is None:
+            scales = self.scales_shape(i, name)
+            if scales is None:
                 table[key] = (slot, shape, self._dtype(slot, p))
             else:
-                scales = Slot("b", b=blockwise_scales(math.prod(shape)))
-                table[key] = (slot, shape, QUANTIZED_DTYPES[name])
-                table[scale_of(key)] = (scales, scales.shape(0, 0), torch.float32)
+                table[key] = (slot, shape, self._codes(name) or torch.int8)
+                table[scale_of(key)] = (Slot("b", b=scales[-1]), scales, torch.float32)
         return table
 
     def key_of(self, i: int, name: str) -> str:
@@ -169,15 +177,18 @@ class Unit:
         shape, k = slot.shape(*self.sides(i)), self.views[i].k
         return (k, *shape) if k > 1 else shape
 
-    def quantized_dtype(self, i: int, name: str) -> torch.dtype | None:
-        """Dtype of the codes in which a slot of member i is stored, None if it is not quantized."""
+    def scales_shape(self, i: int, name: str) -> tuple[int, ...] | None:
+        """Shape of the scales of a slot of member i, None if it is not quantized."""
         slot = self.slots[i][name]
-        fits = (
-            self.quantized
-            and slot.dtype is None
-            and math.prod(self._shape(i, slot)) >= MIN_QUANTIZED_NUMEL
-        )
-        return QUANTIZED_DTYPES.get(name) if fits else None
+        if not self.quantized or slot.dtype is not None or self._codes(name) is None:
+            return None
+        shape = self._shape(i, slot)
+        if math.prod(shape) < MIN_QUANTIZED_NUMEL:
+            return None
+        return basis_scales(shape) if name in self.bases else blockwise_shape(shape)
+
+    def _codes(self, name: str) -> torch.dtype | None:
+        return torch.int8 if name in self.bases else QUANTIZED_DTYPES.get(name)
 
     def _dtype(self, slot: Slot, p: Tensor) -> torch.dtype:
         if slot.dtype == "weight":
@@ -288,7 +299,7 @@ def scale_of(key: str) -> str:
     return f"{name}_scale{dot}{tag}"
 
 
-def _hash63(text: str) -> int:
+def hash63(text: str) -> int:
     """The same 63 bits for a text in every process, unlike ``hash``."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
@@ -342,12 +353,17 @@ def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Uni
     units = []
     for start in range(0, len(weights), size):
         run = weights[start : start + size]
-        views_of_params = [
-            split_view(v, tuple(w.param.shape)) for v, w in zip(views, run, strict=True)
-        ]
+        texts = [describe(w.name, w.param, w.position) for w in run]
+        views_of_params = []
+        for view, w, text in zip(views, run, texts, strict=True):
+            with naming(text):
+                views_of_params.append(split_view(view, tuple(w.param.shape)))
         if size > 1 and any(len(cut) > 1 for cut in views_of_params):
             raise ValueError(f"view {views} cuts a parameter, which {size} members cannot follow")
         for number, unit_views in enumerate(zip(*views_of_params, strict=True)):
+            if size > 1:
+                with naming(f"view {shown(part.view)} of {' and '.join(texts)}"):
+                    rule.check_members([(v.k, v.m, v.n) for v in unit_views])
             units.append(_unit(group_index, group, rule, run, unit_views, number))
     return units
 
@@ -386,6 +402,8 @@ def _unit(
         writes=writes,
         write_indices=tuple(parameter_index(group, w.place, w.position, w.name) for w in run),
         seed=seed_of(group),
+        bases=rule.bases,
+        stochastic_squares=not group.get("compat"),
     )
 
 
@@ -399,7 +417,7 @@ def parameter_index(group: Mapping[str, Any], place: int, position: int, name: s
         name: Its name, None if it has none.
     """
     if group.get("draws") == "name" and name is not None:
-        return _hash63(plain_name(name))
+        return hash63(plain_name(name))
     order: int | None = listed(group, "positions", place)
     return position if order is None else order
 

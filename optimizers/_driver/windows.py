@@ -50,7 +50,7 @@ def _order(unit: Unit) -> int:
 def block_labels_of(group: Mapping[str, Any], rule: Rule | None) -> list[Hashable]:
     """The label of every parameter of a group."""
     count = len(group["params"])
-    names = [*group.get("param_names", ())][:count]
+    names = [*(group.get("param_names") or ())][:count]
     names += [None] * (count - len(names))  # appended to the group's list later
     return [None] * count if rule is None else list(rule.block_labels(names))
 

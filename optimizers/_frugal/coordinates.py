@@ -267,6 +267,7 @@ class SplitTerm(Term):
             free_scale=self.state_free.scale,
             floor=self.state_free.floor,
             control=by.control,
+            rounding=by.rounding,
         )
         return True
 
@@ -279,7 +280,7 @@ class SplitTerm(Term):
         part, positions = self._part_in_rows(ks, rows)
         if positions.numel():
             N = self.step(_gather(X, self.coordinates.dim, positions), ks, part)
-            _scatter_(U, self.coordinates.dim, positions, N)
+            _scatter_(U, self.coordinates.dim, positions, N.to(U.dtype))  # of the state
 
     def _part_in_rows(self, ks: slice, rows: slice) -> tuple[slice, Tensor]:
         """The ``part`` for ``step`` in these rows, and its positions within the panel."""

@@ -17,7 +17,8 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from .._core.rule import Rule
-from .._core.validation import check, check_numbers, is_number, plain_number, shown
+from .._core.validation import check, check_numbers, is_number, naming, plain_number, shown
+from .._core.views import split_view
 from .._driver.buckets import StepPlan
 from .._driver.checks import check_values, refuse_sharded_module, refuse_sharded_parameters
 from .._driver.model_roles import decays_of
@@ -57,6 +58,10 @@ class LoRARule(Rule, abstract=True):
             f"scale must be a positive finite number from 1e-12 to 1e12, got {shown(self.scale)}",
         )
         check_numbers(self, scale="(0, inf) or None", lr_ratio_b="[0, inf) or None")
+
+    @override
+    def check_members(self, sizes: Sequence[tuple[int, int, int]]) -> None:
+        check_fit(sizes)
 
     @property
     def s(self) -> float:
@@ -118,6 +123,13 @@ class PairOptimizer(StackedOptimizer):
             if self._holds_pairs(group):
                 _check_group(group, len(self._default_rule.members), is_new=False)
         return super()._build_plan(*args, **kwargs)
+
+    @override
+    def _update_rules(self, plan: StepPlan, settings: list[dict[str, Any]]) -> bool:
+        for group in self.param_groups:  # a rule alone takes None, but a group has a scale
+            if self._holds_pairs(group):
+                check(_is_scale(group.get("scale")), _scale_message(group.get("scale")))
+        return super()._update_rules(plan, settings)
 
     def _names_for(self, group: Mapping[str, Any]) -> list[str | None]:
         """Names of a group's parameters: its own, else those in the module of ``model=``."""
@@ -226,8 +238,35 @@ def _check_group(group: Mapping[str, Any], size: int, *, is_new: bool = True) ->
         sides = (A.mT, B.mT) if (transposed or views == "transposed") and A.ndim > 1 else (A, B)
         have_names = _check_names(*names[i : i + 2])
         _check_pair(*sides, *texts[i : i + 2], warns=is_new)
+        _check_views(params[i : i + size], texts[i : i + size], views)
         if not (known or have_names):
             _refuse_doubt(*sides, *texts[i : i + 2])
+
+
+def _check_views(params: Sequence[Tensor], texts: Sequence[str], view: Any) -> None:
+    """Refuse a view that makes of a pair what is none."""
+    views = [view] * len(params) if isinstance(view, str) else view
+    check(
+        len(views) == len(params),
+        f"view must be one string, or one for each of {', '.join(texts)}, got {shown(view)}",
+    )
+    with naming(f"view {shown(view)} of {' and '.join(texts)}"):
+        cuts = [split_view(v, tuple(p.shape))[0] for v, p in zip(views, params, strict=True)]
+        check_fit([(cut.k, cut.m, cut.n) for cut in cuts])
+
+
+def check_fit(sizes: Sequence[tuple[int, int, int]]) -> None:
+    """Refuse factors that cannot be multiplied.
+
+    Args:
+        sizes: Per member of a pair or triple, how many matrices it holds, and their sides.
+    """
+    (k, r, n), (k_b, m, r_b), *_ = sizes
+    check(
+        (k, r) == (k_b, r_b),
+        f"{k} of {r} x {n} for A and {k_b} of {m} x {r_b} for B are no pair, which needs as many "
+        "columns of B as rows of A",
+    )
 
 
 APART = (
@@ -682,21 +721,32 @@ def _scale_of(scale: Scale, owner: nn.Module | None, names: _PairNames) -> float
         found = getattr(owner, "scaling", None)
         if isinstance(found, Mapping):
             found = found.get(names.adapter)
-        if isinstance(found, Tensor) and found.numel() == 1:
-            found = float(found)
+        if isinstance(found, Tensor) and found.numel() == 1 and found.device.type != "meta":
+            found = found.item()
     elif isinstance(scale, Mapping):
         matching_prefixes = [
             prefix for prefix in scale if f"{names.module}.".startswith(f"{prefix}.") or not prefix
         ]
-        found = scale[max(matching_prefixes, key=len)] if matching_prefixes else None
+        matching_prefixes.sort(key=lambda prefix: len(str(prefix)))
+        found = scale[matching_prefixes[-1]] if matching_prefixes else None
     elif callable(scale):
-        found = scale(names.module)
+        found = _asked_scale(scale, names.module)
     where = f"module '{names.module}' tells none, so pass scale=alpha/r"
     check(
         _is_scale(found),
-        f"scale must be a positive finite number from 1e-12 to 1e12, got {found!r} ({where})",
+        f"scale must be a positive finite number from 1e-12 to 1e12, got {shown(found)} ({where})",
     )
     return float(found)
+
+
+def _asked_scale(scale: Callable[[str], float], module: str) -> float:
+    """What a user's function says of a module; its own errors do not tell that it was a scale."""
+    try:
+        return scale(module)
+    except Exception as error:
+        raise ValueError(
+            f"scale={shown(scale)} fails for module {module!r}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _base_weight(pair: _NamedPair) -> tuple[str, Tensor]:

@@ -143,6 +143,12 @@ class LowRankRule(Rule, abstract=True):
 
     @property
     @override
+    def bases(self) -> frozenset[str]:  # type: ignore[override]
+        """P, and Q of two sides; none in the published code, which keeps them in full precision."""
+        return frozenset() if self.published else frozenset(("basis", "basis_right"))
+
+    @property
+    @override
     def refresh_interval(self) -> int:
         return self.update_proj_gap
 

@@ -11,8 +11,11 @@ from functools import partial
 import pytest
 import torch
 from helpers.checkpoints import through_a_file
+from helpers.every_class import problem, set_gradients
+from helpers.fuzz_values import PLAIN
 from helpers.problems import gradients, refreshes, run, same, tensors, weight
 
+from stiefel import optimizers
 from stiefel.optimizers import ARO, FRUGAL, AuON, DCTAdamW, Fira, GaLore, Muon, RowNorm, Trion
 from stiefel.optimizers._driver import units
 
@@ -288,3 +291,88 @@ def test_a_view_that_gives_state_to_the_other_side_is_refused(make):
     with pytest.raises(ValueError, match="view='transposed' in parameter group 0 would give"):
         run(optimizer, [p], [gradients((24, 24), 1)])
     assert equal(before, everything(optimizer, [p]))
+
+
+MISFITS = {
+    "Muon": ("GaLore", "DCTAdamW", "AuON", "RowNorm", "Hybrid", "AltLoRA"),
+    "GaLore": ("Muon", "FRUGAL", "ARO"),
+    "Fira": ("AuON", "Spectral", "AdaPreLoRA"),
+    "FRUGAL": ("Muon", "GaLore", "Fira"),
+    "DCTAdamW": ("GaLore", "Spectral", "SwitchLoRA"),
+    "Trion": ("DCTAdamW", "AuON", "ARO"),
+    "AuON": ("Muon", "Fira", "Trion", "Spectral"),
+    "ARO": ("Trion", "RowNorm", "Hybrid"),
+    "RowNorm": ("FRUGAL", "ARO", "AltLoRA"),
+    "Spectral": ("AuON", "ARO"),
+    "Hybrid": ("AuON", "DCTAdamW", "SwitchLoRA"),
+    "SymmetryStack": ("GaLore", "Trion", "Spectral"),
+    "AltLoRA": ("FRUGAL", "AdaPreLoRA", "SwitchLoRA"),
+    "AdaPreLoRA": ("Fira", "Trion", "AuON"),
+    "SwitchLoRA": ("AltLoRA", "AdaPreLoRA"),
+}
+"""Rules whose options the keys of a group of a class are not."""
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["at-once", "later"])
+@pytest.mark.parametrize(
+    ("name", "rule"), [(name, rule) for name, rules in MISFITS.items() for rule in rules]
+)
+def test_a_rule_that_the_other_keys_do_not_fit_is_refused_by_its_name(name, rule, after):
+    params, needed, weights = problem(getattr(optimizers, name))
+    optimizer = getattr(optimizers, name)(params, **needed)
+    group = optimizer.param_groups[0]
+    for _ in range(after):
+        set_gradients(weights)
+        optimizer.step()
+    set_gradients(weights)
+    settings, before = dict(group), everything(optimizer, weights)
+    group["rule"] = rule
+    with pytest.raises(ValueError, match="rule") as refused:
+        optimizer.step()
+    assert "\n" not in str(refused.value) and group == {**settings, "rule": rule}
+    assert equal(before, everything(optimizer, weights))
+    group["rule"] = settings["rule"]
+    optimizer.step()
+    assert not equal(before, everything(optimizer, weights))
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["at-once", "later"])
+def test_a_group_of_a_stack_cannot_lose_its_rule(after):
+    W = weight((8, 6))
+    optimizer = optimizers.SymmetryStack([("layers.0.mlp.up_proj.weight", W)])
+    run(optimizer, [W], [gradients((8, 6), after)])
+    before = everything(optimizer, [W])
+    optimizer.param_groups[0]["rule"] = None
+    for attempt in (lambda: run(optimizer, [W], [gradients((8, 6), 1)]), optimizer.init_state):
+        with pytest.raises(ValueError, match="'rule' must name the method"):
+            attempt()
+        assert equal(before, everything(optimizer, [W]))
+
+
+@pytest.mark.parametrize("reopen", [lambda o: o, copy.deepcopy])
+def test_a_bad_value_in_a_group_names_the_rule_only_where_that_was_written(reopen):
+    optimizer = Muon([{"params": [weight(SHAPE)], "rule": "RowNorm"}, {"params": [weight(SHAPE)]}])
+    optimizer = reopen(optimizer)
+    optimizer.param_groups[0]["momentum"] = 2
+    with pytest.raises(ValueError, match=r"^momentum must be"):
+        optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    optimizer.param_groups[1].update(rule="RowNorm", adjust_lr_fn="original")
+    with pytest.raises(ValueError, match=r"^parameter group 1 with rule='RowNorm': adjust_lr_fn"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["at-once", "later"])
+def test_what_a_method_does_not_support_is_refused_when_it_is_written_too(after):
+    W = weight((8, 6))
+    for cls in (getattr(optimizers, name) for name in PLAIN):
+        optimizer = cls([W])
+        run(optimizer, [W], [gradients((8, 6), after)])
+        optimizer.param_groups[0]["capturable"] = True
+        with pytest.raises(ValueError, match="capturable=True is not supported"):
+            run(optimizer, [W], [gradients((8, 6), 1)])
+    optimizer = FRUGAL([W], split="block", density=0.5)
+    run(optimizer, [W], [gradients((8, 6), after)])
+    optimizer.param_groups[0]["stagger"] = True
+    with pytest.raises(ValueError, match="stagger=True does not go with FRUGAL"):
+        run(optimizer, [W], [gradients((8, 6), 1)])

@@ -105,3 +105,26 @@ def test_the_fuzzer_finds(fault, monkeypatch):
     small = fuzz.reduce_case(case, outcome.finding)
     assert fuzz.run_case(small).finding == outcome.finding
     assert len(small.params) == 1 and not any(key == "nesterov" for key, _ in small.options)
+
+
+@pytest.mark.parametrize("eps", ["0", "0.0", "-0.0"])
+@pytest.mark.parametrize("kinds", [("zeros",), ("zeros", "none", "normal"), ("one entry",)])
+def test_an_eps_of_zero_is_right_where_torch_divides_by_zero_too(kinds, eps):
+    grads = tuple(("normal", kind) for kind in kinds)
+    outcome = fuzz.run_case(plain_case(options=(("adamw_eps", eps),), grads=grads))
+    assert (outcome.verdict, outcome.stepped) == ("right", True)
+
+
+def test_an_eps_of_zero_excuses_nothing_that_torch_keeps_finite(monkeypatch):
+    from stiefel.optimizers import Muon
+
+    step = Muon.step
+
+    def broken(self, closure=None):
+        step(self, closure)
+        with torch.no_grad():
+            self.param_groups[0]["params"][1].fill_(torch.nan)
+
+    monkeypatch.setattr(Muon, "step", broken)
+    case = plain_case(options=(("adamw_eps", "0"),), grads=(("normal", "normal"),))
+    assert fuzz.run_case(case).finding[0] == "AdamW parameter is not finite"

@@ -143,3 +143,48 @@ def test_adamws_ratio_stays_where_groups_of_roles_become_one():
     plain = SymmetryStack([W, b], lr=0.01, adamw_lr=0.03)
     plain.load_state_dict(named.state_dict())
     assert [row.lr for row in plain.assignment()] == [0.01, 0.02]
+
+
+@pytest.mark.parametrize("key", KEYS)
+@EVERY
+def test_a_list_that_is_none_says_nothing_and_loads(cls, key):
+    def made(seed):
+        params, needed, weights = problem(cls, seed)
+        groups = params if isinstance(params[0], dict) else [{"params": params}]
+        return cls([{**group, key: None} for group in groups], lr=0.1, **needed), weights
+
+    (optimizer, weights), (other, others) = made(0), made(0)
+    set_gradients(weights)
+    optimizer.step()
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert same(tensors(optimizer), tensors(other))
+    with torch.no_grad():
+        for p, q in zip(others, weights, strict=True):
+            p.copy_(q)
+    for one, params in ((optimizer, weights), (other, others)):
+        set_gradients(params)
+        one.step()
+    assert same(weights, others)
+
+
+def test_a_list_that_is_none_leaves_that_of_the_model():
+    model = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 8), nn.LayerNorm(8))
+    params = [*model.parameters()]
+    plain = Muon([{"params": params}], model=model)
+    for key in LISTS:
+        group = Muon([{"params": params, key: None}], model=model).param_groups[0]
+        assert group.get(key) == plain.param_groups[0].get(key)
+
+
+@pytest.mark.parametrize("change", [{"rules": ["matrix", "matrix"]}, {"view": "rows:8,1"}])
+def test_a_view_that_does_not_fit_names_the_parameter(change):
+    W, v = nn.Parameter(torch.ones(8, 6)), nn.Parameter(torch.ones(6))
+    text = "parameter 1 of shape" if "rules" in change else "parameter 0 of shape .* view"
+    with pytest.raises(ValueError, match=text):
+        Muon([{"params": [W, v], **change}])
+    optimizer = Muon([W, v])
+    set_gradients([W, v])
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(ValueError, match=text):
+        optimizer.step()
+    assert not optimizer.state

@@ -5,7 +5,7 @@ import torch
 from helpers.methods import METHODS
 from helpers.problems import gradients, run, tensors, weight
 
-from stiefel.optimizers import SwitchLoRA, pairs_to_groups
+from stiefel.optimizers import FRUGAL, GaLore, SwitchLoRA, pairs_to_groups
 
 SHAPES = [(24, 10), (10, 24), (24, 10), (40, 40)]
 
@@ -40,3 +40,24 @@ def test_every_method_steps_with_every_dtype_of_state(name, state_dtype, dtype):
         narrow = [X for X in tensors(optimizer).values() if isinstance(X, torch.Tensor)
                   and X.dtype in (torch.bfloat16, torch.float16)]  # fmt: skip
         assert name == "switchlora" or not narrow
+
+
+INNER = {
+    **{f"galore-{kind}": (GaLore, {"inner": kind}) for kind in ("lion", "adafactor")},
+    **{
+        f"frugal-{kind}-{split}": (FRUGAL, {"inner": kind, "split": split})
+        for kind in ("adamw", "lion", "sgdm")
+        for split in ("columns", "rows", "randk", "svd", "block")
+    },
+}
+
+
+@pytest.mark.parametrize("state_dtype", ["float64", "bfloat16", "int8"])
+@pytest.mark.parametrize(("cls", "options"), INNER.values(), ids=INNER)
+def test_every_inner_optimizer_steps_with_every_dtype_of_state(cls, options, state_dtype):
+    params = [weight(shape, i) for i, shape in enumerate(SHAPES)]
+    before = [p.detach().clone() for p in params]
+    optimizer = cls(params, state_dtype=state_dtype, lr=0.01, **options)
+    run(optimizer, params, [gradients(shape, 3, i) for i, shape in enumerate(SHAPES)])
+    for p, was in zip(params, before, strict=True):
+        assert bool(p.isfinite().all()) and not torch.equal(p, was)

@@ -146,11 +146,11 @@ def test_a_stack_has_the_bits_of_its_weights_alone(name, mode):
     """Names are the keys, so each weight alone draws what it draws among others."""
     params, series = problem_of()
     optimizer = METHODS[name](named(params), lr=1e-3, write=mode)
-    together = run(optimizer, params, series)[-1]
+    joint = run(optimizer, params, series)[-1]
     for i in range(len(params)):
         fresh, _ = problem_of()
         alone = METHODS[name](named(fresh)[i : i + 1], lr=1e-3, write=mode)
-        assert torch.equal(run(alone, [fresh[i]], [series[i]])[-1][0], together[i])
+        assert torch.equal(run(alone, [fresh[i]], [series[i]])[-1][0], joint[i])
 
 
 @pytest.mark.parametrize("mode", ["stochastic", "kahan"])

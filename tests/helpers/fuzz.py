@@ -7,6 +7,7 @@ parameter or keyword with nothing changed; all else is a finding.
 from __future__ import annotations
 
 import copy
+import numbers
 import pickle
 import random
 import re
@@ -32,6 +33,7 @@ from helpers.fuzz_values import (
     ODD_GRADS,
 )
 from stiefel.optimizers import StackedOptimizer
+from stiefel.optimizers._driver.adamw import betas_of, decay_of, lr_of
 from stiefel.optimizers._driver.saved_state import SUMS
 
 
@@ -234,7 +236,7 @@ def _step(use: Use, k: int) -> Outcome | None:
         happen(use, case.event)
         optimizer = use.optimizer
     bad = use.set_gradients(k)
-    before = snapshot(use)
+    before, as_torch = snapshot(use), _NotFiniteInTorch(use)
     try:
         if case.event == "other device default" and k == len(case.grads) - 1:
             with torch.device("meta"):
@@ -248,7 +250,7 @@ def _step(use: Use, k: int) -> Outcome | None:
     choices = {str(group.get("nonfinite")) for group in optimizer.param_groups}
     ignore = "ignore" in choices
     if is_tame(optimizer) and not (bad and ignore):
-        _check_finite(use, k)
+        _check_finite(use, k, as_torch)
     if bad and choices == {"raise"}:
         raise Found("nonfinite='raise' does not raise", case.cls)
     return None
@@ -291,7 +293,39 @@ def _go_on(use: Use, k: int, undo: list[Any]) -> None:
         raise Found("no step after a refused one", type(error).__name__, where(error)) from error
 
 
-def _check_finite(use: Use, k: int) -> None:
+class _NotFiniteInTorch:
+    """What ``torch.optim.AdamW`` makes not finite where its eps is 0: zero gradients give 0 / 0.
+
+    It is made before a step, and copies what AdamW reads.
+    """
+
+    def __init__(self, use: Use) -> None:
+        state = use.optimizer.state
+        self.before = {
+            id(p): (p.detach().clone(), copy.deepcopy(dict(state.get(p, {}))), group)
+            for group in use.optimizer.param_groups
+            if isinstance(eps := group.get("adamw_eps"), numbers.Real) and eps == 0
+            for p in group["params"]
+            if is_dense(p) and p.dtype.is_floating_point
+        }
+
+    def agrees(self, p: Tensor) -> bool:
+        """Whether a parameter was as little finite before, or is so after torch's step."""
+        if id(p) not in self.before:
+            return False
+        W, entry, group = self.before[id(p)]
+        if p.grad is None or torch.equal(W.isfinite(), p.isfinite()):
+            return torch.equal(W.isfinite(), p.isfinite())
+        W.grad = p.grad
+        options = {"lr": lr_of(group), "betas": betas_of(group), "eps": group["adamw_eps"]}
+        theirs = torch.optim.AdamW([W], **options, weight_decay=decay_of(group))
+        if entry:
+            theirs.state[W] = entry
+        theirs.step()
+        return torch.equal(W.isfinite(), p.isfinite())
+
+
+def _check_finite(use: Use, k: int, as_torch: _NotFiniteInTorch) -> None:
     case, adamw = use.case, _adamw_parameters(use.optimizer)
     for i, p in enumerate(use.params):
         if not is_dense(p) or not p.dtype.is_floating_point or p.dtype.itemsize == 1:
@@ -300,6 +334,8 @@ def _check_finite(use: Use, k: int) -> None:
             continue
         if id(p) in adamw and spec_of(case, use, p).dtype == "float16":
             continue  # moments in float16, as in torch.optim.AdamW: 0 / 0; a cast may follow
+        if id(p) in adamw and as_torch.agrees(p):
+            continue
         kinds = {row[i] for row in case.grads[: k + 1] if i < len(row)}
         odd = sorted(kinds & set(ODD_GRADS)) or ["plain gradients"]
         if id(p) in adamw:

@@ -35,8 +35,9 @@ def key_of(seed, index, t, number):
 
 def bits_of(key, position):
     x = (((position & 0xFFFFFFFF) >> 1) * 0x9E3779B1 + key + (position >> 32) * 0x632BE5AB) % 2**32
-    x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
-    x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        sign = -(x >> 31) * 2**32  # the shift keeps the sign
+        x = (x ^ ((x + sign) >> shift)) * factor % 2**32
     x ^= x >> 16
     return x >> 16 if position & 1 else x & 0xFFFF
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from helpers.checkpoints import through_a_file
+from helpers.every_class import problem, set_gradients
 from helpers.pair_problems import DOUBLE, LeastSquares, factors, pair_gradients
 from helpers.paths import FIXTURES
 from helpers.problems import gradients, run, same, tensors, weight
@@ -15,6 +16,7 @@ from stiefel.kernels import product
 from stiefel.optimizers import (
     AdaPreLoRA,
     AltLoRA,
+    Muon,
     SwitchLoRA,
     lora_param_groups,
     pairs_to_groups,
@@ -932,3 +934,73 @@ def test_vectors_beside_the_pairs_of_a_model_have_no_weight_decay(cls):
     groups = lora_param_groups(model, base_weight=cls is SwitchLoRA)
     groups = cls(groups, **settings).param_groups
     assert not groups[-1].get("decays")
+
+
+# values that come late, or from other code
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["at-once", "later"])
+@pytest.mark.parametrize("cls", [AltLoRA, AdaPreLoRA, SwitchLoRA])
+def test_a_scale_that_is_written_later_is_there_or_refused(cls, after):
+    params, needed, weights = problem(cls)
+    optimizer = cls(params, lr=0.1, **needed)
+    for _ in range(after):
+        set_gradients(weights)
+        optimizer.step()
+    set_gradients(weights)
+    before = [p.detach().clone() for p in weights]
+    group = optimizer.param_groups[0]
+    for scale in (None, "2", 0.0):
+        group["scale"] = scale
+        with pytest.raises(ValueError, match="scale must be a positive finite number"):
+            optimizer.step()
+        assert all(map(torch.equal, before, weights)) and group["scale"] == scale
+    group["scale"] = 2.0
+    optimizer.step()
+    assert not all(map(torch.equal, before, weights))
+
+
+@pytest.mark.parametrize("scale", [int, {"0": 1.0}.__getitem__, lambda: 1.0])
+def test_a_function_that_tells_no_scale_is_refused_by_its_name(scale):
+    net = nn.ModuleDict({"up": Plain(6, 5)})
+    for make in (lambda: lora_param_groups(net, scale=scale), lambda: AltLoRA(net, scale=scale)):
+        with pytest.raises(ValueError, match=r"^scale=.* fails for module 'up': \w+Error: "):
+            make()
+
+
+@pytest.mark.parametrize("scaling", ["2.0", None, [2.0], torch.tensor(1j), torch.ones(2)])
+def test_a_module_that_tells_no_number_as_its_scale_is_refused(scaling):
+    net = Plain(6, 5)
+    net.scaling = scaling
+    with pytest.raises(ValueError, match="scale must be a positive finite number"):
+        AltLoRA(net)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("view", ["heads:2", ("auto", "heads:2"), ("auto",)])
+@pytest.mark.parametrize("cls", [AltLoRA, AdaPreLoRA, SwitchLoRA])
+def test_a_view_that_leaves_no_pair_is_refused(cls, view, late):
+    (pair, rest), needed, weights = problem(cls)
+    if not isinstance(view, str) and cls is SwitchLoRA and len(view) > 1:
+        view = (*view, "auto")
+    if not late:
+        with pytest.raises(ValueError, match="view"):
+            cls([{**pair, "view": view}, rest], lr=0.1, **needed)
+        return
+    optimizer = cls([pair, rest], lr=0.1, **needed)
+    set_gradients(weights)
+    optimizer.param_groups[0]["view"] = view
+    before = [p.detach().clone() for p in weights]
+    with pytest.raises(ValueError, match="view"):
+        optimizer.step()
+    assert all(map(torch.equal, before, weights)) and not optimizer.state
+
+
+@pytest.mark.parametrize("rule", ["AltLoRA", "AdaPreLoRA"])
+def test_factors_that_are_no_pair_are_refused_in_a_group_of_another_class_too(rule):
+    A, B = weight((2, 6)), weight((5, 3))
+    optimizer = Muon([{"params": [A, B], "rule": rule, "scale": 2.0}])
+    set_gradients([A, B])
+    with pytest.raises(ValueError, match=r"parameter 0 .* and parameter 1 .* are no pair"):
+        optimizer.step()
+    assert not optimizer.state

@@ -265,7 +265,8 @@ def test_permutations_commute_bit_for_bit(shape, dtype, options):
 
 def run_one(W, grads, options):
     p = torch.nn.Parameter(W.clone())
-    run(RowNorm([p], lr=0.1, weight_decay=0.1, **options), [p], [grads])
+    # random bits belong to places, which permutations do not keep
+    run(RowNorm([p], lr=0.1, weight_decay=0.1, write="nearest", **options), [p], [grads])
     return p.detach().clone()
 
 

@@ -1,0 +1,100 @@
+"""8-bit state as older versions stored it: one scale for every 256 numbers of the flat tensor.
+
+The shapes of the scales tell it from today's, whose blocks end with their rows. Such state is
+decoded and coded anew; where rows are too short for scales of their own it becomes floats. Bases,
+which older versions kept as floats, are coded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from ...kernels import (
+    blockwise_scales,
+    dequantize_blocks,
+    quantize_basis,
+    quantize_blocks,
+)
+from .saved_state import Entry, Expected, base_of, check_values_of
+from .units import scale_of
+
+
+def recoded(found: Any, expected: Entry, text: str) -> Any:
+    """State of one parameter in today's layout.
+
+    Args:
+        found: Its state, saved or live; not changed.
+        expected: What it may hold.
+        text: How a message names the parameter.
+
+    Returns:
+        ``found`` itself where nothing in it is old. What does not fit at all stays, for other
+        checks to refuse.
+
+    Raises:
+        ValueError: For old state whose values cannot be.
+    """
+    if not isinstance(found, Mapping):
+        return found
+    changes: dict[str, Tensor | None] = {}
+    for key, wanted in expected.tensors.items():
+        value, scale = found.get(key), found.get(scale_of(key))
+        wanted_scale = expected.tensors.get(scale_of(key))
+        if not _is_plain(value) or tuple(value.shape) != wanted.shape:
+            continue
+        if _is_plain(scale) and _is_flat(value, scale, wanted_scale):
+            limits = Expected(tuple(scale.shape), scale.dtype, scale.device, 0.0)
+            check_values_of(scale_of(key), scale, limits, text, True)
+            changes.update(_coded(value, scale, key, wanted, wanted_scale))
+        elif (
+            wanted_scale is not None
+            and scale is None
+            and value.is_floating_point()
+            and base_of(key) in expected.bases
+        ):
+            limits = Expected(wanted.shape, value.dtype, value.device)
+            check_values_of(key, value, limits, text, True)
+            changes.update(_coded_basis(value, key, wanted_scale))
+    if not changes:
+        return found
+    return {key: value for key, value in ({**found} | changes).items() if value is not None}
+
+
+def _is_plain(x: Any) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor) and x.layout is torch.strided and not (x.is_quantized or x.is_meta)
+
+
+def _is_flat(codes: Tensor, scales: Tensor, wanted: Expected | None) -> bool:
+    """Whether codes and scales are such as older versions stored, and not such as are wanted."""
+    return (
+        codes.dtype in (torch.int8, torch.uint8)
+        and scales.dtype == torch.float32
+        and tuple(scales.shape) == (blockwise_scales(codes.numel()),)
+        and (wanted is None or tuple(scales.shape) != wanted.shape)
+    )
+
+
+def _coded(
+    codes: Tensor, scales: Tensor, key: str, wanted: Expected, wanted_scale: Expected | None
+) -> dict[str, Tensor | None]:
+    """What codes of the flat tensor stand for, as it is stored today; None for what is dropped."""
+    X = dequantize_blocks(codes.contiguous().unsqueeze(0), scales.contiguous().unsqueeze(0))
+    X.masked_fill_(codes == 0, 0.0)  # scales of sums may be infinite, as the sums may
+    if wanted_scale is None:
+        return {key: X[0].to(wanted.dtype), scale_of(key): None}
+    new = torch.zeros(X.shape, dtype=codes.dtype, device=X.device)
+    new_scales = torch.zeros(1, *wanted_scale.shape, dtype=torch.float32, device=X.device)
+    quantize_blocks(X, new, new_scales)
+    return {key: new[0], scale_of(key): new_scales[0]}
+
+
+def _coded_basis(P: Tensor, key: str, scale: Expected) -> dict[str, Tensor | None]:
+    """A basis in 8 bits, with its scales."""
+    codes = torch.zeros(P.shape, dtype=torch.int8, device=P.device)
+    scales = torch.zeros(scale.shape, dtype=torch.float32, device=P.device)
+    quantize_basis(P, codes, scales)
+    return {key: codes, scale_of(key): scales}
