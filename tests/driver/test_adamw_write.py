@@ -13,7 +13,7 @@ from torch import nn
 from stiefel.kernels import Rounding, parameter_keys, rounding_keys
 from stiefel.optimizers import GaLore, Muon, memory_report
 from stiefel.optimizers._driver import adamw, adamw_write
-from stiefel.optimizers._driver.units import _hash63
+from stiefel.optimizers._driver.units import hash63
 
 NAN = float("nan")
 ULP = 2.0**-7
@@ -150,7 +150,7 @@ def test_bits_are_those_of_seed_name_place_and_update(dtype, is_named):
         run(other, values_32, [[grads[t - 1].float()] for grads in series])
         run(optimizer, params, [grads[t - 1 : t] for grads in series])
         for i, (x, p) in enumerate(zip(values_32, params, strict=True)):
-            index = _hash63(names[i]) if is_named else i
+            index = hash63(names[i]) if is_named else i
             key = rounding_keys(parameter_keys(11, [index], p.device), t)
             expected = torch.empty_like(p)
             Rounding(key).round_into_(expected, x.detach().clone())
@@ -411,9 +411,9 @@ def test_a_pickle_from_before_there_were_modes_goes_on():
     params, state = pickle.loads(pickle.dumps((params, state)))
     other = Muon.__new__(Muon)
     other.__setstate__(state)
-    assert other.param_groups[0]["write"] == "auto"
+    assert other.param_groups[0]["write"] == "nearest"
     run(other, params, series)
-    assert all(other.state[p]["exp_avg"].dtype == torch.float32 for p in params)
+    assert all(other.state[p]["exp_avg"].dtype == torch.bfloat16 for p in params)
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -633,8 +633,8 @@ def test_eco_puts_the_error_into_the_momentum(form):
             c = (1 - lr * decay) / lr * (1 - 1 / b1)
             moments[i] = optimizer.state[p]["exp_avg"].double()
             expected = M + c * (1 - b1**t) * root * E
-            torch.testing.assert_close(moments[i], expected, rtol=1e-3, atol=2e-4)
-            assert float((M - expected).abs().max()) > 5e-3  # far above the tolerance
+            torch.testing.assert_close(moments[i], expected, rtol=1e-3, atol=2e-5)
+            assert float((M - expected).abs().max()) > 1e-3  # far above the tolerance
 
 
 def test_eco_is_plain_where_nothing_is_cut_off():
