@@ -302,6 +302,43 @@ def test_the_published_order_of_galore_is_followed(mode, correct_bias):
         assert bool(((p >= low) & (p <= high)).all())
 
 
+def compare_shards(rank, store, form):
+    """In one of two processes: shards move as the whole weights do, bit for bit."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    adamw_write.MAX_CHUNK_NUMEL = 256
+    shapes = [(6, 10), (7, 9), (3, 70, 8), (5,), (64, 64), (4, 2)]
+    for mode in MODES:
+        for placement in (Shard(0), Shard(1), Replicate()):
+            chosen = [shape for shape in shapes if len(shape) > 1 or placement != Shard(1)]
+            params, series = problem(chosen, steps=3)
+            shards = [
+                nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [placement]))
+                for p in params
+            ]
+            whole, split = build(params, mode, **FORMS[form]), build(shards, mode, **FORMS[form])
+            for t in range(3):
+                for p, shard, grads in zip(params, shards, series, strict=True):
+                    p.grad = grads[t]
+                    shard.grad = distribute_tensor(grads[t], mesh, [placement])
+                whole.step()
+                split.step()
+            for p, shard in zip(params, shards, strict=True):
+                assert torch.equal(shard.full_tensor(), p), (mode, placement, p.shape)
+    dist.destroy_process_group()
+
+
+def test_shards_have_the_bits_of_the_whole(tmp_path):
+    torch.multiprocessing.start_processes(
+        compare_shards, (str(tmp_path / "store"), "loop"), nprocs=2, start_method="fork"
+    )
+
+
 # state, files, settings -----------------------------------------------------------------------
 
 
