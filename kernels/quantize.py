@@ -160,6 +160,8 @@ def quantize_blocks(
             a second moment is rounded up or down, so that it is kept on average; positions count
             the entries of one tensor.
     """
+    if not X.numel():
+        return
     signed = codes.dtype == torch.int8
     stored, tops = codes.view(torch.uint8), scales.view(len(X), -1, scales.shape[-1])
     for k, i, j, part in _quantize_panels(X, scales):
@@ -226,6 +228,8 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.
     signed = codes.dtype == torch.int8
     values = _decoder(signed, codes.device)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if not codes.numel():
+        return out
     work = torch.promote_types(dtype, torch.float32)
     tops = scales.view(len(codes), -1, scales.shape[-1])
     for k, i, j, part in _quantize_panels(codes.view(torch.uint8), scales):
@@ -255,8 +259,6 @@ def _quantize_panels(X: Tensor, scales: Tensor) -> Iterator[tuple[int, int, int,
     A panel has whole rows, or whole blocks of one row.
     """
     row = _row_length(X, scales)
-    if not X.numel():
-        return
     for k, rows in enumerate(X.reshape(len(X), -1, row)):
         height = max(1, _QUANTIZE_PANEL // row)
         for i in range(0, len(rows), height):

@@ -54,7 +54,7 @@ def quantize_basis(P: Tensor, codes: Tensor, scales: Tensor) -> None:
     for basis, q, tops in _matrices(P, codes, scales):
         norms = torch.zeros(2, basis.shape[-1], dtype=torch.float32, device=P.device)
         for i, j, rows in _panels(basis):
-            X = rows.float()
+            X = rows.float().contiguous()  # sums must not depend on the layout
             top = X.abs().amax(-2)
             tops[j] = top
             # zeros stay zeros: a block without any other number has the scale 0 and no quotient

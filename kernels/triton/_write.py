@@ -21,12 +21,12 @@ from ..reference import rounding as plain
 from ..reference.rounding import LOW_PRECISION_DTYPES, Rounding
 from ._launch import Case
 
-NEAREST, COLUMN_PAIRS, ROW_PAIRS, SINGLE, WIDE = range(5)
+NEAREST, COLUMN_PAIRS, ROW_PAIRS, SINGLE, FAR = range(5)
 """How random bits are made: not at all; a hash for two neighbours of a row or of a column; a hash
 for every entry; the same with positions from 2^32 on, whose high words differ."""
 STEP, HIGH_STEP = tl.constexpr(plain.STEP), tl.constexpr(plain.HIGH_STEP)
 FACTOR_1, FACTOR_2 = tl.constexpr(plain.FACTOR_1), tl.constexpr(plain.FACTOR_2)
-BFLOAT16_NAN = tl.constexpr(0x7FC00000)
+QUIET_NAN = tl.constexpr(0x7FC00000)
 SMALLEST_HALF = tl.constexpr(2.0**-14)
 
 
@@ -81,19 +81,19 @@ def rounded(value, bits, TYPE: tl.constexpr):
     As ``round_stochastically_`` of plain torch does it. Grid points and infinities lose nothing by
     the carry, NaN stays NaN.
     """
-    is_number = value == value
     pattern = value.to(tl.int32, bitcast=True)
+    sign = pattern & -0x80000000
     if TYPE == tl.bfloat16:
-        pattern = tl.where(is_number, plus(pattern, bits), BFLOAT16_NAN)
-        return (pattern >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        # sums make quiet NaN only, of which the bits would carry into the sign
+        size = plus(tl.minimum(pattern & 0x7FFFFFFF, QUIET_NAN), bits)
+        return ((size | sign) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        sign = pattern & -0x80000000
         shift = tl.where(tl.abs(value) < SMALLEST_HALF, SMALLEST_HALF, 0.0)
         shift = (shift.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         pattern = plus((value + shift).to(tl.int32, bitcast=True), bits >> 3) & -0x2000
         cut = pattern.to(tl.float32, bitcast=True) - shift
         pattern = (cut.to(tl.int32, bitcast=True) & 0x7FFFFFFF) | sign
-        return tl.where(is_number, pattern.to(tl.float32, bitcast=True), value).to(TYPE)
+        return tl.where(value == value, pattern.to(tl.float32, bitcast=True), value).to(TYPE)
 
 
 @triton.jit
@@ -189,7 +189,7 @@ class Bits(NamedTuple):
             return (self.keys, keys_k, *map(_signed, (start, *multiplied))), pairs
         if last >> 32 == 0:
             return (self.keys, keys_k, *map(_signed, (first, step_k, step_m, step_n))), SINGLE
-        return (self.keys, keys_k, first, step_k, step_m, step_n), WIDE
+        return (self.keys, keys_k, first, step_k, step_m, step_n), FAR
 
 
 def _signed(x: int) -> int:
@@ -222,7 +222,7 @@ def with_rounding(case: Case, way: int) -> Case:
     if way == NEAREST:
         constants |= dict.fromkeys(("keys", "keys_k", *_NUMBERS))
     else:
-        types |= {"keys": "*i32", **dict.fromkeys(_NUMBERS, "i64" if way == WIDE else "i32")}
+        types |= {"keys": "*i32", **dict.fromkeys(_NUMBERS, "i64" if way == FAR else "i32")}
         constants["keys_k"] = 1
     return replace(
         case, types=types, constants=constants | {"ROUNDING": way}, loose=(*case.loose, *_NUMBERS)

@@ -102,8 +102,7 @@ def lift_kernel(
         least = tl.load(floor + k * f_k).to(tl.float32) if FLOOR else 0.0
         acc += free * signs(x - reached, least)
     W += k * w_k + rows * w_m + cols * w_n
-    w = tl.load(W, mask=mask, other=0.0).to(tl.float32)
-    w = keep * w + alpha * acc
+    w = keep * tl.load(W, mask=mask, other=0.0).to(tl.float32) + alpha * acc
     store_weight(W, w, mask, keys, keys_k, h_0, h_k, h_m, h_n, k, rows, cols, ROUNDING)
 
 

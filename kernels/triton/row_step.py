@@ -63,20 +63,21 @@ def step_kernel(
     ROUNDING: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """R rows of W and M; the grid is (row bands, matrices)."""
-    batch = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(1).to(tl.int64)
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
     cols = tl.arange(0, BN).to(tl.int64)[None, :]
     if CONTROL:
-        control_row = control + batch * c_k
+        control_row = control + k * c_k
         keep, alpha = tl.load(control_row + c_x), tl.load(control_row + 2 * c_x)
         m = tl.where(tl.load(control_row) != 0.0, m, 0)  # else no row is touched
     valid = rows < m
-    W += batch * w_k + rows * w_m
-    M += batch * m_k + rows * m_m
-    G += batch * g_k + rows * g_m
+    W += k * w_k + rows * w_m
+    M += k * m_k + rows * m_m
+    G += k * g_k + rows * g_m
     if WHOLE:
         mask = valid & (cols < n)
-        w = tl.load(W + cols * w_n, mask=mask, other=0.0).to(tl.float32)  # beside the others
+        place = W + cols * w_n
+        w = tl.load(place, mask=mask, other=0.0).to(tl.float32)  # beside the others
         a, u = moved(M, G, cols * m_n, cols * g_n, mask, momentum, gain, NESTEROV)
         top = tl.max(tl.abs(tl.where(mask, u, 0.0)), axis=1)
         c = safe_scale(top > HIGH, top < LOW)
@@ -84,9 +85,7 @@ def step_kernel(
         tl.store(M + cols * m_n, a.to(M.dtype.element_ty), mask=mask)
         by = alpha * factor(tl.sum(u * u, axis=1), 0.0, eps * c, MODE)[:, None]
         w = keep * w + by * u
-        store_weight(
-            W + cols * w_n, w, mask, keys, keys_k, h_0, h_k, h_m, h_n, batch, rows, cols, ROUNDING
-        )
+        store_weight(place, w, mask, keys, keys_k, h_0, h_k, h_m, h_n, k, rows, cols, ROUNDING)
     else:  # M is stored last, as rounding it early would show
         sums = tl.zeros((R, BN), tl.float32)
         for j in range(0, n, BN):
@@ -110,10 +109,9 @@ def step_kernel(
             a, u = moved(M, G, at * m_n, at * g_n, mask, momentum, gain, NESTEROV)
             u *= c[:, None]
             tl.store(M + at * m_n, a.to(M.dtype.element_ty), mask=mask)
-            w = keep * tl.load(W + at * w_n, mask=mask, other=0.0).to(tl.float32) + by * u
-            store_weight(
-                W + at * w_n, w, mask, keys, keys_k, h_0, h_k, h_m, h_n, batch, rows, at, ROUNDING
-            )
+            place = W + at * w_n
+            w = keep * tl.load(place, mask=mask, other=0.0).to(tl.float32) + by * u
+            store_weight(place, w, mask, keys, keys_k, h_0, h_k, h_m, h_n, k, rows, at, ROUNDING)
 
 
 @torch.library.custom_op("stiefel::row_step_", mutates_args=("W", "M"))

@@ -25,9 +25,9 @@ from ._pointer_lists import (
 )
 from ._write import (
     COLUMN_PAIRS,
+    FAR,
     NEAREST,
     SINGLE,
-    WIDE,
     Bits,
     drawn,
     is_plain,
@@ -185,7 +185,7 @@ CASES = [
     _add_case("scaled_add bf16 stochastic", "bf16", "fp32", "rows", rounding=COLUMN_PAIRS),
     _add_case("scaled_add fp16 stochastic", "fp16", "fp32", "rows", rounding=COLUMN_PAIRS),
     _add_case("scaled_add bf16 stochastic one by one", "bf16", "fp32", "rows", rounding=SINGLE),
-    _add_case("scaled_add bf16 stochastic above 2^32", "bf16", "fp32", "rows", rounding=WIDE),
+    _add_case("scaled_add bf16 stochastic above 2^32", "bf16", "fp32", "rows", rounding=FAR),
     _add_case(
         "scaled_add of lists stochastic", "bf16", "fp32", "one", listed=True, rounding=COLUMN_PAIRS
     ),
