@@ -51,6 +51,7 @@ class Piece(NamedTuple):
         start: Place of the first entry in the parameter.
         flag: None, or a flag () that the host has not read.
         key: None, or the key (1,) of the parameter's random bits.
+        strides: None, or for (K, m, n), part of a shard, by how much places grow along its sides.
     """
 
     param: Tensor
@@ -60,6 +61,7 @@ class Piece(NamedTuple):
     start: int = 0
     flag: Tensor | None = None
     key: Tensor | None = None
+    strides: tuple[int, int, int] | None = None
 
 
 Stepper = Callable[
@@ -146,14 +148,17 @@ class Writer:
             )
         ]
         for run in self._runs_of(params, positions):
-            if params[run[0]].numel() > max_chunk_numel(params[run[0]].device):
-                for piece in self._cut(group, pieces[run[0]]):
+            parts = [pieces[j] for j in run]
+            if hasattr(params[run[0]], "device_mesh"):
+                parts = [_shard_of(parts[0], self.names)]
+            if parts[0].param.numel() > max_chunk_numel(params[run[0]].device):
+                for piece in self._cut(group, parts[0]):
                     yield Chunk(self, group, [piece])
             else:
-                yield Chunk(self, group, [pieces[j] for j in run])
+                yield Chunk(self, group, parts)
 
     def _runs_of(self, params: Sequence[Tensor], positions: Sequence[int]) -> list[list[int]]:
-        """Numbers of the parameters of every chunk; a large parameter is alone."""
+        """Numbers of the parameters of every chunk; a large or sharded parameter is alone."""
         known = tuple(positions)
         if known not in self._runs:
             if len(self._runs) >= MAX_LAYOUTS:
@@ -161,6 +166,9 @@ class Writer:
             runs: list[list[int]] = []
             last: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
             for j, p in enumerate(params):
+                if hasattr(p, "device_mesh"):
+                    runs.append([j])
+                    continue
                 limit, kind = max_chunk_numel(p.device), (p.device, p.dtype)
                 run, used = last.get(kind, ([], limit + 1))
                 if used + p.numel() > limit:
@@ -177,12 +185,13 @@ class Writer:
         limit, key = max_chunk_numel(p.device), self.keys(group, [whole])
         clock = entry["step"].clone()  # before the last piece moves it
         tensors = {"": p, "grad": whole.grad, **{name: entry[name] for name in self.names}}
-        if all(X.is_contiguous() for X in tensors.values()):
+        if whole.strides is None and all(X.is_contiguous() for X in tensors.values()):
             tensors = {name: X.reshape(-1) for name, X in tensors.items()}
         while len(tensors[""]) == 1:
             tensors = {name: X[0] for name, X in tensors.items()}
         side = len(tensors[""])
         row = p.numel() // side
+        step = row if whole.strides is None else whole.strides[0]
         count = max(1, limit // row)
         count -= count % _VECTOR if count > _VECTOR else 0
         for start in range(0, side, count):
@@ -191,7 +200,7 @@ class Writer:
             piece, piece_grad = part.pop(""), part.pop("grad")
             part["step"] = entry["step"] if is_last else clock.clone()
             yield whole._replace(
-                param=piece, grad=piece_grad, entry=part, start=start * row, key=key
+                param=piece, grad=piece_grad, entry=part, start=whole.start + start * step, key=key
             )
 
     def layout(self, group: Mapping[str, Any], pieces: Sequence[Piece]) -> Layout:
@@ -291,7 +300,9 @@ class Chunk:
         key = self._writer.keys(self._group, pieces) if piece.key is None else piece.key
         W, entry = piece.param, piece.entry
         error = torch.empty_like(W, dtype=torch.float32) if self._writer.mode == "eco" else None
-        rounding = Rounding(key, piece.start, residual=entry.get(RESIDUAL), error=error)
+        rounding = Rounding(
+            key, piece.start, piece.strides, residual=entry.get(RESIDUAL), error=error
+        )
         grad = piece.grad.to(torch.float32, memory_format=torch.contiguous_format)
 
         def change(X: Tensor) -> None:
@@ -322,6 +333,53 @@ class Chunk:
         if residual is not None:
             torch._foreach_copy_(residuals, layout.split(residual, params))
         return [] if error is None else layout.split(error, params)
+
+
+def _shard_of(piece: Piece, names: Sequence[str]) -> Piece:
+    """What this process holds of a DTensor, with the places of its entries in the whole."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    p = piece.param
+    assert isinstance(p, DTensor)
+    mesh, placements = p.device_mesh, p.placements
+    shape, offsets = compute_local_shape_and_global_offset(p.shape, mesh, placements)
+    sides, start, step = list[tuple[int, int]](), 0, 1
+    for size, whole, first in zip(shape[::-1], tuple(p.shape)[::-1], offsets[::-1], strict=True):
+        start += first * step
+        if sides and sides[0][0] * sides[0][1] == step:  # whole rows follow each other
+            sides[0] = (sides[0][0] * size, sides[0][1])
+        elif size != 1:
+            sides.insert(0, (size, step))
+        step *= whole
+    if len(sides) > 3:
+        raise NotImplementedError(
+            f"a parameter of shape {tuple(p.shape)} in shards {placements} has no even places; "
+            "choose write='nearest' for it"
+        )
+
+    def local(X: Any) -> Tensor:
+        if isinstance(X, DTensor):
+            X = X.redistribute(mesh, placements).to_local()
+        if len(sides) < 2 and (not sides or sides[0][1] == 1):
+            return X  # type: ignore[no-any-return]
+        view = [size for size, _ in sides]
+        return X.view(view[0], *([1] * (3 - len(view))), *view[1:])  # type: ignore[no-any-return]
+
+    steps = [step for _, step in sides]
+    strides = None
+    if steps not in ([], [1]):
+        first, *rest = steps
+        middle, last = ([0] * (2 - len(rest)) + rest)[:2]
+        strides = first, middle, last
+    entry = {name: local(piece.entry[name]) for name in names}
+    return piece._replace(
+        param=local(p),
+        grad=local(piece.grad),
+        entry={**entry, "step": piece.entry["step"]},
+        start=start,
+        strides=strides,
+    )
 
 
 def _row_by_row(piece: Piece, writer: Writer) -> Piece:

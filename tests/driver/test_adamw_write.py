@@ -13,7 +13,7 @@ from torch import nn
 from stiefel.kernels import Rounding, parameter_keys, rounding_keys
 from stiefel.optimizers import GaLore, Muon, memory_report
 from stiefel.optimizers._driver import adamw, adamw_write
-from stiefel.optimizers._driver.units import _hash63
+from stiefel.optimizers._driver.units import hash63
 
 NAN = float("nan")
 ULP = 2.0**-7
@@ -150,7 +150,7 @@ def test_bits_are_those_of_seed_name_place_and_update(dtype, is_named):
         run(other, values_32, [[grads[t - 1].float()] for grads in series])
         run(optimizer, params, [grads[t - 1 : t] for grads in series])
         for i, (x, p) in enumerate(zip(values_32, params, strict=True)):
-            index = _hash63(names[i]) if is_named else i
+            index = hash63(names[i]) if is_named else i
             key = rounding_keys(parameter_keys(11, [index], p.device), t)
             expected = torch.empty_like(p)
             Rounding(key).round_into_(expected, x.detach().clone())
@@ -302,6 +302,43 @@ def test_the_published_order_of_galore_is_followed(mode, correct_bias):
         assert bool(((p >= low) & (p <= high)).all())
 
 
+def compare_shards(rank, store, form):
+    """In one of two processes: shards move as the whole weights do, bit for bit."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    adamw_write.MAX_CHUNK_NUMEL = 256
+    shapes = [(6, 10), (7, 9), (3, 70, 8), (5,), (64, 64), (4, 2)]
+    for mode in MODES:
+        for placement in (Shard(0), Shard(1), Replicate()):
+            chosen = [shape for shape in shapes if len(shape) > 1 or placement != Shard(1)]
+            params, series = problem(chosen, steps=3)
+            shards = [
+                nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [placement]))
+                for p in params
+            ]
+            whole, split = build(params, mode, **FORMS[form]), build(shards, mode, **FORMS[form])
+            for t in range(3):
+                for p, shard, grads in zip(params, shards, series, strict=True):
+                    p.grad = grads[t]
+                    shard.grad = distribute_tensor(grads[t], mesh, [placement])
+                whole.step()
+                split.step()
+            for p, shard in zip(params, shards, strict=True):
+                assert torch.equal(shard.full_tensor(), p), (mode, placement, p.shape)
+    dist.destroy_process_group()
+
+
+def test_shards_have_the_bits_of_the_whole(tmp_path):
+    torch.multiprocessing.start_processes(
+        compare_shards, (str(tmp_path / "store"), "loop"), nprocs=2, start_method="fork"
+    )
+
+
 # state, files, settings -----------------------------------------------------------------------
 
 
@@ -411,9 +448,9 @@ def test_a_pickle_from_before_there_were_modes_goes_on():
     params, state = pickle.loads(pickle.dumps((params, state)))
     other = Muon.__new__(Muon)
     other.__setstate__(state)
-    assert other.param_groups[0]["write"] == "auto"
+    assert other.param_groups[0]["write"] == "nearest"
     run(other, params, series)
-    assert all(other.state[p]["exp_avg"].dtype == torch.float32 for p in params)
+    assert all(other.state[p]["exp_avg"].dtype == torch.bfloat16 for p in params)
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -608,7 +645,7 @@ def test_decay_is_that_of_float32(mode, dtype):
     if mode == "kahan":
         total = total + optimizer.state[p]["residual"].double()
     lost = float((start - total).sum() / start.sum()) / (1 - (1 - 1e-4) ** 400)
-    assert abs(lost - 1) < 0.01 if mode != "eco" else abs(lost - 1) < 0.05
+    assert abs(lost - 1) < 0.01
 
 
 # errors in the momentum -----------------------------------------------------------------------
@@ -633,8 +670,8 @@ def test_eco_puts_the_error_into_the_momentum(form):
             c = (1 - lr * decay) / lr * (1 - 1 / b1)
             moments[i] = optimizer.state[p]["exp_avg"].double()
             expected = M + c * (1 - b1**t) * root * E
-            torch.testing.assert_close(moments[i], expected, rtol=1e-3, atol=2e-4)
-            assert float((M - expected).abs().max()) > 5e-3  # far above the tolerance
+            torch.testing.assert_close(moments[i], expected, rtol=1e-3, atol=2e-5)
+            assert float((M - expected).abs().max()) > 1e-3  # far above the tolerance
 
 
 def test_eco_is_plain_where_nothing_is_cut_off():
