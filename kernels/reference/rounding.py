@@ -11,13 +11,13 @@ move at all by steps below half of the distance of its grid points. Two ways kee
 The random bits of an entry are a function h(key, position) of the parameter, the update and the
 entry's place in the whole parameter, row by row. So they are the same whether the weight is
 stacked, viewed, transposed or cut into shards, on every back end, and after a resume. All of it is
-wrapping arithmetic in int32, where >> keeps the sign and >>> does not::
+wrapping arithmetic in int32, where >> keeps the sign::
 
-    x = (position mod 2^32 >>> 1) * 0x9E3779B1 + key + (position div 2^32) * 0x632BE5AB
+    x = (position mod 2^32 div 2) * 0x9E3779B1 + key + (position div 2^32) * 0x632BE5AB
     x = (x ^ x >> 16) * 0x7FEB352D
     x = (x ^ x >> 15) * 0x846CA68B
-    x = x ^ x >>> 16
-    h = lower 16 bits of x at even positions, upper 16 bits at odd ones
+    x = x ^ (x >> 16 & 0xFFFF)
+    h = lower 16 bits of x at even positions, upper 16 bits at odd ones, the highest bit flipped
 
 One hash serves two neighbours. As bfloat16 is the upper half of float32, h is added to the bit
 pattern of a float32 value, and the lower half is cleared.
@@ -117,11 +117,9 @@ class Rounding:
     def mT(self) -> Rounding:
         """The same for the transposed weight."""
         residual, error = (None if X is None else X.mT for X in (self.residual, self.error))
-        transposed = replace(self, residual=residual, error=error)
-        if self.strides is None:
-            return transposed
+        assert self.strides is not None  # row by row says nothing about columns
         step_k, step_m, step_n = self.strides
-        return replace(transposed, strides=(step_k, step_n, step_m))
+        return replace(self, strides=(step_k, step_n, step_m), residual=residual, error=error)
 
     def part(self, panel: Sequence[slice]) -> Rounding:
         """The same for a panel: slices of matrices and, if given, of rows and columns."""
