@@ -190,17 +190,28 @@ def _widths(ptx: str, pattern: str) -> list[int]:
     return found
 
 
+def accesses(case: Case, arch: str) -> tuple[list[int], list[int]]:
+    """Bytes of every instruction that loads from global memory, and of every one that stores."""
+    kernel, _ = build(case, arch)
+    if arch == "gfx942":
+        text = kernel.asm["amdgcn"]
+        return sorted(_amd_widths(text, "load")), sorted(_amd_widths(text, "store"))
+    ptx = kernel.asm["ptx"]
+    loads = _widths(ptx, r"(?:@\S+ )?ld\.global((?:\.\w+(?:::\w+)*)*)")
+    return sorted(loads), sorted(_widths(ptx, r"(?:@\S+ )?st\.global((?:\.\w+(?:::\w+)*)*)"))
+
+
+def _amd_widths(text: str, kind: str) -> list[int]:
+    bytes_of = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+    names = re.findall(rf"(?:global|buffer|flat)_{kind}_[us]?(byte|short|dword(?:x\d)?)", text)
+    return [bytes_of[name] for name in names]
+
+
 def _amd(text: str) -> dict[str, Any]:
     def said(name: str) -> int:
         return max(map(int, re.findall(rf"\.{name}:\s*(\d+)", text)), default=0)
 
-    bytes_of = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
-
-    def widths(kind: str) -> list[int]:
-        names = re.findall(rf"(?:global|buffer|flat)_{kind}_[us]?(byte|short|dword(?:x\d)?)", text)
-        return [bytes_of[name] for name in names]
-
-    loads = widths("load")
+    loads = _amd_widths(text, "load")
     products = re.findall(r"v_mfma_f32_\d+x\d+x\d+_?\w*?_?(bf16|f16|xf32|f32|f64)", text)
     return {
         "registers": said("vgpr_count"),
@@ -209,7 +220,7 @@ def _amd(text: str) -> dict[str, Any]:
         "products": _count(("v_mfma", operand) for operand in products),
         "narrow": sum(width < 4 for width in loads),
         "load": max(loads, default=0),
-        "store": max(widths("store"), default=0),
+        "store": max(_amd_widths(text, "store"), default=0),
         "copies": len(re.findall(r"(?:global|buffer)_load_(?:lds_|\w+ .*\blds\b)", text)),
     }
 

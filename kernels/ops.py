@@ -15,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import backend_for
 from .reference._stacks import Stack
+from .reference.rounding import Rounding
 
 
 def fuses_passes(X: Stack) -> bool:
@@ -388,6 +389,7 @@ def equal_rows(X: Tensor) -> Tensor:
 def scaled_add_(
     W: Stack, X: Stack, by: Tensor | None, keep: float, alpha: float,
     control: Tensor | None = None, *, Y: Stack | None = None, by_Y: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """W <- keep W + alpha (by X + by_Y Y), in place, rounded once.
 
@@ -402,14 +404,18 @@ def scaled_add_(
             which replaces the arguments keep and alpha. Where the flag is 0, W does not change.
         Y: None (default), or a second (K, m, n).
         by_Y: As ``by``, for Y (None).
+        rounding: How a weight of low precision is rounded, whose keys belong to the matrices of W;
+            None (default): to nearest.
     """
-    backend_for(W, "pass").scaled_add_(W, X, by, keep, alpha, control, Y=Y, by_Y=by_Y)
+    backend_for(W, "pass").scaled_add_(
+        W, X, by, keep, alpha, control, Y=Y, by_Y=by_Y, rounding=rounding
+    )
 
 
 def lift_(
     W: Tensor, P: Tensor, N: Tensor, keep: float, alpha: float, *, X: Tensor | None = None,
     by: Tensor | None = None, R: Tensor | None = None, free: float = 0.0,
-    floor: Tensor | None = None, control: Tensor | None = None,
+    floor: Tensor | None = None, control: Tensor | None = None, rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """W <- keep W + alpha (P N + rest), in place, rounded once.
 
@@ -431,6 +437,7 @@ def lift_(
             sign 0.
         control: None (default), or (K, 3) float32 with a row [flag, keep, alpha] for each matrix,
             which replaces the arguments keep and alpha. Where the flag is 0, W does not change.
+        rounding: How a weight of low precision is rounded; None (default): to nearest.
     """
     backend_for(W, "pass").lift_(
         W,
@@ -444,13 +451,15 @@ def lift_(
         free=free,
         floor=floor,
         control=control,
+        rounding=rounding,
     )
 
 
 def adam_lift_(
-    W: Tensor, P: Tensor, R: Tensor, M: Tensor, V: Tensor, t: int | Tensor, keep: float,
+    W: Tensor, P: Tensor, R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, keep: float,
     alpha: float, *, beta1: float, beta2: float, eps: float, X: Tensor | None = None,
     free: float = 0.0, floor: Tensor | None = None, control: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """W <- keep W + alpha (P N [+ free * sign(X - P R)]) with N = adam(R), in place.
 
@@ -474,6 +483,7 @@ def adam_lift_(
         floor: None (default, 0), or (K, 1, 1), as for :func:`lift_`.
         control: None (default), or (K, 3), as for :func:`lift_`. Where the flag is 0, M and V do
             not change either.
+        rounding: How a weight of low precision is rounded; None (default): to nearest.
     """
     backend_for(W, "pass").adam_lift_(
         W,
@@ -491,6 +501,7 @@ def adam_lift_(
         free=free,
         floor=floor,
         control=control,
+        rounding=rounding,
     )
 
 
@@ -498,7 +509,7 @@ def split_step_(
     W: Tensor, G: Tensor, index: Tensor, dim: int | None, M: Tensor, V: Tensor,
     t: float | Tensor, keep: float, alpha: float, *, beta1: float, beta2: float, eps: float,
     free: str = "sign_sgd", free_scale: float = 1.0, floor: Tensor | None = None,
-    control: Tensor | None = None,
+    control: Tensor | None = None, rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """W <- keep W + alpha U, in place: U is Adam's direction where chosen, else one without state.
 
@@ -523,6 +534,7 @@ def split_step_(
         control: None (default), or (K, 3) float32 with a row [flag, keep, alpha] for each matrix,
             which replaces the arguments keep and alpha. Where the flag is 0, W, M and V of that
             matrix do not change.
+        rounding: How a weight of low precision is rounded; None (default): to nearest.
     """
     backend_for(W, "pass").split_step_(
         W,
@@ -541,12 +553,14 @@ def split_step_(
         free_scale=free_scale,
         floor=floor,
         control=control,
+        rounding=rounding,
     )
 
 
 def row_step_(
     W: Tensor, M: Tensor, G: Tensor, momentum: float, eps: float, mode: str, keep: float,
-    alpha: float, control: Tensor | None = None, nesterov: bool = False,
+    alpha: float, control: Tensor | None = None, nesterov: bool = False, *,
+    rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """A whole step of RowNorm, in place: momentum, row norms and the write.
 
@@ -566,8 +580,11 @@ def row_step_(
             which replaces the arguments keep and alpha. Where the flag is 0, W and M of that matrix
             do not change.
         nesterov: Whether U looks ahead by one gradient (False).
+        rounding: How a weight of low precision is rounded; None (default): to nearest.
 
     Raises:
         ValueError: ``mode`` is unknown or ``"relative"``.
     """
-    backend_for(W, "pass").row_step_(W, M, G, momentum, eps, mode, keep, alpha, control, nesterov)
+    backend_for(W, "pass").row_step_(
+        W, M, G, momentum, eps, mode, keep, alpha, control, nesterov, rounding=rounding
+    )

@@ -256,13 +256,24 @@ class RowStep(Deferred):
         is_column_major = self.G.stride(-1) != 1 or self.M.stride(-1) != 1
         if is_column_major or not isinstance(W, Tensor):
             return self.materialized.fused_write_(W, by)
-        scalars = by.scale_alpha(self.length)
+        keep, alpha, control, rounding = by.scale_alpha(self.length)
         if self.eps is None and not kernels.fuses_passes(W):
             U, row_scales = self.unit_rows()
-            kernels.scaled_add_(W, U, row_scales, *scalars)
+            kernels.scaled_add_(W, U, row_scales, keep, alpha, control, rounding=rounding)
             return True
         eps = kernel_eps(self.eps)
-        kernels.row_step_(W, self.M, self.G, self.momentum, eps, self.mode, *scalars)
+        kernels.row_step_(
+            W,
+            self.M,
+            self.G,
+            self.momentum,
+            eps,
+            self.mode,
+            keep,
+            alpha,
+            control,
+            rounding=rounding,
+        )
         return True
 
 

@@ -167,7 +167,7 @@ class SymmetryStack(StackedOptimizer):
             "view is read from the model; give it to one weight in overrides, or to a group",
         )
         check(
-            options.get("write") != "eco",
+            str(options.get("write")) != "eco",
             "write='eco' puts rounding errors into the momentum, which does not go with all rules "
             "of SymmetryStack; choose write='stochastic' or 'kahan', or give it to groups with "
             "rule='Muon'",

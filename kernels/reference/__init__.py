@@ -1,8 +1,9 @@
 """The operations in plain torch: the CPU path, and what the Triton kernels are tested against.
 
 Every operation lies in a file of its own, and its kernel in the file of that name in ``triton/``.
-``matmul`` and ``write`` have no kernel: products of stacks are torch's own on every device, and
-``store_weight`` in ``triton/_write.py`` is what ``update_weight_`` is here.
+``matmul``, ``write``, ``rounding`` and ``hashing`` have no kernel: products of stacks are torch's
+own on every device, and ``store_weight`` in ``triton/_write.py`` is what ``update_weight_`` is
+here, with the same random bits.
 """
 
 from .adam import adam

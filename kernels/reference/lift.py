@@ -5,12 +5,13 @@ from torch import Tensor
 
 from . import write
 from .matmul import add_product_, product
+from .rounding import Rounding
 
 
 def lift_(
     W: Tensor, P: Tensor, N: Tensor, keep: float, alpha: float, *, X: Tensor | None = None,
     by: Tensor | None = None, R: Tensor | None = None, free: float = 0.0,
-    floor: Tensor | None = None, control: Tensor | None = None,
+    floor: Tensor | None = None, control: Tensor | None = None, rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """W <- keep W + alpha (P N + rest), in place, rounded once.
 
@@ -32,8 +33,10 @@ def lift_(
             sign 0.
         control: None (default), or (K, 3) float32 with a row [flag, keep, alpha] for each matrix,
             which replaces the arguments keep and alpha. Where the flag is 0, W does not change.
+        rounding: How a weight of low precision is rounded; None (default): to nearest.
     """
     dtype = torch.promote_types(torch.promote_types(W.dtype, N.dtype), torch.float32)
+    dtype = write.accumulation_dtype(W, dtype, rounding)
     P, N = P.expand(len(W), -1, -1).to(dtype), N.to(dtype)
 
     def change(Y: Tensor) -> None:
@@ -47,7 +50,7 @@ def lift_(
         U.mul_(alphas).add_(Y * keeps)
         Y.copy_(torch.where(finite != 0, U, Y))
 
-    write.update_weight_(W, change, dtype)
+    write.update_flagged_weight_(W, change, dtype, control, rounding)
 
 
 def _add_rest_(

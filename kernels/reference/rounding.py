@@ -102,6 +102,8 @@ class Rounding:
             weight is rounded to nearest then, and the residual by random bits: to nearest it would
             miss 1 to 2 % of a constant step.
         error: None (default), or (K, m, n) float32, which takes what this write cuts off.
+        pairs: None (default), or (K,) int64 for one row of K whole parameters, each from an even
+            place: how many pairs of neighbours each has.
     """
 
     keys: Tensor
@@ -109,6 +111,7 @@ class Rounding:
     strides: tuple[int, int, int] | None = None
     residual: Tensor | None = None
     error: Tensor | None = None
+    pairs: Tensor | None = None
 
     @property
     def mT(self) -> Rounding:
@@ -154,6 +157,8 @@ class Rounding:
 
     def bits(self, shape: tuple[int, ...]) -> Tensor:
         """16 random bits for every entry, as int16 of this shape."""
+        if self.pairs is not None:
+            return joined_bits(self.keys, self.pairs, math.prod(shape))
         if self.strides is None:
             row = (1, 1, math.prod(shape))
             return random_bits(self.keys, self.offset, (0, 0, 1), row).view(shape)
@@ -190,6 +195,23 @@ def random_bits(
     starts = starts.expand(matrices, rows).reshape(-1, 1)
     x = _mixed(starts + _steps(pairs, keys.device)).view(torch.int16)
     return x[:, odd : odd + count].reshape(shape)
+
+
+def joined_bits(keys: Tensor, pairs: Tensor, count: int) -> Tensor:
+    """``random_bits`` of a row of whole parameters, each from an even place.
+
+    Args:
+        keys: (K,) int32.
+        pairs: (K,) int64, how many pairs of neighbours each parameter has.
+        count: Entries of the row, 2 for each pair.
+
+    Returns:
+        (count,) int16.
+    """
+    # pairs are counted along the row, so each key takes back the count at which its own begin
+    starts = (pairs.cumsum(0) - pairs).to(torch.int32) * STEP
+    x = torch.repeat_interleave(keys - starts, pairs, output_size=count // 2)
+    return _mixed(x.add_(_steps(count // 2, keys.device))).view(torch.int16)
 
 
 def _lines(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from .momentum import momentum_step_
+from .rounding import Rounding
 from .row_norm import check_mode, row_factors
 from .scaled_add import scaled_add_
 
 
 def row_step_(
     W: Tensor, M: Tensor, G: Tensor, momentum: float, eps: float, mode: str, keep: float,
-    alpha: float, control: Tensor | None = None, nesterov: bool = False,
+    alpha: float, control: Tensor | None = None, nesterov: bool = False, *,
+    rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """A whole step of RowNorm, in place: momentum, row norms and the write.
 
@@ -31,6 +33,7 @@ def row_step_(
             which replaces the arguments keep and alpha. Where the flag is 0, W and M of that matrix
             do not change.
         nesterov: Whether U looks ahead by one gradient (False).
+        rounding: How a weight of low precision is rounded; None (default): to nearest.
 
     Raises:
         ValueError: ``mode`` is unknown or ``"relative"``.
@@ -39,7 +42,8 @@ def row_step_(
     finite = None if control is None else control[:, 0]
     U, squares = momentum_step_(M, G, momentum, nesterov=nesterov, squares="rows", finite=finite)
     assert squares is not None
-    scaled_add_(W, U, row_factors(squares, mode, eps), keep, alpha, control)
+    by = row_factors(squares, mode, eps)
+    scaled_add_(W, U, by, keep, alpha, control, rounding=rounding)
 
 
 def check_step(mode: str) -> None:

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from . import write
 from ._stacks import Stack, stacked
+from .rounding import Rounding
 
 
 def scaled_add_(
     W: Stack, X: Stack, by: Tensor | None, keep: float, alpha: float,
     control: Tensor | None = None, *, Y: Stack | None = None, by_Y: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """W <- keep W + alpha (by X + by_Y Y), in place, rounded once.
 
@@ -26,6 +28,8 @@ def scaled_add_(
             which replaces the arguments keep and alpha. Where the flag is 0, W does not change.
         Y: None (default), or a second (K, m, n).
         by_Y: As ``by``, for Y (None).
+        rounding: How a weight of low precision is rounded, whose keys belong to the matrices of W;
+            None (default): to nearest.
     """
     stack = stacked(W)
     dtype = torch.promote_types(stack.dtype, torch.float32)
@@ -44,7 +48,7 @@ def scaled_add_(
             new.addcmul_(Z, alphas if c is None else c.to(dtype) * alphas)
         w.copy_(torch.where(finite != 0, new, w))
 
-    write.update_weight_(stack, change, dtype)
+    write.update_flagged_weight_(stack, change, dtype, control, rounding)
     if stack is not W:  # a list: its matrices take the rounded values, bit for bit
         for place, w in zip(W, stack, strict=True):
             place.copy_(w)

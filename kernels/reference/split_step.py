@@ -5,13 +5,14 @@ from torch import Tensor
 
 from . import write
 from .adam import adam
+from .rounding import Rounding
 
 
 def split_step_(
     W: Tensor, G: Tensor, index: Tensor, dim: int | None, M: Tensor, V: Tensor,
     t: float | Tensor, keep: float, alpha: float, *, beta1: float, beta2: float, eps: float,
     free: str = "sign_sgd", free_scale: float = 1.0, floor: Tensor | None = None,
-    control: Tensor | None = None,
+    control: Tensor | None = None, rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """W <- keep W + alpha U, in place: U is Adam's direction where chosen, else one without state.
 
@@ -36,6 +37,7 @@ def split_step_(
         control: None (default), or (K, 3) float32 with a row [flag, keep, alpha] for each matrix,
             which replaces the arguments keep and alpha. Where the flag is 0, W, M and V of that
             matrix do not change.
+        rounding: How a weight of low precision is rounded; None (default): to nearest.
     """
     dtype = torch.promote_types(torch.promote_types(W.dtype, G.dtype), torch.float32)
     X = G.to(dtype)
@@ -60,4 +62,4 @@ def split_step_(
         finite, keeps, alphas = control.to(dtype).view(len(Y), 3, 1, 1).unbind(1)
         Y.copy_(torch.where(finite != 0, (Y * keeps).addcmul_(U, alphas), Y))
 
-    write.update_weight_(W, change, dtype)
+    write.update_flagged_weight_(W, change, dtype, control, rounding)

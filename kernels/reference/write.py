@@ -42,13 +42,48 @@ def update_weight_(
             of float32 and float64 always are. X is float32 under it, whatever ``dtype`` is, as
             sums in the weight's own dtype are rounded to nearest already.
     """
-    is_low = W.dtype in LOW_PRECISION_DTYPES
-    if dtype is None or (is_low and rounding is not None):
-        dtype = torch.float32 if is_low else W.dtype
+    dtype = accumulation_dtype(W, dtype, rounding)
     target = W[panel] if panel else W
-    if not is_low:
+    if W.dtype not in LOW_PRECISION_DTYPES:
         rounding = None
     _round_into_(target, change, dtype, None if rounding is None else rounding.part(panel))
+
+
+def accumulation_dtype(
+    W: Tensor, dtype: torch.dtype | None, rounding: Rounding | None
+) -> torch.dtype:
+    """In which dtype ``update_weight_`` changes the values of W, for the one that is wanted."""
+    is_low = W.dtype in LOW_PRECISION_DTYPES
+    if dtype is None or (is_low and rounding is not None):
+        return torch.float32 if is_low else W.dtype
+    return dtype
+
+
+def update_flagged_weight_(
+    W: Tensor,
+    change: Change,
+    dtype: torch.dtype,
+    control: Tensor | None,
+    rounding: Rounding | None,
+) -> None:
+    """``update_weight_`` of matrices some of which stay, with what earlier writes have cut off.
+
+    Args:
+        W: (K, m, n), any strides.
+        change: As for ``update_weight_``; it changes no matrix whose flag is 0.
+        dtype: As for ``update_weight_``.
+        control: None, or (K, 3), whose first column has the flags.
+        rounding: As for ``update_weight_``.
+    """
+    residual = None if rounding is None else rounding.residual
+    if control is None or residual is None:
+        update_weight_(W, change, dtype, rounding=rounding)
+        return
+    # W plus its residual may be halfway between two grid points, and be rounded to the other one
+    moves, old = control[:, 0].view(-1, 1, 1) != 0, (W.clone(), residual.clone())
+    update_weight_(W, change, dtype, rounding=rounding)
+    for X, before in zip((W, residual), old, strict=True):
+        X.copy_(torch.where(moves, X, before))
 
 
 def _round_into_(

@@ -6,6 +6,7 @@ moments, then goes down the rows of W. Where that does not pay, ``adam`` and ``l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import adam_lift as plain
+from ..reference.rounding import Rounding
 from ._launch import INTERPRETED, Case, config, guard, options, refuse_overlap, strides
 from ._tables import Config
-from ._write import store_weight
+from ._write import Bits, drawn, is_plain, store_weight
 from .adam import adam, adam_moved, bias, clocks, distance, spread
 from .lift import case, controls, floors, lift_, products, residual, signs, three
 from .project import RANK, multiprocessors, ranks
@@ -34,9 +37,9 @@ FULL = 0.8
 def adam_lift_kernel(
     W, P, R, M, V, clock, X, floor, control, m, n, r, w_k, w_m, w_n, p_k, p_m, p_r,
     r_k, r_r, r_n, m_k, m_r, m_n, v_k, v_r, v_n, t_k, t_r, t_n, x_k, x_m, x_n, f_k, c_k, c_c,
-    keep, alpha, free, beta1, rest1, beta2, rest2, one, two, eps,
+    keys, keys_k, h_0, h_k, h_m, h_n, keep, alpha, free, beta1, rest1, beta2, rest2, one, two, eps,
     CLOCK: tl.constexpr, SIGN: tl.constexpr, FLOOR: tl.constexpr, CONTROL: tl.constexpr,
-    PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
+    PRECISION: tl.constexpr, RESIDUAL: tl.constexpr, ROUNDING: tl.constexpr,
     RB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """All of W in BN columns, with R and N of these on chip; grid (column tiles, matrices)."""
@@ -84,7 +87,10 @@ def adam_lift_kernel(
         acc = tl.dot(y, d, input_precision=PRECISION)
         if SIGN:
             acc += free * signs(g - tl.dot(y, x, input_precision=RESIDUAL), least)
-        store_weight(w, keep * old + alpha * acc, left & written)
+        new, at = keep * old + alpha * acc, rows + start
+        store_weight(
+            w, new, left & written, keys, keys_k, h_0, h_k, h_m, h_n, k, at, cols, ROUNDING
+        )
         p += step * p_m
         w += step * w_m
 
@@ -93,7 +99,8 @@ def adam_lift_kernel(
 def _adam_lift_op(
     W: Tensor, P: Tensor, R: Tensor, M: Tensor, V: Tensor, t: float, clock: Tensor | None,
     keep: float, alpha: float, beta1: float, beta2: float, eps: float, X: Tensor | None,
-    free: float, floor: Tensor | None, control: Tensor | None,
+    free: float, floor: Tensor | None, control: Tensor | None, keys: Tensor | None,
+    positions: Sequence[int],
 ) -> None:  # fmt: skip
     if W.numel() == 0:
         return
@@ -104,17 +111,22 @@ def _adam_lift_op(
         clocked = t if clock is None else clock
         N = adam(R, M, V, clocked, beta1=beta1, beta2=beta2, eps=eps, finite=finite)
         beside = None if X is None else R
-        lift_(W, P, N, keep, alpha, X=X, R=beside, free=free, floor=floor, control=control)
+        lift_(
+            W, P, N, keep, alpha, X=X, R=beside, free=free, floor=floor, control=control,
+            rounding=Bits(keys, positions).rounding,
+        )  # fmt: skip
         return
     chosen = _tiles(W, X is not None)
+    random, way = Bits(keys, positions).launched((K, m, n))
     with guard(W):
         adam_lift_kernel[(triton.cdiv(n, chosen.tile_sizes["BN"]), K)](
             W, P, R, M, V, clock, X, floor, control, m, n, r, *strides(W), *strides(P),
             *strides(R), *strides(M), *strides(V), *spread(clock, M), *three(X), floors(floor),
-            *controls(control), keep, alpha, free,
+            *controls(control), *random, keep, alpha, free,
             *bias(t, clock is not None, beta1, beta2), eps, CLOCK=clock is not None,
             SIGN=X is not None, FLOOR=floor is not None, CONTROL=control is not None,
-            PRECISION=products(W, P), RESIDUAL=residual(), RB=ranks(r), **options(chosen),
+            PRECISION=products(W, P), RESIDUAL=residual(), ROUNDING=way, RB=ranks(r),
+            **options(chosen),
         )  # fmt: skip
 
 
@@ -139,12 +151,21 @@ def adam_lift_(
     W: Tensor, P: Tensor, R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, keep: float,
     alpha: float, *, beta1: float, beta2: float, eps: float, X: Tensor | None = None,
     free: float = 0.0, floor: Tensor | None = None, control: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """Kernel of :func:`stiefel.kernels.reference.adam_lift_`."""
+    if is_plain(rounding):
+        plain.adam_lift_(
+            W, P, R, M, V, t, keep, alpha, beta1=beta1, beta2=beta2, eps=eps, X=X, free=free,
+            floor=floor, control=control, rounding=rounding,
+        )  # fmt: skip
+        return
+    K, m, n = W.shape
     X, (number, clock) = None if free == 0.0 else X, clocks(t)
     _adam_lift_op(
-        W, P, R, M, V, number, clock, keep, alpha, beta1, beta2, eps, X, free, floor, control
-    )
+        W, P, R, M, V, number, clock, keep, alpha, beta1, beta2, eps, X, free, floor, control,
+        *drawn(rounding, W.dtype, (K, m, n)),
+    )  # fmt: skip
 
 
 def _case(name: str, W: str, RB: int, sign: bool = False, **constants: Any) -> Case:
@@ -160,4 +181,8 @@ CASES = [
     _case("adam_lift tf32x3", "fp32", 64, PRECISION="tf32x3"),
     _case("adam_lift bf16 with signs", "bf16", 64, True),
     _case("adam_lift tf32x3 with signs column-major", "fp32", 32, True, PRECISION="tf32x3"),
+    _case("adam_lift bf16 stochastic", "bf16", 128),
+    _case("adam_lift fp16 stochastic", "fp16", 128),
+    _case("adam_lift bf16 stochastic column-major", "bf16", 128),
+    _case("adam_lift bf16 with signs stochastic", "bf16", 64, True),
 ]

@@ -5,6 +5,7 @@ The rest is by * X, or free * sign(X - P R). The sum is rounded once, in W's dty
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import lift as plain
+from ..reference.rounding import Rounding
 from ._launch import (
     Case,
     config,
@@ -21,7 +24,16 @@ from ._launch import (
     refuse_overlap,
     strides,
 )
-from ._write import store_weight
+from ._write import (
+    COLUMN_PAIRS,
+    NEAREST,
+    ROW_PAIRS,
+    Bits,
+    drawn,
+    is_plain,
+    store_weight,
+    with_rounding,
+)
 from .adam import described
 from .project import needs_upcast
 
@@ -35,10 +47,11 @@ def signs(x, least):
 @triton.jit
 def lift_kernel(
     W, P, N, X, by, R, floor, control, m, n, r, w_k, w_m, w_n, p_k, p_m, p_r, n_k, n_r, n_n,
-    x_k, x_m, x_n, b_k, b_m, b_n, r_k, r_r, r_n, f_k, c_k, c_c, keep, alpha, free,
+    x_k, x_m, x_n, b_k, b_m, b_n, r_k, r_r, r_n, f_k, c_k, c_c, keys, keys_k, h_0, h_k, h_m, h_n,
+    keep, alpha, free,
     REST: tl.constexpr, BY: tl.constexpr, FLOOR: tl.constexpr, CONTROL: tl.constexpr,
     UPCASTS: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ROUNDING: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of W; the grid is (tiles, matrices)."""
     col_tiles = tl.cdiv(n, BN)
@@ -89,8 +102,8 @@ def lift_kernel(
         least = tl.load(floor + k * f_k).to(tl.float32) if FLOOR else 0.0
         acc += free * signs(x - reached, least)
     W += k * w_k + rows * w_m + cols * w_n
-    w = tl.load(W, mask=mask, other=0.0).to(tl.float32)
-    store_weight(W, keep * w + alpha * acc, mask)
+    w = keep * tl.load(W, mask=mask, other=0.0).to(tl.float32) + alpha * acc
+    store_weight(W, w, mask, keys, keys_k, h_0, h_k, h_m, h_n, k, rows, cols, ROUNDING)
 
 
 def products(W: Tensor, *Xs: Tensor) -> str:
@@ -133,6 +146,7 @@ def controls(control: Tensor | None) -> tuple[int, int]:
 def _lift_op(
     W: Tensor, P: Tensor, N: Tensor, keep: float, alpha: float, X: Tensor | None,
     by: Tensor | None, R: Tensor | None, free: float, floor: Tensor | None, control: Tensor | None,
+    keys: Tensor | None, positions: Sequence[int],
 ) -> None:  # fmt: skip
     if W.numel() == 0:
         return
@@ -141,25 +155,34 @@ def _lift_op(
     (K, m, n), r = W.shape, N.shape[-2]
     kind, b = _scales(by)
     rest = 0 if X is None else 1 if R is None else 2
+    random, way = Bits(keys, positions).launched((K, m, n))
     chosen = config("lift_sign" if rest == 2 else "lift", W, m, n)
     tiles = triton.cdiv(m, chosen.tile_sizes["BM"]) * triton.cdiv(n, chosen.tile_sizes["BN"])
     with guard(W):
         lift_kernel[(tiles, K)](
             W, P, N, X, by, R, floor, control, m, n, r, *strides(W), *strides(P), *strides(N),
-            *three(X), *b, *three(R), floors(floor), *controls(control), keep, alpha, free,
+            *three(X), *b, *three(R), floors(floor), *controls(control), *random, keep, alpha, free,
             REST=rest, BY=kind, FLOOR=floor is not None, CONTROL=control is not None,
             UPCASTS=needs_upcast(P, N), PRECISION=products(W, P, N), RESIDUAL=residual(),
-            **options(chosen),
+            ROUNDING=way, **options(chosen),
         )  # fmt: skip
 
 
 def lift_(
     W: Tensor, P: Tensor, N: Tensor, keep: float, alpha: float, *, X: Tensor | None = None,
     by: Tensor | None = None, R: Tensor | None = None, free: float = 0.0,
-    floor: Tensor | None = None, control: Tensor | None = None,
+    floor: Tensor | None = None, control: Tensor | None = None, rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """Kernel of :func:`stiefel.kernels.reference.lift_`."""
-    _lift_op(W, P, N, keep, alpha, X, by, R, free, floor, control)
+    if is_plain(rounding):
+        plain.lift_(
+            W, P, N, keep, alpha, X=X, by=by, R=R, free=free, floor=floor, control=control,
+            rounding=rounding,
+        )  # fmt: skip
+        return
+    K, m, n = W.shape
+    bits = drawn(rounding, W.dtype, (K, m, n))
+    _lift_op(W, P, N, keep, alpha, X, by, R, free, floor, control, *bits)
 
 
 _UNITS = ("p_r", "n_n", "r_n", "m_n", "v_n", "b_n", "c_c")
@@ -169,8 +192,10 @@ def case(name: str, table: str, kernel: Any, pointers: dict[str, str], **constan
     """Column-major weights have unit strides along their columns."""
     units = (*_UNITS, *(("w_m", "x_m") if "column-major" in name else ("w_n", "x_n")))
     dot = "bf16" if "narrow" in name else "tf32"
+    way = ROW_PAIRS if "column-major" in name else COLUMN_PAIRS
     constants = {"PRECISION": "tf32", "RESIDUAL": "tf32x3", **constants}
-    return described(name, table, kernel, pointers, units, dot, **constants)
+    found = described(name, table, kernel, pointers, units, dot, **constants)
+    return with_rounding(found, way if "stochastic" in name else NEAREST)
 
 
 def _lift(name: str, W: str, P: str = "fp32", table: str = "lift", **constants: Any) -> Case:
@@ -190,4 +215,9 @@ CASES = [
     _lift("lift bf16 with a scaled matrix column-major", "bf16", REST=1, BY=3),
     _lift("lift bf16 with signs", "bf16", **_SIGN),
     _lift("lift tf32x3 with signs column-major", "fp32", PRECISION="tf32x3", **_SIGN),
+    _lift("lift bf16 stochastic", "bf16"),
+    _lift("lift fp16 stochastic", "fp16"),
+    _lift("lift bf16 stochastic column-major", "bf16"),
+    _lift("lift bf16 with a scaled matrix stochastic", "bf16", REST=1, BY=3),
+    _lift("lift bf16 with signs stochastic", "bf16", **_SIGN),
 ]

@@ -15,14 +15,17 @@ and M, V in sectors that up to two tiles share.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import split_step as plain
+from ..reference.rounding import Rounding
 from ._launch import Case, config, guard, options, strides
-from ._write import store_weight
+from ._write import COLUMN_PAIRS, NEAREST, Bits, drawn, is_plain, store_weight, with_rounding
 
 COLUMNS, ROWS, ENTRIES = 0, 1, 2
 FREE = {"no": 0, "sgd": 1, "sign_sgd": 2}
@@ -52,9 +55,9 @@ def stateless(g, least, scale, FREE: tl.constexpr):
 def split_kernel(
     W, G, places, M, V, first, second, floor, control, m, n,
     w_k, w_m, w_n, g_k, g_m, g_n, p_k, p_m, p_n, m_k, m_s, m_o, v_k, v_s, v_o, f_k, c_k, c_x,
-    keep, alpha, beta1, beta2, gain1, gain2, c1, c2, eps, scale,
+    keys, keys_k, h_0, h_k, h_m, h_n, keep, alpha, beta1, beta2, gain1, gain2, c1, c2, eps, scale,
     KIND: tl.constexpr, FREE: tl.constexpr, CLOCKS: tl.constexpr, FLOOR: tl.constexpr,
-    CONTROL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CONTROL: tl.constexpr, ROUNDING: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Rows of a tile one by one, so that all loads share one layout; grid (tiles, matrices)."""
     across = tl.cdiv(n, BN)
@@ -99,7 +102,8 @@ def split_kernel(
         else:
             u = (a * c1) / (tl.sqrt(v) * c2 + eps)
         w = keep * w + alpha * tl.where(chosen, u, stateless(g, least, scale, FREE))
-        store_weight(W + row * w_m + cols * w_n, w, mask)
+        place = W + row * w_m + cols * w_n
+        store_weight(place, w, mask, keys, keys_k, h_0, h_k, h_m, h_n, batch, row, cols, ROUNDING)
         tl.store(at_m, a.to(M.dtype.element_ty), mask=chosen)
         tl.store(at_v, v.to(V.dtype.element_ty), mask=chosen)
 
@@ -121,18 +125,19 @@ def _places(index: Tensor, n: int) -> Tensor:
 def _split_step(
     W: Tensor, G: Tensor, index: Tensor, kind: int, M: Tensor, V: Tensor, t: float,
     clocks: Tensor | None, keep: float, alpha: float, beta1: float, beta2: float, eps: float,
-    free: int, scale: float, floor: Tensor | None, control: Tensor | None,
+    free: int, scale: float, floor: Tensor | None, control: Tensor | None, keys: Tensor | None,
+    positions: Sequence[int],
 ) -> None:  # fmt: skip
     if W.numel() == 0:
         return
-    K, m, n = W.shape
+    (K, m, n), bits = W.shape, Bits(keys, positions)
     with guard(W):
         length = {COLUMNS: n, ROWS: m, ENTRIES: m * n}[kind]
         places = _places(index, length)
         shape = {COLUMNS: (K, 1, n), ROWS: (K, m, 1), ENTRIES: (K, m, n)}[kind]
         map_ = places.view(shape)
         if W.stride(-1) != 1 and W.stride(-2) == 1:  # tiles run along the memory
-            W, G, M, V, map_ = W.mT, G.mT, M.mT, V.mT, map_.mT
+            W, G, M, V, map_, bits = W.mT, G.mT, M.mT, V.mT, map_.mT, bits.mT
             m, n, kind = n, m, {COLUMNS: ROWS, ROWS: COLUMNS}.get(kind, kind)
             slots = -2 if kind != COLUMNS else -1
         else:
@@ -145,16 +150,16 @@ def _split_step(
             second = (1 - beta2**t64).rsqrt_().float()
         along = [X.stride(d) for X in (M, V) for d in (slots, -3 - slots)]
         flags = (0, 0) if control is None else control.stride()
-        chosen = config("split", W, m, n)
+        chosen, (random, way) = config("split", W, m, n), bits.launched((K, m, n))
         tiles = triton.cdiv(m, chosen.tile_sizes["BM"]) * triton.cdiv(n, chosen.tile_sizes["BN"])
         split_kernel[(tiles, K)](
             W, G, map_, M, V, first, second, None if floor is None else floor.reshape(-1), control,
             m, n, *strides(W), *strides(G), *strides(map_),
             strides(M)[0], *along[:2], strides(V)[0], *along[2:],
-            0 if clocks is None else clocks.shape[-1], *flags,
+            0 if clocks is None else clocks.shape[-1], *flags, *random,
             keep, alpha, beta1, beta2, 1 - beta1, 1 - beta2, c1, c2, eps, scale,
             KIND=kind, FREE=free, CLOCKS=clocks is not None, FLOOR=floor is not None,
-            CONTROL=control is not None, **options(chosen),
+            CONTROL=control is not None, ROUNDING=way, **options(chosen),
         )  # fmt: skip
 
 
@@ -162,14 +167,21 @@ def split_step_(
     W: Tensor, G: Tensor, index: Tensor, dim: int | None, M: Tensor, V: Tensor,
     t: float | Tensor, keep: float, alpha: float, *, beta1: float, beta2: float, eps: float,
     free: str = "sign_sgd", free_scale: float = 1.0, floor: Tensor | None = None,
-    control: Tensor | None = None,
+    control: Tensor | None = None, rounding: Rounding | None = None,
 ) -> None:  # fmt: skip
     """Kernel of :func:`stiefel.kernels.reference.split_step_`."""
+    if is_plain(rounding):
+        plain.split_step_(
+            W, G, index, dim, M, V, t, keep, alpha, beta1=beta1, beta2=beta2, eps=eps, free=free,
+            free_scale=free_scale, floor=floor, control=control, rounding=rounding,
+        )  # fmt: skip
+        return
+    K, m, n = W.shape
     kind = {-1: COLUMNS, -2: ROWS, None: ENTRIES}[dim]
     number, clocks = (1.0, t) if isinstance(t, Tensor) else (float(t), None)
     _split_step(
         W, G, index, kind, M, V, number, clocks, keep, alpha, beta1, beta2, eps, FREE[free],
-        free_scale, floor, control,
+        free_scale, floor, control, *drawn(rounding, W.dtype, (K, m, n)),
     )  # fmt: skip
 
 
@@ -179,8 +191,9 @@ _SCALARS = (
 
 
 def _case(
-    name: str, weight: str, grad: str, kind: int, clocks: bool = False, control: bool = False
-) -> Case:
+    name: str, weight: str, grad: str, kind: int, clocks: bool = False, control: bool = False,
+    rounding: int = NEAREST,
+) -> Case:  # fmt: skip
     types = {"W": f"*{weight}", "G": f"*{grad}", "places": "*i32", "M": "*fp32", "V": "*fp32"}
     types |= dict.fromkeys(("m", "n", *(f"{x}_k" for x in "wgpmv"), "w_m", "g_m"), "i32")
     types |= dict.fromkeys(_SCALARS, "fp32")
@@ -199,7 +212,8 @@ def _case(
     types |= {"c_k": "i32"} if control else {}
     constants |= {} if clocks else {"f_k": 0}
     constants |= {"c_x": 1} if control else {"c_k": 0, "c_x": 0}
-    return Case(name, "split", split_kernel, types, constants, loose=("c_k",), blocks=8)
+    case = Case(name, "split", split_kernel, types, constants, loose=("c_k",), blocks=8)
+    return with_rounding(case, rounding)
 
 
 CASES = [
@@ -208,6 +222,10 @@ CASES = [
     _case("split columns bf16 of fp32", "bf16", "fp32", COLUMNS, clocks=True),
     _case("split rows bf16", "bf16", "bf16", ROWS),
     _case("split entries bf16", "bf16", "bf16", ENTRIES),
+    _case("split columns bf16 stochastic", "bf16", "bf16", COLUMNS, rounding=COLUMN_PAIRS),
+    _case("split columns fp16 stochastic", "fp16", "fp16", COLUMNS, rounding=COLUMN_PAIRS),
+    _case("split rows bf16 stochastic", "bf16", "bf16", ROWS, rounding=COLUMN_PAIRS),
+    _case("split entries bf16 stochastic", "bf16", "bf16", ENTRIES, rounding=COLUMN_PAIRS),
     Case(
         "split places", "split_places", places_kernel,
         {"index": "*i32", "places": "*i32", "c": "i32", "n": "i32", "i_k": "i32"}, {"i_c": 1},

@@ -177,7 +177,8 @@ class Dense(Term):
     def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
         if other is not None:
             return False
-        kernels.scaled_add_(W, self.U, None, *by)
+        keep, alpha, control, rounding = by
+        kernels.scaled_add_(W, self.U, None, keep, alpha, control, rounding=rounding)
         return True
 
 
@@ -222,8 +223,9 @@ class Factored(Term):
         if other is not None and not isinstance(other, Scaled | Residual):
             return False
         lift_kwargs = {} if other is None else other.lift_kwargs()
+        keep, alpha, control, rounding = by
         kernels.lift_(
-            W, self.P, self.N, by.decay_factor, by.alpha, control=by.control, **lift_kwargs
+            W, self.P, self.N, keep, alpha, control=control, rounding=rounding, **lift_kwargs
         )
         return True
 
@@ -327,6 +329,7 @@ class AdamFactored(Deferred):
             beta2=beta2,
             eps=self.eps,
             control=by.control,
+            rounding=by.rounding,
             **lift_kwargs,
         )
         return True
@@ -368,7 +371,10 @@ class Scaled(Term):
         if other is not None and not isinstance(other, Scaled):
             return False
         Y, by_Y = (None, None) if other is None else (other.X, other.by)
-        kernels.scaled_add_(W, self.X, self.by, *by, Y=Y, by_Y=by_Y)
+        keep, alpha, control, rounding = by
+        kernels.scaled_add_(
+            W, self.X, self.by, keep, alpha, control, Y=Y, by_Y=by_Y, rounding=rounding
+        )
         return True
 
 

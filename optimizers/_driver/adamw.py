@@ -1,6 +1,7 @@
 """AdamW for everything that is not a matrix: torch's own functional form, never a second Adam.
 
-It is the one step that rounds weights by itself and not through ``update_weight_``.
+Where weights are rounded to nearest, it is the one step that rounds by itself and not through
+``update_weight_``; the other modes are in ``adamw_write.py``.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch.nn import Parameter
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from ...kernels import update_weight_
+from ...kernels import LOW_PRECISION_DTYPES, update_weight_
+from .adamw_write import Stepper, Values, Writer, has_device_clock, signature_of
 from .param_groups import listed
-from .saved_state import adamw_entry, check_tensor
+from .saved_state import adamw_entry, check_tensor, moment_dtype
 from .units import State
+from .write_modes import RESIDUAL, mode_of
 
 MAX_COPIED_NUMEL = 2**22
 """Entries of a chunk whose weights and moments are copied where flags arrive after the step."""
@@ -31,6 +34,7 @@ MAX_JOINED_NUMEL = 2**14
 Entries = Sequence[dict[str, Any]]
 
 T = TypeVar("T")
+_LOW_PRECISION = frozenset(LOW_PRECISION_DTYPES)
 _NO_STATE: dict[str, Any] = {}
 _dtype_of, _is_on_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 _tensors_of = itemgetter("step", "exp_avg", "exp_avg_sq")
@@ -48,15 +52,29 @@ def decay_of(group: Mapping[str, Any]) -> float:
     return group["weight_decay"] if decay is None else decay
 
 
-def clock_is_on_device(group: Mapping[str, Any]) -> bool:
-    """Whether a step of this group counts its steps on the device."""
-    return bool(group["fused"] or group["capturable"])
-
-
 def betas_of(group: Mapping[str, Any]) -> tuple[float, float]:
     """Betas of AdamW: ``adamw_betas``, else the method's ``betas``, else (0.9, 0.95)."""
     beta1, beta2 = group.get("adamw_betas") or group.get("betas") or (0.9, 0.95)
     return beta1, beta2
+
+
+def modes_of(
+    flat_params: Sequence[Tensor],
+    groups: Sequence[Mapping[str, Any]],
+    positions: Sequence[Sequence[int]],
+) -> dict[Tensor, tuple[int, str]]:
+    """Per parameter of AdamW, the index of its group and how it is written.
+
+    Args:
+        flat_params: All parameters, group after group.
+        groups: The groups, or their settings.
+        positions: Per group, flat positions of its AdamW parameters.
+    """
+    return {
+        flat_params[j]: (i, mode_of(group, flat_params[j]))
+        for i, (group, part) in enumerate(zip(groups, positions, strict=True))
+        for j in part
+    }
 
 
 def step_tensor(p: Tensor, group: Mapping[str, Any], value: float) -> Tensor:
@@ -67,7 +85,7 @@ def step_tensor(p: Tensor, group: Mapping[str, Any], value: float) -> Tensor:
         group: The group, for ``fused`` and ``capturable``.
         value: The count.
     """
-    on_device = clock_is_on_device(group)
+    on_device = has_device_clock(group)
     double = torch.get_default_dtype() == torch.float64 and not group["fused"]
     return torch.tensor(
         float(value),
@@ -77,34 +95,53 @@ def step_tensor(p: Tensor, group: Mapping[str, Any], value: float) -> Tensor:
 
 
 def allocate(p: Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None:
-    """Allocate the state of one parameter as ``torch.optim.AdamW`` does, if it has none."""
-    if "exp_avg" not in entry:
-        if group["fused"]:
-            _device_dtype_check_for_fused(p)
-        entry["step"] = step_tensor(p, group, 0)
-        for name in ("exp_avg", "exp_avg_sq"):
-            entry[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    """Allocate the state of one parameter, if it has none.
+
+    It is that of ``torch.optim.AdamW`` where the weight is rounded to nearest. Else moments are
+    float32, and under ``"kahan"`` there is a residual.
+
+    Args:
+        p: The parameter.
+        group: Its group.
+        entry: Its state.
+    """
+    if "exp_avg" in entry:
+        return
+    if group["fused"]:
+        _device_dtype_check_for_fused(p)
+    mode = mode_of(group, p)
+    entry["step"] = step_tensor(p, group, 0)
+    dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq"), moment_dtype(p, mode))
+    if mode == "kahan":
+        dtypes[RESIDUAL] = torch.bfloat16
+    for name, dtype in dtypes.items():
+        entry[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
 
-def _is_sound(p: Tensor, entry: Mapping[str, Any]) -> bool:
-    """Whether the state of a parameter is what torch's AdamW can step."""
+def _is_sound(p: Tensor, entry: Mapping[str, Any], mode: str) -> bool:
+    """Whether the state of a parameter is what AdamW can step."""
     step = entry.get("step")
     is_step = isinstance(step, Tensor) and step.numel() == 1 and step.is_floating_point()
     return is_step and all(
         isinstance(X, Tensor)
-        and (X.shape, X.dtype, X.device, X.layout) == (p.shape, p.dtype, p.device, p.layout)
-        for X in (entry.get("exp_avg"), entry.get("exp_avg_sq"))
+        and (X.shape, X.dtype, X.device, X.layout) == (p.shape, x.dtype, p.device, p.layout)
+        for key, x in adamw_entry(p, mode).tensors.items()
+        for X in (entry.get(key),)
     )
 
 
-def _refuse_unsound(p: Tensor, entry: Mapping[str, Any], name: str) -> None:
+def _refuse_unsound(p: Tensor, entry: Mapping[str, Any], mode: str, name: str) -> None:
     """Raise for what makes the state of a parameter unfit, which other code must have done."""
-    expected = adamw_entry(p)
+    expected = adamw_entry(p, mode)
     for key, x in expected.tensors.items():
         check_tensor(key, entry.get(key), x, p, name, exact=True)
         if entry[key].device != p.device:
             raise ValueError(f"state {key!r} of {name} is on {entry[key].device}, not {p.device}")
     raise ValueError(f"state 'step' of {name} must be a floating tensor with one element")
+
+
+Identity = tuple[list[int], list[torch.dtype], str | None]
+"""What tells whether state is that which was last checked."""
 
 
 class EntryCache:
@@ -117,19 +154,41 @@ class EntryCache:
 
     def __init__(self) -> None:
         self._all: list[dict[str, Any]] = []
-        self._sound: dict[int, tuple[list[int], list[torch.dtype]]] = {}
+        self._sound: dict[int, Identity] = {}
         self.by_group: dict[int, Entries] = {}
+        self._writers: dict[int, Writer] = {}
 
-    def is_sound(self, index: int, entries: Entries) -> bool:
+    def is_sound(self, index: int, entries: Entries, writer: Writer | None) -> bool:
         """Whether these tensors of a group are those that were last checked."""
         try:
-            return self._sound.get(index) == _identity_of(entries)
+            return self._sound.get(index) == _identity_of(entries, writer)
         except (KeyError, AttributeError):  # a tensor is gone, or is none any more
             return False
 
-    def set_sound(self, index: int, entries: Entries) -> None:
+    def set_sound(self, index: int, entries: Entries, writer: Writer | None) -> None:
         """Remember the tensors of a group, which have passed all checks."""
-        self._sound[index] = _identity_of(entries)
+        self._sound[index] = _identity_of(entries, writer)
+
+    def writer(
+        self, index: int, group: Mapping[str, Any], start: int, params: Sequence[Tensor]
+    ) -> Writer | None:
+        """How parameters of low precision are written; None if there are none, or to nearest.
+
+        Args:
+            index: Number of the group.
+            group: The group.
+            start: Position of its first parameter.
+            params: Those that are stepped.
+        """
+        if _LOW_PRECISION.isdisjoint(map(_dtype_of, params)):
+            return None
+        mode = mode_of(group, next(p for p in params if p.dtype in _LOW_PRECISION))
+        if mode == "nearest":
+            return None
+        writer = self._writers.get(index)
+        if writer is None or writer.signature != signature_of(group, mode):
+            writer = self._writers[index] = Writer(group, mode, start)
+        return writer
 
     def follow(self, state: State) -> None:
         """Forget everything if other code has replaced, added or dropped a dict."""
@@ -137,12 +196,17 @@ class EntryCache:
             self._all = list(state.values())
             self.by_group.clear()
             self._sound.clear()
+            self._writers.clear()
 
 
-def _identity_of(entries: Entries) -> tuple[list[int], list[torch.dtype]]:
+def _identity_of(entries: Entries, writer: Writer | None) -> Identity:
     """Ids of all tensors, and the dtypes of the first moments, which ``.data`` may have changed."""
     tensors = list(chain.from_iterable(map(_tensors_of, entries)))
-    return list(map(id, tensors)), list(map(_dtype_of, tensors[1::3]))
+    ids, dtypes = list(map(id, tensors)), list(map(_dtype_of, tensors[1::3]))
+    mode = None if writer is None else writer.mode
+    if mode == "kahan":
+        ids += [id(entry.get(RESIDUAL)) for entry in entries]
+    return ids, dtypes, mode
 
 
 @dataclass
@@ -156,7 +220,10 @@ class Work:
         params: These parameters.
         grads: Their gradients.
         decays: See :func:`step`.
+        start: Position of the group's first parameter.
+        entries: State of the parameters.
         new: Those without state.
+        writer: How those of low precision are written, None if to nearest.
     """
 
     group: Mapping[str, Any]
@@ -165,8 +232,10 @@ class Work:
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
     decays: Sequence[float] | None
+    start: int = 0
     entries: Entries = ()
     new: Sequence[Tensor] = ()
+    writer: Writer | None = None
 
     @classmethod
     def of(
@@ -193,10 +262,11 @@ class Work:
             [flat_params[i] for i in positions],
             present_grads,
             [factors[i - start] for i in positions] if factors else None,
+            start,
         )
 
     def find(self, state: State, cache: EntryCache, index: int, is_whole: bool) -> None:
-        """Find the state.
+        """Find the state, and how weights are written.
 
         Args:
             state: The optimizer's state.
@@ -210,6 +280,7 @@ class Work:
             if is_whole and all(entries):
                 cache.by_group[index] = entries
         self.entries = entries
+        self.writer = cache.writer(index, self.group, self.start, self.params)
 
     def check(self, describe: Callable[[int], str], cache: EntryCache, index: int) -> None:
         """Raise before any change for state that torch would refuse in the middle of the step.
@@ -225,14 +296,15 @@ class Work:
             ValueError: If other code has put in state that AdamW cannot step.
         """
         entries = self.entries
-        if cache.is_sound(index, entries):
+        if cache.is_sound(index, entries, self.writer):
             return
         self.new = [p for p, e in zip(self.params, entries, strict=True) if "exp_avg" not in e]
         for i, p, entry in zip(self.positions, self.params, entries, strict=True):
-            if "exp_avg" in entry and not _is_sound(p, entry):
-                _refuse_unsound(p, entry, describe(i))
+            mode = mode_of(self.group, p)
+            if "exp_avg" in entry and not _is_sound(p, entry, mode):
+                _refuse_unsound(p, entry, mode, describe(i))
         if not self.new:
-            cache.set_sound(index, entries)
+            cache.set_sound(index, entries, self.writer)
 
     def allocate(self, state: State) -> None:
         """Allocate missing state."""
@@ -265,17 +337,9 @@ class Work:
                 decays=None if self.decays is None else chosen(self.decays),
                 order=self.order,
                 finite=[flags.get(i) for i in chosen(self.positions)] if flags else None,
+                writer=self.writer,
+                positions=chosen(self.positions),
             )
-
-
-class Values(NamedTuple):
-    """What all parameters of one call of torch have in common."""
-
-    lr: float | Tensor
-    betas: tuple[float, float]
-    eps: float
-    decay: float
-    order: tuple[bool, float] | None
 
 
 def step(
@@ -287,8 +351,10 @@ def step(
     decays: Sequence[float] | None = None,
     order: tuple[bool, float] | None = None,
     finite: Sequence[Tensor | None] | None = None,
+    writer: Writer | None = None,
+    positions: Sequence[int] = (),
 ) -> None:
-    """Step lists of parameters, bit-equal to ``torch.optim.AdamW``.
+    """Step lists of parameters, bit-equal to ``torch.optim.AdamW`` but for the rounding.
 
     Args:
         group: Settings: lr, weight_decay, adamw_*, foreach, fused, capturable, maximize.
@@ -299,30 +365,112 @@ def step(
         order: None for torch's order, or (correct_bias, eps) for that of GaLore's published code:
             eps on the uncorrected root, decay last.
         finite: Per parameter a flag () on its device, None where the host has looked; a parameter
-            whose flag is False keeps weight, moments, and a clock that is on the device.
+            whose flag is False keeps weight, moments, residual, and a clock that is on the device.
+        writer: How parameters of low precision are written; None: to nearest, by torch.
+        positions: Flat positions of the parameters, for ``writer``.
     """
     decay, lr, betas = decay_of(group), lr_of(group), betas_of(group)
-    kinds: dict[tuple[float, bool], list[int]] = {}
-    if decays is None and finite is None:
-        kinds[1.0, True] = []
-    else:
-        for i in range(len(params)):
-            known = finite is None or finite[i] is None
-            kinds.setdefault((1.0 if decays is None else decays[i], known), []).append(i)
-    for (factor, known), indices in kinds.items():
+    for kind, indices in _kinds(params, decays, finite, writer is not None).items():
         lists = (params, grads, entries)
-        if len(kinds) > 1:  # one call for each distinct decay
+        if indices is not None:  # one call for each distinct decay
             lists = tuple([values[i] for i in indices] for values in lists)  # type: ignore[assignment]
-        values = Values(lr, betas, group["adamw_eps"], decay * factor, order)
-        if known:
+        chosen = range(len(params)) if indices is None else indices
+        flags = None
+        if not kind.is_known and finite is not None:
+            flags = [flag for i in chosen if (flag := finite[i]) is not None]
+        values = Values(lr, betas, group["adamw_eps"], decay * kind.decay, order)
+        if kind.is_rounded and writer is not None:
+            where = [positions[i] for i in chosen]
+            _step_rounded(group, *lists, values, flags, writer, where)
+        elif flags is None:
             _step(group, *lists, values)
-            continue
-        assert finite is not None
-        flags = [flag for i in indices if (flag := finite[i]) is not None]
-        if group["fused"] and order is None:
+        elif group["fused"] and order is None:
             _step_fused_unread(group, *lists, values, flags)
         else:
             _step_and_restore(group, *lists, values, flags)
+
+
+class Kind(NamedTuple):
+    """What parameters of one call have in common.
+
+    Attributes:
+        decay: Factor on the weight decay.
+        is_known: Whether the host knows that the gradient is finite.
+        is_rounded: Whether it is not torch that rounds.
+    """
+
+    decay: float
+    is_known: bool
+    is_rounded: bool
+
+
+def _kinds(
+    params: Sequence[Tensor],
+    decays: Sequence[float] | None,
+    finite: Sequence[Tensor | None] | None,
+    has_writer: bool,
+) -> dict[Kind, list[int] | None]:
+    """Numbers of the parameters of every kind; None for all."""
+    low = {*map(_dtype_of, params)} if has_writer else set()
+    is_mixed = bool(low & _LOW_PRECISION and low - _LOW_PRECISION)
+    if decays is None and finite is None and not is_mixed:
+        return {Kind(1.0, True, has_writer and low <= _LOW_PRECISION): None}
+    kinds: dict[Kind, list[int]] = {}
+    for i, p in enumerate(params):
+        known = finite is None or finite[i] is None
+        is_rounded = has_writer and p.dtype in _LOW_PRECISION
+        kind = Kind(1.0 if decays is None else decays[i], known, is_rounded)
+        kinds.setdefault(kind, []).append(i)
+    return {kind: None if len(kinds) == 1 else indices for kind, indices in kinds.items()}
+
+
+def _step_rounded(
+    group: Mapping[str, Any],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    entries: Entries,
+    values: Values,
+    flags: Sequence[Tensor] | None,
+    writer: Writer,
+    positions: Sequence[int],
+) -> None:
+    """Step float32 values of low-precision weights, chunk by chunk, and round them as it is wanted.
+
+    Args:
+        group: The group.
+        params: Parameters of low precision.
+        grads: Their gradients.
+        entries: Their state.
+        values: Settings of the step.
+        flags: None, or a flag for each parameter.
+        writer: How they are written.
+        positions: Their flat positions.
+    """
+    takes_flags = bool(group["fused"]) and values.order is None
+    stepper: Stepper = partial(_step_values, group, values, takes_flags)
+    for chunk in writer.chunks(group, params, grads, entries, positions, flags):
+        kept = chunk.tensors(with_moments=not takes_flags)
+        before = _Copies([X for X, _ in kept], [flag for _, flag in kept])
+        chunk.step(stepper, values)
+        before.restore()
+    if flags is not None and not takes_flags:
+        _set_back(group, entries, flags)
+
+
+def _step_values(
+    group: Mapping[str, Any],
+    values: Values,
+    takes_flags: bool,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    entries: Entries,
+    flags: Sequence[Tensor] | None,
+) -> None:
+    """Step float32 values; flags are for torch's fused kernel alone, which takes them."""
+    if flags is not None and takes_flags:
+        _step_fused_unread(group, params, grads, entries, values, flags)
+    else:
+        _step(group, params, grads, entries, values)
 
 
 def _step_fused_unread(
@@ -378,7 +526,12 @@ def _step_and_restore(
         ps, gs, es, _ = zip(*chunk, strict=True)
         _step(group, ps, gs, es, values)
         before.restore()
-    if clock_is_on_device(group):
+    _set_back(group, entries, finite)
+
+
+def _set_back(group: Mapping[str, Any], entries: Entries, finite: Sequence[Tensor]) -> None:
+    """Set back clocks on the device where the flag is False; the host sets back its own."""
+    if has_device_clock(group):
         steps = [entry["step"] for entry in entries]
         bad = [flag.logical_not().to(s.dtype) for flag, s in zip(finite, steps, strict=True)]
         torch._foreach_sub_(steps, bad)

@@ -45,7 +45,7 @@ from .saved_state import (
     missing_key,
 )
 from .units import Unit, pinned, units_of
-from .write_modes import RESIDUAL, check_eco
+from .write_modes import RESIDUAL, check_eco, mode_of
 
 MEANT_BEFORE = {"draws": "position"}
 """Values of keys that older files lack, where today's default is another."""
@@ -203,7 +203,10 @@ def complete(
     """
     default_rule = RULE_CLASSES[defaults["method"]]
     old = [group for group in groups if "draws" not in group]
+    # a pickle of a time when all weights were rounded to nearest goes on like that
+    before = {} if "write" in defaults else {"write": "nearest"}
     for values in (defaults, *groups):
+        values.update(before | values)
         rule_name = values.setdefault("rule", None)
         rule = RULE_CLASSES.get(str(rule_name), default_rule)
         if values is not defaults:
@@ -335,6 +338,7 @@ def _check_state(
     except TypeError as error:
         raise _bad_settings("the checkpoint", error) from error
     entries = entries_of(units, rules)
+    modes = _modes(targets)
     texts = {
         p: describe(listed(group, "param_names", j), p, j)
         for group in groups
@@ -359,9 +363,14 @@ def _check_state(
             _refuse_state_of_lazy(by_param[p], text)
             continue
         method = default_rule.method() if p in entries else "AdamW"
-        entry = entries[p] if p in entries else adamw_entry(p)
+        entry = entries[p] if p in entries else adamw_entry(p, modes[p])
         _check_entry(by_param[p], entry, p, text, method, started.get(p, set()))
     return {**state, **{key: by_param[p] for p, key in keys.items() if key in state}}
+
+
+def _modes(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
+    """How each parameter is written."""
+    return {p: mode_of(group, p) for group in groups for p in group["params"]}
 
 
 def _refuse_state_of_lazy(found: Any, text: str) -> None:
@@ -400,6 +409,8 @@ def _check_entry(
     if not isinstance(found, Mapping):
         raise ValueError(f"checkpoint state of {text} must be a dict, got {type(found).__name__}")
     tensors = {key: value for key, value in found.items() if not is_clock(str(key))}
+    if method == "AdamW" and RESIDUAL not in expected.tensors:  # another write mode leaves it out
+        tensors.pop(RESIDUAL, None)
     advice = "load a checkpoint of the same optimizer with the same groups"
     for key in sorted(tensors.keys() - expected.tensors.keys(), key=str):
         raise ValueError(
@@ -428,7 +439,8 @@ def restore(
     """Put back the saved tensors that torch has cast, in the dtype their slot declares.
 
     Integers come back exactly as saved, floats in their slot's dtype (for a checkpoint of the same
-    settings: as saved). AdamW's state stays as torch loads it.
+    settings: as saved). AdamW's state stays as torch loads it where weights are rounded to nearest;
+    else moments are float32, and a residual that the file lacks is 0.
 
     Args:
         default_rule: The optimizer's rule class.
@@ -445,12 +457,12 @@ def restore(
         for p, key in zip(group["params"], new["params"], strict=True):
             for name, value in saved["state"].get(key, {}).items():
                 if p not in entries:
-                    if name == "step" and not _is_step_tensor(value):
-                        state[p][name] = adamw.step_tensor(p, group, float(value))
+                    _restore_adamw(p, group, state[p], name, value)
                 elif is_clock(name):
                     state[p][name] = int(value)
                 else:
                     state[p][name] = _as_saved(value, p, entries[p], name)
+        _fill_residuals([p for p in group["params"] if p not in entries], group, state)
     for unit in units:
         if unit.params[0] in state:  # torch.optim.Muon keeps no clock
             state[unit.params[0]].setdefault(unit.step_key, 0)
@@ -465,6 +477,30 @@ def restore(
         value = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         state[p][key] = pinned(value, p.device)
     return missing
+
+
+def _restore_adamw(
+    p: Tensor, group: Mapping[str, Any], entry: dict[str, Any], name: str, value: Any
+) -> None:
+    """Give saved state of a parameter of AdamW the form that its group needs, in its entry."""
+    expected = None if is_lazy(p) else adamw_entry(p, mode_of(group, p))
+    if name == "step":
+        if not _is_step_tensor(value):
+            entry[name] = adamw.step_tensor(p, group, float(value))
+    elif expected is not None and name not in expected.tensors:
+        del entry[name]
+    elif expected is not None and entry[name].dtype != expected.tensors[name].dtype:
+        entry[name] = _as_saved(value, p, expected, name)  # torch has cast it to the weight's
+
+
+def _fill_residuals(
+    params: Sequence[Tensor], group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Give parameters of AdamW whose file knows no residual one that is 0."""
+    for p in params:
+        entry = state.get(p) or {}
+        if "exp_avg" in entry and mode_of(group, p) == "kahan" and RESIDUAL not in entry:
+            entry[RESIDUAL] = torch.zeros_like(p, dtype=torch.bfloat16)
 
 
 def _is_step_tensor(value: Any) -> bool:

@@ -46,8 +46,9 @@ from .param_groups import (
     view_of,
     warn_user,
 )
+from .saved_state import moment_dtype
 from .units import State, Unit, views_of
-from .write_modes import WRITE_MODES, check_eco
+from .write_modes import WRITE_MODES, check_eco, mode_of
 
 NONFINITE_POLICIES = ("skip", "skip_step", "raise", "ignore")
 TRAINABLE_DTYPES = frozenset(
@@ -441,6 +442,7 @@ def _check_rule_parameters(
     method = rule.method()
     refuse_stagger(group, rule)
     refuse_sharded_parameters(params, names, method)
+    rule.block_labels(names)  # refuses what a first step would
     rows = roles_of({**group, "params": params, "param_names": names}, rule)
     moved_to_adamw = []
     for i, (p, name, row) in enumerate(zip(params, names, rows, strict=True)):
@@ -646,7 +648,8 @@ def _check_moments(
             )
     for key in ("exp_avg", "exp_avg_sq"):
         X = entry.get(key)
-        if isinstance(X, Tensor) and (X.shape, X.dtype, X.device) != (p.shape, p.dtype, p.device):
+        needed = p.shape, moment_dtype(p, mode_of(group, p)), p.device
+        if isinstance(X, Tensor) and (X.shape, X.dtype, X.device) != needed:
             _refuse_state(p, key, X, text)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import LOW_PRECISION_DTYPES, cast_stack, fuses_passes
-from . import adamw
+from .adamw_write import has_device_clock
 from .buckets import Bucket, StepPlan, max_abs, max_stack_bytes
 from .param_groups import names_of
 from .units import State
@@ -152,7 +152,7 @@ class Findings:
             tensors.append(finite)
             for i in positions:
                 p = plan.flat_params[i]
-                on_device = adamw.clock_is_on_device(groups[group_of[i]])
+                on_device = has_device_clock(groups[group_of[i]])
                 owners.append(Owner(p, None if on_device else (p, "step")))
 
 

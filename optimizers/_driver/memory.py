@@ -70,7 +70,7 @@ class MemoryReport:
                 _bytes(p),
                 _bytes(p) if p.requires_grad else 0,
                 state.get(i, 0) if p.requires_grad else 0,
-                _adamw_bytes(p, optimizer.param_groups[0]) if p.requires_grad else 0,
+                _adamw_bytes(p, {"write": "nearest"}) if p.requires_grad else 0,
             )
             for i, (p, row) in enumerate(
                 zip(plan.flat_params, optimizer.assignment().rows, strict=True)
@@ -197,7 +197,7 @@ def _bytes(p: Tensor) -> int:
 
 
 def _adamw_bytes(p: Tensor, group: dict[str, Any]) -> int:
-    """Bytes of AdamW's state, which torch allocates on the meta device for this."""
+    """Bytes of AdamW's state in a group, which is allocated on the meta device for this."""
     entry: dict[str, Any] = {}
     adamw.allocate(p.detach().to("meta"), {**group, "fused": None, "capturable": False}, entry)
     return sum(_bytes(value) for value in entry.values())

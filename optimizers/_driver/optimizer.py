@@ -24,6 +24,7 @@ from .._core.rule import (
 from .._core.validation import check, describe_unknown, misspelt_option, shown
 from .._roles.assignment import OptimizerAssignment
 from . import adamw, checkpoint
+from .backward import BackwardHandle, checked_every
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
 from .buckets import STACK_SETTINGS, Bucket, StepPlan
 from .checks import (
@@ -56,6 +57,7 @@ from .param_groups import (
     FOREIGN_KEYS,
     GROUP_KEYS,
     LISTS,
+    Part,
     assigned_rows,
     copy_list,
     count_routed_by_shape,
@@ -72,13 +74,13 @@ from .param_groups import (
 )
 from .saved_state import refuse_unsound_state
 from .settings import refuse_state_changes, refuse_unfit_state
-from .units import units_of
+from .units import Unit, units_of
 from .windows import assign_block_positions, stagger_refreshes
 from .write import Run, write_, write_list_, write_runs_
 
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
-    *("rules", "views", "sides", "decays", "positions", "write", "compat"),
+    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
 
@@ -162,6 +164,11 @@ class StackedOptimizer(Optimizer):
     _seen: Sequence[dict[str, Any]] = ()
     """Groups as the last step has checked them; of a new one only the rule."""
     _pending: Sequence[LateFlags] = ()
+    _in_backward: BackwardHandle | None = None
+    """What steps inside of the backward pass, if it does."""
+    _step_supports_amp_scaling: bool
+    """There (and True) only as long as a GradScaler is to be refused."""
+    _opt_called: bool
     _wait: bool | None = None
     """Whether the host waits for the finite flags; None: on CPU only. Tests set it."""
 
@@ -240,6 +247,8 @@ class StackedOptimizer(Optimizer):
         if self._is_built:
             self.param_groups[-1].setdefault("draws", self.param_groups[0]["draws"])
             self._warn_of_shapes()
+        if self._in_backward is not None:
+            self._in_backward.attach()
 
     def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """Complete a user's group after all checks, in a copy."""
@@ -440,16 +449,16 @@ class StackedOptimizer(Optimizer):
             if old.settings == settings or self._update_rules(old, settings):
                 return old
         plan = self._build_plan(flat_params, settings)
-        adamw_params = [flat_params[i] for positions in plan.adamw_positions for i in positions]
+        adamw_modes = adamw.modes_of(flat_params, settings, plan.adamw_positions)
         if old is None:  # a new optimizer, or one that was loaded or copied
-            refuse_unfit_state(plan.units, adamw_params, self.state)
+            refuse_unfit_state(plan.units, adamw_modes, self.state, settings)
             self._refuse_unsound_state(plan)
         else:  # settings changed, or a group came
             refuse_state_changes(
                 old.units,
-                [old.flat_params[i] for positions in old.adamw_positions for i in positions],
+                adamw.modes_of(old.flat_params, old.settings, old.adamw_positions),
                 plan.units,
-                adamw_params,
+                adamw_modes,
                 self.state,
                 self._changes(old.settings, settings),
             )
@@ -458,10 +467,11 @@ class StackedOptimizer(Optimizer):
 
     def _refuse_unsound_state(self, plan: StepPlan) -> None:
         """Raise if other code has put into the state what a step cannot use."""
-        adamw_params = [plan.flat_params[i] for part in plan.adamw_positions for i in part]
+        modes = adamw.modes_of(plan.flat_params, plan.settings, plan.adamw_positions)
         named = zip(names_of(self.param_groups), plan.flat_params, strict=True)
         texts = {p: describe(name, p, i) for i, (name, p) in enumerate(named)}
-        refuse_unsound_state(plan.units, plan.rules, adamw_params, self.state, texts)
+        adamw_modes = {p: mode for p, (_, mode) in modes.items()}
+        refuse_unsound_state(plan.units, plan.rules, adamw_modes, self.state, texts)
 
     def _build_plan(self, flat_params: list[Tensor], settings: list[dict[str, Any]]) -> StepPlan:
         """Make rules and units for the groups as they are now; buckets come with the first step."""
@@ -490,7 +500,7 @@ class StackedOptimizer(Optimizer):
                 for w in weights:
                     text = describe(w.name, w.param, w.position)
                     check_matrix(w.param, text, part.rule.method())
-                units = units_of(i, group, part._replace(weights=weights))
+                units = self._units_of_part(i, group, part._replace(weights=weights))
                 for unit in units:
                     unit.rule = len(plan.rules)
                 plan.units += units
@@ -500,6 +510,18 @@ class StackedOptimizer(Optimizer):
         assign_block_positions(plan.units, plan.rules, group_rules, self.param_groups)
         stagger_refreshes(plan.units, plan.rules, self.param_groups)
         return plan
+
+    @staticmethod
+    def _units_of_part(index: int, group: Mapping[str, Any], part: Part) -> list[Unit]:
+        """Units of a part; where they cannot be made, a message names the first weight."""
+        try:
+            return units_of(index, group, part)
+        except ValueError as error:
+            w = part.weights[0]
+            text = describe(w.name, w.param, w.position)
+            if text in str(error):
+                raise
+            raise ValueError(f"{text}: {error}") from error
 
     @staticmethod
     def _changes(
@@ -573,6 +595,9 @@ class StackedOptimizer(Optimizer):
                 under ``nonfinite="raise"``; nothing has changed then.
             ValueError: For a value that was written into a group and is out of range; likewise.
         """
+        if self._in_backward is not None:
+            self._in_backward.ignore_step(closure)
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -580,6 +605,77 @@ class StackedOptimizer(Optimizer):
         with torch._C._DisableAutocast():  # the caller's autocast is for the model only
             self._update()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; see :meth:`step_in_backward` for its part there."""
+        if self._in_backward is not None:
+            self._in_backward.ignore_zero_grad()
+        else:
+            super().zero_grad(set_to_none)
+
+    def step_in_backward(self, every: int = 1, max_norm: float | None = None) -> BackwardHandle:
+        """Let ``backward()`` itself step each weight once its gradient is there, and free that.
+
+        At most the gradients of the largest layers are alive at a time. What steps together (a LoRA
+        pair, weights that share a rotation) waits for its members; a member whose gradient does not
+        come, and rules that write frozen weights or read their gradients, step when the backward
+        pass ends. A weight that is used several times steps once, after all uses. Weights, state
+        and checkpoints are those of ``step()`` after the same backward pass, bit for bit.
+
+        Until :meth:`BackwardHandle.remove`, ``step()`` and ``zero_grad()`` do nothing, with one
+        warning each. Schedulers go on as before, and may follow ``backward()`` directly: each
+        weight reads the learning rate as it steps. Hooks of ``register_step_pre_hook`` and
+        ``register_step_post_hook`` belong to ``step()`` and run around it, after the weights have
+        moved. Copies and pickles of the optimizer have no hooks: they step by ``step()``.
+
+        ``clip_grad_norm_`` and whatever else works on ``.grad`` after the backward pass finds none.
+        Every backward pass counts, so two losses with a pass each are two steps, unless ``every``
+        is 2. A gradient that cannot be used (not finite under ``nonfinite="raise"``, sparse) raises
+        out of ``backward()``: its unit and those after it stay as they are, those before it have
+        moved, and all gradients are freed. After a backward pass that failed otherwise,
+        ``zero_grad()`` frees what it has left.
+
+        Args:
+            every: Backward passes whose gradients add up to one step, which comes in the last of
+                them (default: 1).
+            max_norm: Must be None (default): a norm over all gradients is known too late. Log
+                ``grad_norm`` of the handle instead.
+
+        Returns:
+            A handle with ``remove()``, which is a context manager too.
+
+        Raises:
+            ValueError: For ``max_norm``, an ``every`` below 1, ``nonfinite="skip_step"``, and for
+                parameters whose gradients are final only later: sharded ones, and those of
+                DistributedDataParallel over several processes.
+            RuntimeError: If the optimizer steps in backward already. ``step(closure)``, the step
+                of a GradScaler and checkpointing with ``use_reentrant=True`` raise it later.
+
+        Example:
+            >>> import torch
+            >>> from stiefel.optimizers import GaLore
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+            >>> optimizer = GaLore(model, lr=1e-3, rank=2)
+            >>> with optimizer.step_in_backward():
+            ...     for _ in range(3):
+            ...         model(torch.ones(2, 8)).square().mean().backward()
+            >>> all(p.grad is None for p in model.parameters())
+            True
+        """
+        count = checked_every(every, max_norm, self)
+        self._in_backward = BackwardHandle(self, count)
+        return self._in_backward
+
+    def _before_backward(self) -> None:
+        """What must be looked at before a backward pass steps."""
+
+    def _steps_at_end(self, params: Sequence[Tensor]) -> bool:
+        """Whether a unit of these parameters needs more than their gradients."""
+        return False
+
+    def _step_at_end(self, step: Callable[[], None]) -> None:
+        """Run the last steps of a backward pass."""
+        step()
 
     def _update(self) -> None:
         """Step all parameters by their gradients as they are now."""

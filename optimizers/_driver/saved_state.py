@@ -6,7 +6,7 @@ Every check names the parameter and the key, and none changes anything.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,13 +117,31 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
     return entries
 
 
-def adamw_entry(p: Tensor) -> Entry:
-    """What the state of a parameter of AdamW must be."""
+def moment_dtype(p: Tensor, mode: str) -> torch.dtype:
+    """Dtype of AdamW's moments, as ``torch.optim.AdamW`` has it where weights go to nearest.
+
+    Args:
+        p: The parameter.
+        mode: How it is written, see ``write_modes.py``.
+    """
+    return p.dtype if mode == "nearest" else torch.float32
+
+
+def adamw_entry(p: Tensor, mode: str) -> Entry:
+    """What the state of a parameter of AdamW must be.
+
+    Args:
+        p: The parameter.
+        mode: How it is written, see ``write_modes.py``.
+    """
+    shape, dtype = tuple(p.shape), moment_dtype(p, mode)
     tensors = {
-        "exp_avg": Expected(tuple(p.shape), p.dtype, p.device),
-        "exp_avg_sq": Expected(tuple(p.shape), p.dtype, p.device, 0.0),
+        "exp_avg": Expected(shape, dtype, p.device),
+        "exp_avg_sq": Expected(shape, dtype, p.device, 0.0),
     }
-    return Entry(tensors, {"step"}, False, set())
+    if mode == "kahan":
+        tensors[RESIDUAL] = Expected(shape, torch.bfloat16, p.device)
+    return Entry(tensors, {"step"}, False, {RESIDUAL})
 
 
 def clock_value(key: str, value: Any, text: str) -> int:
@@ -271,7 +289,7 @@ def missing_key(found: Mapping[str, Any], expected: Entry) -> str | None:
 def refuse_unsound_state(
     units: Sequence[Unit],
     rules: Sequence[Rule],
-    adamw_params: Iterable[Tensor],
+    adamw_modes: Mapping[Tensor, str],
     state: Mapping[Tensor, Mapping[str, Any]],
     text_of: Mapping[Tensor, str],
 ) -> None:
@@ -282,14 +300,16 @@ def refuse_unsound_state(
     Args:
         units: The units.
         rules: Their rules, by ``Unit.rule``.
-        adamw_params: Parameters that AdamW trains.
+        adamw_modes: How each parameter that AdamW trains is written.
         state: The optimizer's state.
         text_of: How a message names a parameter.
 
     Raises:
         ValueError: With the first clock or tensor that is not one.
     """
-    entries = entries_of(units, rules) | {p: adamw_entry(p) for p in adamw_params}
+    entries = entries_of(units, rules) | {
+        p: adamw_entry(p, mode) for p, mode in adamw_modes.items()
+    }
     for p, expected in entries.items():
         found = state.get(p) or {}
         known = {

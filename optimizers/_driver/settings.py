@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from .saved_state import adamw_entry
 from .units import State, Unit
 from .write_modes import RESIDUAL
 
@@ -32,14 +34,16 @@ class Entry(NamedTuple):
 Entries = dict[str, Entry | None]
 """Per state key of one parameter its entry; None for a clock."""
 HAND_OVER = "hand a parameter with state from AdamW to the rule, or back"
-ADAMW_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+ADAMW_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", RESIDUAL}
+AdamWModes = Mapping[Tensor, tuple[int, str]]
+"""Per parameter of AdamW, the index of its group and how it is written."""
 
 
 def refuse_state_changes(
     old: Sequence[Unit],
-    old_adamw: Iterable[Tensor],
+    old_adamw: AdamWModes,
     new: Sequence[Unit],
-    new_adamw: Iterable[Tensor],
+    new_adamw: AdamWModes,
     state: State,
     changes: Mapping[int, str],
 ) -> None:
@@ -58,39 +62,46 @@ def refuse_state_changes(
     Raises:
         ValueError: If state would be added, dropped, reshaped or given another meaning.
     """
-    was = _entries(old) | {p: None for p in old_adamw}
-    now = _entries(new) | {p: None for p in new_adamw}
+    was = _entries(old) | {p: _adamw_entries(p, mode) for p, (_, mode) in old_adamw.items()}
+    now = _entries(new) | {p: _adamw_entries(p, mode) for p, (_, mode) in new_adamw.items()}
     groups = {p: unit.group for unit in new for p in unit.params}
+    groups |= {p: i for p, (i, _) in new_adamw.items()}
     for p, after in now.items():
         if p not in was or not state.get(p):
             continue
-        before = was[p]
-        if before == after:
-            continue
-        if before is None or after is None:
+        if (p in old_adamw) != (p in new_adamw):
             what = HAND_OVER
+        elif was[p] == after:
+            continue
         else:
-            what = _difference(before, after)
+            what = _difference(was[p], after)
         said = changes.get(groups.get(p, -1)) or "; ".join(changes.values()) or "these settings"
         raise _refusal(said, what)
 
 
-def refuse_unfit_state(units: Sequence[Unit], adamw_params: Iterable[Tensor], state: State) -> None:
+def refuse_unfit_state(
+    units: Sequence[Unit],
+    adamw_modes: AdamWModes,
+    state: State,
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
     """Raise unless the state at hand is what the settings need: settings of a loaded or copied run.
 
     Args:
         units: Units by the present settings.
-        adamw_params: Parameters that AdamW trains.
+        adamw_modes: Parameters that AdamW trains.
         state: The optimizer's state, which is not changed.
+        groups: The groups, or their settings.
 
     Raises:
         ValueError: If state would be added, dropped, reshaped or converted.
     """
-    for p in adamw_params:
-        if state.get(p, {}).keys() - ADAMW_KEYS:
+    for p, (i, mode) in adamw_modes.items():
+        found = state.get(p, {})
+        if found.keys() - ADAMW_KEYS:
             raise _refusal("the settings", HAND_OVER)
+        _refuse_unfit_moments(p, found, mode, f"write={groups[i].get('write')!r}", i)
     for p, needed in _entries(units).items():
-        assert needed is not None
         stored = {k: X for k, X in state.get(p, {}).items() if isinstance(X, Tensor)}
         if "step" in stored:  # AdamW's clock is a tensor, a rule's a number
             raise _refusal("the settings", HAND_OVER)
@@ -108,6 +119,29 @@ def refuse_unfit_state(units: Sequence[Unit], adamw_params: Iterable[Tensor], st
             raise _refusal("the settings", _difference(before, after))
 
 
+def _refuse_unfit_moments(
+    p: Tensor, found: Mapping[str, Any], mode: str, said: str, group: int
+) -> None:
+    """Raise unless moments and residual of a parameter of AdamW are those of its write mode."""
+    stored = {key: X for key, X in found.items() if key != "step" and isinstance(X, Tensor)}
+    if "exp_avg" not in stored or is_lazy(p):
+        return
+    after = {key: entry for key, entry in _adamw_entries(p, mode).items() if entry is not None}
+    keys = stored.keys() & after.keys() | stored.keys() & {RESIDUAL}
+    before = {key: Entry("mn", tuple(p.shape), stored[key].dtype, None) for key in keys}
+    kinds = {X.dtype.is_floating_point and X.shape == p.shape for X in stored.values()}
+    if before != after and kinds == {True}:  # other faults have messages of their own
+        raise _refusal(f"{said} in parameter group {group}", _difference(before, after))
+
+
+def _adamw_entries(p: Tensor, mode: str) -> Entries:
+    """The entries of a parameter of AdamW."""
+    if is_lazy(p):
+        return {}
+    tensors = adamw_entry(p, mode).tensors
+    return {key: Entry("mn", x.shape, x.dtype, None) for key, x in tensors.items()}
+
+
 def _refusal(said: str, what: str) -> ValueError:
     return ValueError(
         f"{said} would {what} in the middle of a run, which is not supported: set it back, or "
@@ -115,13 +149,12 @@ def _refusal(said: str, what: str) -> ValueError:
     )
 
 
-def _entries(units: Iterable[Unit]) -> dict[Tensor, Entries | None]:
+def _entries(units: Iterable[Unit]) -> dict[Tensor, Entries]:
     """Per parameter, the entries of all its units."""
-    tables: dict[Tensor, Entries | None] = {}
+    tables: dict[Tensor, Entries] = {}
     for unit in units:
         for i, p in enumerate(unit.params):
             table = tables.setdefault(p, {})
-            assert table is not None
             for key, (slot, shape, dtype) in unit.expected_state(i).items():
                 layout = None if slot.axes == "mn" else unit.layout(i)
                 table[key] = Entry(slot.axes, shape, dtype, layout)

@@ -267,6 +267,7 @@ class SplitTerm(Term):
             free_scale=self.state_free.scale,
             floor=self.state_free.floor,
             control=by.control,
+            rounding=by.rounding,
         )
         return True
 

@@ -6,7 +6,7 @@ base weight gets a gradient, which a hook reads and drops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,9 +163,21 @@ class WatchingOptimizer(PairOptimizer):
 
     @override
     def _update(self) -> None:
+        self._step_with_sums(super()._update)
+
+    @override
+    def _steps_at_end(self, params: Sequence[Tensor]) -> bool:
+        return any(p in self._exact_pairs() for p in params)
+
+    @override
+    def _step_at_end(self, step: Callable[[], None]) -> None:
+        self._step_with_sums(step)
+
+    def _step_with_sums(self, step: Callable[[], None]) -> None:
+        """Step with the sums of the base weights, and clear them."""
         exact, base = self._exact_pairs(), self._base
         if not exact:
-            return super()._update()
+            return step()
         for i, (A, B) in enumerate(exact.items()):
             if A.grad is not None or B.grad is not None:
                 if base is None or not base.has_gradient_of(A):
@@ -176,7 +188,7 @@ class WatchingOptimizer(PairOptimizer):
         try:
             if base is not None:
                 base.average()
-            super()._update()
+            step()
         finally:
             if base is not None:
                 base.clear()

@@ -269,6 +269,10 @@ class TripleOptimizer(PairOptimizer):
         self._compare_base()
         super()._update()
 
+    @override
+    def _before_backward(self) -> None:
+        self._compare_base()
+
     def _compare_base(self) -> None:
         """Raise if the base weights at hand are not those of the checkpoint that was loaded."""
         if self._compares_base:

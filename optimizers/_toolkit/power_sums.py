@@ -19,6 +19,8 @@ from .moments import column_squares, momentum_step, total
 
 POWER_SUM_PANEL = 2**17
 """Entries above which a matrix on a CPU is read in panels of rows, which stay in the cache."""
+VECTOR_ENTRIES = 64
+"""Of this, the entries that an elementwise function takes at once on a CPU are a divisor."""
 SERIES_TOLERANCE = 5e-8
 """Largest error of sqrt(1 + sum sinh^2 / (m n)) where a series stands for sinh^2."""
 SINH_SQUARED_SERIES = tuple(2.0 ** (2 * j - 1) / math.factorial(2 * j) for j in range(1, 40))
@@ -123,7 +125,12 @@ class DenseNorms:
 
     def sinh_squares(self, c: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """The sum of sinh^2(c x), (K, 1, 1); c (K, 1, 1)."""
-        x = (self._X * (c * self._largest).to(self._X.dtype)).sinh_()
+        x = self._X * (c * self._largest).to(self._X.dtype)
+        # what is left over at the end of a tensor on a CPU, and fills no vector, gets other bits:
+        # then a matrix of a stack is a tensor of its own, as it is alone
+        alone = x.device.type == "cpu" and x[0].numel() % VECTOR_ENTRIES
+        for part in x if alone else (x,):
+            part.sinh_()
         return reductions.both(to_float64(total(column_squares(x))))
 
 

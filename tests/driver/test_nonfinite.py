@@ -497,7 +497,7 @@ def test_the_ratio_multiplies_the_groups_rate(lr):
 def test_weights_converted_in_mid_run_are_refused_before_anything_moves():
     for mode in ("skip", "ignore"):
         model = Net()
-        optimizer = Muon(model, nonfinite=mode)
+        optimizer = Muon(model, nonfinite=mode, write="nearest")
         give(model, 0)
         optimizer.step()
         model.bfloat16()
@@ -507,6 +507,23 @@ def test_weights_converted_in_mid_run_are_refused_before_anything_moves():
         with pytest.raises(RuntimeError, match=text):
             optimizer.step()
         assert same(before, weights(model)) and same(state, state_of(optimizer, model))
+
+
+def test_weights_converted_in_mid_run_go_on_where_their_moments_stay_float32():
+    model = Net()
+    optimizer = Muon(model)
+    give(model, 0)
+    optimizer.step()
+    model.bfloat16()
+    give(model, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert not any(map(torch.equal, before, model.parameters()))
+    assert all(
+        optimizer.state[p]["exp_avg"].dtype == torch.float32
+        for p in model.parameters()
+        if "exp_avg" in optimizer.state[p]
+    )
 
 
 def test_a_refused_first_step_leaves_no_state_behind():

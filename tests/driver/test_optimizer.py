@@ -736,7 +736,7 @@ def test_write_keeps_bfloat16_rounding_single(bad):
     """bf16 weights: the step is summed in float32 and rounded once."""
     p = weight(SQUARE, dtype=torch.bfloat16)
     before, G = p.detach().float(), gradients(SQUARE, 1)[0].to(torch.bfloat16)
-    optimizer = driver(PlainRule())([p])
+    optimizer = driver(PlainRule())([{"params": [p], "write": "nearest"}])
     p.grad = G
     optimizer.step()
     assert torch.equal(p.detach(), (before * (1 - 0.1 * 0.1) - 0.1 * G.float()).to(torch.bfloat16))

@@ -47,23 +47,33 @@ def by_switchlora(triples, **options):
 
 
 def check(make_run, monkeypatch):
-    """A run moves all weights, and without the place that rounds only those of AdamW.
+    """A run moves all weights, and without the place that rounds only what torch rounds.
 
     Args:
-        make_run: Runs anew, on equal weights: which of them moved, and which are AdamW's.
+        make_run: Runs anew, on equal weights: which of them moved, and which torch's AdamW writes.
         monkeypatch: Pytest's.
     """
-    flags, adamw = make_run()
+    flags, by_torch = make_run()
     assert all(flags), "the test shows nothing: a weight would not have moved anyway"
     drop_writes(monkeypatch)
-    assert make_run() == (adamw, adamw)
+    assert make_run() == (by_torch, by_torch)
+
+
+def written_by_torch(optimizer):
+    """Per parameter, whether torch's AdamW rounds it: to nearest, as it is not written else."""
+    rows = optimizer.assignment().rows
+    return [row.rule == "adamw" and row.write == "nearest" for row in rows]
 
 
 def on_groups(make, dtype, **options):
     """Every form of a parameter; only the last one is AdamW's."""
     groups = every_form(dtype)
     params = [p for group in groups for p in group["params"]]
-    return moved(make(groups, **options), params), [p is params[-1] for p in params]
+    optimizer = make(groups, **options)
+    by_torch = written_by_torch(optimizer)
+    assert by_torch[-1] is (optimizer.assignment().rows[-1].write == "nearest")
+    assert not any(by_torch[:-1])
+    return moved(optimizer, params), by_torch
 
 
 def on_tuples(make, tuples, **options):

@@ -199,7 +199,9 @@ CASES = {
     "galore-dct": partial(matrices, GaLore, rank=3, projection="dct", **GAP),
     "galore-full": partial(matrices, GaLore, rank=3, proj_type="full", **GAP),
     "galore-int8": partial(matrices, GaLore, BIG, BIG, rank=11, state_dtype="int8", **GAP),
-    "galore-bfloat16": partial(matrices, GaLore, rank=3, dtype=torch.bfloat16, **GAP),
+    "galore-bfloat16": partial(
+        matrices, GaLore, rank=3, dtype=torch.bfloat16, write="nearest", **GAP
+    ),
     "galore-lion": partial(matrices, GaLore, rank=3, inner="lion", stagger=True, **GAP),
     "fira": partial(matrices, Fira, rank=3, weight_decay=0.1, **GAP),
     "fira-module": partial(module, Fira, rank=3, **GAP),

@@ -55,6 +55,20 @@ def test_the_table_has_the_cases():
     assert not gone and not new, f"run bench/compiled.py --write: gone {gone}, new {new}"
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("stochastic")])
+def test_random_bits_load_nothing_but_keys(name, arch):
+    """All other accesses to memory are those of the case that is rounded to nearest."""
+    plain = name.removesuffix(" stochastic")
+    if plain not in CASES:
+        pytest.skip("no case of this dtype is rounded to nearest")
+    loads, stores = compiled.accesses(CASES[name], arch)
+    old_loads, old_stores = compiled.accesses(CASES[plain], arch)
+    assert stores == old_stores
+    assert [x for x in loads if x != 4] == [x for x in old_loads if x != 4]
+    assert 0 <= loads.count(4) - old_loads.count(4) <= 2  # two where a loop is cut open
+
+
 # the gate shuts -----------------------------------------------------------------------------------
 
 

@@ -532,3 +532,16 @@ def test_small_matrices_need_four_of_their_stack():
             p.grad = gradients((64, 64), 1, 16 * step + i)[0]
         counter = count_step(optimizer)
     assert counter.peak <= 4.1 * 16 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (5, 7), (3, 11), (16, 8), (1, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_over_a_stack_have_the_bits_of_single_matrices(shape, dtype):
+    """A CPU computes sinh of what fills no vector in another way than of the rest."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        X = torch.randn(5, *shape, generator=draw, dtype=dtype)
+        c = torch.rand(5, 1, 1, generator=draw, dtype=torch.float64)
+        stack = DenseNorms(X).sinh_squares(c)
+        each = [DenseNorms(X[k : k + 1]).sinh_squares(c[k : k + 1]) for k in range(5)]
+        assert torch.equal(stack, torch.cat(each))

@@ -39,8 +39,8 @@ def drop_stores(monkeypatch):
     """Kernels store no weight from here on; the names of those that would have done so."""
     users = set()
 
-    def drop(pointers, value, mask):
-        assert value.shape == mask.shape
+    def drop(pointers, value, mask, *random):
+        assert value.shape == mask.shape and len(random) == 10
         users.add(sys._getframe(2).f_globals["__name__"].rpartition(".")[2])
 
     monkeypatch.setitem(store_weight.rewritten_fn, store_weight.fn, drop)
