@@ -12,8 +12,9 @@ whose decades it then matches, and an entry that was not zero never becomes zero
 by it would blow up where the first moment survived. And a second moment may be rounded by random
 bits: its steps of 0.001 round away to nearest, as levels differ by 0.014 of their square or more. A
 value v between the squares a < b of two levels becomes b with the probability (v - a) / (b - a), so
-that v itself is kept on average, not its root. First moments are rounded to nearest: they move by a
-tenth in a step, and random bits would add noise of a level's size.
+that v itself is kept on average, not its root; single entries walk about it, by 8 % where they are
+near the largest of their block. First moments are rounded to nearest: they move by a tenth in a
+step, so that nothing is lost (below 0.1 %), and an error of 2.5 % would become 3.5 %.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def test_the_published_code_keeps_its_basis_and_its_rounding(cls):
 
 def test_frugal_keeps_its_basis_in_float32():
     p = weight((128, 130))
-    optimizer = FRUGAL([p], lr=0.02, projection="svd", density=0.5, state_dtype="int8")
+    optimizer = FRUGAL([p], lr=0.02, split="svd", density=0.5, state_dtype="int8")
     step(optimizer, p, series(p, 2))
     entry = optimizer.state[p]
     assert entry["basis"].dtype == torch.float32 and entry["basis"].numel() > 4096
