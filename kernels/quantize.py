@@ -12,8 +12,9 @@ whose decades it then matches, and an entry that was not zero never becomes zero
 by it would blow up where the first moment survived. And a second moment may be rounded by random
 bits: its steps of 0.001 round away to nearest, as levels differ by 0.014 of their square or more. A
 value v between the squares a < b of two levels becomes b with the probability (v - a) / (b - a), so
-that v itself is kept on average, not its root. First moments are rounded to nearest: they move by a
-tenth in a step, and random bits would add noise of a level's size.
+that v itself is kept on average, not its root; single entries walk about it, by 8 % where they are
+near the largest of their block. First moments are rounded to nearest: they move by a tenth in a
+step, so that nothing is lost (below 0.1 %), and an error of 2.5 % would become 3.5 %.
 """
 
 from __future__ import annotations
@@ -134,13 +135,13 @@ def _encoder(signed: bool, device: torch.device) -> Tensor:
 def _level_squares(device: torch.device) -> tuple[Tensor, Tensor]:
     """Squares of the unsigned levels by their codes (256,), and steps from them (512,).
 
-    Steps up to the next square come first, then those down, which are negative. Infinite ones are
-    never taken: up from the largest level, and down to zero.
+    Steps are in units of 2^-16 of them. Those up to the next square come first, then those down,
+    which are negative. Infinite ones are never taken: up from the largest level, and down to zero.
     """
     levels = blockwise_levels(signed=False)
     squares = torch.cat([levels.new_zeros(1), levels * _CODE_SCALE]).square()
     up, infinite = squares.diff(), levels.new_full((1,), torch.inf)
-    steps = torch.cat([up, infinite, -infinite, -infinite, -up[1:]])
+    steps = torch.cat([up, infinite, -infinite, -infinite, -up[1:]]) * 2.0**-16
     return squares.float().to(device), steps.float().to(device)
 
 
@@ -209,12 +210,12 @@ def _take_neighbors_(code: Tensor, scaled: Tensor, bits: Tensor) -> None:
     squares, steps = _level_squares(code.device)
     index = code.flatten().int()
     excess = scaled.flatten().square_().sub_(squares.index_select(0, index))
-    is_below = excess < 0
-    step = steps.index_select(0, index.add_(is_below, alpha=256))
-    chance = excess.div_(step)
-    moves = chance > bits.float().add_(2.0**15 + _OWN_LEVEL).mul_(2.0**-16)
-    change = moves.to(torch.uint8)  # bytes wrap, so 255 is -1
-    code.add_(torch.where(is_below, change.neg(), change).view(code.shape))
+    side = excess.view(torch.int32) >> 31  # -1 below the level, else 0
+    chance = excess.div_(steps.index_select(0, index.sub_(side, alpha=256)))
+    moves = (chance > bits.float().add_(2.0**15 + _OWN_LEVEL)).to(torch.int8)
+    # bytes wrap, so 255 is -1; a choice by conditions would cost more than all the rest
+    change = side.bitwise_or_(1).to(torch.int8).mul_(moves)
+    code.add_(change.view(torch.uint8).view(code.shape))
 
 
 def dequantize_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

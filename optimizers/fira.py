@@ -200,8 +200,9 @@ class Fira(StackedOptimizer):
         TypeError: For an unknown keyword.
 
     State of an m x n weight, m <= n: ``basis`` (m, r), ``exp_avg`` and ``exp_avg_sq`` (r, n),
-    ``limiter_norm`` (1, 1). Peak temporary memory: buffers of r x n elements, and panels; in a
-    refresh as :class:`GaLore`.
+    ``limiter_norm`` (1, 1). Under ``state_dtype="int8"`` moments and basis are stored, and the
+    basis decoded, as in :class:`GaLore`. Peak temporary memory: buffers of r x n elements, and
+    panels; in a refresh and with 8 bits as :class:`GaLore`.
 
     Caveat: paper and published code differ. In the code alpha shrinks what is subtracted but not S,
     so S contains 1 - alpha of the projected gradient and weighs 1 / alpha times more, and |S| is

@@ -384,7 +384,10 @@ class Rule:
     optional_state: ClassVar[frozenset[str]] = frozenset()
     """Names of slots that a checkpoint may lack: the optimizer fills them after the load."""
     bases: ClassVar[frozenset[str]] = frozenset()
-    """Names of slots of orthonormal columns that ``refresh`` alone changes: 8 bits suit them."""
+    """Names of slots (m, r) of orthonormal columns that ``refresh`` alone changes.
+
+    They are kept in 8 bits under ``state_dtype="int8"``.
+    """
     refresh_in_lockstep: ClassVar[bool] = False
     """Set True if all units must refresh in the same update. ``stagger=True`` is refused then."""
 

@@ -125,9 +125,10 @@ class StackedOptimizer(Optimizer):
         view: How a parameter becomes matrices, see ``_core/views.py`` (default: ``"auto"``).
         state_dtype: Name of the floating dtype of the state, such as ``"bfloat16"``; None
             (default): float32 (float64 for float64 weights). ``"int8"``: moments and momentum in 8
-            bits with a scale for every 256 of them, the rest as under None; see
-            ``kernels/quantize.py``. Averages of squares follow falling gradients late then: steps
-            of 0.001 round away.
+            bits with a scale for every 256 of a row, and the bases of GaLore and Fira; state of
+            fewer than 4096 entries, state in rows of fewer than 8 and all the rest as under None;
+            see ``kernels/quantize.py``. Averages of squares are rounded by random bits, which keeps
+            steps of 0.001 on average; under ``compat`` to nearest, which loses them.
         write: How weights of bfloat16 and float16 are rounded; others always to nearest. ``"auto"``
             (default): as ``"stochastic"``, under ``compat`` as ``"nearest"``. ``"nearest"``: as
             torch does, which loses steps below half of a weight's last digit. ``"stochastic"``: up

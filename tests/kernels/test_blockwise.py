@@ -157,15 +157,15 @@ def series(params, steps, seed=0):
 
 
 @pytest.mark.parametrize("method", ["muon", "galore", "fira"])
-def test_small_state_and_bases_stay_float32_and_large_moments_are_bytes(method):
-    params, optimizer = build(method, **({} if method == "muon" else {"rank": 60}))
+def test_small_state_stays_float32_and_large_moments_and_bases_are_bytes(method):
+    params, optimizer = build(method, **({} if method == "muon" else {"rank": 64}))
     run(optimizer, params, series(params, 2))
     for p in params:
         for key, value in optimizer.state[p].items():
             if not isinstance(value, torch.Tensor):
                 continue
             name = key.removesuffix("_scale")
-            coded = name in ("exp_avg", "exp_avg_sq", "momentum_buffer")
+            coded = name in ("exp_avg", "exp_avg_sq", "momentum_buffer", "basis")
             if coded and optimizer.state[p][name].numel() >= MIN_QUANTIZED_NUMEL:
                 kind = torch.uint8 if name == "exp_avg_sq" else torch.int8
                 assert value.dtype == (torch.float32 if key.endswith("_scale") else kind)
