@@ -1,6 +1,6 @@
 """How far do bfloat16 weights follow float32 ones, by way of writing and by optimizer?
 
-    python bench/low_precision.py                          all four tables, about half an hour
+    python bench/low_precision.py                          all four tables, an hour or more
     python bench/low_precision.py --only share,decay       some of them
     python bench/low_precision.py --methods muon,galore    some optimizers
     python bench/low_precision.py --quick                  tiny: does it run at all
@@ -61,6 +61,7 @@ EXPECTED = {"stochastic": 0.05, "kahan": 0.01}
 ENOUGH = 0.015
 """Statistical error of a share above which another seed is added."""
 TINY = {"d": 32, "layers": 1, "heads": 2, "seq": 32, "batch": 4}
+SHAPES = {"tiny": TINY, **SIZES}
 
 
 # --- Who takes part, and on what ---
@@ -356,11 +357,11 @@ def loss_table(rows: Sequence[Loss]) -> str:
 
 
 def gap_cell(row: Loss | None, spread: float) -> str:
-    """The differences of the seeds; bold where a mode that should follow float32 does not."""
+    """The differences of the seeds; bold where their mean is outside the spread."""
     if row is None:
         return ""
     text = " ".join(f"{gap:+.4f}" for gap in row.gaps)
-    outside = row.mode in EXPECTED and max(map(abs, row.gaps)) > spread
+    outside = row.mode in EXPECTED and abs(fmean(row.gaps)) > spread
     return f"**{text}**" if outside else text
 
 
@@ -455,6 +456,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=positive, default=100, help="of loss; default: 100")
     add("--seeds", type=positive, default=3, metavar="N", help="of loss; default: 3")
     add("--corpus", default="code", help="of loss: code (default), prose, or a file")
+    add("--size", choices=tuple(SHAPES), default="micro", help="of loss; default: micro")
     add("--threads", type=positive, default=1, metavar="N", help="default: 1")
     add("--out", type=Path, default=Path("runs/low_precision"), metavar="DIR")
     add("--quick", action="store_true", help="tiny weights, few steps: no figure means anything")
@@ -480,7 +482,7 @@ def work_share(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Any
 
 
 def work_loss(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Any], str]:
-    shape, steps = (TINY, 4) if args.quick else (SIZES["micro"], args.steps)
+    shape, steps = (TINY, 4) if args.quick else (SHAPES[args.size], args.steps)
     corpus = load_corpus(args.corpus, shape["seq"])
     rows: list[Loss] = []
     for name in (name for name in names if name not in pair_methods()):
@@ -493,11 +495,10 @@ def work_loss(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Any]
 def work_decay(args: argparse.Namespace, names: Sequence[str]) -> tuple[list[Any], str]:
     size = Size(32, 2, 4, 1) if args.quick else Size(128, 4, 500, 1)
     rows: list[Share] = []
-    begin = time.perf_counter()
     for name in names:
         for lr in (1e-3, 1e-4):
             rows += shares(name, lr, size, no_gradients, modes_of(name)[:3])
-            print(f"{clock(time.perf_counter() - begin):>6}  {name} lr {lr:g}", flush=True)
+        print(share_table([row for row in rows if row.name == name]), flush=True)
     return rows, share_table(rows)
 
 
