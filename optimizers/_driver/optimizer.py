@@ -135,8 +135,9 @@ class StackedOptimizer(Optimizer):
             or down with the probability that keeps the mean, by bits that are a function of the
             seed, the name, the update and the entry. ``"kahan"``: to nearest, with what is cut off
             kept in bfloat16 for the next step. ``"eco"``: as ``"stochastic"``, with what is cut
-            off put into the momentum (AdamW parameters and Muon only). AdamW parameters have
-            float32 moments under all but ``"nearest"``.
+            off put into the momentum (AdamW parameters and Muon only; Muon's bounded step follows
+            only while it is no smaller than a weight's last digit). AdamW parameters have float32
+            moments under all but ``"nearest"``.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.
 
