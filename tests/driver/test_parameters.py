@@ -231,7 +231,7 @@ CONVERSIONS = {
 def test_a_model_that_is_converted_after_a_step_moves_whole_or_not_at_all(cls, kind):
     net = model()
     params = [p for p in net.parameters()]
-    optimizer = cls(params)
+    optimizer = cls(params, write="nearest")  # AdamW's moments have the dtype of their weights
     backward(net)
     optimizer.step()
     CONVERSIONS[kind](net)
@@ -244,6 +244,25 @@ def test_a_model_that_is_converted_after_a_step_moves_whole_or_not_at_all(cls, k
     backward(net)
     optimizer.step()
     assert all(bool(p.isfinite().all()) for p in params)
+
+
+@PLAIN
+@pytest.mark.parametrize("kind", ["bfloat16", "half"])
+def test_a_model_goes_on_in_low_precision_as_its_moments_are_float32(cls, kind):
+    net = model()
+    optimizer = cls(net.parameters())
+    backward(net)
+    optimizer.step()
+    CONVERSIONS[kind](net)
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(4):
+        backward(net)
+        optimizer.step()
+    for p, old in zip(net.parameters(), before, strict=True):
+        assert bool(p.isfinite().all()) and not torch.equal(p, old)
+        assert all(
+            x.dtype != p.dtype for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)
+        )
 
 
 @PLAIN
