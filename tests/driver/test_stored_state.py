@@ -19,7 +19,8 @@ from stiefel.optimizers._driver import units
 
 STEPS, SHAPES = 6, [(24, 10), (10, 24), (24, 10)]
 STATE_DTYPES = ["float32", "bfloat16", "int8"]
-RARE = ("index", "age", "projector", "rotation", "polar_report", "basis", "basis_right")
+BASES = ("basis", "basis_right", "basis_scale", "basis_right_scale")
+RARE = ("index", "age", "projector", "rotation", "polar_report", *BASES)
 """State that only a refresh, or every few steps, writes."""
 IN_TURN = {"altlora-alternate"}
 """Methods whose factors move in turn, and with them their state."""
