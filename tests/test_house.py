@@ -93,7 +93,7 @@ VALUES = {
     "betas": (0.8, 0.99),
     "bias_correction": "global",
     "block_order": "mirror",
-    "blocks": ("layer", {"split": "block"}),
+    "blocks": ([1, 0], {"split": "block"}),
     "cautious": True,
     "centred": True,
     "choice": "random",

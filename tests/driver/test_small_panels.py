@@ -14,7 +14,7 @@ from helpers.pair_problems import PAIRS, factors, flat, pair_gradients
 from helpers.paths import ROOT
 from helpers.problems import gradients, run, tensors, weight
 
-from stiefel.kernels import quantize
+from stiefel.kernels import quantize, quantize_basis
 from stiefel.kernels.reference import reductions, symmetric
 from stiefel.optimizers import FRUGAL, DCTAdamW, Fira, GaLore, Muon, dctadamw
 from stiefel.optimizers._driver import units, write
@@ -32,6 +32,7 @@ PANELS = {
     (dctadamw, "QUANTIZE_PANEL"): 50,
     (coordinates, "SPLIT_PANEL"): 45,
     (quantize, "_QUANTIZE_PANEL"): 256,
+    (quantize_basis, "_PANEL"): 256,
     (symmetric, "GRAM_PANEL_ROWS"): 4,
     (reductions, "_SUM_PANEL_ROWS"): 3,
     (reductions, "_SUM_PANEL_ENTRIES"): 16,
