@@ -93,7 +93,7 @@ VALUES = {
     "betas": (0.8, 0.99),
     "bias_correction": "global",
     "block_order": "mirror",
-    "blocks": ([1, 0], {"split": "block"}),
+    "blocks": ("layer", {"split": "block"}),
     "cautious": True,
     "centred": True,
     "choice": "random",
@@ -246,6 +246,8 @@ def test_every_option_reaches_its_field(cls, name, default):
     value, others = entry if with_others else (entry, {})
     assert value != default, f"{value!r} is the default of {cls.__name__}'s {name}"
     params, needed = problem(cls)
+    if value == "layer":  # it is read from names
+        params = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
     group = cls(params, **{**needed, **others, name: value}).param_groups[0]
     for key, expected in OTHER_KEYS.get(name, lambda value: {name: value})(value).items():
         assert group[key] == expected, f"group[{key!r}] is {group[key]!r}"

@@ -5,6 +5,7 @@ and each method must do what it does on a whole matrix. Weights are neither stac
 """
 
 import ast
+import importlib
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from helpers.pair_problems import PAIRS, factors, flat, pair_gradients
 from helpers.paths import ROOT
 from helpers.problems import gradients, run, tensors, weight
 
-from stiefel.kernels import quantize, quantize_basis
+from stiefel.kernels import quantize
 from stiefel.kernels.reference import reductions, symmetric
 from stiefel.optimizers import FRUGAL, DCTAdamW, Fira, GaLore, Muon, dctadamw
 from stiefel.optimizers._driver import units, write
@@ -22,6 +23,9 @@ from stiefel.optimizers._frugal import coordinates
 from stiefel.optimizers._lora import switching, vector_pools
 from stiefel.optimizers._toolkit import index_projectors, power_sums, svd
 from stiefel.optimizers._toolkit.projectors import PROJECTION_KINDS
+
+# the package has a function of this name, which hides the module
+quantize_basis = importlib.import_module("stiefel.kernels.quantize_basis")
 
 PANELS = {
     (write, "WRITE_PANEL"): 35,
