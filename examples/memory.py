@@ -147,7 +147,7 @@ def compute_in_float32(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Way:
+class Outcome:
     """What one way of training has taken.
 
     Attributes:
@@ -167,7 +167,7 @@ class Way:
     after: float
 
 
-def train(name: str, args: argparse.Namespace) -> Way:
+def train(name: str, args: argparse.Namespace) -> Outcome:
     """Train one way, with every allocation counted."""
     corpus = load_corpus("code", args.seq)
     model = build_model(args.d, args.layers, 4, args.seq, args.seed)
@@ -194,7 +194,7 @@ def train(name: str, args: argparse.Namespace) -> Way:
     few = max(1, min(10, args.steps // 4))
     before, after = sum(losses[:few]) / few, sum(losses[-few:]) / few
     reported = memory_report(model, GaLore, **options).state if name == GALORE else None
-    return Way(name, ledger.peak, ledger.gradients, reported, before, after)
+    return Outcome(name, ledger.peak, ledger.gradients, reported, before, after)
 
 
 def _train_step(model: ByteLM, batch: Tensor) -> float:
@@ -269,7 +269,7 @@ def llama_rows() -> list[list[str]]:
 # -------------------------------------------------------------------------------------- output
 
 
-def measured_rows(ways: Sequence[Way]) -> list[list[str]]:
+def measured_rows(ways: Sequence[Outcome]) -> list[list[str]]:
     """A line for each way: MiB at the peak, and the loss."""
     lines = [["", *PARTS, "peak", "loss before", "after"]]
     for way in ways:
@@ -279,7 +279,7 @@ def measured_rows(ways: Sequence[Way]) -> list[list[str]]:
     return lines
 
 
-def draw(path: Path, ways: Sequence[Way]) -> bool:
+def draw(path: Path, ways: Sequence[Outcome]) -> bool:
     """Draw a stacked bar for each way; False where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure

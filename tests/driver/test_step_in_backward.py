@@ -835,7 +835,7 @@ def test_weights_that_change_their_dtype_are_refused_as_in_a_joint_step():
         way(optimizer, params, series(params, 2))
         model.bfloat16()
         before = [p.detach().clone() for p in params]
-        with pytest.raises(RuntimeError, match="build the optimizer after"):
+        with pytest.raises((RuntimeError, ValueError), match=r"build (the|a new) optimizer"):
             way(optimizer, params, series(params, 1))
         assert same(before, [p.detach() for p in params])
 

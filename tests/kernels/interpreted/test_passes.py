@@ -395,7 +395,18 @@ def test_operations_are_declared_as_they_are():
             opcheck(
                 OPS.momentum_step.default, ([x.clone() for x in Xs], half, *flags), test_utils=tests
             )
-        args = ([x.clone() for x in Xs], half, gaussian(2, 5, 1), [], None, 0.9, 0.1, None)
+        args = (
+            [x.clone() for x in Xs],
+            half,
+            gaussian(2, 5, 1),
+            [],
+            None,
+            0.9,
+            0.1,
+            None,
+            None,
+            [],
+        )
         opcheck(OPS.scaled_add.default, args, test_utils=tests)
 
 
