@@ -1,5 +1,6 @@
 # Everything a fresh machine needs: Python 3.10 or newer, and make.
 #   make demo    compare AdamW, Muon, GaLore and Fira on a small language model, draw the losses
+#   make memory-demo  count the memory of float32 AdamW and of bfloat16 GaLore with step_in_backward
 #   make test    run the whole test suite
 #   make lint    ruff and mypy
 #   make bench   time every optimizer against its limit and its peers
@@ -14,10 +15,13 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench gpu-check clean typing FORCE
+.PHONY: demo memory-demo test lint bench gpu-check clean typing FORCE
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/pretrain.py --compare adamw,muon,galore,fira --out $(OUT)
+
+memory-demo: $(VENV)/.examples
+	$(BIN)/python examples/memory.py --out runs/memory
 
 test: $(VENV)/.test
 	$(BIN)/pytest -q -n 2 --dist worksteal
