@@ -27,6 +27,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from quality import run_or_explain
 from tables import markdown
 from torch import Tensor, nn
 
@@ -539,14 +540,7 @@ def work(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        return work(args)
-    except UserError as error:
-        print(f"low_precision.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_or_explain("low_precision.py", work, parse(argv))
 
 
 if __name__ == "__main__":

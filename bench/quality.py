@@ -638,15 +638,21 @@ def progress(begin: float, text: str) -> None:
     print(f"{clock(time.perf_counter() - begin):>6}  {text}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+def run_or_explain(
+    name: str, work: Callable[[argparse.Namespace], int], args: argparse.Namespace
+) -> int:
+    """The exit code; a mistake of the caller is one sentence."""
     try:
         return work(args)
     except UserError as error:
-        print(f"quality.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_or_explain("quality.py", work, parse(argv))
 
 
 if __name__ == "__main__":

@@ -66,11 +66,12 @@ from .quantize_basis import basis_scales, dequantize_basis, quantize_basis
 from .reference import gram, symmetric_poly
 from .reference._stacks import Stack
 from .reference.adam import update_moments_
+from .reference.hashing import mix64_of_int
 from .reference.matmul import add_product_, product
 from .reference.reductions import row_total
 from .reference.rounding import LOW_PRECISION_DTYPES, Rounding, parameter_keys, rounding_keys
 from .reference.row_norm import ROW_MODES, row_factors
-from .reference.write import update_weight_
+from .reference.write import unflagged_stay, update_weight_
 
 __all__ = [
     "DCT_PATHS",
@@ -114,6 +115,7 @@ __all__ = [
     "lift_",
     "low_rank",
     "low_rank_size",
+    "mix64_of_int",
     "momentum_power_sums_",
     "momentum_step_",
     "nearest_rotation",
@@ -141,6 +143,7 @@ __all__ = [
     "split_step_",
     "squares",
     "symmetric_poly",
+    "unflagged_stay",
     "update_moments_",
     "update_weight_",
     "zolotarev",

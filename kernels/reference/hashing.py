@@ -26,7 +26,14 @@ def mix64(x: Tensor) -> Tensor:
 
 
 def mix64_of_int(x: int) -> int:
-    """The same of one word, an integer of 64 bits with or without a sign; none comes out."""
+    """The same of one word, in plain Python.
+
+    Args:
+        x: An integer of 64 bits, with or without a sign.
+
+    Returns:
+        64 random bits, without a sign.
+    """
     x = (x + STEP_64) & _MASK
     for shift, factor in _ROUNDS:
         x = (x ^ x >> shift) * factor & _MASK

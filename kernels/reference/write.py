@@ -6,7 +6,8 @@ but torch's own AdamW for weights that are rounded to nearest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -75,15 +76,31 @@ def update_flagged_weight_(
         control: None, or (K, 3), whose first column has the flags.
         rounding: As for ``update_weight_``.
     """
-    residual = None if rounding is None else rounding.residual
-    if control is None or residual is None:
+    flags = None if control is None else control[:, 0].view(-1, 1, 1)
+    with unflagged_stay(W, flags, rounding):
         update_weight_(W, change, dtype, rounding=rounding)
+
+
+@contextmanager
+def unflagged_stay(W: Tensor, flags: Tensor | None, rounding: Rounding | None) -> Iterator[None]:
+    """A context after which matrices whose flag is 0 are as before, where rounding moves them.
+
+    That is so with a residual alone: W plus the residual may be halfway between two grid points,
+    and be rounded to the other one.
+
+    Args:
+        W: (K, m, n).
+        flags: None, or (K, 1, 1).
+        rounding: As for ``update_weight_``.
+    """
+    residual = None if rounding is None else rounding.residual
+    if flags is None or residual is None:
+        yield
         return
-    # W plus its residual may be halfway between two grid points, and be rounded to the other one
-    moves, old = control[:, 0].view(-1, 1, 1) != 0, (W.clone(), residual.clone())
-    update_weight_(W, change, dtype, rounding=rounding)
+    old = W.clone(), residual.clone()
+    yield
     for X, before in zip((W, residual), old, strict=True):
-        X.copy_(torch.where(moves, X, before))
+        X.copy_(torch.where(flags != 0, X, before))
 
 
 def _round_into_(

@@ -488,21 +488,9 @@ def _step_fused_unread(
     for p, grad, entry, found_inf in zip(params, grads, entries, bad, strict=True):
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             lr = lr.to(p.device, non_blocking=True)
-        torch._fused_adamw_(
-            [p],
-            [grad],
-            [entry["exp_avg"]],
-            [entry["exp_avg_sq"]],
-            [],
-            [entry["step"]],
-            amsgrad=False,
-            lr=lr,
-            beta1=values.betas[0],
-            beta2=values.betas[1],
-            weight_decay=values.decay,
-            eps=values.eps,
-            maximize=group["maximize"],
-            found_inf=found_inf,
+        state = [[X] for X in _tensors_of(entry)]
+        _fused_kernel(
+            group, [p], [grad], state, lr, values.betas, values.eps, values.decay, found_inf
         )
     torch._foreach_sub_(steps, bad)
 
@@ -705,8 +693,24 @@ def _torch_fused_on_cpu(
 
     It also counts the steps with a tensor: torch makes one of the number 1 for every parameter.
     """
-    steps, exp_avgs, exp_avg_sqs = map(list, zip(*map(_tensors_of, entries), strict=True))
-    torch._foreach_add_(steps, torch.ones((), device="cpu", dtype=torch.float32), alpha=1.0)
+    state = [*map(list, zip(*map(_tensors_of, entries), strict=True))]
+    torch._foreach_add_(state[0], torch.ones((), device="cpu", dtype=torch.float32), alpha=1.0)
+    _fused_kernel(group, params, grads, state, lr, betas, eps, weight_decay)
+
+
+def _fused_kernel(
+    group: Mapping[str, Any],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Sequence[list[Tensor]],
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Torch's fused kernel on lists of clocks, which have counted this step, and of moments."""
+    steps, exp_avgs, exp_avg_sqs = state
     torch._fused_adamw_(
         list(params),
         list(grads),
@@ -721,4 +725,5 @@ def _torch_fused_on_cpu(
         weight_decay=weight_decay,
         eps=eps,
         maximize=group["maximize"],
+        found_inf=found_inf,
     )

@@ -344,14 +344,7 @@ def _shard_of(piece: Piece, names: Sequence[str]) -> Piece:
     assert isinstance(p, DTensor)
     mesh, placements = p.device_mesh, p.placements
     shape, offsets = compute_local_shape_and_global_offset(p.shape, mesh, placements)
-    sides, start, step = list[tuple[int, int]](), 0, 1
-    for size, whole, first in zip(shape[::-1], tuple(p.shape)[::-1], offsets[::-1], strict=True):
-        start += first * step
-        if sides and sides[0][0] * sides[0][1] == step:  # whole rows follow each other
-            sides[0] = (sides[0][0] * size, sides[0][1])
-        elif size != 1:
-            sides.insert(0, (size, step))
-        step *= whole
+    start, sides = _sides_of_box(tuple(p.shape), shape, offsets)
     if len(sides) > 3:
         raise NotImplementedError(
             f"a parameter of shape {tuple(p.shape)} in shards {placements} has no even places; "
@@ -380,6 +373,31 @@ def _shard_of(piece: Piece, names: Sequence[str]) -> Piece:
         start=start,
         strides=strides,
     )
+
+
+def _sides_of_box(
+    whole: Sequence[int], shape: Sequence[int], offsets: Sequence[int]
+) -> tuple[int, list[tuple[int, int]]]:
+    """Where a box begins in a tensor, and its sides: how long, and by how much places grow.
+
+    Args:
+        whole: Shape of the tensor, whose places are counted row by row.
+        shape: Shape of the box.
+        offsets: First index of the box along every side.
+
+    Returns:
+        The place of the first entry, and the sides that are longer than 1; sides whose places
+        follow each other are one.
+    """
+    sides, start, step = list[tuple[int, int]](), 0, 1
+    for size, length, first in zip(shape[::-1], whole[::-1], offsets[::-1], strict=True):
+        start += first * step
+        if sides and sides[0][0] * sides[0][1] == step:  # whole rows follow each other
+            sides[0] = (sides[0][0] * size, sides[0][1])
+        elif size != 1:
+            sides.insert(0, (size, step))
+        step *= length
+    return start, sides
 
 
 def _row_by_row(piece: Piece, writer: Writer) -> Piece:

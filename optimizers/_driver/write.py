@@ -15,7 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels import LOW_PRECISION_DTYPES, Rounding, Stack, fuses_passes, update_weight_
+from ...kernels import (
+    LOW_PRECISION_DTYPES,
+    Rounding,
+    Stack,
+    fuses_passes,
+    unflagged_stay,
+    update_weight_,
+)
 from .._core.rule import Carry, Dense, Direction, Term, WriteScalars
 from .._core.validation import check
 from .write_modes import carry_error_
@@ -49,13 +56,7 @@ def write_(
         finite: None, or flags (K, 1, 1): a matrix whose flag is 0 stays as it is, decay included.
         rounding: How W is rounded where its precision is low; None (default): to nearest.
     """
-    if finite is not None and rounding is not None and rounding.residual is not None:
-        # a sum halfway between two grid points might be rounded to the other one
-        old, residual = W.clone(), rounding.residual.clone()
-        _write_(W, step, lr, weight_decay, finite, rounding)
-        W.copy_(torch.where(finite != 0, W, old))
-        rounding.residual.copy_(torch.where(finite != 0, rounding.residual, residual))
-    else:
+    with unflagged_stay(W, finite, rounding):
         _write_(W, step, lr, weight_decay, finite, rounding)
     if step.carry is not None and rounding is not None and rounding.error is not None:
         run = Run(slice(0, len(W)), lr, weight_decay)

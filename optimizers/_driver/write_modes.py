@@ -50,14 +50,14 @@ def with_residuals(slots: Sequence[Slots], writes: Sequence[str]) -> tuple[Slots
 
 
 def check_eco(
-    group: Mapping[str, Any], rule: Rule | None, adamw_betas: tuple[float, float] | None
+    group: Mapping[str, Any], rule: Rule | None, adamw_betas: tuple[float, float]
 ) -> None:
     """Raise under ``write="eco"`` for a momentum that cannot carry what rounding cuts off.
 
     Args:
         group: A group whose values were checked.
         rule: Its rule; None for an AdamW group.
-        adamw_betas: Betas of its AdamW parameters; None if it can have none.
+        adamw_betas: Betas of its AdamW parameters.
 
     Raises:
         ValueError: With the option that is in the way.
@@ -68,7 +68,7 @@ def check_eco(
     state_dtype = group.get("state_dtype")
     if obstacle is None and rule is not None and state_dtype in ("int8", "bfloat16"):
         obstacle = f"state_dtype={state_dtype!r}, whose momentum is too coarse for them"
-    if obstacle is None and adamw_betas is not None and adamw_betas[0] == 0.0:
+    if obstacle is None and adamw_betas[0] == 0.0:
         obstacle = f"betas {tuple(adamw_betas)} of AdamW, which keep no momentum"
     check(
         obstacle is None,

@@ -11,20 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels import mix64_of_int
 from .svd import work_dtype
-
-_UINT64_MAX = 2**64 - 1
 
 
 def splitmix64(x: int) -> int:
-    """Hash a 64-bit integer: one output of the splitmix64 generator in state x.
-
-    Source: Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
-    """
-    x = (x + 0x9E3779B97F4A7C15) & _UINT64_MAX
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _UINT64_MAX
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _UINT64_MAX
-    return x ^ (x >> 31)
+    """Hash a 64-bit integer: one output of the splitmix64 generator in state x."""
+    return mix64_of_int(x)
 
 
 @dataclass(frozen=True)

@@ -70,12 +70,18 @@ def pull(params, grads):
     torch.autograd.backward(losses)
 
 
+def finish(optimizer, handle):
+    """What a loop does after a backward pass: nothing where that has stepped already."""
+    if handle is None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def joint(optimizer, params, steps):
     """Step as ever."""
     for grads in steps:
         pull(params, grads)
-        optimizer.step()
-        optimizer.zero_grad()
+        finish(optimizer, None)
 
 
 def inside(optimizer, params, steps):
@@ -242,9 +248,7 @@ def test_switchlora_writes_base_weights_after_all_uses(dtype):
             loss = loss + through(made[2], weight((5, 9), step, dtype)).square().mean()
             loss.backward()
             assert x.grad is not None
-            if handle is None:
-                optimizer.step()
-                optimizer.zero_grad()
+            finish(optimizer, handle)
         params = [p for triple in made for p in triple]
         assert all(p.grad is None for p in params)
         ends.append(everything(optimizer, params)[:4])
@@ -355,9 +359,7 @@ def trained(make, model, steps=6, **options):
     handle = optimizer.step_in_backward(**options) if options else None
     for step in range(steps):
         loss_of(model, step).backward()
-        if handle is None:
-            optimizer.step()
-            optimizer.zero_grad()
+        finish(optimizer, handle)
     if handle is not None:
         assert all(p.grad is None for p in model.parameters())
         handle.remove()
@@ -589,9 +591,7 @@ def random_run(seed, is_inside):
             has[-1] |= not any(has) and params[-1].requires_grad  # a pass is counted by a gradient
             has[0] |= not any(has)
             pull(params, [G if x else None for G, x in zip(grads, has, strict=True)])
-        if handle is None:
-            optimizer.step()
-            optimizer.zero_grad()
+        finish(optimizer, handle)
         event = draw.random()
         if event < 0.15:
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -665,9 +665,7 @@ def test_a_retained_graph_gives_its_gradients_twice():
             loss = loss_of(model, step)
             loss.backward(retain_graph=True)
             loss.backward()
-            if handle is None:
-                optimizer.step()
-                optimizer.zero_grad()
+            finish(optimizer, handle)
         ends.append(everything(optimizer, list(model.parameters())))
     assert same(*ends)
     loss = loss_of(model, 5)
@@ -744,9 +742,7 @@ def test_late_groups_and_appended_parameters_get_hooks():
             if k == 4:
                 optimizer.param_groups[1]["params"] += params[6:]
             pull(params[:count], grads[:count])
-            if handle is None:
-                optimizer.step()
-                optimizer.zero_grad()
+            finish(optimizer, handle)
             assert all(p.grad is None for p in params)
         ends.append(everything(optimizer, params))
     assert same(*ends)
@@ -767,9 +763,7 @@ def test_frozen_parameters_step_once_they_train(pairs):
             params[0].requires_grad_(k != 4)
             live = [G if p.requires_grad else None for p, G in zip(params, grads, strict=True)]
             pull(params, live)
-            if handle is None:
-                made.step()
-                made.zero_grad()
+            finish(made, handle)
             assert all(p.grad is None for p in params)
         ends.append(everything(made, params))
     assert same(*ends)
@@ -798,9 +792,7 @@ def test_lazy_parameters_step_once_they_have_a_shape():
         handle = optimizer.step_in_backward() if way is inside else None
         for step in range(3):
             model(weight((5, 6), step)).square().mean().backward()
-            if handle is None:
-                optimizer.step()
-                optimizer.zero_grad()
+            finish(optimizer, handle)
             assert all(p.grad is None for p in model.parameters())
         ends.append(everything(optimizer, list(model.parameters())))
     assert same(*ends)
@@ -819,9 +811,7 @@ def test_a_swapped_parameter_gets_its_hook_back():
                 torch.utils.swap_tensors(params[0], other)
                 del other
             pull(params, grads)
-            if handle is None:
-                optimizer.step()
-                optimizer.zero_grad()
+            finish(optimizer, handle)
             assert all(p.grad is None for p in params)
         ends.append(everything(optimizer, params))
     assert same(*ends)
