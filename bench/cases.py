@@ -16,6 +16,7 @@ from contests import (
     LIMITS,
     MUONS,
     NEVER,
+    Backward,
     Call,
     Case,
     Cell,
@@ -58,8 +59,10 @@ from stiefel.optimizers import (
     Dense,
     Direction,
     Fira,
+    GaLore,
     Member,
     Muon,
+    RowNorm,
     Rule,
     StackedOptimizer,
     Trion,
@@ -541,6 +544,27 @@ def writes(setting: Setting) -> Iterator[Contest]:
             yield contest
 
 
+def in_backward(setting: Setting) -> Iterator[Contest]:
+    """Steps inside of the backward pass, which lose their stacks, against steps after it."""
+    makers: dict[str, Maker] = {
+        "Muon": partial(Muon, weight_decay=0.1),
+        "GaLore": partial(GaLore, rank=0.25, update_proj_gap=NEVER),
+        "Fira": partial(Fira, rank=0.25, update_proj_gap=NEVER),
+        "RowNorm": RowNorm,
+    }
+    for model in setting.models("64x64x200 1024x1024x4", "16x16x6"):
+        for name, make in makers.items():
+            contest = Contest(
+                {
+                    "in backward": partial(Backward, make, model, True),
+                    "after it": partial(Backward, make, model, False),
+                }
+            )
+            text = f"{label(model)} {name}: backward and steps inside of it / and a step after it"
+            contest.ratio(text, "in backward", "after it")
+            yield contest
+
+
 # --- Memory ---
 
 
@@ -861,6 +885,7 @@ CASES: dict[str, Case] = {
         "a group for each parameter, 120 matrices", many_groups, seconds=4.0, shaped=False
     ),
     "writes": Case("bfloat16 weights, rounded in every way", writes, seconds=10.0, builds=3),
+    "in-backward": Case("steps inside of the backward pass", in_backward, seconds=6.0),
     "memory": Case("state and temporaries", figures=memory),
     "optimizers": Case(
         "every optimizer; time ratios, then bytes per byte of weights",

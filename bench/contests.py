@@ -240,6 +240,32 @@ class Step:
             self.optimizer.step()
 
 
+class Backward(Step):
+    """A backward pass that makes the round's gradients, and the step: after it, or inside of it."""
+
+    def __init__(self, make: Maker, model: Model, is_inside: bool) -> None:
+        super().__init__(make, model, warm=0)
+        self.optimizer.zero_grad()
+        self.is_inside = is_inside
+        if is_inside:
+            self.handle = self.optimizer.step_in_backward()  # type: ignore[attr-defined]
+        for i in range(2):
+            self.prepare(i)
+            self.run()
+
+    def prepare(self, i: int) -> None:
+        """The loss whose gradients are those of the round."""
+        pairs = zip(self.params, self.pool[i % POOL], strict=True)
+        self.losses = [(p * G).sum() for p, G in pairs]
+
+    def run(self) -> None:
+        """One pass and one step, after which no gradient is left."""
+        torch.autograd.backward(self.losses, retain_graph=True)
+        if not self.is_inside:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
 class Call:
     """A function of the round's gradients."""
 

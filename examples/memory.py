@@ -7,9 +7,9 @@ The first way is float32 weights with torch.optim.AdamW. The second is bfloat16 
 stochastic rounding, with GaLore in 8 bits and step_in_backward, which frees each gradient as soon
 as its weight has moved. Both see the same start and the same batches.
 
-On CPUs without instructions for bfloat16 its matrix products take up to 60 times as long as those
-of float32. So linear layers compute them in float32 there, from bfloat16 weights and activations;
-what they keep for the backward pass is bfloat16.
+CPUs without instructions for bfloat16 emulate its matrix products. So linear layers compute them in
+float32 there, from bfloat16 weights and activations; what they keep for the backward pass is
+bfloat16.
 """
 
 from __future__ import annotations
