@@ -520,9 +520,9 @@ def test_a_base_weight_keeps_what_switchlora_folds_into_it(mode):
     for t in range(12):
         A.grad, B.grad = (gradients(p.shape, 1, t)[0].bfloat16() for p in (A, B))
         optimizer.step()
-    folded, change = before - product(), W0.detach().double() - start
+    wanted, change = before - product(), W0.detach().double() - start
     if mode == "kahan":
         change += optimizer.state[W0]["residual"].double()
-    share = float((change * folded).sum() / folded.square().sum())
+    share = float((change * wanted).sum() / wanted.square().sum())
     low, high = {"nearest": (-0.1, 0.3), "stochastic": (0.6, 1.4), "kahan": (0.98, 1.02)}[mode]
     assert low < share < high
