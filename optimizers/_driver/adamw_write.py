@@ -219,7 +219,9 @@ class Writer:
             at = device if has_device_clock(group) else torch.device("cpu")
             self._layouts[known] = Layout(
                 parameter_keys(seed_of(group), indices, at),
-                torch.tensor([-(-size // 2) for size in sizes], device="cpu").to(device),
+                torch.tensor([-(-size // 2) for size in sizes], dtype=torch.int64, device="cpu").to(
+                    device
+                ),
                 [x for size in sizes for x in ((size, 1) if size % 2 else (size,))],
                 [size % 2 == 1 for size in sizes],
             )

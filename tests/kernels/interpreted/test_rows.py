@@ -274,7 +274,7 @@ def test_operations_are_what_torch_expects():
         torch.library.opcheck(OPS.row_norm.default, (X, 1e-8, 2, True), **check)
     for control in (None, torch.ones(2, 3)):
         given = [gaussian(2, 5, 9, seed=s) for s in range(3)]
-        arguments = (*given, 0.9, 1e-8, 0, 1.0, -0.1, control, True)
+        arguments = (*given, 0.9, 1e-8, 0, 1.0, -0.1, control, True, None, [])
         torch.library.opcheck(OPS.row_step_.default, arguments, **check)
 
 

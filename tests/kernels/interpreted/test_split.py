@@ -212,6 +212,7 @@ def test_registration():
     x = Weight((2, 5, 18), -1)
     args = (
         x.W, x.G, x.index, 0, x.M, x.V, 3.0, None, 0.9, -0.1, 0.9, 0.99, 1e-8, 2, 1.0, None, None,
+        None, [],
     )  # fmt: skip
     torch.library.opcheck(split._split_step, args, test_utils=("test_schema", "test_faketensor"))
     graphs = []

@@ -449,9 +449,10 @@ def test_fake_results_and_schemas():
         check(ops.project, (P, G, squares), **which)
     check(ops.adam, (R, M, V, 1.0, None, 0.9, 0.99, 1e-8, control[:, 0]), **which)
     check(ops.adam, (R, M, V, 1.0, floor, 0.9, 0.99, 1e-8, None), **which)
-    check(ops.lift_, (W, P, R, 0.9, 0.1, G, None, R, 0.1, floor, control), **which)
+    nearest = (None, [])  # no keys, and so no places
+    check(ops.lift_, (W, P, R, 0.9, 0.1, G, None, R, 0.1, floor, control, *nearest), **which)
     head, tail = (W, P, R, M, V, 1.0, None, 0.9, 0.1), (0.9, 0.99, 1e-8, G, 0.1, floor, control)
-    check(ops.adam_lift_, head + tail, **which)
+    check(ops.adam_lift_, head + tail + nearest, **which)
 
 
 def test_each_operation_is_one_node_of_a_compiled_graph():
