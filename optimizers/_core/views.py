@@ -71,7 +71,7 @@ def _transposed(to_matrices: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
 
 
 def _batch(x: Tensor) -> Tensor:
-    return x.reshape(-1, *x.shape[-2:])
+    return x.flatten(0, -3)  # unlike a reshape to -1, also where there are no entries
 
 
 def _rows(start: int, stop: int, step: int = 1) -> Callable[[Tensor], Tensor]:
@@ -128,7 +128,7 @@ def split_view(view: str, shape: tuple[int, ...]) -> tuple[MatrixView, ...]:
         for side in shape[1:]:
             rest *= side
         plain = len(shape) == 2
-        return (MatrixView(1, shape[0], rest, lambda x: x.reshape(1, x.shape[0], -1), plain=plain),)
+        return (MatrixView(1, shape[0], rest, lambda x: x.flatten(1).unsqueeze(0), plain=plain),)
     if kind in ("batch", "transposed"):
         k = 1
         for side in shape[:-2]:

@@ -47,7 +47,7 @@ from .param_groups import (
     warn_user,
 )
 from .saved_state import moment_dtype
-from .units import State, Unit, views_of
+from .units import State, Unit, refuse_vector, views_of
 from .write_modes import WRITE_MODES, check_eco, mode_of
 
 NONFINITE_POLICIES = ("skip", "skip_step", "raise", "ignore")
@@ -455,7 +455,7 @@ def _check_rule_parameters(
         elif is_marked:
             moved_to_adamw.append(text)
         elif group.get("rule") is not None and listed(group, "rules", i) is None:
-            _refuse_vector(p, text, method)
+            refuse_vector(p, text, method)
     if any(row.rule == "matrix" for row in rows):
         _refuse_capturable(group, method)
     if moved_to_adamw:
@@ -478,17 +478,10 @@ def _refuse_capturable(group: Mapping[str, Any], method: str) -> None:
     )
 
 
-def _refuse_vector(p: Tensor, text: str, method: str) -> None:
-    raise ValueError(
-        f"{text} has shape {tuple(p.shape)} but rule {method!r} needs matrices; move it to a group "
-        "with rule='adamw' (flattened weights, as DeepSpeed ZeRO and FSDP1 make, are no matrices)"
-    )
-
-
 def _check_shape(p: Tensor, text: str, view: Any, rule: Rule, method: str) -> None:
     """Raise if the view does not fit."""
     if p.ndim < 2 or p.numel() == 0:
-        _refuse_vector(p, text, method)
+        refuse_vector(p, text, method)
     if len(rule.members) == 1:
         with naming(text):
             split_view(views_of(view, rule)[0], tuple(p.shape))

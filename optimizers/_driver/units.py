@@ -331,6 +331,14 @@ def views_of(view: str | Sequence[str], rule: Rule, count: int = 0) -> list[str]
     return views
 
 
+def refuse_vector(p: Tensor, text: str, method: str) -> None:
+    """Raise for a parameter that is no matrix; ``text`` names it."""
+    raise ValueError(
+        f"{text} has shape {tuple(p.shape)} but rule {method!r} needs matrices; move it to a group "
+        "with rule='adamw' (flattened weights, as DeepSpeed ZeRO and FSDP1 make, are no matrices)"
+    )
+
+
 def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Unit]:
     """Units of one part of a group: runs of ``len(rule.members)`` weights, each cut by its view.
 
@@ -343,6 +351,9 @@ def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Uni
         ValueError: If the weights cannot be cut into runs, or a view does not fit.
     """
     rule, weights = part.rule, part.weights
+    for w in weights:  # a list of rules, written or loaded, may give a rule what is no matrix
+        if w.param.ndim < 2 or w.param.numel() == 0:
+            refuse_vector(w.param, describe(w.name, w.param, w.position), rule.method())
     size = len(rule.members) or max(1, len(weights))
     if len(weights) % size:
         raise ValueError(

@@ -443,3 +443,34 @@ def test_a_real_fsdp1_model_is_refused(tmp_path):
                 assert cls([{"params": [*wrapped.parameters()], "rule": "adamw"}])
     finally:
         dist.destroy_process_group()
+
+
+@PLAIN
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4), (5,), ()])
+def test_lists_that_give_a_rule_what_is_no_matrix_are_refused(cls, shape):
+    """Such as a checkpoint brings whose names are those of other parameters."""
+    params = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.ones(shape))]
+    optimizer = cls(params)
+    at = next(g for g in optimizer.param_groups if any(p is params[1] for p in g["params"]))
+    if at["rule"] == "adamw":  # a group of its own, in a stack
+        at["rule"] = optimizer.param_groups[0]["rule"]
+    at["rules"] = ["matrix"] * len(at["params"])
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"parameter 1.* needs matrices; move it to a group"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    assert not optimizer.state
+
+
+def test_a_file_that_gives_a_rule_what_is_no_matrix_is_refused():
+    params = [nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(2, 0, 3))]
+    optimizer = Muon([{"params": params, "rules": ["matrix", "adamw"]}])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["rules"] = ["matrix", "matrix"]
+    with pytest.raises(ValueError, match=r"parameter 1 .* needs matrices"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["rules"] == ["matrix", "adamw"]
+    params[0].grad = torch.ones(6, 4)
+    optimizer.step()

@@ -95,7 +95,7 @@ def _drop_group_key(saved: Any, groups: Any, group: dict[str, Any], rng: random.
 
 
 def _permute_names(saved: Any, groups: Any, group: dict[str, Any], rng: random.Random) -> None:
-    if "param_names" in group:
+    if isinstance(group.get("param_names"), list):  # another mutation may have come before
         rng.shuffle(group["param_names"])
 
 
