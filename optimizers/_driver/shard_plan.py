@@ -182,7 +182,7 @@ def _held(
     if found_views is None:
         return None
     held = found_views[unit.number]
-    if held.cut and (len(axes) > 1 or not _as_rule_sees(held, unit.transposed[0]) <= getattr(rule, "splits", frozenset())):
+    if held.cut and (len(axes) > 1 or not _as_rule_sees(held, unit.transposed[0]) <= rule.splits):
         return None
     return (held,) if _state_follows(unit, layout, views[0], held) else None
 
