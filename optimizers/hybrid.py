@@ -64,8 +64,8 @@ class HybridRule(RowPolarRule):
     def normalize_rows(self, X: Tensor, w: Member) -> Tensor:
         """Rows of X (K, m, n) at norm 1."""
         eps = self.eps if self.row_eps is None else self.row_eps
+        X = unit_range([X], w.reductions)[0] if eps is None else X
         if w.reductions is LOCAL_REDUCTIONS:
-            X = unit_range([X])[0] if eps is None else X
             return row_norm(X, kernel_eps(eps), self.row_mode)
         squares = row_squares(X, w.reductions)
         return X * row_factors(squares, self.row_mode, eps, w.reductions, self.row_count(w))
