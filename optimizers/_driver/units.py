@@ -21,6 +21,7 @@ from ...kernels import basis_scales, blockwise_shape
 from .._core.rule import BlockPosition, Rule, Slot, Slots
 from .._core.validation import naming, shown
 from .._core.views import MatrixView, split_view
+from .layout import Layout, layout_of, longest_dim, resting_layout
 from .param_groups import Part, Weight, describe, listed, plain_name
 from .windows import drops_state
 from .write_modes import RESIDUAL, mode_of, seed_of, with_residuals
@@ -167,6 +168,28 @@ class Unit:
                 table[scale_of(key)] = (Slot("b", b=scales[-1]), scales, torch.float32)
         return table
 
+    @cached_property
+    def weight_layouts(self) -> tuple[Layout | None, ...]:
+        """Per member, how its weight lies over ranks; None for a plain tensor."""
+        return tuple(
+            layout_of(p, describe(self.name, p, position))
+            for p, position in zip(self.params, self.positions, strict=True)
+        )
+
+    def state_layout(self, i: int, key: str) -> Layout | None:
+        """How the state of member i under a key lies over ranks; None for a plain tensor."""
+        layout = self.weight_layouts[i]
+        if layout is None:
+            return None
+        slot, shape, _ = self.expected_state(i)[key]
+        if slot.device is not None:  # a pool on the host
+            return None
+        return (
+            layout
+            if slot.axes == "mn"
+            else resting_layout(layout, shape, longest_dim(layout, shape))
+        )
+
     def key_of(self, i: int, name: str) -> str:
         """State key of a slot of member i."""
         return name if self.slots[i][name].axes == "mn" else name + self.tag
@@ -219,13 +242,16 @@ class Unit:
                 if not state_since and key != RESIDUAL:
                     entry.pop(key, None)
                 elif key not in entry:
-                    entry[key] = _initial_state(slot, shape, dtype, p.device)
+                    layout = self.state_layout(i, key)
+                    entry[key] = _initial_state(slot, shape, dtype, p.device, layout)
                 elif entry[key].shape != shape:
                     raise ValueError(
                         f"state {key!r} has shape {tuple(entry[key].shape)} but the settings of "
                         f"parameter group {self.group} need {shape}; load with the settings it was "
                         "saved with"
                     )
+                elif (layout := self.state_layout(i, key)) and not layout.fits(entry[key]):
+                    entry[key] = layout.redistribute(entry[key])  # another plan wants it so
         return state_since
 
     def _state_since(self, state: State, rule: Rule) -> int:
@@ -305,8 +331,15 @@ def hash63(text: str) -> int:
 
 
 def _initial_state(
-    slot: Slot, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    slot: Slot,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: Layout | None,
 ) -> Tensor:
+    if layout is not None:
+        is_eye = slot.fill == "eye"
+        return layout.full(0.0 if is_eye else float(slot.fill), dtype, device, is_eye)
     if slot.fill == "eye":
         return torch.eye(shape[-2], shape[-1], dtype=dtype, device=device).expand(shape).clone()
     assert not isinstance(slot.fill, str)
