@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import ranks
-from helpers.ranks import Pool, RanksFailed, mesh_of, pool
+from helpers.ranks import Nursery, Pool, RanksFailed, mesh_of, pool
 from torch import nn
 
 WORLDS = pytest.mark.parametrize("world", [2, 3, 4])
@@ -120,12 +120,23 @@ def test_closing_leaves_no_process():
         made.run(raises, [])
 
 
-def test_the_session_ends_its_ranks():
+def test_the_session_ends_its_ranks(monkeypatch):
+    monkeypatch.setattr(ranks, "_nursery", [Nursery(preloaded=())])
+    monkeypatch.setattr(ranks, "_pools", {})
     pids = [x["pid"] for x in pool(2).run(sums, torch.zeros(1))]
-    parent = ranks.nursery().process
+    process, folder = ranks.nursery().process, pool(2).folder
     ranks.close()
-    assert all(is_gone(pid) for pid in [*pids, parent.pid])
-    assert pool(2).run(raises, []) == [0, 1]
+    assert all(is_gone(pid) for pid in [*pids, process.pid])
+    assert not os.path.exists(folder)
+
+
+def names(rank, world):
+    return raises.__module__
+
+
+def test_functions_are_found_by_their_file_or_name():
+    assert "test_ranks" in pool(2).run(names)[0]
+    assert pool(2).run("helpers.problems:gaussian")[0].shape == (0, 2)
 
 
 def lambda_(rank, world):
