@@ -238,6 +238,12 @@ class Layout:
             held.copy_((i[:, None] == j).to(dtype))
         return self.wrap(held)
 
+    def fits(self, X: Any) -> bool:
+        """Whether a tensor is a DTensor of this layout."""
+        if not is_sharded(X):
+            return False
+        return bool(X.device_mesh == self.mesh) and tuple(X.placements) == self.placements
+
     def redistribute(self, X: Tensor) -> DTensor:
         """X, whole on this process or a DTensor, in this layout; DTensors of others communicate."""
         from torch.distributed.tensor import DTensor

@@ -628,11 +628,7 @@ def settle(unit: Unit, state: State) -> None:
             X, layout = entry.get(key), unit.state_layout(i, key)
             if layout is None or not isinstance(X, Tensor):
                 continue
-            if (
-                not is_sharded(X)
-                or X.placements != layout.placements
-                or X.device_mesh != layout.mesh
-            ):  # type: ignore[attr-defined]
+            if not layout.fits(X):
                 entry[key] = layout.redistribute(X)
 
 
