@@ -542,20 +542,12 @@ def demo(args: argparse.Namespace) -> int:
     names = [name.strip().lower() for name in args.demo.split(",")]
     for name in names:
         default_lr(name)  # an unknown name is said before the first run
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        checkpoint = args.out / f"{name}-checkpoint"
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        write = ["--save", str(checkpoint), "--save-at", str(max(1, steps // 2))]
-        read = ["--load", str(checkpoint)]
-        for processes, more in ((2, write), (1, read), (3, read)):
-            folder = args.out / f"{name}-{processes}"
-            make_folder(folder)
-            print(f"{name}, {processes} processes, {' '.join(more)}", flush=True)
-            command = ["--optimizer", name, "--steps", str(steps), *passed_on(args)]
-            command += [*DEMO_OPTIONS.get(name, []), "--compare", *more, "--out", str(folder)]
-            write_text(folder / "printed.txt", start(processes, command, DEMO_SECONDS))
-            rows.append(json.loads((folder / "results.json").read_text()))
+    # So that what this process has started ends with it.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        rows = [row for name in names for row in demo_runs(name, steps, args)]
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"\n{demo_table(rows)}\n")
     print(
         "Sizes are those of the fullest process; sent: for the optimizer, in an ordinary step.\n"
@@ -564,6 +556,23 @@ def demo(args: argparse.Namespace) -> int:
     write_text(args.out / "results.json", json.dumps(rows, indent=1))
     print(f"Written to {args.out}: results.json and a folder for each run")
     return 0
+
+
+def demo_runs(name: str, steps: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """On 2 processes, then from their checkpoint on 1 and on 3."""
+    checkpoint, rows = args.out / f"{name}-checkpoint", []
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    write = ["--save", str(checkpoint), "--save-at", str(max(1, steps // 2))]
+    read = ["--load", str(checkpoint)]
+    for processes, more in ((2, write), (1, read), (3, read)):
+        folder = args.out / f"{name}-{processes}"
+        make_folder(folder)
+        print(f"{name}, {processes} process{'es' * (processes > 1)}: {' '.join(more)}", flush=True)
+        command = ["--optimizer", name, "--steps", str(steps), *passed_on(args)]
+        command += [*DEMO_OPTIONS.get(name, []), "--compare", *more, "--out", str(folder)]
+        write_text(folder / "printed.txt", start(processes, command, DEMO_SECONDS))
+        rows.append(json.loads((folder / "results.json").read_text()))
+    return rows
 
 
 def passed_on(args: argparse.Namespace) -> list[str]:
@@ -599,8 +608,6 @@ def demo_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    if args.demo:  # so that what it has started ends with it
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return demo(args) if args.demo else work(args)
     except UserError as error:
