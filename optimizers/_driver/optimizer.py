@@ -81,6 +81,7 @@ from .write import Run, write_, write_list_, write_runs_
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
     *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
+    *("plan", "comm_dtype"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
 
@@ -140,6 +141,15 @@ class StackedOptimizer(Optimizer):
             moments under all but ``"nearest"``.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.
+        plan: How a sharded weight (a DTensor) is stepped, see ``docs/sharding.md``. ``"auto"``
+            (default): the cheapest of the others that gives the result of one process, never
+            ``"gather"``. ``"local"``: every rank steps what it holds and sends nothing.
+            ``"owner"``: whole matrices travel, each to one rank. ``"reduce"``: only sums travel
+            (no rule allows it yet). ``"gather"``: every rank does the work for the whole weight. A
+            plan that is not exact for a weight is refused at the first step; ``"owner"`` and
+            ``"gather"`` always are. On plain tensors every name means local.
+        comm_dtype: Name of the floating dtype in which gradients and updates of sharded weights
+            are sent, such as ``"bfloat16"``; None (default): what keeps the bits of one process.
 
     Raises:
         ValueError: For a value out of range, an unknown group key, or a parameter that the method
