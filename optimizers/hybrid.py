@@ -107,6 +107,7 @@ class Hybrid(StackedOptimizer):
         side: ``"right"`` (default) or ``"left"``: the Gram matrix that ``polar="inverse_root"``
             takes where ``eps`` is a number.
         centred: Whether the mean row is taken off wherever it may have come back (default: False).
+            A weight of one row then has no step.
         axis: ``"rows"`` (default), or ``"cols"``: columns of W take the part of rows, as neurons of
             a down projection do.
         pair: Gate and up with one row for each neuron, see :class:`RowNorm`; None (default): rows

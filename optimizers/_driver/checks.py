@@ -51,6 +51,10 @@ from .units import State, Unit, refuse_vector, views_of
 from .write_modes import WRITE_MODES, check_eco, mode_of
 
 NONFINITE_POLICIES = ("skip", "skip_step", "raise", "ignore")
+PLANS = ("auto", "local", "owner", "reduce", "gather")
+"""Ways to step a sharded weight; on plain tensors every one means local."""
+COMM_DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""Dtypes of what is sent; float8 keeps too few digits and has no reductions."""
 TRAINABLE_DTYPES = frozenset(
     (
         torch.float16,
@@ -118,6 +122,17 @@ def _state_dtype(name: str, x: Any) -> Any:
     check(
         text is None or (isinstance(text, str) and text == "int8") or is_supported,
         f"{name} must be None, 'int8' or 'bfloat16', 'float32' or 'float64', got {shown(x)}",
+    )
+    return text
+
+
+def _comm_dtype(name: str, x: Any) -> Any:
+    """The name of a dtype on the wire, for the dtype or its name."""
+    text = dtype_name(x)
+    *names, last = map(repr, COMM_DTYPES)
+    check(
+        text is None or (isinstance(text, str) and text in COMM_DTYPES),
+        f"{name} must be None, {', '.join(names)} or {last}, got {shown(x)}",
     )
     return text
 
@@ -190,6 +205,8 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "state_dtype": _state_dtype,
     "write": partial(choice, known=WRITE_MODES),
     "stagger": flag,
+    "plan": partial(choice, known=PLANS),
+    "comm_dtype": _comm_dtype,
     "adamw_lr_ratio": _or_none(_decay),
     "draws": partial(choice, known=("name", "position")),
     "rules": _listed(partial(choice, known=(None, "matrix", "adamw"))),
@@ -395,11 +412,6 @@ def check_trainable(params: Sequence[Tensor], names: Sequence[str | None]) -> No
 
 def check_matrix(p: Tensor, text: str, method: str) -> None:
     """Raise for a parameter that no matrix rule can train, naming the way around."""
-    if hasattr(p, "device_mesh"):
-        raise ValueError(
-            f"{text} is a DTensor, which {method} does not shard yet; use DDP with "
-            "ZeroRedundancyOptimizer, or put it in a group with rule='adamw'"
-        )
     _refuse_sharded(p, None, text, method)
     if p.is_complex():
         raise RuntimeError(f"{method} does not support complex parameters; {text} is complex")

@@ -303,8 +303,9 @@ def _joined(group: Group, parts: Mapping[int, Group], number: int) -> dict[str, 
     vectors = {k: part for k, part in parts.items() if part.get("rule") == "adamw"}
     first = next(iter((matrices or vectors).values()))
     new = {key: value for key, value in first.items() if key not in ("params", *LISTS)}
-    lone_vectors = not matrices and any(part.get("rules") is not None for part in vectors.values())
-    if lone_vectors and group["rule"] is None:
+    # lists say it of each parameter, but where the user has made an AdamW group of a whole module
+    rules = [set(part.get("rules") or ()) for part in vectors.values()]
+    if not matrices and any(rules) and set.union(*rules) == {"adamw"} and group["rule"] is None:
         new["rule"] = None
     for part in (matrices, vectors):
         decay_differs = part is matrices and _decays_can_hold(part)

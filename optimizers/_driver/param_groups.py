@@ -39,6 +39,8 @@ class Common(TypedDict, total=False):
     state_dtype: str | torch.dtype | None
     write: str
     stagger: bool
+    plan: str
+    comm_dtype: str | torch.dtype | None
 
 
 COMMON: dict[str, Any] = {
@@ -56,6 +58,8 @@ COMMON: dict[str, Any] = {
     "state_dtype": None,
     "write": "auto",
     "stagger": False,
+    "plan": "auto",
+    "comm_dtype": None,
 }
 """Keywords of every optimizer, with their defaults; each is a group key too."""
 GROUP_KEYS = frozenset(

@@ -20,12 +20,16 @@ class AssignedRow(Row):
         lr: Learning rate of the parameter.
         decay: Weight decay of the parameter.
         write: How the parameter is rounded, ``"nearest"`` or another mode.
+        plan: How the parameter is stepped over ranks, ``"local"`` if nothing is sent for it.
+        bytes_per_step: Bytes that this rank sends for it in a step without a refresh.
     """
 
     layout: str = ""
     lr: float = 0.0
     decay: float = 0.0
     write: str = "nearest"
+    plan: str = "local"
+    bytes_per_step: int = 0
 
     @override
     def _cells(self) -> dict[str, str]:
@@ -35,6 +39,8 @@ class AssignedRow(Row):
             "lr": f"{self.lr:g}",
             "decay": f"{self.decay:g}",
             "write": "" if self.write == "nearest" else self.write,
+            "plan": "" if self.plan == "local" else self.plan,
+            "bytes": str(self.bytes_per_step or ""),
         }
 
 
@@ -59,9 +65,11 @@ class OptimizerAssignment(Assignment):
         "lr",
         "decay",
         "write",
+        "plan",
+        "bytes",
         "why",
     )
-    _optional = ("view", "layout", "centred", "write")
+    _optional = ("view", "layout", "centred", "write", "plan", "bytes")
 
     @override
     def __str__(self) -> str:

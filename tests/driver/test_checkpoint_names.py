@@ -495,6 +495,21 @@ def test_adamw_settings_of_a_file_of_the_first_version_stay_adamws():
     assert group["rules"] == ["matrix", "adamw"] * 3
 
 
+@every_class
+def test_a_module_whose_group_was_given_to_adamw_loads_as_such(name):
+    cls, options = PLAIN[name]
+    nets = network(), network()
+    first, second = (cls(net, lr=0.02, **options) for net in nets)
+    first.param_groups[0]["rule"] = "adamw"
+    train(nets[0], first, 1, 2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert {row.rule for row in second.assignment()} == {"adamw"}
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, optimizer in zip(nets, (first, second), strict=True):
+        train(net, optimizer, 3, 4)
+    assert same(weights(nets[0]), weights(nets[1]))
+
+
 def test_groups_of_a_module_of_the_first_version_that_differ_are_refused():
     net = network()
     optimizer = Muon(net, lr=0.02)

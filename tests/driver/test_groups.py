@@ -1,6 +1,8 @@
 """Every form that parameters come in, every refusal, and where each parameter goes."""
 
+import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -400,6 +402,25 @@ def test_assignment_prints_one_row_per_parameter(cls):
     assert all(row.name in text for row in table) and cls.__name__ in text.splitlines()[-1]
     unnamed = cls([weight(SQUARE), weight((3,))]).assignment()
     assert [row.name for row in unnamed] == [None, None] and str(unnamed)
+
+
+@BOTH
+def test_plan_and_bytes_are_columns_where_a_row_is_not_local(cls):
+    table = cls(model()).assignment()
+    plain = str(table), table.to_markdown()
+    assert not any(word in text for text in plain for word in ("plan", "bytes"))
+    first, second, *rest = table.rows
+    sent = replace(table, rows=(replace(first, plan="owner", bytes_per_step=4096), second, *rest))
+    head, line, other = str(sent).splitlines()[:3]
+    assert head.index("plan") < head.index("bytes") < head.index("why")
+    assert line[head.index("plan") :].split()[:2] == ["owner", "4096"]
+    assert not other[head.index("plan") : head.index("why")].strip()
+    assert "| owner | 4096 |" in sent.to_markdown()
+    as_dict = json.loads(json.dumps(sent.to_dict()))
+    assert type(sent).from_dict(as_dict) == sent
+    for row in as_dict["rows"]:  # as an older version wrote it
+        del row["plan"], row["bytes_per_step"]
+    assert type(sent).from_dict(as_dict) == table
 
 
 @BOTH

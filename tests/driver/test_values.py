@@ -335,6 +335,92 @@ def test_a_dtype_passes_in_a_group_and_for_the_polar_factor():
 
 
 @EVERY
+@pytest.mark.parametrize("late", [False, True])
+def test_a_dtype_on_the_wire_passes_as_such_and_by_name(cls, late):
+    for name in ("float16", "bfloat16", "float32", "float64"):
+        for value in (name, getattr(torch, name), f"torch.{name}"):
+            params, needed, weights = problem(cls)
+            optimizer = cls(params, **needed, **({} if late else {"comm_dtype": value}))
+            for group in optimizer.param_groups if late else ():
+                group["comm_dtype"] = value
+            set_gradients(weights)
+            optimizer.step()
+            assert {group["comm_dtype"] for group in optimizer.param_groups} == {name}
+            assert late or optimizer.defaults["comm_dtype"] == name
+
+
+PLAN_VALUES = ("auto", "local", "owner", "reduce", "gather")
+REFUSED_ON_THE_WIRE = (
+    *("int8", "int64", "bool", "complex64", "half", "", "x", 3, 16.0, True, ["float32"]),
+    *("float8_e4m3fn", "float8_e5m2", "torch.float8_e4m3fn", torch.float8_e5m2, torch.int32),
+)
+
+
+@EVERY
+def test_every_plan_and_dtype_on_the_wire_leaves_plain_tensors_as_they_are(cls):
+    def run(**values):
+        params, needed, weights = problem(cls)
+        optimizer = cls(params, **needed, **values)
+        for _ in range(2):
+            set_gradients(weights)
+            optimizer.step()
+        assert all(group["plan"] == values.get("plan", "auto") for group in optimizer.param_groups)
+        assert {(row.plan, row.bytes_per_step) for row in optimizer.assignment()} == {("local", 0)}
+        return weights, tensors(optimizer)
+
+    expected = run()
+    for plan in PLAN_VALUES:
+        found = run(plan=plan, comm_dtype="bfloat16")
+        assert same(expected[0], found[0]) and same(expected[1], found[1])
+
+
+@EVERY
+def test_a_plan_or_dtype_on_the_wire_that_is_none_is_refused(cls):
+    bad = [("comm_dtype", x) for x in REFUSED_ON_THE_WIRE]
+    bad += [("plan", x) for x in (None, "", "Auto", "ride", "meet", "zero", 1, True, ["auto"])]
+    for key, value in bad:
+        params, needed, _ = problem(cls)
+        with pytest.raises(ValueError) as caught:
+            cls(params, **needed, **{key: value})
+        check_sentence(caught.value, key)
+        optimizer = cls(params, **needed)
+        optimizer.param_groups[0][key] = value
+        with pytest.raises(ValueError) as caught:
+            optimizer.step()
+        check_sentence(caught.value, key)
+
+
+@EVERY
+def test_a_plan_may_change_between_steps_and_goes_into_a_checkpoint(cls):
+    params, needed, weights = problem(cls)
+    optimizer = cls(params, **needed)
+    for plan in PLAN_VALUES:
+        optimizer.param_groups[0]["plan"] = plan
+        set_gradients(weights)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["param_groups"][0]["plan"] == "gather"
+    fresh = cls(problem(cls)[0], **needed)
+    fresh.load_state_dict(saved)
+    assert fresh.param_groups[0]["plan"] == "gather"
+    for group in saved["param_groups"]:  # as an older file
+        del group["plan"], group["comm_dtype"]
+    fresh = cls(problem(cls)[0], **needed, plan="owner", comm_dtype="float32")
+    fresh.load_state_dict(saved)
+    assert {(g["plan"], g["comm_dtype"]) for g in fresh.param_groups} == {("owner", "float32")}
+
+
+@EVERY
+def test_a_misspelt_dtype_on_the_wire_is_refused_with_the_right_word(cls):
+    params, needed, _ = problem(cls)
+    with pytest.raises(TypeError, match="did you mean 'comm_dtype'"):
+        cls(params, **needed, com_dtype="bfloat16")
+    params = [{**group, "comm_dtpe": "bfloat16"} for group in cls(params, **needed).param_groups]
+    with pytest.raises(ValueError, match="did you mean 'comm_dtype'"):
+        cls(params, **needed)
+
+
+@EVERY
 def test_every_keyword_of_all_classes_has_a_check(cls):
     assert set(COMMON) <= set(VALUE_CHECKS)
 

@@ -221,6 +221,8 @@ VALID_COMMON = {
     "state_dtype": ("'float32'", "'bfloat16'", "'float64'", "'int8'"),
     "view": ("'auto'", "'flatten'", "'batch'"),
     "stagger": ("True",),
+    "plan": ("'local'", "'owner'", "'reduce'", "'gather'"),
+    "comm_dtype": ("'bfloat16'", "'float32'"),
 }
 NEEDED = {"SwitchLoRA": {"total_steps": "20"}}
 """Options without which a class refuses."""

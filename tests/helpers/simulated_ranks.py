@@ -299,7 +299,7 @@ class SimulatedRanks:
                 tensors = isinstance(x, torch.Tensor)
                 equal = x.shape == y.shape and torch.equal(x, y) if tensors else x == y
                 if not equal:
-                    raise UnequalMatrices("matrices passed whole must be equal on all ranks")
+                    raise UnequalMatrices("what is passed whole must be equal on all ranks")
 
 
 def steps_of_one_process(rule, grads, lr=0.1, weight_decay=0.1):
