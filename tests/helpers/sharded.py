@@ -247,7 +247,8 @@ def problems(optimizer: Any, params: list[nn.Parameter]) -> list[str]:
                     continue
                 if value.device_mesh != p.device_mesh:
                     found.append(f"{text}, lies on another mesh")
-                if value.shape == p.shape and tuple(value.placements) != tuple(p.placements):
+                as_weight = key in ("momentum_buffer", "residual")
+                if as_weight and tuple(value.placements) != tuple(p.placements):
                     found.append(f"{text}, lies as {value.placements}, not as its weight")
                 value = value.to_local()
             elif hasattr(value, "placements") and not hasattr(p, "placements"):
