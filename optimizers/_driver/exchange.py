@@ -51,7 +51,11 @@ class Team:
     def device(self) -> torch.device:
         """Where small numbers are reduced."""
         kind: str = self._mesh.device_type
-        return torch.device(kind, torch.cuda.current_device() if kind == "cuda" else None)
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if kind == "cuda"
+            else torch.device(kind)
+        )
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -264,8 +268,8 @@ class Exchange:
             for pair in zip(numbers, boxes, strict=True)
         ]
         wanted = [0 if rank == me else STATUS_BYTES + sum(sizes[rank]) for rank in ranks]
-        message = torch.cat(parts) if parts else status[:0]
-        answer = self.team.send(message, sent, wanted)
+        packed = torch.cat(parts) if parts else status[:0]
+        answer = self.team.send(packed, sent, wanted)
         starts = [sum(wanted[:rank]) for rank in ranks]
         others = [rank for rank in ranks if rank != me]
         if not failed and others:

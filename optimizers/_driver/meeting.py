@@ -23,7 +23,7 @@ from .buckets import Bucket
 from .exchange import FAILED_ELSEWHERE, Exchange, Piece, RankError, Team
 
 Run = Callable[[], None]
-SUM, MAX, WHOLE = "SUM", "MAX", "WHOLE"
+SUM, MAX, WHOLE, GATHER = "SUM", "MAX", "WHOLE", "GATHER"
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Request:
 
     Attributes:
         bucket: The bucket.
-        kind: ``SUM``, ``MAX`` or ``WHOLE``.
+        kind: ``SUM``, ``MAX``, ``WHOLE`` or ``GATHER``.
         x: The partial sum or maximum, or matrices (K, m, n) of which ranks hold parts.
         fn: What is applied to whole matrices; None for a stand-in after an exception.
         per_matrix: Arguments of ``fn`` with an entry per matrix.
@@ -42,7 +42,7 @@ class Request:
     kind: str
     x: Tensor
     fn: Callable[..., Tensor] | None = None
-    per_matrix: tuple[Sequence[Any], ...] = ()
+    per_matrix: tuple[Sequence[Any] | Tensor, ...] = ()
 
 
 class ShardReductions(Reductions):
@@ -87,10 +87,15 @@ class ShardReductions(Reductions):
         return tuple(self._of_first_rank(x) for x in results)
 
     def on_full_matrix(
-        self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any]
+        self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
         """Apply fn to whole matrices, each on its owner, and return the local parts."""
         return self._meeting.ask(Request(self._bucket, WHOLE, X, fn, per_matrix))
+
+    def from_full_matrix(self, fn: Callable[..., Any], X: Tensor, *small: Tensor) -> Any:
+        """Apply fn to the whole stack: every rank gets the matrices, and the first one's result."""
+        whole = self._meeting.ask(Request(self._bucket, GATHER, X))
+        return self._of_first_rank(fn(whole, *small))
 
 
 class _Aborted(BaseException):
@@ -238,14 +243,15 @@ class Meeting:
                 reduced = self._reduce(kind, [requests[i].x for i in indices])
                 for i, x in zip(indices, reduced, strict=True):
                     answers[i] = x
-        whole: dict[torch.dtype, list[int]] = {}
-        for i, request in enumerate(requests):
-            if request.kind == WHOLE:
-                whole.setdefault(request.x.dtype, []).append(i)
-        for indices in whole.values():
-            results = self._on_owners([requests[i] for i in indices])
-            for i, x in zip(indices, results, strict=True):
-                answers[i] = x
+        for kind, answer in ((WHOLE, self._on_owners), (GATHER, self._everywhere)):
+            whole: dict[torch.dtype, list[int]] = {}
+            for i, request in enumerate(requests):
+                if request.kind == kind:
+                    whole.setdefault(request.x.dtype, []).append(i)
+            for indices in whole.values():
+                results = answer([requests[i] for i in indices])
+                for i, x in zip(indices, results, strict=True):
+                    answers[i] = x
         return answers
 
     def _reduce(self, kind: str, xs: Sequence[Tensor]) -> list[Tensor]:
@@ -255,18 +261,12 @@ class Meeting:
         self.team.reduce(packed, kind)
         if self.failure is None and bool(packed[0] > 0):
             raise RankError(FAILED_ELSEWHERE)
-        parts = packed[1:].split([x.numel() for x in xs])
+        parts = torch.split(packed[1:], [x.numel() for x in xs])
         return [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]
 
     def _on_owners(self, requests: Sequence[Request]) -> list[Tensor]:
         """Send matrices to their owners, apply each request's function, and send results back."""
-        dtype = requests[0].x.dtype
-        key = dtype, *map(id, (r.bucket for r in requests))
-        exchange = self._exchanges.get(key)
-        if exchange is None:
-            pieces = [piece for r in requests for piece in self._pieces_of(r.bucket, dtype)]
-            exchange = Exchange(self.team, pieces, requests[0].x.device)
-            self._exchanges[key] = exchange
+        exchange = self._exchange(requests)
         held = [M for r in requests for M in r.x.unbind(0)]
         whole = exchange.to_owners(held, self.failure is not None)
         results = dict[int, Tensor]()
@@ -282,6 +282,29 @@ class Meeting:
             raise self.failure
         return answers
 
+    def _exchange(self, requests: Sequence[Request]) -> Exchange:
+        """The exchange of all matrices of the requests; those of one kind differ by nothing."""
+        dtype, kind = requests[0].x.dtype, requests[0].kind
+        key = kind, dtype, *map(id, (r.bucket for r in requests))
+        exchange = self._exchanges.get(key)
+        if exchange is None:
+            pieces = [piece for r in requests for piece in self._pieces_of(r.bucket, dtype)]
+            if kind == GATHER:
+                pieces = [piece._replace(owner=None, dtype=dtype) for piece in pieces]
+            exchange = self._exchanges[key] = Exchange(self.team, pieces, requests[0].x.device)
+        return exchange
+
+    def _everywhere(self, requests: Sequence[Request]) -> list[Tensor]:
+        """Whole stacks of matrices, for every rank."""
+        held = [M for r in requests for M in r.x.unbind(0)]
+        whole = self._exchange(requests).to_owners(held, self.failure is not None)
+        answers, first = [], 0
+        for request in requests:
+            count = len(request.x)
+            answers.append(torch.stack([whole[first + k] for k in range(count)]))
+            first += count
+        return answers
+
 
 def _apply(requests: Sequence[Request], whole: dict[int, Tensor]) -> dict[int, Tensor]:
     """The function of each request on those of its matrices that are here, as one stack."""
@@ -292,7 +315,12 @@ def _apply(requests: Sequence[Request], whole: dict[int, Tensor]) -> dict[int, T
         if ks and request.fn is not None:
             matrices = [whole[first + k].to(request.x.dtype) for k in ks]
             X = torch.stack(matrices) if len(ks) > 1 else matrices[0].unsqueeze(0)
-            Y = request.fn(X, *([x[k] for k in ks] for x in request.per_matrix))
+            Y = request.fn(X, *(_entries(x, ks) for x in request.per_matrix))
             results.update((first + k, M) for k, M in zip(ks, Y.unbind(0), strict=True))
         first += count
     return results
+
+
+def _entries(x: Sequence[Any] | Tensor, ks: Sequence[int]) -> Sequence[Any] | Tensor:
+    """Those of some matrices."""
+    return x[list(ks)] if isinstance(x, Tensor) else [x[k] for k in ks]

@@ -138,7 +138,7 @@ def _by_rank(unit: Unit, layout: Layout, axes: tuple[int, ...], view: str) -> tu
 
 def _layouts(unit: Unit, texts: Sequence[str]) -> tuple[Layout, ...]:
     """Layouts of all members, which must share a mesh."""
-    found = []
+    found = list[Layout]()
     for p, text in zip(unit.params, texts, strict=True):
         layout = layout_of(p, text)
         if layout is None:

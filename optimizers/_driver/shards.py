@@ -21,7 +21,7 @@ from .batched_calls import run_batched
 from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, Team
 from .finite import Findings
-from .layout import Box, Layout, is_sharded
+from .layout import Box, Layout, is_sharded, memory
 from .meeting import Meeting, Run, ShardReductions
 from .shard_plan import work_of
 from .units import HeldMember, State, Unit
@@ -58,7 +58,7 @@ class HeldEntry(MutableMapping[str, Any]):
             return value
         known = self._known.get(key)
         if known is None or known[0] is not value:
-            known = self._known[key] = value, value.to_local()
+            known = self._known[key] = value, memory(value)
         return known[1]
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -177,14 +177,14 @@ class _Parcel:
             G = grads[position]
             if G is not None:
                 self._add(i, "grad", load.layouts[i], G, comm_dtype)
-            self._add(i, "weight", load.layouts[i], p.detach().to_local(), None)  # type: ignore[attr-defined]
+            self._add(i, "weight", load.layouts[i], memory(p), None)
             entry = state.get(p, {})
             for key in load.keys(i, entry):
                 layout = next(
                     u.state_layout(i, key) for u in load.units if key in u.expected_state(i)
                 )
                 assert layout is not None
-                self._add(i, key, layout, entry[key].to_local(), None)
+                self._add(i, key, layout, memory(entry[key]), None)
         self.clocks: Tensor | None = None
         if refreshed:  # the owner alone knows which part of a gradient is zero
             self.clocks = torch.tensor(refreshed, dtype=torch.int64, device=self.held[0].device)
@@ -298,7 +298,7 @@ class Shards:
         """Make units of what this process holds, on the live memory of the weights."""
         params = self._plan.flat_params
         with torch.no_grad():
-            self.held_tensors = {i: params[i].to_local() for i in self.layouts}  # type: ignore[attr-defined]
+            self.held_tensors = {i: memory(params[i]) for i in self.layouts}
         held_units, owners = list[Unit](), dict[Tensor, tuple[Tensor, list[tuple[Unit, int]]]]()
         self._whole_unit: dict[Unit, Unit] = {}
         for unit in self._running:
@@ -335,9 +335,7 @@ class Shards:
     def follow(self) -> None:
         """Take up memory that other code has moved, as offloading and ``model.to`` do."""
         params = self._plan.flat_params
-        if not all(
-            map(is_, self.held_tensors.values(), (params[i].to_local() for i in self.layouts))
-        ):  # type: ignore[attr-defined]
+        if not all(map(is_, self.held_tensors.values(), (memory(params[i]) for i in self.layouts))):
             self._bind()
 
     # gradients ------------------------------------------------------------------------------------

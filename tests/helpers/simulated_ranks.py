@@ -299,4 +299,4 @@ class SimulatedRanks:
                 tensors = isinstance(x, torch.Tensor)
                 equal = x.shape == y.shape and torch.equal(x, y) if tensors else x == y
                 if not equal:
-                    raise UnequalMatrices("matrices that are passed whole must be equal on all ranks")
+                    raise UnequalMatrices("what is passed whole must be equal on all ranks")
