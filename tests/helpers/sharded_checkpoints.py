@@ -16,11 +16,15 @@ from helpers.methods import METHODS
 from helpers.pair_problems import PAIRS
 from helpers.problems import gradients, weight
 from helpers.ranks import mesh_of, pool
+from stiefel.optimizers import Muon
 
 ROWS = {"tall": (13, 6), "wide": (5, 12), "square": (8, 8), "flat": (3, 9), "vector": (7,)}
 COLUMNS = {"tall": (13, 12), "wide": (5, 24), "square": (12, 12), "vector": (7,)}
 """Shapes to be cut along rows and along columns, which FSDP2 only cuts evenly."""
+LARGE = {"tall": (70, 84), "wide": (16, 300), "vector": (7,)}
+"""Large enough for state in eight bits."""
 PAIR_SHAPES = {"A0": (4, 9), "B0": (7, 4), "A1": (2, 5), "B1": (6, 2)}
+PAIR_COLUMNS = {"A0": (12, 24), "B0": (13, 12)}
 WAYS = {
     "dcp": ({}, {}),
     "flat": ({"flatten_optimizer_state_dict": True}, {"flatten_optimizer_state_dict": True}),
@@ -44,10 +48,12 @@ class Case:
     """What is trained.
 
     Attributes:
-        method: Key of METHODS or PAIRS.
-        dim: Dimension that matrices are cut along.
+        method: Key of METHODS or PAIRS, or "adamw" for matrices in a group of AdamW.
+        dim: Dimension whose shapes are taken, and that matrices are cut along.
+        cut: Another dimension that matrices are cut along.
         dtype: Dtype of the weights.
         options: Settings of the optimizer.
+        large: Whether matrices are large enough for state in eight bits.
         steps: Length of the whole run.
         stop: Steps before it is saved.
     """
@@ -58,11 +64,15 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     steps: int = 7
     stop: int = 4
+    large: bool = False
+    cut: int | None = None
 
     @property
     def shapes(self):
         if self.method in PAIRS:
-            return PAIR_SHAPES
+            return PAIR_COLUMNS if self.dim else PAIR_SHAPES
+        if self.large:
+            return LARGE
         return COLUMNS if self.dim else ROWS
 
     def grads(self, t):
@@ -74,7 +84,7 @@ class Case:
         return found
 
 
-def build(case, world, seed=0):
+def build(case, world, seed=0, mesh=None):
     """Model and optimizer of one process or rank; the seed is that of its first weights."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
@@ -82,17 +92,22 @@ def build(case, world, seed=0):
     model = nn.Module()
     for k, (name, shape) in enumerate(case.shapes.items()):
         model.register_parameter(name, weight(shape, seed + k, case.dtype))
+    dim = case.dim if case.cut is None else case.cut
     if world:
         fully_shard(
             model,
-            mesh=mesh_of(world),
-            shard_placement_fn=lambda p: Shard(case.dim if p.ndim > 1 else 0),
+            mesh=mesh_of(world) if mesh is None else mesh,
+            shard_placement_fn=lambda p: Shard(dim if p.ndim > 1 else 0),
         )
-    if case.method not in PAIRS:
-        return model, METHODS[case.method](list(model.named_parameters()), **case.options)
-    params = list(model.parameters())
-    pairs = list(zip(params[::2], params[1::2], strict=True))
-    return model, PAIRS[case.method](pairs, **case.options)
+    if case.method in PAIRS:
+        params = list(model.parameters())
+        pairs = list(zip(params[::2], params[1::2], strict=True))
+        return model, PAIRS[case.method](pairs, **case.options)
+    named = list(model.named_parameters())
+    if case.method == "adamw":
+        group = {"params": named, "rule": "adamw"}
+        return model, Muon([group], **{"lr": 0.02, "weight_decay": 0.1, **case.options})
+    return model, METHODS[case.method](named, **case.options)
 
 
 def laid_like(p, X):
@@ -193,6 +208,9 @@ def read(model, optimizer, way, folder, rank):
     if loading is None:
         optimizer.load_state_dict(torch.load(path, weights_only=True))
         return
+    is_alone = not torch.distributed.is_initialized()
+    if is_alone and loading.get("broadcast_from_rank0"):
+        loading = {"full_state_dict": True}
     options = StateDictOptions(**loading)
     if not saving.get("full_state_dict"):
         saved = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
