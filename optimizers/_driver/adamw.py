@@ -1,7 +1,8 @@
 """AdamW for everything that is not a matrix: torch's own functional form, never a second Adam.
 
 Where weights are rounded to nearest, it is the one step that rounds by itself and not through
-``update_weight_``; the other modes are in ``adamw_write.py``.
+``update_weight_``; the other modes are in ``adamw_write.py``. Sharded parameters are stepped as
+what this process holds of them, in one list with all others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from ...kernels import LOW_PRECISION_DTYPES, update_weight_
 from .adamw_write import Stepper, Values, Writer, has_device_clock, signature_of
+from .layout import Layout, is_sharded, layout_of, local
 from .param_groups import listed
 from .saved_state import adamw_entry, check_tensor, moment_dtype
 from .units import State
@@ -35,9 +37,11 @@ Entries = Sequence[dict[str, Any]]
 
 T = TypeVar("T")
 _LOW_PRECISION = frozenset(LOW_PRECISION_DTYPES)
+_PLAIN = frozenset((Tensor, Parameter))
 _NO_STATE: dict[str, Any] = {}
 _dtype_of, _is_on_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 _tensors_of = itemgetter("step", "exp_avg", "exp_avg_sq")
+_SHARDED = ("exp_avg", "exp_avg_sq", RESIDUAL)
 
 
 def lr_of(group: Mapping[str, Any]) -> float | Tensor:
@@ -98,7 +102,8 @@ def allocate(p: Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None
     """Allocate the state of one parameter, if it has none.
 
     It is that of ``torch.optim.AdamW`` where the weight is rounded to nearest. Else moments are
-    float32, and under ``"kahan"`` there is a residual.
+    float32, and under ``"kahan"`` there is a residual. State of a sharded weight lies as the weight
+    does, row by row: a broadcast of other state by a checkpointer would mix its entries up.
 
     Args:
         p: The parameter.
@@ -114,8 +119,12 @@ def allocate(p: Tensor, group: Mapping[str, Any], entry: dict[str, Any]) -> None
     dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq"), moment_dtype(p, mode))
     if mode == "kahan":
         dtypes[RESIDUAL] = torch.bfloat16
+    layout = layout_of(p, f"a parameter of shape {tuple(p.shape)}")
     for name, dtype in dtypes.items():
-        entry[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if layout is None:
+            entry[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        else:
+            entry[name] = layout.full(0.0, dtype, local(p).device)
 
 
 def _is_sound(p: Tensor, entry: Mapping[str, Any], mode: str) -> bool:
@@ -125,6 +134,8 @@ def _is_sound(p: Tensor, entry: Mapping[str, Any], mode: str) -> bool:
     return is_step and all(
         isinstance(X, Tensor)
         and (X.shape, X.dtype, X.device, X.layout) == (p.shape, x.dtype, p.device, p.layout)
+        and getattr(X, "placements", None) == getattr(p, "placements", None)
+        and getattr(X, "device_mesh", None) == getattr(p, "device_mesh", None)
         for key, x in adamw_entry(p, mode).tensors.items()
         for X in (entry.get(key),)
     )
@@ -137,7 +148,21 @@ def _refuse_unsound(p: Tensor, entry: Mapping[str, Any], mode: str, name: str) -
         check_tensor(key, entry.get(key), x, p, name, exact=True)
         if entry[key].device != p.device:
             raise ValueError(f"state {key!r} of {name} is on {entry[key].device}, not {p.device}")
+        lies, should_lie = _text_of_layout(entry[key]), _text_of_layout(p)
+        if lies != should_lie:
+            raise ValueError(
+                f"state {key!r} of {name} {lies}, but the parameter {should_lie}; put state in "
+                "through load_state_dict()"
+            )
     raise ValueError(f"state 'step' of {name} must be a floating tensor with one element")
+
+
+def _text_of_layout(X: Tensor) -> str:
+    """Words that say how a tensor lies over ranks."""
+    if not is_sharded(X):
+        return "is whole on this process"
+    placements, mesh = X.placements, X.device_mesh  # type: ignore[attr-defined]
+    return f"has the placements {placements} on {mesh}"
 
 
 Identity = tuple[list[int], list[torch.dtype], str | None]
@@ -150,9 +175,14 @@ class EntryCache:
     They are right as long as the state holds the same dicts in the same order, since a dict belongs
     to one parameter. Their tensors are known by ids alone, so that none is kept alive that other
     code has moved elsewhere.
+
+    Attributes:
+        by_group: State dicts of whole groups, by number of the group.
+        layouts: How sharded parameters lie, by flat position; empty if all are plain.
     """
 
     def __init__(self) -> None:
+        self.layouts: dict[int, Layout] = {}
         self._all: list[dict[str, Any]] = []
         self._sound: dict[int, Identity] = {}
         self.by_group: dict[int, Entries] = {}
@@ -187,8 +217,19 @@ class EntryCache:
             return None
         writer = self._writers.get(index)
         if writer is None or writer.signature != signature_of(group, mode):
-            writer = self._writers[index] = Writer(group, mode, start)
+            writer = self._writers[index] = Writer(group, mode, start, self.layouts)
         return writer
+
+    def find_layout(self, position: int, p: Tensor, describe: Callable[[int], str]) -> None:
+        """Find out how a parameter lies, once.
+
+        Raises:
+            ValueError: For a layout that cannot be stepped.
+        """
+        if position not in self.layouts:
+            layout = layout_of(p, describe(position)) if is_sharded(p) else None
+            if layout is not None:
+                self.layouts[position] = layout
 
     def follow(self, state: State) -> None:
         """Forget everything if other code has replaced, added or dropped a dict."""
@@ -224,6 +265,7 @@ class Work:
         entries: State of the parameters.
         new: Those without state.
         writer: How those of low precision are written, None if to nearest.
+        layouts: How each parameter lies over ranks, None if all are plain.
     """
 
     group: Mapping[str, Any]
@@ -236,6 +278,7 @@ class Work:
     entries: Entries = ()
     new: Sequence[Tensor] = ()
     writer: Writer | None = None
+    layouts: Sequence[Layout | None] | None = None
 
     @classmethod
     def of(
@@ -285,7 +328,8 @@ class Work:
     def check(self, describe: Callable[[int], str], cache: EntryCache, index: int) -> None:
         """Raise before any change for state that torch would refuse in the middle of the step.
 
-        Weights and gradients have passed :func:`check_ready`.
+        It also finds out how sharded parameters lie, once for a plan. Weights and gradients have
+        passed :func:`check_ready`.
 
         Args:
             describe: Makes words for a message of a position.
@@ -293,18 +337,24 @@ class Work:
             index: Number of the group.
 
         Raises:
-            ValueError: If other code has put in state that AdamW cannot step.
+            ValueError: If other code has put in state that AdamW cannot step, and for parameters
+                whose shards cannot be.
         """
         entries = self.entries
-        if cache.is_sound(index, entries, self.writer):
-            return
-        self.new = [p for p, e in zip(self.params, entries, strict=True) if "exp_avg" not in e]
-        for i, p, entry in zip(self.positions, self.params, entries, strict=True):
-            mode = mode_of(self.group, p)
-            if "exp_avg" in entry and not _is_sound(p, entry, mode):
-                _refuse_unsound(p, entry, mode, describe(i))
-        if not self.new:
-            cache.set_sound(index, entries, self.writer)
+        if not cache.is_sound(index, entries, self.writer):
+            self.new = [p for p, e in zip(self.params, entries, strict=True) if "exp_avg" not in e]
+            is_plain = {*map(type, self.params)} <= _PLAIN
+            for i, p, entry in zip(self.positions, self.params, entries, strict=True):
+                mode = mode_of(self.group, p)
+                if not is_plain:
+                    cache.find_layout(i, p, describe)
+                if "exp_avg" in entry and not _is_sound(p, entry, mode):
+                    _refuse_unsound(p, entry, mode, describe(i))
+            if not self.new:
+                cache.set_sound(index, entries, self.writer)
+        if cache.layouts:
+            layouts = [cache.layouts.get(i) for i in self.positions]
+            self.layouts = layouts if any(layouts) else None
 
     def allocate(self, state: State) -> None:
         """Allocate missing state."""
@@ -329,17 +379,63 @@ class Work:
             return values if whole else [values[j] for j in indices]
 
         if indices:
+            lists = (chosen(self.params), chosen(self.grads), chosen(self.entries))
+            copies: Sequence[tuple[Tensor, Tensor]] = ()
+            if self.layouts is not None:
+                *lists, copies = held_lists(*lists, chosen(self.layouts))  # type: ignore[assignment]
             step(
                 self.group,
-                chosen(self.params),
-                chosen(self.grads),
-                chosen(self.entries),
+                *lists,
                 decays=None if self.decays is None else chosen(self.decays),
                 order=self.order,
                 finite=[flags.get(i) for i in chosen(self.positions)] if flags else None,
                 writer=self.writer,
                 positions=chosen(self.positions),
             )
+            for held, copy in copies:
+                held.copy_(copy)
+
+
+def held_lists(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    entries: Entries,
+    layouts: Sequence[Layout | None],
+) -> tuple[list[Tensor], list[Tensor], Entries, list[tuple[Tensor, Tensor]]]:
+    """What this process holds of sharded parameters, in lists of :func:`step` with plain ones.
+
+    Torch's kernels take entries as they lie in memory, so all tensors of a shard lie row by row.
+    Gradients in another layout than their weight communicate, on all ranks in one order.
+
+    Args:
+        params: Parameters.
+        grads: Their gradients.
+        entries: Their state.
+        layouts: How each lies, None for a plain one.
+
+    Returns:
+        Parameters, gradients and state, and (tensor, copy) of what did not lie row by row, to be
+        written back after the step.
+    """
+    ps, gs, es, copies = list(params), list(grads), list(entries), list[tuple[Tensor, Tensor]]()
+    for i, layout in enumerate(layouts):
+        if layout is not None:
+            tensors = {"": ps[i], **{name: es[i][name] for name in _SHARDED if name in es[i]}}
+            part = {name: _rows_of(X, copies) for name, X in tensors.items()}
+            ps[i], es[i] = part.pop(""), {**part, "step": es[i]["step"]}
+            gs[i] = _rows_of(layout.redistribute(gs[i]), [])
+    return ps, gs, es, copies
+
+
+def _rows_of(X: Tensor, copies: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What this process holds of X, row by row: itself, or a copy that is added to the list."""
+    held = local(X)
+    if not held.numel():
+        return held.reshape(-1)  # an empty shard may have any shape
+    if held.is_contiguous():
+        return held
+    copies.append((held, held.contiguous()))
+    return copies[-1][1]
 
 
 def step(
@@ -573,7 +669,7 @@ class _Copies:
         self._large: list[tuple[Tensor, Tensor, Tensor]] = []
         small: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
         for X, flag in zip(tensors, finite, strict=True):
-            if X.numel() > MAX_JOINED_NUMEL or hasattr(X, "device_mesh"):
+            if X.numel() > MAX_JOINED_NUMEL:
                 self._large.append((X, X.detach().clone(), flag))
             else:
                 small.setdefault((X.device, X.dtype), []).append((X.detach(), flag))
@@ -676,7 +772,7 @@ def _torch(
 
 
 def _are_plain_on_cpu(params: Sequence[Tensor]) -> bool:
-    return {*map(type, params)} <= {Tensor, Parameter} and all(map(_is_on_cpu, params))
+    return {*map(type, params)} <= _PLAIN and all(map(_is_on_cpu, params))
 
 
 def _torch_fused_on_cpu(

@@ -8,6 +8,7 @@ changes a bit: random bits follow from the key of the parameter and the place in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import Rounding, parameter_keys, rounding_keys, update_weight_
+from .layout import Box, Layout, numel
 from .param_groups import listed
 from .units import parameter_index
 from .write_modes import RESIDUAL, carry_coefficient, seed_of
@@ -23,7 +25,7 @@ MAX_CHUNK_NUMEL = 2**17
 """Entries of a chunk on CPU: its passes then meet in the cache."""
 MAX_CHUNK_NUMEL_ACCELERATOR = 2**20
 """The same on accelerators, where one entry takes at most 64 bytes for a moment."""
-MAX_LAYOUTS = 4096
+MAX_ROWS = 4096
 """Chunks whose keys are remembered."""
 _VECTOR = 64
 """Large parameters are cut at multiples of this: torch's fused kernel rounds a rest otherwise."""
@@ -70,7 +72,7 @@ Stepper = Callable[
 """Steps float32 values by float32 gradients: (values, gradients, state, flags)."""
 
 
-class Layout(NamedTuple):
+class JoinedRow(NamedTuple):
     """What a chunk of the same parameters has in common at all steps.
 
     Attributes:
@@ -115,11 +117,15 @@ class Writer:
         names: Keys of the state but for the clock.
     """
 
-    def __init__(self, group: Mapping[str, Any], mode: str, start: int) -> None:
+    def __init__(
+        self, group: Mapping[str, Any], mode: str, start: int, layouts: Mapping[int, Layout]
+    ) -> None:
         self.mode, self.signature, self._start = mode, signature_of(group, mode), start
+        self._layouts = layouts
         self.names = ["exp_avg", "exp_avg_sq", *([RESIDUAL] if mode == "kahan" else [])]
-        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._rows: dict[tuple[int, ...], JoinedRow] = {}
         self._runs: dict[tuple[int, ...], list[list[int]]] = {}
+        self._places: dict[int, Places] = {}
 
     def chunks(
         self,
@@ -134,7 +140,7 @@ class Writer:
 
         Args:
             group: The group.
-            params: Parameters of low precision.
+            params: Parameters of low precision, or what this process holds of them, row by row.
             grads: Their gradients.
             entries: Their state.
             positions: Their flat positions.
@@ -149,24 +155,28 @@ class Writer:
         ]
         for run in self._runs_of(params, positions):
             parts = [pieces[j] for j in run]
-            if hasattr(params[run[0]], "device_mesh"):
-                parts = [_shard_of(parts[0], self.names)]
-            if parts[0].param.numel() > max_chunk_numel(params[run[0]].device):
+            places = self._places.get(positions[run[0]])
+            if places is not None:
+                for piece in self._cut_shard(group, parts[0], places):
+                    yield Chunk(self, group, [piece])
+            elif parts[0].param.numel() > max_chunk_numel(params[run[0]].device):
                 for piece in self._cut(group, parts[0]):
                     yield Chunk(self, group, [piece])
             else:
                 yield Chunk(self, group, parts)
 
     def _runs_of(self, params: Sequence[Tensor], positions: Sequence[int]) -> list[list[int]]:
-        """Numbers of the parameters of every chunk; a large or sharded parameter is alone."""
+        """Numbers of the parameters of every chunk; a large one and part of one are alone."""
         known = tuple(positions)
         if known not in self._runs:
-            if len(self._runs) >= MAX_LAYOUTS:
+            if len(self._runs) >= MAX_ROWS:
                 self._runs.clear()
             runs: list[list[int]] = []
             last: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
             for j, p in enumerate(params):
-                if hasattr(p, "device_mesh"):
+                shard = self._layouts.get(positions[j])
+                if shard is not None and p.numel() < math.prod(shard.shape):
+                    self._places[positions[j]] = places_of(shard.shape, shard.box)
                     runs.append([j])
                     continue
                 limit, kind = max_chunk_numel(p.device), (p.device, p.dtype)
@@ -179,10 +189,46 @@ class Writer:
             self._runs[known] = runs
         return self._runs[known]
 
+    def _cut_shard(self, group: Mapping[str, Any], whole: Piece, places: Places) -> Iterator[Piece]:
+        """Pieces of a shard whose places three steps tell, with clocks as :meth:`_cut` has them."""
+        sizes, steps = [size for size, _ in places.sides], [step for _, step in places.sides]
+        if len(sizes) > 3:
+            clock, key = whole.entry["step"].clone(), whole.key
+            key = self.keys(group, [whole]) if key is None else key
+            for number in range(sizes[0]):
+                is_last = number + 1 == sizes[0]
+                part = self._viewed(whole, sizes, number)
+                part.entry["step"] = whole.entry["step"] if is_last else clock.clone()
+                inner = Places(places.start + number * steps[0], places.sides[1:])
+                yield from self._cut_shard(group, part._replace(key=key), inner)
+            return
+        piece = whole._replace(start=places.start)
+        if steps not in ([], [1]):  # else its entries are neighbours in the whole too
+            first, *rest = steps
+            middle, last = ([0] * (2 - len(rest)) + rest)[:2]
+            piece = self._viewed(piece, [sizes[0], *[1] * (3 - len(sizes)), *sizes[1:]])
+            piece = piece._replace(strides=(first, middle, last))
+        is_large = piece.param.numel() > max_chunk_numel(piece.param.device)
+        yield from self._cut(group, piece) if is_large else (piece,)
+
+    def _viewed(self, piece: Piece, sizes: Sequence[int], number: int | None = None) -> Piece:
+        """A piece with other sides, or one matrix of it."""
+
+        def view(X: Tensor) -> Tensor:
+            return X.view(*sizes) if number is None else X.view(*sizes)[number]
+
+        entry = {name: view(piece.entry[name]) for name in self.names}
+        return piece._replace(
+            param=view(piece.param),
+            grad=view(piece.grad),
+            entry={**entry, "step": piece.entry["step"]},
+        )
+
     def _cut(self, group: Mapping[str, Any], whole: Piece) -> Iterator[Piece]:
         """Pieces of a large parameter, with clocks of their own, of which the last is kept."""
         p, entry = whole.param, whole.entry
-        limit, key = max_chunk_numel(p.device), self.keys(group, [whole])
+        limit, key = max_chunk_numel(p.device), whole.key
+        key = self.keys(group, [whole]) if key is None else key
         clock = entry["step"].clone()  # before the last piece moves it
         tensors = {"": p, "grad": whole.grad, **{name: entry[name] for name in self.names}}
         if whole.strides is None and all(X.is_contiguous() for X in tensors.values()):
@@ -203,13 +249,13 @@ class Writer:
                 param=piece, grad=piece_grad, entry=part, start=whole.start + start * step, key=key
             )
 
-    def layout(self, group: Mapping[str, Any], pieces: Sequence[Piece]) -> Layout:
-        """The layout of whole parameters; their keys are made once."""
+    def row(self, group: Mapping[str, Any], pieces: Sequence[Piece]) -> JoinedRow:
+        """The row of whole parameters; their keys are made once."""
         positions = [piece.position for piece in pieces]
         known = tuple(positions)
-        if known not in self._layouts:
-            if len(self._layouts) >= MAX_LAYOUTS:
-                self._layouts.clear()
+        if known not in self._rows:
+            if len(self._rows) >= MAX_ROWS:
+                self._rows.clear()
             device, sizes = pieces[0].param.device, [piece.param.numel() for piece in pieces]
             names = [listed(group, "param_names", i - self._start) for i in positions]
             indices = [
@@ -217,7 +263,7 @@ class Writer:
                 for i, name in zip(positions, names, strict=True)
             ]
             at = device if has_device_clock(group) else torch.device("cpu")
-            self._layouts[known] = Layout(
+            self._rows[known] = JoinedRow(
                 parameter_keys(seed_of(group), indices, at),
                 torch.tensor([-(-size // 2) for size in sizes], dtype=torch.int64, device="cpu").to(
                     device
@@ -225,12 +271,12 @@ class Writer:
                 [x for size in sizes for x in ((size, 1) if size % 2 else (size,))],
                 [size % 2 == 1 for size in sizes],
             )
-        return self._layouts[known]
+        return self._rows[known]
 
     def keys(self, group: Mapping[str, Any], pieces: Sequence[Piece]) -> Tensor:
         """Keys (K,) of the bits of the next update, made where the clocks are."""
         t = next_updates(group, pieces)
-        keys = rounding_keys(self.layout(group, pieces).keys, t)
+        keys = rounding_keys(self.row(group, pieces).keys, t)
         return keys.to(pieces[0].param.device, non_blocking=True)
 
 
@@ -317,89 +363,58 @@ class Chunk:
         self, pieces: Sequence[Piece], flags: Sequence[Tensor] | None, stepper: Stepper
     ) -> list[Tensor]:
         """Step several parameters as one row; the errors of its rounding, if they are wanted."""
-        mode, layout = self._writer.mode, self._writer.layout(self._group, pieces)
+        mode, joined = self._writer.mode, self._writer.row(self._group, pieces)
         key = self._writer.keys(self._group, pieces)
         params, entries = [piece.param for piece in pieces], [piece.entry for piece in pieces]
-        row = layout.join(params)
+        row = joined.join(params)
         residuals = [entry[RESIDUAL] for entry in entries if mode == "kahan"]
-        residual = layout.join(residuals) if residuals else None
+        residual = joined.join(residuals) if residuals else None
         error = torch.empty_like(row, dtype=torch.float32) if mode == "eco" else None
-        rounding = Rounding(key, residual=residual, error=error, pairs=layout.pairs)
-        grad_row = layout.join([piece.grad for piece in pieces]).float()
+        rounding = Rounding(key, residual=residual, error=error, pairs=joined.pairs)
+        grad_row = joined.join([piece.grad for piece in pieces]).float()
 
         def change(X: Tensor) -> None:
-            stepper(layout.split(X, params), layout.split(grad_row, params), entries, flags)
+            stepper(joined.split(X, params), joined.split(grad_row, params), entries, flags)
 
         update_weight_(row, change, rounding=rounding)
-        torch._foreach_copy_(params, layout.split(row, params))
+        torch._foreach_copy_(params, joined.split(row, params))
         if residual is not None:
-            torch._foreach_copy_(residuals, layout.split(residual, params))
-        return [] if error is None else layout.split(error, params)
+            torch._foreach_copy_(residuals, joined.split(residual, params))
+        return [] if error is None else joined.split(error, params)
 
 
-def _shard_of(piece: Piece, names: Sequence[str]) -> Piece:
-    """What this process holds of a DTensor, with the places of its entries in the whole."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+class Places(NamedTuple):
+    """Where the entries of a box lie in its tensor, whose places are counted row by row.
 
-    p = piece.param
-    assert isinstance(p, DTensor)
-    mesh, placements = p.device_mesh, p.placements
-    shape, offsets = compute_local_shape_and_global_offset(p.shape, mesh, placements)
-    start, sides = _sides_of_box(tuple(p.shape), shape, offsets)
-    if len(sides) > 3:
-        raise NotImplementedError(
-            f"a parameter of shape {tuple(p.shape)} in shards {placements} has no even places; "
-            "choose write='nearest' for it"
-        )
+    Attributes:
+        start: The place of the first entry.
+        sides: Its sides longer than 1: how long, and by how much places grow. Sides whose places
+            follow each other are one.
+    """
 
-    def local(X: Any) -> Tensor:
-        if isinstance(X, DTensor):
-            X = X.redistribute(mesh, placements).to_local()
-        if len(sides) < 2 and (not sides or sides[0][1] == 1):
-            return X  # type: ignore[no-any-return]
-        view = [size for size, _ in sides]
-        return X.view(view[0], *([1] * (3 - len(view))), *view[1:])  # type: ignore[no-any-return]
-
-    steps = [step for _, step in sides]
-    strides = None
-    if steps not in ([], [1]):
-        first, *rest = steps
-        middle, last = ([0] * (2 - len(rest)) + rest)[:2]
-        strides = first, middle, last
-    entry = {name: local(piece.entry[name]) for name in names}
-    return piece._replace(
-        param=local(p),
-        grad=local(piece.grad),
-        entry={**entry, "step": piece.entry["step"]},
-        start=start,
-        strides=strides,
-    )
+    start: int
+    sides: tuple[tuple[int, int], ...]
 
 
-def _sides_of_box(
-    whole: Sequence[int], shape: Sequence[int], offsets: Sequence[int]
-) -> tuple[int, list[tuple[int, int]]]:
-    """Where a box begins in a tensor, and its sides: how long, and by how much places grow.
+def places_of(shape: Sequence[int], box: Box) -> Places:
+    """Where the entries of a box lie.
 
     Args:
-        whole: Shape of the tensor, whose places are counted row by row.
-        shape: Shape of the box.
-        offsets: First index of the box along every side.
-
-    Returns:
-        The place of the first entry, and the sides that are longer than 1; sides whose places
-        follow each other are one.
+        shape: Shape of the tensor.
+        box: The box.
     """
     sides, start, step = list[tuple[int, int]](), 0, 1
-    for size, length, first in zip(shape[::-1], whole[::-1], offsets[::-1], strict=True):
+    if not numel(box):
+        return Places(0, ((0, 1),))
+    for length, (first, end) in zip(shape[::-1], box[::-1], strict=True):
+        size = end - first
         start += first * step
         if sides and sides[0][0] * sides[0][1] == step:  # whole rows follow each other
             sides[0] = (sides[0][0] * size, sides[0][1])
         elif size != 1:
             sides.insert(0, (size, step))
         step *= length
-    return start, sides
+    return Places(start, tuple(sides))
 
 
 def _row_by_row(piece: Piece, writer: Writer) -> Piece:
