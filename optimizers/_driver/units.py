@@ -308,18 +308,20 @@ class Unit:
         but the first update is stored beside the clocks, so that a resumed run knows it.
         """
         first = state[self.params[0]]
-        has_state = any(
-            self.key_of(i, name) in state[p]
-            for i, p in enumerate(self.params)
-            for name in self.slots[i].keys() - {RESIDUAL}
-        )
-        state_since = self.state_since_at(
-            rule, first.get(self.state_since_key, 1) if has_state else 0, first[self.step_key] + 1
-        )
+        present = first.get(self.state_since_key, 1) if self.has_state(state) else 0
+        state_since = self.state_since_at(rule, present, first[self.step_key] + 1)
         first.pop(self.state_since_key, None)
         if state_since > 1 and any(self.slots):
             first[self.state_since_key] = state_since
         return state_since
+
+    def has_state(self, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Whether there is more of its state than clocks and what rounding has cut off."""
+        return any(
+            self.key_of(i, name) in state.get(p, {})
+            for i, p in enumerate(self.params)
+            for name in self.slots[i].keys() - {RESIDUAL}
+        )
 
     def state_since_at(self, rule: Rule, state_since: int, t: int) -> int:
         """The value at update t of ``state_since`` (0: no state), given the present one."""
