@@ -1,6 +1,7 @@
 # Everything a fresh machine needs: Python 3.10 or newer, and make.
 #   make demo    compare AdamW, Muon, GaLore and Fira on a small language model, draw the losses
 #   make memory-demo  count the memory of float32 AdamW and of bfloat16 GaLore with step_in_backward
+#   make fsdp-demo  train with FSDP2 on 2 processes, resume on 1 and 3, compare with plain tensors
 #   make test    run the whole test suite
 #   make lint    ruff and mypy
 #   make bench   time every optimizer against its limit and its peers
@@ -15,13 +16,16 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo memory-demo test lint bench gpu-check clean typing FORCE
+.PHONY: demo memory-demo fsdp-demo test lint bench gpu-check clean typing FORCE
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/pretrain.py --compare adamw,muon,galore,fira --out $(OUT)
 
 memory-demo: $(VENV)/.examples
 	$(BIN)/python examples/memory.py --out runs/memory
+
+fsdp-demo: $(VENV)/.examples
+	$(BIN)/python examples/fsdp.py --demo --out runs/fsdp
 
 test: $(VENV)/.test
 	$(BIN)/pytest -q -n 2 --dist worksteal

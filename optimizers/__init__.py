@@ -16,6 +16,7 @@ from ._core.rule import (
 )
 from ._driver.memory import MemoryReport, memory_report
 from ._driver.optimizer import StackedOptimizer
+from ._driver.placement import longest_dim_placement
 from ._lora.pair_groups import lora_param_groups, pairs_to_groups
 from ._lora.switching import switchlora_init_
 from ._roles.classify import Assignment, classify
@@ -68,6 +69,7 @@ __all__ = [
     "Trion",
     "classify",
     "heavy_tail_schedule",
+    "longest_dim_placement",
     "lora_param_groups",
     "memory_report",
     "pairs_to_groups",

@@ -233,7 +233,7 @@ class ARORule(RotationRule):
         stored = first.state["rotation"]
         R = stored.to(Ms[0].dtype)
         if self.init == "svd" and first.t == 1:
-            R = first.reductions.on_one_rank(left_basis, torch.cat(list(Ms), -1))
+            R = first.reductions.from_full_matrix(left_basis, torch.cat(list(Ms), -1))
         if self.gram_beta is not None:  # averaged in every step
             Gs = [w.grad for w in ws if w.grad is not None]
             A = self.updated_gram(

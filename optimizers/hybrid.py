@@ -64,8 +64,8 @@ class HybridRule(RowPolarRule):
     def normalize_rows(self, X: Tensor, w: Member) -> Tensor:
         """Rows of X (K, m, n) at norm 1."""
         eps = self.eps if self.row_eps is None else self.row_eps
+        X = unit_range([X], w.reductions)[0] if eps is None else X
         if w.reductions is LOCAL_REDUCTIONS:
-            X = unit_range([X])[0] if eps is None else X
             return row_norm(X, kernel_eps(eps), self.row_mode)
         squares = row_squares(X, w.reductions)
         return X * row_factors(squares, self.row_mode, eps, w.reductions, self.row_count(w))
@@ -107,6 +107,7 @@ class Hybrid(StackedOptimizer):
         side: ``"right"`` (default) or ``"left"``: the Gram matrix that ``polar="inverse_root"``
             takes where ``eps`` is a number.
         centred: Whether the mean row is taken off wherever it may have come back (default: False).
+            A weight of one row then has no step.
         axis: ``"rows"`` (default), or ``"cols"``: columns of W take the part of rows, as neurons of
             a down projection do.
         pair: Gate and up with one row for each neuron, see :class:`RowNorm`; None (default): rows

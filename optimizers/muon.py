@@ -157,17 +157,16 @@ class MuonRule(Rule):
 
     def polar_step(self, w: Member, U: Tensor) -> Tensor:
         """The polar factor of U (K, m, n); every ``report_steps`` updates its quality is stored."""
-        rng = StackRNG(self.seed, w.indices, w.t)
-        keys = [rng.key(k) for k in range(len(U))] if self.polar == "low_rank" else []
-
-        def factor_with_report(X: Tensor) -> Tensor:
-            O = self.orthogonalize(X, keys)
-            if self.report_steps and w.t % self.report_steps == 0:
-                rows = [_report_row(M.clone(), P.clone()) for M, P in zip(X, O, strict=True)]
-                w.state["polar_report"].copy_(X.new_tensor(rows, dtype=torch.float32))
-            return O
-
-        return w.reductions.on_full_matrix(factor_with_report, U)
+        if self.polar == "low_rank":
+            rng = StackRNG(self.seed, w.indices, w.t)
+            keys = [rng.key(k) for k in range(len(U))]
+            O = w.reductions.on_full_matrix(self.orthogonalize, U, keys)
+        else:
+            O = w.reductions.on_full_matrix(self.orthogonalize, U)
+        if self.report_steps and w.t % self.report_steps == 0:
+            rows = [_report_row(M.clone(), P.clone()) for M, P in zip(U, O, strict=True)]
+            w.state["polar_report"].copy_(U.new_tensor(rows, dtype=torch.float32))
+        return O
 
     def orthogonalize(self, U: Tensor, keys: Sequence[int] = ()) -> Tensor:
         """The polar factor of every matrix of U (K, m, n).
@@ -260,6 +259,11 @@ class MuonRule(Rule):
             "polar='low_rank', whose step leaves out what errors need": self.polar == "low_rank",
         }
         return next((text for text, is_so in obstacles.items() if is_so), None)
+
+    @property
+    def splits(self) -> frozenset[str]:  # type: ignore[override]
+        """None under ``compat``, and where a report takes the whole of U."""
+        return frozenset() if self.compat or self.report_steps else frozenset(("rows", "cols"))
 
     @property
     def needs_own_strides(self) -> bool:  # type: ignore[override]

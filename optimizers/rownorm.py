@@ -142,7 +142,8 @@ class RowNorm(StackedOptimizer):
         row_mode: ``"inverse_eps"`` (default) as above; ``"inverse"`` or ``"unit"``: divide by
             max(|M_i|, eps); ``"relative"``: by |M_i| + 0.01 times the root mean square length,
             so that rows which got no gradient for long fade, instead of moving at full speed.
-        centred: Whether the mean row is taken off M and off U (default: False).
+        centred: Whether the mean row is taken off M and off U (default: False). A weight of one
+            row then has no step.
         axis: ``"rows"`` (default), or ``"cols"``: columns of W take the part of rows.
         pair: One row for each neuron of gate and up together: ``"members"``, two parameters in turn
             in the group; ``"halves"``, one parameter with the gate's rows first;

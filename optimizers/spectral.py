@@ -65,7 +65,8 @@ class Spectral(StackedOptimizer):
         momentum: Decay of the momentum average (default: 0.95).
         side: ``"right"`` (default) or ``"left"``: the Gram matrix that ``polar="inverse_root"``
             takes where ``eps`` is a number, as published. Without one the smaller is taken.
-        centred: Whether the mean row is taken off M and off U (default: False).
+        centred: Whether the mean row is taken off M and off U (default: False). A weight of one
+            row then has no step.
         axis: ``"rows"`` (default) or ``"cols"``: what counts as rows.
         pair: Gate and up with one row for each neuron, see :class:`RowNorm`; None (default): rows
             as they are.

@@ -68,8 +68,9 @@ class SymmetryStack(StackedOptimizer):
         gains, biases, positions  -                                   AdamW
 
     Centring is left out where the loss feels the mean of the logits: tied embeddings, heads under a
-    soft cap or z-loss, routers under a sigmoid or z-loss, and softmax routers that are not known as
-    such. A z-loss of the training loop is not seen: ``overrides={name: {"centred": False}}``.
+    soft cap or z-loss, routers under a sigmoid or z-loss, softmax routers that are not known as
+    such, and weights of one row, of which centring leaves nothing. A z-loss of the training loop
+    is not seen: ``overrides={name: {"centred": False}}``.
 
     Source: *Symmetry-Compatible Principle for Optimizer Design: Embeddings, LM Heads, SwiGLU MLPs,
     and MoE Routers*, arXiv 2605.18106, and its published code.

@@ -133,12 +133,38 @@ class Reductions:
         return x
 
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
-        """Apply fn to whole small matrices on one rank; every rank gets the result."""
+        """Apply fn to small matrices that all ranks have whole, on one; all get the result."""
         return fn(*args)
 
-    def on_full_matrix(self, fn: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
-        """Apply fn to the whole weight-shaped matrix and return the local part."""
-        return fn(X)
+    def on_full_matrix(
+        self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
+    ) -> Tensor:
+        """Apply fn to the whole matrices of X and return the local part of the result.
+
+        A stack may be divided among ranks, so fn must be right for any of its matrices, on any
+        rank: it closes over nothing that belongs to one matrix, and over no state.
+
+        Args:
+            fn: Maps whole matrices (j, m, n), and the entries of ``per_matrix`` that belong to
+                them, to a tensor of the same shape.
+            X: (K, m, n), laid out like the weight.
+            *per_matrix: Lists or tensors with one entry for each of the K matrices, equal on all
+                ranks.
+        """
+        return fn(X, *per_matrix)
+
+    def from_full_matrix(self, fn: Callable[..., Any], X: Tensor, *small: Tensor) -> Any:
+        """Apply fn to the whole stack X on one rank; every rank gets the whole result.
+
+        For what is found from a matrix but not laid out like it, such as a basis. A stack is not
+        divided, so fn may close over what belongs to one matrix.
+
+        Args:
+            fn: Maps X and ``small``, which it does not change, to a tensor or a tuple of tensors.
+            X: (K, m, n), laid out like the weight.
+            *small: Tensors that all ranks have whole.
+        """
+        return fn(X, *small)
 
 
 LOCAL_REDUCTIONS = Reductions()
@@ -387,6 +413,13 @@ class Rule:
     """Names of slots (m, r) of orthonormal columns that ``refresh`` alone changes.
 
     They are kept in 8 bits under ``state_dtype="int8"``.
+    """
+    splits: ClassVar[frozenset[str]] = frozenset()
+    """Set to the dimensions, of "rows" and "cols", along which weights may be cut over ranks.
+
+    Shards along these give the update of the whole weight, since every sum goes through
+    ``Member.reductions``. The dimensions are those of the matrix as the rule sees it. A property
+    where a field needs more than shards can give; weights cut otherwise travel to one rank.
     """
     refresh_in_lockstep: ClassVar[bool] = False
     """Set True if all units must refresh in the same update. ``stagger=True`` is refused then."""

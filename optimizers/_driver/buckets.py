@@ -6,11 +6,11 @@ other unit is a bucket of its own on views of the live tensors.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,14 @@ from ...kernels import (
     quantize_blocks,
     rounding_keys,
 )
-from .._core.rule import Member, Rule
+from .._core.rule import LOCAL_REDUCTIONS, Member, Reductions, Rule
 from .adamw import EntryCache
 from .units import State, Unit, hash63, is_slab_row, scale_of, slab_rows
 from .windows import block_labels_of, drops_state
 from .write_modes import REFRESH_WRITE, RESIDUAL, takes_flags, with_residuals
+
+if TYPE_CHECKING:
+    from .shards import Shards
 
 MAX_STACK_BYTES = {"cpu": 64 * 2**20}
 """Largest stack of weights in bytes: a stack is a copy, and must not cost what low rank saves."""
@@ -67,6 +70,9 @@ class Bucket:
         addresses: Per binding of a stack its address on the CPU, to notice rows that another
             process was sent and that left their slab by that.
         clock_dicts: Per unit, the state dict that holds its clocks.
+        reductions: Completes sums over weights of which this process holds parts.
+        nonzero_positions: Positions of parameters whose gradient is somewhere not 0, where this
+            process sees parts of gradients; None where it sees all.
     """
 
     units: list[Unit]
@@ -78,6 +84,8 @@ class Bucket:
     bindings: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
     clock_dicts: list[dict[str, Any]] = field(default_factory=list)
+    reductions: Reductions = LOCAL_REDUCTIONS
+    nonzero_positions: Set[int] | None = None
 
     def __post_init__(self) -> None:
         unit = self.units[0]
@@ -194,7 +202,7 @@ class Bucket:
         residual = self.states[i][RESIDUAL] if mode == "kahan" else None
         error = None
         if mode == "eco":
-            shape = (len(self.indices), *self.unit.sides(i))
+            shape = (len(self.indices), *self.unit.held_sides(i))
             error = torch.zeros(shape, dtype=torch.float32, device=keys.device)
         return Rounding(keys, offset, strides, residual, error)
 
@@ -208,6 +216,8 @@ class Bucket:
 
     def nonzero(self, Gs: Sequence[Tensor | None], j: int) -> bool:
         """Whether some gradient of unit j is not all zero, and all are finite."""
+        if self.nonzero_positions is not None:  # and what is not finite was found before
+            return not self.nonzero_positions.isdisjoint(self.units[j].positions)
         parts = [max_abs(G[j] if self.stacked else G) for G in Gs if G is not None]
         return any(map(bool, parts)) and all(bool(part.isfinite()) for part in parts)
 
@@ -360,6 +370,7 @@ class Bucket:
         """Unit j of a stack as a bucket of its own, on rows of the live slabs."""
         bucket = Bucket([self.units[j]], self.present, self.state_since)
         bucket.clock_dicts = [self.clock_dicts[j]]
+        bucket.reductions, bucket.nonzero_positions = self.reductions, self.nonzero_positions
         bucket.states = [
             {name: X[j : j + 1] for name, X in member_state.items()} for member_state in self.states
         ]
@@ -411,6 +422,7 @@ class Bucket:
                     state_since=self.state_since,
                     number=i,
                     transposed=self.unit.transposed[i],
+                    reductions=self.reductions,
                     store=partial(self.store, i),
                     finite=finite if finite is None else finite.expand(K),
                     rounding=self.rounding(i, t, REFRESH_WRITE) if writes else None,
@@ -457,7 +469,8 @@ def buckets_of(
     buckets = []
     for key, members in sorted_units.items():
         p = members[0].params[0]
-        size = max(1, max_stack_bytes(p.device) // max(1, p.numel() * p.element_size()))
+        bytes_of_one = max(1, members[0].numel * p.element_size())
+        size = max(1, max_stack_bytes(p.device) // bytes_of_one)
         buckets += [
             Bucket(members[i : i + size], key[0], key[1]) for i in range(0, len(members), size)
         ]
@@ -507,6 +520,7 @@ class StepPlan:
             checked, see :func:`check_ready`.
         adamw_parts: What ``finite.py`` knows of the AdamW parameters, made at the first step.
         adamw_entries: State of AdamW parameters, as long as nobody replaces it.
+        shards: What is sharded; None where all parameters are plain.
     """
 
     flat_params: list[Tensor]
@@ -525,6 +539,7 @@ class StepPlan:
     signature: Any = None
     adamw_parts: list[dict[Any, list[int]]] | None = None
     adamw_entries: EntryCache = field(default_factory=EntryCache)
+    shards: Shards | None = None
 
     def rule(self, of: Unit | Bucket) -> Rule:
         """The rule of a unit, or of all units of a bucket."""
@@ -553,9 +568,10 @@ class StepPlan:
 
     def rebuild(self, mask: list[bool], state: State) -> None:
         """Sort the present units into buckets, allocating what they need."""
-        self.buckets = buckets_of(
-            self.units, mask, state, self.rules, self.stack_keys, self.buckets
-        )
+        units = self.units
+        if self.shards is not None:
+            units = [unit for unit in units if unit.placed is None]
+        self.buckets = buckets_of(units, mask, state, self.rules, self.stack_keys, self.buckets)
         self.mask, self.entries = mask, [*state.values()]
 
     def set_stack_keys(self) -> None:

@@ -20,6 +20,7 @@ from .._core.rule import RULE_CLASSES, Rule, defaults_of
 from .._core.validation import is_number, shown
 from . import adamw
 from .checks import check_lists, check_values
+from .layout import is_sharded, local
 from .matching import Place, match, realigned, regroup
 from .old_codes import recoded
 from .param_groups import (
@@ -34,6 +35,7 @@ from .param_groups import (
 )
 from .saved_state import (
     Entry,
+    Expected,
     adamw_entry,
     base_of,
     check_clocks,
@@ -328,7 +330,8 @@ def _check_state(
     """Raise unless the saved state of every parameter is empty or complete, and sound.
 
     Returns:
-        The state, with codes of older versions in today's layout.
+        The state, with codes of older versions in today's layout, and of whole tensors for sharded
+        parameters what this process holds, so that torch moves and casts no more than that.
     """
     targets = [
         {**new, "params": group["params"]} for group, new in zip(groups, new_groups, strict=True)
@@ -365,7 +368,18 @@ def _check_state(
         method = default_rule.method() if p in entries else "AdamW"
         entry = entries[p] if p in entries else adamw_entry(p, modes[p])
         _check_entry(by_param[p], entry, p, text, method, started.get(p, set()))
+        by_param[p] = _cut(by_param[p], entry)
     return {**state, **{key: by_param[p] for p, key in keys.items() if key in state}}
+
+
+def _cut(found: Mapping[str, Any], entry: Entry) -> Mapping[str, Any]:
+    """State that was checked, with whole tensors cut where the weight is sharded."""
+    pieces = {
+        key: x.layout.cut(found[key])
+        for key, x in entry.tensors.items()
+        if x.layout is not None and key in found and not is_sharded(found[key])
+    }
+    return {**found, **pieces} if pieces else found
 
 
 def _modes(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
@@ -440,7 +454,9 @@ def restore(
 
     Integers come back exactly as saved, floats in their slot's dtype (for a checkpoint of the same
     settings: as saved). AdamW's state stays as torch loads it where weights are rounded to nearest;
-    else moments are float32, and a residual that the file lacks is 0.
+    else moments are float32, and a residual that the file lacks is 0. State of a sharded weight
+    comes back as DTensors: a whole tensor is cut, a DTensor of other placements or of another mesh
+    is redistributed, which is all that is sent. State of a plain weight comes back whole.
 
     Args:
         default_rule: The optimizer's rule class.
@@ -455,7 +471,8 @@ def restore(
     entries = entries_of(units, rules)
     for group, new in zip(groups, saved["param_groups"], strict=True):
         for p, key in zip(group["params"], new["params"], strict=True):
-            for name, value in saved["state"].get(key, {}).items():
+            # all ranks in the same order, as DTensors of other placements are sent
+            for name, value in sorted(saved["state"].get(key, {}).items()):
                 if p not in entries:
                     _restore_adamw(p, group, state[p], name, value)
                 elif is_clock(name):
@@ -474,6 +491,9 @@ def restore(
     }
     for p, key in missing:
         x = entries[p].tensors[key]
+        if x.layout is not None:
+            state[p][key] = x.layout.full(0.0, x.dtype, p.device)
+            continue
         value = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         state[p][key] = pinned(value, p.device)
     return missing
@@ -486,11 +506,18 @@ def _restore_adamw(
     expected = None if is_lazy(p) else adamw_entry(p, mode_of(group, p))
     if name == "step":
         if not _is_step_tensor(value):
+            value = local(value) if isinstance(value, Tensor) else value
             entry[name] = adamw.step_tensor(p, group, float(value))
-    elif expected is not None and name not in expected.tensors:
+    elif expected is None:
+        return
+    elif name not in expected.tensors:
         del entry[name]
-    elif expected is not None and entry[name].dtype != expected.tensors[name].dtype:
-        entry[name] = _as_saved(value, p, expected, name)  # torch has cast it to the weight's
+    elif (
+        entry[name].dtype != expected.tensors[name].dtype  # torch has cast it to the weight's
+        or is_sharded(value)
+        or is_sharded(p)
+    ):
+        entry[name] = _as_saved(value, p, expected, name)
 
 
 def _fill_residuals(
@@ -504,12 +531,27 @@ def _fill_residuals(
 
 
 def _is_step_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+    is_plain = isinstance(value, Tensor) and not is_sharded(value)
+    return is_plain and value.dim() == 0 and value.is_floating_point()
+
+
+def _laid_out(value: Tensor, expected: Expected) -> Tensor:
+    """A saved tensor as it is to lie over ranks, row by row where it is a DTensor."""
+    layout = expected.layout
+    if not is_sharded(value):
+        return value
+    value = value.to(device=expected.device)  # where its process group sends from
+    if layout is None:
+        return value.full_tensor()  # type: ignore[attr-defined,no-any-return]
+    X = layout.redistribute(value)
+    held = local(X)
+    return X if held.is_contiguous() else layout.wrap(held.contiguous())
 
 
 def _as_saved(value: Tensor, p: Tensor, entry: Entry, key: str) -> Tensor:
-    """A saved tensor in its slot's dtype, where the slot is kept."""
+    """A saved tensor in its slot's dtype, where and as the slot is kept."""
     expected = entry.tensors[key]
+    value = _laid_out(value, expected)
     is_float = value.is_floating_point() and expected.dtype.is_floating_point
     dtype = expected.dtype if is_float else value.dtype
     # torch moved pools off the host too

@@ -412,11 +412,6 @@ def check_trainable(params: Sequence[Tensor], names: Sequence[str | None]) -> No
 
 def check_matrix(p: Tensor, text: str, method: str) -> None:
     """Raise for a parameter that no matrix rule can train, naming the way around."""
-    if hasattr(p, "device_mesh"):
-        raise ValueError(
-            f"{text} is a DTensor, which {method} does not shard yet; use DDP with "
-            "ZeroRedundancyOptimizer, or put it in a group with rule='adamw'"
-        )
     _refuse_sharded(p, None, text, method)
     if p.is_complex():
         raise RuntimeError(f"{method} does not support complex parameters; {text} is complex")

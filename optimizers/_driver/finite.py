@@ -97,6 +97,7 @@ class Findings:
             None for a member without gradient; None where the host has read them.
         adamw_flags: By position, the unread flags () of AdamW parameters.
         joined: Per device, the unread flags of all its AdamW parameters.
+        stopped: Whether a gradient that another rank holds stops the whole step.
     """
 
     bad: set[int] = field(default_factory=set)
@@ -104,6 +105,7 @@ class Findings:
     unread: list[list[Tensor | None] | None] = field(default_factory=list)
     adamw_flags: dict[int, Tensor] = field(default_factory=dict)
     joined: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    stopped: bool = False
 
     def finite_units(self, j: int, bucket: Bucket) -> list[bool] | None:
         """Per unit of bucket j, whether its gradients are finite; None if not read yet."""
@@ -207,8 +209,10 @@ def _adamw_parts(plan: StepPlan) -> list[dict[Kind, list[int]]]:
         for positions in plan.adamw_positions:
             parts: dict[Kind, list[int]] = {}
             for i in positions:
+                if plan.shards is not None and i in plan.shards.layouts:
+                    continue  # all ranks look at these together
                 p = plan.flat_params[i]
-                is_large = p.numel() > MAX_JOINED_NUMEL or hasattr(p, "device_mesh")
+                is_large = p.numel() > MAX_JOINED_NUMEL
                 size = "large" if is_large else "vector" if p.dim() == 1 else "small"
                 parts.setdefault((p.device, p.dtype, size), []).append(i)
             plan.adamw_parts.append(parts)
@@ -273,25 +277,11 @@ def _stack_and_flag(unit_grads: list[Tensor], waits: bool, read: bool) -> tuple[
 
 def _total(G: Tensor) -> Tensor:
     """The sum, which is finite only if all entries are; a finite gradient may overflow it."""
-    if hasattr(G, "device_mesh"):
-        return _of_shards(G)
     return G.sum(dtype=torch.float32 if G.dtype in LOW_PRECISION_DTYPES else None)
-
-
-def _of_shards(G: Any) -> Tensor:
-    """0, or infinity on every rank if one of them holds a bad entry of a DTensor."""
-    from torch.distributed.tensor import DTensor, Partial
-
-    bad = largest(G.to_local()).isfinite().logical_not().float()
-    mesh = G.device_mesh
-    count = DTensor.from_local(bad, mesh, [Partial()] * mesh.ndim).full_tensor()
-    return torch.where(count > 0, torch.full_like(count, math.inf), 0.0)
 
 
 def largest(G: Tensor) -> Tensor:
     """The largest magnitude, NaN if there is one: cannot overflow, in one pass."""
-    if hasattr(G, "device_mesh"):
-        return _of_shards(G)
     G = _as_real(G)
     return max_abs(G) if G.numel() else G.new_zeros(())
 
@@ -303,9 +293,7 @@ def _as_real(G: Tensor) -> Tensor:
 
 def _flags_of(grads: Sequence[Tensor]) -> Tensor:
     """Per gradient whether it is finite, (N,) on their device, in one pass over all of them."""
-    plain = all(
-        G.numel() and not hasattr(G, "device_mesh") and G.is_floating_point() for G in grads
-    )
+    plain = all(G.numel() and G.is_floating_point() for G in grads)
     numbers = torch._foreach_norm(list(grads), math.inf) if plain else map(largest, grads)
     return torch.stack([number.isfinite() for number in numbers])
 
@@ -334,7 +322,7 @@ class _Sums:
         if G is None or position in self._added:
             return
         self._added.add(position)
-        if G.numel() <= MAX_JOINED_NUMEL and not hasattr(G, "device_mesh"):
+        if G.numel() <= MAX_JOINED_NUMEL:
             self._small.setdefault((G.device, G.dtype), []).append(position)
         else:
             self.add(_total(G), (position,))
@@ -387,8 +375,6 @@ class _Sums:
         G = self._grads[position]
         if G is None:
             return True
-        if hasattr(G, "device_mesh"):
-            return bool(_of_shards(G).isfinite())
         return bool(G.isfinite().all())
 
 
@@ -426,7 +412,7 @@ def refuse(found: Findings, groups: Groups) -> None:
 def stops_step(found: Findings, groups: Groups) -> bool:
     """Whether a bad gradient in a group with ``nonfinite="skip_step"`` stops the whole step."""
     group_of = group_indices(groups) if found.bad else []
-    return any(groups[group_of[i]]["nonfinite"] == "skip_step" for i in found.bad)
+    return found.stopped or any(groups[group_of[i]]["nonfinite"] == "skip_step" for i in found.bad)
 
 
 def names_or_positions(groups: Groups) -> Names:

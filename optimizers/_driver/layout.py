@@ -38,6 +38,15 @@ def local(X: Tensor) -> Tensor:
     return held
 
 
+def memory(X: Any) -> Tensor:
+    """The tensor that a DTensor holds here, the same object as long as nobody replaces it.
+
+    Only where gradients are off.
+    """
+    held: Tensor = X.to_local()
+    return held
+
+
 def box_of(
     shape: Sequence[int],
     mesh_shape: Sequence[int],
@@ -78,6 +87,23 @@ def shard_dim(placement: Any) -> int | None:
 
 def _is_strided(placement: Any) -> bool:
     return type(placement).__name__ == "_StridedShard"
+
+
+def _are_boxes(placements: Sequence[Any], mesh_shape: Sequence[int]) -> bool:
+    """Whether every strided shard cuts what all later axes have left, as FSDP2 makes them.
+
+    A reshaped DTensor may have others, of which a rank holds every so many rows.
+    """
+    return all(
+        x.split_factor
+        == math.prod(
+            size
+            for later, size in zip(placements[axis + 1 :], mesh_shape[axis + 1 :], strict=True)
+            if shard_dim(later) == x.dim
+        )
+        for axis, x in enumerate(placements)
+        if _is_strided(x) and mesh_shape[axis] > 1
+    )
 
 
 def numel(box: Box) -> int:
@@ -222,6 +248,12 @@ class Layout:
             held.copy_((i[:, None] == j).to(dtype))
         return self.wrap(held)
 
+    def fits(self, X: Any) -> bool:
+        """Whether a tensor is a DTensor of this layout."""
+        if not is_sharded(X):
+            return False
+        return bool(X.device_mesh == self.mesh) and tuple(X.placements) == self.placements
+
     def redistribute(self, X: Tensor) -> DTensor:
         """X, whole on this process or a DTensor, in this layout; DTensors of others communicate."""
         from torch.distributed.tensor import DTensor
@@ -263,7 +295,8 @@ def layout_of(X: Tensor, text: str) -> Layout | None:
         text: Words that name it.
 
     Raises:
-        ValueError: For partial sums, and where torch holds something else than the formula says.
+        ValueError: For partial sums, for shards that are no boxes, and where torch holds something
+            else than the formula says.
     """
     if not is_sharded(X):
         return None
@@ -274,6 +307,12 @@ def layout_of(X: Tensor, text: str) -> Layout | None:
             "trained; redistribute it before the optimizer is built"
         )
     layout = Layout(X.device_mesh, placements, tuple(X.shape))  # type: ignore[attr-defined]
+    if not _are_boxes(placements, layout.mesh.shape):
+        raise ValueError(
+            f"{text} has the placements {placements} on a mesh {tuple(layout.mesh.shape)}, which "
+            "give a rank entries that do not lie together; redistribute it before the optimizer is "
+            "built"
+        )
     try:
         held = numel(layout.box)
     except ValueError as error:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._core.rule import Rule
 from .._roles.classify import Row, classify, route
 from .._roles.residual_sides import sides_of
 from .._roles.role_table import decay_factor
+from .layout import is_sharded
+from .param_groups import plain_name
 
 
 class ModelRoles:
@@ -25,7 +28,8 @@ class ModelRoles:
 
     def __init__(self, model: nn.Module, is_params: bool) -> None:
         self._model, self.is_params = weakref.ref(model), is_params
-        self._rows: dict[Tensor, Row] = {}
+        # weak, since a wrapper replaces the parameters to free their memory
+        self._rows: MutableMapping[Tensor, Row] = WeakIdKeyDictionary()
 
     def rows(self) -> Mapping[Tensor, Row]:
         """Row by parameter, read anew where the module has changed; empty once it is gone."""
@@ -34,8 +38,32 @@ class ModelRoles:
             return {}
         named = dict(model.named_parameters())
         if any(p not in self._rows for p in named.values()):
-            self._rows = {named[row.name]: row for row in classify(model) if row.name}
+            self._rows = WeakIdKeyDictionary()
+            self._rows.update((named[row.name], row) for row in classify(model) if row.name)
         return self._rows
+
+    def refuse_replaced(self, params: Sequence[Tensor], names: Sequence[str | None]) -> None:
+        """Raise if the module holds DTensors now where the optimizer has plain parameters.
+
+        Args:
+            params: Parameters of the optimizer.
+            names: Their names.
+
+        Raises:
+            RuntimeError: A step would train what the module does not use any more.
+        """
+        model = self._model()
+        if model is None:
+            return
+        named = {plain_name(name): p for name, p in model.named_parameters()}
+        for p, name in zip(params, names, strict=True):
+            now = named.get(plain_name(name or ""))
+            if now is not None and now is not p and is_sharded(now) and not is_sharded(p):
+                raise RuntimeError(
+                    f"parameter {name!r} of the optimizer is not that of the module any more, "
+                    "which was sharded since; build the optimizer after fully_shard, or put the "
+                    "module's parameters into group['params']"
+                )
 
 
 def lists_of(

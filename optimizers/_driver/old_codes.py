@@ -19,6 +19,7 @@ from ...kernels import (
     quantize_basis,
     quantize_blocks,
 )
+from .layout import is_sharded
 from .saved_state import Entry, Expected, base_of, check_values_of
 from .units import scale_of
 
@@ -65,7 +66,9 @@ def recoded(found: Any, expected: Entry, text: str) -> Any:
 
 
 def _is_plain(x: Any) -> TypeGuard[Tensor]:
-    return isinstance(x, Tensor) and x.layout is torch.strided and not (x.is_quantized or x.is_meta)
+    if not isinstance(x, Tensor) or is_sharded(x):  # DTensors are younger than these layouts
+        return False
+    return x.layout is torch.strided and not (x.is_quantized or x.is_meta)
 
 
 def _is_flat(codes: Tensor, scales: Tensor, wanted: Expected | None) -> bool:

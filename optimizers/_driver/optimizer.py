@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import fields
+from dataclasses import fields, replace
 from operator import is_
 from typing import Any, ClassVar, overload
 
@@ -23,7 +23,7 @@ from .._core.rule import (
 )
 from .._core.validation import check, describe_unknown, misspelt_option, shown
 from .._roles.assignment import OptimizerAssignment
-from . import adamw, checkpoint
+from . import adamw, checkpoint, sharded_update
 from .backward import BackwardHandle, checked_every
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
 from .buckets import STACK_SETTINGS, Bucket, StepPlan
@@ -51,6 +51,7 @@ from .finite import (
     snapshot,
     stops_step,
 )
+from .layout import is_sharded
 from .model_roles import ModelRoles, complete_names, lists_of, rows_for
 from .param_groups import (
     COMMON,
@@ -74,6 +75,7 @@ from .param_groups import (
 )
 from .saved_state import refuse_unsound_state
 from .settings import refuse_state_changes, refuse_unfit_state
+from .shards import Shards
 from .units import Unit, units_of
 from .windows import assign_block_positions, stagger_refreshes
 from .write import Run, write_, write_list_, write_runs_
@@ -382,6 +384,15 @@ class StackedOptimizer(Optimizer):
         rows = [
             row for group in self.param_groups for row in assigned_rows(group, self._default_rule)
         ]
+        flat_params = [p for group in self.param_groups for p in group["params"]]
+        if any(map(is_sharded, flat_params)):
+            plan = self._build_plan(flat_params, [self._settings(g) for g in self.param_groups])
+            assert plan.shards is not None
+            sent, plan_of = plan.shards.bytes_per_step(), plan.shards.plan_of
+            rows = [
+                replace(row, plan=plan_of(i), bytes_per_step=sent.get(i, 0))
+                for i, row in enumerate(rows)
+            ]
         kept = [key for group in self.param_groups for key in group if self._is_foreign(group, key)]
         return OptimizerAssignment(tuple(rows), tuple(dict.fromkeys(kept)))
 
@@ -460,6 +471,7 @@ class StackedOptimizer(Optimizer):
         ):
             if old.settings == settings or self._update_rules(old, settings):
                 return old
+        self._refuse_replaced(flat_params)
         plan = self._build_plan(flat_params, settings)
         adamw_modes = adamw.modes_of(flat_params, settings, plan.adamw_positions)
         if old is None:  # a new optimizer, or one that was loaded or copied
@@ -476,6 +488,11 @@ class StackedOptimizer(Optimizer):
             )
         self._plan = plan
         return plan
+
+    def _refuse_replaced(self, flat_params: Sequence[Tensor]) -> None:
+        """Raise if the module that gave the parameters has sharded ones in their place."""
+        if self._model_roles is not None:
+            self._model_roles.refuse_replaced(flat_params, names_of(self.param_groups))
 
     def _refuse_unsound_state(self, plan: StepPlan) -> None:
         """Raise if other code has put into the state what a step cannot use."""
@@ -521,7 +538,20 @@ class StackedOptimizer(Optimizer):
         plan.set_stack_keys()
         assign_block_positions(plan.units, plan.rules, group_rules, self.param_groups)
         stagger_refreshes(plan.units, plan.rules, self.param_groups)
+        if any(map(is_sharded, flat_params)):
+            self._refuse_lost_state(flat_params)
+            plan.shards = Shards(plan, self.state, self.param_groups, self._describe)
         return plan
+
+    def _refuse_lost_state(self, flat_params: Sequence[Tensor]) -> None:
+        """Raise if sharded weights have come in the place of parameters that had state."""
+        known = {*flat_params}
+        if any(is_sharded(p) and not self.state.get(p) for p in flat_params):
+            check(
+                all(p in known for p in self.state),
+                "state belongs to parameters that are in no group any more; load or init_state() "
+                "after the model is wrapped",
+            )
 
     @staticmethod
     def _units_of_part(index: int, group: Mapping[str, Any], part: Part) -> list[Unit]:
@@ -692,8 +722,17 @@ class StackedOptimizer(Optimizer):
     def _update(self) -> None:
         """Step all parameters by their gradients as they are now."""
         self._apply_late_flags()
-        plan = self._get_plan()
+        try:
+            plan = self._get_plan()
+        except Exception:
+            sharded_update.tell_of_failure([p for g in self.param_groups for p in g["params"]])
+            raise
+        if plan.shards is not None:
+            sharded_update.update(self, plan)
+            return
         grads = [p.grad for p in plan.flat_params]
+        if not any(grad is not None for grad in grads):
+            self._refuse_replaced(plan.flat_params)
         name = type(self).__name__
         if not check_ready(plan, grads, self.param_groups, self.state, name):
             self._plan = None  # weights have another dtype now, and their state fits
@@ -711,11 +750,19 @@ class StackedOptimizer(Optimizer):
             self._step_matrices(plan, grads, found)
         for work in adamw_steps:
             work.step(found.bad, found.adamw_flags)
+        self._keep_unread(plan, found)
+
+    def _keep_unread(self, plan: StepPlan, found: Findings) -> None:
+        """Keep flags that the host has not read for the next step."""
         if found.joined or any(found.unread):
             self._pending = [*self._pending, *found.late_flags(plan, self.param_groups)]
 
     def _inspect(
-        self, plan: StepPlan, grads: Sequence[Tensor | None], adamw_steps: Sequence[adamw.Work]
+        self,
+        plan: StepPlan,
+        grads: Sequence[Tensor | None],
+        adamw_steps: Sequence[adamw.Work],
+        agree: Callable[[Findings], None] | None = None,
     ) -> Findings:
         """Allocate and sort what has a gradient, and find bad ones; undone if nothing is to move.
 
@@ -723,6 +770,7 @@ class StackedOptimizer(Optimizer):
             plan: The plan.
             grads: Gradients of all parameters.
             adamw_steps: What AdamW steps.
+            agree: Adds what other ranks have found, where weights are sharded.
 
         Raises:
             RuntimeError: For a bad gradient under ``nonfinite="raise"``.
@@ -737,6 +785,8 @@ class StackedOptimizer(Optimizer):
                     work.allocate(self.state)
                 plan.rebuild(mask, self.state)
             found = inspect_grads(plan, grads, self.param_groups, self._waits)
+            if agree is not None:
+                agree(found)
             if found.bad:
                 refuse(found, self.param_groups)
             stops = stops_step(found, self.param_groups)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._core.rule import Rule
+from .layout import Layout, is_sharded, layout_of, local
 from .units import Unit
 from .windows import drops_state
 from .write_modes import RESIDUAL
@@ -45,6 +46,7 @@ class Expected(NamedTuple):
         limit: One more than the largest value, for numbers of distinct things; else None.
         empty: The value of all entries before anything was chosen, or None.
         distinct: Whether the numbers of a matrix differ.
+        layout: How it lies over the ranks that share its weight; None for a plain tensor.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +56,7 @@ class Expected(NamedTuple):
     limit: int | None = None
     empty: float | None = None
     distinct: bool = False
+    layout: Layout | None = None
 
 
 Table = dict[str, Expected]
@@ -108,8 +111,9 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
                 fill = None if isinstance(slot.fill, str) else slot.fill
                 low = 0.0 if is_positive else None if count is None else min(0.0, fill or 0.0)
                 device = slot.device or p.device
+                layout = unit.state_layout(i, key)
                 entry.tensors[key] = Expected(
-                    shape, dtype, device, low, count, fill, bool(slot.axes)
+                    shape, dtype, device, low, count, fill, bool(slot.axes), layout
                 )
                 if name in rule.optional_state or name == RESIDUAL:
                     entry.optional.add(key)
@@ -135,12 +139,13 @@ def adamw_entry(p: Tensor, mode: str) -> Entry:
         mode: How it is written, see ``write_modes.py``.
     """
     shape, dtype = tuple(p.shape), moment_dtype(p, mode)
+    layout = layout_of(p, f"a parameter of shape {shape}")
     tensors = {
-        "exp_avg": Expected(shape, dtype, p.device),
-        "exp_avg_sq": Expected(shape, dtype, p.device, 0.0),
+        "exp_avg": Expected(shape, dtype, p.device, layout=layout),
+        "exp_avg_sq": Expected(shape, dtype, p.device, 0.0, layout=layout),
     }
     if mode == "kahan":
-        tensors[RESIDUAL] = Expected(shape, torch.bfloat16, p.device)
+        tensors[RESIDUAL] = Expected(shape, torch.bfloat16, p.device, layout=layout)
     return Entry(tensors, {"step"}, False, {RESIDUAL})
 
 
@@ -158,7 +163,7 @@ def clock_value(key: str, value: Any, text: str) -> int:
     number = value
     if isinstance(value, Tensor):
         is_plain = value.layout is torch.strided and not value.is_quantized and not value.is_meta
-        number = value.item() if is_plain and value.numel() == 1 else None
+        number = local(value).item() if is_plain and value.numel() == 1 else None
     is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
     if not is_number or not 0 <= number <= MAX_CLOCK or number % 1:
         shown = value
@@ -208,7 +213,7 @@ def check_tensor(
         exact: Whether floats must have the expected dtype too.
 
     Raises:
-        ValueError: If it is no plain tensor of the expected shape and kind of dtype.
+        ValueError: If it is no dense tensor of the expected shape and kind of dtype.
     """
     what = f"state {key!r} of {text}"
     if not isinstance(value, Tensor):
@@ -218,7 +223,10 @@ def check_tensor(
         raise ValueError(f"{what} must be a plain dense tensor, got a {kind} one")
     if value.is_meta and not p.is_meta:
         raise ValueError(f"{what} is on the meta device, so it has no values")
-    if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
+    if is_sharded(value):
+        _check_placements(value, what)
+    held = local(value)
+    if any(step == 0 and size > 1 for step, size in zip(held.stride(), held.shape, strict=True)):
         raise ValueError(f"{what} is expanded, so several of its entries share memory; clone it")
     if tuple(value.shape) != expected.shape:
         raise ValueError(
@@ -231,8 +239,47 @@ def check_tensor(
         raise ValueError(f"{what} has dtype {value.dtype} but its settings need {expected.dtype}")
 
 
+def _check_placements(value: Any, what: str) -> None:
+    """Raise for a DTensor of partial sums, or one that holds something else than it says."""
+    if any(x.is_partial() for x in value.placements):
+        raise ValueError(f"{what} is a DTensor of partial sums; redistribute it to shards")
+    layout_of(value, what)
+
+
+def check_layout(
+    key: str, value: Tensor, expected: Expected, text: str, *, exact: bool = False
+) -> None:
+    """Check that live state lies over ranks as its weight does.
+
+    A plain tensor may be whole or a piece, and equal on all ranks or not, so it is never taken for
+    state of a sharded weight.
+
+    Args:
+        key: Its state key.
+        value: A tensor that passed :func:`check_tensor`.
+        expected: What it must be.
+        text: How a message names the parameter.
+        exact: Whether other placements of a DTensor are refused too.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    wanted = expected.layout
+    if wanted is None and not is_sharded(value):
+        return
+    what, advice = f"state {key!r} of {text}", "load it with load_state_dict(), which lays it out"
+    if wanted is None:
+        raise ValueError(f"{what} is a DTensor but its parameter is not sharded; {advice}")
+    if not is_sharded(value):
+        raise ValueError(f"{what} is a plain tensor but its parameter is sharded; {advice}")
+    if exact and not wanted.fits(value):
+        raise ValueError(
+            f"{what} is a DTensor of other placements than its parameter needs; {advice}"
+        )
+
+
 def check_values_of(key: str, value: Tensor, expected: Expected, text: str, started: bool) -> None:
-    """Check the values of a state tensor.
+    """Check the values of a state tensor, of a DTensor those that this process holds.
 
     Args:
         key: Its state key.
@@ -246,6 +293,7 @@ def check_values_of(key: str, value: Tensor, expected: Expected, text: str, star
             smallest, or, of indices, too large or given twice.
     """
     what = f"state {key!r} of {text}"
+    value = local(value)  # nothing is sent: each rank checks its own piece
     if value.is_meta or not value.numel() or base_of(key) in REPORTS:
         return
     if not value.dtype.is_floating_point and expected.limit is not None:
@@ -324,6 +372,7 @@ def refuse_unsound_state(
         for key, x in expected.tensors.items():
             if key in known:
                 check_tensor(key, known[key], x, p, text)
+                check_layout(key, known[key], x, text, exact=p in adamw_modes)
             elif not expected.clocks - {"step"} and not isinstance(known.get("step"), int):
                 raise ValueError(f"state {key!r} of {text} is gone, but its step is there")
 

@@ -7,11 +7,11 @@ members, such as a LoRA pair.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from ...kernels import basis_scales, blockwise_shape
 from .._core.rule import BlockPosition, Rule, Slot, Slots
 from .._core.validation import naming, shown
 from .._core.views import MatrixView, split_view
+from .layout import Layout, is_sharded, longest_dim, part, resting_layout
 from .param_groups import Part, Weight, describe, listed, plain_name
+from .shard_plan import Placed, place, travelling
 from .windows import drops_state
 from .write_modes import RESIDUAL, mode_of, seed_of, with_residuals
 
@@ -68,6 +70,20 @@ def is_slab_row(X: Tensor) -> bool:
     return X in _SLAB_ROWS or X.untyped_storage().nbytes() > X.nbytes
 
 
+class HeldMember(NamedTuple):
+    """Of which whole parameter the tensor of a unit is a part.
+
+    Attributes:
+        layout: Layout of the parameter.
+        view: View of the whole parameter.
+        first: Number of the first matrix in that view.
+    """
+
+    layout: Layout
+    view: MatrixView
+    first: int
+
+
 @dataclass(eq=False)
 class Unit:
     """Parameters that are updated together.
@@ -94,6 +110,8 @@ class Unit:
         writes: Per member, how its weight is written, see ``write_modes.py``.
         write_indices: Per member, the key of its weight's random bits.
         seed: Seed of these bits.
+        placed: How sharded weights are stepped; None for plain ones.
+        held: Per member, what it is a part of, for a unit of what one process holds; else empty.
         key: What units of one stack have in common, beside their rule.
     """
 
@@ -117,6 +135,8 @@ class Unit:
     seed: int = 0
     bases: frozenset[str] = frozenset()
     stochastic_squares: bool = False
+    placed: Placed | None = None
+    held: tuple[HeldMember, ...] = ()
     key: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,30 +145,48 @@ class Unit:
         self.step_key, self.refreshed_key = "step" + view.tag, "refreshed" + view.tag
         self.state_since_key = "held" + view.tag
         self.clock_keys = (self.step_key, self.refreshed_key, self.state_since_key)
+        # equal on all ranks, so that they make the same stacks
+        self.numel = self.held[0].layout.largest if self.held else p.numel()
         self.stackable = (
             len(self.params) == 1
             and view.plain
-            and p.numel() <= MAX_STACKED_NUMEL.get(p.device.type, MAX_STACKED_NUMEL_ACCELERATOR)
+            and self.numel <= MAX_STACKED_NUMEL.get(p.device.type, MAX_STACKED_NUMEL_ACCELERATOR)
         )
         self.key = (
             self.transposed,
             self.state_dtype,
-            (self.quantized, self.stochastic_squares, self.writes, self.seed),
+            (self.quantized, self.stochastic_squares, self.writes, self.seed, self._placing()),
             *(
                 (p.shape, p.dtype, p.device, v.k, v.m, v.n)
                 for p, v in zip(self.params, self.views, strict=True)
             ),
         )
 
+    def _placing(self) -> Hashable:
+        """What parts of sharded weights have in common to be stacked."""
+        if not self.held:
+            return None
+        return self.placed and self.placed.key, tuple(part.layout for part in self.held)
+
+    def whole_view(self, i: int) -> MatrixView:
+        """The view of member i, or that of the parameter of which it is a part."""
+        return self.held[i].view if self.held else self.views[i]
+
     def sides(self, i: int) -> tuple[int, int]:
-        """Rows and columns of member i as the rule sees it."""
+        """Rows and columns of the whole matrices of member i as the rule sees it."""
+        view = self.whole_view(i)
+        return (view.n, view.m) if self.transposed[i] else (view.m, view.n)
+
+    def held_sides(self, i: int) -> tuple[int, int]:
+        """The same, of the part that this process holds."""
         view = self.views[i]
         return (view.n, view.m) if self.transposed[i] else (view.m, view.n)
 
     @cached_property
     def indices(self) -> tuple[int, ...]:
         """One key of random draws per matrix: 63 bits of a hash of the name, or the position."""
-        count = range(self.views[0].k)
+        first = self.held[0].first if self.held else 0
+        count = range(first, first + self.views[0].k)
         if self.name is not None:
             return tuple(hash63(f"{self.name}|{self.number}|{j}") for j in count)
         return tuple(self.order + (self.number << 20) + (j << 40) for j in count)
@@ -174,8 +212,33 @@ class Unit:
     def _shape(self, i: int, slot: Slot) -> tuple[int, ...]:
         if slot.axes == "mn":
             return tuple(self.params[i].shape)
-        shape, k = slot.shape(*self.sides(i)), self.views[i].k
-        return (k, *shape) if k > 1 else shape
+        shape = slot.shape(*self.held_sides(i))
+        return (self.views[i].k, *shape) if self.whole_view(i).k > 1 else shape
+
+    def state_layout(self, i: int, key: str) -> Layout | None:
+        """Layout of a state tensor of member i, None where the weight is plain.
+
+        State shaped like the weight lies like it. Other state of a unit whose rule runs on parts
+        of the weight is cut where its axes have the side that is cut; that of a unit that travels
+        is cut along its longest axis.
+        """
+        if self.placed is None:
+            return None
+        layout = self.placed.layouts[i]
+        for name, slot in self.slots[i].items():
+            if self.key_of(i, name) == key and slot.axes == "mn":
+                return layout
+            if self.key_of(i, name) == key:
+                if slot.device is not None:
+                    return None
+                shape = self._shape(i, slot)
+                return self.placed.resting_layout(i, slot.axes, shape, self.views[i].k > 1)
+        scales = next(x for name in self.slots[i] if (x := self._scales_of(i, name, key)))
+        return resting_layout(layout, scales, longest_dim(layout, scales))
+
+    def _scales_of(self, i: int, name: str, key: str) -> tuple[int, ...] | None:
+        """Shape of the scales of a slot if their key is this one."""
+        return self.scales_shape(i, name) if scale_of(self.key_of(i, name)) == key else None
 
     def scales_shape(self, i: int, name: str) -> tuple[int, ...] | None:
         """Shape of the scales of a slot of member i, None if it is not quantized."""
@@ -219,7 +282,7 @@ class Unit:
                 if not state_since and key != RESIDUAL:
                     entry.pop(key, None)
                 elif key not in entry:
-                    entry[key] = _initial_state(slot, shape, dtype, p.device)
+                    entry[key] = self._initial(i, key, slot, shape, dtype)
                 elif entry[key].shape != shape:
                     raise ValueError(
                         f"state {key!r} has shape {tuple(entry[key].shape)} but the settings of "
@@ -227,6 +290,16 @@ class Unit:
                         "saved with"
                     )
         return state_since
+
+    def _initial(
+        self, i: int, key: str, slot: Slot, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """State of member i before the first update."""
+        layout, device = self.state_layout(i, key), self.params[i].device
+        if layout is None:
+            return _initial_state(slot, shape, dtype, device)
+        fill = 0.0 if isinstance(slot.fill, str) else slot.fill
+        return layout.full(fill, dtype, device, eye=slot.fill == "eye")
 
     def _state_since(self, state: State, rule: Rule) -> int:
         """The update since which a unit of a rule that drops state keeps its state.
@@ -269,9 +342,13 @@ class Unit:
         return tuple(found)
 
     def layout(self, i: int) -> tuple[tuple[int, ...], tuple[int, int, int], int]:
-        """Shape, strides and offset of member i as the rule sees a contiguous parameter."""
-        whole = torch.empty(self.params[i].shape, dtype=torch.float32, device="meta")
-        X = self.views[i].to_matrices(whole)
+        """Shape, strides and offset of member i as the rule sees a contiguous parameter.
+
+        Those of a part are in the whole parameter.
+        """
+        shape = self.held[i].layout.shape if self.held else self.params[i].shape
+        whole = torch.empty(shape, dtype=torch.float32, device="meta")
+        X = self.views[i].to_matrices(part(whole, self.held[i].layout.box) if self.held else whole)
         X = X.mT if self.transposed[i] else X
         step_k, step_m, step_n = X.stride()
         return tuple(X.shape), (step_k, step_m, step_n), int(X.storage_offset())
@@ -290,7 +367,7 @@ class Unit:
         if self.slots[i][name].axes == "mn":
             X = view.to_matrices(tensor)
             return X.mT if self.transposed[i] else X
-        return tensor if view.k > 1 else tensor.unsqueeze(0)
+        return tensor if self.whole_view(i).k > 1 else tensor.unsqueeze(0)
 
 
 def scale_of(key: str) -> str:
@@ -376,7 +453,21 @@ def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Uni
                 with naming(f"view {shown(part.view)} of {' and '.join(texts)}"):
                     rule.check_members([(v.k, v.m, v.n) for v in unit_views])
             units.append(_unit(group_index, group, rule, run, unit_views, number))
+        if any(is_sharded(w.param) for w in run):
+            count = len(views_of_params[0])
+            _place(units[-count:], rule, texts, views, group.get("plan", "auto"))
     return units
+
+
+def _place(
+    units: Sequence[Unit], rule: Rule, texts: Sequence[str], views: Sequence[str], choice: str
+) -> None:
+    """Choose how units of the same sharded parameters are stepped."""
+    placed = [place(unit, rule, texts, views, len(units), choice) for unit in units]
+    if any(x.held is None for x in placed):  # a parameter travels as a whole, or not at all
+        placed = [travelling(x) for x in placed]
+    for unit, x in zip(units, placed, strict=True):
+        unit.placed = x
 
 
 def _unit(

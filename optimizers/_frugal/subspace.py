@@ -81,7 +81,7 @@ class SubspaceSplit(GradientSplit):
         P = self.projector
         old = P.state_tensors(w.state)
         find = partial(P.find, rng=rng, transposed=w.transposed)
-        new = w.reductions.on_one_rank(find, w.grad, *old)
+        new = w.reductions.from_full_matrix(find, w.grad, *old)
         if not w.is_first_refresh:
             base_optimizer.carry_state(policy, w.state, P.overlap(old, new), w.t - 1)
         P.install(w.state, new)

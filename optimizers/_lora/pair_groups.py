@@ -354,7 +354,6 @@ def lora_param_groups(
     Raises:
         ValueError: If there is no pair, no scale, or factors that do not fit.
         TypeError: If ``base_weight`` meets a quantized weight.
-        NotImplementedError: For factors that are DTensors.
 
     Example:
         >>> import torch
@@ -686,10 +685,6 @@ def _check_pair(A: Tensor, B: Tensor, a: str, b: str, *, warns: bool = True) -> 
             raise TypeError(f"{name} must be a tensor, got {type(p).__name__}")
         check(not is_lazy(p), f"{name} has no shape yet; run the model once before")
         check(not p.is_nested, f"{name} is a nested tensor, whose parts must be pairs of their own")
-        if hasattr(p, "device_mesh"):
-            raise NotImplementedError(
-                f"{name}: factors must be whole tensors on each rank; gather them or exclude them"
-            )
         if p.is_complex():
             raise RuntimeError(f"complex parameters are not supported: {name}")
     check(A is not B, f"{a} and {b} are one tensor; a pair needs two")

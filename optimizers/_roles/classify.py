@@ -224,7 +224,7 @@ def _with_place(row: Row, s: ParamSite, tied: bool) -> Row:
         side=side or residual_side(s, part, m, n),
         heads=heads_of(s, part, [n] if part == "out" else row_runs) if cut or part != "qkv" else (),
         pair=partner_name(s, part),
-        centred=is_centred(s, row.role, part),
+        centred=is_centred(s, row.role, part, m),
     )
 
 

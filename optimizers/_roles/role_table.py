@@ -655,8 +655,10 @@ def residual_side(s: ParamSite, part: str, m: int, n: int) -> str | None:
     return None if not part else "rows" if part in WRITERS else "cols"
 
 
-def is_centred(s: ParamSite, role: str, part: str) -> bool:
-    """Whether a constant vector added to every row leaves the loss as it was."""
+def is_centred(s: ParamSite, role: str, part: str, m: int) -> bool:
+    """Whether a constant vector added to every one of m rows leaves the loss as it was."""
+    if m == 1:  # a loss that a single logit reaches feels it, and a row less its mean is zero
+        return False
     if role == "head":
         return part == "vocabulary" and not any(s.config_values(*SHIFTS))
     if role != "router" or any(s.config_values(*ROUTER_SHIFTS)):

@@ -6,7 +6,6 @@ state, moves it and returns the direction N: the coordinates move by -lr * N.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +16,16 @@ from typing_extensions import override
 
 from .._core.rule import LOCAL_REDUCTIONS, Reductions, Slot
 from .._core.validation import check
-from .moments import BasisChange, adam, carry_moments, column_squares, ema, momentum_step, total
+from .moments import (
+    BasisChange,
+    adam,
+    carry_moments,
+    column_squares,
+    ema,
+    momentum_step,
+    safe_square_scale,
+    total,
+)
 
 __all__ = ["BASE_OPTIMIZERS", "BaseOptimizer", "make_base_optimizer"]
 
@@ -206,10 +214,13 @@ class Adafactor(BaseOptimizer):
         v = ema(row_average, rows.clamp_(max=largest), beta2, finite)
         w = ema(col_average, cols.clamp_(max=largest), beta2, finite)
         mean = total(v.mT) / r
-        share = (v / mean).masked_fill_(mean.isinf(), math.inf)  # no step, as Adam: R / inf
-        N = R * share.rsqrt() * w.rsqrt()
+        # root by root: v / mean may lie below the smallest number
+        ratio = (mean.sqrt() * v.rsqrt()).masked_fill_(mean.isinf(), 0.0)  # as Adam: R / inf
+        N = R * ratio * w.rsqrt()
+        c = safe_square_scale(N, reductions)  # where v or w is small beside mean N may be huge
+        N.mul_(c)
         rms = (reductions.cols(total(column_squares(N))) / (r * n)).sqrt()
-        N.div_((rms / self.clip_threshold).clamp(min=1.0))
+        N.div_(torch.maximum(rms / self.clip_threshold, c))
         if self.betas[0] == 0.0:
             return N
         return ema(state["exp_avg"], N, self.betas[0], finite).clone()
@@ -224,7 +235,9 @@ class Adafactor(BaseOptimizer):
             rows.zero_()
             state["exp_avg_sq_col"].zero_()
         elif policy != "keep":  # a new row starts at the floor: from zero its step would be 1/0
-            rows.copy_(change.apply_squares(rows).clamp_(min=self.floor))
+            new = change.apply_squares(rows)
+            largest = min(torch.finfo(X.dtype).max for X in (new, rows))
+            rows.copy_(new.clamp_(min=self.floor, max=largest))
 
 
 def _carry_first_moment(policy: str, M: Tensor, change: BasisChange) -> None:

@@ -76,7 +76,7 @@ class LowRankRule(Rule, abstract=True):
         old = P.state_tensors(w.state)
         rng = StackRNG(self.seed, w.indices, w.t)
         find = partial(P.find, rng=rng, transposed=w.transposed)
-        new = w.reductions.on_one_rank(find, w.grad, *old)
+        new = w.reductions.from_full_matrix(find, w.grad, *old)
         if not w.is_first_refresh:
             change = P.overlap(old, new)
             self.base_optimizer.carry_state(self.moments, w.state, change, w.t - 1)

@@ -31,6 +31,7 @@ __all__ = [
     "check_moment_policy",
     "column_squares",
     "ema",
+    "largest_entries",
     "momentum_step",
     "safe_square_scale",
     "total",
@@ -305,6 +306,13 @@ def column_squares(X: Tensor) -> Tensor:
     return sums
 
 
+def largest_entries(X: Tensor) -> Tensor:
+    """The largest magnitude in each matrix of X (K, m, n), as (K, 1, 1); 0 if there is no entry."""
+    if X.numel() == 0:
+        return X.new_zeros(len(X), 1, 1)
+    return torch.maximum(-X.amin((-2, -1), keepdim=True), X.amax((-2, -1), keepdim=True))
+
+
 def safe_square_scale(X: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
     """Choose a power of two c such that squares of c X neither overflow nor vanish; mostly 1.
 
@@ -318,8 +326,7 @@ def safe_square_scale(X: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> T
     Returns:
         (K, 1, 1), falling in the largest entry.
     """
-    largest = torch.maximum(-X.amin((-2, -1), keepdim=True), X.amax((-2, -1), keepdim=True))
-    largest = reductions.most(largest)
+    largest = reductions.most(largest_entries(X))
     e = 3 * math.frexp(torch.finfo(largest.dtype).max)[1] // 8
     c = torch.ones_like(largest).masked_fill_(largest > 2.0**e, 2.0 ** (-2 * e))
     return c.masked_fill_(largest < 2.0**-e, 2.0 ** (2 * e))

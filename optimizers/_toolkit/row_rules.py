@@ -16,6 +16,7 @@ from ... import kernels
 from ...kernels import POLAR_METHODS, gram_polar, polar_factor, product
 from ...kernels import ROW_MODES as ROW_MODES
 from .._core.rule import (
+    LOCAL_REDUCTIONS,
     Dense,
     Direction,
     Member,
@@ -35,7 +36,7 @@ from .._core.validation import (
     naming,
     shown,
 )
-from .moments import total
+from .moments import largest_entries, total
 
 PAIR_LAYOUTS = (None, "members", "halves", "interleaved")
 
@@ -175,6 +176,11 @@ class RowPolarRule(RowRule, abstract=True):
             "adjust_lr_fn='none' to use it",
         )
 
+    @property
+    def splits(self) -> frozenset[str]:  # type: ignore[override]
+        """None of a pair, whose rows are joined to a matrix that is laid out in another way."""
+        return frozenset(("rows", "cols")) if self.pair is None else frozenset()
+
     def orthogonalize(
         self, X: Tensor, w: Member, left: bool, has_unit_rows: bool = False
     ) -> Tensor:
@@ -277,18 +283,21 @@ def in_range(numbers: Tensor, least: float, most: float) -> bool:
     return least <= float(low) and float(high) <= most
 
 
-def unit_range(Xs: Sequence[Tensor]) -> Sequence[Tensor]:
+def unit_range(
+    Xs: Sequence[Tensor], reductions: Reductions = LOCAL_REDUCTIONS
+) -> Sequence[Tensor]:
     """Matrices of Xs (K, m, n) times a power of two that keeps squares of entries in range.
 
     The largest entry comes to [1/2, 1), or as near as a normal power of two brings it, and no bit
-    is lost. Matrices at one place of the stack share the power; zero matrices stay.
+    is lost. Matrices at one place of the stack share the power, shards that of the whole matrix;
+    zero matrices stay.
     """
-    if Xs[0].device.type == "cpu":  # an accelerator would have to wait for the answer
+    # an accelerator would have to wait for the answer, and shards could have different ones
+    if Xs[0].device.type == "cpu" and reductions is LOCAL_REDUCTIONS:
         norms = [torch.linalg.vector_norm(X, dim=(-2, -1)) for X in Xs]
         if all(in_range(x, 2.0**-SAFE_EXPONENT, 2.0**SAFE_EXPONENT) for x in norms):
             return Xs
-    tops = (torch.maximum(X.amax((-2, -1)), -X.amin((-2, -1))) for X in Xs)
-    largest = reduce(torch.maximum, tops).view(-1, 1, 1)
+    largest = reductions.most(reduce(torch.maximum, map(largest_entries, Xs)))  # (K, 1, 1)
     exponent = torch.frexp(largest).exponent
     limit = 1 - math.frexp(torch.finfo(largest.dtype).tiny)[1]
     exponent = (-exponent).clamp(-limit, limit).to(largest.dtype)

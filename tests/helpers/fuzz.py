@@ -379,7 +379,8 @@ def _check_moved(use: Use, moved: set[int]) -> None:
     for i, p in enumerate(use.params):
         row = {kinds[i] for kinds in case.grads}
         spec = spec_of(case, use, p)
-        if options.get("centred") and spec.shape[:1] == (1,):
+        short = spec.shape[-1:] if options.get("axis") == "'cols'" else spec.shape[:1]
+        if options.get("centred") == "True" and short == (1,):
             continue  # one row less its mean is zero
         if row == {"normal"} and spec.kind in ("plain", "strided") and p.numel():
             if i not in moved and spec.dtype in ("float32", "float64"):

@@ -17,7 +17,7 @@ from stiefel.optimizers._driver.write import write_
 
 PATIENCE = 60.0
 """Seconds after which a rank that does not stop fails the test instead of blocking it."""
-ALWAYS_SHARED = ("both", "most", "on_one_rank", "on_full_matrix")
+ALWAYS_SHARED = ("both", "most", "on_one_rank", "on_full_matrix", "from_full_matrix")
 """Methods that need other ranks whichever side is split; of ``rows`` and ``cols`` one does."""
 
 
@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
 
 class UnequalMatrices(AssertionError):
-    """Ranks hand different matrices to ``on_one_rank``."""
+    """Ranks hand different matrices to what takes whole ones, equal on all ranks."""
 
 
 class MissingRanks(AssertionError):
@@ -129,8 +129,11 @@ class ShardReductions(Reductions):
     def on_one_rank(self, fn, *args):
         return self._ask("on_one_rank", fn, *args)
 
-    def on_full_matrix(self, fn, X):
-        return self._ask("on_full_matrix", fn, X)
+    def on_full_matrix(self, fn, X, *per_matrix):
+        return self._ask("on_full_matrix", fn, X, *per_matrix)
+
+    def from_full_matrix(self, fn, X, *small):
+        return self._ask("from_full_matrix", fn, X, *small)
 
 
 class SimulatedRanks:
@@ -140,38 +143,25 @@ class SimulatedRanks:
         rule: The rule; one member per unit.
         weights: (K, M, N), the whole weights as they are stored.
         split: ``"rows"`` or ``"cols"`` of the weights as the rule sees them.
-        shares: Rows or columns of each rank; they add up to the side.
+        shares: Rows or columns of each rank, maybe none; they add up to the side.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         broken: None, or (name, number): in every step, the call of this method of ``Reductions``
             with this number, counted from 0, does nothing, as on one process.
-        feeds_whole_gradient: Whether ``on_one_rank`` gets the whole gradient where a rule hands its
-            shard of it. No rule may rely on this: shards are no small whole matrices.
 
     Attributes:
         calls: Most calls in a step of each method that needs several shards.
     """
 
-    def __init__(
-        self,
-        rule,
-        weights,
-        split,
-        shares,
-        lr=0.1,
-        weight_decay=0.0,
-        broken=None,
-        feeds_whole_gradient=False,
-    ):
+    def __init__(self, rule, weights, split, shares, lr=0.1, weight_decay=0.0, broken=None):
         self.rule, self.lr, self.weight_decay = rule, lr, weight_decay
         self.split, self.shares, self.broken = split, list(shares), broken
-        self.feeds_whole_gradient = feeds_whole_gradient
         self.calls, self.t, self.refreshed = {}, 0, 0
         self.transposed = rule.transpose(*weights.shape[-2:])
         self.dim, self.letter = (-2, "m") if split == "rows" else (-1, "n")
         W = self._as_rule_sees(weights)
         self.indices, (self.m, self.n) = tuple(range(len(W))), W.shape[-2:]
-        assert sum(self.shares) == W.shape[self.dim] and min(self.shares) > 0
+        assert sum(self.shares) == W.shape[self.dim] and min(self.shares) >= 0
         self.weights = self._cut(W)
         self.slots = rule.slots(((self.m, self.n),))[0]
         self.states = [self._allocate(W) for W in self.weights]
@@ -268,24 +258,45 @@ class SimulatedRanks:
         assert len(names) == 1, f"ranks ask for different things: {sorted(names)}"
         (name,) = names
         if name == "on_full_matrix":
-            return self._cut(calls[0][0](torch.cat([X for _, X in calls], self.dim)))
-        if name == "on_one_rank":
-            return self._on_one_rank(calls)
+            return self._on_full_matrix(calls)
+        if name in ("on_one_rank", "from_full_matrix"):
+            return self._on_one_rank(calls, of_shards=name == "from_full_matrix")
         parts = [x for (x,) in calls]
         assert len({x.shape for x in parts}) == 1, f"{name} of different shapes"
         total = torch.stack(parts).amax(0) if name == "most" else sum(parts[1:], parts[0])
         return [total.clone() for _ in parts]
 
-    def _on_one_rank(self, calls):
-        fn, *args = calls[0]
-        for i, of_ranks in enumerate(zip(*(args for _, *args in calls), strict=True)):
-            shards = all(x is G for x, G in zip(of_ranks, self._grads, strict=True))
-            if self.feeds_whole_gradient and shards:
-                args[i] = torch.cat(of_ranks, self.dim)
-                continue
-            if not all(x.shape == args[i].shape and torch.equal(x, args[i]) for x in of_ranks):
-                raise UnequalMatrices("on_one_rank takes whole small matrices, equal on all ranks")
+    def _on_full_matrix(self, calls):
+        """Each matrix goes to an owner of its own, who calls what that rank would have called."""
+        X = torch.cat([X for _, X, *_ in calls], self.dim)
+        self._check_equal([per_matrix for _, _, *per_matrix in calls])
+        parts = []
+        for k in range(len(X)):
+            fn, _, *per_matrix = calls[(k + 1) % len(calls)]
+            assert all(len(x) == len(X) for x in per_matrix), "per_matrix has one entry per matrix"
+            O = fn(X[k : k + 1].clone(), *(entries[k : k + 1] for entries in per_matrix))
+            assert O.shape == X[:1].shape, "on_full_matrix returns what is laid out like the weight"
+            parts.append(O)
+        return self._cut(torch.cat(parts))
+
+    def _on_one_rank(self, calls, of_shards):
+        """The last rank calls its function, on whole tensors."""
+        fn, *args = calls[-1]
+        if of_shards:
+            args[0] = torch.cat([X for _, X, *_ in calls], self.dim)
+        self._check_equal([args[1:] if of_shards else args for _, *args in calls])
         result = fn(*args)
         if isinstance(result, torch.Tensor):
             return [result.clone() for _ in calls]
         return [tuple(x.clone() for x in result) for _ in calls]
+
+    @staticmethod
+    def _check_equal(of_ranks):
+        """Fail unless all ranks have the same arguments."""
+        first = of_ranks[0]
+        for args in of_ranks[1:]:
+            for x, y in zip(first, args, strict=True):
+                tensors = isinstance(x, torch.Tensor)
+                equal = x.shape == y.shape and torch.equal(x, y) if tensors else x == y
+                if not equal:
+                    raise UnequalMatrices("what is passed whole must be equal on all ranks")

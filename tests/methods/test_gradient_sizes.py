@@ -7,7 +7,7 @@ import torch
 from helpers.methods import METHODS
 from helpers.pair_problems import PAIRS, by_altlora, factors, pair_gradients
 
-from stiefel.optimizers import adaprelora, altlora
+from stiefel.optimizers import GaLore, adaprelora, altlora
 
 SHAPE = (8, 6)
 SIZES = [10.0**k for k in range(-45, 38)]
@@ -15,6 +15,19 @@ TEST_RULES = ("rows", "pick", "pick-rows")
 """Rules of the tests alone: sums of squares that may overflow, steps that read the weight."""
 GROWING = ("auon-repo2026", "frugal-random", "spectral-published", *TEST_RULES)
 """Methods whose step grows with the gradient, as published: finite is all that they promise."""
+ADAFACTOR = {
+    f"galore-adafactor-{proj_type}-{moments}-{beta1}": (
+        lambda params, p=proj_type, m=moments, b=beta1, **kw: GaLore(
+            params,
+            **{"lr": 0.02, "rank": 1.0, "inner": "adafactor", "update_proj_gap": 2,
+               "proj_type": p, "moments": m, "betas": (b, 0.99), **kw},
+        )
+    )
+    for proj_type, moments in [("std", "keep"), ("reverse_std", "keep"), ("reverse_std", "reset"),
+                               ("std", "rotate"), ("full", "keep")]
+    for beta1 in (0.0, 0.9)
+}  # fmt: skip
+FORMS = {**METHODS, **ADAFACTOR}
 PAIR_FORMS = {
     **PAIRS,
     "altlora-compact-plain": by_altlora(compact_alignment=True),
@@ -62,20 +75,20 @@ def largest(steps):
     return max(float(x.norm()) for x in steps)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_step_is_finite_and_bounded_for_every_size_of_the_gradient(name):
-    bound = 1.5 * largest(steps_of(METHODS[name], draws()))
+    bound = 1.5 * largest(steps_of(FORMS[name], draws()))
     for c in SIZES:
         Gs = [c * G for G in draws()]
         if name in TEST_RULES and c > 1e15:
             break
-        size = largest(steps_of(METHODS[name], Gs))
+        size = largest(steps_of(FORMS[name], Gs))
         assert math.isfinite(size), c
         assert name in GROWING or size <= bound, c
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in GROWING])
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in GROWING])
 def test_gradients_of_mixed_size_take_bounded_steps(name, dtype):
     """In stacks too: rows and columns of very different size, one huge entry, sizes that jump."""
     rows = 10.0 ** torch.linspace(-30, 30, 8, dtype=torch.float64)[:, None]
@@ -91,9 +104,9 @@ def test_gradients_of_mixed_size_take_bounded_steps(name, dtype):
         [10.0 ** (36 - 72 * (k % 2)) * G for k, G in enumerate(draws())],
     ]
     for count in (1, 3):
-        bound = 3.0 * largest(steps_of(METHODS[name], draws(), dtype, count))
+        bound = 3.0 * largest(steps_of(FORMS[name], draws(), dtype, count))
         for kind, Gs in enumerate(kinds):
-            assert largest(steps_of(METHODS[name], Gs, dtype, count)) <= bound, (count, kind)
+            assert largest(steps_of(FORMS[name], Gs, dtype, count)) <= bound, (count, kind)
 
 
 @pytest.mark.parametrize("settings", [{}, {"view": "rows:3,5"}, {"state_dtype": "bfloat16"}])

@@ -142,6 +142,55 @@ def test_centring_is_left_out_where_the_loss_feels_the_mean():
     assert not by_hand["head.weight"].centred and by_hand["head.weight"].rule == "RowNorm"
 
 
+class SoftmaxRouter(nn.Module):
+    """A router of this many experts."""
+
+    score_func = "softmax"
+
+    def __init__(self, rows):
+        super().__init__()
+        self.gate = nn.Linear(4, rows, bias=False)
+
+
+def with_short_heads(rows):
+    """A model whose head and router have this many rows."""
+    model = nn.Module()
+    model.embed_tokens = nn.Embedding(7, 4)
+    model.mlp = nn.Module()
+    model.mlp.router = SoftmaxRouter(rows)
+    model.lm_head = nn.Linear(4, rows, bias=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *("symmetry", {"head": RowNorm, "router": RowNorm}),
+        *({"head": cls, "router": cls} for cls in (Spectral, Hybrid)),
+        {"head": {"rule": "RowNorm", "row_mode": "relative"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["module", "model=", "named", "group"])
+def test_the_only_row_of_a_head_or_router_is_not_centred_so_that_it_moves(form, policy):
+    for rows in (1, 2):
+        model = with_short_heads(rows)
+        params, options = model, {"policy": policy}
+        if form != "module":
+            named = [*model.named_parameters()]
+            params = [p for _, p in named] if form == "model=" else named
+            params = [{"params": params}] if form == "group" else params
+            options["model"] = model
+        optimizer = SymmetryStack(params, lr=0.1, **options)
+        found = {row.role: row for row in optimizer.assignment()}
+        for role, W in (("router", model.mlp.router.gate.weight), ("head", model.lm_head.weight)):
+            assert found[role].rule != "adamw" and found[role].centred == (rows > 1)
+            before = W.detach().clone()
+            W.grad = gradients((rows, 4), 1)[0]
+            optimizer.step()
+            assert bool((W != before).any())
+
+
 def test_softmax_loss_does_not_feel_the_mean_of_the_logits_but_these_do():
     """Column means of the head's gradient: rounding; with z-loss and soft cap far above."""
     torch.manual_seed(0)

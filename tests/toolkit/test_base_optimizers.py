@@ -131,6 +131,43 @@ def test_adafactor_equals_its_oracle(shape, beta1):
         )
 
 
+MIXED = {
+    "rows": torch.logspace(-19, 18, 5)[:, None],
+    "columns": torch.logspace(-19, 18, 7)[None],
+    "both": torch.logspace(-9, 9, 5)[:, None] * torch.logspace(-9, 9, 7)[None],
+    "one small row beside a zero one": torch.tensor([1e10, 1e10, 0, 1e10, 1e-14])[:, None],
+    "two blocks": torch.block_diag(torch.full((4, 6), 1e9), torch.full((1, 1), 1e-9)),
+    "huge and tiny by turns": None,
+}  # fmt: skip
+"""Sizes of the entries of R (5 x 7) under which v / mean(v) or N*N leaves float32."""
+
+
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_adafactor_equals_its_oracle_where_rows_and_columns_differ_in_size(kind, beta1):
+    base = make_base_optimizer("adafactor", (beta1, 0.99), 1e-8)
+    state, sizes = fresh(base, (5, 7), 1), MIXED[kind]
+    Rs = [
+        G * (10.0 ** (18 - 36 * (t % 2)) if sizes is None else sizes)
+        for t, G in enumerate(gradients((5, 7), 5))
+    ]
+    for t, (R, want) in enumerate(zip(Rs, adafactor(Rs, beta1), strict=True), 1):
+        N = base.direction(state, R[None], t)
+        torch.testing.assert_close(N[0].double(), want, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["rotate", "ldadam"])
+def test_row_averages_at_the_largest_number_stay_finite_when_the_basis_turns(policy):
+    base = make_base_optimizer("adafactor", B, 1e-8)
+    for dtype in (torch.float32, torch.bfloat16):
+        state = fresh(base, (4, 9), 1, dtype)
+        state["exp_avg_sq_row"].fill_(torch.finfo(dtype).max)
+        P = torch.linalg.qr(torch.randn(8, 4, 4, generator=torch.Generator().manual_seed(0)))[0]
+        for new, old in zip(P[1:, None], P[:-1, None], strict=True):
+            base.carry_state(policy, state, DenseBasisChange(old, new), 3)
+            assert bool(state["exp_avg_sq_row"].isfinite().all())
+
+
 def test_adafactor_equals_the_class_that_accompanies_galore():
     try:
         theirs = galore_torch().GaLoreAdafactor

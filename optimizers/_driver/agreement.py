@@ -1,0 +1,164 @@
+"""What the ranks of a step agree on before anything changes: one maximum over flags per team.
+
+Whether each gradient is finite, is not all zero, and is there at all; whether a rank has failed;
+and what stops the whole step. Ranks of several teams pass on what concerns the whole step in a
+second, short reduction, since some rank may share no team with the one that knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .exchange import FAILED_ELSEWHERE, RankError, Team
+from .finite import largest
+from .layout import Layout, is_sharded, layout_of, local
+
+BAD, NONZERO, PRESENT, ABSENT = range(4)
+"""Flags of one parameter."""
+FAILED, REFUSED, STOPPED, MOVES = range(4)
+"""Flags of the step: an exception, a bad gradient that raises, one that stops, any not zero."""
+
+
+def layouts_of(params: Sequence[Tensor], describe: Callable[[int], str]) -> dict[int, Layout]:
+    """Layouts of the sharded parameters by flat position.
+
+    Args:
+        params: All parameters.
+        describe: Makes words for a message of a position.
+
+    Raises:
+        ValueError: For a layout that cannot be stepped.
+    """
+    found = {}
+    for i, p in enumerate(params):
+        layout = layout_of(p, describe(i)) if is_sharded(p) else None
+        if layout is not None:
+            found[i] = layout
+    return found
+
+
+def teams_of(layouts: Mapping[int, Layout]) -> tuple[list[Team], dict[int, Team]]:
+    """Teams in the order of their first parameter, and the team of each parameter that has one.
+
+    Ranks reduce over several groups in one order, or they would wait for each other in a ring.
+    """
+    teams: dict[tuple[int, ...], Team] = {}
+    team_of = {}
+    for i, layout in layouts.items():
+        if layout.axes:
+            ranks = layout.over(layout.axes).ranks
+            team_of[i] = teams.setdefault(ranks, Team(layout, layout.axes))
+    return list(teams.values()), team_of
+
+
+@dataclass
+class Agreement:
+    """What is known of the gradients of sharded parameters, equal on all ranks.
+
+    Attributes:
+        bad: Positions of parameters whose gradient is not finite somewhere.
+        nonzero: Positions of those whose gradient is not zero everywhere.
+        step: By number, whether a flag of the step is set on any rank.
+    """
+
+    bad: set[int] = field(default_factory=set)
+    nonzero: set[int] = field(default_factory=set)
+    step: list[bool] = field(default_factory=lambda: [False] * 4)
+
+
+def agree(
+    teams: Sequence[Team],
+    team_of: Mapping[int, Team],
+    grads: Mapping[int, Tensor | None],
+    step_flags: Sequence[bool],
+    describe: Callable[[int], str],
+    mode_of: Callable[[int], str],
+) -> Agreement:
+    """Reduce the flags of a step.
+
+    Args:
+        teams: All teams of this process.
+        team_of: The team of each sharded parameter that is cut.
+        grads: By flat position, what this process holds of each gradient; empty where it failed.
+        step_flags: Flags of the step on this process.
+        describe: Makes words for a message of a position.
+        mode_of: The group's ``nonfinite`` of a position.
+
+    Raises:
+        RankError: If another rank has failed.
+        RuntimeError: For a gradient that is there on some ranks only.
+    """
+    found, flags = Agreement(step=list(step_flags)), _local_flags(grads)
+    for position, row in flags.items():
+        found.step[MOVES] |= bool(row[NONZERO])
+        if position not in team_of:  # whole on this process, and on every other that has it
+            _record(found, position, row, mode_of(position))
+    missing = []
+    for team in teams:
+        positions = [i for i, other in team_of.items() if other is team]
+        rows = [flags.get(i, [0, 0, 0, 0]) for i in positions]
+        numbers = [x for row in rows for x in row] + [int(x) for x in found.step]
+        reduced = _reduce(team, numbers)
+        found.step = [bool(x) for x in reduced[-4:]]
+        for k, i in enumerate(positions):
+            row = reduced[4 * k : 4 * k + 4]
+            _record(found, i, row, mode_of(i))
+            if row[PRESENT] and row[ABSENT]:
+                missing.append(i)
+    if len(teams) > 1:
+        for team in teams:
+            reduced = _reduce(team, [int(x) for x in found.step] + [int(bool(missing))])
+            found.step = [bool(x) for x in reduced[:4]]
+            found.step[FAILED] |= bool(reduced[4]) and not missing
+    if missing:
+        raise RuntimeError(
+            f"the gradient of {describe(missing[0])} is there on some ranks only; call "
+            "set_reduce_scatter_unused_params(True) on the FSDP module, or use every weight on "
+            "every rank"
+        )
+    if found.step[FAILED] and not step_flags[FAILED]:
+        raise RankError(FAILED_ELSEWHERE)
+    return found
+
+
+def _record(found: Agreement, position: int, row: Sequence[int], mode: str) -> None:
+    if row[BAD] and mode != "ignore":
+        found.bad.add(position)
+        found.step[REFUSED] |= mode == "raise"
+        found.step[STOPPED] |= mode == "skip_step"
+    if row[NONZERO]:
+        found.nonzero.add(position)
+
+
+def _local_flags(grads: Mapping[int, Tensor | None]) -> dict[int, list[int]]:
+    """Flags of what this process holds of each gradient, with one wait per device."""
+    flags = {i: [0, 0, 0, 1] if G is None else [0, 0, 1, 0] for i, G in grads.items()}
+    by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for i, G in grads.items():
+        if G is not None and G.numel():
+            size = largest(G)
+            by_kind.setdefault((size.device, size.dtype), []).append((i, size))
+    for pairs in by_kind.values():
+        sizes = torch.stack([size for _, size in pairs])
+        bad, nonzero = sizes.isfinite().logical_not().tolist(), (sizes != 0).tolist()
+        for (i, _), is_bad, is_nonzero in zip(pairs, bad, nonzero, strict=True):
+            flags[i][BAD], flags[i][NONZERO] = int(is_bad), int(is_nonzero)
+    return flags
+
+
+def _reduce(team: Team, numbers: Sequence[int]) -> list[int]:
+    x = torch.tensor(numbers, dtype=torch.int32, device=team.device)
+    return [int(value) for value in team.reduce(x, "MAX").tolist()]
+
+
+def held_gradient(p: Tensor, grad: Tensor | None) -> Tensor | None:
+    """What this process holds of a gradient, laid out like its weight."""
+    if grad is None:
+        return None
+    if is_sharded(grad) and grad.placements != p.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return local(grad)

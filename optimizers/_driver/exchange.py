@@ -1,0 +1,303 @@
+"""Packed exchanges between ranks: whole tensors to their owners and back, sums, maxima, flags.
+
+All that a group of ranks sends at one point of a step is one call. Each packed message begins with
+a status, so that an exception on one rank is raised on all of them and none is left waiting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import Box, intersection, numel, part
+
+if TYPE_CHECKING:
+    from .layout import Layout
+
+STATUS_BYTES = 8
+"""Bytes of a message that say whether its sender has failed; payload stays aligned behind them."""
+
+
+class RankError(RuntimeError):
+    """Another rank has failed in this step."""
+
+
+FAILED_ELSEWHERE = (
+    "another rank raised an exception in this step, which its own traceback shows; nothing that "
+    "waited for it was written here"
+)
+
+
+class Team:
+    """Ranks that share weights: one process group, made at the first step.
+
+    Attributes:
+        ranks: Their global ranks, ascending.
+        rank: Number of this process among them.
+    """
+
+    def __init__(self, layout: Layout, axes: tuple[int, ...]) -> None:
+        found = layout.over(axes)
+        self.ranks, self.rank = found.ranks, found.rank
+        self._mesh, self._axes = layout.mesh, axes
+
+    @property
+    def device(self) -> torch.device:
+        """Where small numbers are reduced."""
+        kind: str = self._mesh.device_type
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if kind == "cuda"
+            else torch.device(kind)
+        )
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    @cached_property
+    def group(self) -> Any:
+        """The process group; making one of several axes is collective."""
+        import torch.distributed as dist
+
+        if len(self._axes) == 1:
+            return self._mesh.get_group(self._axes[0])
+        if len(self.ranks) == dist.get_world_size():
+            return dist.group.WORLD
+        names = self._mesh.mesh_dim_names
+        if names is None:
+            raise ValueError(
+                f"a weight is sharded over the axes {self._axes} of a mesh without names; give "
+                "the mesh mesh_dim_names"
+            )
+        return self._mesh[tuple(names[axis] for axis in self._axes)]._flatten().get_group()
+
+    def reduce(self, x: Tensor, op: str) -> Tensor:
+        """The sum or the maximum over the ranks, in place.
+
+        Args:
+            x: One vector per rank.
+            op: ``"SUM"`` or ``"MAX"``.
+        """
+        import torch.distributed as dist
+
+        dist.all_reduce(x, getattr(dist.ReduceOp, op), group=self.group)
+        return x
+
+    def send(self, message: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Bytes from all ranks, in order.
+
+        Args:
+            message: Bytes for all ranks, in order.
+            sent: How many for each.
+            received: How many from each.
+        """
+        import torch.distributed as dist
+
+        answer = message.new_empty(sum(received))
+        dist.all_to_all_single(answer, message, received, sent, group=self.group)
+        return answer
+
+
+class Piece(NamedTuple):
+    """A tensor of which ranks hold boxes, and that one rank or every rank is to have whole.
+
+    Attributes:
+        owner: The rank that gets it; None: all do.
+        boxes: Per rank what it holds.
+        shape: Shape of the whole.
+        dtype: Dtype on the wire.
+    """
+
+    owner: int | None
+    boxes: tuple[Box, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Exchange:
+    """Pieces that travel together, to their owners and back.
+
+    Attributes:
+        team: The ranks.
+        pieces: What travels, in the same order on all ranks.
+        device: Where.
+    """
+
+    team: Team
+    pieces: Sequence[Piece]
+    device: torch.device
+
+    @cached_property
+    def _senders(self) -> list[list[int]]:
+        """Per piece, per rank the rank that sends its box to an owner: the first that holds it."""
+        return [[piece.boxes.index(box) for box in piece.boxes] for piece in self.pieces]
+
+    def _routes(self, source: int, target: int) -> list[int]:
+        """Pieces of which ``source`` sends its box to ``target``, which owns them."""
+        found = []
+        for k, piece in enumerate(self.pieces):
+            box = piece.boxes[source]
+            if piece.owner not in (None, target) or source == target or not numel(box):
+                continue
+            if self._senders[k][source] == source and not _covers(piece.boxes[target], box):
+                found.append(k)
+        return found
+
+    def _returns(self, source: int, target: int) -> list[int]:
+        """Pieces of which ``source``, their owner, sends ``target`` the box that this holds."""
+        return [
+            k
+            for k, piece in enumerate(self.pieces)
+            if piece.owner == source != target and numel(piece.boxes[target])
+        ]
+
+    @cached_property
+    def _plans(self) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]]]:
+        """Pieces sent to and received from each rank, on the way to owners and on the way back."""
+        me, ranks = self.team.rank, range(len(self.team))
+        return (
+            [self._routes(me, rank) for rank in ranks],
+            [self._routes(rank, me) for rank in ranks],
+            [self._returns(me, rank) for rank in ranks],
+            [self._returns(rank, me) for rank in ranks],
+        )
+
+    def bytes_to_owners(self) -> int:
+        """Bytes that this rank sends to owners, without the status."""
+        return sum(self._size(k, self.team.rank) for row in self._plans[0] for k in row)
+
+    def bytes_from_owners(self) -> int:
+        """Bytes that this rank sends back as an owner, without the status."""
+        return sum(self._size(k, rank) for rank, row in enumerate(self._plans[2]) for k in row)
+
+    def _size(self, k: int, holder: int) -> int:
+        piece = self.pieces[k]
+        return numel(piece.boxes[holder]) * piece.dtype.itemsize
+
+    def to_owners(self, held: Sequence[Tensor], failed: bool = False) -> dict[int, Tensor]:
+        """The whole tensors that this rank owns, by the number of their piece.
+
+        Args:
+            held: Per piece what this rank holds; not changed.
+            failed: Whether this rank has raised an exception.
+
+        Raises:
+            RankError: If another rank has failed.
+        """
+        me = self.team.rank
+        there, here, _, _ = self._plans
+        rows = [[held[k].to(self.pieces[k].dtype) for k in row] for row in there]
+        received = self._send(rows, here, failed, by_source=True)
+        whole = {}
+        for k, piece in enumerate(self.pieces):
+            if piece.owner not in (None, me):
+                continue
+            X = torch.empty(piece.shape, dtype=piece.dtype, device=self.device)
+            part(X, piece.boxes[me]).copy_(held[k])
+            whole[k] = X
+        for source, row in enumerate(received):
+            for k, x in zip(here[source], row, strict=True):
+                part(whole[k], self.pieces[k].boxes[source]).copy_(x)
+        return whole
+
+    def from_owners(
+        self, whole: dict[int, Tensor], held: Sequence[Tensor], failed: bool = False
+    ) -> None:
+        """Write the boxes of whole tensors into what each rank holds; nothing if a rank failed.
+
+        Args:
+            whole: The tensors that this rank owns, by the number of their piece.
+            held: Per piece what this rank holds; changed in place.
+            failed: Whether this rank has raised an exception.
+
+        Raises:
+            RankError: If another rank has failed.
+        """
+        me = self.team.rank
+        _, _, there, here = self._plans
+        rows = [
+            [
+                part(whole[k], self.pieces[k].boxes[rank]).to(self.pieces[k].dtype)
+                if k in whole
+                else torch.zeros(  # this rank has failed before it had the tensor
+                    self._sides(k, rank), dtype=self.pieces[k].dtype, device=self.device
+                )
+                for k in row
+            ]
+            for rank, row in enumerate(there)
+        ]
+        received = self._send(rows, here, failed, by_source=False)
+        if failed:
+            return
+        for k, X in whole.items():
+            held[k].copy_(part(X, self.pieces[k].boxes[me]))
+        for row, numbers in zip(received, here, strict=True):
+            for k, x in zip(numbers, row, strict=True):
+                held[k].copy_(x)
+
+    def _sides(self, k: int, holder: int) -> list[int]:
+        return [b - a for a, b in self.pieces[k].boxes[holder]]
+
+    def _send(
+        self,
+        rows: Sequence[Sequence[Tensor]],
+        numbers: Sequence[Sequence[int]],
+        failed: bool,
+        by_source: bool,
+    ) -> list[list[Tensor]]:
+        """Send tensors to every rank; those received from each, in the order of ``numbers``."""
+        me, ranks = self.team.rank, range(len(self.team))
+        parts, sent = [], []
+        status = torch.full((STATUS_BYTES,), int(failed), dtype=torch.uint8, device=self.device)
+        for rank in ranks:
+            message = [] if rank == me else [status, *map(_as_bytes, rows[rank])]
+            parts += message
+            sent.append(sum(x.numel() for x in message))
+        boxes = [
+            [self._sides(k, rank if by_source else me) for k in numbers[rank]] for rank in ranks
+        ]
+        sizes = [
+            [math.prod(b) * self.pieces[k].dtype.itemsize for k, b in zip(*pair, strict=True)]
+            for pair in zip(numbers, boxes, strict=True)
+        ]
+        wanted = [0 if rank == me else STATUS_BYTES + sum(sizes[rank]) for rank in ranks]
+        packed = torch.cat(parts) if parts else status[:0]
+        answer = self.team.send(packed, sent, wanted)
+        starts = [sum(wanted[:rank]) for rank in ranks]
+        others = [rank for rank in ranks if rank != me]
+        if not failed and others:
+            statuses = torch.stack([answer[starts[rank]] for rank in others])
+            if bool(statuses.any()):
+                raise RankError(FAILED_ELSEWHERE)
+        received: list[list[Tensor]] = []
+        for rank in ranks:
+            row, offset = [], starts[rank] + STATUS_BYTES
+            for k, sides, size in zip(numbers[rank], boxes[rank], sizes[rank], strict=True):
+                row.append(_from_bytes(answer, offset, size, self.pieces[k].dtype).view(sides))
+                offset += size
+            received.append(row)
+        return received
+
+
+def _covers(outer: Box, inner: Box) -> bool:
+    """Whether a box lies in another one."""
+    return intersection(outer, inner) == inner
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _from_bytes(message: Tensor, offset: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Entries of a dtype in a message, as a view where they are aligned."""
+    x = message[offset : offset + size]
+    if (message.storage_offset() + offset) % dtype.itemsize:
+        x = x.clone()
+    return x.view(dtype)

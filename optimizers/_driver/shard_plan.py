@@ -1,0 +1,221 @@
+"""How a sharded weight is stepped: where its parts are, or whole on an owner.
+
+| plan | what happens |
+|---|---|
+| ``local`` | no matrix is cut: the rule runs on what each rank holds, and nothing is sent |
+| ``owner`` | whole matrices travel to one rank each; see ``Placed.meets`` for its two forms |
+| ``gather`` | every rank gets whole weights and does all work; never chosen by ``"auto"`` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .._core.rule import Rule
+from .held_views import HeldView, held_views
+from .layout import Layout, layout_of, longest_dim, resting_layout
+
+if TYPE_CHECKING:
+    from .units import Unit
+
+PLANS = ("auto", "local", "owner", "reduce", "gather")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How the weights of a unit lie over ranks, and what is done about it.
+
+    Attributes:
+        plan: ``"local"``, ``"owner"`` or ``"gather"``.
+        layouts: One per member.
+        axes: Axes of the mesh that cut any of them.
+        held: Per member, what this process holds, for a rule that runs on that; None: the unit
+            travels whole.
+        cut: Per member, letters of the sides that are cut as the rule sees it, and ``"k"`` for its
+            matrices, where ``held`` is given.
+        by_rank: What each rank holds, where it is cut.
+    """
+
+    plan: str
+    layouts: tuple[Layout, ...]
+    axes: tuple[int, ...]
+    held: tuple[HeldView, ...] | None
+    cut: tuple[frozenset[str], ...]
+    by_rank: tuple[HeldView, ...] = ()
+
+    @property
+    def meets(self) -> bool:
+        """Whether the rule runs on shards, and asks other ranks for what it needs of the whole.
+
+        Else gradient, weight and state travel, and the rule runs on an owner.
+        """
+        return self.held is not None and self.plan == "owner"
+
+    @property
+    def key(self) -> Hashable:
+        """What units of one stack have in common."""
+        return self.plan, self.axes
+
+    def resting_layout(self, i: int, axes: str, shape: tuple[int, ...], many: bool) -> Layout:
+        """Layout of state of member i that is not shaped like the weight.
+
+        Args:
+            i: The member.
+            axes: Axes of its slot.
+            shape: Its shape.
+            many: Whether matrices are numbered by a first dimension.
+        """
+        layout = self.layouts[i]
+        if self.held is None:
+            return resting_layout(layout, shape, longest_dim(layout, shape))
+        letters = ("k" if many else "") + axes
+        dims = [d for d, letter in enumerate(letters) if letter in self.cut[i]]
+        return resting_layout(layout, shape, dims[0] if dims else None)
+
+
+def place(
+    unit: Unit, rule: Rule, texts: Sequence[str], views: Sequence[str], count: int, choice: str
+) -> Placed:
+    """Choose the plan of a unit of sharded weights.
+
+    Args:
+        unit: The unit.
+        rule: Its rule.
+        texts: Words that name its parameters.
+        views: Views of its parameters.
+        count: Units into which the view cuts a parameter.
+        choice: The group's ``plan``.
+
+    Raises:
+        ValueError: If weights lie in a way that no plan can step, or not by this plan.
+        NotImplementedError: For a rule that writes other weights than those with a gradient.
+    """
+    layouts = _layouts(unit, texts)
+    if rule.writes_in_refresh:
+        raise NotImplementedError(
+            f"{rule.method()} does not train sharded weights, and {texts[0]} is one; use "
+            "DistributedDataParallel, under which equal seeds keep the ranks equal"
+        )
+    axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
+    held = _held(unit, rule, layouts, views, count, axes)
+    cut = () if held is None else tuple(
+        _letters(h, layout, unit.transposed[i])
+        for i, (h, layout) in enumerate(zip(held, layouts, strict=True))
+    )  # fmt: skip
+    is_whole = held is not None and not any(letters & {"m", "n"} for letters in cut)
+    if not axes:
+        return Placed("local", layouts, axes, held, cut)
+    exact = (*(("local",) if is_whole else ()), "owner", "gather")
+    if choice != "auto" and choice not in exact:
+        raise ValueError(
+            f"plan={choice!r} is not exact for {texts[0]} as it is sharded over "
+            f"{[x.placements for x in layouts]}; choose {', '.join(map(repr, exact))} or 'auto'"
+        )
+    plan = exact[0] if choice == "auto" else choice
+    if held is None or plan == "gather" or (plan == "owner" and is_whole):
+        return travelling(Placed(plan, layouts, axes, None, ()))
+    by_rank = _by_rank(unit, layouts[0], axes, views[0]) if plan == "owner" else ()
+    return Placed(plan, layouts, axes, held, cut, by_rank)
+
+
+def travelling(placed: Placed) -> Placed:
+    """The same weights, of which whole units travel."""
+    plan = "owner" if placed.plan == "local" and placed.axes else placed.plan
+    return replace(placed, plan=plan, held=None, cut=(), by_rank=())
+
+
+def _by_rank(unit: Unit, layout: Layout, axes: tuple[int, ...], view: str) -> tuple[HeldView, ...]:
+    """What each rank holds of a unit."""
+    boxes, found = layout.over(axes).boxes, []
+    for rank in range(len(boxes)):
+        views_there = held_views(view, layout.shape, boxes, rank)
+        assert views_there is not None
+        found.append(views_there[unit.number])
+    return tuple(found)
+
+
+def _layouts(unit: Unit, texts: Sequence[str]) -> tuple[Layout, ...]:
+    """Layouts of all members, which must share a mesh."""
+    found = list[Layout]()
+    for p, text in zip(unit.params, texts, strict=True):
+        layout = layout_of(p, text)
+        if layout is None:
+            raise ValueError(
+                f"{text} is no DTensor, but a weight that is stepped with it is; shard both"
+            )
+        if found and layout.mesh != found[0].mesh:
+            raise ValueError(
+                f"{text} lies on another mesh than {texts[0]}, with which it is stepped; shard "
+                "both on one mesh"
+            )
+        found.append(layout)
+    return tuple(found)
+
+
+def _letters(held: HeldView, layout: Layout, transposed: bool) -> frozenset[str]:
+    """Letters of what is cut: sides as the rule sees them, and ``"k"`` for matrices."""
+    names = {"rows": "n", "cols": "m"} if transposed else {"rows": "m", "cols": "n"}
+    sides = frozenset(names[side] for side in held.cut)
+    return sides or frozenset("k" if layout.axes else "")
+
+
+def _held(
+    unit: Unit,
+    rule: Rule,
+    layouts: Sequence[Layout],
+    views: Sequence[str],
+    count: int,
+    axes: tuple[int, ...],
+) -> tuple[HeldView, ...] | None:
+    """What this process holds, if the rule can run on that; None if the unit must travel."""
+    if not axes:
+        found = [held_views(v, x.shape, [x.box], 0) for v, x in zip(views, layouts, strict=True)]
+        return tuple(views_of[unit.number] for views_of in found if views_of is not None)
+    # a refresh asks whether a whole gradient is zero, which ranks know of parameters only
+    if len(layouts) > 1 or unit.quantized or (count > 1 and rule.refresh_interval):
+        return None
+    (layout,) = layouts
+    ranks = layout.over(axes)
+    found_views = held_views(views[0], layout.shape, ranks.boxes, ranks.rank)
+    if found_views is None:
+        return None
+    held = found_views[unit.number]
+    if held.cut and (len(axes) > 1 or not _as_rule_sees(held, unit.transposed[0]) <= rule.splits):
+        return None
+    return (held,) if _state_follows(unit, layout, views[0], held) else None
+
+
+def _as_rule_sees(held: HeldView, transposed: bool) -> frozenset[str]:
+    if not transposed:
+        return held.cut
+    return frozenset({"rows": "cols", "cols": "rows"}[side] for side in held.cut)
+
+
+def _state_follows(unit: Unit, layout: Layout, view: str, held: HeldView) -> bool:
+    """Whether torch's shards of all state are what each rank's part of the weight needs."""
+    letters = _letters(held, layout, unit.transposed[0])
+    placed = Placed("owner", (layout,), layout.axes, (held,), (letters,))
+    many = unit.views[0].k > 1
+    for slot in unit.slots[0].values():
+        if slot.axes == "mn" or not letters & {*slot.axes, *("k" if many else "")}:
+            continue
+        if slot.device is not None:
+            return False
+        m, n = unit.sides(0)
+        shape = (*((unit.views[0].k,) if many else ()), *slot.shape(m, n))
+        stored = placed.resting_layout(0, slot.axes, shape, many).over(layout.axes).boxes
+        for box, there in zip(stored, _by_rank(unit, layout, layout.axes, view), strict=True):
+            v = there.view
+            sides = (v.n, v.m) if unit.transposed[0] else (v.m, v.n)
+            needed = (*((v.k,) if many else ()), *slot.shape(*sides))
+            if tuple(b - a for a, b in box) != needed:
+                return False
+    return True
+
+
+def work_of(unit: Unit) -> int:
+    """Work of one matrix of each member, by which owners are chosen: m n min(m, n)."""
+    sides = [unit.sides(i) for i in range(len(unit.params))]
+    return sum(m * n * min(m, n) for m, n in sides)

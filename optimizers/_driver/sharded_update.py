@@ -1,0 +1,152 @@
+"""The step of an optimizer with sharded weights: agree first, then change anything.
+
+Whatever goes wrong on one rank before the ranks have agreed is part of what they agree on, so that
+all of them raise, with nothing changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .agreement import FAILED, MOVES, REFUSED, STOPPED, Agreement, agree, teams_of
+from .checks import check_ready
+from .finite import Findings, group_indices
+from .layout import Layout, is_sharded
+
+if TYPE_CHECKING:
+    from . import adamw
+    from .buckets import StepPlan
+    from .optimizer import StackedOptimizer
+
+
+def update(optimizer: StackedOptimizer, plan: StepPlan) -> None:
+    """Step all parameters by their gradients as they are now.
+
+    Args:
+        optimizer: The optimizer.
+        plan: Its plan, of which something is sharded.
+    """
+    step = _Step(optimizer, plan)
+    try:
+        step.prepare()
+    except Exception:
+        if step.agreed is None:
+            tell_of_failure(plan.flat_params)
+        raise
+    step.run()
+
+
+def tell_of_failure(params: Sequence[Tensor]) -> None:
+    """Take part in what the ranks agree on, after an exception here; never raises itself.
+
+    Args:
+        params: All parameters of the groups.
+    """
+    layouts = {
+        i: Layout(p.device_mesh, tuple(p.placements), tuple(p.shape))  # type: ignore[attr-defined]
+        for i, p in enumerate(params)
+        if is_sharded(p)
+    }
+    if not layouts:
+        return
+    try:
+        teams, team_of = teams_of(layouts)
+        flags = [flag == FAILED for flag in range(4)]
+        agree(teams, team_of, {}, flags, str, lambda _: "ignore")
+    except Exception:  # the exception that is on its way says more
+        return
+
+
+class _Step:
+    """One step, in two parts: before and after the ranks have agreed.
+
+    Args:
+        optimizer: The optimizer.
+        plan: Its plan.
+
+    Attributes:
+        agreed: What the ranks have agreed on; None as long as they have not.
+    """
+
+    def __init__(self, optimizer: StackedOptimizer, plan: StepPlan) -> None:
+        self._optimizer, self._plan = optimizer, plan
+        self._grads: list[Tensor | None] = []
+        self._held: dict[int, Tensor | None] = {}
+        self._found = Findings()
+        self._adamw_steps: list[adamw.Work] = []
+        self.agreed: Agreement | None = None
+
+    def prepare(self) -> None:
+        """Look at everything, and agree with the other ranks."""
+        optimizer, plan = self._optimizer, self._plan
+        self._grads = [p.grad for p in plan.flat_params]
+        name = type(optimizer).__name__
+        groups, state = optimizer.param_groups, optimizer.state
+        if not check_ready(plan, self._grads, groups, state, name):
+            optimizer._plan = None  # weights have another dtype now, and their state fits
+            self._plan = plan = optimizer._get_plan()
+        assert plan.shards is not None
+        plan.shards.follow()
+        self._held = plan.shards.gradients(self._grads)
+        self._adamw_steps = optimizer._adamw_steps(plan, self._grads)
+        self._found = optimizer._inspect(plan, self._grads, self._adamw_steps, self._agree)
+
+    def _agree(self, found: Findings) -> None:
+        """Let all ranks know what each of them has found."""
+        optimizer, plan = self._optimizer, self._plan
+        assert plan.shards is not None
+        groups = optimizer.param_groups
+        group_of = group_indices(groups)
+        modes = [groups[group_of[i]]["nonfinite"] for i in found.bad]
+        flags = [False] * 4
+        flags[REFUSED], flags[STOPPED] = "raise" in modes, "skip_step" in modes
+        flags[MOVES] = not self._lrs_are_zero() or any(
+            G is not None and bool(G.any())
+            for i, G in enumerate(self._grads)
+            if i not in plan.shards.layouts
+        )
+        self.agreed = Agreement()  # from here on all ranks raise by themselves
+        self.agreed = agree(
+            plan.shards.teams,
+            plan.shards.team_of,
+            self._held,
+            flags,
+            optimizer._describe,
+            lambda i: str(groups[group_of[i]]["nonfinite"]),
+        )
+        found.bad |= self.agreed.bad
+        found.stopped = self.agreed.step[STOPPED]
+        if self.agreed.step[REFUSED] and not any(
+            groups[group_of[i]]["nonfinite"] == "raise" for i in found.bad
+        ):
+            raise RuntimeError(
+                "a gradient that another rank holds is not finite; nonfinite='skip' leaves such "
+                "parameters alone instead"
+            )
+
+    def _lrs_are_zero(self) -> bool:
+        lrs = [group["lr"] for group in self._optimizer.param_groups]
+        return not any(
+            (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in lrs
+        )
+
+    def run(self) -> None:
+        """Change weights and state."""
+        optimizer, plan, found = self._optimizer, self._plan, self._found
+        assert self.agreed is not None and plan.shards is not None
+        if (found.bad or found.stopped) and optimizer._count_skipped(found):
+            return
+        if not self.agreed.step[MOVES]:  # a checkpointer's probing step
+            optimizer.init_state()
+            for work in self._adamw_steps:
+                work.allocate(optimizer.state)
+            found = Findings()
+        else:
+            optimizer._step_matrices(plan, self._grads, found)
+            plan.shards.step(optimizer, self._held, self.agreed)
+        for work in self._adamw_steps:
+            work.step(found.bad, found.adamw_flags)
+        optimizer._keep_unread(plan, found)

@@ -1,0 +1,688 @@
+"""Sharded weights in a step: what runs where its parts are, and what travels to an owner.
+
+Rules, buckets and kernels see plain tensors. Units whose rule runs on parts are stepped on the
+memory that the DTensors hold, with ``HeldState`` between the buckets and the optimizer's state.
+Units that travel are stepped by their owner, on whole tensors, by today's driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .agreement import Agreement, held_gradient, layouts_of, teams_of
+from .batched_calls import run_batched
+from .buckets import Bucket, StepPlan
+from .exchange import Exchange, Piece, Team
+from .finite import Findings
+from .layout import Box, Layout, is_sharded, memory
+from .meeting import Meeting, Run, ShardReductions
+from .shard_plan import work_of
+from .units import HeldMember, State, Unit
+
+if TYPE_CHECKING:
+    from .optimizer import StackedOptimizer
+
+MAX_WAVE_BYTES = 64 * 2**20
+"""Bytes of whole tensors that one rank owns at a time, unless one unit alone has more."""
+
+
+# state ----------------------------------------------------------------------------------------
+
+
+Owners = Mapping[Tensor, tuple[Tensor, list[tuple[Unit, int]]]]
+"""By what this process holds of a parameter, the parameter, and its units with its place there."""
+
+
+class HeldEntry(MutableMapping[str, Any]):
+    """The state of one parameter, with what this process holds in the place of DTensors.
+
+    Args:
+        entry: The optimizer's state of the parameter.
+        layout_of: Layout of a state tensor by its key.
+    """
+
+    def __init__(self, entry: dict[str, Any], layout_of: Callable[[str], Layout | None]) -> None:
+        self.entry, self._layout_of = entry, layout_of
+        self._known: dict[str, tuple[Any, Tensor]] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.entry[key]
+        if not is_sharded(value):
+            return value
+        known = self._known.get(key)
+        if known is None or known[0] is not value:
+            known = self._known[key] = value, memory(value)
+        return known[1]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        layout = self._layout_of(key) if isinstance(value, Tensor) else None
+        if layout is None:
+            self.entry[key] = value
+            return
+        self.entry[key] = layout.wrap(value)
+        self._known[key] = self.entry[key], value
+
+    def __delitem__(self, key: str) -> None:
+        del self.entry[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entry)
+
+    def __len__(self) -> int:
+        return len(self.entry)
+
+
+class HeldState(MutableMapping[Tensor, Any]):
+    """The optimizer's state of sharded parameters, by what this process holds of each."""
+
+    def __init__(self, state: State, owners: Owners) -> None:
+        self._state, self._owners = state, owners
+        self._entries: dict[Tensor, HeldEntry] = {}
+
+    def __getitem__(self, held: Tensor) -> HeldEntry:
+        p, units = self._owners[held]
+        entry, known = self._state[p], self._entries.get(held)
+        if known is None or known.entry is not entry:
+            known = self._entries[held] = HeldEntry(entry, partial(_layout_of_key, units))
+        return known
+
+    def __setitem__(self, held: Tensor, value: Any) -> None:
+        raise TypeError("state of a sharded parameter is made by its unit")
+
+    def __delitem__(self, held: Tensor) -> None:
+        raise TypeError("state of a sharded parameter is dropped by its unit")
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (held for held, (p, _) in self._owners.items() if p in self._state)
+
+    def __len__(self) -> int:
+        return sum(p in self._state for p, _ in self._owners.values())
+
+
+def _layout_of_key(units: Sequence[tuple[Unit, int]], key: str) -> Layout | None:
+    for unit, i in units:
+        if key in unit.expected_state(i):
+            return unit.state_layout(i, key)
+    return None
+
+
+# loads ----------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Load:
+    """Units that travel together, since they are parts of the same parameters.
+
+    Attributes:
+        units: The units, of one run of parameters.
+        owner: The rank that steps them; None: every rank does.
+    """
+
+    units: list[Unit]
+    owner: int | None = None
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Flat positions of the parameters."""
+        return self.units[0].positions
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Layouts of the parameters."""
+        placed = self.units[0].placed
+        assert placed is not None
+        return placed.layouts
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Axes of the mesh along which the load travels."""
+        placed = self.units[0].placed
+        assert placed is not None
+        return placed.axes
+
+    def keys(self, i: int, entry: Mapping[str, Any]) -> list[str]:
+        """Keys of the state of parameter i that travels, in one order on all ranks."""
+        found = dict.fromkeys(key for unit in self.units for key in unit.expected_state(i))
+        return [key for key in found if is_sharded(entry.get(key))]
+
+
+CLOCKS = (-1, "refreshed")
+"""Name of the piece with the clocks of refreshes, where units see parts of a gradient."""
+
+
+class _Parcel:
+    """What travels of one load in one step: pieces there, pieces back, and where they lie here."""
+
+    def __init__(
+        self,
+        load: Load,
+        grads: Mapping[int, Tensor | None],
+        params: Sequence[Tensor],
+        state: State,
+        comm_dtype: torch.dtype | None,
+        refreshed: Sequence[int],
+    ) -> None:
+        self.load, self.names = load, list[tuple[int, str]]()
+        self.pieces: list[Piece] = []
+        self.held: list[Tensor] = []
+        for i, position in enumerate(load.positions):
+            p = params[position]
+            G = grads[position]
+            if G is not None:
+                self._add(i, "grad", load.layouts[i], G, comm_dtype)
+            self._add(i, "weight", load.layouts[i], memory(p), None)
+            entry = state.get(p, {})
+            for key in load.keys(i, entry):
+                layout = next(
+                    u.state_layout(i, key) for u in load.units if key in u.expected_state(i)
+                )
+                assert layout is not None
+                self._add(i, key, layout, memory(entry[key]), None)
+        self.clocks: Tensor | None = None
+        if refreshed:  # the owner alone knows which part of a gradient is zero
+            self.clocks = torch.tensor(refreshed, dtype=torch.int64, device=self.held[0].device)
+            box = ((0, len(refreshed)),)
+            count = len(self.pieces[0].boxes)
+            shape = (len(refreshed),)
+            self.names.append(CLOCKS)
+            self.pieces.append(Piece(load.owner, (box,) * count, shape, torch.int64))
+            self.held.append(self.clocks)
+
+    def _add(
+        self, i: int, name: str, layout: Layout, held: Tensor, comm_dtype: torch.dtype | None
+    ) -> None:
+        self.names.append((i, name))
+        boxes = layout.over(self.load.axes).boxes
+        self.pieces.append(Piece(self.load.owner, boxes, layout.shape, comm_dtype or held.dtype))
+        self.held.append(held)
+
+    @property
+    def returns(self) -> list[int]:
+        """Numbers of the pieces that come back: all but gradients."""
+        return [k for k, (_, name) in enumerate(self.names) if name != "grad"]
+
+
+# all that is sharded --------------------------------------------------------------------------
+
+
+class Shards:
+    """What of a plan is sharded.
+
+    Args:
+        plan: The plan, with all its units.
+        state: The optimizer's state.
+        groups: The parameter groups.
+        describe: Makes words for a message of a position.
+
+    Attributes:
+        layouts: Layouts of all sharded parameters, those of AdamW too, by flat position.
+        teams: Teams of this process, in one order on all ranks.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        state: State,
+        groups: Sequence[Mapping[str, Any]],
+        describe: Callable[[int], str],
+    ) -> None:
+        self.layouts = layouts_of(plan.flat_params, describe)
+        self.teams, self.team_of = teams_of(self.layouts)
+        self._plan, self._state = plan, state
+        self._groups = groups
+        units = [unit for unit in plan.units if unit.placed is not None]
+        owners = self._owners(units)
+        self.loads: list[tuple[Team, list[Load]]] = self._loads(units, owners)
+        self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
+        self._owner_of = owners
+        self.held_tensors: dict[int, Tensor] = {}
+        self._bind()
+
+    # layout of the work -------------------------------------------------------------------------
+
+    def _team(self, unit: Unit) -> Team | None:
+        """The ranks among which a unit is divided."""
+        return next((t for i in unit.positions if (t := self.team_of.get(i)) is not None), None)
+
+    def _owners(self, units: Sequence[Unit]) -> dict[Unit, tuple[int, ...]]:
+        """Per unit, the owner of each of its matrices: the longest work first, to who has least.
+
+        Units that travel whole have one owner for all of their parameters.
+        """
+        owners: dict[Unit, tuple[int, ...]] = {}
+        for team in self.teams:
+            work = [0] * len(team)
+            jobs: list[tuple[int, int, list[Unit]]] = []
+            runs: dict[tuple[int, ...], list[Unit]] = {}
+            for unit in units:
+                if self._team(unit) is team and unit.placed is not None:
+                    if unit.placed.plan == "owner":
+                        runs.setdefault(unit.positions, []).append(unit)
+            for order, run in enumerate(runs.values()):
+                if run[0].placed is not None and run[0].placed.meets:
+                    for unit in run:
+                        jobs += [(-work_of(unit), order, [unit])] * unit.views[0].k
+                else:
+                    total = sum(work_of(unit) * unit.views[0].k for unit in run)
+                    jobs.append((-total, order, run))
+            for size, _, run in sorted(jobs, key=lambda job: job[:2]):
+                rank = work.index(min(work))
+                work[rank] -= size
+                for unit in run:
+                    owners[unit] = (*owners.get(unit, ()), rank)
+        return owners
+
+    def _loads(
+        self, units: Sequence[Unit], owners: Mapping[Unit, tuple[int, ...]]
+    ) -> list[tuple[Team, list[Load]]]:
+        """Per team, what travels."""
+        found = []
+        for team in self.teams:
+            loads: dict[tuple[int, ...], Load] = {}
+            for unit in units:
+                if unit.placed is not None and unit.placed.held is None:
+                    if self._team(unit) is team:
+                        owner = owners[unit][0] if unit.placed.plan == "owner" else None
+                        loads.setdefault(unit.positions, Load([], owner)).units.append(unit)
+            found.append((team, list(loads.values())))
+        return found
+
+    def _bind(self) -> None:
+        """Make units of what this process holds, on the live memory of the weights."""
+        params = self._plan.flat_params
+        with torch.no_grad():
+            self.held_tensors = {i: memory(params[i]) for i in self.layouts}
+        held_units, owners = list[Unit](), dict[Tensor, tuple[Tensor, list[tuple[Unit, int]]]]()
+        self._whole_unit: dict[Unit, Unit] = {}
+        for unit in self._running:
+            placed = unit.placed
+            assert placed is not None and placed.held is not None
+            own = replace(
+                unit,
+                params=tuple(self.held_tensors[i] for i in unit.positions),
+                views=tuple(held.view for held in placed.held),
+                held=tuple(
+                    HeldMember(layout, view, held.first)
+                    for layout, view, held in zip(
+                        placed.layouts, unit.views, placed.held, strict=True
+                    )
+                ),
+            )
+            held_units.append(own)
+            self._whole_unit[own] = unit
+            for i, (held, p) in enumerate(zip(own.params, unit.params, strict=True)):
+                owners.setdefault(held, (p, []))[1].append((unit, i))
+        plan = self._plan
+        self.held_plan = StepPlan(
+            [self.held_tensors.get(i, p) for i, p in enumerate(params)],
+            plan.settings,
+            plan.group_rules,
+            plan.adamw_orders,
+            plan.rules,
+            plan.groups_of_rules,
+            held_units,
+        )
+        self.held_state = HeldState(self._state, owners)
+        self._meetings = dict[int, Meeting]()
+
+    def follow(self) -> None:
+        """Take up memory that other code has moved, as offloading and ``model.to`` do."""
+        params = self._plan.flat_params
+        if not all(map(is_, self.held_tensors.values(), (memory(params[i]) for i in self.layouts))):
+            self._bind()
+
+    # gradients ------------------------------------------------------------------------------------
+
+    def gradients(self, grads: Sequence[Tensor | None]) -> dict[int, Tensor | None]:
+        """What this process holds of the gradients of sharded parameters."""
+        params = self._plan.flat_params
+        return {i: held_gradient(params[i], grads[i]) for i in self.layouts}
+
+    # the step -------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        optimizer: StackedOptimizer,
+        grads: Mapping[int, Tensor | None],
+        agreed: Agreement,
+    ) -> None:
+        """Step all units with a finite gradient, team after team.
+
+        Args:
+            optimizer: The optimizer.
+            grads: What ``gradients`` returned.
+            agreed: What all ranks know of them.
+
+        Raises:
+            RankError: If another rank has failed.
+            Exception: What a rule has raised here, after the others know of it.
+        """
+        mask = [grads.get(i) is not None for i in range(len(self._plan.flat_params))]
+        self._prepare(mask, grads)
+        teams: list[Team | None] = [None, *self.teams]
+        for number, team in enumerate(teams):
+            self._run_held(optimizer, team, grads, agreed)
+            if team is not None:
+                present = [
+                    load
+                    for load in self.loads[number - 1][1]
+                    if any(mask[i] for i in load.positions)
+                    and agreed.bad.isdisjoint(load.positions)
+                ]
+                for wave in _waves(present, self._state, self._plan.flat_params):
+                    self._travel(optimizer, team, wave, grads, agreed, mask)
+
+    def _prepare(self, mask: list[bool], grads: Mapping[int, Tensor | None]) -> None:
+        """Allocate state as DTensors, put strange layouts right, and sort what runs on parts."""
+        plan = self._plan
+        self.held_plan.stack_keys, before = plan.stack_keys, self.held_plan.stack_keys
+        if before != plan.stack_keys or self.held_plan.is_stale(mask, self.held_state):
+            self.held_plan.mask = None
+            for unit in self._running:
+                self._allocate(unit, mask)
+            self.held_plan.rebuild(mask, self.held_state)
+            self._meetings.clear()
+        for _, loads in self.loads:
+            for load in loads:
+                for unit in load.units:
+                    self._allocate(unit, mask)
+
+    def _allocate(self, unit: Unit, mask: Sequence[bool]) -> None:
+        if any(mask[i] for i in unit.positions):
+            unit.allocate(self._state, self._plan.rule(unit))
+            settle(unit, self._state)
+
+    def _run_held(
+        self,
+        optimizer: StackedOptimizer,
+        team: Team | None,
+        grads: Mapping[int, Tensor | None],
+        agreed: Agreement,
+    ) -> None:
+        """Step the buckets of a team that run on parts; those of no team are whole everywhere."""
+        plan = self.held_plan
+        flat = [grads.get(i) for i in range(len(plan.flat_params))]
+        for wave in _bucket_waves([b for b in plan.buckets if self._team(b.unit) is team]):
+            runs: list[tuple[Bucket, Run]] = []
+            for bucket in wave:
+                placed = bucket.unit.placed
+                assert placed is not None
+                bucket.nonzero_positions = agreed.nonzero
+                run = partial(_run_bucket, optimizer, plan, bucket, flat, agreed.bad)
+                if team is None or not placed.meets:
+                    run()
+                    continue
+                meeting = self._meeting(team)
+                bucket.reductions = ShardReductions(meeting, bucket, placed.cut[0])
+                runs.append((bucket, run))
+            if runs and team is not None:
+                self._meeting(team).run(runs)
+
+    def _meeting(self, team: Team) -> Meeting:
+        return self._meetings.setdefault(id(team), Meeting(team, self._pieces_of))
+
+    def _pieces_of(self, bucket: Bucket, dtype: torch.dtype) -> list[Piece]:
+        """Matrices of a bucket, as its rule sees them."""
+        pieces = []
+        for own in bucket.units:
+            unit = self._whole_unit[own]
+            on_wire = self._comm_dtype(unit) or dtype
+            boxes = _matrix_boxes(unit)
+            pieces += [
+                Piece(owner, boxes, unit.sides(0), on_wire) for owner in self._owner_of[unit]
+            ]
+        return pieces
+
+    def _comm_dtype(self, unit: Unit) -> torch.dtype | None:
+        name = self._groups[unit.group].get("comm_dtype")
+        return None if name is None else getattr(torch, name)
+
+    # travelling -----------------------------------------------------------------------------------
+
+    def _travel(
+        self,
+        optimizer: StackedOptimizer,
+        team: Team,
+        loads: Sequence[Load],
+        grads: Mapping[int, Tensor | None],
+        agreed: Agreement,
+        mask: list[bool],
+    ) -> None:
+        """Send loads to their owners, step them there, and send weights and state back."""
+        params, state = self._plan.flat_params, self._state
+        parcels = [
+            _Parcel(
+                load, grads, params, state, self._comm_dtype(load.units[0]), self._refreshed(load)
+            )
+            for load in loads
+        ]
+        pieces = [x for parcel in parcels for x in parcel.pieces]
+        there = Exchange(team, pieces, parcels[0].held[0].device)
+        whole = there.to_owners([x for parcel in parcels for x in parcel.held])
+        failure: Exception | None = None
+        try:
+            first = 0
+            here: list[tuple[_Parcel, dict[int, Tensor]]] = []
+            for parcel in parcels:
+                count = len(parcel.pieces)
+                if parcel.load.owner in (None, team.rank):
+                    here.append((parcel, {k: whole[first + k] for k in range(count)}))
+                first += count
+            if here:
+                self._step_whole(optimizer, here, grads, mask)
+        except Exception as error:
+            failure = error
+        self._return(team, parcels, there, whole, failure)
+        self._set_clocks(parcels, agreed)
+
+    def _refreshed(self, load: Load) -> list[int]:
+        """Clocks of refreshes that only the owner can tell, of a load with several units."""
+        if len(load.units) == 1 or not self._plan.rule(load.units[0]).refresh_interval:
+            return []
+        return [self._state[u.params[0]].get(u.refreshed_key, 0) for u in load.units]
+
+    def _step_whole(
+        self,
+        optimizer: StackedOptimizer,
+        here: Sequence[tuple[_Parcel, dict[int, Tensor]]],
+        grads: Mapping[int, Tensor | None],
+        mask: list[bool],
+    ) -> None:
+        """Step whole weights that are here, as on one process."""
+        plan, units = self._plan, list[Unit]()
+        flat: list[Tensor | None] = [None] * len(mask)
+        state: dict[Tensor, dict[str, Any]] = {}
+        made: dict[Load, list[Unit]] = {}
+        for parcel, whole in here:
+            load, named = parcel.load, dict(zip(parcel.names, whole.values(), strict=True))
+            Ws = tuple(named[i, "weight"] for i in range(len(load.positions)))
+            for i, (position, W) in enumerate(zip(load.positions, Ws, strict=True)):
+                entry = self._state[plan.flat_params[position]]
+                state[W] = {key: x for key, x in entry.items() if not isinstance(x, Tensor)}
+                G = grads[position]
+                if G is not None:
+                    flat[position] = named[i, "grad"].to(G.dtype)
+                state[W].update(
+                    (key, X)
+                    for (j, key), X in named.items()
+                    if j == i and key not in ("grad", "weight")
+                )
+            made[load] = [replace(unit, params=Ws, placed=None) for unit in load.units]
+            units += made[load]
+        own = StepPlan([], plan.settings, [], [], plan.rules, plan.groups_of_rules, units)
+        own.stack_keys = plan.stack_keys
+        own.rebuild(mask, state)
+        count = len(own.buckets)
+        optimizer._step_matrices(own, flat, Findings(stacks=[None] * count, unread=[None] * count))
+        for parcel, whole in here:  # a slab has replaced the tensors of small state
+            load = parcel.load
+            for k, (i, name) in enumerate(parcel.names):
+                if (i, name) == CLOCKS:
+                    for j, unit in enumerate(made[load]):
+                        whole[k][j] = state[unit.params[0]].get(unit.refreshed_key, 0)
+                elif name not in ("grad", "weight"):
+                    whole[k].copy_(state[made[load][0].params[i]][name])
+
+    def _return(
+        self,
+        team: Team,
+        parcels: Sequence[_Parcel],
+        there: Exchange,
+        whole: dict[int, Tensor],
+        failure: Exception | None,
+    ) -> None:
+        """Send weights and state back, and write them; nothing is written if a rank has failed."""
+        numbers, first = list[int](), 0
+        for parcel in parcels:
+            numbers += [first + k for k in parcel.returns]
+            first += len(parcel.pieces)
+        held = [x for parcel in parcels for x in parcel.held]
+        back = Exchange(team, [there.pieces[k] for k in numbers], there.device)
+        results = {j: whole[k] for j, k in enumerate(numbers) if k in whole}
+        back.from_owners(results, [held[k] for k in numbers], failure is not None)
+        if failure is not None:
+            raise failure
+
+    def _set_clocks(self, parcels: Sequence[_Parcel], agreed: Agreement) -> None:
+        """Advance the clocks of units that were stepped, on all ranks."""
+        for parcel in parcels:
+            known = None if parcel.clocks is None else parcel.clocks.tolist()
+            for j, unit in enumerate(parcel.load.units):
+                entry = self._state[unit.params[0]]
+                rule = self._plan.rule(unit)
+                t, refreshed = entry[unit.step_key] + 1, entry.get(unit.refreshed_key, 0)
+                if known is not None:
+                    entry[unit.refreshed_key] = known[j]
+                elif rule.refresh_due(t, refreshed, unit.shift):
+                    if not agreed.nonzero.isdisjoint(unit.positions):
+                        entry[unit.refreshed_key] = t
+                entry[unit.step_key] = t
+
+    # figures --------------------------------------------------------------------------------------
+
+    def plan_of(self, position: int) -> str:
+        """The plan of a parameter."""
+        for unit in self._plan.units:
+            if position in unit.positions and unit.placed is not None:
+                return unit.placed.plan
+        return "local"
+
+    def bytes_per_step(self) -> dict[int, int]:
+        """Bytes that this rank sends for each parameter in an ordinary step."""
+        sent: dict[int, int] = {}
+        for unit, owners in self._owner_of.items():
+            placed, team = unit.placed, self._team(unit)
+            if placed is not None and placed.meets and team is not None:
+                dtype = torch.promote_types(unit.params[0].dtype, torch.float32)
+                dtype = self._comm_dtype(unit) or dtype
+                pieces = [Piece(o, _matrix_boxes(unit), unit.sides(0), dtype) for o in owners]
+                exchange = Exchange(team, pieces, torch.device("cpu"))
+                size = exchange.bytes_to_owners() + exchange.bytes_from_owners()
+                sent[unit.positions[0]] = sent.get(unit.positions[0], 0) + size
+        for team, loads in self.loads:
+            for load in loads:
+                for i, position in enumerate(load.positions):
+                    sent[position] = self._bytes_of_load(team, load, i)
+        return sent
+
+    def _bytes_of_load(self, team: Team, load: Load, i: int) -> int:
+        p, layout = self._plan.flat_params[load.positions[i]], load.layouts[i]
+        parts = (
+            [(layout, self._comm_dtype(load.units[0]) or p.dtype, False)] if p.requires_grad else []
+        )
+        parts.append((layout, p.dtype, True))
+        known = dict[str, tuple[Layout, torch.dtype, bool]]()
+        for unit in load.units:
+            t = int(self._state.get(unit.params[0], {}).get(unit.step_key, 0)) + 1
+            if not self._plan.rule(unit).state_since_at(unit.block_position, t):
+                continue
+            for key, (_, _, dtype) in unit.expected_state(i).items():
+                of_state = unit.state_layout(i, key)
+                if of_state is not None:
+                    known[key] = of_state, dtype, True
+        total = 0
+        for of_piece, dtype, returns in [*parts, *known.values()]:
+            boxes = of_piece.over(load.axes).boxes
+            exchange = Exchange(
+                team, [Piece(load.owner, boxes, of_piece.shape, dtype)], torch.device("cpu")
+            )
+            total += exchange.bytes_to_owners()
+            total += exchange.bytes_from_owners() if returns else 0
+        return total
+
+
+def settle(unit: Unit, state: State) -> None:
+    """Lay state as its unit wants it, where another plan or other code has left it otherwise."""
+    for i, p in enumerate(unit.params):
+        entry = state.get(p, {})
+        for key in unit.expected_state(i):
+            X, layout = entry.get(key), unit.state_layout(i, key)
+            if layout is None or not isinstance(X, Tensor):
+                continue
+            if not layout.fits(X):
+                entry[key] = layout.redistribute(X)
+
+
+def _matrix_boxes(unit: Unit) -> tuple[Box, ...]:
+    """Per rank, which rows and columns it holds of each matrix of a unit, as the rule sees them."""
+    placed = unit.placed
+    assert placed is not None
+    return tuple(held.box(unit.transposed[0]) for held in placed.by_rank)
+
+
+def _run_bucket(
+    optimizer: StackedOptimizer,
+    plan: StepPlan,
+    bucket: Bucket,
+    grads: Sequence[Tensor | None],
+    bad: set[int],
+) -> None:
+    """Step one bucket."""
+    Gs = [
+        bucket.gradient(i, grads) if has_grad else None for i, has_grad in enumerate(bucket.present)
+    ]
+    finite = [bad.isdisjoint(unit.positions) for unit in bucket.units]
+    run_batched([optimizer._step_bucket(plan, bucket, Gs, finite)])
+
+
+def _waves(loads: Sequence[Load], state: State, params: Sequence[Tensor]) -> Iterator[list[Load]]:
+    """Loads whose owners have memory for them at the same time."""
+    wave, used = list[Load](), dict[int | None, int]()
+    for load in loads:
+        size = sum(
+            3 * params[i].numel() * params[i].element_size()
+            + sum(
+                X.numel() * X.element_size()
+                for X in state[params[i]].values()
+                if isinstance(X, Tensor)
+            )
+            for i in load.positions
+        )
+        if used.get(load.owner) and used[load.owner] + size > MAX_WAVE_BYTES:
+            yield wave
+            wave, used = [], {}
+        wave.append(load)
+        used[load.owner] = used.get(load.owner, 0) + size
+    if wave:
+        yield wave
+
+
+def _bucket_waves(buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
+    """Buckets whose parts together have at most as many bytes as one rank may own."""
+    wave, used = list[Bucket](), 0
+    for bucket in buckets:
+        size = 4 * bucket.unit.numel * len(bucket.units)
+        if wave and used + size > MAX_WAVE_BYTES:
+            yield wave
+            wave, used = [], 0
+        wave.append(bucket)
+        used += size
+    if wave:
+        yield wave
