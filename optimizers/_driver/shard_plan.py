@@ -182,6 +182,8 @@ def _held(
     if found_views is None:
         return None
     held = found_views[unit.number]
+    if held.cut and unit.writes[0] == "eco":  # a Carry turns errors by the whole of U
+        return None
     if held.cut and (len(axes) > 1 or not _as_rule_sees(held, unit.transposed[0]) <= rule.splits):
         return None
     return (held,) if _state_follows(unit, layout, views[0], held) else None
