@@ -419,7 +419,8 @@ class Rule:
 
     Shards along these give the update of the whole weight, since every sum goes through
     ``Member.reductions``. The dimensions are those of the matrix as the rule sees it. A property
-    where a field needs more than shards can give; weights cut otherwise travel to one rank.
+    where a field needs more than shards can give; weights cut otherwise, and those whose step
+    needs a :class:`Carry`, travel to one rank.
     """
     needs_full_matrix: ClassVar[bool] = False
     """Set True if ordinary updates call ``Reductions.on_full_matrix``, so that matrices travel."""

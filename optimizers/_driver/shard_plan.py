@@ -192,6 +192,8 @@ def _held(
         cut = _as_rule_sees(own, unit.transposed[i])
         if cut and (len(axes) > 1 or not cut <= rule.splits_of(i)):
             return None
+        if cut and unit.writes[i] == "eco":  # a Carry turns errors by the whole of U
+            return None
         if not _state_follows(unit, i, layout, view, own):
             return None
         held.append(own)
