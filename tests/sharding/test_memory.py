@@ -117,7 +117,7 @@ def network(name, device="cpu"):
 
 def settings_of(name, net):
     """(params, keywords) of a setting."""
-    cls, options = SETTINGS[name]
+    _, options = SETTINGS[name]
     if name == "all-adamw":
         return [{"params": list(net.parameters()), "rule": "adamw"}], options
     if name.endswith("views"):
