@@ -553,6 +553,7 @@ class StepPlan:
             or len(state) != len(self.entries)
             or not all(map(is_, state.values(), self.entries))
             or not all(bucket.holds_its_tensors() for bucket in self.buckets)
+            or not (self.shards is None or self.shards.holds_its_tensors())
             or any(self.state_window_changed(bucket) for bucket in self.buckets)
         )
 

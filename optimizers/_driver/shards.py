@@ -240,6 +240,7 @@ class Shards:
         units = [unit for unit in plan.units if unit.placed is not None]
         owners = self._owners(units)
         self.loads: list[tuple[Team, list[Load]]] = self._loads(units, owners)
+        self._units = units
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
         self.held_tensors: dict[int, Tensor] = {}
@@ -332,6 +333,7 @@ class Shards:
         )
         self.held_state = HeldState(self._state, owners)
         self._meetings = dict[int, Meeting]()
+        self._bound = list[tuple[dict[str, Any], str, Tensor]]()
 
     def follow(self) -> None:
         """Take up memory that other code has moved, as offloading and ``model.to`` do."""
@@ -394,6 +396,18 @@ class Shards:
             for load in loads:
                 for unit in load.units:
                     self._allocate(unit, mask)
+        self._bound = [
+            (entry, key, X)
+            for unit in self._units
+            for p in unit.params
+            for entry in (self._state.get(p, {}),)
+            for key, X in entry.items()
+            if isinstance(X, Tensor)
+        ]
+
+    def holds_its_tensors(self) -> bool:
+        """Whether the state of sharded weights has the tensors that the last step left there."""
+        return all(entry.get(key) is X for entry, key, X in self._bound)
 
     def _allocate(self, unit: Unit, mask: Sequence[bool]) -> None:
         if any(mask[i] for i in unit.positions):
