@@ -192,14 +192,8 @@ class FRUGALRule(Rule):
 
     @property
     def splits(self) -> frozenset[str]:  # type: ignore[override]
-        """The sides along which nothing is chosen; none in the published order.
-
-        Adafactor's sums complete rows of its state only, which columns and blocks would cut.
-        """
-        cuts_rows = self.inner == "adafactor" and self.split in ("columns", "block")
-        if cuts_rows or self.compat == "reference":
-            return frozenset()
-        return self.gradient_split.splits
+        """The sides along which nothing is chosen; none in the published order."""
+        return frozenset() if self.compat == "reference" else self.gradient_split.splits
 
     @property
     @override

@@ -235,9 +235,9 @@ class SplitTerm(Term):
         """Panel <- decay_factor * panel + alpha * term, in panels of its own."""
         start, stop, _ = rows.indices(self.G.shape[-2])
         height = (
-            max(1, SPLIT_PANEL // panel.shape[-1])
+            max(1, SPLIT_PANEL // max(1, panel.shape[-1]))
             if len(panel) == 1 and self.supports_row_panels
-            else stop
+            else max(1, stop)
         )
         for i in range(start, stop, height):
             j = min(i + height, stop)
