@@ -125,7 +125,8 @@ def _normalized(X: Tensor, call: PolarCall, eps: float) -> Tensor:
     """
     work = torch.float32 if call.dtype == torch.float16 else call.dtype
     Y = X.to(work)
-    scale = (call.margin * _frobenius(Y, eps)).clamp(min=eps)
+    least = max(eps, torch.finfo(work).tiny)  # an eps of float64 would be 0 here
+    scale = (call.margin * _frobenius(Y, eps)).clamp(min=least)
     Y = Y / scale if Y is X else Y.div_(scale)
     return Y.to(call.dtype)
 

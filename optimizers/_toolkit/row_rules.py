@@ -154,6 +154,8 @@ class RowPolarRule(RowRule, abstract=True):
     ns_steps: int | None = None
     eps: float | None = None
 
+    needs_full_matrix = True
+
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -283,9 +285,7 @@ def in_range(numbers: Tensor, least: float, most: float) -> bool:
     return least <= float(low) and float(high) <= most
 
 
-def unit_range(
-    Xs: Sequence[Tensor], reductions: Reductions = LOCAL_REDUCTIONS
-) -> Sequence[Tensor]:
+def unit_range(Xs: Sequence[Tensor], reductions: Reductions = LOCAL_REDUCTIONS) -> Sequence[Tensor]:
     """Matrices of Xs (K, m, n) times a power of two that keeps squares of entries in range.
 
     The largest entry comes to [1/2, 1), or as near as a normal power of two brings it, and no bit

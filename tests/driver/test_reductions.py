@@ -9,9 +9,16 @@ import math
 
 import pytest
 import torch
-from helpers.simulated_ranks import MissingRanks, ShardReductions, SimulatedRanks, UnequalMatrices
+from helpers.simulated_ranks import (
+    MissingRanks,
+    ShardReductions,
+    SimulatedRanks,
+    UnequalMatrices,
+    error,
+    steps_of_one_process,
+)
 
-from stiefel.optimizers import Dense, Rule, Slot, StackedOptimizer
+from stiefel.optimizers import Dense, Rule, Slot
 from stiefel.optimizers._core.rule import RULE_CLASSES, Reductions
 from stiefel.optimizers._toolkit.moments import safe_square_scale
 from stiefel.optimizers.aro import ARORule
@@ -151,19 +158,6 @@ def gradients(rule, split, shares, scale, dtype):
         yield G.to(dtype)
 
 
-def one_process(rule, grads, dtype):
-    """Weights (K, M, N) after every step, and the optimizer."""
-    params = [torch.nn.Parameter(torch.zeros(M, N, dtype=dtype)) for _ in range(K)]
-    optimizer = StackedOptimizer(params, rule, 0.1, 0.1)
-    weights = []
-    for grad in grads:
-        for p, G in zip(params, grad, strict=True):
-            p.grad = G.clone()
-        optimizer.step()
-        weights.append(torch.stack([p.detach().clone() for p in params]))
-    return weights, optimizer
-
-
 def on_ranks(rule, split, shares, grads, dtype, broken=None):
     """The same on ranks, and the ranks."""
     ranks = SimulatedRanks(
@@ -180,11 +174,6 @@ def on_ranks(rule, split, shares, grads, dtype, broken=None):
         ranks.step(grad)
         weights.append(ranks.whole_weights().clone())
     return weights, ranks
-
-
-def error(found, expected):
-    """The largest difference relative to the largest number."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
 
 
 def largest_error(rule, split, shares, found, expected):
@@ -205,7 +194,7 @@ def test_ranks_take_the_steps_of_one_process(name, split, count, scale, dtype):
     rule, calls = CASES[name]
     shares = shares_of(rule, split, count)
     grads = list(gradients(rule, split, shares, scale, dtype))
-    expected, optimizer = one_process(rule, grads, dtype)
+    expected, optimizer = steps_of_one_process(rule, grads)
     found, ranks = on_ranks(rule, split, shares, grads, dtype)
     assert largest_error(rule, split, shares, found, expected) <= TOLERANCE[dtype]
     assert set(ranks.calls) == calls[split]
@@ -225,7 +214,7 @@ def error_without(rule, split, broken):
     shares, largest = shares_of(rule, split, 2), 0.0
     for scale in (1.0, 1e-16):
         grads = list(gradients(rule, split, shares, scale, torch.float32))
-        expected, _ = one_process(rule, grads, torch.float32)
+        expected, _ = steps_of_one_process(rule, grads)
         try:
             found, _ = on_ranks(rule, split, shares, grads, torch.float32, broken)
         except (UnequalMatrices, MissingRanks):  # ranks with sums of their own part ways

@@ -10,7 +10,7 @@ from collections import Counter
 
 import torch
 
-from stiefel.optimizers import Member
+from stiefel.optimizers import Member, StackedOptimizer
 from stiefel.optimizers._core.rule import Reductions
 from stiefel.optimizers._driver.batched_calls import DirectionIterator
 from stiefel.optimizers._driver.write import write_
@@ -300,3 +300,22 @@ class SimulatedRanks:
                 equal = x.shape == y.shape and torch.equal(x, y) if tensors else x == y
                 if not equal:
                     raise UnequalMatrices("what is passed whole must be equal on all ranks")
+
+
+def steps_of_one_process(rule, grads, lr=0.1, weight_decay=0.1):
+    """Weights (K, M, N) that were zero, after the step of each of the gradients; the optimizer."""
+    params = [torch.nn.Parameter(torch.zeros_like(G)) for G in grads[0]]
+    optimizer = StackedOptimizer(params, rule, lr, weight_decay)
+    weights = []
+    for grad in grads:
+        for p, G in zip(params, grad, strict=True):
+            p.grad = G.clone()
+        optimizer.step()
+        weights.append(torch.stack([p.detach().clone() for p in params]))
+    return weights, optimizer
+
+
+def error(found, expected):
+    """The largest difference relative to the largest number, 0 where all are 0."""
+    difference = (found.double() - expected.double()).abs().max()
+    return float(difference / expected.double().abs().max().clamp(min=1e-300))

@@ -316,6 +316,14 @@ def test_zero_gives_exactly_zero(method, dtype):
     assert not pair[0].any() and pair[1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["ns5", "polar_express"])
+def test_zero_stays_zero_where_eps_is_none_in_the_dtype_of_the_iteration(method, dtype):
+    eps = torch.finfo(torch.float64).tiny
+    O = polar_factor(torch.zeros(2, 6, 9, dtype=torch.float64), method, eps=eps, dtype=dtype)
+    assert O.dtype == torch.float64 and not O.any()
+
+
 @pytest.mark.parametrize("method", [*EXACT, "auto"])
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1)])
 def test_single_row_is_divided_by_its_norm(method, shape):
