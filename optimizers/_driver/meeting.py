@@ -69,7 +69,8 @@ class ShardReductions(Reductions):
         return self._meeting.ask(Request(self._bucket, self._number, kind, x, *args))
 
     def _complete(self, kind: str, x: Tensor, needed: bool) -> Tensor:
-        return self._ask(kind, x) if needed else x  # type: ignore[no-any-return]
+        completed: Tensor = self._ask(kind, x) if needed else x
+        return completed
 
     def rows(self, x: Tensor) -> Tensor:
         """Complete a partial sum over the rows of the weight."""
