@@ -248,7 +248,7 @@ def test_a_gradient_on_some_ranks_only_raises_on_all(method):
 
 def raises_in_update(rank, world, method, bad, when):
     """An exception inside of the rule on some ranks at one step; the next one is as ever."""
-    case = Case(method, pieces(method))
+    case = Case(method, tuple(piece for piece in pieces(method) if piece.dim is not None))
     params = parameters(case, world)
     optimizer = optimizer_of(case, params)
     for step in range(2):
@@ -295,8 +295,9 @@ def failing(original, is_bad):
 @main
 @pytest.mark.parametrize("bad", [(0,), (0, 1)], ids=str)
 def test_an_exception_in_a_rule_is_raised_on_all_ranks(method, bad):
-    for text, finite in pool(2).run(raises_in_update, method, bad, "update"):
-        assert "told to fail" in text
+    found = pool(2).run(raises_in_update, method, bad, "update")
+    for rank, (text, finite) in enumerate(found):
+        assert ("told to fail" in text) or (rank not in bad and "another rank" in text), text
         assert finite
 
 
@@ -324,8 +325,9 @@ def fails_on_the_owner(rank, world, method):
 
 
 def test_an_exception_on_the_owner_is_raised_on_all_ranks():
-    for texts in pool(2).run(fails_on_the_owner, "muon"):
-        assert "told to fail" in texts[0]
+    (own,), (other,) = pool(2).run(fails_on_the_owner, "muon")
+    assert "told to fail" in own
+    assert "told to fail" in other or "another rank" in other
 
 
 def killed_before_a_step(rank, world, method):
