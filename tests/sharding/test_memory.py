@@ -111,7 +111,7 @@ def is_lora(cls):
 def network(name, device="cpu"):
     with torch.device(device):
         if is_lora(SETTINGS[name][0]):
-            return nn.ModuleList([Adapted(24, 36, 4), Adapted(13, 12, 3), Adapted(96, 84, 8)])
+            return nn.Sequential(Adapted(24, 36, 4), Adapted(13, 12, 3), Adapted(96, 84, 8))
         return Net(torch.bfloat16 if "kahan" in name else torch.float32)
 
 
@@ -159,7 +159,7 @@ def held(rank, world, name, shard, steps):
     )
     live = MemoryReport.of(optimizer)
     return {
-        "weight": sum(size(p) for p in net.parameters()),
+        "weight": sum(size(p) for group in optimizer.param_groups for p in group["params"]),
         "state": state,
         "live": [(x.weight, x.gradient, x.state - x.shared, x.ranks) for x in (before, live)],
     }
