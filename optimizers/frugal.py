@@ -191,6 +191,17 @@ class FRUGALRule(Rule):
         return 0 if self.split == "block" or self.density == 0 else self.update_gap
 
     @property
+    def splits(self) -> frozenset[str]:  # type: ignore[override]
+        """The sides along which nothing is chosen; none in the published order.
+
+        Adafactor's sums complete rows of its state only, which columns and blocks would cut.
+        """
+        cuts_rows = self.inner == "adafactor" and self.split in ("columns", "block")
+        if cuts_rows or self.compat == "reference":
+            return frozenset()
+        return self.gradient_split.splits
+
+    @property
     @override
     def handles_nonfinite(self) -> bool:  # type: ignore[override]
         return self.compat is None and self.inner in self.gradient_split.handles_nonfinite

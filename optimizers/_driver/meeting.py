@@ -169,6 +169,7 @@ class Meeting:
     Attributes:
         team: The ranks.
         failure: The first exception of this process in this step.
+        told: Whether other ranks know of it.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class Meeting:
     ) -> None:
         self.team = team
         self.failure: BaseException | None = None
+        self.told = False
         self._pieces_of = pieces_of
         self._running: _Runner | None = None
         self._exchanges: dict[Hashable, Exchange] = {}
@@ -195,7 +197,7 @@ class Meeting:
             RankError: If another rank has failed.
             Exception: The first that a rule has raised here, after the others know of it.
         """
-        self.failure = None
+        self.failure, self.told = None, False
         runners = [_Runner(b, run, b.unit.params[0].device) for b, run in runs]
         answers: list[Any] = [None] * len(runners)
         waiting, number = runners, 0
@@ -231,7 +233,9 @@ class Meeting:
                 requests.append((runner, result))
             elif kind == "raises":
                 self.failure = self.failure or result
-                if key in self._asked or number == 0:
+                placed = runner.bucket.unit.placed
+                guess = number == 0 and placed is not None and placed.plan == "owner"
+                if key in self._asked or guess:
                     requests.append((None, self._stand_in(runner.bucket, number)))
         return requests
 
@@ -247,6 +251,7 @@ class Meeting:
     def _answer(self, requests: Sequence[Request]) -> list[Any]:
         """The answer to each request, by as few calls as there are kinds and dtypes."""
         answers: list[Any] = [r.x for r in requests]
+        self.told = self.failure is not None
         by_call: dict[Any, list[int]] = {}
         for i, request in enumerate(requests):
             kind = request.kind

@@ -224,6 +224,7 @@ class Shards:
     Attributes:
         layouts: Layouts of all sharded parameters, those of AdamW too, by flat position.
         teams: Teams of this process, in one order on all ranks.
+        untold: Whether a step has failed here of which other ranks do not know.
     """
 
     def __init__(
@@ -244,6 +245,7 @@ class Shards:
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
         self.held_tensors: dict[int, Tensor] = {}
+        self.untold = False
         self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
         self._bind()
 
@@ -440,7 +442,15 @@ class Shards:
                 ]
                 runs.append((bucket, run))
             if runs and team is not None:
-                self._meeting(team).run(runs)
+                self._meet(self._meeting(team), runs)
+
+    def _meet(self, meeting: Meeting, runs: list[tuple[Bucket, Run]]) -> None:
+        try:
+            meeting.run(runs)
+        except Exception as error:
+            # where nothing was sent after it, the others learn of it in the next step
+            self.untold = error is meeting.failure and not meeting.told
+            raise
 
     def _meeting(self, team: Team) -> Meeting:
         return self._meetings.setdefault(id(team), Meeting(team, self._pieces_of))

@@ -49,6 +49,12 @@ class CoordinateSplit(GradientSplit):
     ages: bool = False
 
     @property
+    @override
+    def splits(self) -> frozenset[str]:
+        sides = {"columns": ("rows",), "rows": ("cols",), "randk": ()}
+        return frozenset(sides[self.kind])
+
+    @property
     def dim(self) -> int:
         """Dimension along which coordinates are taken."""
         return -2 if self.kind == "rows" else -1
