@@ -92,7 +92,8 @@ class _Step:
         assert plan.shards is not None
         plan.shards.follow()
         self._held = plan.shards.gradients(self._grads)
-        self._adamw_steps = optimizer._adamw_steps(plan, self._grads)
+        held = [self._held.get(i, G) for i, G in enumerate(self._grads)]
+        self._adamw_steps = optimizer._adamw_steps(plan, held)
         self._found = optimizer._inspect(plan, self._grads, self._adamw_steps, self._agree)
 
     def _agree(self, found: Findings) -> None:

@@ -234,7 +234,7 @@ class Shards:
         groups: Sequence[Mapping[str, Any]],
         describe: Callable[[int], str],
     ) -> None:
-        self.layouts = layouts_of(plan.flat_params, describe)
+        self.layouts = plan.adamw_entries.layouts = layouts_of(plan.flat_params, describe)
         self.teams, self.team_of = teams_of(self.layouts)
         self._plan, self._state = plan, state
         self._groups = groups
@@ -347,8 +347,7 @@ class Shards:
 
     def gradients(self, grads: Sequence[Tensor | None]) -> dict[int, Tensor | None]:
         """What this process holds of the gradients of sharded parameters."""
-        params = self._plan.flat_params
-        return {i: held_gradient(params[i], grads[i]) for i in self.layouts}
+        return {i: held_gradient(layout, grads[i]) for i, layout in self.layouts.items()}
 
     # the step -------------------------------------------------------------------------------------
 
