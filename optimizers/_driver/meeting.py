@@ -276,7 +276,9 @@ class Meeting:
         failed = xs[0].new_full((1,), float(self.failure is not None))
         packed = torch.cat([failed, *(x.reshape(-1) for x in xs)])
         self.team.reduce(packed, kind)
-        if self.failure is None and bool(packed[0] > 0):
+        if self.failure is not None:
+            raise self.failure  # the others have read so and ask for nothing more
+        if bool(packed[0] > 0):
             raise RankError(FAILED_ELSEWHERE)
         parts = torch.split(packed[1:], [x.numel() for x in xs])
         return [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]
@@ -286,10 +288,11 @@ class Meeting:
         exchange = self._exchange(requests)
         held = [M for r in requests for M in r.x.unbind(0)]
         whole = exchange.to_owners(held, self.failure is not None)
+        if self.failure is not None:
+            raise self.failure  # the others have read so and do not come to the way back
         results = dict[int, Tensor]()
         try:
-            if self.failure is None:
-                results = _apply(requests, whole)
+            results = _apply(requests, whole)
         except Exception as error:
             self.failure = error
         answers = [torch.empty_like(r.x, memory_format=torch.contiguous_format) for r in requests]
@@ -322,6 +325,8 @@ class Meeting:
             exchange = self._exchange(gathered)
             held = [M for r in gathered for M in r.x.unbind(0)]
             whole = exchange.to_owners(held, self.failure is not None)
+            if self.failure is not None:
+                raise self.failure
         results, first = dict[int, Any](), 0
         for i, r in enumerate(requests):
             owner = self._pieces_of(r.bucket, r.number, r.x.shape[-2:], r.x.dtype)[0].owner or 0

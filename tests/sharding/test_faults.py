@@ -246,9 +246,9 @@ def test_a_gradient_on_some_ranks_only_raises_on_all(method):
 # exceptions and deaths ----------------------------------------------------------------------------
 
 
-def raises_in_update(rank, world, method, bad, when):
+def raises_in_update(rank, world, method, bad, when, more=()):
     """An exception inside of the rule on some ranks at one step; the next one is as ever."""
-    case = Case(method, tuple(piece for piece in pieces(method) if piece.dim is not None))
+    case = Case(method, (*(x for x in pieces(method) if x.dim is not None), *more))
     params = parameters(case, world)
     optimizer = optimizer_of(case, params)
     for step in range(2):
@@ -299,6 +299,16 @@ def test_an_exception_in_a_rule_is_raised_on_all_ranks(method, bad):
     for rank, (text, finite) in enumerate(found):
         assert ("told to fail" in text) or (rank not in bad and "another rank" in text), text
         assert finite
+
+
+@pytest.mark.parametrize("method", ["muon", "galore", "hybrid", "aro"])
+@pytest.mark.parametrize("more", ["experts", "plain"])
+def test_an_exception_where_nothing_is_sent_is_raised_on_all_ranks(method, more):
+    """A weight that needs no other rank fails on one, and others are to travel after it."""
+    piece = Piece((4, 6, 8), 0) if more == "experts" else Piece((5, 4), None)
+    found = pool(2).run(raises_in_update, method, (1,), "update", (piece,))
+    assert "told to fail" in found[1][0]
+    assert "another rank" in found[0][0]
 
 
 def fails_on_the_owner(rank, world, method):
@@ -424,7 +434,7 @@ INEXACT += [(m, "reduce") for m in ("muon", "galore", "rownorm", "aro", "spectra
 @pytest.mark.parametrize("method, plan", INEXACT)
 def test_a_plan_that_is_not_exact_is_refused_by_name(method, plan):
     for where, kind, text, same, state in pool(2).run(refused, method, plan):
-        assert (where, kind) == ("step", "ValueError")
+        assert (where, kind) in (("step", "ValueError"), ("constructor", "ValueError"))
         assert "plan" in text
         assert repr(plan) in text
         assert "layer0.weight" in text
