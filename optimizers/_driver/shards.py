@@ -7,6 +7,7 @@ Units that travel are stepped by their owner, on whole tensors, by today's drive
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,7 +24,8 @@ from .exchange import Exchange, Piece, Team
 from .finite import Findings
 from .layout import Box, Layout, is_sharded, memory
 from .meeting import Meeting, Run, ShardReductions
-from .shard_plan import work_of
+from .shard_plan import Placed, work_of
+from .traffic import traffic_of
 from .units import HeldMember, State, Unit
 
 if TYPE_CHECKING:
@@ -466,20 +468,23 @@ class Shards:
                 length, as that of a factor has.
             dtype: Dtype of the matrices.
         """
-        pieces = []
-        for own in bucket.units:
-            unit = self._whole_unit[own]
-            on_wire = self._comm_dtype(unit) or dtype
-            placed = unit.placed
-            assert placed is not None
-            boxes, shape = _matrix_boxes(unit, number), unit.sides(number)
-            for d, letter in enumerate("mn"):
-                if letter not in placed.cut[number] and sides[d] != shape[d]:
-                    shape = (sides[0], shape[1]) if d == 0 else (shape[0], sides[1])
-                    whole = (0, sides[d])
-                    boxes = tuple((whole, box[1]) if d == 0 else (box[0], whole) for box in boxes)
-            pieces += [Piece(owner, boxes, shape, on_wire) for owner in self._owner_of[unit]]
-        return pieces
+        units = [self._whole_unit[own] for own in bucket.units]
+        return [x for unit in units for x in self._pieces_of_unit(unit, number, sides, dtype)]
+
+    def _pieces_of_unit(
+        self, unit: Unit, number: int, sides: torch.Size, dtype: torch.dtype
+    ) -> list[Piece]:
+        """The same of one unit."""
+        placed = unit.placed
+        assert placed is not None
+        boxes, shape = _matrix_boxes(unit, number), unit.sides(number)
+        for d, letter in enumerate("mn"):
+            if letter not in placed.cut[number] and sides[d] != shape[d]:
+                shape = (sides[0], shape[1]) if d == 0 else (shape[0], sides[1])
+                whole = (0, sides[d])
+                boxes = tuple((whole, box[1]) if d == 0 else (box[0], whole) for box in boxes)
+        on_wire = self._comm_dtype(unit) or dtype
+        return [Piece(owner, boxes, shape, on_wire) for owner in self._owner_of[unit]]
 
     def _comm_dtype(self, unit: Unit) -> torch.dtype | None:
         name = self._groups[unit.group].get("comm_dtype")
@@ -629,20 +634,29 @@ class Shards:
     def bytes_per_step(self) -> dict[int, int]:
         """Bytes that this rank sends for each parameter in an ordinary step."""
         sent: dict[int, int] = {}
-        for unit, owners in self._owner_of.items():
+        for unit in self._owner_of:
             placed, team = unit.placed, self._team(unit)
-            if placed is not None and placed.plan == "owner" and placed.meets and team is not None:
-                dtype = torch.promote_types(unit.params[0].dtype, torch.float32)
-                dtype = self._comm_dtype(unit) or dtype
-                pieces = [Piece(o, _matrix_boxes(unit, 0), unit.sides(0), dtype) for o in owners]
-                exchange = Exchange(team, pieces, torch.device("cpu"))
-                size = exchange.bytes_to_owners() + exchange.bytes_from_owners()
-                sent[unit.positions[0]] = sent.get(unit.positions[0], 0) + size
+            if placed is not None and placed.meets and team is not None:
+                position = unit.positions[0]
+                sent[position] = sent.get(position, 0) + self._bytes_on_shards(team, unit, placed)
         for team, loads in self.loads:
             for load in loads:
                 for i, position in enumerate(load.positions):
                     sent[position] = self._bytes_of_load(team, load, i)
         return sent
+
+    def _bytes_on_shards(self, team: Team, unit: Unit, placed: Placed) -> int:
+        """Bytes that this rank sends for a unit whose rule runs on shards."""
+        total, count = 0, unit.views[0].k
+        for number, is_whole, shape, dtype in traffic_of(unit, placed, self._plan.rule(unit)):
+            if not is_whole:  # each rank sends a part to all others, twice
+                size = count * math.prod(shape) * dtype.itemsize
+                total += 2 * size * (len(team) - 1) // len(team)
+                continue
+            pieces = self._pieces_of_unit(unit, number, torch.Size(shape), dtype)
+            exchange = Exchange(team, pieces, torch.device("cpu"))
+            total += exchange.bytes_to_owners() + exchange.bytes_from_owners()
+        return total
 
     def _bytes_of_load(self, team: Team, load: Load, i: int) -> int:
         p, layout = self._plan.flat_params[load.positions[i]], load.layouts[i]

@@ -247,6 +247,10 @@ class Unit:
             return None
         return basis_scales(shape) if name in self.bases else blockwise_shape(shape)
 
+    def dtype_of(self, i: int, name: str) -> torch.dtype:
+        """Dtype of a slot of member i that is not quantized."""
+        return self._dtype(self.slots[i][name], self.params[i])
+
     def _codes(self, name: str) -> torch.dtype | None:
         return torch.int8 if name in self.bases else QUANTIZED_DTYPES.get(name)
 
