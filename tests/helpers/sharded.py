@@ -21,13 +21,15 @@ from helpers.ranks import mesh_of, pool
 
 ROUNDING = 5e-6
 """Largest difference to one process, by the largest entry, where sums run over ranks."""
-SUMMED = frozenset(
+EXACT = frozenset(
     (
-        *("muon-normuon", "muon-adamuon", "muon-spike", "spectral", "spectral-published"),
-        *("hybrid", "hybrid-columns", "symmetrystack"),
+        *("muon", "muon-ns5", "muon-plain", "muon-low-rank", "muon-kaczmarz", "rows", "pick"),
+        *("galore-full", "frugal-randk", "aro", "aro-adam", "aro-eigh", "aro-polar", "AdamW"),
     )
 )
-"""Methods that sum over ranks; all others have the bits of one process."""
+"""Methods whose formulas see whole matrices, on one process as on ranks, and LoRA pairs."""
+SUMMED = frozenset(METHODS) - EXACT
+"""Methods that may run on shards, with sums or products of other shapes than on one process."""
 
 
 @dataclass(frozen=True)
