@@ -180,7 +180,8 @@ def test_momentum_carries_the_same_errors(world):
         *(Piece(shape, 0, dtype="bfloat16") for shape in shapes),
         Piece((6, 13), 1, dtype="bfloat16"),
     )
-    check(Case("muon", made, steps=4, options={"write": "eco"}), world)
+    # the carried error of a strip of columns may differ in the last bit
+    check(Case("muon", made, steps=4, options={"write": "eco"}), world, bound=1e-6)
 
 
 @pytest.mark.parametrize("method", MAIN)
