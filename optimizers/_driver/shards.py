@@ -433,6 +433,9 @@ class Shards:
                 placed = bucket.unit.placed
                 assert placed is not None
                 bucket.nonzero_positions = agreed.nonzero
+                if not bucket.indices:
+                    self._pass_over(bucket, agreed)
+                    continue
                 run = partial(_run_bucket, optimizer, plan, bucket, flat, agreed.bad)
                 if team is None or not placed.meets:
                     run()
@@ -444,6 +447,16 @@ class Shards:
                 runs.append((bucket, run))
             if runs and team is not None:
                 self._meet(self._meeting(team), runs)
+
+    def _pass_over(self, bucket: Bucket, agreed: Agreement) -> None:
+        """Advance the clocks of units of which this process holds no matrix."""
+        t, refreshed = bucket.clocks()
+        if any(not agreed.bad.isdisjoint(unit.positions) for unit in bucket.units):
+            return
+        rule = self._plan.rule(bucket)
+        if rule.refresh_due(t, refreshed, bucket.unit.shift) and bucket.nonzero([None], 0):
+            bucket.set_refreshed(t)
+        bucket.set_step(t)
 
     def _meet(self, meeting: Meeting, runs: list[tuple[Bucket, Run]]) -> None:
         try:

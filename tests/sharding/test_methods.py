@@ -332,7 +332,8 @@ def held(rank, world, case):
     here = total = 0
     for p, q in zip(params, plain, strict=True):
         for key, x in one.state[q].items():
-            if isinstance(x, torch.Tensor) and x.ndim:
+            # a basis beside sharded moments is whole on every rank
+            if isinstance(x, torch.Tensor) and x.ndim and key != "basis":
                 total += x.numel()
                 here += optimizer.state[p][key].to_local().numel()
     return here, total
