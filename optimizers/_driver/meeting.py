@@ -223,30 +223,50 @@ class Meeting:
         self, runners: Sequence[_Runner], answers: Sequence[Any], number: int
     ) -> list[tuple[_Runner | None, Request]]:
         """Let each run until it asks; a stand-in asks for one that has raised."""
-        requests: list[tuple[_Runner | None, Request]] = []
+        found: list[tuple[_Runner, Request | None]] = []
         for runner, answer in zip(runners, answers, strict=True):
             self._running = runner
             kind, result = runner.resume(answer)
-            key = runner.bucket, number
             if kind == "asks":
-                self._asked[key] = result.number, result.kind, result.x.shape, result.x.dtype
-                requests.append((runner, result))
+                asked = result.number, result.kind, result.x.shape, result.x.dtype
+                self._asked[runner.bucket, number] = asked
+                found.append((runner, result))
             elif kind == "raises":
                 self.failure = self.failure or result
-                placed = runner.bucket.unit.placed
-                guess = number == 0 and placed is not None and placed.plan == "owner"
-                if key in self._asked or guess:
-                    requests.append((None, self._stand_in(runner.bucket, number)))
+                found.append((runner, None))
+        live = [request for _, request in found if request is not None]
+        requests: list[tuple[_Runner | None, Request]] = []
+        for runner, request in found:
+            stand_in = None if request else self._stand_in(runner.bucket, number, live)
+            if request is not None:
+                requests.append((runner, request))
+            elif stand_in is not None:
+                requests.append((None, stand_in))
         return requests
 
-    def _stand_in(self, bucket: Bucket, number: int) -> Request:
-        """What a bucket would have asked, for the others not to wait: as in its last step."""
-        sides = torch.Size((len(bucket.indices), *bucket.unit.held_sides(0)))
-        member, kind, shape, dtype = self._asked.get(
-            (bucket, number), (0, WHOLE, sides, bucket.dtype)
-        )
-        device = bucket.unit.params[0].device
-        return Request(bucket, member, kind, torch.zeros(shape, dtype=dtype, device=device))
+    def _stand_in(self, bucket: Bucket, number: int, live: Sequence[Request]) -> Request | None:
+        """What a bucket that has raised would have asked, for the other ranks not to wait.
+
+        Buckets of one rule ask alike; else it is what this one asked in its last step, or at first
+        whole matrices, if its rule needs them.
+        """
+        K, sides = len(bucket.indices), bucket.unit.held_sides(0)
+        asked = self._asked.get((bucket, number))
+        for like in live:
+            if like.bucket.unit.rule == bucket.unit.rule:
+                shape = like.x.shape[1:] if like.kind in (SUM, MAX) else sides
+                letters = dict(zip(like.bucket.unit.held_sides(0), sides, strict=True))
+                shape = tuple(letters.get(side, side) for side in shape)
+                asked = like.number, like.kind, torch.Size((K, *shape)), like.x.dtype
+                break
+        placed = bucket.unit.placed
+        if asked is None and number == 0 and placed is not None and placed.plan == "owner":
+            asked = 0, WHOLE, torch.Size((K, *sides)), bucket.dtype
+        if asked is None:
+            return None
+        member, kind, size, dtype = asked
+        x = torch.zeros(size, dtype=dtype, device=bucket.unit.params[0].device)
+        return Request(bucket, member, kind, x, gathers=kind == FROM)
 
     def _answer(self, requests: Sequence[Request]) -> list[Any]:
         """The answer to each request, by as few calls as there are kinds and dtypes."""
