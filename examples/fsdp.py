@@ -71,6 +71,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from stiefel.optimizers import longest_dim_placement
+
 STEPS, QUICK = 50, 20
 DEMO = "muon,galore"
 DEMO_OPTIONS = {"galore": ["--set", "update_proj_gap=10"]}
@@ -156,11 +158,7 @@ def shard(model: ByteLM, mesh: DeviceMesh, longest: bool) -> None:
         mesh: The processes.
         longest: Whether a matrix is cut along its longer side, instead of always along its rows.
     """
-    place = None
-    if longest:
-        from stiefel.optimizers import longest_dim_placement
-
-        place = longest_dim_placement(mesh)
+    place = longest_dim_placement(mesh) if longest else None
     for block in model.blocks:
         fully_shard(block, mesh=mesh, shard_placement_fn=place)
     fully_shard(model, mesh=mesh, shard_placement_fn=place)

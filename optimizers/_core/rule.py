@@ -422,6 +422,8 @@ class Rule:
     where a field needs more than shards can give; weights cut otherwise, and those whose step
     needs a :class:`Carry`, travel to one rank.
     """
+    needs_full_matrix: ClassVar[bool] = False
+    """Set True if ordinary updates call ``Reductions.on_full_matrix``, so that matrices travel."""
     refresh_in_lockstep: ClassVar[bool] = False
     """Set True if all units must refresh in the same update. ``stagger=True`` is refused then."""
 
@@ -456,6 +458,10 @@ class Rule:
         """
         T = self.refresh_interval
         return bool(T) and (refreshed == 0 or (t - 1 + self.refresh_offset + shift) % T == 0)
+
+    def splits_of(self, number: int) -> frozenset[str]:
+        """``splits`` of one member, for rules whose members are cut along different sides."""
+        return self.splits
 
     def transpose(self, m: int, n: int) -> bool:
         """Whether the driver transposes an m x n member before this rule sees it."""

@@ -47,6 +47,7 @@ from .saved_state import (
     missing_key,
 )
 from .units import Unit, pinned, units_of
+from .windows import assign_block_positions, drops_state
 from .write_modes import RESIDUAL, check_eco, mode_of
 
 MEANT_BEFORE = {"draws": "position"}
@@ -483,6 +484,8 @@ def restore(
     for unit in units:
         if unit.params[0] in state:  # torch.optim.Muon keeps no clock
             state[unit.params[0]].setdefault(unit.step_key, 0)
+    if all(isinstance(key, str) for key in saved["state"]):
+        _fill_beginnings(default_rule, groups, state, units, rules)
     missing = {
         (p, key)
         for p, entry in entries.items()
@@ -497,6 +500,30 @@ def restore(
         value = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         state[p][key] = pinned(value, p.device)
     return missing
+
+
+def _fill_beginnings(
+    default_rule: type[Rule],
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, dict[str, Any]],
+    units: Sequence[Unit],
+    rules: Sequence[Rule],
+) -> None:
+    """Store where state that comes and goes began, if a distributed checkpoint has lost it.
+
+    torch loads into the keys that a fresh optimizer has, whose state begins with the first update.
+    The rule's own beginning is right unless settings were changed inside of a window.
+    """
+    if not any(map(drops_state, rules)):
+        return
+    assign_block_positions(units, rules, [rule_of(x, default_rule) for x in groups], groups)
+    for unit in units:
+        first, rule = state.get(unit.params[0], {}), rules[unit.rule]
+        if not drops_state(rule) or unit.state_since_key in first:
+            continue
+        start = rule.state_since_at(unit.block_position, max(1, first.get(unit.step_key, 0)))
+        if start > 1 and unit.has_state(state):
+            first[unit.state_since_key] = start
 
 
 def _restore_adamw(

@@ -64,7 +64,8 @@ def held_views(
         if any(d > 0 for d in dims) and len(shape) > 2:
             return None
         start = (boxes[rank][0][0], boxes[rank][1][0] if len(shape) == 2 else 0)
-        return [HeldView(split_view(view, held)[0], 0, start, _cut_sides(dims, len(shape)))]
+        cut = _cut_sides(dims, 2)  # also of a kernel, whose only cut dimension is the first
+        return [HeldView(split_view(view, held)[0], 0, start, cut)]
     if kind in ("batch", "transposed"):
         return _of_batch(view, shape, boxes[rank], dims, kind == "transposed")
     if kind == "rows":

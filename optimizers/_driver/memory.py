@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -10,10 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from typing_extensions import override
 
+from .._core.validation import choice, whole_number
 from . import adamw
 from .buckets import StepPlan
+from .layout import box_of, layout_of
 from .optimizer import StackedOptimizer
+from .placement import dim_to_shard
 from .units import Unit
 from .write_modes import RESIDUAL
 
@@ -27,7 +33,8 @@ class MemoryRow(NamedTuple):
         name: Name of the parameter, "parameter" and its position if it has none.
         shape: Shape of the parameter.
         rule: Name of the rule, or "adamw".
-        weight: Size of the parameter.
+        weight: Size of the parameter; of a sharded one as of all that follows, what the fullest
+            rank holds.
         gradient: Size of the gradient, 0 if the parameter is frozen.
         state: Size of the optimizer's state.
         adamw: Size of the state of ``torch.optim.AdamW``.
@@ -51,29 +58,32 @@ class MemoryReport:
         rows: One per parameter.
         shared: Bytes that all weights of a device share and no checkpoint holds, such as a basis
             of cosines.
+        ranks: Ranks that share a weight, at most; sizes are those of the fullest of them.
     """
 
     method: str
     rows: tuple[MemoryRow, ...]
     shared: int = 0
+    ranks: int = 1
 
     @classmethod
     def of(cls, optimizer: StackedOptimizer) -> MemoryReport:
         """Count the state that an optimizer has after a step, without changing the optimizer."""
         plan = optimizer._get_plan()
+        held = [_on_fullest_rank(p) for p in plan.flat_params]
         state = _state_bytes(plan, optimizer)
         rows = [
             MemoryRow(
                 row.name or f"parameter {i}",
                 tuple(p.shape),
                 row.rule,
-                _bytes(p),
-                _bytes(p) if p.requires_grad else 0,
+                _bytes(X),
+                _bytes(X) if p.requires_grad else 0,
                 state.get(i, 0) if p.requires_grad else 0,
-                _adamw_bytes(p, {"write": "nearest"}) if p.requires_grad else 0,
+                _adamw_bytes(X, {"write": "nearest"}) if p.requires_grad else 0,
             )
-            for i, (p, row) in enumerate(
-                zip(plan.flat_params, optimizer.assignment().rows, strict=True)
+            for i, (p, X, row) in enumerate(
+                zip(plan.flat_params, held, optimizer.assignment().rows, strict=True)
             )
         ]
         shared: dict[Hashable, int] = {}
@@ -81,7 +91,8 @@ class MemoryReport:
             rule = plan.rule(unit)
             for i in range(len(unit.params)):
                 shared.update(rule.shared(*unit.sides(i)))
-        return cls(type(optimizer).__name__, tuple(rows), sum(shared.values()))
+        ranks = max((_ranks_of(p) for p in plan.flat_params), default=1)
+        return cls(type(optimizer).__name__, tuple(rows), sum(shared.values()), ranks)
 
     @cached_property
     def weight(self) -> int:
@@ -130,7 +141,8 @@ class MemoryReport:
         if self.shared:
             lines.append(["shared on each device", "", "", "", "", _size(self.shared), ""])
         sizes = (self.weight, self.gradient, self.state, self.adamw)
-        lines.append(["total", "", "", *map(_size, sizes)])
+        place = f" on the fullest of {self.ranks} ranks" if self.ranks > 1 else ""
+        lines.append([f"total{place}", "", "", *map(_size, sizes)])
         totals = [sum(sizes[:3]), self.weight + self.gradient + self.adamw]
         lines.append(["weights + gradients + state", "", "", "", "", *map(_size, totals)])
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -154,7 +166,12 @@ def _size(count: int) -> str:
 
 
 def memory_report(
-    params: Any, optimizer_class: type[StackedOptimizer], **options: Any
+    params: Any,
+    optimizer_class: type[StackedOptimizer],
+    *,
+    world: int = 1,
+    shard: str = "rows",
+    **options: Any,
 ) -> MemoryReport:
     """Count the bytes of a method's state for a model, from shapes alone.
 
@@ -164,16 +181,23 @@ def memory_report(
     Args:
         params: A module, or whatever else the optimizer takes as ``params``.
         optimizer_class: A class of this package.
+        world: Ranks over which ``fully_shard`` cuts every parameter (default: 1). Sizes are those
+            of the fullest rank; no process is needed.
+        shard: ``"rows"`` (default): along the first dimension, as ``fully_shard`` does by itself.
+            ``"longest"``: as :func:`longest_dim_placement` says.
         **options: Its keywords.
 
     Returns:
         Bytes of weights, gradients (in the dtype of the weights) and state per parameter and in
         all, beside AdamW's. Frozen weights count as weights, without gradient and state.
         State that comes and goes (FRUGAL's blocks) is that of the first window. Temporary memory
-        is not in it; see each class.
+        is not in it; see each class. DTensors count as they lie, on the fullest rank, unless
+        ``world`` says otherwise.
 
     Raises:
         TypeError: If ``optimizer_class`` is none of this package.
+        ValueError: If ``world`` is no positive int, or ``shard`` another word.
+        NotImplementedError: With ``world`` above 1 for a class that trains no sharded weights.
 
     Example:
         >>> import torch
@@ -183,17 +207,104 @@ def memory_report(
         >>> report = memory_report(model, GaLore, rank=0.25)
         >>> report.state / report.adamw < 0.3
         True
+        >>> share = memory_report(model, GaLore, rank=0.25, world=8, shard="longest")
+        >>> share.weight / report.weight < 0.126
+        True
     """
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, StackedOptimizer)):
         raise TypeError(
             f"optimizer_class must be an optimizer of this package, got {optimizer_class!r}; "
             "AdamW's state stands beside every report"
         )
-    return MemoryReport.of(optimizer_class(params, **options))
+    ranks = whole_number("world", world, "[1, inf)") or 1
+    choice("shard", shard, ("rows", "longest"))
+    optimizer = optimizer_class(params, **options)
+    if ranks > 1:
+        _cut_parameters(optimizer, ranks, shard)
+    return MemoryReport.of(optimizer)
 
 
 def _bytes(p: Tensor) -> int:
     return p.numel() * p.element_size()
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The mesh of so many ranks, of which this process plays the first, without a process group."""
+
+    count: int
+
+    ndim = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.count,)
+
+    @property
+    def mesh(self) -> Tensor:
+        return torch.arange(self.count, dtype=torch.int64, device="cpu")
+
+    def get_coordinate(self) -> list[int]:
+        return [0]
+
+
+class _CutParameter(Tensor):
+    """The shape of a parameter, with what is asked of a DTensor on its first rank."""
+
+    device_mesh: _Ranks
+    placements: tuple[Any, ...]
+
+    @staticmethod
+    def of(p: Tensor, ranks: _Ranks, dim: int) -> _CutParameter:
+        """A parameter that is cut along a dimension."""
+        from torch.distributed.tensor import Shard
+
+        whole = torch.empty(p.shape, dtype=p.dtype, device="meta")
+        cut = whole.as_subclass(_CutParameter).requires_grad_(p.requires_grad)
+        assert isinstance(cut, _CutParameter)
+        cut.device_mesh, cut.placements = ranks, (Shard(dim),)
+        return cut
+
+    @override
+    def detach(self) -> Tensor:  # which would forget the mesh
+        return self
+
+    def to_local(self) -> Tensor:
+        """What the first rank holds, which is the fullest."""
+        return _first_part(tuple(self.shape), self.device_mesh, self.placements, self.dtype)
+
+
+def _cut_parameters(optimizer: StackedOptimizer, world: int, shard: str) -> None:
+    """Put parameters that are cut over ranks in the place of those in an optimizer's groups."""
+    ranks, known = _Ranks(world), dict[Tensor, Tensor]()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.ndim and not is_lazy(p):
+                dim = dim_to_shard(tuple(p.shape), world) if shard == "longest" else 0
+                known[p] = _CutParameter.of(p, ranks, dim)
+        group["params"] = [known.get(p, p) for p in group["params"]]
+
+
+def _first_part(
+    shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], dtype: torch.dtype
+) -> Tensor:
+    """What the first rank of a mesh holds of a tensor, on the meta device."""
+    box = box_of(shape, mesh.shape, placements, [0] * mesh.ndim)
+    return torch.empty([b - a for a, b in box], dtype=dtype, device="meta")
+
+
+def _on_fullest_rank(p: Tensor) -> Tensor:
+    """What the fullest rank holds of a parameter; the first holds the most of every dimension."""
+    layout = layout_of(p, "a parameter")
+    if layout is None:
+        return p
+    return _first_part(layout.shape, layout.mesh, layout.placements, p.dtype)
+
+
+def _ranks_of(p: Tensor) -> int:
+    """Ranks among which a parameter is divided."""
+    layout = layout_of(p, "a parameter")
+    return math.prod(layout.mesh.shape[axis] for axis in layout.axes) if layout is not None else 1
 
 
 def _adamw_bytes(p: Tensor, group: dict[str, Any]) -> int:
@@ -213,7 +324,8 @@ def _state_bytes(plan: StepPlan, optimizer: StackedOptimizer) -> dict[int, int]:
                 sizes[position, key] = size
     for group, positions in zip(optimizer.param_groups, plan.adamw_positions, strict=True):
         for position in positions:
-            sizes[position, "adamw"] = _adamw_bytes(plan.flat_params[position], group)
+            X = _on_fullest_rank(plan.flat_params[position])
+            sizes[position, "adamw"] = _adamw_bytes(X, group)
     total: dict[int, int] = {}
     for (position, _), size in sizes.items():
         total[position] = total.get(position, 0) + size
@@ -222,8 +334,10 @@ def _state_bytes(plan: StepPlan, optimizer: StackedOptimizer) -> dict[int, int]:
 
 def _slot_bytes(plan: StepPlan, unit: Unit, i: int) -> dict[str, int]:
     has_state = plan.rule(unit).state_since_at(unit.block_position, 1)
-    return {
-        key: torch.Size(shape).numel() * dtype.itemsize
-        for key, (_, shape, dtype) in unit.expected_state(i).items()
-        if has_state or key == RESIDUAL
-    }
+    sizes = {}
+    for key, (_, shape, dtype) in unit.expected_state(i).items():
+        if has_state or key == RESIDUAL:
+            layout = unit.state_layout(i, key)
+            count = torch.Size(shape).numel() if layout is None else layout.largest
+            sizes[key] = count * dtype.itemsize
+    return sizes

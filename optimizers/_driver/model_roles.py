@@ -42,28 +42,29 @@ class ModelRoles:
             self._rows.update((named[row.name], row) for row in classify(model) if row.name)
         return self._rows
 
-    def refuse_replaced(self, params: Sequence[Tensor], names: Sequence[str | None]) -> None:
-        """Raise if the module holds DTensors now where the optimizer has plain parameters.
 
-        Args:
-            params: Parameters of the optimizer.
-            names: Their names.
+def refuse_replaced(
+    model: nn.Module, params: Sequence[Tensor], names: Sequence[str | None]
+) -> None:
+    """Raise if a module holds DTensors now where the optimizer has plain parameters.
 
-        Raises:
-            RuntimeError: A step would train what the module does not use any more.
-        """
-        model = self._model()
-        if model is None:
-            return
-        named = {plain_name(name): p for name, p in model.named_parameters()}
-        for p, name in zip(params, names, strict=True):
-            now = named.get(plain_name(name or ""))
-            if now is not None and now is not p and is_sharded(now) and not is_sharded(p):
-                raise RuntimeError(
-                    f"parameter {name!r} of the optimizer is not that of the module any more, "
-                    "which was sharded since; build the optimizer after fully_shard, or put the "
-                    "module's parameters into group['params']"
-                )
+    Args:
+        model: The module that gave the parameters.
+        params: Parameters of the optimizer.
+        names: Their names.
+
+    Raises:
+        RuntimeError: A step would train what the module does not use any more.
+    """
+    named = {plain_name(name): p for name, p in model.named_parameters()}
+    for p, name in zip(params, names, strict=True):
+        now = named.get(plain_name(name or ""))
+        if now is not None and now is not p and is_sharded(now) and not is_sharded(p):
+            raise RuntimeError(
+                f"parameter {name!r} of the optimizer is not that of the module any more, which "
+                "was sharded since; build the optimizer after fully_shard, or put the module's "
+                "parameters into group['params']"
+            )
 
 
 def lists_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields, replace
 from operator import is_
@@ -52,7 +53,7 @@ from .finite import (
     stops_step,
 )
 from .layout import is_sharded
-from .model_roles import ModelRoles, complete_names, lists_of, rows_for
+from .model_roles import ModelRoles, complete_names, lists_of, refuse_replaced, rows_for
 from .param_groups import (
     COMMON,
     FOREIGN_KEYS,
@@ -172,6 +173,7 @@ class StackedOptimizer(Optimizer):
     """Group key by which the published package of the method marks its matrix groups."""
     _plan: StepPlan | None = None
     _model_roles: ModelRoles | None = None
+    _module: weakref.ref[nn.Module] | None = None
     _is_built = False
     _has_warned_of_shapes = False
     _skipped: dict[Tensor, int] | None = None
@@ -214,6 +216,7 @@ class StackedOptimizer(Optimizer):
         check_values(defaults)
         for module in (params, model):
             refuse_sharded_module(module, rule.method())
+            self._watch(module)
         store_adamw_lr(defaults)
         if model is not None and not isinstance(model, nn.Module):
             raise ValueError(f"model must be the module of the parameters, got {shown(model)}")
@@ -491,8 +494,14 @@ class StackedOptimizer(Optimizer):
 
     def _refuse_replaced(self, flat_params: Sequence[Tensor]) -> None:
         """Raise if the module that gave the parameters has sharded ones in their place."""
-        if self._model_roles is not None:
-            self._model_roles.refuse_replaced(flat_params, names_of(self.param_groups))
+        model = None if self._module is None else self._module()
+        if model is not None:
+            refuse_replaced(model, flat_params, names_of(self.param_groups))
+
+    def _watch(self, module: Any) -> None:
+        """Hold a module that gave the parameters weakly."""
+        if isinstance(module, nn.Module):
+            self._module = weakref.ref(module)
 
     def _refuse_unsound_state(self, plan: StepPlan) -> None:
         """Raise if other code has put into the state what a step cannot use."""
@@ -731,8 +740,6 @@ class StackedOptimizer(Optimizer):
             sharded_update.update(self, plan)
             return
         grads = [p.grad for p in plan.flat_params]
-        if not any(grad is not None for grad in grads):
-            self._refuse_replaced(plan.flat_params)
         name = type(self).__name__
         if not check_ready(plan, grads, self.param_groups, self.state, name):
             self._plan = None  # weights have another dtype now, and their state fits
@@ -750,12 +757,14 @@ class StackedOptimizer(Optimizer):
             self._step_matrices(plan, grads, found)
         for work in adamw_steps:
             work.step(found.bad, found.adamw_flags)
-        self._keep_unread(plan, found)
+        if found.joined or any(found.unread):
+            self._keep_unread(plan, found)
+        if not (plan.buckets or adamw_steps):
+            self._refuse_replaced(plan.flat_params)
 
     def _keep_unread(self, plan: StepPlan, found: Findings) -> None:
         """Keep flags that the host has not read for the next step."""
-        if found.joined or any(found.unread):
-            self._pending = [*self._pending, *found.late_flags(plan, self.param_groups)]
+        self._pending = [*self._pending, *found.late_flags(plan, self.param_groups)]
 
     def _inspect(
         self,

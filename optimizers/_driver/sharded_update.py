@@ -149,4 +149,5 @@ class _Step:
             plan.shards.step(optimizer, self._held, self.agreed)
         for work in self._adamw_steps:
             work.step(found.bad, found.adamw_flags)
-        optimizer._keep_unread(plan, found)
+        if found.joined or any(found.unread):
+            optimizer._keep_unread(plan, found)

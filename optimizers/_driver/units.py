@@ -168,13 +168,9 @@ class Unit:
             return None
         return self.placed and self.placed.key, tuple(part.layout for part in self.held)
 
-    def whole_view(self, i: int) -> MatrixView:
-        """The view of member i, or that of the parameter of which it is a part."""
-        return self.held[i].view if self.held else self.views[i]
-
     def sides(self, i: int) -> tuple[int, int]:
         """Rows and columns of the whole matrices of member i as the rule sees it."""
-        view = self.whole_view(i)
+        view = self.held[i].view if self.held else self.views[i]
         return (view.n, view.m) if self.transposed[i] else (view.m, view.n)
 
     def held_sides(self, i: int) -> tuple[int, int]:
@@ -213,7 +209,8 @@ class Unit:
         if slot.axes == "mn":
             return tuple(self.params[i].shape)
         shape = slot.shape(*self.held_sides(i))
-        return (self.views[i].k, *shape) if self.whole_view(i).k > 1 else shape
+        whole_view = self.held[i].view if self.held else self.views[i]
+        return (self.views[i].k, *shape) if whole_view.k > 1 else shape
 
     def state_layout(self, i: int, key: str) -> Layout | None:
         """Layout of a state tensor of member i, None where the weight is plain.
@@ -308,18 +305,20 @@ class Unit:
         but the first update is stored beside the clocks, so that a resumed run knows it.
         """
         first = state[self.params[0]]
-        has_state = any(
-            self.key_of(i, name) in state[p]
-            for i, p in enumerate(self.params)
-            for name in self.slots[i].keys() - {RESIDUAL}
-        )
-        state_since = self.state_since_at(
-            rule, first.get(self.state_since_key, 1) if has_state else 0, first[self.step_key] + 1
-        )
+        present = first.get(self.state_since_key, 1) if self.has_state(state) else 0
+        state_since = self.state_since_at(rule, present, first[self.step_key] + 1)
         first.pop(self.state_since_key, None)
         if state_since > 1 and any(self.slots):
             first[self.state_since_key] = state_since
         return state_since
+
+    def has_state(self, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Whether there is more of its state than clocks and what rounding has cut off."""
+        return any(
+            self.key_of(i, name) in state.get(p, {})
+            for i, p in enumerate(self.params)
+            for name in self.slots[i].keys() - {RESIDUAL}
+        )
 
     def state_since_at(self, rule: Rule, state_since: int, t: int) -> int:
         """The value at update t of ``state_since`` (0: no state), given the present one."""
@@ -367,7 +366,8 @@ class Unit:
         if self.slots[i][name].axes == "mn":
             X = view.to_matrices(tensor)
             return X.mT if self.transposed[i] else X
-        return tensor if self.whole_view(i).k > 1 else tensor.unsqueeze(0)
+        whole_view = self.held[i].view if self.held else view
+        return tensor if whole_view.k > 1 else tensor.unsqueeze(0)
 
 
 def scale_of(key: str) -> str:

@@ -105,6 +105,7 @@ class PairOptimizer(StackedOptimizer):
             f"{_scale_message(scale)}, a dict by module, or a function of its name",
         )
         refuse_sharded_module(params, rule.method())
+        self._watch(params)
         super().__init__(_to_pair_groups(params, rule, scale), rule, lr, weight_decay, **options)
 
     @override

@@ -154,6 +154,8 @@ class RowPolarRule(RowRule, abstract=True):
     ns_steps: int | None = None
     eps: float | None = None
 
+    needs_full_matrix = True
+
     @override
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -100,9 +100,16 @@ class Pool:
             RanksFailed: If a rank raised, died or took longer; the next case has a fresh pool.
         """
         outcomes = self.outcomes(function, *args, timeout=timeout)
-        failed = [(rank, x.error) for rank, x in enumerate(outcomes) if x.error is not None]
-        if failed:
-            raise RanksFailed("\n".join(f"rank {rank} of {self.world}: {x}" for rank, x in failed))
+        failed = {rank: x for rank, x in enumerate(outcomes) if x.error is not None}
+        seen: set[tuple[str | None, str]] = set()
+        texts = []
+        for rank, x in failed.items():  # the same sentence needs one traceback
+            is_known = (x.kind, x.message) in seen
+            seen.add((x.kind, x.message))
+            text = f"the same {x.kind}" if is_known and x.kind not in (None, "hung") else x.error
+            texts.append(f"rank {rank} of {self.world}: {text}")
+        if texts:
+            raise RanksFailed("\n".join(texts))
         return [x.value for x in outcomes]
 
     def outcomes(

@@ -85,7 +85,7 @@ def drawn(shape, seed, dtype):
     return X.to(dtype)
 
 
-def problem(shapes, dtype, steps=4):
+def problem(shapes, dtype, steps=3):
     """Whole weights, and per step their gradients."""
     weights = [nn.Parameter(drawn(shape, i, dtype)) for i, shape in enumerate(shapes)]
     series = [
@@ -172,14 +172,20 @@ def follows_torch(rank, world, sizes, cuts, shapes, dtype, form, options, rtol):
 
 
 @every_cut
-@pytest.mark.parametrize("form", ["default", "foreach", "loop"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", ["foreach", "loop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shards_have_the_bits_of_torch_on_one_process(sizes, cuts, form, dtype):
     on_ranks(follows_torch, sizes, cuts, SHAPES, dtype, form, {}, 0.0)
 
 
+@some_cuts
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex64])
+def test_other_dtypes(sizes, cuts, dtype):
+    on_ranks(follows_torch, sizes, cuts, SHAPES, dtype, "default", {}, 0.0)
+
+
 @every_cut
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_shards_have_the_bits_of_full_vectors(sizes, cuts, dtype):
     on_ranks(follows_torch, sizes, cuts, ALIGNED, dtype, "fused", {}, 0.0)
     # the kernel on CPU rounds what is left over after full vectors in another order
@@ -200,17 +206,11 @@ def test_options_are_those_of_torch(sizes, cuts, form, options):
     on_ranks(follows_torch, sizes, cuts, ALIGNED, torch.float32, form, options, 0.0)
 
 
-@some_cuts
-@pytest.mark.parametrize("form", ["default", "loop"])
-def test_complex_shards(sizes, cuts, form):
-    on_ranks(follows_torch, sizes, cuts, SHAPES, torch.complex64, form, {}, 0.0)
-
-
 # against our own run on one process -----------------------------------------------------------
 
 
 def follows_one_process(rank, world, sizes, cuts, shapes, dtype, mode, options, count):
-    weights, series = problem(shapes, dtype, steps=3)
+    weights, series = problem(shapes, dtype)
     weights2 = [nn.Parameter(W.detach().clone()) for W in weights]
     shards = [nn.Parameter(cut(W, sizes, cuts)) for W in weights]
     whole, split = build(weights2, mode, **options), build(shards, mode, **options)
@@ -230,11 +230,11 @@ def test_every_write_has_the_bits_of_one_process(sizes, cuts, mode):
         )
 
 
-@some_cuts
+@pytest.mark.parametrize(("sizes", "cuts"), [((2,), "0"), ((2, 2), "01")])
 @every_mode
 @pytest.mark.parametrize("dtype", LOW_PRECISION_DTYPES)
 def test_every_form_and_dtype_writes_alike(sizes, cuts, mode, dtype):
-    for form in FORMS:
+    for form in ("foreach", "fused"):
         shapes = ALIGNED if form == "fused" else SHAPES
         on_ranks(follows_one_process, sizes, cuts, shapes, dtype, mode, FORMS[form], None)
 
@@ -497,16 +497,16 @@ def test_plain_weights_and_two_meshes_share_a_call(mode, form):
     for calls in pool(4).run(mixed, mode, form):
         assert {kind for call in calls for kind in call} <= {torch.Tensor, nn.Parameter}
         if mode == "nearest":
-            assert [len(call) for call in calls] == [12] * 4
+            assert [len(call) for call in calls] == [12] * 3
 
 
 def moved_gradients(rank, world, sizes, cuts, mode):
     """Gradients that lie in another way than their weight."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial
 
     dtype = torch.float32 if mode == "nearest" else torch.bfloat16
     shapes = [(6, 10), (5, 3), (8, 4), (7,), (2,)]
-    weights, series = problem(shapes, dtype)
+    weights, series = problem(shapes, dtype, steps=4)
     series = [[(16 * G).round() for G in grads] for grads in series]  # sums of parts are exact
     mesh = mesh_of(sizes)
     shards = [nn.Parameter(cut(W, sizes, cuts)) for W in weights]
@@ -514,14 +514,12 @@ def moved_gradients(rank, world, sizes, cuts, mode):
 
     def placed(G, way):
         if way == "partial":
-            mine = G * (2.0 if rank == 0 else -1.0 / (world - 1))
-            mine = G if rank == 0 else torch.zeros_like(G)
+            mine = (2 if rank == 0 else -1 if rank == 1 else 0) * G
             return DTensor.from_local(mine, mesh, [Partial()] * mesh.ndim)
         if way == "flat":  # another mesh
             return cut(G, (world,), "0")
         return cut(G, sizes, way)
 
-    del Replicate, Shard
     whole, split = build(weights, mode), build(shards, mode)
     for t, (grads, way) in enumerate(zip(series, others, strict=True)):
         step(whole, weights, grads)
@@ -562,18 +560,18 @@ def test_missing_gradients(sizes, cuts, mode):
 def keeps_bad(rank, world, sizes, cuts, mode, form, wait, count):
     """A NaN in one shard: the parameter stays on all ranks, others move as without it."""
     dtype = torch.float32 if mode == "nearest" else torch.bfloat16
-    weights, series = problem(ALIGNED, dtype, steps=4)
+    weights, series = problem(ALIGNED, dtype, steps=3)
     twins = [nn.Parameter(cut(W, sizes, cuts)) for W in weights]
     shards = [nn.Parameter(cut(W, sizes, cuts)) for W in weights]
     split, twin = (build(ps, mode, **FORMS[form]) for ps in (shards, twins))
     split._wait = wait
     for t, grads in enumerate(series):
-        if t == 2:
+        if t == 1:
             for i in (0, 3):
                 grads[i] = grads[i].clone()
                 grads[i].view(-1)[5] = NAN
         alike = [cut(G, sizes, cuts) for G in grads]
-        step(twin, twins, [None if t == 2 and i in (0, 3) else G for i, G in enumerate(alike)])
+        step(twin, twins, [None if t == 1 and i in (0, 3) else G for i, G in enumerate(alike)])
         with chunks_of(count), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             step(split, shards, [cut(G, sizes, cuts) for G in grads])
@@ -584,13 +582,12 @@ def keeps_bad(rank, world, sizes, cuts, mode, form, wait, count):
             assert torch.equal(local(split.state[p][name]), local(value)), name
 
 
-@pytest.mark.parametrize(("sizes", "cuts"), [((2,), "0"), ((3,), "1"), ((2, 2), "r0")])
+@pytest.mark.parametrize(("sizes", "cuts"), [((2,), "0"), ((2, 2), "r0")])
 @pytest.mark.parametrize("mode", ["nearest", *MODES])
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_bad_shard_leaves_its_parameter_on_all_ranks(sizes, cuts, mode, wait):
-    for form in FORMS:
-        for count in (32, 2**20):
-            on_ranks(keeps_bad, sizes, cuts, mode, form, wait, count)
+    for form, count in (("foreach", 32), ("loop", 2**20), ("fused", 32)):
+        on_ranks(keeps_bad, sizes, cuts, mode, form, wait, count)
 
 
 # state, files, refusals -----------------------------------------------------------------------
@@ -649,7 +646,7 @@ def resumes(rank, world, sizes, cuts, mode):
             assert getattr(loaded, "placements", None) == getattr(value, "placements", None)
 
 
-@some_cuts
+@pytest.mark.parametrize(("sizes", "cuts"), [((3,), "1"), ((2, 2), "r0")])
 @pytest.mark.parametrize("mode", ["nearest", *MODES])
 def test_a_run_resumes_in_equal_bits(sizes, cuts, mode):
     on_ranks(resumes, sizes, cuts, mode)

@@ -64,7 +64,7 @@ def grid():
             yield pytest.param(method, world, side, marks=marks, id=f"{method}-{world}-{side}")
 
 
-@pytest.mark.parametrize("method, world, side", grid())
+@pytest.mark.parametrize("method, world, side", list(grid()))
 def test_shards_train_as_one_process(method, world, side):
     check(Case(method, pieces(side, large=world == 2)), world)
 
