@@ -436,3 +436,23 @@ def initial(rank, world, case):
     model, optimizer = build(case, world)
     optimizer.init_state()
     return {"state": state_of(model, optimizer), "forms": forms_of(model, optimizer)}
+
+
+def goes_on_from_torch(rank, world, case):
+    """A run of torch's AdamW on shards, and the same one that ours has taken over."""
+    runs = []
+    for takes_over in (False, True):
+        model, ours = build(case, world)
+        theirs = torch.optim.AdamW(model.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
+        train(case, model, theirs, 0, case.stop)
+        if takes_over:
+            ours.load_state_dict(theirs.state_dict())
+        train(case, model, ours if takes_over else theirs, case.stop, case.steps)
+        runs.append(weights_of(model))
+    return runs
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_ours_goes_on_from_torchs_adamw(dim):
+    for theirs, ours in pool(3).run(goes_on_from_torch, Case("adamw", dim)):
+        assert same(theirs, ours)
