@@ -94,6 +94,8 @@ class MuonRule(Rule):
     spike_ratio: float | None = None
     report_steps: int = 0
 
+    needs_full_matrix = True
+
     # the step -------------------------------------------------------------------------------------
 
     def state(self, m: int, n: int) -> dict[str, Slot]:

@@ -17,15 +17,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from ...kernels import LOW_PRECISION_DTYPES, update_weight_
 from .adamw_write import Stepper, Values, Writer, has_device_clock, signature_of
-from .layout import Layout, is_sharded, layout_of, local
+from .layout import PLAIN, Layout, layout_of, local
 from .param_groups import listed
-from .saved_state import adamw_entry, check_tensor, moment_dtype
+from .saved_state import adamw_entry, check_layout, check_tensor, moment_dtype
 from .units import State
 from .write_modes import RESIDUAL, mode_of
 
@@ -37,7 +36,6 @@ Entries = Sequence[dict[str, Any]]
 
 T = TypeVar("T")
 _LOW_PRECISION = frozenset(LOW_PRECISION_DTYPES)
-_PLAIN = frozenset((Tensor, Parameter))
 _NO_STATE: dict[str, Any] = {}
 _dtype_of, _is_on_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 _tensors_of = itemgetter("step", "exp_avg", "exp_avg_sq")
@@ -148,21 +146,8 @@ def _refuse_unsound(p: Tensor, entry: Mapping[str, Any], mode: str, name: str) -
         check_tensor(key, entry.get(key), x, p, name, exact=True)
         if entry[key].device != p.device:
             raise ValueError(f"state {key!r} of {name} is on {entry[key].device}, not {p.device}")
-        lies, should_lie = _text_of_layout(entry[key]), _text_of_layout(p)
-        if lies != should_lie:
-            raise ValueError(
-                f"state {key!r} of {name} {lies}, but the parameter {should_lie}; put state in "
-                "through load_state_dict()"
-            )
+        check_layout(key, entry[key], x, name, exact=True)
     raise ValueError(f"state 'step' of {name} must be a floating tensor with one element")
-
-
-def _text_of_layout(X: Tensor) -> str:
-    """Words that say how a tensor lies over ranks."""
-    if not is_sharded(X):
-        return "is whole on this process"
-    placements, mesh = X.placements, X.device_mesh  # type: ignore[attr-defined]
-    return f"has the placements {placements} on {mesh}"
 
 
 Identity = tuple[list[int], list[torch.dtype], str | None]
@@ -178,11 +163,12 @@ class EntryCache:
 
     Attributes:
         by_group: State dicts of whole groups, by number of the group.
-        layouts: How sharded parameters lie, by flat position; empty if all are plain.
+        layouts: How sharded parameters lie, by flat position; empty if all are plain. The plan of
+            what is sharded puts them in.
     """
 
     def __init__(self) -> None:
-        self.layouts: dict[int, Layout] = {}
+        self.layouts: Mapping[int, Layout] = {}
         self._all: list[dict[str, Any]] = []
         self._sound: dict[int, Identity] = {}
         self.by_group: dict[int, Entries] = {}
@@ -220,17 +206,6 @@ class EntryCache:
             writer = self._writers[index] = Writer(group, mode, start, self.layouts)
         return writer
 
-    def find_layout(self, position: int, p: Tensor, describe: Callable[[int], str]) -> None:
-        """Find out how a parameter lies, once.
-
-        Raises:
-            ValueError: For a layout that cannot be stepped.
-        """
-        if position not in self.layouts:
-            layout = layout_of(p, describe(position)) if is_sharded(p) else None
-            if layout is not None:
-                self.layouts[position] = layout
-
     def follow(self, state: State) -> None:
         """Forget everything if other code has replaced, added or dropped a dict."""
         if len(state) != len(self._all) or not all(map(is_, state.values(), self._all)):
@@ -259,7 +234,7 @@ class Work:
         order: See :func:`step`.
         positions: Flat positions of the parameters with a gradient.
         params: These parameters.
-        grads: Their gradients.
+        grads: Their gradients; of sharded ones, what this process holds.
         decays: See :func:`step`.
         start: Position of the group's first parameter.
         entries: State of the parameters.
@@ -328,8 +303,7 @@ class Work:
     def check(self, describe: Callable[[int], str], cache: EntryCache, index: int) -> None:
         """Raise before any change for state that torch would refuse in the middle of the step.
 
-        It also finds out how sharded parameters lie, once for a plan. Weights and gradients have
-        passed :func:`check_ready`.
+        Weights and gradients have passed :func:`check_ready`.
 
         Args:
             describe: Makes words for a message of a position.
@@ -337,17 +311,13 @@ class Work:
             index: Number of the group.
 
         Raises:
-            ValueError: If other code has put in state that AdamW cannot step, and for parameters
-                whose shards cannot be.
+            ValueError: If other code has put in state that AdamW cannot step.
         """
         entries = self.entries
         if not cache.is_sound(index, entries, self.writer):
             self.new = [p for p, e in zip(self.params, entries, strict=True) if "exp_avg" not in e]
-            is_plain = {*map(type, self.params)} <= _PLAIN
             for i, p, entry in zip(self.positions, self.params, entries, strict=True):
                 mode = mode_of(self.group, p)
-                if not is_plain:
-                    cache.find_layout(i, p, describe)
                 if "exp_avg" in entry and not _is_sound(p, entry, mode):
                     _refuse_unsound(p, entry, mode, describe(i))
             if not self.new:
@@ -405,11 +375,10 @@ def held_lists(
     """What this process holds of sharded parameters, in lists of :func:`step` with plain ones.
 
     Torch's kernels take entries as they lie in memory, so all tensors of a shard lie row by row.
-    Gradients in another layout than their weight communicate, on all ranks in one order.
 
     Args:
         params: Parameters.
-        grads: Their gradients.
+        grads: What this process holds of their gradients.
         entries: Their state.
         layouts: How each lies, None for a plain one.
 
@@ -423,7 +392,7 @@ def held_lists(
             tensors = {"": ps[i], **{name: es[i][name] for name in _SHARDED if name in es[i]}}
             part = {name: _rows_of(X, copies) for name, X in tensors.items()}
             ps[i], es[i] = part.pop(""), {**part, "step": es[i]["step"]}
-            gs[i] = _rows_of(layout.redistribute(gs[i]), [])
+            gs[i] = _rows_of(gs[i], [])
     return ps, gs, es, copies
 
 
@@ -772,7 +741,7 @@ def _torch(
 
 
 def _are_plain_on_cpu(params: Sequence[Tensor]) -> bool:
-    return {*map(type, params)} <= _PLAIN and all(map(_is_on_cpu, params))
+    return {*map(type, params)} <= PLAIN and all(map(_is_on_cpu, params))
 
 
 def _torch_fused_on_cpu(

@@ -155,10 +155,6 @@ def _reduce(team: Team, numbers: Sequence[int]) -> list[int]:
     return [int(value) for value in team.reduce(x, "MAX").tolist()]
 
 
-def held_gradient(p: Tensor, grad: Tensor | None) -> Tensor | None:
-    """What this process holds of a gradient, laid out like its weight."""
-    if grad is None:
-        return None
-    if is_sharded(grad) and grad.placements != p.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
-    return local(grad)
+def held_gradient(layout: Layout, grad: Tensor | None) -> Tensor | None:
+    """What this process holds of a gradient in the layout of its weight."""
+    return None if grad is None else local(layout.redistribute(grad))

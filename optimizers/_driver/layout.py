@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Box = tuple[tuple[int, int], ...]
 """Per dimension the first index and the one after the last."""
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""Types of tensors that are no DTensors, as one can see without a call for each."""
 
 
 def is_sharded(X: object) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._core.rule import Rule
-from .layout import Layout, is_sharded, layout_of, local
+from .layout import PLAIN, Layout, is_sharded, layout_of, local
 from .units import Unit
 from .windows import drops_state
 from .write_modes import RESIDUAL
@@ -139,7 +139,7 @@ def adamw_entry(p: Tensor, mode: str) -> Entry:
         mode: How it is written, see ``write_modes.py``.
     """
     shape, dtype = tuple(p.shape), moment_dtype(p, mode)
-    layout = layout_of(p, f"a parameter of shape {shape}")
+    layout = None if type(p) in PLAIN else layout_of(p, f"a parameter of shape {shape}")
     tensors = {
         "exp_avg": Expected(shape, dtype, p.device, layout=layout),
         "exp_avg_sq": Expected(shape, dtype, p.device, 0.0, layout=layout),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .agreement import FAILED, MOVES, REFUSED, STOPPED, Agreement, agree, teams_of
 from .checks import check_ready
+from .exchange import RankError
 from .finite import Findings, group_indices
 from .layout import Layout, is_sharded
 
@@ -91,7 +92,8 @@ class _Step:
         assert plan.shards is not None
         plan.shards.follow()
         self._held = plan.shards.gradients(self._grads)
-        self._adamw_steps = optimizer._adamw_steps(plan, self._grads)
+        held = [self._held.get(i, G) for i, G in enumerate(self._grads)]
+        self._adamw_steps = optimizer._adamw_steps(plan, held)
         self._found = optimizer._inspect(plan, self._grads, self._adamw_steps, self._agree)
 
     def _agree(self, found: Findings) -> None:
@@ -102,6 +104,7 @@ class _Step:
         group_of = group_indices(groups)
         modes = [groups[group_of[i]]["nonfinite"] for i in found.bad]
         flags = [False] * 4
+        flags[FAILED], plan.shards.untold = plan.shards.untold, False
         flags[REFUSED], flags[STOPPED] = "raise" in modes, "skip_step" in modes
         flags[MOVES] = not self._lrs_are_zero() or any(
             G is not None and bool(G.any())
@@ -117,6 +120,11 @@ class _Step:
             optimizer._describe,
             lambda i: str(groups[group_of[i]]["nonfinite"]),
         )
+        if flags[FAILED]:
+            raise RankError(
+                "a rule failed here in the step before, when the other ranks could not be told; "
+                "load a checkpoint"
+            )
         found.bad |= self.agreed.bad
         found.stopped = self.agreed.step[STOPPED]
         if self.agreed.step[REFUSED] and not any(

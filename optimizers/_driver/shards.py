@@ -224,6 +224,7 @@ class Shards:
     Attributes:
         layouts: Layouts of all sharded parameters, those of AdamW too, by flat position.
         teams: Teams of this process, in one order on all ranks.
+        untold: Whether a step has failed here of which other ranks do not know.
     """
 
     def __init__(
@@ -233,7 +234,7 @@ class Shards:
         groups: Sequence[Mapping[str, Any]],
         describe: Callable[[int], str],
     ) -> None:
-        self.layouts = layouts_of(plan.flat_params, describe)
+        self.layouts = plan.adamw_entries.layouts = layouts_of(plan.flat_params, describe)
         self.teams, self.team_of = teams_of(self.layouts)
         self._plan, self._state = plan, state
         self._groups = groups
@@ -244,6 +245,7 @@ class Shards:
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
         self.held_tensors: dict[int, Tensor] = {}
+        self.untold = False
         self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
         self._bind()
 
@@ -265,7 +267,7 @@ class Shards:
             runs: dict[tuple[int, ...], list[Unit]] = {}
             for unit in units:
                 if self._team(unit) is team and unit.placed is not None:
-                    if unit.placed.plan == "owner":
+                    if unit.placed.plan in ("reduce", "owner"):
                         runs.setdefault(unit.positions, []).append(unit)
             for order, run in enumerate(runs.values()):
                 if run[0].placed is not None and run[0].placed.meets:
@@ -345,8 +347,7 @@ class Shards:
 
     def gradients(self, grads: Sequence[Tensor | None]) -> dict[int, Tensor | None]:
         """What this process holds of the gradients of sharded parameters."""
-        params = self._plan.flat_params
-        return {i: held_gradient(params[i], grads[i]) for i in self.layouts}
+        return {i: held_gradient(layout, grads[i]) for i, layout in self.layouts.items()}
 
     # the step -------------------------------------------------------------------------------------
 
@@ -435,24 +436,49 @@ class Shards:
                     run()
                     continue
                 meeting = self._meeting(team)
-                bucket.reductions = ShardReductions(meeting, bucket, placed.cut[0])
+                bucket.reductions = [
+                    ShardReductions(meeting, bucket, i, cut) for i, cut in enumerate(placed.cut)
+                ]
                 runs.append((bucket, run))
             if runs and team is not None:
-                self._meeting(team).run(runs)
+                self._meet(self._meeting(team), runs)
+
+    def _meet(self, meeting: Meeting, runs: list[tuple[Bucket, Run]]) -> None:
+        try:
+            meeting.run(runs)
+        except Exception as error:
+            # where nothing was sent after it, the others learn of it in the next step
+            self.untold = error is meeting.failure and not meeting.told
+            raise
 
     def _meeting(self, team: Team) -> Meeting:
         return self._meetings.setdefault(id(team), Meeting(team, self._pieces_of))
 
-    def _pieces_of(self, bucket: Bucket, dtype: torch.dtype) -> list[Piece]:
-        """Matrices of a bucket, as its rule sees them."""
+    def _pieces_of(
+        self, bucket: Bucket, number: int, sides: torch.Size, dtype: torch.dtype
+    ) -> list[Piece]:
+        """Matrices of a member of a bucket, as its rule sees them.
+
+        Args:
+            bucket: The bucket.
+            number: Number of the member.
+            sides: Rows and columns that this process holds; a side that is not cut may have any
+                length, as that of a factor has.
+            dtype: Dtype of the matrices.
+        """
         pieces = []
         for own in bucket.units:
             unit = self._whole_unit[own]
             on_wire = self._comm_dtype(unit) or dtype
-            boxes = _matrix_boxes(unit)
-            pieces += [
-                Piece(owner, boxes, unit.sides(0), on_wire) for owner in self._owner_of[unit]
-            ]
+            placed = unit.placed
+            assert placed is not None
+            boxes, shape = _matrix_boxes(unit, number), unit.sides(number)
+            for d, letter in enumerate("mn"):
+                if letter not in placed.cut[number] and sides[d] != shape[d]:
+                    shape = (sides[0], shape[1]) if d == 0 else (shape[0], sides[1])
+                    whole = (0, sides[d])
+                    boxes = tuple((whole, box[1]) if d == 0 else (box[0], whole) for box in boxes)
+            pieces += [Piece(owner, boxes, shape, on_wire) for owner in self._owner_of[unit]]
         return pieces
 
     def _comm_dtype(self, unit: Unit) -> torch.dtype | None:
@@ -605,10 +631,10 @@ class Shards:
         sent: dict[int, int] = {}
         for unit, owners in self._owner_of.items():
             placed, team = unit.placed, self._team(unit)
-            if placed is not None and placed.meets and team is not None:
+            if placed is not None and placed.plan == "owner" and placed.meets and team is not None:
                 dtype = torch.promote_types(unit.params[0].dtype, torch.float32)
                 dtype = self._comm_dtype(unit) or dtype
-                pieces = [Piece(o, _matrix_boxes(unit), unit.sides(0), dtype) for o in owners]
+                pieces = [Piece(o, _matrix_boxes(unit, 0), unit.sides(0), dtype) for o in owners]
                 exchange = Exchange(team, pieces, torch.device("cpu"))
                 size = exchange.bytes_to_owners() + exchange.bytes_from_owners()
                 sent[unit.positions[0]] = sent.get(unit.positions[0], 0) + size
@@ -656,11 +682,11 @@ def settle(unit: Unit, state: State) -> None:
                 entry[key] = layout.redistribute(X)
 
 
-def _matrix_boxes(unit: Unit) -> tuple[Box, ...]:
-    """Per rank, which rows and columns it holds of each matrix of a unit, as the rule sees them."""
+def _matrix_boxes(unit: Unit, i: int) -> tuple[Box, ...]:
+    """Per rank, which rows and columns it holds of each matrix of member i, as the rule does."""
     placed = unit.placed
     assert placed is not None
-    return tuple(held.box(unit.transposed[0]) for held in placed.by_rank)
+    return tuple(held.box(unit.transposed[i]) for held in placed.by_rank[i])
 
 
 def _run_bucket(

@@ -133,7 +133,7 @@ def set_gradients(case: Case, params: list[nn.Parameter], step: int, world: int)
     for i, (piece, p) in enumerate(zip(case.pieces, params, strict=True)):
         p.grad = None
         if (step, i) not in case.missing:
-            G = _series(piece.shape, case.steps, case.seed + i)[step]
+            G = _series(piece.shape, case.steps, case.seed + i)[step].clone()
             p.grad = sharded(piece, G, world)
 
 
@@ -197,8 +197,11 @@ def compare(rank: int, world: int, case: Case) -> dict[str, Any]:
 
 
 def names(case: Case) -> list[str]:
-    """A name for every parameter that tells its shape."""
-    return [f"{i}:{'x'.join(map(str, x.shape))}" for i, x in enumerate(case.pieces)]
+    """A name for every parameter that tells how it lies."""
+    return [
+        f"{i}:{'x'.join(map(str, x.shape))} on {x.dim} {x.view or ''}".strip()
+        for i, x in enumerate(case.pieces)
+    ]
 
 
 def rows(optimizer: Any) -> list[tuple[str, str, int]]:
