@@ -43,9 +43,9 @@ def local(X: Tensor) -> Tensor:
 def memory(X: Any) -> Tensor:
     """The tensor that a DTensor holds here, the same object as long as nobody replaces it.
 
-    Only where gradients are off.
+    ``to_local`` makes a new view of a parameter at each call.
     """
-    held: Tensor = X.to_local()
+    held: Tensor = X._local_tensor
     return held
 
 
