@@ -55,18 +55,20 @@ class ShardReductions(Reductions):
     """Sums over a weight that is cut along some sides.
 
     Args:
-        meeting: Where the bucket asks.
+        rendezvous: Where the bucket asks.
         bucket: The bucket.
         number: Number of the member.
         cut: Letters of the sides that are cut, as the rule sees them.
     """
 
-    def __init__(self, meeting: Meeting, bucket: Bucket, number: int, cut: frozenset[str]) -> None:
-        self._meeting, self._bucket, self._number = meeting, bucket, number
+    def __init__(
+        self, rendezvous: Rendezvous, bucket: Bucket, number: int, cut: frozenset[str]
+    ) -> None:
+        self._rendezvous, self._bucket, self._number = rendezvous, bucket, number
         self._cut = cut & {"m", "n"}
 
     def _ask(self, kind: str, x: Tensor, *args: Any) -> Any:
-        return self._meeting.ask(Request(self._bucket, self._number, kind, x, *args))
+        return self._rendezvous.ask(Request(self._bucket, self._number, kind, x, *args))
 
     def _complete(self, kind: str, x: Tensor, needed: bool) -> Tensor:
         completed: Tensor = self._ask(kind, x) if needed else x
@@ -163,13 +165,13 @@ class _Runner:
             self._outbox.put(("done", None))
 
 
-class Meeting:
+class Rendezvous:
     """Where buckets of one team ask other ranks.
 
     Attributes:
         team: The ranks.
         failure: The first exception of this process in this step.
-        told: Whether other ranks know of it.
+        is_known: Whether other ranks know of it.
     """
 
     def __init__(
@@ -179,7 +181,7 @@ class Meeting:
     ) -> None:
         self.team = team
         self.failure: BaseException | None = None
-        self.told = False
+        self.is_known = False
         self._pieces_of = pieces_of
         self._running: _Runner | None = None
         self._exchanges: dict[Hashable, Exchange] = {}
@@ -197,7 +199,7 @@ class Meeting:
             RankError: If another rank has failed.
             Exception: The first that a rule has raised here, after the others know of it.
         """
-        self.failure, self.told = None, False
+        self.failure, self.is_known = None, False
         runners = [_Runner(b, run, b.unit.params[0].device) for b, run in runs]
         answers: list[Any] = [None] * len(runners)
         waiting, number = runners, 0
@@ -271,7 +273,7 @@ class Meeting:
     def _answer(self, requests: Sequence[Request]) -> list[Any]:
         """The answer to each request, by as few calls as there are kinds and dtypes."""
         answers: list[Any] = [r.x for r in requests]
-        self.told = self.failure is not None
+        self.is_known = self.failure is not None
         by_call: dict[Any, list[int]] = {}
         for i, request in enumerate(requests):
             kind = request.kind
@@ -369,7 +371,7 @@ class Meeting:
         rows = [_shapes_of(results.get(i)) for i in range(len(requests))]
         flat = [int(self.failure is not None), *(x for row in rows for x in row)]
         header = torch.tensor(flat, dtype=torch.int64, device=device)
-        failed, *told = self.team.reduce(header, "SUM").tolist()
+        failed, *shapes = self.team.reduce(header, "SUM").tolist()
         if self.failure is not None:
             raise self.failure
         if failed:
@@ -377,7 +379,7 @@ class Meeting:
         pieces, held, own = list[Piece](), list[Tensor](), dict[int, Tensor]()
         answers = list[Any]()
         for i, owner in enumerate(owners):
-            found, is_one = _tensors_of(told[i * HEADER : (i + 1) * HEADER], device)
+            found, is_one = _tensors_of(shapes[i * HEADER : (i + 1) * HEADER], device)
             for k, X in enumerate(found):
                 if i in results:
                     own[len(pieces)] = results[i] if is_one else results[i][k]
