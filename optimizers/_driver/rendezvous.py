@@ -256,9 +256,9 @@ class Rendezvous:
         asked = self._asked.get((bucket, number))
         for like in live:
             if like.bucket.unit.rule == bucket.unit.rule:
-                shape = like.x.shape[1:] if like.kind in (SUM, MAX) else sides
+                known = like.x.shape[1:] if like.kind in (SUM, MAX) else sides
                 letters = dict(zip(like.bucket.unit.held_sides(0), sides, strict=True))
-                shape = tuple(letters.get(side, side) for side in shape)
+                shape = [letters.get(side, side) for side in known]
                 asked = like.number, like.kind, torch.Size((K, *shape)), like.x.dtype
                 break
         placed = bucket.unit.placed
