@@ -74,8 +74,11 @@ from stiefel.optimizers import longest_dim_placement
 
 STEPS, QUICK = 50, 20
 DEMO = "muon,galore"
-DEMO_OPTIONS = {"galore": ["--set", "update_proj_gap=10"]}
-"""The checkpoint after half of 50 steps lies in the middle of a window between two bases."""
+DEMO_OPTIONS = {"galore": ["--set", "update_proj_gap=10", "--longest-dim"]}
+"""The checkpoint after half of 50 steps lies in the middle of a window between two bases.
+
+GaLore has nothing to send between them where the longer side is cut.
+"""
 DEMO_SECONDS = 300
 """A run of the demo takes about ten; after so many it is ended."""
 WORDS = {"d": "width"}

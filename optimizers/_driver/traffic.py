@@ -16,6 +16,7 @@ from .._core.rule import BatchedCall, Member, Reductions, Rule
 from .batched_calls import DirectionIterator
 from .shard_plan import Placed
 from .units import Unit
+from .write_modes import RESIDUAL
 
 STRIP = 2
 """Rows or columns of the cut side."""
@@ -90,6 +91,7 @@ def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
         state = {
             name: torch.zeros(1, *slot.shape(*sides), dtype=unit.dtype_of(i, name), device="cpu")
             for name, slot in unit.slots[i].items()
+            if name != RESIDUAL
         }
         W = torch.zeros(1, *sides, dtype=p.dtype, device="cpu")
         members.append(

@@ -203,15 +203,22 @@ def test_losses_and_weights_are_those_of_one_process(runs: dict[str, Any]) -> No
 
 
 @pytest.mark.slow
-def test_state_is_divided_and_sent_bytes_are_bounded(runs: dict[str, Any]) -> None:
-    """At most every gradient once, every weight and its state twice."""
+def test_state_is_divided(runs: dict[str, Any]) -> None:
+    """But for GaLore's bases, which each process has whole."""
     for row in runs["rows"]:
         processes, whole = row["history"][-1][0], row["one_process_state_bytes"]
         assert len(row["sent_bytes"]) == len(row["state_bytes"]) == processes
-        assert max(row["state_bytes"]) <= 1.35 * whole / processes
-        weights = 4 * 16 * SHAPE["width"] ** 2
-        assert (sum(row["sent_bytes"]) > 0) == (processes > 1)
-        assert sum(row["sent_bytes"]) <= 3 * weights + 2 * whole
+        assert max(row["state_bytes"]) <= 1.5 * whole / processes
+
+
+@pytest.mark.slow
+def test_what_is_sent(muon: dict[str, Any], galore: dict[str, Any]) -> None:
+    """By Muon every matrix twice at most; by GaLore nothing, as longer sides are cut."""
+    matrices = 4 * 16 * SHAPE["width"] ** 2
+    for row in muon["rows"]:
+        assert (sum(row["sent_bytes"]) > 0) == (row["history"][-1][0] > 1)
+        assert sum(row["sent_bytes"]) <= 2 * matrices
+    assert [row["sent_bytes"] for row in galore["rows"]] == [[0, 0], [0]]
 
 
 @pytest.mark.slow
@@ -224,9 +231,10 @@ def test_any_number_of_processes_reads_a_checkpoint(runs: dict[str, Any]) -> Non
 
 @pytest.mark.slow
 def test_what_is_printed(muon: dict[str, Any], galore: dict[str, Any]) -> None:
-    for text, side in ((muon["printed"][2], "rows"), (galore["printed"][0], "longer side")):
+    seen = ((muon["printed"][2], "rows", "owner"), (galore["printed"][0], "longer side", "reduce"))
+    for text, side, plan in seen:
         assert f"gloo on cpu; matrices are cut along their {side}" in text
-        assert " owner " in text and "blocks.0.down.weight" in text
+        assert f" {plan} " in text and "blocks.0.down.weight" in text
         assert "kB sent for the optimizer" in text and "Largest difference over 24 steps" in text
     lines = [line.split() for line in muon["table"].splitlines() if line.startswith("muon  ")]
     for row, line in zip(muon["rows"], lines, strict=True):

@@ -15,6 +15,8 @@ from torch import nn
 import stiefel.optimizers
 
 PAGE = ROOT / "docs" / "sharding.md"
+ROUNDING = 2e-6
+"""How far sums over ranks may be from those of one process; what travels has equal bits."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -98,9 +100,10 @@ def over_two_axes(rank, world, name, kind):
 @pytest.mark.parametrize("kind", ["replicas", "tensor"])
 @pytest.mark.parametrize("name", [n for n in NAMES if "LoRA" not in n])
 def test_meshes_of_two_axes(name, kind):
+    bound = max(bound_of(name), ROUNDING)
     for far, state_far in pool(4).run(over_two_axes, name, kind):
-        assert far <= bound_of(name)
-        assert state_far <= bound_of(name)
+        assert far <= bound
+        assert state_far <= bound
 
 
 # keywords -----------------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ def sent(rank, world, name, dtype):
     return first, second, far
 
 
-@pytest.mark.parametrize("name", ["Muon", "GaLore"])
+@pytest.mark.parametrize("name", ["Muon", "ARO"])
 def test_half_precision_on_the_wire(name):
     """What meets is halved; of what rides only the gradient is."""
     for first, second, far in pool(2).run(sent, name, "bfloat16"):

@@ -100,7 +100,7 @@ def bad_shard(rank, world, method, nonfinite, at, value):
 
 
 def far_from_one(case, at, value, seen, nonfinite):
-    """Difference to one process that sends_twice the same number."""
+    """Difference to one process that is given the same number."""
     params = parameters(case, 0)
     optimizer = optimizer_of(case, params)
     far = 0.0
