@@ -122,8 +122,9 @@ class AdaPreLoRARule(LoRARule):
             means = [as_tall(w.state["seen"], w) / k for w, k in zip(ws, sides[::-1], strict=True)]
         results = []
         for w, x in zip(ws, means, strict=True):
-            x = x.clamp(max=torch.finfo(x.dtype).max / 4)  # sums of hooks may have overflowed
-            E = as_tall(ema(w.state["energy"], as_tall(x, w).to(X[0].dtype), beta2), w)
+            energy = w.state["energy"]  # may be narrower, and sums of hooks may have overflowed
+            limit = min(torch.finfo(dtype).max for dtype in (x.dtype, energy.dtype)) / 4
+            E = as_tall(ema(energy, as_tall(x.clamp(max=limit), w).to(X[0].dtype), beta2), w)
             results.append(E if w.number else E / (1 - beta2**w.t))
         return results
 

@@ -74,7 +74,10 @@ class DCTAdamWRule(Rule):
             side=("auto", "left", "right"),
         )
 
-    splits = frozenset(("cols",))
+    @property
+    def splits(self) -> frozenset[str]:  # type: ignore[override]
+        """The columns; none where rows of the error are coded, with a scale for all of a row."""
+        return frozenset(("cols",) if self.error_feedback in (None, "full") else ())
 
     @override
     def update(self, w: Member) -> Direction:

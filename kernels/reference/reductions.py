@@ -101,8 +101,8 @@ def column_squares(X: Tensor) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
         return norms.square()
     if X.stride(-1) != 1 and X.stride(-2) == 1:  # columns along memory
-        width = max(1, _SUM_PANEL_ENTRIES // (K * m))
-        starts = range(0, n, width)
+        width = max(1, _SUM_PANEL_ENTRIES // max(1, K * m))
+        starts = range(0, max(1, n), width)  # one panel of nothing where there are no columns
         return torch.cat([X[..., j : j + width].square().sum(-2, keepdim=True) for j in starts], -1)
     rows = min(m, _SUM_PANEL_ROWS)
     sums = X[:, :rows].square()

@@ -4,7 +4,7 @@
 |---|---|
 | ``local`` | no matrix is cut: the rule runs on what each rank holds, and nothing is sent |
 | ``reduce`` | matrices are cut: the rule runs on what each rank holds, and sums are sent |
-| ``owner`` | whole matrices travel to one rank each; see ``Placed.meets`` for its two forms |
+| ``owner`` | whole matrices travel to one rank each; see ``Placed.runs_on_shards`` for its two forms |
 | ``gather`` | every rank gets whole weights and does all work; never chosen by ``"auto"`` |
 """
 
@@ -47,7 +47,7 @@ class Placed:
     by_rank: tuple[tuple[HeldView, ...], ...] = ()
 
     @property
-    def meets(self) -> bool:
+    def runs_on_shards(self) -> bool:
         """Whether the rule runs on shards, and asks other ranks for what it needs of the whole.
 
         Else gradient, weight and state travel, and the rule runs on an owner.

@@ -23,7 +23,7 @@ from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, Team
 from .finite import Findings
 from .layout import Box, Layout, is_sharded, memory
-from .meeting import Meeting, Run, ShardReductions
+from .rendezvous import Rendezvous, Run, ShardReductions
 from .shard_plan import Placed, work_of
 from .traffic import traffic_of
 from .units import HeldMember, State, Unit
@@ -272,7 +272,7 @@ class Shards:
                     if unit.placed.plan in ("reduce", "owner"):
                         runs.setdefault(unit.positions, []).append(unit)
             for order, run in enumerate(runs.values()):
-                if run[0].placed is not None and run[0].placed.meets:
+                if run[0].placed is not None and run[0].placed.runs_on_shards:
                     for unit in run:
                         jobs += [(-work_of(unit), order, [unit])] * unit.views[0].k
                 else:
@@ -336,7 +336,7 @@ class Shards:
             held_units,
         )
         self.held_state = HeldState(self._state, owners)
-        self._meetings = dict[int, Meeting]()
+        self._rendezvous_of = dict[int, Rendezvous]()
         self._bound = list[tuple[dict[str, Any], str, Tensor]]()
 
     def follow(self) -> None:
@@ -394,7 +394,7 @@ class Shards:
             for unit in self._running:
                 self._allocate(unit, mask)
             self.held_plan.rebuild(mask, self.held_state)
-            self._meetings.clear()
+            self._rendezvous_of.clear()
         for _, loads in self.loads:
             for load in loads:
                 for unit in load.units:
@@ -437,16 +437,16 @@ class Shards:
                     self._pass_over(bucket, agreed)
                     continue
                 run = partial(_run_bucket, optimizer, plan, bucket, flat, agreed.bad)
-                if team is None or not placed.meets:
+                if team is None or not placed.runs_on_shards:
                     run()
                     continue
-                meeting = self._meeting(team)
+                rendezvous = self._rendezvous(team)
                 bucket.reductions = [
-                    ShardReductions(meeting, bucket, i, cut) for i, cut in enumerate(placed.cut)
+                    ShardReductions(rendezvous, bucket, i, cut) for i, cut in enumerate(placed.cut)
                 ]
                 runs.append((bucket, run))
             if runs and team is not None:
-                self._meet(self._meeting(team), runs)
+                self._meet(self._rendezvous(team), runs)
 
     def _pass_over(self, bucket: Bucket, agreed: Agreement) -> None:
         """Advance the clocks of units of which this process holds no matrix."""
@@ -458,16 +458,16 @@ class Shards:
             bucket.set_refreshed(t)
         bucket.set_step(t)
 
-    def _meet(self, meeting: Meeting, runs: list[tuple[Bucket, Run]]) -> None:
+    def _meet(self, rendezvous: Rendezvous, runs: list[tuple[Bucket, Run]]) -> None:
         try:
-            meeting.run(runs)
+            rendezvous.run(runs)
         except Exception as error:
             # where nothing was sent after it, the others learn of it in the next step
-            self.untold = error is meeting.failure and not meeting.told
+            self.untold = error is rendezvous.failure and not rendezvous.is_known
             raise
 
-    def _meeting(self, team: Team) -> Meeting:
-        return self._meetings.setdefault(id(team), Meeting(team, self._pieces_of))
+    def _rendezvous(self, team: Team) -> Rendezvous:
+        return self._rendezvous_of.setdefault(id(team), Rendezvous(team, self._pieces_of))
 
     def _pieces_of(
         self, bucket: Bucket, number: int, sides: torch.Size, dtype: torch.dtype
@@ -569,7 +569,7 @@ class Shards:
         plan, units = self._plan, list[Unit]()
         flat: list[Tensor | None] = [None] * len(mask)
         state: dict[Tensor, dict[str, Any]] = {}
-        made: dict[Load, list[Unit]] = {}
+        units_by_load: dict[Load, list[Unit]] = {}
         for parcel, whole in here:
             load, named = parcel.load, dict(zip(parcel.names, whole.values(), strict=True))
             Ws = tuple(named[i, "weight"] for i in range(len(load.positions)))
@@ -584,8 +584,8 @@ class Shards:
                     for (j, key), X in named.items()
                     if j == i and key not in ("grad", "weight")
                 )
-            made[load] = [replace(unit, params=Ws, placed=None) for unit in load.units]
-            units += made[load]
+            units_by_load[load] = [replace(unit, params=Ws, placed=None) for unit in load.units]
+            units += units_by_load[load]
         own = StepPlan([], plan.settings, [], [], plan.rules, plan.groups_of_rules, units)
         own.stack_keys = plan.stack_keys
         own.rebuild(mask, state)
@@ -595,10 +595,10 @@ class Shards:
             load = parcel.load
             for k, (i, name) in enumerate(parcel.names):
                 if (i, name) == CLOCKS:
-                    for j, unit in enumerate(made[load]):
+                    for j, unit in enumerate(units_by_load[load]):
                         whole[k][j] = state[unit.params[0]].get(unit.refreshed_key, 0)
                 elif name not in ("grad", "weight"):
-                    whole[k].copy_(state[made[load][0].params[i]][name])
+                    whole[k].copy_(state[units_by_load[load][0].params[i]][name])
 
     def _return(
         self,
@@ -649,7 +649,7 @@ class Shards:
         sent: dict[int, int] = {}
         for unit in self._owner_of:
             placed, team = unit.placed, self._team(unit)
-            if placed is not None and placed.meets and team is not None:
+            if placed is not None and placed.runs_on_shards and team is not None:
                 position = unit.positions[0]
                 sent[position] = sent.get(position, 0) + self._bytes_on_shards(team, unit, placed)
         for team, loads in self.loads:

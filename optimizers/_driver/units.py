@@ -312,7 +312,7 @@ class Unit:
         present = first.get(self.state_since_key, 1) if self.has_state(state) else 0
         state_since = self.state_since_at(rule, present, first[self.step_key] + 1)
         first.pop(self.state_since_key, None)
-        if state_since > 1 and any(self.slots):
+        if state_since > 1 and self._has_slots:
             first[self.state_since_key] = state_since
         return state_since
 
@@ -324,10 +324,15 @@ class Unit:
             for name in self.slots[i].keys() - {RESIDUAL}
         )
 
+    @cached_property
+    def _has_slots(self) -> bool:
+        """Whether the rule itself keeps state, beside what rounding cuts off."""
+        return any(slots.keys() - {RESIDUAL} for slots in self.slots)
+
     def state_since_at(self, rule: Rule, state_since: int, t: int) -> int:
         """The value at update t of ``state_since`` (0: no state), given the present one."""
         start = rule.state_since_at(self.block_position, t)
-        if not start or not any(self.slots):
+        if not start or not self._has_slots:
             return start
         return t if start == t or not state_since else state_since
 

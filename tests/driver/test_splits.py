@@ -111,8 +111,8 @@ def compare(rule, grads, split, shares, tolerance):
             assert torch.equal(ranks.whole_weights(), W)
     for key, X in ranks.whole_state().items():
         stored = torch.stack([state[key] for state in optimizer.state.values()])
-        turned = ranks.slots[key].axes == "mn" and ranks.transposed
-        assert error(X.mT if turned else X, stored) <= tolerance, key
+        is_transposed = ranks.slots[key].axes == "mn" and ranks.transposed
+        assert error(X.mT if is_transposed else X, stored) <= tolerance, key
     return ranks
 
 

@@ -21,18 +21,15 @@ from helpers.ranks import mesh_of, pool
 
 ROUNDING = 5e-6
 """Largest difference to one process, by the largest entry, where sums run over ranks."""
-SUMMED = frozenset(
+EXACT = frozenset(
     (
-        *("muon-normuon", "muon-adamuon", "muon-spike", "spectral", "spectral-published"),
-        *("hybrid", "hybrid-columns", "symmetrystack", "auon-hybrid", "trion", "trion-l2"),
+        *("muon", "muon-ns5", "muon-plain", "muon-low-rank", "muon-kaczmarz", "rows", "pick"),
+        *("galore-full", "frugal-randk", "aro", "aro-adam", "aro-eigh", "aro-polar", "AdamW"),
     )
 )
-"""Methods that sum over ranks though matrices travel; the plan "reduce" tells of the others."""
-
-
-def is_summed(case: Case, rows: list[Any]) -> bool:
-    """Whether sums over ranks, or shorter vectors, may round otherwise than on one process."""
-    return case.method in SUMMED or any(plan == "reduce" for _, plan, _ in rows)
+"""Methods whose formulas see whole matrices, on one process as on ranks, and LoRA pairs."""
+SUMMED = frozenset(METHODS) - EXACT
+"""Methods that may run on shards, with sums or products of other shapes than on one process."""
 
 
 @dataclass(frozen=True)
@@ -267,26 +264,19 @@ def problems(optimizer: Any, params: list[nn.Parameter]) -> list[str]:
     return found
 
 
-def check(
-    case: Case,
-    world: int,
-    bound: float | None = None,
-    timeout: float = 60.0,
-    rounding: float = ROUNDING,
-) -> list[Any]:
+def check(case: Case, world: int, bound: float | None = None, timeout: float = 60.0) -> list[Any]:
     """Run a case on ranks and hold it to one process; what the ranks found.
 
     Args:
         case: The case.
         world: Number of ranks.
-        bound: Largest difference; None: 0, or ``rounding`` where sums run over ranks.
+        bound: Largest difference; None: 0, or :data:`ROUNDING` for :data:`SUMMED`.
         timeout: Seconds after which the ranks are ended.
-        rounding: Largest difference that sums over ranks may make.
     """
+    if bound is None:
+        bound = ROUNDING if case.method in SUMMED else 0.0
     found = pool(world).run(compare, case, timeout=timeout)
     first = found[0]
-    if bound is None:
-        bound = rounding if is_summed(case, first["rows"]) else 0.0
     far = {k: x for kind in ("weights", "state") for k, x in first[kind].items() if not x <= bound}
     assert not far, f"differ from one process by more than {bound:g}: {far}"
     mine, one = first["keys"], first["keys_of_one"]

@@ -24,13 +24,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "DCTAdamW": {"rank": 2, "update_proj_gap": 2},
     "Trion": {"rank": 2},
 }
-SUMMED = ("Spectral", "Hybrid", "SymmetryStack")
-"""Classes whose sums over ranks differ from one process by rounding."""
+EXACT = ("Muon", "ARO", "AltLoRA", "AdaPreLoRA")
+"""Classes that have the bits of one process; others may run on shards, with sums over ranks."""
 
 
 def bound_of(name: str) -> float:
     """Largest difference to one process: batches of few tokens leave matrices near singular."""
-    return 2e-5 if name in SUMMED else 0.0
+    return 0.0 if name in EXACT else 2e-5
 
 
 class LoRALinear(nn.Module):

@@ -137,14 +137,17 @@ def test_the_negative_of_a_gradient_takes_the_negative_of_the_step(name):
 PAIR_SHAPES = [(10, 7, 3), (4, 8, 1), (3, 8, 3)]
 
 
-def pair_steps(name, c, shape=PAIR_SHAPES[0], dtype=torch.float32, sides="AB", **draws_of):
+def pair_steps(
+    name, c, shape=PAIR_SHAPES[0], dtype=torch.float32, sides="AB", state_dtype=None, **draws_of
+):
     """The factors of two pairs after three steps, what the first moved by, and all state."""
     limit = torch.finfo(dtype).max
     pairs = [
         tuple(torch.nn.Parameter(x.detach().to(dtype)) for x in factors(*shape, seed, **draws_of))
         for seed in range(2)
     ]
-    optimizer, steps = PAIR_FORMS[name](pairs, weight_decay=0.0), []
+    optimizer = PAIR_FORMS[name](pairs, weight_decay=0.0, state_dtype=state_dtype)
+    steps = []
     for step in range(3):
         old = [p.detach().double() for p in pairs[0]]
         for seed, pair in enumerate(pairs):
@@ -184,6 +187,21 @@ def test_pairs_and_their_state_stay_finite_for_every_size_of_the_gradient(name, 
             for (_, key), x in state.items():
                 assert not bool(x.isnan().any()), (shape, c, key)
                 assert key == "exp_avg_sq" or bool(x.isfinite().all()), (shape, c, key)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", PAIR_FORMS)
+def test_state_narrower_than_the_weights_of_a_pair_stays_finite(name, state_dtype):
+    """Squares that float64 holds are larger than the largest number of the state."""
+    for shape in PAIR_SHAPES[:2]:
+        for c in (1e-30, 1e20, 1e30, 1e37):
+            weights, _, state = pair_steps(name, c, shape, torch.float64, state_dtype=state_dtype)
+            assert all(bool(p.isfinite().all()) for p in weights), (shape, c)
+            for (_, key), x in state.items():
+                assert not bool(x.isnan().any()), (shape, c, key)
+                # the scales of codes, like the sums themselves, may be infinite
+                is_sum = key.removesuffix("_scale") == "exp_avg_sq"
+                assert is_sum or bool(x.isfinite().all()), (shape, c, key)
 
 
 @pytest.mark.parametrize("name", GROWING_PAIRS)

@@ -14,6 +14,7 @@ from helpers.pair_problems import PAIRS
 from helpers.ranks import pool
 from helpers.sharded import (
     ROUNDING,
+    SUMMED,
     Case,
     Piece,
     check,
@@ -153,9 +154,9 @@ def test_settings_mean_the_same_on_shards(method, setting):
     options = SETTINGS[setting]
     case = Case(method, made, options=options, steps=4)
     bound = 0.0 if setting == "plan gather" else None
-    # a sum that differs in its last bit may round state the other way
-    rounding = 1e-2 if setting == "bfloat16 state" else ROUNDING
-    check(case, 3, bound, rounding=rounding)
+    if setting == "bfloat16 state" and method in SUMMED:
+        bound = 1e-2  # a sum that differs in its last bit may round state the other way
+    check(case, 3, bound)
 
 
 @pytest.mark.parametrize("write", ["nearest", "stochastic", "kahan"])
@@ -168,7 +169,7 @@ def test_weights_of_bfloat16_round_as_on_one_process(method, write):
         Piece((5,), None, dtype="bfloat16"),
     )
     # one rounding in 256 of a sum's last bit is seen in a weight
-    check(Case(method, made, steps=4, options={"write": write}), 2, rounding=1e-2)
+    check(Case(method, made, steps=4, options={"write": write}), 2, 1e-2 if method in SUMMED else 0)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -186,7 +187,8 @@ def test_momentum_carries_the_same_errors(world):
 def test_state_of_8_bits_is_that_of_one_process(method):
     """Rows of 512 and whole rows on a rank: codes and scales are cut with them."""
     made = (Piece((24, 512), 0), Piece((24, 512), 1), Piece((130, 40), 0), Piece((12, 10), 0))
-    check(Case(method, made, options={"state_dtype": "int8"}), 2, rounding=1e-2)
+    bound = 1e-2 if method in SUMMED else 0.0
+    check(Case(method, made, options={"state_dtype": "int8"}), 2, bound)
 
 
 @pytest.mark.parametrize("method", VARIED)
@@ -194,7 +196,8 @@ def test_rows_of_8_bits_that_ranks_would_cut_train_as_one_process(method):
     """A scale belongs to 256 numbers of a row; where a rank would get a part, weights agree."""
     case = Case(method, (Piece((24, 300), 1), Piece((130, 70), 1)), options={"state_dtype": "int8"})
     found = pool(3).run(weights_of_both, case)
-    assert all(far <= 1e-2 for far in found[0].values()), found[0]
+    bound = 1e-2 if method in SUMMED else 2e-3
+    assert all(far <= bound for far in found[0].values()), found[0]
 
 
 def weights_of_both(rank, world, case):
@@ -326,14 +329,13 @@ def test_a_list_of_models_in_one_optimizer(by):
 
 
 def held(rank, world, case):
-    """(entries held here, entries of one process) of all state of matrices."""
+    """(entries held here, entries of one process) of all state but bases, which all may need."""
     optimizer, params, _ = train(case, world)
     one, plain, _ = train(case, 0)
     here = total = 0
     for p, q in zip(params, plain, strict=True):
         for key, x in one.state[q].items():
-            # a basis beside sharded moments is whole on every rank
-            if isinstance(x, torch.Tensor) and x.ndim and key != "basis":
+            if isinstance(x, torch.Tensor) and x.ndim and key not in ("basis", "index"):
                 total += x.numel()
                 here += optimizer.state[p][key].to_local().numel()
     return here, total

@@ -55,18 +55,20 @@ class ShardReductions(Reductions):
     """Sums over a weight that is cut along some sides.
 
     Args:
-        meeting: Where the bucket asks.
+        rendezvous: Where the bucket asks.
         bucket: The bucket.
         number: Number of the member.
         cut: Letters of the sides that are cut, as the rule sees them.
     """
 
-    def __init__(self, meeting: Meeting, bucket: Bucket, number: int, cut: frozenset[str]) -> None:
-        self._meeting, self._bucket, self._number = meeting, bucket, number
+    def __init__(
+        self, rendezvous: Rendezvous, bucket: Bucket, number: int, cut: frozenset[str]
+    ) -> None:
+        self._rendezvous, self._bucket, self._number = rendezvous, bucket, number
         self._cut = cut & {"m", "n"}
 
     def _ask(self, kind: str, x: Tensor, *args: Any) -> Any:
-        return self._meeting.ask(Request(self._bucket, self._number, kind, x, *args))
+        return self._rendezvous.ask(Request(self._bucket, self._number, kind, x, *args))
 
     def _complete(self, kind: str, x: Tensor, needed: bool) -> Tensor:
         completed: Tensor = self._ask(kind, x) if needed else x
@@ -163,13 +165,13 @@ class _Runner:
             self._outbox.put(("done", None))
 
 
-class Meeting:
+class Rendezvous:
     """Where buckets of one team ask other ranks.
 
     Attributes:
         team: The ranks.
         failure: The first exception of this process in this step.
-        told: Whether other ranks know of it.
+        is_known: Whether other ranks know of it.
     """
 
     def __init__(
@@ -179,7 +181,7 @@ class Meeting:
     ) -> None:
         self.team = team
         self.failure: BaseException | None = None
-        self.told = False
+        self.is_known = False
         self._pieces_of = pieces_of
         self._running: _Runner | None = None
         self._exchanges: dict[Hashable, Exchange] = {}
@@ -197,7 +199,7 @@ class Meeting:
             RankError: If another rank has failed.
             Exception: The first that a rule has raised here, after the others know of it.
         """
-        self.failure, self.told = None, False
+        self.failure, self.is_known = None, False
         runners = [_Runner(b, run, b.unit.params[0].device) for b, run in runs]
         answers: list[Any] = [None] * len(runners)
         waiting, number = runners, 0
@@ -223,35 +225,55 @@ class Meeting:
         self, runners: Sequence[_Runner], answers: Sequence[Any], number: int
     ) -> list[tuple[_Runner | None, Request]]:
         """Let each run until it asks; a stand-in asks for one that has raised."""
-        requests: list[tuple[_Runner | None, Request]] = []
+        found: list[tuple[_Runner, Request | None]] = []
         for runner, answer in zip(runners, answers, strict=True):
             self._running = runner
             kind, result = runner.resume(answer)
-            key = runner.bucket, number
             if kind == "asks":
-                self._asked[key] = result.number, result.kind, result.x.shape, result.x.dtype
-                requests.append((runner, result))
+                asked = result.number, result.kind, result.x.shape, result.x.dtype
+                self._asked[runner.bucket, number] = asked
+                found.append((runner, result))
             elif kind == "raises":
                 self.failure = self.failure or result
-                placed = runner.bucket.unit.placed
-                guess = number == 0 and placed is not None and placed.plan == "owner"
-                if key in self._asked or guess:
-                    requests.append((None, self._stand_in(runner.bucket, number)))
+                found.append((runner, None))
+        live = [request for _, request in found if request is not None]
+        requests: list[tuple[_Runner | None, Request]] = []
+        for runner, request in found:
+            stand_in = None if request else self._stand_in(runner.bucket, number, live)
+            if request is not None:
+                requests.append((runner, request))
+            elif stand_in is not None:
+                requests.append((None, stand_in))
         return requests
 
-    def _stand_in(self, bucket: Bucket, number: int) -> Request:
-        """What a bucket would have asked, for the others not to wait: as in its last step."""
-        sides = torch.Size((len(bucket.indices), *bucket.unit.held_sides(0)))
-        member, kind, shape, dtype = self._asked.get(
-            (bucket, number), (0, WHOLE, sides, bucket.dtype)
-        )
-        device = bucket.unit.params[0].device
-        return Request(bucket, member, kind, torch.zeros(shape, dtype=dtype, device=device))
+    def _stand_in(self, bucket: Bucket, number: int, live: Sequence[Request]) -> Request | None:
+        """What a bucket that has raised would have asked, for the other ranks not to wait.
+
+        Buckets of one rule ask alike; else it is what this one asked in its last step, or at first
+        whole matrices, if its rule needs them.
+        """
+        K, sides = len(bucket.indices), bucket.unit.held_sides(0)
+        asked = self._asked.get((bucket, number))
+        for like in live:
+            if like.bucket.unit.rule == bucket.unit.rule:
+                shape = like.x.shape[1:] if like.kind in (SUM, MAX) else sides
+                letters = dict(zip(like.bucket.unit.held_sides(0), sides, strict=True))
+                shape = tuple(letters.get(side, side) for side in shape)
+                asked = like.number, like.kind, torch.Size((K, *shape)), like.x.dtype
+                break
+        placed = bucket.unit.placed
+        if asked is None and number == 0 and placed is not None and placed.plan == "owner":
+            asked = 0, WHOLE, torch.Size((K, *sides)), bucket.dtype
+        if asked is None:
+            return None
+        member, kind, size, dtype = asked
+        x = torch.zeros(size, dtype=dtype, device=bucket.unit.params[0].device)
+        return Request(bucket, member, kind, x, gathers=kind == FROM)
 
     def _answer(self, requests: Sequence[Request]) -> list[Any]:
         """The answer to each request, by as few calls as there are kinds and dtypes."""
         answers: list[Any] = [r.x for r in requests]
-        self.told = self.failure is not None
+        self.is_known = self.failure is not None
         by_call: dict[Any, list[int]] = {}
         for i, request in enumerate(requests):
             kind = request.kind
@@ -349,7 +371,7 @@ class Meeting:
         rows = [_shapes_of(results.get(i)) for i in range(len(requests))]
         flat = [int(self.failure is not None), *(x for row in rows for x in row)]
         header = torch.tensor(flat, dtype=torch.int64, device=device)
-        failed, *told = self.team.reduce(header, "SUM").tolist()
+        failed, *shapes = self.team.reduce(header, "SUM").tolist()
         if self.failure is not None:
             raise self.failure
         if failed:
@@ -357,7 +379,7 @@ class Meeting:
         pieces, held, own = list[Piece](), list[Tensor](), dict[int, Tensor]()
         answers = list[Any]()
         for i, owner in enumerate(owners):
-            found, is_one = _tensors_of(told[i * HEADER : (i + 1) * HEADER], device)
+            found, is_one = _tensors_of(shapes[i * HEADER : (i + 1) * HEADER], device)
             for k, X in enumerate(found):
                 if i in results:
                     own[len(pieces)] = results[i] if is_one else results[i][k]
