@@ -253,6 +253,7 @@ class _CutParameter(Tensor):
 
     device_mesh: _Ranks
     placements: tuple[Any, ...]
+    _local_tensor: Tensor
 
     @staticmethod
     def of(p: Tensor, ranks: _Ranks, dim: int) -> _CutParameter:
@@ -263,6 +264,7 @@ class _CutParameter(Tensor):
         cut = whole.as_subclass(_CutParameter).requires_grad_(p.requires_grad)
         assert isinstance(cut, _CutParameter)
         cut.device_mesh, cut.placements = ranks, (Shard(dim),)
+        cut._local_tensor = cut.to_local()
         return cut
 
     @override
