@@ -4,7 +4,7 @@
 |---|---|
 | ``local`` | no matrix is cut: the rule runs on what each rank holds, and nothing is sent |
 | ``reduce`` | matrices are cut: the rule runs on what each rank holds, and sums are sent |
-| ``owner`` | whole matrices travel to one rank each; see ``Placed.runs_on_shards`` for its two forms |
+| ``owner`` | whole matrices travel to one rank each; or only what a rule asks for of them |
 | ``gather`` | every rank gets whole weights and does all work; never chosen by ``"auto"`` |
 """
 

@@ -93,8 +93,8 @@ def wrap(model: Net, world: int, **options: Any) -> Net:
     from torch.distributed.tensor import Shard
 
     def place(p: nn.Parameter) -> Any:
-        is_wide = p.ndim == 2 and p.shape[1] % world == 0 and p.shape[1] >= p.shape[0]
-        return Shard(1 if is_wide else 0)
+        is_upcast = p.ndim == 2 and p.shape[1] % world == 0 and p.shape[1] >= p.shape[0]
+        return Shard(1 if is_upcast else 0)
 
     options = {"mesh": meshes(world)["all"], "shard_placement_fn": place, **options}
     for layer in model.layers:

@@ -99,7 +99,7 @@ def bad_shard(rank, world, method, nonfinite, at, value):
 
 
 def far_from_one(case, at, value, seen, nonfinite):
-    """Difference to one process that meets the same number."""
+    """Difference to one process that travels the same number."""
     params = parameters(case, 0)
     optimizer = optimizer_of(case, params)
     far = 0.0
@@ -577,8 +577,8 @@ def test_bytes_are_at_most_those_of_the_table(method):
     entries = sum(a * b for a, b in (piece.shape for piece in case.pieces))
     share = (world - 1) / world
     plans = {plan for _, promised, *_ in found for plan, *_ in promised}
-    meets = method in ("muon", "muon-normuon", "spectral", "hybrid")
-    numbers = 2 * entries if meets else 3 * entries + 2 * state
+    travels = method in ("muon", "muon-normuon", "spectral", "hybrid")
+    numbers = 2 * entries if travels else 3 * entries + 2 * state
     slack = 1.1 if method == "muon" else 1.3
     assert plans <= {"owner", "local"}
     assert total <= slack * 4 * numbers * share

@@ -28,7 +28,7 @@ from torch import nn
 from stiefel import optimizers
 
 every = pytest.mark.parametrize("name", NAMES)
-some = pytest.mark.parametrize("name", ["Muon", "GaLore", "ARO", "Hybrid", "AltLoRA"])
+few = pytest.mark.parametrize("name", ["Muon", "GaLore", "ARO", "Hybrid", "AltLoRA"])
 
 
 def trained(rank, world, name, steps=4, dtype="float32", accumulate=1, wrapping=None, options=None):
@@ -86,14 +86,14 @@ WRAPPINGS = {
 }
 
 
-@some
+@few
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_options_of_fully_shard(name, wrapping):
     found = pool(2).run(trained, name, 3, "float32", 1, WRAPPINGS[wrapping])
     check_trained(found, bound_of(name))
 
 
-@some
+@few
 def test_micro_batches_accumulate(name):
     check_trained(pool(2).run(trained, name, 3, "float32", 2), bound_of(name))
 
@@ -122,7 +122,7 @@ def unsynchronized(rank, world, name):
     return still, twin.far(model)
 
 
-@some
+@few
 def test_a_step_without_synchronized_gradients_does_nothing(name):
     for still, far in pool(2).run(unsynchronized, name):
         assert still
@@ -193,7 +193,7 @@ def test_new_lists_are_set_after_the_model_is_wrapped(name, form):
         assert (alive_before, alive) == (0, 0)
 
 
-@some
+@few
 @pytest.mark.parametrize("between", ["repr", "reload"])
 def test_wrappers_that_look_at_the_optimizer_in_between(name, between):
     for far, state_far, *_ in pool(2).run(swapped, name, "model", between):
@@ -218,7 +218,7 @@ def not_swapped(rank, world, name, form):
     return text, same, len(optimizer.state)
 
 
-@some
+@few
 @pytest.mark.parametrize("form", ["model", "groups"])
 def test_parameters_of_before_the_wrapping_are_refused(name, form):
     if "LoRA" in name and form == "groups":
