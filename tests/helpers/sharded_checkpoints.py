@@ -210,7 +210,7 @@ def read(model, optimizer, way, folder, rank):
         return
     is_alone = not torch.distributed.is_initialized()
     if is_alone and loading.get("broadcast_from_rank0"):
-        loading = {"full_state_dict": True}
+        loading = {}
     options = StateDictOptions(**loading)
     if not saving.get("full_state_dict"):
         saved = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
