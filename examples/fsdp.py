@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from common import (
-    CLIP,
     SIZES,
     ByteLM,
     Corpus,
@@ -122,7 +121,7 @@ class World:
         The average over all processes of these means times their factors is the mean of the batch.
         """
         rows = batch.tensor_split(self.size)[self.rank]
-        return rows.to(self.device), len(rows) * self.size / len(batch)
+        return rows, len(rows) * self.size / len(batch)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -165,7 +164,12 @@ def shard(model: ByteLM, mesh: DeviceMesh, longest: bool) -> None:
 
 
 class Trainer:
-    """Model, optimizer and loop; without a world on plain tensors in this process alone."""
+    """Model, optimizer and loop; without a world on plain tensors in this process alone.
+
+    Without a world the gradients of as many parts of the batch are added as there were processes:
+    ``history`` has [processes, last step] for each part of the run. So both runs add up the same
+    numbers, and of two processes the same bits.
+    """
 
     def __init__(
         self,
@@ -174,9 +178,12 @@ class Trainer:
         device: torch.device,
         world: World | None = None,
         longest: bool = False,
+        clip: float | None = None,
+        history: Sequence[Sequence[int]] = (),
     ) -> None:
         s = settings
-        self.settings, self.corpus, self.device, self.world = s, corpus, device, world
+        self.settings, self.corpus, self.device = s, corpus, device
+        self.world, self.clip, self.history = world, clip, history
         self.model = build_model(s.d, s.layers, s.heads, s.seq, s.seed).to(device)
         if world is not None:
             shard(self.model, world.mesh, longest)
@@ -190,21 +197,29 @@ class Trainer:
 
     def step(self) -> None:
         s, begin = self.settings, time.perf_counter()
-        batch = draw_batch(self.corpus.train, s.batch, s.seq, self.generator)
-        rows, factor = (
-            (batch.to(self.device), 1.0) if self.world is None else self.world.share(batch)
-        )
+        batch = draw_batch(self.corpus.train, s.batch, s.seq, self.generator).to(self.device)
         self.optimizer.zero_grad()
-        loss = self.model.loss(rows) * factor
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        mean = torch.zeros((), device=self.device)
+        for rows, factor in self.shares(batch):
+            loss = self.model.loss(rows) * factor
+            torch.autograd.backward(loss)
+            mean += loss.detach()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.scheduler.step()
-        mean = loss.detach()
         if self.world is not None:
             mean = self.world.total(mean) / self.world.size
         self.losses.append(mean.item())
         self.seconds += time.perf_counter() - begin
+
+    def shares(self, batch: Tensor) -> list[tuple[Tensor, float]]:
+        """Parts of the batch for this process, each with the factor on its mean loss."""
+        if self.world is not None:
+            return [self.world.share(batch)]
+        step = len(self.losses)
+        parts = next((size for size, last in self.history if step < last), 1)
+        return [(rows, len(rows) / len(batch)) for rows in batch.tensor_split(parts)]
 
     def train(self, until: int, say: Callable[[str], None]) -> None:
         every = max(1, self.settings.steps // 10)
@@ -213,6 +228,12 @@ class Trainer:
             step = len(self.losses)
             if step % every == 0 or step == until:
                 say(f"step {step:>4} of {self.settings.steps}  loss {self.losses[-1]:.4f}")
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the numbers of the run but for rounding, as JSON gives it back."""
+        values = {**asdict(self.settings), "clip": self.clip}
+        found: dict[str, Any] = json.loads(json.dumps(clean(values)))
+        return found
 
     def held_bytes(self) -> int:
         """Bytes of optimizer state in this process."""
@@ -264,18 +285,13 @@ class Saved:
         trainer.generator.set_state(saved["generator"])
 
 
-def plain(value: Any) -> Any:
-    """As JSON gives it back: tuples are lists."""
-    return json.loads(json.dumps(clean(value)))
-
-
 def save(folder: Path, trainer: Trainer, history: list[list[int]]) -> None:
     """Write ``step-N`` below the folder, then ``run.json``, which points to it."""
     name = f"step-{len(trainer.losses)}"
     dcp.save({"run": Saved(trainer)}, checkpoint_id=folder / name)  # type: ignore[attr-defined]
     if dist.get_rank() == 0:
         content = {
-            "settings": plain(asdict(trainer.settings)),
+            "settings": trainer.identity(),
             "checkpoint": name,
             "history": history,
             "losses": trainer.losses,
@@ -293,7 +309,7 @@ def load(folder: Path, trainer: Trainer) -> list[list[int]]:
         raise UserError(
             f"--load {folder}: no checkpoint of this script; make one with --save {folder}."
         ) from error
-    for key, value in plain(asdict(trainer.settings)).items():
+    for key, value in trainer.identity().items():
         if key not in FREE and found.get(key) != value:
             raise UserError(
                 f"--load {folder} was made with {key} = {found.get(key)!r}, not {value!r}; give "
@@ -332,9 +348,13 @@ def assignment_text(optimizer: torch.optim.Optimizer) -> str:
     return str(optimizer.assignment())  # type: ignore[attr-defined]
 
 
-def compare(trainer: Trainer, weights: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
+def compare(
+    trainer: Trainer, weights: dict[str, Tensor], history: Sequence[Sequence[int]]
+) -> dict[str, Any]:
     """The same training on plain tensors, and how far the sharded one is from it."""
-    beside = Trainer(trainer.settings, trainer.corpus, device)
+    beside = Trainer(
+        trainer.settings, trainer.corpus, trainer.device, clip=trainer.clip, history=history
+    )
     beside.train(len(trainer.losses), lambda _: None)
     gaps = [abs(x - y) for x, y in zip(trainer.losses, beside.losses, strict=True)]
     return {
@@ -383,6 +403,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="constructor keyword, such as rank=16 or plan=gather",
     )
     add("--longest-dim", action="store_true", help="cut matrices along their longer side")
+    add("--clip", type=float, metavar="NORM", help="clip gradients, as pretrain.py does at 1")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, help=f"default: {STEPS}")
@@ -437,7 +458,7 @@ def prepare(args: argparse.Namespace, world: World, out: TextIO) -> Trainer:
         raise UserError(
             f"--save-at {args.save_at} is beyond the {settings.steps} steps of this run."
         )
-    trainer = Trainer(settings, corpus, world.device, world, args.longest_dim)
+    trainer = Trainer(settings, corpus, world.device, world, args.longest_dim, args.clip)
     matrices, _ = split_parameters(trainer.model)
     sizes = (
         sum(p.numel() for p in trainer.model.parameters()),
@@ -466,7 +487,7 @@ def train(args: argparse.Namespace, world: World, out: TextIO) -> tuple[Trainer,
         if args.save is not None and until == (args.save_at or steps):
             save(args.save, trainer, [*history, [world.size, until]])
     found = {
-        "settings": plain(asdict(trainer.settings)),
+        "settings": trainer.identity(),
         "device": world.device.type,
         "history": [*history, [world.size, steps]],
         "losses": trainer.losses,
@@ -494,7 +515,7 @@ def work(args: argparse.Namespace) -> int:
     weights = found.pop("weights")
     if world.rank == 0:  # the others are done, so none waits for what follows
         if args.compare:
-            found |= compare(trainer, weights, world.device)
+            found |= compare(trainer, weights, found["history"])
             print_comparison(found, str(world), out)
         write_text(args.out / "results.json", json.dumps(clean(found), indent=1, allow_nan=False))
         print(f"\nWritten to {args.out}: results.json", file=out)
@@ -575,7 +596,7 @@ def demo_runs(name: str, steps: int, args: argparse.Namespace) -> list[dict[str,
 
 def passed_on(args: argparse.Namespace) -> list[str]:
     """Options that the demo gives to all its runs."""
-    names = ("seed", "corpus", "size", "device", "threads", "timeout", *SIZES[args.size])
+    names = ("clip", "seed", "corpus", "size", "device", "threads", "timeout", *SIZES[args.size])
     given = [(name, getattr(args, name)) for name in names]
     options = [f"--{WORDS.get(name, name)}={value}" for name, value in given if value is not None]
     return options + ["--longest-dim"] * args.longest_dim

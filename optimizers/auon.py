@@ -81,6 +81,13 @@ class AuONRule(Rule):
     def complete_saved(cls, group: dict[str, Any]) -> None:
         group.setdefault("eps", PUBLISHED_EPS)  # version 0.1 saved none, and added this
 
+    splits = frozenset(("rows", "cols"))
+
+    @property
+    def needs_full_matrix(self) -> bool:  # type: ignore[override]
+        """Newton-Schulz steps of the hybrid are products of whole matrices."""
+        return self.ns_steps > 0
+
     def state(self, m: int, n: int) -> dict[str, Slot]:
         """The momentum buffer."""
         return {"momentum_buffer": Slot("mn")}

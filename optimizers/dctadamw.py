@@ -74,6 +74,8 @@ class DCTAdamWRule(Rule):
             side=("auto", "left", "right"),
         )
 
+    splits = frozenset(("cols",))
+
     @override
     def update(self, w: Member) -> Direction:
         """S = D^T G + E; choose I; R = S[I]; E <- S with rows I zeroed; step along D[:, I] adam(R).

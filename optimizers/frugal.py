@@ -191,6 +191,11 @@ class FRUGALRule(Rule):
         return 0 if self.split == "block" or self.density == 0 else self.update_gap
 
     @property
+    def splits(self) -> frozenset[str]:  # type: ignore[override]
+        """The sides along which nothing is chosen; none in the published order."""
+        return frozenset() if self.compat == "reference" else self.gradient_split.splits
+
+    @property
     @override
     def handles_nonfinite(self) -> bool:  # type: ignore[override]
         return self.compat is None and self.inner in self.gradient_split.handles_nonfinite

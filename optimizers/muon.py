@@ -24,6 +24,7 @@ from ..kernels import (
     low_rank_size,
     polar_factor,
     polar_report,
+    product,
 )
 from ._core.rule import Carry, Dense, Direction, Member, Reductions, Rule, Scaled, Slot, Term
 from ._core.validation import (
@@ -94,6 +95,8 @@ class MuonRule(Rule):
     spike_ratio: float | None = None
     report_steps: int = 0
 
+    needs_full_matrix = True
+
     # the step -------------------------------------------------------------------------------------
 
     def state(self, m: int, n: int) -> dict[str, Slot]:
@@ -137,9 +140,10 @@ class MuonRule(Rule):
 
         def inverse(E: Tensor, ks: slice) -> Tensor:
             u, o = U[ks].to(E.dtype), O[ks].to(E.dtype)
-            root = o @ u.mT if w.m <= w.n else o.mT @ u
+            # products that give a matrix the same bits in a stack and alone
+            root = product(o, u.mT) if w.m <= w.n else product(o.mT, u)
             root = (root + root.mT) / (2 * s)  # that of an inexact factor is nearly symmetric
-            return root @ E if w.m <= w.n else E @ root
+            return product(root, E) if w.m <= w.n else product(E, root)
 
         return Carry(B, beta, inverse)
 

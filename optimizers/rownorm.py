@@ -100,6 +100,15 @@ class RowNormRule(RowRule):
             X = unit_range([X])[0]
         return row_norm(X, kernel_eps(self.eps), self.row_mode, self.centred), None
 
+    @property
+    def splits(self) -> frozenset[str]:  # type: ignore[override]
+        """The rows, each of which needs nothing of the others; none where sums are taken.
+
+        Squares of rows that other ranks hold in part would need a scale in common.
+        """
+        takes_sums = self.centred or self.row_mode == "relative"
+        return frozenset() if takes_sums else super().splits & {"rows"}
+
     @override
     def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """Rows of X (K, m, n) at norm 1, in X itself: only centred rows come here."""

@@ -40,6 +40,8 @@ class TrionRule(Rule):
     """S = D^T (M + G); I its r largest rows, A = S[I]; M - (1 - mu) D_I A stays; D_I polar(A)."""
 
     handles_nonfinite: ClassVar[bool] = True
+    splits = frozenset(("cols",))
+    needs_full_matrix = True
 
     momentum: float = 0.95
     rank: int | float = 0.25
@@ -98,7 +100,8 @@ class TrionRule(Rule):
         if M is not B:
             B.copy_(w.where_finite(M, B))
         sides = (w.n, w.m) if w.transposed else (w.m, w.n)
-        return w.step(Factored(P, self.orthogonalize(A)), lr_factor=self.lr_factor(*sides, r))
+        O = w.reductions.on_full_matrix(self.orthogonalize, A)
+        return w.step(Factored(P, O), lr_factor=self.lr_factor(*sides, r))
 
     def orthogonalize(self, A: Tensor) -> Tensor:
         """The polar factor O of every matrix of A (K, r, n); the factor of D_I A is D_I O."""

@@ -419,8 +419,11 @@ class Rule:
 
     Shards along these give the update of the whole weight, since every sum goes through
     ``Member.reductions``. The dimensions are those of the matrix as the rule sees it. A property
-    where a field needs more than shards can give; weights cut otherwise travel to one rank.
+    where a field needs more than shards can give; weights cut otherwise, and those whose step
+    needs a :class:`Carry`, travel to one rank.
     """
+    needs_full_matrix: ClassVar[bool] = False
+    """Set True if ordinary updates call ``Reductions.on_full_matrix``, so that matrices travel."""
     refresh_in_lockstep: ClassVar[bool] = False
     """Set True if all units must refresh in the same update. ``stagger=True`` is refused then."""
 
@@ -455,6 +458,10 @@ class Rule:
         """
         T = self.refresh_interval
         return bool(T) and (refreshed == 0 or (t - 1 + self.refresh_offset + shift) % T == 0)
+
+    def splits_of(self, number: int) -> frozenset[str]:
+        """``splits`` of one member, for rules whose members are cut along different sides."""
+        return self.splits
 
     def transpose(self, m: int, n: int) -> bool:
         """Whether the driver transposes an m x n member before this rule sees it."""

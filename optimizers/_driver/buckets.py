@@ -70,7 +70,8 @@ class Bucket:
         addresses: Per binding of a stack its address on the CPU, to notice rows that another
             process was sent and that left their slab by that.
         clock_dicts: Per unit, the state dict that holds its clocks.
-        reductions: Completes sums over weights of which this process holds parts.
+        reductions: Per member, what completes sums over a weight of which this process holds a
+            part; None where it holds all.
         nonzero_positions: Positions of parameters whose gradient is somewhere not 0, where this
             process sees parts of gradients; None where it sees all.
     """
@@ -84,7 +85,7 @@ class Bucket:
     bindings: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
     clock_dicts: list[dict[str, Any]] = field(default_factory=list)
-    reductions: Reductions = LOCAL_REDUCTIONS
+    reductions: Sequence[Reductions] | None = None
     nonzero_positions: Set[int] | None = None
 
     def __post_init__(self) -> None:
@@ -402,7 +403,7 @@ class Bucket:
             finite: None, or flags of the units for a rule that takes them itself.
             writes: Whether ``refresh`` writes weights.
         """
-        members = []
+        members, reductions = [], self.reductions
         for i, G in enumerate(grads):
             m, n = self.unit.sides(i)
             load = partial(self.load, i)
@@ -422,7 +423,7 @@ class Bucket:
                     state_since=self.state_since,
                     number=i,
                     transposed=self.unit.transposed[i],
-                    reductions=self.reductions,
+                    reductions=LOCAL_REDUCTIONS if reductions is None else reductions[i],
                     store=partial(self.store, i),
                     finite=finite if finite is None else finite.expand(K),
                     rounding=self.rounding(i, t, REFRESH_WRITE) if writes else None,
@@ -552,6 +553,7 @@ class StepPlan:
             or len(state) != len(self.entries)
             or not all(map(is_, state.values(), self.entries))
             or not all(bucket.holds_its_tensors() for bucket in self.buckets)
+            or not (self.shards is None or self.shards.holds_its_tensors())
             or any(self.state_window_changed(bucket) for bucket in self.buckets)
         )
 

@@ -135,39 +135,34 @@ class Exchange:
     device: torch.device
 
     @cached_property
-    def _senders(self) -> list[list[int]]:
-        """Per piece, per rank the rank that sends its box to an owner: the first that holds it."""
-        return [[piece.boxes.index(box) for box in piece.boxes] for piece in self.pieces]
-
-    def _routes(self, source: int, target: int) -> list[int]:
-        """Pieces of which ``source`` sends its box to ``target``, which owns them."""
-        found = []
-        for k, piece in enumerate(self.pieces):
-            box = piece.boxes[source]
-            if piece.owner not in (None, target) or source == target or not numel(box):
-                continue
-            if self._senders[k][source] == source and not _covers(piece.boxes[target], box):
-                found.append(k)
-        return found
-
-    def _returns(self, source: int, target: int) -> list[int]:
-        """Pieces of which ``source``, their owner, sends ``target`` the box that this holds."""
-        return [
-            k
-            for k, piece in enumerate(self.pieces)
-            if piece.owner == source != target and numel(piece.boxes[target])
-        ]
-
-    @cached_property
     def _plans(self) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]]]:
         """Pieces sent to and received from each rank, on the way to owners and on the way back."""
         me, ranks = self.team.rank, range(len(self.team))
-        return (
-            [self._routes(me, rank) for rank in ranks],
-            [self._routes(rank, me) for rank in ranks],
-            [self._returns(me, rank) for rank in ranks],
-            [self._returns(rank, me) for rank in ranks],
-        )
+        there: list[list[int]] = [[] for _ in ranks]
+        here, back, returned = ([list[int]() for _ in ranks] for _ in range(3))
+        first_holders: dict[int, dict[Box, int]] = {}
+        for k, piece in enumerate(self.pieces):
+            boxes = piece.boxes
+            first = first_holders.get(id(boxes))
+            if first is None:  # of equal boxes the first rank sends
+                first = first_holders[id(boxes)] = {}
+                for rank, box in enumerate(boxes):
+                    first.setdefault(box, rank)
+            for owner in ranks if piece.owner is None else (piece.owner,):
+                if owner == me:
+                    for box, rank in first.items():
+                        if rank != me and numel(box) and not _covers(boxes[me], box):
+                            here[rank].append(k)
+                elif first[boxes[me]] == me and numel(boxes[me]):
+                    if not _covers(boxes[owner], boxes[me]):
+                        there[owner].append(k)
+            if piece.owner == me:
+                for rank in ranks:
+                    if rank != me and numel(boxes[rank]):
+                        back[rank].append(k)
+            elif piece.owner is not None and numel(boxes[me]):
+                returned[piece.owner].append(k)
+        return there, here, back, returned
 
     def bytes_to_owners(self) -> int:
         """Bytes that this rank sends to owners, without the status."""

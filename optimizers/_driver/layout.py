@@ -43,7 +43,7 @@ def local(X: Tensor) -> Tensor:
 def memory(X: Any) -> Tensor:
     """The tensor that a DTensor holds here, the same object as long as nobody replaces it.
 
-    ``to_local`` makes a new view of a parameter at each call.
+    ``to_local`` makes a new view of a parameter's at every call.
     """
     held: Tensor = X._local_tensor
     return held

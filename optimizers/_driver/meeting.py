@@ -23,7 +23,7 @@ from .buckets import Bucket
 from .exchange import FAILED_ELSEWHERE, Exchange, Piece, RankError, Team
 
 Run = Callable[[], None]
-SUM, MAX, WHOLE, GATHER = "SUM", "MAX", "WHOLE", "GATHER"
+SUM, MAX, WHOLE, FROM = "SUM", "MAX", "WHOLE", "FROM"
 
 
 @dataclass
@@ -32,17 +32,23 @@ class Request:
 
     Attributes:
         bucket: The bucket.
-        kind: ``SUM``, ``MAX``, ``WHOLE`` or ``GATHER``.
+        number: Number of the member whose weight it is about.
+        kind: ``SUM``, ``MAX``, ``WHOLE`` or ``FROM``.
         x: The partial sum or maximum, or matrices (K, m, n) of which ranks hold parts.
         fn: What is applied to whole matrices; None for a stand-in after an exception.
         per_matrix: Arguments of ``fn`` with an entry per matrix.
+        small: Arguments of ``fn`` that all ranks have whole.
+        gathers: Whether ``fn`` takes the whole of ``x`` before them.
     """
 
     bucket: Bucket
+    number: int
     kind: str
     x: Tensor
-    fn: Callable[..., Tensor] | None = None
+    fn: Callable[..., Any] | None = None
     per_matrix: tuple[Sequence[Any] | Tensor, ...] = ()
+    small: tuple[Tensor, ...] = ()
+    gathers: bool = False
 
 
 class ShardReductions(Reductions):
@@ -51,51 +57,54 @@ class ShardReductions(Reductions):
     Args:
         meeting: Where the bucket asks.
         bucket: The bucket.
+        number: Number of the member.
         cut: Letters of the sides that are cut, as the rule sees them.
     """
 
-    def __init__(self, meeting: Meeting, bucket: Bucket, cut: frozenset[str]) -> None:
-        self._meeting, self._bucket, self._cut = meeting, bucket, cut
+    def __init__(self, meeting: Meeting, bucket: Bucket, number: int, cut: frozenset[str]) -> None:
+        self._meeting, self._bucket, self._number = meeting, bucket, number
+        self._cut = cut & {"m", "n"}
 
-    def _ask(self, kind: str, x: Tensor, needed: bool) -> Tensor:
-        return self._meeting.ask(Request(self._bucket, kind, x)) if needed else x
+    def _ask(self, kind: str, x: Tensor, *args: Any) -> Any:
+        return self._meeting.ask(Request(self._bucket, self._number, kind, x, *args))
+
+    def _complete(self, kind: str, x: Tensor, needed: bool) -> Tensor:
+        completed: Tensor = self._ask(kind, x) if needed else x
+        return completed
 
     def rows(self, x: Tensor) -> Tensor:
         """Complete a partial sum over the rows of the weight."""
-        return self._ask(SUM, x, "m" in self._cut)
+        return self._complete(SUM, x, "m" in self._cut)
 
     def cols(self, x: Tensor) -> Tensor:
         """Complete a partial sum over the columns of the weight."""
-        return self._ask(SUM, x, "n" in self._cut)
+        return self._complete(SUM, x, "n" in self._cut)
 
     def both(self, x: Tensor) -> Tensor:
         """Complete a partial sum over all entries of the weight."""
-        return self._ask(SUM, x, bool(self._cut))
+        return self._complete(SUM, x, bool(self._cut))
 
     def most(self, x: Tensor) -> Tensor:
         """Complete a maximum over all entries of the weight."""
-        return self._ask(MAX, x, bool(self._cut))
+        return self._complete(MAX, x, bool(self._cut))
 
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
-        """The results of the first rank: computed everywhere, since their shapes are not known."""
-        return self._of_first_rank(fn(*args))
-
-    def _of_first_rank(self, results: Any) -> Any:
-        if isinstance(results, Tensor):
-            is_first = self._meeting.team.rank == 0
-            return self._ask(SUM, results if is_first else torch.zeros_like(results), True)
-        return tuple(self._of_first_rank(x) for x in results)
+        """Apply fn to small matrices that all ranks have whole, on one; all get the result."""
+        return self._ask(FROM, args[0], fn, (), args)
 
     def on_full_matrix(
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
         """Apply fn to whole matrices, each on its owner, and return the local parts."""
-        return self._meeting.ask(Request(self._bucket, WHOLE, X, fn, per_matrix))
+        whole: Tensor
+        whole = self._ask(WHOLE, X, fn, per_matrix) if self._cut else fn(X, *per_matrix)
+        return whole
 
     def from_full_matrix(self, fn: Callable[..., Any], X: Tensor, *small: Tensor) -> Any:
-        """Apply fn to the whole stack: every rank gets the matrices, and the first one's result."""
-        whole = self._meeting.ask(Request(self._bucket, GATHER, X))
-        return self._of_first_rank(fn(whole, *small))
+        """Apply fn to the whole stack on the owner of its first matrix; all get the result."""
+        if not self._cut:
+            return self.on_one_rank(fn, X, *small)
+        return self._ask(FROM, X, fn, (), small, True)
 
 
 class _Aborted(BaseException):
@@ -129,14 +138,13 @@ class _Runner:
             self._inbox.put(_Aborted())
             self._thread.join()
 
-    def ask(self, request: Request) -> Tensor:
+    def ask(self, request: Request) -> Any:
         """Called in the thread: wait for the answer of a request."""
         self._outbox.put(("asks", request))
         answer = self._inbox.get()
         if isinstance(answer, BaseException):
             raise answer
-        result: Tensor = answer
-        return result
+        return answer
 
     def _main(self, run: Run) -> None:
         on_stream: AbstractContextManager[Any] = (
@@ -161,17 +169,23 @@ class Meeting:
     Attributes:
         team: The ranks.
         failure: The first exception of this process in this step.
+        told: Whether other ranks know of it.
     """
 
-    def __init__(self, team: Team, pieces_of: Callable[[Bucket, torch.dtype], list[Piece]]) -> None:
+    def __init__(
+        self,
+        team: Team,
+        pieces_of: Callable[[Bucket, int, torch.Size, torch.dtype], list[Piece]],
+    ) -> None:
         self.team = team
         self.failure: BaseException | None = None
+        self.told = False
         self._pieces_of = pieces_of
         self._running: _Runner | None = None
         self._exchanges: dict[Hashable, Exchange] = {}
-        self._asked: dict[tuple[Bucket, int], tuple[str, torch.Size, torch.dtype]] = {}
+        self._asked: dict[tuple[Bucket, int], tuple[int, str, torch.Size, torch.dtype]] = {}
 
-    def ask(self, request: Request) -> Tensor:
+    def ask(self, request: Request) -> Any:
         """Wait for the answer of a request; called by a rule."""
         assert self._running is not None
         return self._running.ask(request)
@@ -183,7 +197,7 @@ class Meeting:
             RankError: If another rank has failed.
             Exception: The first that a rule has raised here, after the others know of it.
         """
-        self.failure = None
+        self.failure, self.told = None, False
         runners = [_Runner(b, run, b.unit.params[0].device) for b, run in runs]
         answers: list[Any] = [None] * len(runners)
         waiting, number = runners, 0
@@ -215,43 +229,46 @@ class Meeting:
             kind, result = runner.resume(answer)
             key = runner.bucket, number
             if kind == "asks":
-                self._asked[key] = result.kind, result.x.shape, result.x.dtype
+                self._asked[key] = result.number, result.kind, result.x.shape, result.x.dtype
                 requests.append((runner, result))
             elif kind == "raises":
                 self.failure = self.failure or result
-                if key in self._asked or number == 0:
+                placed = runner.bucket.unit.placed
+                guess = number == 0 and placed is not None and placed.plan == "owner"
+                if key in self._asked or guess:
                     requests.append((None, self._stand_in(runner.bucket, number)))
         return requests
 
     def _stand_in(self, bucket: Bucket, number: int) -> Request:
         """What a bucket would have asked, for the others not to wait: as in its last step."""
-        sides = len(bucket.indices), *bucket.unit.held_sides(0)
-        asked = self._asked.get((bucket, number), (WHOLE, torch.Size(sides), bucket.dtype))
-        kind, shape, dtype = asked
+        sides = torch.Size((len(bucket.indices), *bucket.unit.held_sides(0)))
+        member, kind, shape, dtype = self._asked.get(
+            (bucket, number), (0, WHOLE, sides, bucket.dtype)
+        )
         device = bucket.unit.params[0].device
-        return Request(bucket, kind, torch.zeros(shape, dtype=dtype, device=device))
+        return Request(bucket, member, kind, torch.zeros(shape, dtype=dtype, device=device))
 
-    def _answer(self, requests: Sequence[Request]) -> list[Tensor]:
+    def _answer(self, requests: Sequence[Request]) -> list[Any]:
         """The answer to each request, by as few calls as there are kinds and dtypes."""
-        answers: list[Tensor] = [r.x for r in requests]
-        for kind in (SUM, MAX):
-            by_dtype: dict[torch.dtype, list[int]] = {}
-            for i, request in enumerate(requests):
-                if request.kind == kind:
-                    by_dtype.setdefault(request.x.dtype, []).append(i)
-            for indices in by_dtype.values():
-                reduced = self._reduce(kind, [requests[i].x for i in indices])
-                for i, x in zip(indices, reduced, strict=True):
-                    answers[i] = x
-        for kind, answer in ((WHOLE, self._on_owners), (GATHER, self._everywhere)):
-            whole: dict[torch.dtype, list[int]] = {}
-            for i, request in enumerate(requests):
-                if request.kind == kind:
-                    whole.setdefault(request.x.dtype, []).append(i)
-            for indices in whole.values():
-                results = answer([requests[i] for i in indices])
-                for i, x in zip(indices, results, strict=True):
-                    answers[i] = x
+        answers: list[Any] = [r.x for r in requests]
+        self.told = self.failure is not None
+        by_call: dict[Any, list[int]] = {}
+        for i, request in enumerate(requests):
+            kind = request.kind
+            call = (kind, request.x.dtype) if kind in (SUM, MAX) else kind
+            by_call.setdefault(call, []).append(i)
+        order = [key for kind in (SUM, MAX) for key in by_call if key[0] == kind]
+        for call in (*order, WHOLE, FROM):
+            indices = by_call.get(call, [])
+            batch = [requests[i] for i in indices]
+            if call in order:
+                results: Sequence[Any] = self._reduce(call[0], [r.x for r in batch])
+            elif not batch:
+                continue
+            else:
+                results = self._on_owners(batch) if call == WHOLE else self._from_owners(batch)
+            for i, x in zip(indices, results, strict=True):
+                answers[i] = x
         return answers
 
     def _reduce(self, kind: str, xs: Sequence[Tensor]) -> list[Tensor]:
@@ -259,7 +276,9 @@ class Meeting:
         failed = xs[0].new_full((1,), float(self.failure is not None))
         packed = torch.cat([failed, *(x.reshape(-1) for x in xs)])
         self.team.reduce(packed, kind)
-        if self.failure is None and bool(packed[0] > 0):
+        if self.failure is not None:
+            raise self.failure  # the others have read so and ask for nothing more
+        if bool(packed[0] > 0):
             raise RankError(FAILED_ELSEWHERE)
         parts = torch.split(packed[1:], [x.numel() for x in xs])
         return [part.view(x.shape) for part, x in zip(parts, xs, strict=True)]
@@ -269,10 +288,11 @@ class Meeting:
         exchange = self._exchange(requests)
         held = [M for r in requests for M in r.x.unbind(0)]
         whole = exchange.to_owners(held, self.failure is not None)
+        if self.failure is not None:
+            raise self.failure  # the others have read so and do not come to the way back
         results = dict[int, Tensor]()
         try:
-            if self.failure is None:
-                results = _apply(requests, whole)
+            results = _apply(requests, whole)
         except Exception as error:
             self.failure = error
         answers = [torch.empty_like(r.x, memory_format=torch.contiguous_format) for r in requests]
@@ -283,27 +303,99 @@ class Meeting:
         return answers
 
     def _exchange(self, requests: Sequence[Request]) -> Exchange:
-        """The exchange of all matrices of the requests; those of one kind differ by nothing."""
-        dtype, kind = requests[0].x.dtype, requests[0].kind
-        key = kind, dtype, *map(id, (r.bucket for r in requests))
+        """The exchange of all matrices of the requests."""
+        asked = ((r.kind, r.number, r.x.shape, r.x.dtype, id(r.bucket)) for r in requests)
+        key = tuple(asked)
         exchange = self._exchanges.get(key)
         if exchange is None:
-            pieces = [piece for r in requests for piece in self._pieces_of(r.bucket, dtype)]
-            if kind == GATHER:
-                pieces = [piece._replace(owner=None, dtype=dtype) for piece in pieces]
+            pieces = list[Piece]()
+            for r in requests:
+                own = self._pieces_of(r.bucket, r.number, r.x.shape[-2:], r.x.dtype)
+                if r.kind == FROM:  # a stack that something is found from is not divided
+                    own = [piece._replace(owner=own[0].owner, dtype=r.x.dtype) for piece in own]
+                pieces += own
             exchange = self._exchanges[key] = Exchange(self.team, pieces, requests[0].x.device)
         return exchange
 
-    def _everywhere(self, requests: Sequence[Request]) -> list[Tensor]:
-        """Whole stacks of matrices, for every rank."""
-        held = [M for r in requests for M in r.x.unbind(0)]
-        whole = self._exchange(requests).to_owners(held, self.failure is not None)
-        answers, first = [], 0
-        for request in requests:
-            count = len(request.x)
-            answers.append(torch.stack([whole[first + k] for k in range(count)]))
-            first += count
+    def _from_owners(self, requests: Sequence[Request]) -> list[Any]:
+        """Apply each request's function on one rank, and give the results to all."""
+        gathered = [r for r in requests if r.gathers]
+        whole, owners = dict[int, Tensor](), list[int]()
+        if gathered:
+            exchange = self._exchange(gathered)
+            held = [M for r in gathered for M in r.x.unbind(0)]
+            whole = exchange.to_owners(held, self.failure is not None)
+            if self.failure is not None:
+                raise self.failure
+        results, first = dict[int, Any](), 0
+        for i, r in enumerate(requests):
+            owner = self._pieces_of(r.bucket, r.number, r.x.shape[-2:], r.x.dtype)[0].owner or 0
+            owners.append(owner)
+            if owner == self.team.rank and self.failure is None and r.fn is not None:
+                matrices = [whole[first + k] for k in range(len(r.x))] if r.gathers else []
+                X = (torch.stack(matrices),) if matrices else ()
+                try:
+                    results[i] = r.fn(*X, *r.small)
+                except Exception as error:
+                    self.failure = error
+            first += len(r.x) if r.gathers else 0
+        return self._give_to_all(requests, owners, results)
+
+    def _give_to_all(
+        self, requests: Sequence[Request], owners: Sequence[int], results: dict[int, Any]
+    ) -> list[Any]:
+        """Results of one rank each, on all ranks, which learn their shapes first."""
+        device = requests[0].x.device
+        rows = [_shapes_of(results.get(i)) for i in range(len(requests))]
+        flat = [int(self.failure is not None), *(x for row in rows for x in row)]
+        header = torch.tensor(flat, dtype=torch.int64, device=device)
+        failed, *told = self.team.reduce(header, "SUM").tolist()
+        if self.failure is not None:
+            raise self.failure
+        if failed:
+            raise RankError(FAILED_ELSEWHERE)
+        pieces, held, own = list[Piece](), list[Tensor](), dict[int, Tensor]()
+        answers = list[Any]()
+        for i, owner in enumerate(owners):
+            found, is_one = _tensors_of(told[i * HEADER : (i + 1) * HEADER], device)
+            for k, X in enumerate(found):
+                if i in results:
+                    own[len(pieces)] = results[i] if is_one else results[i][k]
+                box = tuple((0, side) for side in X.shape)
+                pieces.append(Piece(owner, (box,) * len(self.team), tuple(X.shape), X.dtype))
+                held.append(X)
+            answers.append(found[0] if is_one else tuple(found))
+        Exchange(self.team, pieces, device).from_owners(own, held)
         return answers
+
+
+MOST_RESULTS, MOST_SIDES = 4, 4
+HEADER = 2 + MOST_RESULTS * (2 + MOST_SIDES)
+"""Numbers that tell the shapes of what a function returned."""
+DTYPES = (
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool),
+)
+
+
+def _shapes_of(result: Any) -> list[int]:
+    """Numbers that tell the shapes of a result; zeros where there is none."""
+    tensors = [result] if isinstance(result, Tensor) else list(result or ())
+    row = [len(tensors), int(isinstance(result, Tensor))]
+    for X in tensors:
+        sides = [*X.shape, *[0] * (MOST_SIDES - X.dim())]
+        row += [X.dim(), DTYPES.index(X.dtype), *sides]
+    return row + [0] * (HEADER - len(row))
+
+
+def _tensors_of(row: Sequence[int], device: torch.device) -> tuple[list[Tensor], bool]:
+    """Empty tensors of the shapes that a row tells, and whether the result was one tensor."""
+    count, is_one, *rest = row
+    found, step = [], 2 + MOST_SIDES
+    for k in range(count):
+        dim, dtype, *sides = rest[k * step : (k + 1) * step]
+        found.append(torch.empty(sides[:dim], dtype=DTYPES[dtype], device=device))
+    return found, bool(is_one)
 
 
 def _apply(requests: Sequence[Request], whole: dict[int, Tensor]) -> dict[int, Tensor]:

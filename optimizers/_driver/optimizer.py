@@ -740,8 +740,6 @@ class StackedOptimizer(Optimizer):
             sharded_update.update(self, plan)
             return
         grads = [p.grad for p in plan.flat_params]
-        if not any(grad is not None for grad in grads):
-            self._refuse_replaced(plan.flat_params)
         name = type(self).__name__
         if not check_ready(plan, grads, self.param_groups, self.state, name):
             self._plan = None  # weights have another dtype now, and their state fits
@@ -759,12 +757,14 @@ class StackedOptimizer(Optimizer):
             self._step_matrices(plan, grads, found)
         for work in adamw_steps:
             work.step(found.bad, found.adamw_flags)
-        self._keep_unread(plan, found)
+        if found.joined or any(found.unread):
+            self._keep_unread(plan, found)
+        if not (plan.buckets or adamw_steps):
+            self._refuse_replaced(plan.flat_params)
 
     def _keep_unread(self, plan: StepPlan, found: Findings) -> None:
         """Keep flags that the host has not read for the next step."""
-        if found.joined or any(found.unread):
-            self._pending = [*self._pending, *found.late_flags(plan, self.param_groups)]
+        self._pending = [*self._pending, *found.late_flags(plan, self.param_groups)]
 
     def _inspect(
         self,

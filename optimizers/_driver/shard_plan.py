@@ -3,6 +3,7 @@
 | plan | what happens |
 |---|---|
 | ``local`` | no matrix is cut: the rule runs on what each rank holds, and nothing is sent |
+| ``reduce`` | matrices are cut: the rule runs on what each rank holds, and sums are sent |
 | ``owner`` | whole matrices travel to one rank each; see ``Placed.meets`` for its two forms |
 | ``gather`` | every rank gets whole weights and does all work; never chosen by ``"auto"`` |
 """
@@ -28,14 +29,14 @@ class Placed:
     """How the weights of a unit lie over ranks, and what is done about it.
 
     Attributes:
-        plan: ``"local"``, ``"owner"`` or ``"gather"``.
+        plan: ``"local"``, ``"reduce"``, ``"owner"`` or ``"gather"``.
         layouts: One per member.
         axes: Axes of the mesh that cut any of them.
         held: Per member, what this process holds, for a rule that runs on that; None: the unit
             travels whole.
         cut: Per member, letters of the sides that are cut as the rule sees it, and ``"k"`` for its
             matrices, where ``held`` is given.
-        by_rank: What each rank holds, where it is cut.
+        by_rank: Per member, what each rank holds, where any is cut.
     """
 
     plan: str
@@ -43,7 +44,7 @@ class Placed:
     axes: tuple[int, ...]
     held: tuple[HeldView, ...] | None
     cut: tuple[frozenset[str], ...]
-    by_rank: tuple[HeldView, ...] = ()
+    by_rank: tuple[tuple[HeldView, ...], ...] = ()
 
     @property
     def meets(self) -> bool:
@@ -51,7 +52,7 @@ class Placed:
 
         Else gradient, weight and state travel, and the rule runs on an owner.
         """
-        return self.held is not None and self.plan == "owner"
+        return self.held is not None and self.plan in ("reduce", "owner")
 
     @property
     def key(self) -> Hashable:
@@ -107,22 +108,27 @@ def place(
     is_whole = held is not None and not any(letters & {"m", "n"} for letters in cut)
     if not axes:
         return Placed("local", layouts, axes, held, cut)
-    exact = (*(("local",) if is_whole else ()), "owner", "gather")
+    on_parts = () if held is None else ("local",) if is_whole else ("reduce",)
+    if rule.needs_full_matrix and not is_whole:
+        on_parts = ()
+    exact = (*on_parts, "owner", "gather")
     if choice != "auto" and choice not in exact:
         raise ValueError(
             f"plan={choice!r} is not exact for {texts[0]} as it is sharded over "
             f"{[x.placements for x in layouts]}; choose {', '.join(map(repr, exact))} or 'auto'"
         )
     plan = exact[0] if choice == "auto" else choice
-    if held is None or plan == "gather" or (plan == "owner" and is_whole):
+    if held is None or plan == "gather" or (plan == "owner" and exact[0] != "owner"):
         return travelling(Placed(plan, layouts, axes, None, ()))
-    by_rank = _by_rank(unit, layouts[0], axes, views[0]) if plan == "owner" else ()
+    by_rank = () if plan == "local" else tuple(
+        _by_rank(unit, layout, axes, view) for layout, view in zip(layouts, views, strict=True)
+    )  # fmt: skip
     return Placed(plan, layouts, axes, held, cut, by_rank)
 
 
 def travelling(placed: Placed) -> Placed:
     """The same weights, of which whole units travel."""
-    plan = "owner" if placed.plan == "local" and placed.axes else placed.plan
+    plan = "owner" if placed.plan in ("local", "reduce") and placed.axes else placed.plan
     return replace(placed, plan=plan, held=None, cut=(), by_rank=())
 
 
@@ -174,17 +180,26 @@ def _held(
         found = [held_views(v, x.shape, [x.box], 0) for v, x in zip(views, layouts, strict=True)]
         return tuple(views_of[unit.number] for views_of in found if views_of is not None)
     # a refresh asks whether a whole gradient is zero, which ranks know of parameters only
-    if len(layouts) > 1 or unit.quantized or (count > 1 and rule.refresh_interval):
+    if unit.quantized or (count > 1 and rule.refresh_interval):
         return None
-    (layout,) = layouts
-    ranks = layout.over(axes)
-    found_views = held_views(views[0], layout.shape, ranks.boxes, ranks.rank)
-    if found_views is None:
-        return None
-    held = found_views[unit.number]
-    if held.cut and (len(axes) > 1 or not _as_rule_sees(held, unit.transposed[0]) <= rule.splits):
-        return None
-    return (held,) if _state_follows(unit, layout, views[0], held) else None
+    held = list[HeldView]()
+    for i, (layout, view) in enumerate(zip(layouts, views, strict=True)):
+        ranks = layout.over(axes)
+        views_here = held_views(view, layout.shape, ranks.boxes, ranks.rank)
+        if views_here is None:
+            return None
+        own = views_here[unit.number]
+        cut = _as_rule_sees(own, unit.transposed[i])
+        if cut and (len(axes) > 1 or not cut <= rule.splits_of(i)):
+            return None
+        if cut and unit.writes[i] == "eco":  # a Carry turns errors by the whole of U
+            return None
+        if not _state_follows(unit, i, layout, view, own):
+            return None
+        held.append(own)
+    if len({_letters(h, x, False) & {"k"} for h, x in zip(held, layouts, strict=True)}) > 1:
+        return None  # experts of one factor are cut, and rows of the other
+    return tuple(held)
 
 
 def _as_rule_sees(held: HeldView, transposed: bool) -> frozenset[str]:
@@ -193,22 +208,22 @@ def _as_rule_sees(held: HeldView, transposed: bool) -> frozenset[str]:
     return frozenset({"rows": "cols", "cols": "rows"}[side] for side in held.cut)
 
 
-def _state_follows(unit: Unit, layout: Layout, view: str, held: HeldView) -> bool:
+def _state_follows(unit: Unit, i: int, layout: Layout, view: str, held: HeldView) -> bool:
     """Whether torch's shards of all state are what each rank's part of the weight needs."""
-    letters = _letters(held, layout, unit.transposed[0])
+    transposed = unit.transposed[i]
+    letters = _letters(held, layout, transposed)
     placed = Placed("owner", (layout,), layout.axes, (held,), (letters,))
-    many = unit.views[0].k > 1
-    for slot in unit.slots[0].values():
+    many = unit.views[i].k > 1
+    for slot in unit.slots[i].values():
         if slot.axes == "mn" or not letters & {*slot.axes, *("k" if many else "")}:
             continue
         if slot.device is not None:
             return False
-        m, n = unit.sides(0)
-        shape = (*((unit.views[0].k,) if many else ()), *slot.shape(m, n))
+        shape = (*((unit.views[i].k,) if many else ()), *slot.shape(*unit.sides(i)))
         stored = placed.resting_layout(0, slot.axes, shape, many).over(layout.axes).boxes
         for box, there in zip(stored, _by_rank(unit, layout, layout.axes, view), strict=True):
             v = there.view
-            sides = (v.n, v.m) if unit.transposed[0] else (v.m, v.n)
+            sides = (v.n, v.m) if transposed else (v.m, v.n)
             needed = (*((v.k,) if many else ()), *slot.shape(*sides))
             if tuple(b - a for a, b in box) != needed:
                 return False

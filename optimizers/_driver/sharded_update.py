@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .agreement import FAILED, MOVES, REFUSED, STOPPED, Agreement, agree, teams_of
 from .checks import check_ready
+from .exchange import RankError
 from .finite import Findings, group_indices
 from .layout import Layout, is_sharded
 
@@ -103,6 +104,7 @@ class _Step:
         group_of = group_indices(groups)
         modes = [groups[group_of[i]]["nonfinite"] for i in found.bad]
         flags = [False] * 4
+        flags[FAILED], plan.shards.untold = plan.shards.untold, False
         flags[REFUSED], flags[STOPPED] = "raise" in modes, "skip_step" in modes
         flags[MOVES] = not self._lrs_are_zero() or any(
             G is not None and bool(G.any())
@@ -118,6 +120,11 @@ class _Step:
             optimizer._describe,
             lambda i: str(groups[group_of[i]]["nonfinite"]),
         )
+        if flags[FAILED]:
+            raise RankError(
+                "a rule failed here in the step before, when the other ranks could not be told; "
+                "load a checkpoint"
+            )
         found.bad |= self.agreed.bad
         found.stopped = self.agreed.step[STOPPED]
         if self.agreed.step[REFUSED] and not any(
@@ -150,4 +157,5 @@ class _Step:
             plan.shards.step(optimizer, self._held, self.agreed)
         for work in self._adamw_steps:
             work.step(found.bad, found.adamw_flags)
-        optimizer._keep_unread(plan, found)
+        if found.joined or any(found.unread):
+            optimizer._keep_unread(plan, found)

@@ -7,6 +7,7 @@ Units that travel are stepped by their owner, on whole tensors, by today's drive
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -23,7 +24,8 @@ from .exchange import Exchange, Piece, Team
 from .finite import Findings
 from .layout import Box, Layout, is_sharded, memory
 from .meeting import Meeting, Run, ShardReductions
-from .shard_plan import work_of
+from .shard_plan import Placed, work_of
+from .traffic import traffic_of
 from .units import HeldMember, State, Unit
 
 if TYPE_CHECKING:
@@ -224,6 +226,7 @@ class Shards:
     Attributes:
         layouts: Layouts of all sharded parameters, those of AdamW too, by flat position.
         teams: Teams of this process, in one order on all ranks.
+        untold: Whether a step has failed here of which other ranks do not know.
     """
 
     def __init__(
@@ -240,9 +243,12 @@ class Shards:
         units = [unit for unit in plan.units if unit.placed is not None]
         owners = self._owners(units)
         self.loads: list[tuple[Team, list[Load]]] = self._loads(units, owners)
+        self._units = units
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
         self.held_tensors: dict[int, Tensor] = {}
+        self.untold = False
+        self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
         self._bind()
 
     # layout of the work -------------------------------------------------------------------------
@@ -263,7 +269,7 @@ class Shards:
             runs: dict[tuple[int, ...], list[Unit]] = {}
             for unit in units:
                 if self._team(unit) is team and unit.placed is not None:
-                    if unit.placed.plan == "owner":
+                    if unit.placed.plan in ("reduce", "owner"):
                         runs.setdefault(unit.positions, []).append(unit)
             for order, run in enumerate(runs.values()):
                 if run[0].placed is not None and run[0].placed.meets:
@@ -331,6 +337,7 @@ class Shards:
         )
         self.held_state = HeldState(self._state, owners)
         self._meetings = dict[int, Meeting]()
+        self._bound = list[tuple[dict[str, Any], str, Tensor]]()
 
     def follow(self) -> None:
         """Take up memory that other code has moved, as offloading and ``model.to`` do."""
@@ -392,6 +399,18 @@ class Shards:
             for load in loads:
                 for unit in load.units:
                     self._allocate(unit, mask)
+        self._bound = [
+            (entry, key, X)
+            for unit in self._units
+            for p in unit.params
+            for entry in (self._state.get(p, {}),)
+            for key, X in entry.items()
+            if isinstance(X, Tensor)
+        ]
+
+    def holds_its_tensors(self) -> bool:
+        """Whether the state of sharded weights has the tensors that the last step left there."""
+        return all(entry.get(key) is X for entry, key, X in self._bound)
 
     def _allocate(self, unit: Unit, mask: Sequence[bool]) -> None:
         if any(mask[i] for i in unit.positions):
@@ -414,30 +433,71 @@ class Shards:
                 placed = bucket.unit.placed
                 assert placed is not None
                 bucket.nonzero_positions = agreed.nonzero
+                if not bucket.indices:
+                    self._pass_over(bucket, agreed)
+                    continue
                 run = partial(_run_bucket, optimizer, plan, bucket, flat, agreed.bad)
                 if team is None or not placed.meets:
                     run()
                     continue
                 meeting = self._meeting(team)
-                bucket.reductions = ShardReductions(meeting, bucket, placed.cut[0])
+                bucket.reductions = [
+                    ShardReductions(meeting, bucket, i, cut) for i, cut in enumerate(placed.cut)
+                ]
                 runs.append((bucket, run))
             if runs and team is not None:
-                self._meeting(team).run(runs)
+                self._meet(self._meeting(team), runs)
+
+    def _pass_over(self, bucket: Bucket, agreed: Agreement) -> None:
+        """Advance the clocks of units of which this process holds no matrix."""
+        t, refreshed = bucket.clocks()
+        if any(not agreed.bad.isdisjoint(unit.positions) for unit in bucket.units):
+            return
+        rule = self._plan.rule(bucket)
+        if rule.refresh_due(t, refreshed, bucket.unit.shift) and bucket.nonzero([None], 0):
+            bucket.set_refreshed(t)
+        bucket.set_step(t)
+
+    def _meet(self, meeting: Meeting, runs: list[tuple[Bucket, Run]]) -> None:
+        try:
+            meeting.run(runs)
+        except Exception as error:
+            # where nothing was sent after it, the others learn of it in the next step
+            self.untold = error is meeting.failure and not meeting.told
+            raise
 
     def _meeting(self, team: Team) -> Meeting:
         return self._meetings.setdefault(id(team), Meeting(team, self._pieces_of))
 
-    def _pieces_of(self, bucket: Bucket, dtype: torch.dtype) -> list[Piece]:
-        """Matrices of a bucket, as its rule sees them."""
-        pieces = []
-        for own in bucket.units:
-            unit = self._whole_unit[own]
-            on_wire = self._comm_dtype(unit) or dtype
-            boxes = _matrix_boxes(unit)
-            pieces += [
-                Piece(owner, boxes, unit.sides(0), on_wire) for owner in self._owner_of[unit]
-            ]
-        return pieces
+    def _pieces_of(
+        self, bucket: Bucket, number: int, sides: torch.Size, dtype: torch.dtype
+    ) -> list[Piece]:
+        """Matrices of a member of a bucket, as its rule sees them.
+
+        Args:
+            bucket: The bucket.
+            number: Number of the member.
+            sides: Rows and columns that this process holds; a side that is not cut may have any
+                length, as that of a factor has.
+            dtype: Dtype of the matrices.
+        """
+        units = [self._whole_unit[own] for own in bucket.units]
+        return [x for unit in units for x in self._pieces_of_unit(unit, number, sides, dtype)]
+
+    def _pieces_of_unit(
+        self, unit: Unit, number: int, sides: torch.Size, dtype: torch.dtype
+    ) -> list[Piece]:
+        """The same of one unit."""
+        placed = unit.placed
+        assert placed is not None
+        boxes, shape = _matrix_boxes(unit, number), unit.sides(number)
+        for d, letter in enumerate("mn"):
+            if letter not in placed.cut[number] and sides[d] != shape[d]:
+                shape = (sides[0], shape[1]) if d == 0 else (shape[0], sides[1])
+                whole = (0, sides[d])
+                boxes = tuple((whole, box[1]) if d == 0 else (box[0], whole) for box in boxes)
+        on_wire = self._comm_dtype(unit) or dtype
+        return [Piece(owner, boxes, shape, on_wire) for owner in self._owner_of[unit]]
 
     def _comm_dtype(self, unit: Unit) -> torch.dtype | None:
         name = self._groups[unit.group].get("comm_dtype")
@@ -463,7 +523,7 @@ class Shards:
             for load in loads
         ]
         pieces = [x for parcel in parcels for x in parcel.pieces]
-        there = Exchange(team, pieces, parcels[0].held[0].device)
+        there = self._exchange(team, pieces, parcels[0].held[0].device)
         whole = there.to_owners([x for parcel in parcels for x in parcel.held])
         failure: Exception | None = None
         try:
@@ -480,6 +540,17 @@ class Shards:
             failure = error
         self._return(team, parcels, there, whole, failure)
         self._set_clocks(parcels, agreed)
+
+    def _exchange(self, team: Team, pieces: list[Piece], device: torch.device) -> Exchange:
+        """The exchange of these pieces: that of an earlier step if they are the same."""
+        size = sum(piece.dtype.itemsize for piece in pieces)
+        known = self._exchanges.setdefault((id(team), device, len(pieces), size), [])
+        for exchange in known:
+            if exchange.pieces == pieces:
+                return exchange
+        del known[:-3]
+        known.append(Exchange(team, pieces, device))
+        return known[-1]
 
     def _refreshed(self, load: Load) -> list[int]:
         """Clocks of refreshes that only the owner can tell, of a load with several units."""
@@ -543,7 +614,7 @@ class Shards:
             numbers += [first + k for k in parcel.returns]
             first += len(parcel.pieces)
         held = [x for parcel in parcels for x in parcel.held]
-        back = Exchange(team, [there.pieces[k] for k in numbers], there.device)
+        back = self._exchange(team, [there.pieces[k] for k in numbers], there.device)
         results = {j: whole[k] for j, k in enumerate(numbers) if k in whole}
         back.from_owners(results, [held[k] for k in numbers], failure is not None)
         if failure is not None:
@@ -576,20 +647,29 @@ class Shards:
     def bytes_per_step(self) -> dict[int, int]:
         """Bytes that this rank sends for each parameter in an ordinary step."""
         sent: dict[int, int] = {}
-        for unit, owners in self._owner_of.items():
+        for unit in self._owner_of:
             placed, team = unit.placed, self._team(unit)
             if placed is not None and placed.meets and team is not None:
-                dtype = torch.promote_types(unit.params[0].dtype, torch.float32)
-                dtype = self._comm_dtype(unit) or dtype
-                pieces = [Piece(o, _matrix_boxes(unit), unit.sides(0), dtype) for o in owners]
-                exchange = Exchange(team, pieces, torch.device("cpu"))
-                size = exchange.bytes_to_owners() + exchange.bytes_from_owners()
-                sent[unit.positions[0]] = sent.get(unit.positions[0], 0) + size
+                position = unit.positions[0]
+                sent[position] = sent.get(position, 0) + self._bytes_on_shards(team, unit, placed)
         for team, loads in self.loads:
             for load in loads:
                 for i, position in enumerate(load.positions):
                     sent[position] = self._bytes_of_load(team, load, i)
         return sent
+
+    def _bytes_on_shards(self, team: Team, unit: Unit, placed: Placed) -> int:
+        """Bytes that this rank sends for a unit whose rule runs on shards."""
+        total, count = 0, unit.views[0].k
+        for number, is_whole, shape, dtype in traffic_of(unit, placed, self._plan.rule(unit)):
+            if not is_whole:  # each rank sends a part to all others, twice
+                size = count * math.prod(shape) * dtype.itemsize
+                total += 2 * size * (len(team) - 1) // len(team)
+                continue
+            pieces = self._pieces_of_unit(unit, number, torch.Size(shape), dtype)
+            exchange = Exchange(team, pieces, torch.device("cpu"))
+            total += exchange.bytes_to_owners() + exchange.bytes_from_owners()
+        return total
 
     def _bytes_of_load(self, team: Team, load: Load, i: int) -> int:
         p, layout = self._plan.flat_params[load.positions[i]], load.layouts[i]
@@ -629,11 +709,11 @@ def settle(unit: Unit, state: State) -> None:
                 entry[key] = layout.redistribute(X)
 
 
-def _matrix_boxes(unit: Unit) -> tuple[Box, ...]:
-    """Per rank, which rows and columns it holds of each matrix of a unit, as the rule sees them."""
+def _matrix_boxes(unit: Unit, i: int) -> tuple[Box, ...]:
+    """Per rank, which rows and columns it holds of each matrix of member i, as the rule does."""
     placed = unit.placed
     assert placed is not None
-    return tuple(held.box(unit.transposed[0]) for held in placed.by_rank)
+    return tuple(held.box(unit.transposed[i]) for held in placed.by_rank[i])
 
 
 def _run_bucket(

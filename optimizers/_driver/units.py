@@ -168,13 +168,9 @@ class Unit:
             return None
         return self.placed and self.placed.key, tuple(part.layout for part in self.held)
 
-    def whole_view(self, i: int) -> MatrixView:
-        """The view of member i, or that of the parameter of which it is a part."""
-        return self.held[i].view if self.held else self.views[i]
-
     def sides(self, i: int) -> tuple[int, int]:
         """Rows and columns of the whole matrices of member i as the rule sees it."""
-        view = self.whole_view(i)
+        view = self.held[i].view if self.held else self.views[i]
         return (view.n, view.m) if self.transposed[i] else (view.m, view.n)
 
     def held_sides(self, i: int) -> tuple[int, int]:
@@ -213,7 +209,8 @@ class Unit:
         if slot.axes == "mn":
             return tuple(self.params[i].shape)
         shape = slot.shape(*self.held_sides(i))
-        return (self.views[i].k, *shape) if self.whole_view(i).k > 1 else shape
+        whole_view = self.held[i].view if self.held else self.views[i]
+        return (self.views[i].k, *shape) if whole_view.k > 1 else shape
 
     def state_layout(self, i: int, key: str) -> Layout | None:
         """Layout of a state tensor of member i, None where the weight is plain.
@@ -249,6 +246,10 @@ class Unit:
         if math.prod(shape) < MIN_QUANTIZED_NUMEL:
             return None
         return basis_scales(shape) if name in self.bases else blockwise_shape(shape)
+
+    def dtype_of(self, i: int, name: str) -> torch.dtype:
+        """Dtype of a slot of member i that is not quantized."""
+        return self._dtype(self.slots[i][name], self.params[i])
 
     def _codes(self, name: str) -> torch.dtype | None:
         return torch.int8 if name in self.bases else QUANTIZED_DTYPES.get(name)
@@ -369,7 +370,8 @@ class Unit:
         if self.slots[i][name].axes == "mn":
             X = view.to_matrices(tensor)
             return X.mT if self.transposed[i] else X
-        return tensor if self.whole_view(i).k > 1 else tensor.unsqueeze(0)
+        whole_view = self.held[i].view if self.held else view
+        return tensor if whole_view.k > 1 else tensor.unsqueeze(0)
 
 
 def scale_of(key: str) -> str:

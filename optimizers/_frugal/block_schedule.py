@@ -41,6 +41,11 @@ class BlockSchedule(GradientSplit):
     seed: int
     keeps_state: bool
 
+    @property
+    @override
+    def splits(self) -> frozenset[str]:
+        return frozenset(("rows", "cols"))
+
     @override
     def slots(self, m: int, n: int, base_optimizer: BaseOptimizer) -> dict[str, Slot]:
         """State of an active block; the driver drops it where ``state_since`` is 0."""

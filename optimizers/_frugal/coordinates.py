@@ -49,6 +49,12 @@ class CoordinateSplit(GradientSplit):
     ages: bool = False
 
     @property
+    @override
+    def splits(self) -> frozenset[str]:
+        sides = {"columns": ("rows",), "rows": ("cols",), "randk": ()}
+        return frozenset(sides[self.kind])
+
+    @property
     def dim(self) -> int:
         """Dimension along which coordinates are taken."""
         return -2 if self.kind == "rows" else -1
@@ -229,9 +235,9 @@ class SplitTerm(Term):
         """Panel <- decay_factor * panel + alpha * term, in panels of its own."""
         start, stop, _ = rows.indices(self.G.shape[-2])
         height = (
-            max(1, SPLIT_PANEL // panel.shape[-1])
+            max(1, SPLIT_PANEL // max(1, panel.shape[-1]))
             if len(panel) == 1 and self.supports_row_panels
-            else stop
+            else max(1, stop)
         )
         for i in range(start, stop, height):
             j = min(i + height, stop)

@@ -75,6 +75,11 @@ class GradientSplit:
     handles_nonfinite: ClassVar[tuple[str, ...]] = ()
     """Base optimizers with which every state update takes ``finite``; see :class:`Rule`."""
 
+    @property
+    def splits(self) -> frozenset[str]:
+        """Sides of the weight that may be cut, see :attr:`Rule.splits`."""
+        return frozenset()
+
     def transpose(self, m: int, n: int) -> bool:
         """Whether an m x n weight is transposed first."""
         return False

@@ -54,6 +54,11 @@ class SubspaceSplit(GradientSplit):
         return self.proj_type == "full"
 
     @property
+    @override
+    def splits(self) -> frozenset[str]:
+        return frozenset(() if self.full else ("cols",))
+
+    @property
     def projector(self) -> Projector:
         """The projector that finds, stores and applies P."""
         exact = self.published and self.kind == "svd"

@@ -15,7 +15,7 @@ from ...kernels import DCT_PATHS, dct_basis, idct, product, sized_dct
 from .._core.rule import LOCAL_REDUCTIONS, Factored, Reductions, Selected, Slot, Term
 from .._core.validation import check, check_rank
 from .dense_projectors import ALL, Projector, State
-from .moments import BasisChange, IndexBasisChange
+from .moments import BasisChange, IndexBasisChange, largest_entries
 from .random_keys import StackRNG, random_order
 from .svd import full_precision_matmul, normalized_panels, work_dtype
 
@@ -194,8 +194,7 @@ class DctProjector(IndexProjector):
         """
         check_rank(r, S.shape[-2])
         if row_scores is None:
-            largest = torch.maximum(S.amax((-2, -1)), -S.amin((-2, -1))).view(-1, 1, 1)
-            largest = reductions.most(largest)
+            largest = reductions.most(largest_entries(S))
             # S / scale, since squares of S may overflow or vanish
             scale = largest.masked_fill(largest == 0, 1.0)
             row_scores = S.new_zeros(S.shape[:-1])

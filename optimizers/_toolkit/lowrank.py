@@ -68,6 +68,12 @@ class LowRankRule(Rule, abstract=True):
             "correct_bias=False exists only under compat='reference'",
         )
 
+    @property
+    def splits(self) -> frozenset[str]:  # type: ignore[override]
+        """The columns, which a basis of one side leaves whole; none in the published order."""
+        is_one_sided = self.proj_type != "full" and not self.published
+        return frozenset(("cols",) if is_one_sided else ())
+
     @override
     def refresh(self, w: Member) -> None:
         """P <- a basis of this gradient; the moments follow by their policy."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...kernels import fuses_passes, momentum_power_sums_, power_sums
 from .._core.rule import LOCAL_REDUCTIONS, Reductions
-from .moments import column_squares, momentum_step, total
+from .moments import column_squares, largest_entries, momentum_step, total
 
 POWER_SUM_PANEL = 2**17
 """Entries above which a matrix on a CPU is read in panels of rows, which stay in the cache."""
@@ -114,7 +114,7 @@ class DenseNorms:
     """Sums over matrices X (K, m, n) that are stored as one tensor; sinh is exact."""
 
     def __init__(self, X: Tensor) -> None:
-        largest = X.abs().amax((-2, -1), keepdim=True)
+        largest = largest_entries(X)
         self._largest = to_float64(largest)
         self._X = X / largest.clamp(min=torch.finfo(X.dtype).tiny)
 

@@ -73,6 +73,11 @@ class RowRule(Rule, abstract=True):
         """Two parameters whose rows belong together, or one."""
         return ("gate", "up") if self.pair == "members" else ("W",)
 
+    @property
+    def splits(self) -> frozenset[str]:  # type: ignore[override]
+        """None of a pair, whose rows are joined to a matrix that is laid out in another way."""
+        return frozenset(("rows", "cols")) if self.pair is None else frozenset()
+
     @override
     def transpose(self, m: int, n: int) -> bool:
         return self.axis == "cols"
@@ -154,6 +159,8 @@ class RowPolarRule(RowRule, abstract=True):
     ns_steps: int | None = None
     eps: float | None = None
 
+    needs_full_matrix = True
+
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,11 +182,6 @@ class RowPolarRule(RowRule, abstract=True):
             "alpha scales a whole update, which match_rms_adamw does by itself; set "
             "adjust_lr_fn='none' to use it",
         )
-
-    @property
-    def splits(self) -> frozenset[str]:  # type: ignore[override]
-        """None of a pair, whose rows are joined to a matrix that is laid out in another way."""
-        return frozenset(("rows", "cols")) if self.pair is None else frozenset()
 
     def orthogonalize(
         self, X: Tensor, w: Member, left: bool, has_unit_rows: bool = False

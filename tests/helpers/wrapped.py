@@ -29,8 +29,8 @@ SUMMED = ("Spectral", "Hybrid", "SymmetryStack")
 
 
 def bound_of(name: str) -> float:
-    """Largest difference to one process."""
-    return 5e-6 if name in SUMMED else 0.0
+    """Largest difference to one process: batches of few tokens leave matrices near singular."""
+    return 2e-5 if name in SUMMED else 0.0
 
 
 class LoRALinear(nn.Module):

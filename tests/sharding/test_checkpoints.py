@@ -172,17 +172,24 @@ def test_a_checkpoint_without_draws_goes_on_by_position(method, tmp_path):
 
 
 def probed(rank, world, case, probes):
-    """A run, before whose first step a checkpointer asks for the state."""
+    """Matrices after a run, before whose first step a checkpointer may ask for the state.
+
+    As in torch, the clock of AdamW's parameters goes on then.
+    """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     model, optimizer = build(case, world)
-    first = None
+    before = weights_of(model)
     if probes:
         get_optimizer_state_dict(model, optimizer)
-        first = forms_of(model, optimizer)
-        assert all(form == 0 for (_, key), (form, _) in first if key == "step" and not first[0])
+        assert same(weights_of(model), before)
+        assert all(X == 0 for x in optimizer.state.values() for X in x.values() if type(X) is int)
+        assert all(p in optimizer.state for p in model.parameters())
     train(case, model, optimizer, 0, case.steps)
-    return {"weights": weights_of(model), "state": state_of(model, optimizer), "forms": first}
+    weights, state = weights_of(model), state_of(model, optimizer)
+    for x in (weights, state):
+        x.pop("vector", None)
+    return {"weights": weights, "state": state, "forms": forms_of(model, optimizer)}
 
 
 @pytest.mark.parametrize("method", ["muon", "galore", "aro", "altlora", "frugal-block"])
@@ -371,8 +378,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(settings, key, kind, w
         assert is_unchanged
 
 
-def replaced(rank, world, case, kind):
-    """Steps after other code has replaced a state tensor by one that lies otherwise."""
+def replaced(rank, world, case, kind, ranks=(0, 1)):
+    """Steps after other code has replaced a state tensor, on some ranks, by another."""
     from torch.distributed.tensor import Replicate
 
     model, optimizer = build(case, world)
@@ -380,22 +387,32 @@ def replaced(rank, world, case, kind):
     p = model.tall
     key = next(k for k, X in optimizer.state[p].items() if isinstance(X, torch.Tensor) and X.ndim)
     X = optimizer.state[p][key]
-    optimizer.state[p][key] = (
-        X.full_tensor() if kind == "plain" else X.redistribute(X.device_mesh, [Replicate()])
-    )
+    whole_X, replicated = X.full_tensor(), X.redistribute(X.device_mesh, [Replicate()])
+    others = {"whole": whole_X, "replicated": replicated, "piece": X.to_local(), "bits": X.int()}
+    if rank in ranks:
+        optimizer.state[p][key] = others[kind]
     before = weights_of(model)
     try:
         train(case, model, optimizer, 2, 4)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return {"message": str(error), "same": same(weights_of(model), before)}
     return {"message": None, "weights": weights_of(model), "forms": forms_of(model, optimizer)}
 
 
-@pytest.mark.parametrize("method", ["muon", "galore", "adamw"])
-def test_plain_state_in_the_place_of_a_shard_is_refused(method):
-    found = on(2, replaced, Case(method), "plain")
-    assert "is a plain tensor but its parameter is sharded" in found["message"]
-    assert found["same"]
+@pytest.mark.parametrize("ranks", [(0, 1), (1,)])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("whole", "sharded; load it with load_state_dict()"),
+        ("piece", "has shape"),
+        ("bits", "has dtype torch.int32"),
+    ],
+)
+@pytest.mark.parametrize("method", ["muon", "galore"])
+def test_strange_state_in_the_place_of_a_shard_is_refused(method, kind, words, ranks):
+    found = pool(2).run(replaced, Case(method), kind, ranks)
+    assert all(x["message"] is not None and x["same"] for x in found)
+    assert all(words in found[rank]["message"] for rank in ranks)
 
 
 @pytest.mark.parametrize("method", ["muon", "galore"])

@@ -70,8 +70,11 @@ def check_trained(found, bound):
         assert moved > 1e-3
 
 
+SLOW = pytest.mark.slow
+
+
 @every
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW)])
 def test_a_model_that_was_wrapped_before(name, world):
     check_trained(pool(world).run(trained, name), bound_of(name))
 
@@ -83,14 +86,14 @@ WRAPPINGS = {
 }
 
 
-@every
+@some
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_options_of_fully_shard(name, wrapping):
     found = pool(2).run(trained, name, 3, "float32", 1, WRAPPINGS[wrapping])
     check_trained(found, bound_of(name))
 
 
-@every
+@some
 def test_micro_batches_accumulate(name):
     check_trained(pool(2).run(trained, name, 3, "float32", 2), bound_of(name))
 
@@ -180,6 +183,8 @@ def swapped(rank, world, name, form, between):
 @every
 @pytest.mark.parametrize("form", ["model", "named", "groups"])
 def test_new_lists_are_set_after_the_model_is_wrapped(name, form):
+    if form != "model" and name not in ("Muon", "GaLore", "Hybrid", "AltLoRA"):
+        pytest.skip("forms are read alike by all classes")
     if "LoRA" in name and form == "groups":
         pytest.skip("a group of pairs is made by lora_param_groups")
     for far, state_far, alive_before, alive in pool(2).run(swapped, name, form, None):
@@ -213,7 +218,7 @@ def not_swapped(rank, world, name, form):
     return text, same, len(optimizer.state)
 
 
-@every
+@some
 @pytest.mark.parametrize("form", ["model", "groups"])
 def test_parameters_of_before_the_wrapping_are_refused(name, form):
     if "LoRA" in name and form == "groups":
@@ -309,7 +314,7 @@ def groups_of(model, how):
 
 @pytest.mark.parametrize("how", ["one", "one per mesh", "empty"])
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", [n for n in NAMES if "LoRA" not in n])
+@pytest.mark.parametrize("name", ["Muon", "GaLore", "ARO", "Hybrid"])
 def test_groups_of_trainers(name, world, how):
     for far, state_far, _ in pool(world).run(grouped, name, how):
         assert far <= bound_of(name)

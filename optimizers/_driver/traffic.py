@@ -1,0 +1,116 @@
+"""What an ordinary update of a rule sends, found by running it on a strip of zeros.
+
+A rule that runs on shards works for any number of rows or columns of the cut side, so an update of
+two of them asks for all that an update of the real shard asks for, and costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._core.rule import BatchedCall, Member, Reductions, Rule
+from .batched_calls import DirectionIterator
+from .shard_plan import Placed
+from .units import Unit
+from .write_modes import RESIDUAL
+
+STRIP = 2
+"""Rows or columns of the cut side."""
+
+
+class Sent(NamedTuple):
+    """What one member asks other ranks for in an update of one matrix.
+
+    Attributes:
+        number: Number of the member.
+        is_whole: Whether a whole matrix travels; else a sum or a maximum.
+        shape: Shape of what was passed, without the stack.
+        dtype: Its dtype.
+    """
+
+    number: int
+    is_whole: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Recorder(Reductions):
+    """Writes down what is asked for, and answers with the argument."""
+
+    def __init__(self, number: int, cut: frozenset[str], sent: list[Sent]) -> None:
+        self._number, self._cut, self._sent = number, cut, sent
+
+    def _record(self, x: Tensor, needed: bool, is_whole: bool = False) -> Tensor:
+        if needed:
+            self._sent.append(Sent(self._number, is_whole, tuple(x.shape[1:]), x.dtype))
+        return x
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Record a sum over the rows."""
+        return self._record(x, "m" in self._cut)
+
+    def cols(self, x: Tensor) -> Tensor:
+        """Record a sum over the columns."""
+        return self._record(x, "n" in self._cut)
+
+    def both(self, x: Tensor) -> Tensor:
+        """Record a sum over all entries."""
+        return self._record(x, bool(self._cut))
+
+    def most(self, x: Tensor) -> Tensor:
+        """Record a maximum over all entries."""
+        return self._record(x, bool(self._cut))
+
+    def on_full_matrix(
+        self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
+    ) -> Tensor:
+        """Record a matrix that travels."""
+        return self._record(X, bool(self._cut), is_whole=True)
+
+
+@torch.no_grad()
+def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
+    """What an update between refreshes asks other ranks for, per matrix of the unit.
+
+    Args:
+        unit: A unit whose rule runs on shards.
+        placed: How it lies.
+        rule: Its rule.
+    """
+    sent: list[Sent] = []
+    members = []
+    for i, p in enumerate(unit.params):
+        m, n = unit.sides(i)
+        cut = placed.cut[i] & {"m", "n"}
+        sides = (STRIP if "m" in cut else m, STRIP if "n" in cut else n)
+        G = torch.zeros(1, *sides, dtype=torch.float32, device="cpu")
+        state = {
+            name: torch.zeros(1, *slot.shape(*sides), dtype=unit.dtype_of(i, name), device="cpu")
+            for name, slot in unit.slots[i].items()
+            if name != RESIDUAL
+        }
+        W = torch.zeros(1, *sides, dtype=p.dtype, device="cpu")
+        members.append(
+            Member(
+                G.to(torch.promote_types(p.dtype, torch.float32)),
+                W.clone,
+                state,
+                t=2,
+                refreshed=1 if rule.refresh_interval else 0,
+                m=m,
+                n=n,
+                indices=(0,),
+                number=i,
+                transposed=unit.transposed[i],
+                reductions=_Recorder(i, cut, sent),
+            )
+        )
+    steps = DirectionIterator(rule.update(*members))
+    for step in steps:
+        if isinstance(step, BatchedCall):
+            steps.answer = step.fn(*step.args)
+    return sent
