@@ -271,14 +271,9 @@ class _CutParameter(Tensor):
     def detach(self) -> Tensor:  # which would forget the mesh
         return self
 
-    @property
-    def _local_tensor(self) -> Tensor:
+    def to_local(self) -> Tensor:
         """What the first rank holds, which is the fullest."""
         return _first_part(tuple(self.shape), self.device_mesh, self.placements, self.dtype)
-
-    def to_local(self) -> Tensor:
-        """The same by the name that DTensor has for it."""
-        return self._local_tensor
 
 
 def _cut_parameters(optimizer: StackedOptimizer, world: int, shard: str) -> None:
