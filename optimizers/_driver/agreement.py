@@ -19,8 +19,10 @@ from .layout import Layout, is_sharded, layout_of, local
 
 BAD, NONZERO, PRESENT, ABSENT = range(4)
 """Flags of one parameter."""
-FAILED, REFUSED, STOPPED, MOVES = range(4)
-"""Flags of the step: an exception, a bad gradient that raises, one that stops, any not zero."""
+FAILED, REFUSED, STOPPED, MOVES, SOUND = range(5)
+"""Flags of the step: an exception, a bad gradient that raises, one that stops, any that is not
+zero, and a rank without an exception."""
+STEP_FLAGS = 5
 
 
 def layouts_of(params: Sequence[Tensor], describe: Callable[[int], str]) -> dict[int, Layout]:
@@ -67,7 +69,7 @@ class Agreement:
 
     bad: set[int] = field(default_factory=set)
     nonzero: set[int] = field(default_factory=set)
-    step: list[bool] = field(default_factory=lambda: [False] * 4)
+    step: list[bool] = field(default_factory=lambda: [False] * STEP_FLAGS)
 
 
 def agree(
@@ -103,7 +105,7 @@ def agree(
         rows = [flags.get(i, [0, 0, 0, 0]) for i in positions]
         numbers = [x for row in rows for x in row] + [int(x) for x in found.step]
         reduced = _reduce(team, numbers)
-        found.step = [bool(x) for x in reduced[-4:]]
+        found.step = [bool(x) for x in reduced[-STEP_FLAGS:]]
         for k, i in enumerate(positions):
             row = reduced[4 * k : 4 * k + 4]
             _record(found, i, row, mode_of(i))
@@ -112,8 +114,8 @@ def agree(
     if len(teams) > 1:
         for team in teams:
             reduced = _reduce(team, [int(x) for x in found.step] + [int(bool(missing))])
-            found.step = [bool(x) for x in reduced[:4]]
-            found.step[FAILED] |= bool(reduced[4]) and not missing
+            found.step = [bool(x) for x in reduced[:STEP_FLAGS]]
+            found.step[FAILED] |= bool(reduced[STEP_FLAGS]) and not missing
     if missing:
         raise RuntimeError(
             f"the gradient of {describe(missing[0])} is there on some ranks only; call "

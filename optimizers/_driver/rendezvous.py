@@ -185,22 +185,36 @@ class Rendezvous:
         self._pieces_of = pieces_of
         self._running: _Runner | None = None
         self._exchanges: dict[Hashable, Exchange] = {}
-        self._asked: dict[tuple[Bucket, int], tuple[int, str, torch.Size, torch.dtype]] = {}
+        self._asked: dict[Hashable, tuple[int, str, torch.Size, torch.dtype]] = {}
+        self._phases: dict[Bucket, Hashable] = {}
 
     def ask(self, request: Request) -> Any:
         """Wait for the answer of a request; called by a rule."""
         assert self._running is not None
         return self._running.ask(request)
 
-    def run(self, runs: Sequence[tuple[Bucket, Run]]) -> None:
+    def run(
+        self, runs: Sequence[tuple[Bucket, Hashable, Run]], failure: BaseException | None = None
+    ) -> None:
         """Run buckets to the end, which ask other ranks together.
+
+        Args:
+            runs: Buckets, what their requests depend on beside their rule, and how to run them.
+            failure: An exception of this process that the others are to learn of; nothing runs.
 
         Raises:
             RankError: If another rank has failed.
             Exception: The first that a rule has raised here, after the others know of it.
         """
-        self.failure, self.is_known = None, False
-        runners = [_Runner(b, run, b.unit.params[0].device) for b, run in runs]
+        self.failure, self.is_known = failure, False
+        self._phases = {bucket: phase for bucket, phase, _ in runs}
+        if failure is not None:
+            stand_ins = [self._stand_in(bucket, 0, []) for bucket, *_ in runs]
+            requests_made = [request for request in stand_ins if request is not None]
+            if requests_made:
+                self._answer(requests_made)
+            return
+        runners = [_Runner(b, run, b.unit.params[0].device) for b, _, run in runs]
         answers: list[Any] = [None] * len(runners)
         waiting, number = runners, 0
         try:
@@ -231,7 +245,7 @@ class Rendezvous:
             kind, result = runner.resume(answer)
             if kind == "asks":
                 asked = result.number, result.kind, result.x.shape, result.x.dtype
-                self._asked[runner.bucket, number] = asked
+                self._asked[runner.bucket, self._phases[runner.bucket], number] = asked
                 found.append((runner, result))
             elif kind == "raises":
                 self.failure = self.failure or result
@@ -253,7 +267,7 @@ class Rendezvous:
         whole matrices, if its rule needs them.
         """
         K, sides = len(bucket.indices), bucket.unit.held_sides(0)
-        asked = self._asked.get((bucket, number))
+        asked = self._asked.get((bucket, self._phases[bucket], number))
         for like in live:
             if like.bucket.unit.rule == bucket.unit.rule:
                 known = like.x.shape[1:] if like.kind in (SUM, MAX) else sides
@@ -319,6 +333,7 @@ class Rendezvous:
             self.failure = error
         answers = [torch.empty_like(r.x, memory_format=torch.contiguous_format) for r in requests]
         parts = [M for Y in answers for M in Y.unbind(0)]
+        self.is_known = True
         exchange.from_owners(results, parts, self.failure is not None)
         if self.failure is not None:
             raise self.failure
@@ -371,6 +386,7 @@ class Rendezvous:
         rows = [_shapes_of(results.get(i)) for i in range(len(requests))]
         flat = [int(self.failure is not None), *(x for row in rows for x in row)]
         header = torch.tensor(flat, dtype=torch.int64, device=device)
+        self.is_known = True
         failed, *shapes = self.team.reduce(header, "SUM").tolist()
         if self.failure is not None:
             raise self.failure

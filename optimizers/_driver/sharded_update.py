@@ -7,11 +7,22 @@ all of them raise, with nothing changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .agreement import FAILED, MOVES, REFUSED, STOPPED, Agreement, agree, teams_of
+from .agreement import (
+    FAILED,
+    MOVES,
+    REFUSED,
+    SOUND,
+    STEP_FLAGS,
+    STOPPED,
+    Agreement,
+    agree,
+    teams_of,
+)
 from .checks import check_ready
 from .exchange import RankError
 from .finite import Findings, group_indices
@@ -55,7 +66,7 @@ def tell_of_failure(params: Sequence[Tensor]) -> None:
         return
     try:
         teams, team_of = teams_of(layouts)
-        flags = [flag == FAILED for flag in range(4)]
+        flags = [flag == FAILED for flag in range(STEP_FLAGS)]
         agree(teams, team_of, {}, flags, str, lambda _: "ignore")
     except Exception:  # the exception that is on its way says more
         return
@@ -103,8 +114,9 @@ class _Step:
         groups = optimizer.param_groups
         group_of = group_indices(groups)
         modes = [groups[group_of[i]]["nonfinite"] for i in found.bad]
-        flags = [False] * 4
+        flags = [False] * STEP_FLAGS
         flags[FAILED], plan.shards.untold = plan.shards.untold, False
+        flags[SOUND] = not flags[FAILED]
         flags[REFUSED], flags[STOPPED] = "raise" in modes, "skip_step" in modes
         flags[MOVES] = not self._lrs_are_zero() or any(
             G is not None and bool(G.any())
@@ -120,7 +132,7 @@ class _Step:
             optimizer._describe,
             lambda i: str(groups[group_of[i]]["nonfinite"]),
         )
-        if flags[FAILED]:
+        if flags[FAILED] and self.agreed.step[SOUND]:  # where all have failed alike, none is ahead
             raise RankError(
                 "a rule failed here in the step before, when the other ranks could not be told; "
                 "load a checkpoint"
@@ -153,9 +165,13 @@ class _Step:
                 work.allocate(optimizer.state)
             found = Findings()
         else:
-            optimizer._step_matrices(plan, self._grads, found)
-            plan.shards.step(optimizer, self._held, self.agreed)
-        for work in self._adamw_steps:
-            work.step(found.bad, found.adamw_flags)
+            plain = partial(optimizer._step_matrices, plan, self._grads, found)
+            plan.shards.step(optimizer, self._held, self.agreed, plain)
+        try:
+            for work in self._adamw_steps:
+                work.step(found.bad, found.adamw_flags)
+        except Exception:
+            plan.shards.untold = True
+            raise
         if found.joined or any(found.unread):
             optimizer._keep_unread(plan, found)

@@ -8,7 +8,7 @@ Units that travel are stepped by their owner, on whole tensors, by today's drive
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from operator import is_
@@ -20,7 +20,7 @@ from torch import Tensor
 from .agreement import Agreement, held_gradient, layouts_of, teams_of
 from .batched_calls import run_batched
 from .buckets import Bucket, StepPlan
-from .exchange import Exchange, Piece, Team
+from .exchange import Exchange, Piece, RankError, Team
 from .finite import Findings
 from .layout import Box, Layout, is_sharded, memory
 from .rendezvous import Rendezvous, Run, ShardReductions
@@ -31,6 +31,8 @@ from .units import HeldMember, State, Unit
 if TYPE_CHECKING:
     from .optimizer import StackedOptimizer
 
+Stage = Callable[["Exception | None"], None]
+"""Part of a step; takes an exception of this process that others do not know of yet."""
 MAX_WAVE_BYTES = 64 * 2**20
 """Bytes of whole tensors that one rank owns at a time, unless one unit alone has more."""
 
@@ -247,7 +249,7 @@ class Shards:
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
         self.held_tensors: dict[int, Tensor] = {}
-        self.untold = False
+        self.untold = self._is_known = False
         self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
         self._bind()
 
@@ -358,13 +360,15 @@ class Shards:
         optimizer: StackedOptimizer,
         grads: Mapping[int, Tensor | None],
         agreed: Agreement,
+        plain: Callable[[], None],
     ) -> None:
-        """Step all units with a finite gradient, team after team.
+        """Step plain units, then all others with a finite gradient, team after team.
 
         Args:
             optimizer: The optimizer.
             grads: What ``gradients`` returned.
             agreed: What all ranks know of them.
+            plain: Steps the plain units.
 
         Raises:
             RankError: If another rank has failed.
@@ -372,18 +376,49 @@ class Shards:
         """
         mask = [grads.get(i) is not None for i in range(len(self._plan.flat_params))]
         self._prepare(mask, grads)
-        teams: list[Team | None] = [None, *self.teams]
-        for number, team in enumerate(teams):
-            self._run_held(optimizer, team, grads, agreed)
-            if team is not None:
-                present = [
-                    load
-                    for load in self.loads[number - 1][1]
-                    if any(mask[i] for i in load.positions)
-                    and agreed.bad.isdisjoint(load.positions)
-                ]
-                for wave in _waves(present, self._state, self._plan.flat_params):
-                    self._travel(optimizer, team, wave, grads, agreed, mask)
+        failure: Exception | None = None
+        for stage in (lambda _: plain(), *self._stages(optimizer, grads, agreed, mask)):
+            self._is_known = False
+            try:
+                stage(failure)
+            except RankError as error:
+                raise failure or error from None
+            except Exception as error:
+                failure = failure or error
+            if failure is not None and self._is_known:
+                raise failure
+        if failure is not None:  # nothing was sent after it: the others learn of it next time
+            self.untold = True
+            raise failure
+
+    def _stages(
+        self,
+        optimizer: StackedOptimizer,
+        grads: Mapping[int, Tensor | None],
+        agreed: Agreement,
+        mask: list[bool],
+    ) -> Iterator[Stage]:
+        """Parts of a step, in one order on all ranks.
+
+        Each takes an exception of this process that others do not know of yet, and tells them if it
+        sends anything.
+        """
+        for bucket in self.held_plan.buckets:
+            placed = bucket.unit.placed
+            if placed is not None and not placed.runs_on_shards:
+                yield partial(self._run_alone, optimizer, bucket, grads, agreed)
+        for team, loads in self.loads:
+            buckets = [b for b in self.held_plan.buckets if self._team(b.unit) is team]
+            on_shards = [b for b in buckets if b.unit.placed and b.unit.placed.runs_on_shards]
+            for wave in _bucket_waves(on_shards):
+                yield partial(self._run_together, optimizer, team, wave, grads, agreed)
+            present = [
+                load
+                for load in loads
+                if any(mask[i] for i in load.positions) and agreed.bad.isdisjoint(load.positions)
+            ]
+            for loads_of_wave in _waves(present, self._state, self._plan.flat_params):
+                yield partial(self._travel, optimizer, team, loads_of_wave, grads, agreed, mask)
 
     def _prepare(self, mask: list[bool], grads: Mapping[int, Tensor | None]) -> None:
         """Allocate state as DTensors, put strange layouts right, and sort what runs on parts."""
@@ -417,36 +452,49 @@ class Shards:
             unit.allocate(self._state, self._plan.rule(unit))
             settle(unit, self._state)
 
-    def _run_held(
+    def _run_alone(
         self,
         optimizer: StackedOptimizer,
-        team: Team | None,
+        bucket: Bucket,
         grads: Mapping[int, Tensor | None],
         agreed: Agreement,
+        failure: Exception | None,
     ) -> None:
-        """Step the buckets of a team that run on parts; those of no team are whole everywhere."""
-        plan = self.held_plan
-        flat = [grads.get(i) for i in range(len(plan.flat_params))]
-        for wave in _bucket_waves([b for b in plan.buckets if self._team(b.unit) is team]):
-            runs: list[tuple[Bucket, Run]] = []
-            for bucket in wave:
-                placed = bucket.unit.placed
-                assert placed is not None
-                bucket.nonzero_positions = agreed.nonzero
-                if not bucket.indices:
-                    self._pass_over(bucket, agreed)
-                    continue
-                run = partial(_run_bucket, optimizer, plan, bucket, flat, agreed.bad)
-                if team is None or not placed.runs_on_shards:
-                    run()
-                    continue
-                rendezvous = self._rendezvous(team)
-                bucket.reductions = [
-                    ShardReductions(rendezvous, bucket, i, cut) for i, cut in enumerate(placed.cut)
-                ]
-                runs.append((bucket, run))
-            if runs and team is not None:
-                self._meet(self._rendezvous(team), runs)
+        """Step a bucket whose matrices are whole where they are."""
+        if failure is not None:
+            return
+        bucket.nonzero_positions = agreed.nonzero
+        if bucket.indices:
+            _run_bucket(optimizer, self.held_plan, bucket, grads, agreed.bad)
+        else:
+            self._pass_over(bucket, agreed)
+
+    def _run_together(
+        self,
+        optimizer: StackedOptimizer,
+        team: Team,
+        wave: Sequence[Bucket],
+        grads: Mapping[int, Tensor | None],
+        agreed: Agreement,
+        failure: Exception | None,
+    ) -> None:
+        """Step buckets that run on shards, and ask other ranks together."""
+        rendezvous, runs = self._rendezvous(team), list[tuple[Bucket, Hashable, Run]]()
+        for bucket in wave:
+            placed = bucket.unit.placed
+            assert placed is not None
+            bucket.nonzero_positions = agreed.nonzero
+            bucket.reductions = [
+                ShardReductions(rendezvous, bucket, i, cut) for i, cut in enumerate(placed.cut)
+            ]
+            t, refreshed = bucket.clocks()
+            refreshes = self._plan.rule(bucket).refresh_due(t, refreshed, bucket.unit.shift)
+            run = partial(_run_bucket, optimizer, self.held_plan, bucket, grads, agreed.bad)
+            runs.append((bucket, refreshes, run))
+        try:
+            rendezvous.run(runs, failure)
+        finally:
+            self._is_known = rendezvous.is_known
 
     def _pass_over(self, bucket: Bucket, agreed: Agreement) -> None:
         """Advance the clocks of units of which this process holds no matrix."""
@@ -457,14 +505,6 @@ class Shards:
         if rule.refresh_due(t, refreshed, bucket.unit.shift) and bucket.nonzero([None], 0):
             bucket.set_refreshed(t)
         bucket.set_step(t)
-
-    def _meet(self, rendezvous: Rendezvous, runs: list[tuple[Bucket, Run]]) -> None:
-        try:
-            rendezvous.run(runs)
-        except Exception as error:
-            # where nothing was sent after it, the others learn of it in the next step
-            self.untold = error is rendezvous.failure and not rendezvous.is_known
-            raise
 
     def _rendezvous(self, team: Team) -> Rendezvous:
         return self._rendezvous_of.setdefault(id(team), Rendezvous(team, self._pieces_of))
@@ -513,6 +553,7 @@ class Shards:
         grads: Mapping[int, Tensor | None],
         agreed: Agreement,
         mask: list[bool],
+        failure: Exception | None,
     ) -> None:
         """Send loads to their owners, step them there, and send weights and state back."""
         params, state = self._plan.flat_params, self._state
@@ -524,8 +565,10 @@ class Shards:
         ]
         pieces = [x for parcel in parcels for x in parcel.pieces]
         there = self._exchange(team, pieces, parcels[0].held[0].device)
-        whole = there.to_owners([x for parcel in parcels for x in parcel.held])
-        failure: Exception | None = None
+        self._is_known = True  # whatever happens from here on travels with what is sent
+        whole = there.to_owners([x for parcel in parcels for x in parcel.held], failure is not None)
+        if failure is not None:
+            return
         try:
             first = 0
             here: list[tuple[_Parcel, dict[int, Tensor]]] = []
@@ -720,10 +763,11 @@ def _run_bucket(
     optimizer: StackedOptimizer,
     plan: StepPlan,
     bucket: Bucket,
-    grads: Sequence[Tensor | None],
+    grads_by_position: Mapping[int, Tensor | None],
     bad: set[int],
 ) -> None:
     """Step one bucket."""
+    grads = [grads_by_position.get(i) for i in range(len(plan.flat_params))]
     Gs = [
         bucket.gradient(i, grads) if has_grad else None for i, has_grad in enumerate(bucket.present)
     ]
