@@ -239,7 +239,7 @@ def save_trained(rank, world, case, way, folder):
     model, optimizer = build(case, world)
     train(case, model, optimizer, 0, case.stop)
     write(model, optimizer, way, folder, rank)
-    return {"weights": weights_of(model), "forms": forms_of(model, optimizer)}
+    return ending(model, optimizer)
 
 
 def load(rank, world, case, way, folder):
@@ -255,10 +255,24 @@ def resume(rank, world, case, way, folder, weights):
     set_weights(model, weights)
     read(model, optimizer, way, folder, rank)
     train(case, model, optimizer, case.stop, case.steps)
+    return ending(model, optimizer)
+
+
+def run_straight(rank, world, case):
+    """Train to the end."""
+    model, optimizer = build(case, world)
+    train(case, model, optimizer, 0, case.steps)
+    return ending(model, optimizer)
+
+
+def ending(model, optimizer):
+    """What is left of a run, and whether any of its rules has run on shards."""
+    placed = [unit.placed for unit in optimizer._plan.units]
     return {
         "weights": weights_of(model),
         "state": state_of(model, optimizer),
         "forms": forms_of(model, optimizer),
+        "adds": any(x is not None and x.runs_on_shards for x in placed),
     }
 
 
