@@ -147,10 +147,10 @@ class StackedOptimizer(Optimizer):
         plan: How a sharded weight (a DTensor) is stepped, see ``docs/sharding.md``. ``"auto"``
             (default): the cheapest of the others that gives the result of one process, never
             ``"gather"``. ``"local"``: every rank steps what it holds and sends nothing.
-            ``"owner"``: whole matrices travel, each to one rank. ``"reduce"``: only sums travel
-            (no rule allows it yet). ``"gather"``: every rank does the work for the whole weight. A
-            plan that is not exact for a weight is refused at the first step; ``"owner"`` and
-            ``"gather"`` always are. On plain tensors every name means local.
+            ``"reduce"``: every rank steps what it holds, and sums are sent. ``"owner"``: whole
+            matrices travel, each to one rank. ``"gather"``: every rank does the work for the whole
+            weight. A plan that is not exact for a weight is refused at the first step; ``"owner"``
+            and ``"gather"`` always are. On plain tensors every name means local.
         comm_dtype: Name of the floating dtype in which gradients and updates of sharded weights
             are sent, such as ``"bfloat16"``; None (default): what keeps the bits of one process.
 
