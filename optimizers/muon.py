@@ -585,7 +585,7 @@ def spike_factor(
     Args:
         norm: (K, 1, 1) norms of this step.
         stored: (K, 1, 1) average of the limited norms, changed in place; 0 where there is none yet.
-            A norm that is not finite is not stored.
+            What would not be finite is not stored, and an infinite one counts as none.
         ratio: The limit, above 1.
         beta: Decay of the average (default: 0.9).
         finite: None (default), or flags (K,): where one is 0 nothing is stored.
@@ -594,15 +594,14 @@ def spike_factor(
         (K, 1, 1), at most 1.
     """
     previous = stored.to(norm.dtype)
-    has_average, limit = previous > 0, ratio * previous
+    has_average, limit = (previous > 0) & previous.isfinite(), ratio * previous
     limited_norm = torch.where(has_average, torch.minimum(norm, limit), norm)
     updated = torch.where(has_average, previous.lerp(limited_norm, 1 - beta), limited_norm)
-    finite = (
-        limited_norm.isfinite()
-        if finite is None
-        else limited_norm.isfinite() & (finite.view(-1, 1, 1) != 0)
-    )
-    stored.copy_(torch.where(finite, updated, previous))
+    updated = updated.to(stored.dtype)
+    is_sound = updated.isfinite()
+    if finite is not None:
+        is_sound &= finite.view(-1, 1, 1) != 0
+    stored.copy_(torch.where(is_sound, updated, stored))
     return torch.where(has_average & (norm > limit), limit / norm, 1.0)
 
 

@@ -11,7 +11,12 @@ from typing_extensions import override
 
 from ._core.rule import Rule, defaults_of, rule_class
 from ._core.validation import check, check_numbers, describe_unknown, shown
-from ._driver.checks import check_trainable, refuse_sharded_module, refuse_sharded_parameters
+from ._driver.checks import (
+    check_trainable,
+    check_values,
+    refuse_sharded_module,
+    refuse_sharded_parameters,
+)
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import COMMON, LISTS, parameters_of, warn_user
 from ._roles.classify import Row, classify, route_all
@@ -240,6 +245,7 @@ class SymmetryStack(StackedOptimizer):
             for name, row in zip(names, self._rows(params, names, known), strict=True)
         ]
         own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names", "rule")}
+        check_values(own_keys, ["lr"])  # published rates are multiples of it
         for key in LISTS:  # one that is None says nothing, also not against the policy
             if own_keys.get(key, 0) is None:
                 del own_keys[key]

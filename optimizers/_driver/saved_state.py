@@ -21,15 +21,14 @@ from .write_modes import RESIDUAL
 CLOCKS = ("step", "refreshed", "held")
 MAX_CLOCK = 2**31 - 1
 """Largest clock: counters of the state are int32."""
-SUMS = frozenset(
-    "exp_avg_sq exp_avg_sq_row exp_avg_sq_col second_moment row_second_moment grad_norm "
-    "seen".split()
-)
-"""State that is a sum of squares or a norm, by its name without the view's tag.
+SUMS = frozenset(("exp_avg_sq", "grad_norm", "seen"))
+"""Sums of squares and norms that may be infinite, by their names without the view's tag.
 
-Gradients above 1e19 make it infinite, here and in ``torch.optim.AdamW``.
+Gradients above 1e19 make them so, here and in ``torch.optim.AdamW``.
 """
-NONNEGATIVE = SUMS | {"energy", "age", "count", "frozen", "due"}
+BOUNDED_SUMS = frozenset(("exp_avg_sq_row", "exp_avg_sq_col", "second_moment", "row_second_moment"))
+"""Averages of squares that no gradient makes infinite: such an average would become NaN."""
+NONNEGATIVE = SUMS | BOUNDED_SUMS | {"energy", "age", "count", "frozen", "due"}
 """State that cannot be negative: sums and counts."""
 REPORTS = frozenset(("polar_report",))
 """State that no update reads, so that it may hold anything."""

@@ -80,7 +80,10 @@ class BaseWeights:
         for A, B in self._pairs_over[W]:
             for p, x in ((A, columns), (B, rows)):
                 seen = self._optimizer.state[p]["seen"]
-                seen.lerp_(x.view_as(seen).to(seen.dtype), 1 / k)
+                # from an infinite average the next one would be no number
+                limit = min(torch.finfo(dtype).max for dtype in (x.dtype, seen.dtype)) / 4
+                x = x.view_as(seen).clamp(max=limit).to(seen.dtype)
+                seen.clamp_(max=limit).lerp_(x, 1 / k)
 
     def has_gradient_of(self, A: Tensor) -> bool:
         """Whether a backward pass has run since the last step."""

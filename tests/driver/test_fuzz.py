@@ -4,13 +4,19 @@
 says how many were right, and how many were refused because of what.
 """
 
+import copy
+import itertools
+import random
 from dataclasses import replace
 
 import hypothesis
 import pytest
 import torch
 from helpers import fuzz, fuzz_cases, fuzz_values
+from helpers.fuzz_checkpoints import mutate
 from hypothesis import strategies
+
+from stiefel import optimizers
 
 
 @pytest.mark.slow
@@ -54,6 +60,19 @@ def test_a_seed_gives_one_case():
     assert cases[0] == cases[1]
     assert {case.cls for case in cases[0]} == set(fuzz_values.CLASSES)
     assert {case.site for case in cases[0]} == {"plain", *fuzz_values.KINDS}
+
+
+def test_any_two_mutations_of_a_checkpoint_go_together():
+    """Both may meet one tensor, or what the first has left of an entry."""
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = optimizers.GaLore([("w", p)], rank=2)
+    p.grad = torch.eye(4)
+    optimizer.step()
+    kinds = fuzz_values.CHECKPOINT_MUTATIONS
+    for first, second in itertools.product(kinds, kinds):
+        for seed in range(3):
+            saved, rng = copy.deepcopy(optimizer.state_dict()), random.Random(seed)
+            mutate(mutate(saved, first, rng), second, rng)
 
 
 def test_a_plain_case_is_right_and_a_bad_value_is_refused():

@@ -33,11 +33,17 @@ def mutate(saved: Any, kind: str, rng: random.Random) -> Any:
         _mutate_clock(state[rng.choice(ids)], kind, rng)
     elif ids and kind in VALUE_MUTATIONS:
         entry = state[rng.choice(ids)]
-        keys = [key for key, value in entry.items() if isinstance(value, Tensor) and value.ndim]
+        keys = [key for key, value in entry.items() if _is_plain(value)]
         if keys:
             key = rng.choice(sorted(keys))
             entry[key] = VALUE_MUTATIONS[kind](entry[key])
     return saved
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor with dimensions that no mutation has made sparse or meta."""
+    is_strided = isinstance(value, Tensor) and value.layout is torch.strided
+    return is_strided and value.ndim > 0 and not value.is_meta
 
 
 def _mutate_clock(entry: dict[str, Any], kind: str, rng: random.Random) -> None:
@@ -72,8 +78,6 @@ def _drop_key(state: dict[Any, Any], i: Any, entry: dict[str, Any], rng: random.
 
 def _filled(x: float) -> Callable[[Tensor], Tensor]:
     def fill(value: Tensor) -> Tensor:
-        if value.layout is not torch.strided:  # another mutation came first
-            return value
         value = value.clone(memory_format=torch.contiguous_format)
         if value.is_floating_point() and value.numel():
             value.view(-1)[0] = x

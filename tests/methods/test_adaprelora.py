@@ -599,6 +599,20 @@ def test_processes_average_what_they_saw():
     close(layer.optimizer.state[layer.B]["energy"].flatten() / 0.005, G.square().mean(1), 1e-12)
 
 
+@pytest.mark.parametrize("passes", [1, 2, 3, 5])
+def test_sums_of_hooks_that_leave_float32_stay_finite(passes):
+    layer, G = Layer(*factors(10, 7, 3)), draws(10, 7, 3)[2].float()
+    for size in (1e20, 1e20, 1.0):
+        layer.step(*[(size if k % 2 == 0 else 1.0) * G for k in range(passes)])
+        assert bool(layer.W.isfinite().all())
+        for x in tensors(layer.optimizer).values():
+            assert bool(torch.as_tensor(x).isfinite().all())
+    for _ in range(passes):
+        layer.backward(1e20 * G)
+    for p in (layer.A, layer.B):
+        assert bool(layer.optimizer.state[p]["seen"].isfinite().all())
+
+
 def test_the_hooks_can_be_taken_away_and_are_asked_for():
     layer, G = Layer(*factors(10, 7, 3)), draws(10, 7, 3)[2].float()
     layer.step(G)

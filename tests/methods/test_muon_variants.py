@@ -450,6 +450,19 @@ def test_spike_ratio_follows_a_lasting_change():
     assert math.isclose(norm, 100 * float(G.norm()), rel_tol=1e-2)
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_a_norm_too_large_for_its_state_is_not_stored(state_dtype):
+    """float64 gradients of norm 5e38, then of ordinary size: the average is theirs."""
+    p, G = weight((40, 40), dtype=torch.float64), gradients((40, 40), 1)[0].double()
+    optimizer = Muon([p], spike_ratio=2.0, state_dtype=state_dtype)
+    for size in (2e38, 2e38, 1.0, 1.0):
+        p.grad = size * G
+        optimizer.step()
+        assert p.isfinite().all() and optimizer.state[p]["grad_norm"].isfinite().all()
+    want = float(G.norm())
+    assert math.isclose(float(optimizer.state[p]["grad_norm"]), want, rel_tol=1e-2)
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-30, 3e32])
 def test_guards_of_gradients_at_the_end_of_the_range(size):
     for options in ({"clip_grad_rms": 1.0}, {"spike_ratio": 2.0}, {"normalize_grad": True}):

@@ -657,6 +657,37 @@ def test_paper_rates_are_those_of_the_table(name):
             assert group["momentum_kind"] == "sum" and group["adjust_lr_fn"] == "original"
 
 
+BAD_LRS = (
+    None, "x", "0.1", b"x", (), [], {}, 1j, -1.0, math.nan, 10**400, len, torch.float32, ...,
+    torch.ones(2), torch.tensor(1j), torch.tensor(-1.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", ["match_rms_adamw", "paper", "paper:olmoe"])
+@pytest.mark.parametrize("lr", BAD_LRS, ids=lambda lr: str(lr)[:12])
+def test_an_lr_that_is_no_rate_is_refused_by_name_in_every_form(lr, scale):
+    """Also where published rates are multiples of it."""
+    model = dense()
+    params, named = [*model.parameters()], [*model.named_parameters()]
+    forms = {
+        "module": (model, {"lr": lr}),
+        "list": (params, {"lr": lr}),
+        "group": ([{"params": params, "lr": lr}], {}),
+        "named group": ([{"params": named, "lr": lr}], {}),
+        "group beside a model": ([{"params": params, "lr": lr}], {"model": model}),
+        "policy": (model, {"policy": {"hidden": {"rule": "Muon", "lr": lr}}}),
+        "override": (model, {"overrides": {"head.weight": {"rule": "Muon", "lr": lr}}}),
+    }
+    for first, options in forms.values():
+        with pytest.raises(ValueError, match=r"lr|learning rate"):
+            SymmetryStack(first, adjust_lr_fn=scale, **options)
+    optimizer = SymmetryStack(params[:2], adjust_lr_fn=scale)
+    count = len(optimizer.param_groups)
+    with pytest.raises(ValueError, match=r"lr|learning rate"):
+        optimizer.add_param_group({"params": params[2:], "lr": lr})
+    assert len(optimizer.param_groups) == count
+
+
 def test_paper_takes_the_table_of_the_kind_of_model():
     for make, name in ((dense, "qwen3"), (mixture, "olmoe")):
         a = SymmetryStack(make(), 1.0, adjust_lr_fn="paper").assignment()
