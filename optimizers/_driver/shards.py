@@ -24,8 +24,8 @@ from .exchange import Exchange, Piece, RankError, Team
 from .finite import Findings
 from .layout import Box, Layout, is_sharded, memory
 from .rendezvous import Rendezvous, Run, ShardReductions
-from .shard_plan import Placed, work_of
-from .traffic import traffic_of
+from .shard_plan import work_of
+from .traffic import Sent, traffic_of
 from .units import HeldMember, State, Unit
 
 if TYPE_CHECKING:
@@ -690,21 +690,27 @@ class Shards:
     def bytes_per_step(self) -> dict[int, int]:
         """Bytes that this rank sends for each parameter in an ordinary step."""
         sent: dict[int, int] = {}
+        known: dict[Hashable, list[Sent]] = {}  # weights of one shape ask alike
         for unit in self._owner_of:
             placed, team = unit.placed, self._team(unit)
             if placed is not None and placed.runs_on_shards and team is not None:
+                sides = tuple(unit.sides(i) for i in range(len(unit.params)))
+                key = unit.rule, unit.key[:3], sides, placed.cut, unit.params[0].dtype
+                if key not in known:
+                    known[key] = traffic_of(unit, placed, self._plan.rule(unit))
                 position = unit.positions[0]
-                sent[position] = sent.get(position, 0) + self._bytes_on_shards(team, unit, placed)
+                size = self._bytes_on_shards(team, unit, known[key])
+                sent[position] = sent.get(position, 0) + size
         for team, loads in self.loads:
             for load in loads:
                 for i, position in enumerate(load.positions):
                     sent[position] = self._bytes_of_load(team, load, i)
         return sent
 
-    def _bytes_on_shards(self, team: Team, unit: Unit, placed: Placed) -> int:
+    def _bytes_on_shards(self, team: Team, unit: Unit, requests: Sequence[Sent]) -> int:
         """Bytes that this rank sends for a unit whose rule runs on shards."""
         total, count = 0, unit.views[0].k
-        for number, is_whole, shape, dtype in traffic_of(unit, placed, self._plan.rule(unit)):
+        for number, is_whole, shape, dtype in requests:
             if not is_whole:  # each rank sends a part to all others, twice
                 size = count * math.prod(shape) * dtype.itemsize
                 total += 2 * size * (len(team) - 1) // len(team)
