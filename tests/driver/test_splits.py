@@ -159,7 +159,9 @@ def test_pairs_are_not_cut(cls, pair):
 def test_only_these_rules_may_be_cut():
     assert Rule.splits == NONE
     declared = {name for name, cls in RULE_CLASSES.items() if cls.splits != NONE}
-    assert declared == {cls.method() for cls in SETTINGS}
+    # of the others one side may be cut, and tests/driver/test_reductions.py runs them
+    one_side = {"AuON", "DCTAdamW", "FRUGAL", "Fira", "GaLore", "RowNorm", "Trion"}
+    assert declared - one_side == {cls.method() for cls in SETTINGS}
 
 
 def test_compat_has_its_bits_on_whole_tensors_only():
