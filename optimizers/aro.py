@@ -85,7 +85,9 @@ class RotationRule(Rule, abstract=True):
             "gram_beta averages what rotation='eigh' takes; leave it out",
         )
         sides = self.side
-        is_list = isinstance(sides, (tuple, list)) and all(s in ("rows", "cols") for s in sides)
+        is_list = isinstance(sides, (tuple, list)) and all(
+            isinstance(s, str) and s in ("rows", "cols") for s in sides
+        )
         check(
             sides in ROTATED_SIDES
             if isinstance(sides, str)

@@ -245,7 +245,7 @@ class SymmetryStack(StackedOptimizer):
             for name, row in zip(names, self._rows(params, names, known), strict=True)
         ]
         own_keys = {k: v for k, v in group.items() if k not in ("params", "param_names", "rule")}
-        check_values(own_keys, ["lr"])  # published rates are multiples of it
+        check_values(own_keys)  # published rates are multiples of the group's
         for key in LISTS:  # one that is None says nothing, also not against the policy
             if own_keys.get(key, 0) is None:
                 del own_keys[key]

@@ -223,7 +223,7 @@ def complete(
             values.setdefault(key, defaults.get(key, value) if key not in own else own[key])
     for group in old:
         keep_old_rules(default_rule, group, [state.get(p, {}) for p in group["params"]])
-    if any(group["state_dtype"] == "int8" for group in groups):
+    if any(str(group["state_dtype"]) == "int8" for group in groups):
         _recode_live(default_rule, groups, state)
 
 

@@ -259,6 +259,8 @@ class StackedOptimizer(Optimizer):
         name = param_group.get("rule") if isinstance(param_group, dict) else None
         if name is not None and not isinstance(name, str):
             rule_class(name)  # refuses it before anything compares it, as it may be an array
+        if self._is_built:
+            self._refuse_written()
         super().add_param_group(self._prepare_group(param_group))
         self._seen = [*self._seen, {"rule": self.param_groups[-1]["rule"]}]
         if self._is_built:
@@ -384,6 +386,7 @@ class StackedOptimizer(Optimizer):
 
     def assignment(self) -> OptimizerAssignment:
         """Return a table of every parameter's rule, learning rate and decay, and why; it prints."""
+        self._refuse_written()
         rows = [
             row for group in self.param_groups for row in assigned_rows(group, self._default_rule)
         ]
@@ -398,6 +401,10 @@ class StackedOptimizer(Optimizer):
             ]
         kept = [key for group in self.param_groups for key in group if self._is_foreign(group, key)]
         return OptimizerAssignment(tuple(rows), tuple(dict.fromkeys(kept)))
+
+    def _refuse_written(self) -> None:
+        """Raise ValueError for a value, written into a group, that the next step would refuse."""
+        check_written_values(self.param_groups, self._default_rule, self._seen)
 
     def _is_foreign(self, group: Mapping[str, Any], key: str) -> bool:
         """Whether a group key belongs to other code."""
@@ -713,6 +720,7 @@ class StackedOptimizer(Optimizer):
             >>> all(p.grad is None for p in model.parameters())
             True
         """
+        self._refuse_written()
         count = checked_every(every, max_norm, self)
         self._in_backward = BackwardHandle(self, count)
         return self._in_backward
@@ -1034,7 +1042,7 @@ class StackedOptimizer(Optimizer):
         if self._plan is not None:
             self._get_plan()  # refuses settings that do not fit the state, as a step does
         else:
-            check_written_values(self.param_groups, self._default_rule, self._seen)
+            self._refuse_written()
         check_lists(self.param_groups)
         return super().state_dict()
 

@@ -340,10 +340,20 @@ def parts_of(
         view, side = view_of(group, i, row), listed(group, "sides", i)
         key = (view if isinstance(view, str) else tuple(view), side)
         if key not in parts:
-            part_rule = rule if side is None else replace(rule, **{"side": side})
+            part_rule = rule if side is None else rule_with_side(rule, side)
             parts[key] = Part(part_rule, view, [])
         parts[key].weights.append(Weight(position + i, i, p, row.name))
     return list(parts.values()), adamw_params
+
+
+def rule_with_side(rule: Rule, side: Any) -> Rule:
+    """A rule with another side; raises ValueError where it takes none."""
+    if all(field.name != "side" for field in fields(rule)):
+        raise ValueError(
+            f"sides of a parameter group says {side!r}, but {rule.method()} takes no side: leave "
+            "sides out"
+        )
+    return replace(rule, **{"side": side})
 
 
 def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]]:

@@ -156,9 +156,7 @@ class WatchingOptimizer(PairOptimizer):
         exact_groups = [
             g["params"]
             for g in self.param_groups
-            if g["rule"] in (None, self._default_rule.method())
-            and isinstance(g["stats"], str)
-            and g["stats"] == "exact"
+            if self._holds_pairs(g) and isinstance(g["stats"], str) and g["stats"] == "exact"
         ]
         return {
             A: B for params in exact_groups for A, B in zip(params[::2], params[1::2], strict=True)

@@ -145,7 +145,8 @@ class PairOptimizer(StackedOptimizer):
 
     def _holds_pairs(self, group: Mapping[str, Any]) -> bool:
         """Whether the method trains a group, so that it must hold pairs."""
-        return group["rule"] in (None, self._default_rule.method())
+        name = group["rule"]  # not checked yet where it was written into the group
+        return name is None or (isinstance(name, str) and name == self._default_rule.method())
 
 
 class PairList(list[Any]):

@@ -234,7 +234,7 @@ class TripleOptimizer(PairOptimizer):
     def _prepare_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
         group = super()._prepare_group(param_group)
         full = {**self.defaults, **group} if isinstance(group, dict) else {"rule": "adamw"}
-        if full["rule"] in (None, self._default_rule.method()):
+        if self._holds_pairs(full):
             check_triples(full)
             group["base_sums"] = [None] * len(parameters_of(group)[0])
         return group
@@ -245,6 +245,7 @@ class TripleOptimizer(PairOptimizer):
 
         The groups get the sums of the base weights, by which a later run knows them again.
         """
+        self._refuse_written()
         if not self._compares_base:  # else they are those of the file
             store_base_sums(self.param_groups)
         return _without_pools(super().state_dict())
@@ -276,6 +277,7 @@ class TripleOptimizer(PairOptimizer):
     def _compare_base(self) -> None:
         """Raise if the base weights at hand are not those of the checkpoint that was loaded."""
         if self._compares_base:
+            self._refuse_written()
             refuse_other_base_weights(self.param_groups)
             self._compares_base = False
 

@@ -46,6 +46,7 @@ BAD = {
     "nan tensor": torch.tensor(math.nan),
     "complex": 1 + 2j,
     "array": np.array([0.5, 0.5]),
+    "array in a list": [np.array([1, 2])],
     "numpy nan": np.float32("nan"),
     "numpy": np.float32(0.5),
     "numpy int": np.int64(3),
@@ -219,6 +220,71 @@ def test_a_value_written_later_is_right_or_refused_before_anything_moves(cls):
                 find(name, key, lambda: write(i, name, value))  # noqa: B023
             # what was refused has left nothing behind
             find(name, "as before", goes_on)
+    find.done()
+
+
+WRITTEN = (
+    np.array([0.5, 0.5]), [np.array([1, 2])], torch.tensor([0.1, 0.2]),
+    torch.zeros((), device="meta"), {1},
+)  # fmt: skip
+"""Values that no comparison takes for one answer, or that have no order."""
+CALLS = {
+    "step": lambda optimizer: optimizer.step(),
+    "state_dict": lambda optimizer: optimizer.state_dict(),
+    "assignment": lambda optimizer: str(optimizer.assignment()),
+    "init_state": lambda optimizer: optimizer.init_state(),
+    "deepcopy": copy.deepcopy,
+    "step_in_backward": lambda optimizer: optimizer.step_in_backward().remove(),
+    "add_param_group": lambda optimizer: optimizer.add_param_group(
+        {"params": [nn.Parameter(torch.ones(3))], "rule": "adamw"}
+    ),
+    "watch": lambda optimizer: getattr(optimizer, "watch", len)([]),
+    "merged": lambda optimizer: getattr(optimizer, "merged", list)(),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("reopen", [False, True])
+def test_a_value_written_into_a_group_is_right_or_refused_by_name_at_every_call(cls, reopen):
+    find = Findings()
+
+    def stepped():
+        params, needed, weights = problem(cls)
+        optimizer = cls(params, **needed)
+        set_gradients(weights)
+        optimizer.step()
+        if reopen:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return optimizer, weights
+
+    optimizer, weights = stepped()
+
+    def write(i, name, value, call):
+        nonlocal optimizer, weights
+        group = optimizer.param_groups[i]
+        old = {name: group[name]} if name in group else {}
+        group[name] = value
+        before = snapshot(optimizer, weights)
+        try:
+            call(optimizer)
+        except (ValueError, RuntimeError) as error:
+            if "parameter '" not in str(error) and "pair" not in str(error):
+                check_sentence(error, name.removesuffix("s"))
+            assert is_equal(before, snapshot(optimizer, weights)), f"{error} came after a change"
+            del group[name]
+            group.update(old)
+        except BaseException:
+            optimizer, weights = stepped()
+            raise
+        else:
+            optimizer, weights = stepped()
+
+    keys = dict.fromkeys([*group_keys(cls), "rule", *LISTS, "base_sums"])
+    for i in range(len(optimizer.param_groups)):
+        for name in keys:
+            for value in WRITTEN:
+                for what, call in CALLS.items():
+                    find(f"group {i} {name}", what, lambda: write(i, name, value, call))  # noqa: B023
     find.done()
 
 

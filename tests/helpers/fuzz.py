@@ -406,9 +406,12 @@ def _check_resume(case: Case, use: Use, weights: list[Any], saved: Any) -> None:
             "its own checkpoint is refused", type(error).__name__, where(error),
             shape_of_text(str(error)),
         ) from error  # fmt: skip
+    redraws = any(group.get("save_pools") is False for group in other.optimizer.param_groups)
     for k in range(case.save_at, len(case.grads)):
         if _step(other, k) is not None:
             raise Found("a resumed run refuses a step", case.cls)
+    if redraws:
+        return  # candidates that no checkpoint holds are drawn anew, as the option says
     found = differences((*snapshot(use)[:2], ()), (*snapshot(other)[:2], ()))
     if found:
         first = "from the start" if case.save_at == 0 else "resumed"
