@@ -142,24 +142,27 @@ def test_partitioned_and_flattened_weights_are_refused(cls, attribute):
 
 
 @BOTH
-def test_dtensor_is_refused_naming_the_way_around(cls):
+def test_a_dtensor_that_is_not_cut_trains_as_a_plain_tensor_does(cls):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        p = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Replicate()]))
-        with pytest.raises(ValueError, match=r"DTensor.*ZeroRedundancyOptimizer"):
-            cls([p])
+        plain = weight((4, 4))
+        p, late_p = (
+            nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Replicate()]))
+            for _ in range(2)
+        )
+        late = cls([weight((4, 4))])
+        late.param_groups[0]["params"] = [late_p]  # as the Trainer swaps them after construction
+        for w, optimizer in ((plain, cls([plain])), (p, cls([p])), (late_p, late)):
+            (w * w).sum().backward()
+            optimizer.step()
+        for w in (p, late_p):
+            assert torch.equal(w.to_local(), plain)
         assert rules(cls([{"params": [p], "rule": "adamw"}])) == ["adamw"]
-        q = weight((4, 4))
-        late = cls([q])
-        late.param_groups[0]["params"] = [p]  # as the Trainer swaps them after construction
-        with pytest.raises(ValueError, match="DTensor"):
-            late.step()
     finally:
         dist.destroy_process_group()
 

@@ -261,21 +261,23 @@ def test_scalars_and_shared_weights_count_once():
     assert [row.state for row in report.rows] == [48, 12]
 
 
-def test_a_weight_that_is_sharded_on_its_longer_side_frees_its_projected_side():
+def test_a_basis_is_whole_where_nothing_is_sent_for_it_and_cut_where_the_weight_rides():
     with torch.device("meta"):
         wide = nn.Linear(4096, 1024, bias=False)
     rows, longest = (
         memory_report(wide, GaLore, rank=256, world=8, shard=shard) for shard in ("rows", "longest")
     )
+    moments, basis = 4 * 2 * 256 * 4096, 4 * 1024 * 256
     assert longest.weight == rows.weight == 4 * 4096 * 1024 // 8
-    assert longest.state == rows.state == 4 * (2 * 256 * 4096 + 1024 * 256) // 8
+    assert rows.state == (moments + basis) // 8
+    assert longest.state == moments // 8 + basis
 
 
 def test_a_large_model_is_counted_in_seconds_and_prints_its_ranks():
     with torch.device("meta"):
         model = Llama(*SIZES["7B"])
-    whole = memory_report(model, GaLore, rank=1024)
-    report = memory_report(model, GaLore, rank=1024, world=64)
+    whole = memory_report(model, Muon)
+    report = memory_report(model, Muon, world=64)
     assert whole.state / 64 <= report.state < 1.01 * whole.state / 64
     assert whole.weight / 64 <= report.weight < 1.01 * whole.weight / 64
     assert "total on the fullest of 64 ranks" in str(report)
