@@ -24,12 +24,15 @@ from ._core.rule import (
 )
 from ._core.validation import check_choices, check_eps
 from ._driver.optimizer import StackedOptimizer
+from ._toolkit.moments import largest_entries
 from ._toolkit.row_rules import (
     ROW_MODES,
     RowRule,
     in_range,
     join_pairs,
     kernel_eps,
+    largest_of_rows,
+    range_scale,
     row_factors,
     row_squares,
     split_pairs,
@@ -60,12 +63,16 @@ class RowNormRule(RowRule):
         """One step for a stack, by one kernel where rows do not depend on each other."""
         w = members[0]
         G, M = w.grad, w.state["momentum_buffer"]  # (K, m, n)
-        rows_independent = not self.centred and self.pair is None and self.row_mode != "relative"
-        if not rows_independent or w.reductions is not LOCAL_REDUCTIONS or G is None:
+        if not (self.rows_are_independent and w.reductions.has_whole_rows) or G is None:
             return super().update(*members)
         matches_rms = self.adjust_lr_fn == "match_rms_adamw"
         length = self.rms_target * self.row_entries(w) ** 0.5 if matches_rms else 1.0
         return (w.step(RowStep(M, G, self.momentum, self.eps, self.row_mode, length, w.finite)),)
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether the step of a row of the weight takes nothing from other rows."""
+        return not self.centred and self.pair is None and self.row_mode != "relative"
 
     @property
     def squares(self) -> str | None:  # type: ignore[override]
@@ -81,8 +88,10 @@ class RowNormRule(RowRule):
             return super().terms(ws, Ms, squares)
         w, layout = ws[0], self.pair
         found: Sequence[Tensor] = [s for s in squares if s is not None]
-        if self.eps is None and w.reductions is LOCAL_REDUCTIONS:
-            Ms, found = with_exact_squares(Ms, found)
+        if self.eps is None:
+            Ms, found = self.exact_squares(Ms, found, w)
+        else:
+            found = [w.reductions.cols(s) for s in found]
         pair_squares = torch.cat([join_pairs(s, layout) for s in found], -1)
         scale = self.row_scales(pair_squares.sum(-1, keepdim=True), w)  # (K, m, 1)
         if self.adjust_lr_fn == "match_rms_adamw":
@@ -91,23 +100,29 @@ class RowNormRule(RowRule):
             scale = split_pairs(scale.expand(-1, -1, 2), layout)
         return [Scaled(M, scale) for M in Ms]
 
+    def exact_squares(
+        self, Ms: Sequence[Tensor], squares: Sequence[Tensor], w: Member
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Momentum (K, m, n) and complete squared row norms (K, m, 1), both scaled alike."""
+        if w.reductions is LOCAL_REDUCTIONS:
+            return with_exact_squares(Ms, squares)
+        # a scale comes first, since ranks add their squares of a row
+        if self.rows_are_independent:
+            largest = w.reductions.most_of_cols(largest_of_rows(Ms[0]))
+        else:
+            largest = w.reductions.most(largest_entries(Ms[0]))
+        M, found = times_scale(Ms[0], squares[0], range_scale(largest))
+        return [M], [w.reductions.cols(found)]
+
     @override
     def centered_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """One operation for both centrings and the norms, unless rows lie on several shards."""
-        if w.reductions is not LOCAL_REDUCTIONS:
+        is_whole = w.reductions is LOCAL_REDUCTIONS
+        if self.eps is None and (X.device.type == "cpu" or not is_whole):
+            X = unit_range([X], w.reductions)[0]
+        if not is_whole:
             return super().centered_map(X, w)
-        if self.eps is None and X.device.type == "cpu":
-            X = unit_range([X])[0]
         return row_norm(X, kernel_eps(self.eps), self.row_mode, self.centred), None
-
-    @property
-    def splits(self) -> frozenset[str]:  # type: ignore[override]
-        """The rows, each of which needs nothing of the others; none where sums are taken.
-
-        Squares of rows that other ranks hold in part would need a scale in common.
-        """
-        takes_sums = self.centred or self.row_mode == "relative"
-        return frozenset() if takes_sums else super().splits & {"rows"}
 
     @override
     def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
@@ -173,9 +188,9 @@ class RowNorm(StackedOptimizer):
     two if centred, three if centred pairs.
 
     Caveat: rows are scaled each by itself, so rows that all point one way stay alike. A zero row
-    stays; every other row moves by the same length, however small its gradient. A row whose squares
-    vanish beside larger rows of its matrix (float32: length below 1e-19) counts as zero; so does
-    every such row on an accelerator.
+    stays; every other row moves by the same length, however small its gradient. On an accelerator
+    a row whose squares vanish (float32: length below 1e-19) counts as zero; on a CPU it does so
+    beside larger rows of its matrix, and only if ``centred``, ``"relative"`` or with ``pair``.
 
     Example:
         >>> import torch
@@ -252,7 +267,7 @@ class RowStep(Deferred):
             tiny = torch.finfo(squares.dtype).tiny
             if in_range(squares, *exact_squares(squares.dtype)):  # no row is zero, tiny or huge
                 return U, kernels.row_factors(squares, self.mode, tiny)
-            (U,), (squares,) = with_exact_squares([U], [squares])
+            U, squares = times_scale(U, squares, range_scale(largest_of_rows(U)))
         return U, kernels.row_factors(squares, self.mode, kernel_eps(self.eps))
 
     @override
@@ -313,3 +328,11 @@ def with_exact_squares(
         return Ms, squares
     Ms = unit_range(Ms)
     return Ms, [kernels.squares(M, -1) for M in Ms]
+
+
+def times_scale(M: Tensor, squares: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """M (K, m, n) and its squared row norms (K, m, 1), times powers of two where they are not 1."""
+    if scale is None:
+        return M, squares
+    scaled = M * scale
+    return scaled, torch.where(scale == 1, squares, kernels.squares(scaled, -1))

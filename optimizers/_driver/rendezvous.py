@@ -66,6 +66,7 @@ class ShardReductions(Reductions):
     ) -> None:
         self._rendezvous, self._bucket, self._number = rendezvous, bucket, number
         self._cut = cut & {"m", "n"}
+        self.has_whole_rows = "n" not in cut
 
     def _ask(self, kind: str, x: Tensor, *args: Any) -> Any:
         return self._rendezvous.ask(Request(self._bucket, self._number, kind, x, *args))
@@ -89,6 +90,10 @@ class ShardReductions(Reductions):
     def most(self, x: Tensor) -> Tensor:
         """Complete a maximum over all entries of the weight."""
         return self._complete(MAX, x, bool(self._cut))
+
+    def most_of_cols(self, x: Tensor) -> Tensor:
+        """Complete a maximum over the columns of the weight, for every row by itself."""
+        return self._complete(MAX, x, "n" in self._cut)
 
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
         """Apply fn to small matrices that all ranks have whole, on one; all get the result."""

@@ -43,6 +43,7 @@ class _Recorder(Reductions):
 
     def __init__(self, number: int, cut: frozenset[str], sent: list[Sent]) -> None:
         self._number, self._cut, self._sent = number, cut, sent
+        self.has_whole_rows = "n" not in cut
 
     def _record(self, x: Tensor, needed: bool, is_whole: bool = False) -> Tensor:
         if needed:
@@ -64,6 +65,10 @@ class _Recorder(Reductions):
     def most(self, x: Tensor) -> Tensor:
         """Record a maximum over all entries."""
         return self._record(x, bool(self._cut))
+
+    def most_of_cols(self, x: Tensor) -> Tensor:
+        """Record a maximum over the columns."""
+        return self._record(x, "n" in self._cut)
 
     def on_full_matrix(
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor

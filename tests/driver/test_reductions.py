@@ -37,10 +37,24 @@ GUARDS = {"rows": {"most", "both", FULL}, "cols": {"most", "both", FULL}}
 LOW_RANK = {"rank": 2, "update_proj_gap": 2}
 
 CASES = {
-    "rownorm": (RowNormRule(), {"rows": set(), "cols": {"cols"}}),
-    "rownorm of columns": (RowNormRule(axis="cols"), {"rows": set(), "cols": {"cols"}}),
-    "rownorm, relative": (RowNormRule(row_mode="relative"), {"rows": {"rows"}, "cols": {"cols"}}),
-    "rownorm, centred": (RowNormRule(centred=True), {"rows": {"rows"}, "cols": {"cols"}}),
+    "rownorm": (RowNormRule(), {"rows": set(), "cols": {"most_of_cols", "cols"}}),
+    "rownorm of columns": (
+        RowNormRule(axis="cols"),
+        {"rows": set(), "cols": {"most_of_cols", "cols"}},
+    ),
+    "rownorm, given eps": (RowNormRule(eps=1e-8), {"rows": set(), "cols": {"cols"}}),
+    "rownorm, relative": (
+        RowNormRule(row_mode="relative"),
+        {"rows": {"most", "rows"}, "cols": {"most", "cols"}},
+    ),
+    "rownorm, centred": (
+        RowNormRule(centred=True),
+        {"rows": {"most", "rows"}, "cols": {"most", "cols"}},
+    ),
+    "rownorm, centred, relative": (
+        RowNormRule(centred=True, row_mode="relative"),
+        {"rows": {"most", "rows"}, "cols": {"most", "cols"}},
+    ),
     "spectral": (SpectralRule(), {"rows": {"rows", FULL}, "cols": {"cols", FULL}}),
     "spectral, published scale": (
         SpectralRule(adjust_lr_fn="none", alpha=1.0),
@@ -133,9 +147,10 @@ GUARDS_ONLY = {
     ("fira, matrix", "cols", "cols"): {2, 4},
     ("hybrid", "rows", "most"): {0},
     ("hybrid, centred", "rows", "most"): {0},
+    ("hybrid of columns, polar first, centred", "rows", "most"): {0},
 }
 """Calls that decide only for columns that the basis misses, for residuals of round-off, and for the
-scale of whole rows, which each are normalized."""
+scale of whole rows, which each are normalized, or of a centred polar factor, which is near 1."""
 K, M, N, STEPS = 2, 7, 11, 5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
 """Relative to the largest number of a shard; polar factors of centred matrices are the worst."""
@@ -251,7 +266,7 @@ def test_shards_scale_by_the_largest_entry_of_all():
 def test_every_reduction_is_the_identity_on_one_process():
     x = torch.tensor([1.0, -2.0])
     one = Reductions()
-    assert all(getattr(one, name)(x) is x for name in ("rows", "cols", "both", "most"))
+    assert all(getattr(one, name)(x) is x for name in ("rows", "cols", "both", "most", "most_of_cols"))
     assert one.on_full_matrix(torch.neg, x).tolist() == [-1.0, 2.0]
     assert one.on_full_matrix(torch.maximum, x, -x).tolist() == [1.0, 2.0]
     assert one.on_one_rank(torch.maximum, x, -x).tolist() == [1.0, 2.0]
@@ -260,7 +275,7 @@ def test_every_reduction_is_the_identity_on_one_process():
 
 def test_the_ranks_simulate_every_reduction():
     def public(cls):
-        return {name for name in vars(cls) if not name.startswith("_")}
+        return {name for name, x in vars(cls).items() if callable(x) and not name.startswith("_")}
 
     assert public(ShardReductions) == public(Reductions)
 
