@@ -166,11 +166,25 @@ class Exchange:
 
     def bytes_to_owners(self) -> int:
         """Bytes that this rank sends to owners, without the status."""
-        return sum(self._size(k, self.team.rank) for row in self._plans[0] for k in row)
+        me, total = self.team.rank, 0
+        for k, piece in enumerate(self.pieces):
+            boxes = piece.boxes
+            if boxes.index(boxes[me]) != me:  # of equal boxes the first rank sends
+                continue
+            owners = boxes if piece.owner is None else boxes[piece.owner : piece.owner + 1]
+            total += self._size(k, me) * sum(not _covers(held, boxes[me]) for held in owners)
+        return total
 
     def bytes_from_owners(self) -> int:
         """Bytes that this rank sends back as an owner, without the status."""
-        return sum(self._size(k, rank) for rank, row in enumerate(self._plans[2]) for k in row)
+        me, ranks = self.team.rank, range(len(self.team))
+        return sum(
+            self._size(k, rank)
+            for k, piece in enumerate(self.pieces)
+            if piece.owner == me
+            for rank in ranks
+            if rank != me
+        )
 
     def _size(self, k: int, holder: int) -> int:
         piece = self.pieces[k]
