@@ -24,7 +24,6 @@ from ._core.rule import (
 )
 from ._core.validation import check_choices, check_eps
 from ._driver.optimizer import StackedOptimizer
-from ._toolkit.moments import largest_entries
 from ._toolkit.row_rules import (
     ROW_MODES,
     RowRule,
@@ -34,7 +33,6 @@ from ._toolkit.row_rules import (
     largest_of_rows,
     range_scale,
     row_factors,
-    row_squares,
     split_pairs,
     unit_range,
 )
@@ -88,10 +86,13 @@ class RowNormRule(RowRule):
             return super().terms(ws, Ms, squares)
         w, layout = ws[0], self.pair
         found: Sequence[Tensor] = [s for s in squares if s is not None]
+        if w.reductions is not LOCAL_REDUCTIONS:  # so no pairs
+            M, scale = self.rows_on_shards(Ms[0], w, found[0])
+            if self.adjust_lr_fn == "match_rms_adamw":
+                scale = scale * (self.rms_target * self.row_entries(w) ** 0.5)
+            return [Scaled(M, scale)]
         if self.eps is None:
-            Ms, found = self.exact_squares(Ms, found, w)
-        else:
-            found = [w.reductions.cols(s) for s in found]
+            Ms, found = with_exact_squares(Ms, found)
         pair_squares = torch.cat([join_pairs(s, layout) for s in found], -1)
         scale = self.row_scales(pair_squares.sum(-1, keepdim=True), w)  # (K, m, 1)
         if self.adjust_lr_fn == "match_rms_adamw":
@@ -100,34 +101,43 @@ class RowNormRule(RowRule):
             scale = split_pairs(scale.expand(-1, -1, 2), layout)
         return [Scaled(M, scale) for M in Ms]
 
-    def exact_squares(
-        self, Ms: Sequence[Tensor], squares: Sequence[Tensor], w: Member
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Momentum (K, m, n) and complete squared row norms (K, m, 1), both scaled alike."""
-        if w.reductions is LOCAL_REDUCTIONS:
-            return with_exact_squares(Ms, squares)
-        # a scale comes first, since ranks add their squares of a row
-        if self.rows_are_independent:
-            largest = w.reductions.most_of_cols(largest_of_rows(Ms[0]))
-        else:
-            largest = w.reductions.most(largest_entries(Ms[0]))
-        M, found = times_scale(Ms[0], squares[0], range_scale(largest))
-        return [M], [w.reductions.cols(found)]
+    def rows_on_shards(
+        self, M: Tensor, w: Member, squares: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """M (K, m, n), and the factors (K, m, 1) that bring its rows to norm 1.
+
+        Squares of float32 numbers are summed in float64, which holds them all, since ranks that
+        scale by their own largest entries would add numbers of different units.
+
+        Args:
+            M: What this rank holds.
+            w: The member, for its reductions.
+            squares: Squared norms of the parts of rows in M, where they are known.
+        """
+        if self.eps is not None:
+            squares = kernels.squares(M, -1) if squares is None else squares
+            return M, self.row_scales(w.reductions.cols(squares), w)
+        norms = torch.linalg.vector_norm(M, dim=-1, keepdim=True, dtype=torch.float64)
+        factors = self.row_scales(w.reductions.cols(norms.square()), w)
+        dtype = torch.promote_types(M.dtype, torch.float32)
+        sizes = torch.where(factors > 0, 1 / factors, 0.0).clamp(max=torch.finfo(dtype).max)
+        scale = range_scale(sizes.to(dtype))
+        return (M, factors.to(dtype)) if scale is None else (M * scale, (factors / scale).to(dtype))
 
     @override
     def centered_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
         """One operation for both centrings and the norms, unless rows lie on several shards."""
-        is_whole = w.reductions is LOCAL_REDUCTIONS
-        if self.eps is None and (X.device.type == "cpu" or not is_whole):
-            X = unit_range([X], w.reductions)[0]
-        if not is_whole:
+        if w.reductions is not LOCAL_REDUCTIONS:
             return super().centered_map(X, w)
+        if self.eps is None and X.device.type == "cpu":
+            X = unit_range([X])[0]
         return row_norm(X, kernel_eps(self.eps), self.row_mode, self.centred), None
 
     @override
     def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
-        """Rows of X (K, m, n) at norm 1, in X itself: only centred rows come here."""
-        return X.mul_(self.row_scales(row_squares(X, w.reductions), w)), None
+        """Rows of X (K, m, n) at norm 1: only centred rows on shards come here."""
+        X, factors = self.rows_on_shards(X, w)
+        return X * factors, None
 
     def row_scales(self, squares: Tensor, w: Member) -> Tensor:
         """Factors (K, m, 1) that bring rows of these squared norms (K, m, 1) to norm 1."""

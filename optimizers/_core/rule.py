@@ -138,10 +138,6 @@ class Reductions:
         """
         return x
 
-    def most_of_cols(self, x: Tensor) -> Tensor:
-        """Complete a maximum over the columns of the weight, for every row by itself."""
-        return x
-
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
         """Apply fn to small matrices that all ranks have whole, on one; all get the result."""
         return fn(*args)

@@ -91,10 +91,6 @@ class ShardReductions(Reductions):
         """Complete a maximum over all entries of the weight."""
         return self._complete(MAX, x, bool(self._cut))
 
-    def most_of_cols(self, x: Tensor) -> Tensor:
-        """Complete a maximum over the columns of the weight, for every row by itself."""
-        return self._complete(MAX, x, "n" in self._cut)
-
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
         """Apply fn to small matrices that all ranks have whole, on one; all get the result."""
         return self._ask(FROM, args[0], fn, (), args)

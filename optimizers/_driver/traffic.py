@@ -1,4 +1,4 @@
-"""What an ordinary update of a rule sends, found by running it on a strip of zeros.
+"""What an ordinary update of a rule sends, found by running it on a strip of the weight.
 
 A rule that runs on shards works for any number of rows or columns of the cut side, so an update of
 two of them asks for all that an update of the real shard asks for, and costs next to nothing.
@@ -66,10 +66,6 @@ class _Recorder(Reductions):
         """Record a maximum over all entries."""
         return self._record(x, bool(self._cut))
 
-    def most_of_cols(self, x: Tensor) -> Tensor:
-        """Record a maximum over the columns."""
-        return self._record(x, "n" in self._cut)
-
     def on_full_matrix(
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
@@ -92,7 +88,8 @@ def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
         m, n = unit.sides(i)
         cut = placed.cut[i] & {"m", "n"}
         sides = (STRIP if "m" in cut else m, STRIP if "n" in cut else n)
-        G = torch.zeros(1, *sides, dtype=torch.float32, device="cpu")
+        # of ordinary size: a rule may take more sums where squares vanish
+        G = torch.ones(1, *sides, dtype=torch.float32, device="cpu")
         state = {
             name: torch.zeros(1, *slot.shape(*sides), dtype=unit.dtype_of(i, name), device="cpu")
             for name, slot in unit.slots[i].items()

@@ -250,7 +250,7 @@ def rms_factor(U: Tensor, target: float, reductions: Reductions, n: int) -> Tens
     squares = row_squares(U, reductions)
     rows = (squares > 0).to(squares.dtype).sum(-2, keepdim=True)
     both = reductions.rows(torch.cat([rows, total(squares.mT)], -1))  # (K, 1, 2), in one call
-    rows, square_sum = both.split(1, -1)
+    rows, square_sum = both[..., :1], both[..., 1:]
     ratio = rows * n / square_sum
     # a subnormal sum, as a given eps leaves of tiny gradients, makes the quotient infinite
     ratio = torch.where(ratio.isinf(), (rows * n).sqrt() / square_sum.sqrt(), ratio.sqrt())

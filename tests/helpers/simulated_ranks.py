@@ -127,9 +127,6 @@ class ShardReductions(Reductions):
     def most(self, x):
         return self._ask("most", x)
 
-    def most_of_cols(self, x):
-        return self._ask("most_of_cols", x)
-
     def on_one_rank(self, fn, *args):
         return self._ask("on_one_rank", fn, *args)
 
@@ -208,7 +205,7 @@ class SimulatedRanks:
 
     def ask(self, rank, name, args):
         """What a call of ``Reductions`` on this rank returns."""
-        if name not in (self.split, f"most_of_{self.split}", *ALWAYS_SHARED):
+        if name not in (self.split, *ALWAYS_SHARED):
             return getattr(Reductions(), name)(*args)
         number = self._calls_now[rank][name]
         self._calls_now[rank][name] += 1
@@ -267,7 +264,7 @@ class SimulatedRanks:
             return self._on_one_rank(calls, of_shards=name == "from_full_matrix")
         parts = [x for (x,) in calls]
         assert len({x.shape for x in parts}) == 1, f"{name} of different shapes"
-        total = torch.stack(parts).amax(0) if "most" in name else sum(parts[1:], parts[0])
+        total = torch.stack(parts).amax(0) if name == "most" else sum(parts[1:], parts[0])
         return [total.clone() for _ in parts]
 
     def _on_full_matrix(self, calls):
