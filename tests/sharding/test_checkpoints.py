@@ -65,7 +65,7 @@ def by_turns(names, worlds):
         yield pytest.param(name, i % 2, worlds[i // 2 % len(worlds)], id=name)
 
 
-@pytest.mark.parametrize("method, dim, worlds", by_turns(EVERY, [[0], [3]]))
+@pytest.mark.parametrize("method, dim, worlds", list(by_turns(EVERY, [[0], [3]])))
 def test_state_of_every_method_is_carried(method, dim, worlds, tmp_path):
     check_carried(Case(method, dim), "dcp", worlds, tmp_path)
 
@@ -87,7 +87,7 @@ def ways_by_turns(names, ways, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, way, dim, worlds", ways_by_turns(FAMILIES, [*WAYS], 2))
+@pytest.mark.parametrize("method, way, dim, worlds", list(ways_by_turns(FAMILIES, [*WAYS], 2)))
 def test_state_of_every_class_is_carried_every_way(method, way, dim, worlds, tmp_path):
     skip_what_torch_cannot(method, way)
     source, worlds = (0, [2, 4]) if way == "torch" else (2, worlds)
@@ -147,7 +147,8 @@ def test_a_run_goes_on_with_any_number_of_ranks(method, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method, dim, worlds", by_turns([*EVERY, "adamw"], [[2], [0, 3], [1, 4], [2], [0, 4], [1, 3]])
+    "method, dim, worlds",
+    list(by_turns([*EVERY, "adamw"], [[2], [0, 3], [1, 4], [2], [0, 4], [1, 3]])),
 )
 def test_every_method_goes_on_with_other_numbers_of_ranks(method, dim, worlds, tmp_path):
     check_resumed(Case(method, dim), "dcp", worlds, tmp_path)
@@ -173,7 +174,7 @@ def test_plans_do_not_matter_to_a_checkpoint(method, plan, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method, way, dim, worlds",
-    ways_by_turns(FAMILIES[::-1], [way for way in WAYS if way != "torch"], 1),
+    list(ways_by_turns(FAMILIES[::-1], [way for way in WAYS if way != "torch"], 1)),
 )
 def test_every_class_goes_on_after_one_of_the_ways(method, way, dim, worlds, tmp_path):
     skip_what_torch_cannot(method, way)
