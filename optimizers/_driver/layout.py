@@ -166,9 +166,7 @@ class Layout:
     @cached_property
     def is_first_replica(self) -> bool:
         """Whether this process is the first of those that hold the same."""
-        return not any(
-            i for axis, i in enumerate(self.coordinate) if axis not in self.axes
-        )
+        return not any(i for axis, i in enumerate(self.coordinate) if axis not in self.axes)
 
     @cached_property
     def dims(self) -> frozenset[int]:

@@ -335,11 +335,12 @@ class Rendezvous:
         exchange = self._exchange(requests)
         held = [M for r in requests for M in r.x.unbind(0)]
         whole = exchange.to_owners(held, self.failure is not None)
-        if self.failure is not None:
+        if self.failure is not None and not exchange.is_one_way:
             raise self.failure  # the others have read so and do not come to the way back
         results = dict[int, Tensor]()
         try:
-            results = _apply(requests, whole)
+            if self.failure is None:
+                results = _apply(requests, whole)
         except Exception as error:
             self.failure = error
         answers = [torch.empty_like(r.x, memory_format=torch.contiguous_format) for r in requests]
@@ -455,11 +456,21 @@ def _apply(requests: Sequence[Request], whole: dict[int, Tensor]) -> dict[int, T
         ks = [k for k in range(count) if first + k in whole]
         if ks and request.fn is not None:
             matrices = [whole[first + k].to(request.x.dtype) for k in ks]
-            X = torch.stack(matrices) if len(ks) > 1 else matrices[0].unsqueeze(0)
+            X = _stack(matrices)
             Y = request.fn(X, *(_entries(x, ks) for x in request.per_matrix))
             results.update((first + k, M) for k, M in zip(ks, Y.unbind(0), strict=True))
         first += count
     return results
+
+
+def _stack(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices as a stack (k, m, n) that lies in memory as they do, which bits depend on."""
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first.unsqueeze(0)
+    if not first.is_contiguous() and first.mT.is_contiguous():
+        return torch.stack([M.mT for M in matrices]).mT
+    return torch.stack(list(matrices))
 
 
 def _entries(x: Sequence[Any] | Tensor, ks: Sequence[int]) -> Sequence[Any] | Tensor:

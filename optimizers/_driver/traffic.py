@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .._core.rule import BatchedCall, Member, Reductions, Rule
 from .batched_calls import DirectionIterator
-from .shard_plan import Placed
 from .units import Unit
 from .write_modes import RESIDUAL
 
@@ -73,19 +72,22 @@ class _Recorder(Reductions):
 
 
 @torch.no_grad()
-def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
+def traffic_of(
+    unit: Unit, cut_by_member: Sequence[frozenset[str]], shares: bool, rule: Rule
+) -> list[Sent]:
     """What an update between refreshes asks other ranks for, per matrix of the unit.
 
     Args:
         unit: A unit whose rule runs on shards.
-        placed: How it lies.
+        cut_by_member: Per member, letters of the sides that are cut.
+        shares: Whether replicas share what is asked of whole matrices.
         rule: Its rule.
     """
     sent: list[Sent] = []
     members = []
     for i, p in enumerate(unit.params):
         m, n = unit.sides(i)
-        cut = placed.cut[i] & {"m", "n"}
+        cut = cut_by_member[i] & {"m", "n"}
         sides = (STRIP if "m" in cut else m, STRIP if "n" in cut else n)
         G = torch.zeros(1, *sides, dtype=torch.float32, device="cpu")
         state = {
@@ -106,7 +108,7 @@ def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
                 indices=(0,),
                 number=i,
                 transposed=unit.transposed[i],
-                reductions=_Recorder(i, cut, placed.shares, sent),
+                reductions=_Recorder(i, cut, shares, sent),
             )
         )
     steps = DirectionIterator(rule.update(*members))

@@ -46,7 +46,7 @@ class Piece:
     """
 
     shape: tuple[int, ...]
-    dim: int | None | tuple[int | None, ...] = 0
+    dim: int | tuple[int | None, ...] | None = 0
     view: str | None = None
     dtype: str = "float32"
     mesh: str = "all"
