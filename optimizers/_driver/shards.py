@@ -695,12 +695,14 @@ class Shards:
             placed, team = unit.placed, self._team(unit)
             if placed is not None and placed.runs_on_shards and team is not None:
                 sides = tuple(unit.sides(i) for i in range(len(unit.params)))
-                key = unit.rule, unit.key[:3], sides, placed.cut, unit.params[0].dtype
+                kinds = tuple((p.dtype, p.requires_grad) for p in unit.params)
+                key = unit.rule, unit.key[:3], sides, placed.cut, kinds
                 if key not in known:
                     known[key] = traffic_of(unit, placed, self._plan.rule(unit))
-                position = unit.positions[0]
-                size = self._bytes_on_shards(team, unit, known[key])
-                sent[position] = sent.get(position, 0) + size
+                for i, position in enumerate(unit.positions):
+                    own = [x for x in known[key] if x.number == i]
+                    size = self._bytes_on_shards(team, unit, own)
+                    sent[position] = sent.get(position, 0) + size
         for team, loads in self.loads:
             for load in loads:
                 for i, position in enumerate(load.positions):
@@ -807,7 +809,7 @@ def _bucket_waves(buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
     """Buckets whose parts together have at most as many bytes as one rank may own."""
     wave, used = list[Bucket](), 0
     for bucket in buckets:
-        size = 4 * bucket.unit.numel * len(bucket.units)
+        size = 4 * sum(part.layout.largest for part in bucket.unit.held) * len(bucket.units)
         if wave and used + size > MAX_WAVE_BYTES:
             yield wave
             wave, used = [], 0
