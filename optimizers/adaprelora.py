@@ -74,18 +74,19 @@ class AdaPreLoRARule(LoRARule):
         ws = (A, B)
         grads, X, G, grams = self.in_range(ws)
         Y: Sequence[Tensor | None] = (None, None)
-        units = [x.new_ones(len(x), 1, 1) for x in X]
-        if self.stats != "none":
-            *Y, units[0], units[1] = yield from self.weights(ws, X, G, grams)
+        if self.stats == "none":
+            units = [x.new_ones(len(x), 1, 1) for x in X]
+        else:
+            *Y, unit, squares = yield from self.weights(ws, X, G, grams)
         M, clocks = zip(*map(self.averaged_grad, ws, grads), strict=True)
         is_joint = all(m is not None for m in M)
         sums = [[gram(x, y)] for x, y in zip(X, Y, strict=True)]
         for of_one, x, m in zip(sums, X, M, strict=True):
             of_one += [cross_gram(x, m)] if is_joint else []
-        sums[1] += [units[1]] if self.stats != "none" else []
+        sums[1] += [] if self.stats == "none" else [squares]
         (S_a, *F_a), (S_b, *F_b) = completed_together(ws, *sums)
         if self.stats != "none":
-            units[1] = F_b.pop().reciprocal().mul_(B.m).sqrt_()
+            units = [unit, F_b.pop().reciprocal().mul_(B.m).sqrt_()]
         small = yield BatchedCall(self.small_matrices, (S_a, S_b, *units, *clocks, *F_a, *F_b))
         K, C = small[:2], small[2:] if is_joint else (None, None)
         steps = []

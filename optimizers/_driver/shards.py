@@ -243,6 +243,7 @@ class Shards:
         self._plan, self._state = plan, state
         self._groups = groups
         units = [unit for unit in plan.units if unit.placed is not None]
+        self._unit_teams = self._teams_of_units(units)
         owners = self._owners(units)
         self.loads: list[tuple[Team, list[Load]]] = self._loads(units, owners)
         self._units = units
@@ -257,7 +258,20 @@ class Shards:
 
     def _team(self, unit: Unit) -> Team | None:
         """The ranks among which a unit is divided."""
-        return next((t for i in unit.positions if (t := self.team_of.get(i)) is not None), None)
+        return None if unit.placed is None else self._unit_teams.get(_ranks_of(unit))
+
+    def _teams_of_units(self, units: Sequence[Unit]) -> dict[tuple[int, ...], Team]:
+        """By ranks, the teams that share units, in one order on all ranks.
+
+        They are those of single parameters, and where the members of a unit are cut along other
+        axes of a mesh than each other, those of all of these axes.
+        """
+        teams = {team.ranks: team for team in self.teams}
+        for unit in units:
+            if unit.placed is not None and unit.placed.axes:
+                team = Team(unit.placed.layouts[0], unit.placed.axes)
+                teams.setdefault(team.ranks, team)
+        return teams
 
     def _owners(self, units: Sequence[Unit]) -> dict[Unit, tuple[int, ...]]:
         """Per unit, the owner of each of its matrices: the longest work first, to who has least.
@@ -265,7 +279,7 @@ class Shards:
         Units that travel whole have one owner for all of their parameters.
         """
         owners: dict[Unit, tuple[int, ...]] = {}
-        for team in self.teams:
+        for team in self._unit_teams.values():
             work = [0] * len(team)
             jobs: list[tuple[int, int, list[Unit]]] = []
             runs: dict[tuple[int, ...], list[Unit]] = {}
@@ -292,7 +306,7 @@ class Shards:
     ) -> list[tuple[Team, list[Load]]]:
         """Per team, what travels."""
         found = []
-        for team in self.teams:
+        for team in self._unit_teams.values():
             loads: dict[tuple[int, ...], Load] = {}
             for unit in units:
                 if unit.placed is not None and unit.placed.held is None:
@@ -746,6 +760,13 @@ class Shards:
             total += exchange.bytes_to_owners()
             total += exchange.bytes_from_owners() if returns else 0
         return total
+
+
+def _ranks_of(unit: Unit) -> tuple[int, ...]:
+    """The ranks among which a unit is divided."""
+    placed = unit.placed
+    assert placed is not None
+    return placed.layouts[0].over(placed.axes).ranks
 
 
 def settle(unit: Unit, state: State) -> None:

@@ -300,6 +300,154 @@ def test_meshes_that_split_nothing_are_local(method):
             assert far == [0.0, 0.0]
 
 
+LONG_PAIRS = tuple(map(Piece, [(4, 24), (12, 4), (3, 8), (40, 3), (1, 4), (4, 1)], (1, 0) * 3))
+"""A and B by turns, cut along their long sides in equal parts."""
+
+
+def sums_of_pairs(rank, world, case):
+    """Per step (operation, bytes) of each reduction; what was promised; entries of state here."""
+    from stiefel.optimizers._driver.exchange import Team
+
+    params, steps = parameters(case, world), []
+    optimizer = optimizer_of(case, params)
+    promised = [(row.plan, row.bytes_per_step) for row in optimizer.assignment()]
+    reduce = Team.reduce
+
+    def counted(team, x, op):
+        steps[-1].append((op, (x.numel() - 1) * x.element_size()))  # one number says who failed
+        return reduce(team, x, op)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Team, "reduce", counted)
+        for step in range(case.steps):
+            steps.append([])
+            set_gradients(case, params, step, world)
+            optimizer.step()
+    state = [
+        {k: x.to_local().numel() for k, x in optimizer.state[p].items() if hasattr(x, "to_local")}
+        for p in params
+    ]
+    return [calls[1:] for calls in steps], promised, state  # the first are flags
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    "method, calls", [
+        ("altlora", ["SUM"] * 2), ("altlora-plus", ["SUM"] * 4), ("altlora-alternate", ["SUM"]),
+        ("altlora-compact", ["SUM"] * 4), ("adaprelora", ["SUM", "MAX", "SUM"]),
+        ("adaprelora-sgd", ["SUM", "MAX", "SUM", "SUM", "SUM"]),
+        ("adaprelora-none", ["SUM", "SUM"]),
+    ],
+)  # fmt: skip
+def test_pairs_send_small_sums_for_all_of_them_together(method, calls, world):
+    """As many calls as for one pair, of the bytes that the assignment says; state is shared."""
+    found = pool(world).run(sums_of_pairs, Case(method, LONG_PAIRS, steps=3))
+    for steps, promised, state in found:
+        assert {plan for plan, _ in promised} == {"reduce"}
+        for step in steps:
+            assert [op for op, _ in step] == calls
+            sent = 2 * sum(size for _, size in step) * (world - 1) // world
+            assert sent == sum(size for _, size in promised)
+        for piece, held in zip(LONG_PAIRS, state, strict=True):
+            r, long = sorted(piece.shape)
+            sizes = {"exp_avg": r * long, "exp_avg_sq": r * long, "ref": r * long, "energy": long}
+            for key in held.keys() & sizes.keys():
+                assert held[key] == sizes[key] // world, key
+            assert held["count"] == 1 if "count" in held else method == "adaprelora-sgd"
+
+
+def refused(rank, world, method, options, dims):
+    """The message for a pair that may not be reduced, and whether anything has changed."""
+    made = tuple(map(Piece, [(4, 24), (12, 4)], dims))
+    case = Case(method, made, options={"plan": "reduce", **options})
+    params = parameters(case, world)
+    before = [whole(p) for p in params]
+    optimizer = optimizer_of(case, params)
+    set_gradients(case, params, 0, world)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        same = [difference(whole(p), W) for p, W in zip(params, before, strict=True)]
+        return str(error), same, len(optimizer.state)
+    return "nothing", [], 0
+
+
+@pytest.mark.parametrize(
+    "method, options, dims",
+    [
+        ("altlora", {}, (0, 0)),
+        ("altlora", {}, (1, 1)),
+        ("altlora-reference", {}, (1, 0)),
+        ("adaprelora", {}, (0, 0)),
+    ],
+)
+def test_pairs_that_may_not_be_reduced_say_so(method, options, dims):
+    for text, same, entries in pool(2).run(refused, method, options, dims):
+        assert "plan='reduce' is not exact for" in text and "'owner', 'gather' or 'auto'" in text
+        assert same == [0.0, 0.0] and entries == 0
+
+
+def odd_layouts(rank, world):
+    """Pairs of which one factor is whole on all ranks, or whose ranks are replicas of shards."""
+    far, plans = [], []
+    square = meshes(world)["square"]
+    for method in ("altlora-plus", "adaprelora"):
+        case = Case(method, tuple(map(Piece, [(3, 9), (10, 3)])))
+        _, _, expected = train(case, 0)
+        for mesh, dims in (
+            ("all", ((None,), (0,))), ("all", ((1,), (None,))),
+            ("square", ((None, 1), (None, 0))), ("square", ((1, None), (None, 0))),
+        ):  # fmt: skip
+            mesh = square if mesh == "square" else meshes(world)["all"]
+            plain = parameters(case, 0)
+            params = [
+                nn.Parameter(lay(p.detach().clone(), mesh, *at))
+                for p, at in zip(plain, dims, strict=True)
+            ]
+            optimizer = optimizer_of(case, params)
+            for step in range(case.steps):
+                set_gradients(case, plain, step, 0)
+                for p, q, at in zip(params, plain, dims, strict=True):
+                    p.grad = lay(q.grad, mesh, *at)
+                optimizer.step()
+            pairs = zip(params, expected[-1], strict=True)
+            far.append(max(difference(whole(p), W) for p, W in pairs))
+            plans.append({row.plan for row in optimizer.assignment()})
+    return far, plans
+
+
+def test_pairs_of_a_whole_factor_and_of_replicas_are_reduced():
+    """A factor cut along one axis of a mesh and its partner along another travel."""
+    for far, plans in pool(4).run(odd_layouts):
+        assert max(far) <= ROUNDING
+        assert plans == [*[{"reduce"}] * 3, {"owner"}] * 2
+
+
+def watches(rank, world, what):
+    """Statistics of a base weight where something is sharded."""
+    A, B = (nn.Parameter(torch.randn(s)) for s in ((2, 8), (6, 2)))
+    W = nn.Parameter(torch.zeros(6, 8), requires_grad=False)
+    mesh = meshes(world)["all"]
+    if what == "factors":
+        A, B = nn.Parameter(lay(A.detach(), mesh, 1)), nn.Parameter(lay(B.detach(), mesh, 0))
+    else:
+        W = nn.Parameter(lay(W.detach(), mesh, 0), requires_grad=False)
+    optimizer = optimizers.AdaPreLoRA(
+        optimizers.pairs_to_groups([(A, B)], scale=1.0), stats="exact"
+    )
+    try:
+        optimizer.watch(optimizers.pairs_to_groups([(A, B, W)], scale=1.0))
+    except ValueError as error:
+        return str(error), W.requires_grad
+    return "nothing", W.requires_grad
+
+
+@pytest.mark.parametrize("what", ["factors", "base weight"])
+def test_statistics_of_sharded_base_weights_are_refused(what):
+    for text, trains in pool(2).run(watches, what):
+        assert text.startswith("stats='exact' needs whole weights") and not trains
+
+
 def part():
     """A stage of a model."""
     layers = {"up": nn.Linear(7, 10), "norm": nn.LayerNorm(10), "down": nn.Linear(10, 3)}
