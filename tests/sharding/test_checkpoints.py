@@ -137,6 +137,12 @@ def test_a_run_goes_on_with_any_number_of_ranks(method, tmp_path):
     check_resumed(Case(method), "dcp", WORLDS, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["altlora-plus", "altlora-compact", "adaprelora"])
+def test_a_run_of_pairs_on_shards_goes_on_with_any_number_of_ranks(method, tmp_path):
+    """A cut along its columns and B along its rows: sums travel, and state lies like factors."""
+    check_resumed(Case(method, 1), "dcp", [0, 2, 3], tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method, dim, worlds", by_turns([*EVERY, "adamw"]))
 def test_every_method_goes_on_with_any_number_of_ranks(method, dim, worlds, tmp_path):
