@@ -66,21 +66,33 @@ class ShardReductions(Reductions):
         bucket: The bucket.
         number: Number of the member.
         cut: Letters of the sides that are cut, as the rule sees them.
+        shares: Whether replicas share the work for whole matrices.
+        is_counted: Whether sums count what this process holds, as they do of one replica.
     """
 
     def __init__(
-        self, rendezvous: Rendezvous, bucket: Bucket, number: int, cut: frozenset[str]
+        self,
+        rendezvous: Rendezvous,
+        bucket: Bucket,
+        number: int,
+        cut: frozenset[str] = frozenset(),
+        shares: bool = False,
+        is_counted: bool = True,
     ) -> None:
         self._rendezvous, self._bucket, self._number = rendezvous, bucket, number
-        self._cut = cut & {"m", "n"}
+        self._cut, self._shares, self._is_counted = cut & {"m", "n"}, shares, is_counted
 
     def _ask(self, kind: str, x: Tensor, *args: Any) -> Any:
         answer = self._rendezvous.ask(Request(self._bucket, self._number, kind, x, *args))
         return answer[0] if kind in (SUM, MAX) else answer
 
     def _complete(self, kind: str, x: Tensor, needed: bool) -> Tensor:
-        completed: Tensor = self._ask(kind, x) if needed else x
+        completed: Tensor = self._ask(kind, self._share(kind, x)) if needed else x
         return completed
+
+    def _share(self, kind: str, x: Tensor) -> Tensor:
+        """What this process adds to a sum."""
+        return x if self._is_counted or kind == MAX else torch.zeros_like(x)
 
     def rows(self, x: Tensor) -> Tensor:
         """Complete a partial sum over the rows of the weight."""
@@ -110,14 +122,16 @@ class ShardReductions(Reductions):
         self, kind: str, parts: Sequence[tuple[Reductions, Tensor]]
     ) -> tuple[Tensor, ...]:
         """Ask for all that belongs to a member that is cut; a whole member has the rest itself."""
-        is_cut = [isinstance(of, ShardReductions) and bool(of._cut) for of, _ in parts]
-        asked = [x for (_, x), cut in zip(parts, is_cut, strict=True) if cut]
-        if not asked:
+        own = [of if isinstance(of, ShardReductions) and of._cut else None for of, _ in parts]
+        shares = [
+            of._share(kind, x) for of, (_, x) in zip(own, parts, strict=True) if of is not None
+        ]
+        if not shares:
             return tuple(x for _, x in parts)
-        request = Request(self._bucket, self._number, kind, asked[0], more=tuple(asked[1:]))
+        request = Request(self._bucket, self._number, kind, shares[0], more=tuple(shares[1:]))
         completed = iter(self._rendezvous.ask(request))
         return tuple(
-            next(completed) if cut else x for (_, x), cut in zip(parts, is_cut, strict=True)
+            x if of is None else next(completed) for of, (_, x) in zip(own, parts, strict=True)
         )
 
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
@@ -128,8 +142,8 @@ class ShardReductions(Reductions):
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
         """Apply fn to whole matrices, each on its owner, and return the local parts."""
-        whole: Tensor
-        whole = self._ask(WHOLE, X, fn, per_matrix) if self._cut else fn(X, *per_matrix)
+        is_asked = self._cut or self._shares
+        whole: Tensor = self._ask(WHOLE, X, fn, per_matrix) if is_asked else fn(X, *per_matrix)
         return whole
 
     def from_full_matrix(self, fn: Callable[..., Any], X: Tensor, *small: Tensor) -> Any:

@@ -387,40 +387,25 @@ def test_pairs_that_may_not_be_reduced_say_so(method, options, dims):
         assert same == [0.0, 0.0] and entries == 0
 
 
-def odd_layouts(rank, world):
-    """Pairs of which one factor is whole on all ranks, or whose ranks are replicas of shards."""
-    far, plans = [], []
-    square = meshes(world)["square"]
-    for method in ("altlora-plus", "adaprelora"):
-        case = Case(method, tuple(map(Piece, [(3, 9), (10, 3)])))
-        _, _, expected = train(case, 0)
-        for mesh, dims in (
-            ("all", ((None,), (0,))), ("all", ((1,), (None,))),
-            ("square", ((None, 1), (None, 0))), ("square", ((1, None), (None, 0))),
-        ):  # fmt: skip
-            mesh = square if mesh == "square" else meshes(world)["all"]
-            plain = parameters(case, 0)
-            params = [
-                nn.Parameter(lay(p.detach().clone(), mesh, *at))
-                for p, at in zip(plain, dims, strict=True)
-            ]
-            optimizer = optimizer_of(case, params)
-            for step in range(case.steps):
-                set_gradients(case, plain, step, 0)
-                for p, q, at in zip(params, plain, dims, strict=True):
-                    p.grad = lay(q.grad, mesh, *at)
-                optimizer.step()
-            pairs = zip(params, expected[-1], strict=True)
-            far.append(max(difference(whole(p), W) for p, W in pairs))
-            plans.append({row.plan for row in optimizer.assignment()})
-    return far, plans
+WHOLE = (None, None)
+ODD_LAYOUTS = [
+    ((WHOLE, (None, 0)), "reduce"), (((None, 1), WHOLE), "reduce"), (((0, None), WHOLE), "owner"),
+    (((None, 1), (None, 0)), "reduce"), (((1, None), (None, 0)), "owner"), ((WHOLE, WHOLE), "local")
+]  # fmt: skip
+"""How A and B lie on a square mesh, and the plan: on axes of their own they travel."""
 
 
-def test_pairs_of_a_whole_factor_and_of_replicas_are_reduced():
-    """A factor cut along one axis of a mesh and its partner along another travel."""
-    for far, plans in pool(4).run(odd_layouts):
-        assert max(far) <= ROUNDING
-        assert plans == [*[{"reduce"}] * 3, {"owner"}] * 2
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("method", ["altlora-plus", "adaprelora", "adaprelora-sgd"])
+def test_pairs_of_a_whole_factor_and_of_replicas(method, spread):
+    made = tuple(
+        Piece(shape, dims, mesh="square")
+        for pair, _ in ODD_LAYOUTS
+        for shape, dims in zip(PAIR_SHAPES[:2], pair, strict=True)
+    )
+    found = check(Case(method, made, options={"spread_replicas": spread}), 4)
+    plans = [plan for _, plan, _ in found[0]["rows"]]
+    assert plans == [plan for _, plan in ODD_LAYOUTS for _ in range(2)]
 
 
 def watches(rank, world, what):
