@@ -304,11 +304,14 @@ LONG_PAIRS = tuple(map(Piece, [(4, 24), (12, 4), (3, 8), (40, 3), (1, 4), (4, 1)
 """A and B by turns, cut along their long sides in equal parts."""
 
 
-def sums_of_pairs(rank, world, case):
+def sums_of_pairs(rank, world, case, frozen=None):
     """Per step (operation, bytes) of each reduction; what was promised; entries of state here."""
     from stiefel.optimizers._driver.exchange import Team
 
     params, steps = parameters(case, world), []
+    frozen = [] if frozen is None else params[frozen::2]
+    for p in frozen:
+        p.requires_grad_(False)
     optimizer = optimizer_of(case, params)
     promised = [(row.plan, row.bytes_per_step) for row in optimizer.assignment()]
     reduce = Team.reduce
@@ -322,6 +325,8 @@ def sums_of_pairs(rank, world, case):
         for step in range(case.steps):
             steps.append([])
             set_gradients(case, params, step, world)
+            for p in frozen:
+                p.grad = None
             optimizer.step()
     state = [
         {k: x.to_local().numel() for k, x in optimizer.state[p].items() if hasattr(x, "to_local")}
@@ -354,6 +359,46 @@ def test_pairs_send_small_sums_for_all_of_them_together(method, calls, world):
             for key in held.keys() & sizes.keys():
                 assert held[key] == sizes[key] // world, key
             assert held["count"] == 1 if "count" in held else method == "adaprelora-sgd"
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("method", ["altlora", "adaprelora"])
+def test_a_frozen_factor_is_in_the_promise(method, frozen):
+    for steps, promised, _ in pool(2).run(sums_of_pairs, Case(method, LONG_PAIRS), frozen):
+        sent = {sum(size for _, size in step) for step in steps}
+        assert sent == {sum(size for _, size in promised)} and min(sent) > 0
+
+
+PAIR_VIEWS = [
+    (((3, 2, 8), 2), ((3, 6, 2), 1), "reduce"),  # experts
+    (((4, 2, 8), 0), ((4, 6, 2), 0), "local"),
+    (((4, 2, 8), 0), ((4, 6, 2), 1), "owner"),
+    (((2, 3, 3, 3), 0), ((8, 2, 1, 1), 0), "owner"),  # kernels
+]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("method", ["altlora", "altlora-compact", "adaprelora"])
+def test_pairs_of_experts_and_of_kernels(method, world):
+    made = tuple(Piece(*of) for A, B, _ in PAIR_VIEWS for of in (A, B))
+    found = check(Case(method, made, steps=4), world)
+    plans = [plan for _, plan, _ in found[0]["rows"]]
+    assert plans == [plan for *_, plan in PAIR_VIEWS for _ in range(2)]
+
+
+@pytest.mark.parametrize("method", ["altlora-plus", "adaprelora"])
+@pytest.mark.parametrize(
+    "options, dtype",
+    [
+        ({"state_dtype": "bfloat16"}, "float32"), ({"maximize": True, "plan": "owner"}, "float32"),
+        ({"write": "stochastic"}, "bfloat16"), ({"write": "kahan"}, "bfloat16"),
+        ({"comm_dtype": "bfloat16", "plan": "reduce"}, "float64"),
+    ],
+)  # fmt: skip
+def test_settings_of_pairs_mean_the_same_on_shards(method, options, dtype):
+    made = tuple(replace(piece, dtype=dtype) for piece in LONG_PAIRS)
+    is_low = "bfloat16" in (dtype, options.get("state_dtype"))
+    check(Case(method, made, options=options, steps=4), 3, 1e-2 if is_low else None)
 
 
 def refused(rank, world, method, options, dims):
