@@ -55,7 +55,9 @@ def bucket_waves(buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
     """Buckets whose parts together have at most as many bytes as one rank may own."""
     wave, used = list[Bucket](), 0
     for bucket in buckets:
-        size = 4 * bucket.unit.numel * len(bucket.units)
+        unit = bucket.unit
+        numels = [x.layout.largest for x in unit.held] or [p.numel() for p in unit.params]
+        size = 4 * sum(numels) * len(bucket.units)
         if wave and used + size > MAX_WAVE_BYTES:
             yield wave
             wave, used = [], 0

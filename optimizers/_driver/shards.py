@@ -250,13 +250,14 @@ class Shards:
         self._plan, self._state = plan, state
         self._groups = groups
         units = [unit for unit in plan.units if unit.placed is not None]
+        self._unit_teams = self._teams_of_units(units)
         owners = self._owners(units)
         self.loads: list[tuple[Team, list[Load]]] = self._loads(units, owners)
         self._units = units
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
         self.held_tensors: dict[int, Tensor] = {}
-        self.unis_known = self._is_known = False
+        self.untold = self._is_known = False
         self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
         self._bind()
 
@@ -264,7 +265,20 @@ class Shards:
 
     def _team(self, unit: Unit) -> Team | None:
         """The ranks among which a unit is divided."""
-        return next((t for i in unit.positions if (t := self.team_of.get(i)) is not None), None)
+        return None if unit.placed is None else self._unit_teams.get(_ranks_of(unit))
+
+    def _teams_of_units(self, units: Sequence[Unit]) -> dict[tuple[int, ...], Team]:
+        """By ranks, the teams that share units, in one order on all ranks.
+
+        They are those of single parameters, and where the members of a unit are cut along other
+        axes of a mesh than each other, those of all of these axes.
+        """
+        teams = {team.ranks: team for team in self.teams}
+        for unit in units:
+            if unit.placed is not None and unit.placed.axes:
+                team = Team.of_layout(unit.placed.layouts[0], unit.placed.axes)
+                teams.setdefault(team.ranks, team)
+        return teams
 
     def _owners(self, units: Sequence[Unit]) -> dict[Unit, tuple[int, ...]]:
         """Per unit, the owner of each of its matrices: the longest work first, to who has least.
@@ -272,7 +286,7 @@ class Shards:
         Units that travel whole have one owner for all of their parameters.
         """
         owners: dict[Unit, tuple[int, ...]] = {}
-        for team in self.teams:
+        for team in self._unit_teams.values():
             jobs: list[tuple[int, int, list[Unit]]] = []
             runs: dict[tuple[int, ...], list[Unit]] = {}
             for unit in units:
@@ -296,7 +310,7 @@ class Shards:
     ) -> list[tuple[Team, list[Load]]]:
         """Per team, what travels."""
         found = []
-        for team in self.teams:
+        for team in self._unit_teams.values():
             loads: dict[tuple[int, ...], Load] = {}
             for unit in units:
                 if unit.placed is not None and unit.placed.held is None:
@@ -712,14 +726,16 @@ class Shards:
             placed, team = unit.placed, self._team(unit)
             if placed is not None and placed.runs_on_shards and team is not None:
                 sides = tuple(unit.sides(i) for i in range(len(unit.params)))
-                rule, own = self._plan.rule(unit), (unit.key[:3], unit.params[0].dtype)
+                rule = self._plan.rule(unit)
                 shares = placed.shares and rule.needs_full_matrix
-                key = unit.rule, own, sides, placed.cut, shares
+                kinds = tuple((p.dtype, p.requires_grad) for p in unit.params)
+                key = unit.rule, unit.key[:3], sides, placed.cut, kinds, shares
                 if key not in known:
                     known[key] = traffic_of(unit, placed.cut, shares, rule)
-                position = unit.positions[0]
-                size = self._bytes_on_shards(team, unit, known[key])
-                sent[position] = sent.get(position, 0) + size
+                for i, position in enumerate(unit.positions):
+                    own = [x for x in known[key] if x.number == i]
+                    size = self._bytes_on_shards(team, unit, own)
+                    sent[position] = sent.get(position, 0) + size
         for team, loads in self.loads:
             for load in loads:
                 for i, position in enumerate(load.positions):
@@ -763,6 +779,13 @@ class Shards:
             total += exchange.bytes_to_owners()
             total += exchange.bytes_from_owners() if returns else 0
         return total
+
+
+def _ranks_of(unit: Unit) -> tuple[int, ...]:
+    """The ranks among which a unit is divided."""
+    placed = unit.placed
+    assert placed is not None
+    return placed.layouts[0].over(placed.axes).ranks
 
 
 def spread_positions(groups: Sequence[Mapping[str, Any]]) -> set[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._core.rule import BatchedCall, Member, Reductions, Rule
 from .batched_calls import DirectionIterator
 from .units import Unit
+from .write import write_
 from .write_modes import RESIDUAL
 
 STRIP = 2
@@ -64,6 +65,14 @@ class _Recorder(Reductions):
         """Record a maximum over all entries."""
         return self._record(x, bool(self._cut))
 
+    def sums_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Record sums of several members."""
+        return tuple(of.both(x) for of, x in parts)
+
+    def most_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Record maxima of several members."""
+        return tuple(of.most(x) for of, x in parts)
+
     def on_full_matrix(
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
@@ -95,10 +104,12 @@ def traffic_of(
             for name, slot in unit.slots[i].items()
             if name != RESIDUAL
         }
-        W = torch.zeros(1, *sides, dtype=p.dtype, device="cpu")
+        # a rule may ask more of a weight that is zero, or whose squares leave its dtype
+        W = torch.ones(1, *sides, dtype=p.dtype, device="cpu")
+        has_grad = p.requires_grad or len(unit.params) == 1
         members.append(
             Member(
-                G.to(torch.promote_types(p.dtype, torch.float32)),
+                G.to(torch.promote_types(p.dtype, torch.float32)) if has_grad else None,
                 W.clone,
                 state,
                 t=2,
@@ -111,8 +122,12 @@ def traffic_of(
                 reductions=_Recorder(i, cut, shares, sent),
             )
         )
+    if all(w.grad is None for w in members):
+        return []
     steps = DirectionIterator(rule.update(*members))
     for step in steps:
         if isinstance(step, BatchedCall):
             steps.answer = step.fn(*step.args)
+        elif step.max_rel_norm is not None:  # such a write asks for norms
+            write_(step.member.value, step, 0.0, 0.0)
     return sent
