@@ -110,7 +110,13 @@ class Reductions:
     A rule sends every sum over rows or columns of the weight through this class, so that a method
     file stays as it is when weights are sharded. Element counts are not sums: a rule takes them
     from ``Member.m`` and ``Member.n``, never from the sizes of its tensors.
+
+    Attributes:
+        has_whole_rows: Whether every row lies whole on one process, so that what is done to rows
+            one by one needs no others.
     """
+
+    has_whole_rows: bool = True
 
     def rows(self, x: Tensor) -> Tensor:
         """Complete a partial sum over the rows of the weight."""

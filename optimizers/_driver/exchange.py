@@ -209,10 +209,11 @@ class Exchange:
         for rank, box in enumerate(boxes):
             if numel(box) and not _covers(boxes[owner], box):
                 holders.setdefault(box, []).append(rank)
-        return [
-            same[0] if len(same) == 1 else self.team.nearest(same, owner)
-            for same in holders.values()
-        ]
+        return [self._sender(same, owner) for same in holders.values()]
+
+    def _sender(self, same: Sequence[int], owner: int) -> int:
+        """Of the ranks that hold one box, the one that sends it to an owner."""
+        return same[0] if len(same) == 1 else self.team.nearest(same, owner)
 
     @cached_property
     def is_one_way(self) -> bool:
@@ -225,11 +226,25 @@ class Exchange:
 
     def bytes_to_owners(self) -> int:
         """Bytes that this rank sends to owners, without the status."""
-        return sum(self._size(k, self.team.rank) for row in self._plans[0] for k in row)
+        me, total = self.team.rank, 0
+        for k, piece in enumerate(self.pieces):
+            boxes = piece.boxes
+            same = [rank for rank, box in enumerate(boxes) if box == boxes[me]]
+            for owner in range(len(boxes)) if piece.owner is None else (piece.owner,):
+                if not _covers(boxes[owner], boxes[me]) and self._sender(same, owner) == me:
+                    total += self._size(k, me)
+        return total
 
     def bytes_from_owners(self) -> int:
         """Bytes that this rank sends back as an owner, without the status."""
-        return sum(self._size(k, rank) for rank, row in enumerate(self._plans[2]) for k in row)
+        me, ranks = self.team.rank, range(len(self.team))
+        return sum(
+            self._size(k, rank)
+            for k, piece in enumerate(self.pieces)
+            if piece.owner == me
+            for rank in ranks
+            if rank != me
+        )
 
     def _size(self, k: int, holder: int) -> int:
         piece = self.pieces[k]

@@ -1,4 +1,4 @@
-"""What an ordinary update of a rule sends, found by running it on a strip of zeros.
+"""What an ordinary update of a rule sends, found by running it on a strip of the weight.
 
 A rule that runs on shards works for any number of rows or columns of the cut side, so an update of
 two of them asks for all that an update of the real shard asks for, and costs next to nothing.
@@ -43,6 +43,7 @@ class _Recorder(Reductions):
 
     def __init__(self, number: int, cut: frozenset[str], shares: bool, sent: list[Sent]) -> None:
         self._number, self._cut, self._shares, self._sent = number, cut, shares, sent
+        self.has_whole_rows = "n" not in cut
 
     def _record(self, x: Tensor, needed: bool, is_whole: bool = False) -> Tensor:
         if needed:
@@ -98,7 +99,8 @@ def traffic_of(
         m, n = unit.sides(i)
         cut = cut_by_member[i] & {"m", "n"}
         sides = (STRIP if "m" in cut else m, STRIP if "n" in cut else n)
-        G = torch.zeros(1, *sides, dtype=torch.float32, device="cpu")
+        # of ordinary size: a rule may take more sums where squares vanish
+        G = torch.ones(1, *sides, dtype=torch.float32, device="cpu")
         state = {
             name: torch.zeros(1, *slot.shape(*sides), dtype=unit.dtype_of(i, name), device="cpu")
             for name, slot in unit.slots[i].items()

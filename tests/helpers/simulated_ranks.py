@@ -110,6 +110,7 @@ class ShardReductions(Reductions):
 
     def __init__(self, ranks, rank):
         self._ranks, self._rank = ranks, rank
+        self.has_whole_rows = ranks.split != "cols"
 
     def _ask(self, name, *args):
         return self._ranks.ask(self._rank, name, args)
