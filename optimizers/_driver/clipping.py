@@ -97,7 +97,7 @@ def _norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
         for i, p in enumerate(tensors)
     }
     powers = {i: _power(p, held[i], order) for i, p in enumerate(tensors)}
-    teams, team_of = teams_of(layouts)
+    teams, team_of = teams_of(layouts, frozenset())
     kind = {math.inf: "MAX", -math.inf: "MIN"}.get(order, "SUM")
     for team in teams:
         shared = [i for i, other in team_of.items() if other is team]
