@@ -14,10 +14,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .._core.rule import Rule
+from .._core.rule import Rule, Slot
 from .held_codes import place_of, scales_layout
 from .held_views import HeldView, held_views
-from .layout import Layout, layout_of, longest_dim, resting_layout
+from .layout import Box, Layout, layout_of, longest_dim, numel, resting_layout
 
 if TYPE_CHECKING:
     from .units import Unit
@@ -77,7 +77,7 @@ class Placed:
             return resting_layout(layout, shape, longest_dim(layout, shape))
         letters = ("k" if many else "") + axes
         dims = [d for d, letter in enumerate(letters) if letter in self.cut[i]]
-        return resting_layout(layout, shape, dims[0] if dims else None)
+        return resting_layout(layout, shape, dims[0] if dims else None, follows=True)
 
 
 def place(
@@ -260,12 +260,22 @@ def _state_follows(unit: Unit, i: int, layout: Layout, view: str, held: HeldView
             return False
         boxes = stored.over(layout.axes).boxes
         for box, there in zip(boxes, _by_rank(unit, layout, layout.axes, view), strict=True):
-            v = there.view
-            sides = (v.n, v.m) if transposed else (v.m, v.n)
-            needed = (*((v.k,) if many else ()), *slot.shape(*sides))
-            if tuple(b - a for a, b in box) != needed:
+            needed = _needed(there, transposed, slot, many)
+            if box != needed and (numel(box) or numel(needed)):
                 return False
     return True
+
+
+def _needed(held: HeldView, transposed: bool, slot: Slot, many: bool) -> Box:
+    """The box of a state tensor that belongs to what a rank holds of the matrices."""
+    rows, cols = held.box(transposed)
+    sides = slot.shape(rows[1] - rows[0], cols[1] - cols[0])
+    starts = {"m": rows[0], "n": cols[0]}
+    box = tuple(
+        (starts.get(letter, 0), starts.get(letter, 0) + side)
+        for letter, side in zip(slot.axes, sides, strict=True)
+    )
+    return ((held.first, held.first + held.view.k), *box) if many else box
 
 
 def _codes_follow(unit: Unit, i: int, name: str, stored: Layout) -> bool:
