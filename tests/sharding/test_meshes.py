@@ -14,7 +14,7 @@ from helpers.methods import METHODS
 from helpers.pair_problems import PAIRS
 from helpers.problems import gradients, weight
 from helpers.ranks import pool
-from helpers.sharded import EXACT, digest
+from helpers.sharded import EXACT, difference, digest
 from helpers.wrapped import recorded
 from torch import nn
 
@@ -304,3 +304,66 @@ def test_replicas_are_equal_in_bits_after_many_steps():
 
 def test_replicas_do_what_one_process_does():
     check(pool(4).run(compare, ["muon", "muon-kaczmarz", "frugal-random"], REPLICAS, (2, 2), 3))
+
+
+# limits of torch itself ---------------------------------------------------------------------------
+
+
+def parallel_model(sizes, shape, style):
+    """A module under tensor parallelism and FSDP2, and its weight as a whole."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, module = mesh_of_two(*sizes), nn.Module()
+    whole = weight(shape, 0).detach()
+    module.weight = nn.Parameter(distribute_tensor(whole, mesh["inner"], [Shard(style)]))
+    fully_shard(module, mesh=mesh["outer"])
+    return module, whole
+
+
+def at_a_limit(rank, world, names, sizes, shape, style, folder):
+    """How far training is from one process, what this rank holds, and whether DCP can save it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    far, said = {}, ""
+    for name in names:
+        module, X = parallel_model(sizes, shape, style)
+        one = nn.Parameter(X.clone())
+        optimizers = [made(name, [p]) for p in (one, module.weight)]
+        layout = layout_of(module.weight, "weight")
+        for G in gradients(shape, 4, 0):
+            one.grad = G.clone()
+            module.weight.grad = layout.cut(G)
+            for optimizer in optimizers:
+                optimizer.step()
+        here, there = held(module.weight, one.detach())
+        far[name] = difference(here, there.reshape(here.shape)) if here.numel() else 0.0
+    if folder:
+        try:
+            dcp.save({"weight": module.weight}, checkpoint_id=folder)
+        except CheckpointException as error:
+            said = str(error)
+    return far, tuple(here.shape), said
+
+
+def check_near(found):
+    for far, _, _ in found:
+        assert all(x <= (0.0 if name in EXACT else ROUNDING) for name, x in far.items()), far
+
+
+def test_thirteen_rows_train_where_torch_cannot_save_them(tmp_path):
+    """Tensor parallelism of 2 under FSDP2 of 3: DCP finds overlaps in its own metadata."""
+    names = ["muon", "galore", "aro", "rownorm"]
+    found = pool(6).run(at_a_limit, names, (3, 2), (13, 6), 0, str(tmp_path))
+    check_near(found)
+    assert found[4][1] == (1, 6)
+    assert all("overlapping chunks" in said for _, _, said in found)
+
+
+def test_a_column_that_tensor_parallelism_cuts():
+    """(40, 1): ranks without the column hold (0, 0), of which ``full_tensor`` of torch dies."""
+    names = ["muon", "galore", "aro", "rownorm"]
+    found = pool(4).run(at_a_limit, names, (2, 2), (40, 1), 1, "")
+    check_near(found)
+    assert [shape for _, shape, _ in found] == [(20, 1), (0, 0), (20, 1), (0, 0)]
