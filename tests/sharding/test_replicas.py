@@ -1,7 +1,5 @@
 """Replicas that share the work: those of sharded weights (HSDP), and plain ones over a group."""
 
-from dataclasses import replace
-
 import pytest
 from helpers.methods import METHODS
 from helpers.sharded import Case, Piece, check
