@@ -362,21 +362,27 @@ def layout_of(X: Tensor, text: str) -> Layout | None:
 _KNOWN = frozenset(("Shard", "_StridedShard", "Replicate"))
 
 
-def resting_layout(layout: Layout, shape: tuple[int, ...], dim: int | None) -> Layout:
+def resting_layout(
+    layout: Layout, shape: tuple[int, ...], dim: int | None, follows: bool = False
+) -> Layout:
     """The layout of state on a weight's mesh.
 
     Args:
         layout: The weight's layout.
         shape: Shape of the state.
         dim: The dimension that every axis cuts which cuts the weight; None: all is replicated.
+        follows: Whether the dimension is the one that is cut of the weight, so that strided shards
+            stay strided (default: no).
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    placements = tuple(
-        Replicate() if dim is None or shard_dim(x) is None else Shard(dim)
-        for x in layout.placements
-    )
-    return Layout(layout.mesh, placements, shape)
+    def placement(x: Any) -> Any:
+        if dim is None or shard_dim(x) is None:
+            return Replicate()
+        is_strided = follows and _is_strided(x)
+        return type(x)(dim, split_factor=x.split_factor) if is_strided else Shard(dim)
+
+    return Layout(layout.mesh, tuple(map(placement, layout.placements)), shape)
 
 
 def longest_dim(layout: Layout, shape: tuple[int, ...]) -> int | None:

@@ -412,8 +412,14 @@ class StackedOptimizer(Optimizer):
             plan = self._build_plan(flat_params, [self._settings(g) for g in self.param_groups])
             assert plan.shards is not None
             sent, plan_of = plan.shards.bytes_per_step(), plan.shards.plan_of
+            floats = {unit.positions[i] for unit in plan.units for i, _ in unit.float_slots}
             rows = [
-                replace(row, plan=plan_of(i), bytes_per_step=sent.get(i, 0))
+                replace(
+                    row,
+                    plan=plan_of(i),
+                    bytes_per_step=sent.get(i, 0),
+                    state="float32" if i in floats else "",
+                )
                 for i, row in enumerate(rows)
             ]
         kept = [key for group in self.param_groups for key in group if self._is_foreign(group, key)]
