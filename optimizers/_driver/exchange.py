@@ -86,8 +86,9 @@ class Team:
         """
         import torch.distributed as dist
 
-        dist.all_reduce(x, getattr(dist.ReduceOp, op), group=self.group)
-        return x
+        sent = self._to_mesh(x)
+        dist.all_reduce(sent, getattr(dist.ReduceOp, op), group=self.group)
+        return x if sent is x else x.copy_(sent)
 
     def send(self, message: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Bytes from all ranks, in order.
@@ -99,9 +100,14 @@ class Team:
         """
         import torch.distributed as dist
 
-        answer = message.new_empty(sum(received))
-        dist.all_to_all_single(answer, message, received, sent, group=self.group)
-        return answer
+        packed = self._to_mesh(message)
+        answer = packed.new_empty(sum(received))
+        dist.all_to_all_single(answer, packed, received, sent, group=self.group)
+        return answer.to(message.device)
+
+    def _to_mesh(self, x: Tensor) -> Tensor:
+        """X where the process group sends from; offloaded state lies on the host."""
+        return x if x.device.type == self._mesh.device_type else x.to(self.device)
 
 
 class Piece(NamedTuple):
