@@ -2,6 +2,7 @@
 #   make demo    compare AdamW, Muon, GaLore and Fira on a small language model, draw the losses
 #   make memory-demo  count the memory of float32 AdamW and of bfloat16 GaLore with step_in_backward
 #   make fsdp-demo  train with FSDP2 on 2 processes, resume on 1 and 3, compare with plain tensors
+#   make trainers  run the recipes of examples/trainers and the tests that need their packages
 #   make test    run the whole test suite
 #   make lint    ruff and mypy
 #   make bench   time every optimizer against its limit and its peers
@@ -16,7 +17,10 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo memory-demo fsdp-demo test lint bench gpu-check clean typing FORCE
+# Trainers bring packages that the rest of the project must do without
+TRAINERS ?= .venv-trainers
+
+.PHONY: demo memory-demo fsdp-demo trainers test lint bench gpu-check clean typing FORCE
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/pretrain.py --compare adamw,muon,galore,fira --out $(OUT)
@@ -26,6 +30,12 @@ memory-demo: $(VENV)/.examples
 
 fsdp-demo: $(VENV)/.examples
 	$(BIN)/python examples/fsdp.py --demo --out runs/fsdp
+
+trainers: $(TRAINERS)/.trainers
+	$(TRAINERS)/bin/python examples/trainers/run.py
+	$(TRAINERS)/bin/pytest -q -n 2 -rs tests/lora tests/roles tests/bench/test_lora_example.py \
+		tests/bench/test_trainers.py
+		-k 'peft or takes_the_optimizer or are_the_real or timm_recipe'
 
 test: $(VENV)/.test
 	$(BIN)/pytest -q -n 2 --dist worksteal
@@ -56,6 +66,14 @@ $(VENV)/.examples: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch
 	$(PIP) -e '.[examples,test]'
+	touch $@
+
+# timm asks for torchvision, which has to fit torch: without it, its recipe says so and is left out
+$(TRAINERS)/.trainers: pyproject.toml
+	$(PYTHON) -m venv $(TRAINERS)
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[trainers,test]'
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps timm pillow
 	touch $@
 
 FORCE:
