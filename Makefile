@@ -5,6 +5,7 @@
 #   make trainers  run the recipes of examples/trainers and the tests that need their packages
 #   make test    run the whole test suite
 #   make lint    ruff and mypy
+#   make package  build wheel and source distribution, install both into an empty environment
 #   make bench   time every optimizer against its limit and its peers
 #   make gpu-check  on a GPU: are the kernels right, and are they fast enough
 # TORCH chooses the torch to install, for example TORCH=torch==2.13.0.
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Trainers bring packages that the rest of the project must do without
 TRAINERS ?= .venv-trainers
 
-.PHONY: demo memory-demo fsdp-demo trainers test lint bench gpu-check clean typing FORCE
+.PHONY: demo memory-demo fsdp-demo trainers test lint package bench gpu-check clean typing FORCE
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/pretrain.py --compare adamw,muon,galore,fira --out $(OUT)
@@ -34,7 +35,7 @@ fsdp-demo: $(VENV)/.examples
 trainers: $(TRAINERS)/.trainers
 	$(TRAINERS)/bin/python examples/trainers/run.py
 	$(TRAINERS)/bin/pytest -q -n 2 -rs tests/lora tests/roles tests/bench/test_lora_example.py \
-		tests/bench/test_trainers.py
+		tests/bench/test_trainers.py \
 		-k 'peft or takes_the_optimizer or are_the_real or timm_recipe'
 
 test: $(VENV)/.test
@@ -43,6 +44,9 @@ test: $(VENV)/.test
 lint: $(VENV)/.test typing
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+package:
+	PYTHON='$(PYTHON)' .ci/package '$(TORCH)'
 
 bench: $(VENV)/.examples
 	$(BIN)/python bench/run.py --out runs/bench
