@@ -13,10 +13,9 @@ from typing import TextIO
 
 import torch
 
-import stiefel.optimizers as package
+from ..kernels import backend_summary
 
-from ..kernels.dispatch import is_supported_gpu, is_triton_installed
-
+package = importlib.import_module("stiefel.optimizers")
 WIDEST = 100
 """Columns of the table in plain text, at most."""
 
@@ -39,24 +38,6 @@ def devices() -> list[str]:
     if torch.backends.mps.is_available():
         names.append("mps")
     return names
-
-
-def backend() -> str:
-    """Which kernels run, and where."""
-    setting = os.environ.get("STIEFEL_KERNELS", "auto")
-    if setting not in ("auto", "reference", "triton"):
-        return f"STIEFEL_KERNELS={setting!r} is unknown: set it to auto, reference or triton"
-    if setting == "reference":
-        return "plain torch everywhere (STIEFEL_KERNELS=reference)"
-    if not is_triton_installed():
-        text = "plain torch everywhere: triton is not installed"
-        return f"{text}, STIEFEL_KERNELS=triton raises" if setting == "triton" else text
-    if setting == "triton":
-        return "Triton wherever it can run, else an error (STIEFEL_KERNELS=triton)"
-    supported = [i for i in range(torch.cuda.device_count()) if is_supported_gpu(i)]
-    if not supported:
-        return "plain torch: no GPU here that the Triton kernels support"
-    return f"Triton on {', '.join(f'cuda:{i}' for i in supported)} for large weights, else torch"
 
 
 def classes() -> list[tuple[str, str]]:
@@ -88,7 +69,7 @@ def main(out: TextIO | None = None) -> None:
         out: Where to print; None (default): standard output.
     """
     out = sys.stdout if out is None else out
-    facts = [("kernels", backend()), *(("device", name) for name in devices())]
+    facts = [("kernels", backend_summary()), *(("device", name) for name in devices())]
     more = "print(optimizer.assignment()) says which parameter of your model gets which rule"
     if importlib.util.find_spec("rich") is None:
         width = min(shutil.get_terminal_size().columns, WIDEST)

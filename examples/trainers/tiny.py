@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTH, FFN, LAYERS, HEADS, SEQ = 32, 96, 2, 2, 32
+WIDTH, FFN, LAYERS, NUM_HEADS, SEQ = 32, 96, 2, 2, 32
 STEPS, HALF, BATCH = 8, 4, 8
 MISSING = 77
 """Exit code of a recipe whose packages are not there."""
@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            proj(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            proj(x).unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -122,8 +122,8 @@ def hub_llama(seed: int = 0) -> Any:
             hidden_size=WIDTH,
             intermediate_size=FFN,
             num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
+            num_attention_heads=NUM_HEADS,
+            num_key_value_heads=NUM_HEADS,
             max_position_embeddings=SEQ,
             use_cache=False,
         )

@@ -10,6 +10,7 @@ import torch
 from helpers.paths import TESTS
 
 import stiefel.optimizers as package
+from stiefel.kernels import dispatch
 from stiefel.optimizers import StackedOptimizer
 from stiefel.optimizers import __main__ as page
 
@@ -70,7 +71,7 @@ def test_long_lines_are_broken_below_their_column():
 )
 def test_it_says_which_back_end_runs(setting, triton, gpus, expected, monkeypatch):
     monkeypatch.setenv("STIEFEL_KERNELS", setting)
-    monkeypatch.setattr(page, "is_triton_installed", lambda: triton)
-    monkeypatch.setattr(page, "is_supported_gpu", lambda index: True)
+    monkeypatch.setattr(dispatch, "is_triton_installed", lambda: triton)
+    monkeypatch.setattr(dispatch, "is_supported_gpu", lambda index: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert expected in page.backend()
+    assert expected in dispatch.backend_summary()
