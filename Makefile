@@ -4,6 +4,7 @@
 #   make fsdp-demo  train with FSDP2 on 2 processes, resume on 1 and 3, compare with plain tensors
 #   make trainers  run the recipes of examples/trainers and the tests that need their packages
 #   make test    run the whole test suite
+#   make docs    build the site into build/site; every warning is an error
 #   make lint    ruff and mypy
 #   make package  build wheel and source distribution, install both into an empty environment
 #   make bench   time every optimizer against its limit and its peers
@@ -20,8 +21,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # Trainers bring packages that the rest of the project must do without
 TRAINERS ?= .venv-trainers
+DOCS ?= .venv-docs
+DOCS_NEED := 'mkdocs<2' 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27' ruff
 
-.PHONY: demo memory-demo fsdp-demo trainers test lint package bench gpu-check clean typing FORCE
+.PHONY: demo memory-demo fsdp-demo trainers docs test lint package bench gpu-check clean typing FORCE
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/pretrain.py --compare adamw,muon,galore,fira --out $(OUT)
@@ -44,6 +47,11 @@ test: $(VENV)/.test
 lint: $(VENV)/.test typing
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# pictures are drawn with the code of the package, pages are read without importing it
+docs: $(DOCS)/.docs $(VENV)/.examples typing
+	$(BIN)/python docs/pictures.py --out docs/pictures
+	$(DOCS)/bin/mkdocs build --quiet --clean
 
 package:
 	PYTHON='$(PYTHON)' .ci/package '$(TORCH)'
@@ -70,6 +78,11 @@ $(VENV)/.examples: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch
 	$(PIP) -e '.[examples,test]'
+	touch $@
+
+$(DOCS)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS_NEED)
 	touch $@
 
 # timm asks for torchvision, which has to fit torch: without it, its recipe says so and is left out
