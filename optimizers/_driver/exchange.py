@@ -40,11 +40,12 @@ class Team:
     Attributes:
         ranks: Their global ranks, ascending.
         rank: Number of this process among them.
+        coordinates: Where each is in the mesh.
     """
 
     def __init__(self, layout: Layout, axes: tuple[int, ...]) -> None:
         found = layout.over(axes)
-        self.ranks, self.rank = found.ranks, found.rank
+        self.ranks, self.rank, self.coordinates = found.ranks, found.rank, found.coordinates
         self._mesh, self._axes = layout.mesh, axes
 
     @property
@@ -59,6 +60,16 @@ class Team:
 
     def __len__(self) -> int:
         return len(self.ranks)
+
+    def nearest(self, ranks: Sequence[int], target: int) -> int:
+        """Of some ranks the one that shares most axes of the mesh with another, so its replica."""
+        there = self.coordinates[target]
+
+        def distance(rank: int) -> tuple[int, int]:
+            here = self.coordinates[rank]
+            return sum(a != b for a, b in zip(here, there, strict=True)), rank
+
+        return min(ranks, key=distance)
 
     @cached_property
     def group(self) -> Any:
@@ -140,22 +151,18 @@ class Exchange:
         me, ranks = self.team.rank, range(len(self.team))
         there: list[list[int]] = [[] for _ in ranks]
         here, back, returned = ([list[int]() for _ in ranks] for _ in range(3))
-        first_holders: dict[int, dict[Box, int]] = {}
+        known: dict[tuple[int, int], list[int]] = {}
         for k, piece in enumerate(self.pieces):
             boxes = piece.boxes
-            first = first_holders.get(id(boxes))
-            if first is None:  # of equal boxes the first rank sends
-                first = first_holders[id(boxes)] = {}
-                for rank, box in enumerate(boxes):
-                    first.setdefault(box, rank)
             for owner in ranks if piece.owner is None else (piece.owner,):
+                key = (id(boxes), owner)
+                if key not in known:
+                    known[key] = self._senders(boxes, owner)
                 if owner == me:
-                    for box, rank in first.items():
-                        if rank != me and numel(box) and not _covers(boxes[me], box):
-                            here[rank].append(k)
-                elif first[boxes[me]] == me and numel(boxes[me]):
-                    if not _covers(boxes[owner], boxes[me]):
-                        there[owner].append(k)
+                    for rank in known[key]:
+                        here[rank].append(k)
+                elif me in known[key]:
+                    there[owner].append(k)
             if piece.owner == me:
                 for rank in ranks:
                     if rank != me and numel(boxes[rank]):
@@ -163,6 +170,17 @@ class Exchange:
             elif piece.owner is not None and numel(boxes[me]):
                 returned[piece.owner].append(k)
         return there, here, back, returned
+
+    def _senders(self, boxes: Sequence[Box], owner: int) -> list[int]:
+        """Ranks from which an owner gets what it lacks: of equal boxes that of the nearest."""
+        holders: dict[Box, list[int]] = {}
+        for rank, box in enumerate(boxes):
+            if numel(box) and not _covers(boxes[owner], box):
+                holders.setdefault(box, []).append(rank)
+        return [
+            same[0] if len(same) == 1 else self.team.nearest(same, owner)
+            for same in holders.values()
+        ]
 
     def bytes_to_owners(self) -> int:
         """Bytes that this rank sends to owners, without the status."""

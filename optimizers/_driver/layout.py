@@ -159,6 +159,18 @@ class Layout:
         )
 
     @cached_property
+    def all_axes(self) -> tuple[int, ...]:
+        """Axes of the mesh with more than one rank: those that cut, and those of replicas."""
+        return tuple(axis for axis, size in enumerate(self.mesh.shape) if size > 1)
+
+    @cached_property
+    def is_first_replica(self) -> bool:
+        """Whether this process is the first of those that hold the same."""
+        return not any(
+            i for axis, i in enumerate(self.coordinate) if axis not in self.axes
+        )
+
+    @cached_property
     def dims(self) -> frozenset[int]:
         """Dimensions of the tensor that are cut."""
         found = (shard_dim(self.placements[axis]) for axis in self.axes)
@@ -200,7 +212,8 @@ class Layout:
         # a process group sorts its ranks, whatever their order in the mesh
         pairs = sorted((int(mesh.mesh[c]), c) for c in coordinates)
         boxes = tuple(box_of(self.shape, mesh.shape, self.placements, c) for _, c in pairs)
-        return Ranks(tuple(r for r, _ in pairs), [c for _, c in pairs].index(own), boxes)
+        found = tuple(c for _, c in pairs)
+        return Ranks(tuple(r for r, _ in pairs), found.index(own), boxes, found)
 
     @cached_property
     def box(self) -> Box:
@@ -275,11 +288,13 @@ class Ranks:
         ranks: Their global ranks, ascending.
         rank: Number of this process among them.
         boxes: What each holds of the tensor that was asked about.
+        coordinates: Where each is in the mesh.
     """
 
     ranks: tuple[int, ...]
     rank: int
     boxes: tuple[Box, ...]
+    coordinates: tuple[tuple[int, ...], ...]
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:

@@ -84,7 +84,7 @@ from .write import Run, write_, write_list_, write_runs_
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
     *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
-    *("plan", "comm_dtype"),
+    *("plan", "comm_dtype", "spread_replicas"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
 
@@ -153,6 +153,9 @@ class StackedOptimizer(Optimizer):
             and ``"gather"`` always are. On plain tensors every name means local.
         comm_dtype: Name of the floating dtype in which gradients and updates of sharded weights
             are sent, such as ``"bfloat16"``; None (default): what keeps the bits of one process.
+        spread_replicas: Whether replicas of a sharded weight (HSDP) share the work for whole
+            matrices, instead of each doing all of it (default: False). It sends results between
+            replicas, and changes none.
 
     Raises:
         ValueError: For a value out of range, an unknown group key, or a parameter that the method
@@ -742,7 +745,7 @@ class StackedOptimizer(Optimizer):
         try:
             plan = self._get_plan()
         except Exception:
-            sharded_update.tell_of_failure([p for g in self.param_groups for p in g["params"]])
+            sharded_update.tell_of_failure(self.param_groups)
             raise
         if plan.shards is not None:
             sharded_update.update(self, plan)

@@ -41,6 +41,7 @@ class Common(TypedDict, total=False):
     stagger: bool
     plan: str
     comm_dtype: str | torch.dtype | None
+    spread_replicas: bool
 
 
 COMMON: dict[str, Any] = {
@@ -60,6 +61,7 @@ COMMON: dict[str, Any] = {
     "stagger": False,
     "plan": "auto",
     "comm_dtype": None,
+    "spread_replicas": False,
 }
 """Keywords of every optimizer, with their defaults; each is a group key too."""
 GROUP_KEYS = frozenset(

@@ -59,19 +59,30 @@ class ShardReductions(Reductions):
         bucket: The bucket.
         number: Number of the member.
         cut: Letters of the sides that are cut, as the rule sees them.
+        shares: Whether replicas share the work for whole matrices.
+        is_counted: Whether sums count what this process holds, as they do of one replica.
     """
 
     def __init__(
-        self, rendezvous: Rendezvous, bucket: Bucket, number: int, cut: frozenset[str]
+        self,
+        rendezvous: Rendezvous,
+        bucket: Bucket,
+        number: int,
+        cut: frozenset[str] = frozenset(),
+        shares: bool = False,
+        is_counted: bool = True,
     ) -> None:
         self._rendezvous, self._bucket, self._number = rendezvous, bucket, number
-        self._cut = cut & {"m", "n"}
+        self._cut, self._shares, self._is_counted = cut & {"m", "n"}, shares, is_counted
 
     def _ask(self, kind: str, x: Tensor, *args: Any) -> Any:
         return self._rendezvous.ask(Request(self._bucket, self._number, kind, x, *args))
 
     def _complete(self, kind: str, x: Tensor, needed: bool) -> Tensor:
-        completed: Tensor = self._ask(kind, x) if needed else x
+        if not needed:
+            return x
+        part = x if self._is_counted or kind == MAX else torch.zeros_like(x)
+        completed: Tensor = self._ask(kind, part)
         return completed
 
     def rows(self, x: Tensor) -> Tensor:
@@ -98,8 +109,8 @@ class ShardReductions(Reductions):
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
         """Apply fn to whole matrices, each on its owner, and return the local parts."""
-        whole: Tensor
-        whole = self._ask(WHOLE, X, fn, per_matrix) if self._cut else fn(X, *per_matrix)
+        is_asked = self._cut or self._shares
+        whole: Tensor = self._ask(WHOLE, X, fn, per_matrix) if is_asked else fn(X, *per_matrix)
         return whole
 
     def from_full_matrix(self, fn: Callable[..., Any], X: Tensor, *small: Tensor) -> Any:

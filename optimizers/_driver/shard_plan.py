@@ -31,12 +31,14 @@ class Placed:
     Attributes:
         plan: ``"local"``, ``"reduce"``, ``"owner"`` or ``"gather"``.
         layouts: One per member.
-        axes: Axes of the mesh that cut any of them.
+        axes: Axes of the mesh along which ranks share the work: those that cut any member, and
+            with ``spread_replicas`` those of replicas.
         held: Per member, what this process holds, for a rule that runs on that; None: the unit
             travels whole.
         cut: Per member, letters of the sides that are cut as the rule sees it, and ``"k"`` for its
             matrices, where ``held`` is given.
         by_rank: Per member, what each rank holds, where any is cut.
+        shares: Whether replicas share what a rule asks of whole matrices.
     """
 
     plan: str
@@ -45,6 +47,7 @@ class Placed:
     held: tuple[HeldView, ...] | None
     cut: tuple[frozenset[str], ...]
     by_rank: tuple[tuple[HeldView, ...], ...] = ()
+    shares: bool = False
 
     @property
     def runs_on_shards(self) -> bool:
@@ -52,12 +55,12 @@ class Placed:
 
         Else gradient, weight and state travel, and the rule runs on an owner.
         """
-        return self.held is not None and self.plan in ("reduce", "owner")
+        return self.held is not None and (self.plan in ("reduce", "owner") or self.shares)
 
     @property
     def key(self) -> Hashable:
         """What units of one stack have in common."""
-        return self.plan, self.axes
+        return self.plan, self.axes, self.shares
 
     def resting_layout(self, i: int, axes: str, shape: tuple[int, ...], many: bool) -> Layout:
         """Layout of state of member i that is not shaped like the weight.
@@ -77,7 +80,13 @@ class Placed:
 
 
 def place(
-    unit: Unit, rule: Rule, texts: Sequence[str], views: Sequence[str], count: int, choice: str
+    unit: Unit,
+    rule: Rule,
+    texts: Sequence[str],
+    views: Sequence[str],
+    count: int,
+    choice: str,
+    spread: bool = False,
 ) -> Placed:
     """Choose the plan of a unit of sharded weights.
 
@@ -88,6 +97,7 @@ def place(
         views: Views of its parameters.
         count: Units into which the view cuts a parameter.
         choice: The group's ``plan``.
+        spread: The group's ``spread_replicas``.
 
     Raises:
         ValueError: If weights lie in a way that no plan can step, or not by this plan.
@@ -99,8 +109,9 @@ def place(
             f"{rule.method()} does not train sharded weights, and {texts[0]} is one; use "
             "DistributedDataParallel, under which equal seeds keep the ranks equal"
         )
-    axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
-    held = _held(unit, rule, layouts, views, count, axes)
+    cut_axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
+    axes = layouts[0].all_axes if spread else cut_axes
+    held = _held(unit, rule, layouts, views, count, cut_axes)
     cut = () if held is None else tuple(
         _letters(h, layout, unit.transposed[i])
         for i, (h, layout) in enumerate(zip(held, layouts, strict=True))
@@ -112,6 +123,8 @@ def place(
     if rule.needs_full_matrix and not is_whole:
         on_parts = ()
     exact = (*on_parts, "owner", "gather")
+    if is_whole and choice == "auto":
+        return _whole(Placed("local", layouts, axes, held, cut), unit, rule, views, cut_axes)
     if choice != "auto" and choice not in exact:
         raise ValueError(
             f"plan={choice!r} is not exact for {texts[0]} as it is sharded over "
@@ -120,16 +133,35 @@ def place(
     plan = exact[0] if choice == "auto" else choice
     if held is None or plan == "gather" or (plan == "owner" and exact[0] != "owner"):
         return travelling(Placed(plan, layouts, axes, None, ()))
-    by_rank = () if plan == "local" else tuple(
-        _by_rank(unit, layout, axes, view) for layout, view in zip(layouts, views, strict=True)
-    )  # fmt: skip
-    return Placed(plan, layouts, axes, held, cut, by_rank)
+    if plan == "local":
+        return Placed(plan, layouts, axes, held, cut)
+    return _with_ranks(Placed(plan, layouts, axes, held, cut, shares=axes != cut_axes), unit, views)
+
+
+def _whole(
+    placed: Placed, unit: Unit, rule: Rule, views: Sequence[str], cut_axes: tuple[int, ...]
+) -> Placed:
+    """Matrices that are whole where they are: alone, or with replicas that share the work."""
+    is_shared = rule.needs_full_matrix or bool(rule.refresh_interval)
+    if placed.axes == cut_axes or not is_shared or any("k" in letters for letters in placed.cut):
+        return placed
+    plan = "owner" if rule.needs_full_matrix else "local"
+    return _with_ranks(replace(placed, plan=plan, shares=True), unit, views)
+
+
+def _with_ranks(placed: Placed, unit: Unit, views: Sequence[str]) -> Placed:
+    """The same with what each rank holds."""
+    by_rank = tuple(
+        _by_rank(unit, layout, placed.axes, view)
+        for layout, view in zip(placed.layouts, views, strict=True)
+    )
+    return replace(placed, by_rank=by_rank)
 
 
 def travelling(placed: Placed) -> Placed:
     """The same weights, of which whole units travel."""
     plan = "owner" if placed.plan in ("local", "reduce") and placed.axes else placed.plan
-    return replace(placed, plan=plan, held=None, cut=(), by_rank=())
+    return replace(placed, plan=plan, held=None, cut=(), by_rank=(), shares=False)
 
 
 def _by_rank(unit: Unit, layout: Layout, axes: tuple[int, ...], view: str) -> tuple[HeldView, ...]:

@@ -6,9 +6,9 @@ all of them raise, with nothing changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from .checks import check_ready
 from .exchange import RankError
 from .finite import Findings, group_indices
 from .layout import Layout, is_sharded
+from .shards import spread_positions
 
 if TYPE_CHECKING:
     from . import adamw
@@ -46,17 +47,18 @@ def update(optimizer: StackedOptimizer, plan: StepPlan) -> None:
         step.prepare()
     except Exception:
         if step.agreed is None:
-            tell_of_failure(plan.flat_params)
+            tell_of_failure(optimizer.param_groups)
         raise
     step.run()
 
 
-def tell_of_failure(params: Sequence[Tensor]) -> None:
+def tell_of_failure(groups: Sequence[Mapping[str, Any]]) -> None:
     """Take part in what the ranks agree on, after an exception here; never raises itself.
 
     Args:
-        params: All parameters of the groups.
+        groups: The parameter groups.
     """
+    params = [p for group in groups for p in group["params"]]
     layouts = {
         i: Layout(p.device_mesh, tuple(p.placements), tuple(p.shape))  # type: ignore[attr-defined]
         for i, p in enumerate(params)
@@ -65,7 +67,7 @@ def tell_of_failure(params: Sequence[Tensor]) -> None:
     if not layouts:
         return
     try:
-        teams, team_of = teams_of(layouts)
+        teams, team_of = teams_of(layouts, spread_positions(groups))
         flags = [flag == FAILED for flag in range(STEP_FLAGS)]
         agree(teams, team_of, {}, flags, str, lambda _: "ignore")
     except Exception:  # the exception that is on its way says more

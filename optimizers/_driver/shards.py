@@ -239,7 +239,7 @@ class Shards:
         describe: Callable[[int], str],
     ) -> None:
         self.layouts = plan.adamw_entries.layouts = layouts_of(plan.flat_params, describe)
-        self.teams, self.team_of = teams_of(self.layouts)
+        self.teams, self.team_of = teams_of(self.layouts, spread_positions(groups))
         self._plan, self._state = plan, state
         self._groups = groups
         units = [unit for unit in plan.units if unit.placed is not None]
@@ -271,7 +271,7 @@ class Shards:
             runs: dict[tuple[int, ...], list[Unit]] = {}
             for unit in units:
                 if self._team(unit) is team and unit.placed is not None:
-                    if unit.placed.plan in ("reduce", "owner"):
+                    if unit.placed.plan in ("reduce", "owner") or unit.placed.shares:
                         runs.setdefault(unit.positions, []).append(unit)
             for order, run in enumerate(runs.values()):
                 if run[0].placed is not None and run[0].placed.runs_on_shards:
@@ -485,7 +485,11 @@ class Shards:
             assert placed is not None
             bucket.nonzero_positions = agreed.nonzero
             bucket.reductions = [
-                ShardReductions(rendezvous, bucket, i, cut) for i, cut in enumerate(placed.cut)
+                ShardReductions(
+                    *(rendezvous, bucket, i, cut, placed.shares),
+                    is_counted=layout.is_first_replica or not placed.shares,
+                )
+                for i, (cut, layout) in enumerate(zip(placed.cut, placed.layouts, strict=True))
             ]
             t, refreshed = bucket.clocks()
             refreshes = self._plan.rule(bucket).refresh_due(t, refreshed, bucket.unit.shift)
@@ -744,6 +748,12 @@ class Shards:
             total += exchange.bytes_to_owners()
             total += exchange.bytes_from_owners() if returns else 0
         return total
+
+
+def spread_positions(groups: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Flat positions of parameters whose replicas share the work."""
+    flags = [bool(g.get("spread_replicas")) for g in groups for _ in g["params"]]
+    return {i for i, spreads in enumerate(flags) if spreads}
 
 
 def settle(unit: Unit, state: State) -> None:

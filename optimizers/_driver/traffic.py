@@ -41,8 +41,8 @@ class Sent(NamedTuple):
 class _Recorder(Reductions):
     """Writes down what is asked for, and answers with the argument."""
 
-    def __init__(self, number: int, cut: frozenset[str], sent: list[Sent]) -> None:
-        self._number, self._cut, self._sent = number, cut, sent
+    def __init__(self, number: int, cut: frozenset[str], shares: bool, sent: list[Sent]) -> None:
+        self._number, self._cut, self._shares, self._sent = number, cut, shares, sent
 
     def _record(self, x: Tensor, needed: bool, is_whole: bool = False) -> Tensor:
         if needed:
@@ -69,7 +69,7 @@ class _Recorder(Reductions):
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
         """Record a matrix that travels."""
-        return self._record(X, bool(self._cut), is_whole=True)
+        return self._record(X, bool(self._cut) or self._shares, is_whole=True)
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
                 indices=(0,),
                 number=i,
                 transposed=unit.transposed[i],
-                reductions=_Recorder(i, cut, sent),
+                reductions=_Recorder(i, cut, placed.shares, sent),
             )
         )
     steps = DirectionIterator(rule.update(*members))

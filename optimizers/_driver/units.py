@@ -464,19 +464,13 @@ def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Uni
             units.append(_unit(group_index, group, rule, run, unit_views, number))
         if any(is_sharded(w.param) for w in run):
             count = len(views_of_params[0])
-            _place(units[-count:], rule, texts, views, group.get("plan", "auto"))
+            choice, spread = group.get("plan", "auto"), bool(group.get("spread_replicas"))
+            placed = [place(u, rule, texts, views, count, choice, spread) for u in units[-count:]]
+            if any(x.held is None for x in placed):  # a parameter travels whole, or not at all
+                placed = [travelling(x) for x in placed]
+            for unit, x in zip(units[-count:], placed, strict=True):
+                unit.placed = x
     return units
-
-
-def _place(
-    units: Sequence[Unit], rule: Rule, texts: Sequence[str], views: Sequence[str], choice: str
-) -> None:
-    """Choose how units of the same sharded parameters are stepped."""
-    placed = [place(unit, rule, texts, views, len(units), choice) for unit in units]
-    if any(x.held is None for x in placed):  # a parameter travels as a whole, or not at all
-        placed = [travelling(x) for x in placed]
-    for unit, x in zip(units, placed, strict=True):
-        unit.placed = x
 
 
 def _unit(

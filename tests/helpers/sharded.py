@@ -38,14 +38,15 @@ class Piece:
 
     Attributes:
         shape: Its whole shape.
-        dim: The dimension that is split; None: it is a plain tensor on every rank.
+        dim: The dimension that is split; None: it is a plain tensor on every rank. For a mesh of
+            several axes one for each, None where the axis has replicas.
         view: The view of its group; None: it shares the first group.
         dtype: Name of its dtype.
         mesh: The mesh it lies on, a key of :func:`meshes`.
     """
 
     shape: tuple[int, ...]
-    dim: int | None = 0
+    dim: int | None | tuple[int | None, ...] = 0
     view: str | None = None
     dtype: str = "float32"
     mesh: str = "all"
@@ -105,7 +106,8 @@ def sharded(piece: Piece, X: Tensor, world: int) -> Tensor:
     X = X.to(getattr(torch, piece.dtype))
     if piece.dim is None or world == 0:
         return X
-    return lay(X, meshes(world)[piece.mesh], piece.dim)
+    dims = piece.dim if isinstance(piece.dim, tuple) else (piece.dim,)
+    return lay(X, meshes(world)[piece.mesh], *dims)
 
 
 def parameters(case: Case, world: int) -> list[nn.Parameter]:
