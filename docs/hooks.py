@@ -21,6 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"^<!-- (facts|box|section|script): (.+?) -->$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+HERE = {"#results": "docs/tested.md#loss"}
+"""Where the site has what the README links to."""
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -74,6 +76,7 @@ def relink(body: str, path: str, at: str) -> str:
         mark, text, target = match.groups()
         if "://" in target or mark:
             return match[0]
+        target = HERE.get(target, target) if path == "README.md" else target
         name, _, anchor = target.partition("#")
         file = posixpath.normpath(posixpath.join(posixpath.dirname(path), name)) if name else path
         if file.startswith("docs/"):
