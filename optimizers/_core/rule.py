@@ -138,6 +138,19 @@ class Reductions:
         """
         return x
 
+    def sums_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Complete partial sums of one or several members of a unit, by one call.
+
+        Args:
+            *parts: The reductions of a member, and what is a sum over the side along which that
+                member may be cut. All have one dtype.
+        """
+        return tuple(x for _, x in parts)
+
+    def most_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """The same for maxima."""
+        return tuple(x for _, x in parts)
+
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
         """Apply fn to small matrices that all ranks have whole, on one; all get the result."""
         return fn(*args)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .._core.rule import BatchedCall, Member, Reductions, Rule
 from .batched_calls import DirectionIterator
-from .shard_plan import Placed
 from .units import Unit
+from .write import write_
 from .write_modes import RESIDUAL
 
 STRIP = 2
@@ -66,6 +66,14 @@ class _Recorder(Reductions):
         """Record a maximum over all entries."""
         return self._record(x, bool(self._cut))
 
+    def sums_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Record sums of several members."""
+        return tuple(of.both(x) for of, x in parts)
+
+    def most_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Record maxima of several members."""
+        return tuple(of.most(x) for of, x in parts)
+
     def on_full_matrix(
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
@@ -74,19 +82,22 @@ class _Recorder(Reductions):
 
 
 @torch.no_grad()
-def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
+def traffic_of(
+    unit: Unit, cut_by_member: Sequence[frozenset[str]], shares: bool, rule: Rule
+) -> list[Sent]:
     """What an update between refreshes asks other ranks for, per matrix of the unit.
 
     Args:
         unit: A unit whose rule runs on shards.
-        placed: How it lies.
+        cut_by_member: Per member, letters of the sides that are cut.
+        shares: Whether replicas share what is asked of whole matrices.
         rule: Its rule.
     """
     sent: list[Sent] = []
     members = []
     for i, p in enumerate(unit.params):
         m, n = unit.sides(i)
-        cut = placed.cut[i] & {"m", "n"}
+        cut = cut_by_member[i] & {"m", "n"}
         sides = (STRIP if "m" in cut else m, STRIP if "n" in cut else n)
         # of ordinary size: a rule may take more sums where squares vanish
         G = torch.ones(1, *sides, dtype=torch.float32, device="cpu")
@@ -95,10 +106,12 @@ def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
             for name, slot in unit.slots[i].items()
             if name != RESIDUAL
         }
-        W = torch.zeros(1, *sides, dtype=p.dtype, device="cpu")
+        # a rule may ask more of a weight that is zero, or whose squares leave its dtype
+        W = torch.ones(1, *sides, dtype=p.dtype, device="cpu")
+        has_grad = p.requires_grad or len(unit.params) == 1
         members.append(
             Member(
-                G.to(torch.promote_types(p.dtype, torch.float32)),
+                G.to(torch.promote_types(p.dtype, torch.float32)) if has_grad else None,
                 W.clone,
                 state,
                 t=2,
@@ -108,11 +121,15 @@ def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
                 indices=(0,),
                 number=i,
                 transposed=unit.transposed[i],
-                reductions=_Recorder(i, cut, placed.shares, sent),
+                reductions=_Recorder(i, cut, shares, sent),
             )
         )
+    if all(w.grad is None for w in members):
+        return []
     steps = DirectionIterator(rule.update(*members))
     for step in steps:
         if isinstance(step, BatchedCall):
             steps.answer = step.fn(*step.args)
+        elif step.max_rel_norm is not None:  # such a write asks for norms
+            write_(step.member.value, step, 0.0, 0.0)
     return sent

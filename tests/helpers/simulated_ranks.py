@@ -127,6 +127,12 @@ class ShardReductions(Reductions):
     def most(self, x):
         return self._ask("most", x)
 
+    def sums_together(self, *parts):
+        return tuple(of.both(x) for of, x in parts)
+
+    def most_together(self, *parts):
+        return tuple(of.most(x) for of, x in parts)
+
     def on_one_rank(self, fn, *args):
         return self._ask("on_one_rank", fn, *args)
 
