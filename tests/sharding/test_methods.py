@@ -61,9 +61,9 @@ def pieces():
 
 
 def on_worlds(values, main=()):
-    """The main ones on 2 and 4 ranks; the others take turns with 2, 3 and 4."""
+    """The main ones on 2 and 4 ranks; the others take turns with 2 and 3."""
     for i, value in enumerate(values):
-        for world in (2, 4) if value in main else (2 + i % 3,):
+        for world in (2, 4) if value in main else (2 + i % 2,):
             marks = pytest.mark.slow if world == 4 else ()
             yield pytest.param(value, world, marks=marks, id=f"{value}-{world}")
 
@@ -521,9 +521,7 @@ def test_a_list_of_models_in_one_optimizer(by):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", VARIED)
 def test_other_seeds_agree_too(method):
-    case = Case(method, pieces(), steps=7, seed=40)
-    check(case, 2)
-    check(replace(case, seed=80), 3)
+    check(Case(method, pieces(), steps=7, seed=40), 3)
 
 
 def test_the_bound_would_see_a_blockwise_answer():
