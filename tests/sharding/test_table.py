@@ -74,7 +74,7 @@ TABLE = [
     Row("GaLore", {**LOW, "projection": "randk"}, 1, "reduce", (), MOMENTS + R),
     Row(
         "GaLore",
-        {**LOW, "inner": "adafactor"},
+        ADAFACTOR,
         1,
         "reduce",
         (("SUM", R), ("MAX", 1), ONE),
