@@ -23,6 +23,8 @@ from .buckets import Bucket
 from .exchange import FAILED_ELSEWHERE, Exchange, Piece, RankError, Team
 
 Run = Callable[[], None]
+Asked = tuple[int, str, tuple[torch.Size, ...], torch.dtype]
+"""Of a request the number of the member, the kind, shapes and dtype."""
 SUM, MAX, WHOLE, FROM = "SUM", "MAX", "WHOLE", "FROM"
 
 
@@ -223,14 +225,15 @@ class Rendezvous:
         self,
         team: Team,
         pieces_of: Callable[[Bucket, int, torch.Size, torch.dtype], list[Piece]],
+        foreseen: Callable[[Bucket, int], Asked | None] = lambda bucket, number: None,
     ) -> None:
         self.team = team
         self.failure: BaseException | None = None
         self.is_known = False
-        self._pieces_of = pieces_of
+        self._pieces_of, self._foreseen = pieces_of, foreseen
         self._running: _Runner | None = None
         self._exchanges: dict[Hashable, Exchange] = {}
-        self._asked: dict[Hashable, tuple[int, str, tuple[torch.Size, ...], torch.dtype]] = {}
+        self._asked: dict[Hashable, Asked] = {}
         self._phases: dict[Bucket, Hashable] = {}
 
     def ask(self, request: Request) -> Any:
@@ -309,12 +312,14 @@ class Rendezvous:
     def _stand_in(self, bucket: Bucket, number: int, live: Sequence[Request]) -> Request | None:
         """What a bucket that has raised would have asked, for the other ranks not to wait.
 
-        What it asked in its last step, if buckets of its rule ask for that kind now; in its first
-        step what those ask, since buckets of one rule ask alike, or whole matrices, if its rule
-        needs them.
+        What it asked in its last step, or was foreseen to ask, if buckets of its rule ask for that
+        kind now; else what those ask, since buckets of one rule ask alike, or whole matrices, if
+        its rule needs them.
         """
         K, unit = len(bucket.indices), bucket.unit
         asked = self._asked.get((bucket, self._phases[bucket], number))
+        if asked is None and not self._phases[bucket]:  # a refresh asks before
+            asked = self._foreseen(bucket, number)
         alike = [like for like in live if like.bucket.unit.rule == unit.rule]
         known = {(like.kind, like.x.dtype) for like in alike}
         if alike and (asked is None or (asked[1], asked[3]) not in known):

@@ -178,9 +178,9 @@ class Replicas:
             if key not in known:
                 none = (frozenset[str](),) * len(unit.params)
                 known[key] = traffic_of(unit, none, True, rule)
-            for _, _, shape, dtype in known[key]:
-                box = tuple((0, side) for side in shape)
-                pieces = [Piece(o, (box,) * len(self.team), shape, dtype) for o in owners]
+            for x in known[key]:
+                box = tuple((0, side) for side in x.shape)
+                pieces = [Piece(o, (box,) * len(self.team), x.shape, x.dtype) for o in owners]
                 size = Exchange(self.team, pieces, torch.device("cpu")).bytes_from_owners()
                 sent[unit.positions[0]] = sent.get(unit.positions[0], 0) + size
         return sent

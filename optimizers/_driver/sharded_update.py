@@ -105,6 +105,7 @@ class _Step:
             self._plan = plan = optimizer._get_plan()
         assert plan.shards is not None
         plan.shards.follow()
+        plan.shards.foresee()
         self._held = plan.shards.gradients(self._grads)
         held = [self._held.get(i, G) for i, G in enumerate(self._grads)]
         self._adamw_steps = optimizer._adamw_steps(plan, held)

@@ -23,7 +23,7 @@ from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, RankError, Team
 from .finite import Findings
 from .layout import Box, Layout, is_sharded, memory
-from .rendezvous import Rendezvous, Run, ShardReductions
+from .rendezvous import Asked, Rendezvous, Run, ShardReductions
 from .replicas import Replicas
 from .shard_plan import work_of
 from .traffic import Sent, traffic_of
@@ -256,6 +256,7 @@ class Shards:
         self._units = units
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
+        self._requests, self._has_foreseen = dict[Hashable, list[Sent]](), False
         self.held_tensors: dict[int, Tensor] = {}
         self.untold = self._is_known = False
         self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
@@ -273,7 +274,7 @@ class Shards:
         They are those of single parameters, and where the members of a unit are cut along other
         axes of a mesh than each other, those of all of these axes.
         """
-        teams = {team.ranks: team for team in self.teams}
+        teams = {team.ranks: team for i, team in self.team_of.items() if i in self.layouts}
         for unit in units:
             if unit.placed is not None and unit.placed.axes:
                 team = Team.of_layout(unit.placed.layouts[0], unit.placed.axes)
@@ -536,7 +537,8 @@ class Shards:
         bucket.set_step(t)
 
     def _rendezvous(self, team: Team) -> Rendezvous:
-        return self._rendezvous_of.setdefault(id(team), Rendezvous(team, self._pieces_of))
+        new = Rendezvous(team, self._pieces_of, self._foreseen)
+        return self._rendezvous_of.setdefault(id(team), new)
 
     def _pieces_of(
         self, bucket: Bucket, number: int, sides: torch.Size, dtype: torch.dtype
@@ -721,19 +723,12 @@ class Shards:
     def bytes_per_step(self) -> dict[int, int]:
         """Bytes that this rank sends for each parameter in an ordinary step."""
         sent = {} if self.replicas is None else self.replicas.bytes_per_step()
-        known: dict[Hashable, list[Sent]] = {}  # weights of one shape ask alike
         for unit in self._owner_of:
             placed, team = unit.placed, self._team(unit)
             if placed is not None and placed.runs_on_shards and team is not None:
-                sides = tuple(unit.sides(i) for i in range(len(unit.params)))
-                rule = self._plan.rule(unit)
-                shares = placed.shares and rule.needs_full_matrix
-                kinds = tuple((p.dtype, p.requires_grad) for p in unit.params)
-                key = unit.rule, unit.key[:3], sides, placed.cut, kinds, shares
-                if key not in known:
-                    known[key] = traffic_of(unit, placed.cut, shares, rule)
+                requests = self._requests_of(unit)
                 for i, position in enumerate(unit.positions):
-                    own = [x for x in known[key] if x.number == i]
+                    own = [x for x in requests if x.number == i]
                     size = self._bytes_on_shards(team, unit, own)
                     sent[position] = sent.get(position, 0) + size
         for team, loads in self.loads:
@@ -742,11 +737,46 @@ class Shards:
                     sent[position] = self._bytes_of_load(team, load, i)
         return sent
 
+    def _requests_of(self, unit: Unit) -> list[Sent]:
+        """What a unit whose rule runs on shards asks for in an ordinary step."""
+        placed, rule = unit.placed, self._plan.rule(unit)
+        assert placed is not None
+        shares = placed.shares and rule.needs_full_matrix
+        sides = tuple(unit.sides(i) for i in range(len(unit.params)))
+        kinds = tuple((p.dtype, p.requires_grad) for p in unit.params)
+        # weights of one shape ask alike; the rule may get other values in mid-run
+        key = repr(rule), unit.key[:3], sides, placed.cut, kinds, shares
+        if key not in self._requests:
+            self._requests[key] = traffic_of(unit, placed.cut, shares, rule)
+        return self._requests[key]
+
+    def foresee(self) -> None:
+        """Find what rules on shards are going to ask, for ranks that fail in their first step."""
+        if not self._has_foreseen:
+            for unit in self._running:
+                if unit.placed is not None and unit.placed.plan == "reduce":
+                    self._requests_of(unit)
+            self._has_foreseen = True
+
+    def _foreseen(self, bucket: Bucket, number: int) -> Asked | None:
+        """A sum or a maximum that a bucket asks for in an ordinary step, by its number."""
+        unit = self._whole_unit[bucket.units[0]]
+        placed = unit.placed
+        if placed is None or placed.plan != "reduce":
+            return None
+        if bucket.present != tuple(p.requires_grad for p in unit.params):
+            return None
+        found = [x for x in self._requests_of(unit) if x.call == number]
+        if not found or found[0].kind == "WHOLE":
+            return None
+        sizes = tuple(torch.Size((len(bucket.indices), *x.shape)) for x in found)
+        return found[0].number, found[0].kind, sizes, found[0].dtype
+
     def _bytes_on_shards(self, team: Team, unit: Unit, requests: Sequence[Sent]) -> int:
         """Bytes that this rank sends for a unit whose rule runs on shards."""
         total, count = 0, unit.views[0].k
-        for number, is_whole, shape, dtype in requests:
-            if not is_whole:  # each rank sends a part to all others, twice
+        for number, kind, shape, dtype, _ in requests:
+            if kind != "WHOLE":  # each rank sends a part to all others, twice
                 size = count * math.prod(shape) * dtype.itemsize
                 total += 2 * size * (len(team) - 1) // len(team)
                 continue

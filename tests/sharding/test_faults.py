@@ -320,6 +320,44 @@ def test_an_exception_in_a_rule_is_raised_on_all_ranks(method, bad):
     check_raised(pool(2).run(raises_in_update, method, bad, "update"), bad)
 
 
+def raises_at_first(rank, world, case, always):
+    """An exception of the last rank in its very first update, before it has asked for anything."""
+    params = parameters(case, world)
+    optimizer = optimizer_of(case, params)
+    set_gradients(case, params, 0, world)
+    before = [whole(p) for p in params]
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in {type(rule) for rule in rules_of(optimizer)}:
+            update = cls.update
+
+            def fails(self, *members, update=update):
+                if rank == world - 1 and (always or bool(members[0].grad.any())):
+                    raise ArithmeticError("told to fail")
+                return update(self, *members)
+
+            patch.setattr(cls, "update", fails)
+        try:
+            optimizer.step()
+            text = "no error"
+        except Exception as error:
+            text = str(error)
+    return text, far_of([whole(p) for p in params], before)
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("method", ["altlora", "adaprelora", "auon", "rownorm", "muon"])
+def test_an_exception_before_anything_was_asked_is_raised_on_all_ranks(method, always):
+    """Pairs of several ranks r, and weights of several shapes, that all run on shards."""
+    shapes, dims = [(8, 6), (5, 6), (1, 4)], (1, 1, 1)
+    if "lora" in method:
+        shapes, dims = [(4, 24), (12, 4), (3, 8), (40, 3), (1, 4), (4, 1)], (1, 0) * 3
+    case = Case(method, tuple(map(Piece, shapes, dims)))
+    found = pool(2).run(raises_at_first, case, always, timeout=20.0)
+    texts = [text for text, _ in found]
+    assert "another rank" in texts[0] and "told to fail" in texts[1], texts
+    assert [far for _, far in found] == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("method", ["muon", "galore", "hybrid", "aro"])
 @pytest.mark.parametrize("more", ["experts", "plain"])
 def test_an_exception_where_nothing_is_sent_is_raised_on_all_ranks(method, more):
