@@ -244,17 +244,18 @@ class Layout:
         return numel(box_of(self.shape, self.mesh.shape, self.placements, first))
 
     def wrap(self, held: Tensor) -> DTensor:
-        """The DTensor of which this process holds ``held``, which shares its memory."""
-        from torch.distributed.tensor import DTensor
+        """The DTensor of which this process holds ``held``: that very tensor, where it lies.
 
-        return DTensor.from_local(
-            held,
-            self.mesh,
-            self.placements,
-            run_check=False,
-            shape=torch.Size(self.shape),
-            stride=_row_major(self.shape),
-        )
+        ``DTensor.from_local`` would move what is offloaded to the host to the device of the mesh.
+        """
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        meta = TensorMeta(torch.Size(self.shape), _row_major(self.shape), held.dtype)
+        spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
+        make: Any = DTensor
+        wrapped: DTensor = make(held, spec, requires_grad=False)
+        return wrapped
 
     def cut(self, X: Tensor) -> DTensor:
         """The DTensor of a whole tensor that this process has, as a copy of its own piece."""
@@ -362,21 +363,27 @@ def layout_of(X: Tensor, text: str) -> Layout | None:
 _KNOWN = frozenset(("Shard", "_StridedShard", "Replicate"))
 
 
-def resting_layout(layout: Layout, shape: tuple[int, ...], dim: int | None) -> Layout:
+def resting_layout(
+    layout: Layout, shape: tuple[int, ...], dim: int | None, follows: bool = False
+) -> Layout:
     """The layout of state on a weight's mesh.
 
     Args:
         layout: The weight's layout.
         shape: Shape of the state.
         dim: The dimension that every axis cuts which cuts the weight; None: all is replicated.
+        follows: Whether the dimension is the one that is cut of the weight, so that strided shards
+            stay strided (default: no).
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    placements = tuple(
-        Replicate() if dim is None or shard_dim(x) is None else Shard(dim)
-        for x in layout.placements
-    )
-    return Layout(layout.mesh, placements, shape)
+    def placement(x: Any) -> Any:
+        if dim is None or shard_dim(x) is None:
+            return Replicate()
+        is_strided = follows and _is_strided(x)
+        return type(x)(dim, split_factor=x.split_factor) if is_strided else Shard(dim)
+
+    return Layout(layout.mesh, tuple(map(placement, layout.placements)), shape)
 
 
 def longest_dim(layout: Layout, shape: tuple[int, ...]) -> int | None:

@@ -412,8 +412,14 @@ class StackedOptimizer(Optimizer):
             plan = self._build_plan(flat_params, [self._settings(g) for g in self.param_groups])
             assert plan.shards is not None
             sent, plan_of = plan.shards.bytes_per_step(), plan.shards.plan_of
+            floats = {unit.positions[i] for unit in plan.units for i, _ in unit.float_slots}
             rows = [
-                replace(row, plan=plan_of(i), bytes_per_step=sent.get(i, 0))
+                replace(
+                    row,
+                    plan=plan_of(i),
+                    bytes_per_step=sent.get(i, 0),
+                    state="float32" if i in floats else "",
+                )
                 for i, row in enumerate(rows)
             ]
         kept = [key for group in self.param_groups for key in group if self._is_foreign(group, key)]
@@ -1099,7 +1105,7 @@ class StackedOptimizer(Optimizer):
         prepared: dict[str, Any] = {}
 
         def prepare(_: Optimizer, loaded: Any) -> dict[str, Any]:
-            prepared.update(checkpoint.prepare(self._default_rule, self.param_groups, loaded))
+            prepared.update(self._prepare_loaded(loaded))
             return prepared
 
         def restore(_: Optimizer) -> None:
@@ -1117,6 +1123,10 @@ class StackedOptimizer(Optimizer):
         finally:
             before.remove()
             after.remove()
+
+    def _prepare_loaded(self, loaded: Any) -> dict[str, Any]:
+        """A checkpoint in the order of the groups, once all of it has been checked."""
+        return checkpoint.prepare(self._default_rule, self.param_groups, loaded)
 
     def _fill_missing(self, missing: Set[tuple[Tensor, str]]) -> None:
         """Fill state that a checkpoint lacked, for rules with ``optional_state``."""

@@ -388,6 +388,7 @@ class Rendezvous:
                 results = _apply(requests, whole)
         except Exception as error:
             self.failure = error
+        whole.clear()  # results take their place
         answers = [torch.empty_like(r.x, memory_format=torch.contiguous_format) for r in requests]
         parts = [M for Y in answers for M in Y.unbind(0)]
         self.is_known = True

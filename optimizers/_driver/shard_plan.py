@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .._core.rule import Rule
+from .._core.rule import Rule, Slot
+from .held_codes import place_of, scales_layout
 from .held_views import HeldView, held_views
-from .layout import Box, Layout, layout_of, longest_dim, resting_layout
+from .layout import Box, Layout, layout_of, longest_dim, numel, resting_layout
 
 if TYPE_CHECKING:
     from .units import Unit
@@ -77,7 +78,7 @@ class Placed:
             return resting_layout(layout, shape, longest_dim(layout, shape))
         letters = ("k" if many else "") + axes
         dims = [d for d, letter in enumerate(letters) if letter in self.cut[i]]
-        return resting_layout(layout, shape, dims[0] if dims else None)
+        return resting_layout(layout, shape, dims[0] if dims else None, follows=True)
 
 
 def place(
@@ -221,7 +222,7 @@ def _held(
         found = [held_views(v, x.shape, [x.box], 0) for v, x in zip(views, layouts, strict=True)]
         return tuple(views_of[unit.number] for views_of in found if views_of is not None)
     # a refresh asks whether a whole gradient is zero, which ranks know of parameters only
-    if unit.quantized or (count > 1 and rule.refresh_interval):
+    if count > 1 and rule.refresh_interval:
         return None
     held = list[HeldView]()
     for i, (layout, view) in enumerate(zip(layouts, views, strict=True)):
@@ -255,20 +256,52 @@ def _state_follows(unit: Unit, i: int, layout: Layout, view: str, held: HeldView
     letters = _letters(held, layout, transposed)
     placed = Placed("owner", (layout,), layout.axes, (held,), (letters,))
     many = unit.views[i].k > 1
-    for slot in unit.slots[i].values():
+    for name, slot in unit.slots[i].items():
+        if slot.axes == "mn" and not _codes_follow(unit, i, name, layout):
+            return False
         if slot.axes == "mn" or not letters & {*slot.axes, *("k" if many else "")}:
             continue
         if slot.device is not None:
             return False
         shape = (*((unit.views[i].k,) if many else ()), *slot.shape(*unit.sides(i)))
-        stored = placed.resting_layout(0, slot.axes, shape, many).over(layout.axes).boxes
-        for box, there in zip(stored, _by_rank(unit, layout, layout.axes, view), strict=True):
-            v = there.view
-            sides = (v.n, v.m) if transposed else (v.m, v.n)
-            needed = (*((v.k,) if many else ()), *slot.shape(*sides))
-            if tuple(b - a for a, b in box) != needed:
+        stored = placed.resting_layout(0, slot.axes, shape, many)
+        if not _codes_follow(unit, i, name, stored):
+            return False
+        boxes = stored.over(layout.axes).boxes
+        for box, there in zip(boxes, _by_rank(unit, layout, layout.axes, view), strict=True):
+            needed = _needed(there, transposed, slot, many)
+            if box != needed and (numel(box) or numel(needed)):
                 return False
     return True
+
+
+def _needed(held: HeldView, transposed: bool, slot: Slot, many: bool) -> Box:
+    """The box of a state tensor that belongs to what a rank holds of the matrices."""
+    rows, cols = held.box(transposed)
+    sides = slot.shape(rows[1] - rows[0], cols[1] - cols[0])
+    starts = {"m": rows[0], "n": cols[0]}
+    box = tuple(
+        (starts.get(letter, 0), starts.get(letter, 0) + side)
+        for letter, side in zip(slot.axes, sides, strict=True)
+    )
+    return ((held.first, held.first + held.view.k), *box) if many else box
+
+
+def _codes_follow(unit: Unit, i: int, name: str, stored: Layout) -> bool:
+    """Whether state in eight bits can be made where the weight is.
+
+    Each rank makes all of a basis, or none. Blocks of other state must lie whole on a rank, but
+    that of state shaped like the weight, which stays in floats else. Second moments are rounded by
+    bits that count entries of the whole, of which a rank must know where its rows lie.
+    """
+    scales = unit.whole_scales(i, name)
+    if scales is None or not stored.axes:
+        return True
+    if name in unit.bases:
+        return not stored.dims
+    if scales_layout(stored, scales) is None:
+        return unit.slots[i][name].axes == "mn"
+    return not unit.rounds_squares(name) or place_of(stored, scales) is not None
 
 
 def work_of(unit: Unit) -> int:
