@@ -223,7 +223,7 @@ class Layout:
 
         meta = TensorMeta(torch.Size(self.shape), _row_major(self.shape), held.dtype)
         spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
-        return DTensor(held, spec, requires_grad=False)
+        return DTensor(held, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
     def cut(self, X: Tensor) -> DTensor:
         """The DTensor of a whole tensor that this process has, as a copy of its own piece."""

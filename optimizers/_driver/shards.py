@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .agreement import Agreement, held_gradient, layouts_of, teams_of
+from .agreement import LEARNS, Agreement, held_gradient, layouts_of, teams_of
 from .batched_calls import run_batched
 from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, RankError, Team
@@ -339,6 +339,7 @@ class Shards:
         )
         self.held_state = HeldState(self._state, owners)
         self._rendezvous_of = dict[int, Rendezvous]()
+        self._learnt = set[tuple[Bucket, bool]]()
         self._bound = list[tuple[dict[str, Any], str, Tensor]]()
 
     def follow(self) -> None:
@@ -354,6 +355,42 @@ class Shards:
         return {i: held_gradient(layout, grads[i]) for i, layout in self.layouts.items()}
 
     # the step -------------------------------------------------------------------------------------
+
+    def learns(self, grads: Mapping[int, Tensor | None]) -> bool:
+        """Whether some bucket of this step has not run yet, so that nobody knows what it will ask.
+
+        Args:
+            grads: What ``gradients`` returned.
+        """
+        plan = self.held_plan
+        if not any(
+            unit.placed is not None and unit.placed.runs_on_shards for unit in self._running
+        ):
+            return False
+        mask = [grads.get(i) is not None for i in range(len(self._plan.flat_params))]
+        if plan.stack_keys != self._plan.stack_keys or plan.is_stale(mask, self.held_state):
+            return True
+        return any(
+            bucket.unit.placed is not None
+            and bucket.unit.placed.runs_on_shards
+            and (bucket, self._refreshes(bucket)) not in self._learnt
+            for bucket in plan.buckets
+        )
+
+    def clocks_of(self, team: Team) -> int:
+        """A number that differs where the clocks of what runs on a team's shards do."""
+        entries = (
+            (self._state.get(unit.params[0], {}), unit)
+            for unit in self._running
+            if self._team(unit) is team
+        )
+        keys = [(entry.get(u.step_key, 0), entry.get(u.refreshed_key, 0)) for entry, u in entries]
+        return hash(tuple(keys)) & 0x7FFFFFFE
+
+    def _refreshes(self, bucket: Bucket) -> bool:
+        """Whether the next update of a bucket is due for a refresh."""
+        t, refreshed = bucket.clocks()
+        return bool(self._plan.rule(bucket).refresh_due(t, refreshed, bucket.unit.shift))
 
     def step(
         self,
@@ -430,6 +467,7 @@ class Shards:
                 self._allocate(unit, mask)
             self.held_plan.rebuild(mask, self.held_state)
             self._rendezvous_of.clear()
+            self._learnt.clear()
         for _, loads in self.loads:
             for load in loads:
                 for unit in load.units:
@@ -487,14 +525,13 @@ class Shards:
             bucket.reductions = [
                 ShardReductions(rendezvous, bucket, i, cut) for i, cut in enumerate(placed.cut)
             ]
-            t, refreshed = bucket.clocks()
-            refreshes = self._plan.rule(bucket).refresh_due(t, refreshed, bucket.unit.shift)
             run = partial(_run_bucket, optimizer, self.held_plan, bucket, grads, agreed.bad)
-            runs.append((bucket, refreshes, run))
+            runs.append((bucket, self._refreshes(bucket), run))
         try:
-            rendezvous.run(runs, failure)
+            rendezvous.run(runs, failure, agreed.step[LEARNS])
         finally:
             self._is_known = rendezvous.is_known
+        self._learnt.update((bucket, bool(phase)) for bucket, phase, _ in runs)
 
     def _pass_over(self, bucket: Bucket, agreed: Agreement) -> None:
         """Advance the clocks of units of which this process holds no matrix."""
