@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +79,24 @@ def box_of(
         first = min(a + coordinate[axis] * piece, b)
         box[dim] = (first, min(first + piece, b))
     return tuple(box)
+
+
+@lru_cache(maxsize=1024)
+def _boxes_of(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Any, ...],
+    coordinates: tuple[tuple[int, ...], ...],
+) -> tuple[Box, ...]:
+    """The boxes of many coordinates, one object for all tensors that lie alike."""
+    return tuple(box_of(shape, mesh_shape, placements, c) for c in coordinates)
+
+
+def _entry(grid: Any, coordinate: Sequence[int]) -> Any:
+    """An entry of nested lists."""
+    for i in coordinate:
+        grid = grid[i]
+    return grid
 
 
 def shard_dim(placement: Any) -> int | None:
@@ -207,10 +225,11 @@ class Layout:
             coordinates = [
                 (*c[:axis], i, *c[axis + 1 :]) for c in coordinates for i in range(mesh.shape[axis])
             ]
+        grid = mesh.mesh.tolist()
         # a process group sorts its ranks, whatever their order in the mesh
-        pairs = sorted((int(mesh.mesh[c]), c) for c in coordinates)
-        boxes = tuple(box_of(self.shape, mesh.shape, self.placements, c) for _, c in pairs)
+        pairs = sorted((int(_entry(grid, c)), c) for c in coordinates)
         found = tuple(c for _, c in pairs)
+        boxes = _boxes_of(self.shape, tuple(mesh.shape), self.placements, found)
         return Ranks(tuple(r for r, _ in pairs), found.index(own), boxes, found)
 
     @cached_property

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .._core.rule import Rule, Slot
@@ -167,11 +168,19 @@ def travelling(placed: Placed) -> Placed:
 
 def _by_rank(unit: Unit, layout: Layout, axes: tuple[int, ...], view: str) -> tuple[HeldView, ...]:
     """What each rank holds of a unit."""
-    boxes, found = layout.over(axes).boxes, []
+    return _views_by_rank(view, layout.shape, layout.over(axes).boxes, unit.number)
+
+
+@lru_cache(maxsize=1024)
+def _views_by_rank(
+    view: str, shape: tuple[int, ...], boxes: tuple[Box, ...], number: int
+) -> tuple[HeldView, ...]:
+    """What each rank holds of one unit of a parameter, for all parameters that lie alike."""
+    found = []
     for rank in range(len(boxes)):
-        views_there = held_views(view, layout.shape, boxes, rank)
+        views_there = held_views(view, shape, boxes, rank)
         assert views_there is not None
-        found.append(views_there[unit.number])
+        found.append(views_there[number])
     return tuple(found)
 
 
