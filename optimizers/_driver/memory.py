@@ -234,7 +234,7 @@ class _Ranks:
 
     count: int
 
-    ndim = 1
+    ndim, device_type = 1, "cpu"
 
     @property
     def shape(self) -> tuple[int, ...]:
