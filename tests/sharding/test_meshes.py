@@ -148,7 +148,7 @@ def check(found, bound=ROUNDING, plans=None):
     known: dict[Any, str] = {}
     for rank in found:
         for name, (far, state_far, bits, calls, chosen) in rank.items():
-            limit = 0.0 if name in EXACT or name in PAIRS else bound
+            limit = 0.0 if name in EXACT else bound
             assert far <= limit, (name, far)
             assert state_far <= max(limit, 20 * limit), (name, state_far)
             for box, text in bits.items():
