@@ -37,7 +37,7 @@ from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
 from .trion import Trion
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ARO",

@@ -159,7 +159,7 @@ class AdaPreLoRARule(LoRARule):
         """The step D, limited where it may be larger than the weight can hold."""
         ordinary = torch.promote_types(w.value.dtype, torch.float32)
         if w.value.dtype == torch.float16 or D.dtype != ordinary or self.stats == "none":
-            limit = torch.finfo(w.value.dtype).max / 8
+            limit = min(torch.finfo(dtype).max for dtype in (w.value.dtype, D.dtype)) / 8
             D = D.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit).clamp_(-limit, limit)
         return D.to(ordinary)
 

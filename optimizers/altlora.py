@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,8 @@ class AltLoRARule(LoRARule):
         assert w.grad is not None
         state = w.state
         M = as_A(state["exp_avg"], w)  # (K, r, n)
-        dtype = torch.promote_types(w.grad.dtype, M.dtype)
+        wide = (w.grad.dtype, M.dtype, other.value.dtype)  # one factor may be of float64 alone
+        dtype = functools.reduce(torch.promote_types, wide)
         *found, in_range = yield self.solve(w, other, dtype)
         if has_left_range(in_range):
             *found, _ = yield self.solve(w, other, torch.float64)

@@ -67,10 +67,14 @@ class Team:
 
         Args:
             group: The group.
-            device_type: Where small numbers are reduced.
+            device_type: Where the tensors lie. What a group cannot send from there, it sends from
+                its own device.
         """
         import torch.distributed as dist
 
+        kinds = [device.type for device in getattr(group, "_device_types", ())]
+        if kinds and device_type not in kinds:
+            device_type = kinds[0]
         ranks = tuple(dist.get_process_group_ranks(group))
         coordinates = tuple((i,) for i in range(len(ranks)))
         return cls(ranks, dist.get_rank(group), coordinates, device_type, lambda: group)
@@ -112,8 +116,9 @@ class Team:
         """
         import torch.distributed as dist
 
-        dist.all_reduce(x, getattr(dist.ReduceOp, op), group=self.group)
-        return x
+        sent = self._to_mesh(x)
+        dist.all_reduce(sent, getattr(dist.ReduceOp, op), group=self.group)
+        return x if sent is x else x.copy_(sent)
 
     def send(self, message: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Bytes from all ranks, in order.
@@ -125,9 +130,14 @@ class Team:
         """
         import torch.distributed as dist
 
-        answer = message.new_empty(sum(received))
-        dist.all_to_all_single(answer, message, received, sent, group=self.group)
-        return answer
+        packed = self._to_mesh(message)
+        answer = packed.new_empty(sum(received))
+        dist.all_to_all_single(answer, packed, received, sent, group=self.group)
+        return answer.to(message.device)
+
+    def _to_mesh(self, x: Tensor) -> Tensor:
+        """X where the process group sends from; offloaded state lies on the host."""
+        return x if x.device.type == self._device_type else x.to(self.device)
 
 
 def _group_along(mesh: Any, axes: tuple[int, ...], ranks: tuple[int, ...]) -> Any:

@@ -244,17 +244,18 @@ class Layout:
         return numel(box_of(self.shape, self.mesh.shape, self.placements, first))
 
     def wrap(self, held: Tensor) -> DTensor:
-        """The DTensor of which this process holds ``held``, which shares its memory."""
-        from torch.distributed.tensor import DTensor
+        """The DTensor of which this process holds ``held``: that very tensor, where it lies.
 
-        return DTensor.from_local(
-            held,
-            self.mesh,
-            self.placements,
-            run_check=False,
-            shape=torch.Size(self.shape),
-            stride=_row_major(self.shape),
-        )
+        ``DTensor.from_local`` would move what is offloaded to the host to the device of the mesh.
+        """
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        meta = TensorMeta(torch.Size(self.shape), _row_major(self.shape), held.dtype)
+        spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
+        make: Any = DTensor
+        wrapped: DTensor = make(held, spec, requires_grad=False)
+        return wrapped
 
     def cut(self, X: Tensor) -> DTensor:
         """The DTensor of a whole tensor that this process has, as a copy of its own piece."""

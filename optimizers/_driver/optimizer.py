@@ -1105,7 +1105,7 @@ class StackedOptimizer(Optimizer):
         prepared: dict[str, Any] = {}
 
         def prepare(_: Optimizer, loaded: Any) -> dict[str, Any]:
-            prepared.update(checkpoint.prepare(self._default_rule, self.param_groups, loaded))
+            prepared.update(self._prepare_loaded(loaded))
             return prepared
 
         def restore(_: Optimizer) -> None:
@@ -1123,6 +1123,10 @@ class StackedOptimizer(Optimizer):
         finally:
             before.remove()
             after.remove()
+
+    def _prepare_loaded(self, loaded: Any) -> dict[str, Any]:
+        """A checkpoint in the order of the groups, once all of it has been checked."""
+        return checkpoint.prepare(self._default_rule, self.param_groups, loaded)
 
     def _fill_missing(self, missing: Set[tuple[Tensor, str]]) -> None:
         """Fill state that a checkpoint lacked, for rules with ``optional_state``."""
