@@ -192,6 +192,10 @@ class Layout:
         found = (shard_dim(self.placements[axis]) for axis in self.axes)
         return frozenset(dim for dim in found if dim is not None)
 
+    def dim_of(self, axis: int) -> int | None:
+        """The dimension that an axis of the mesh cuts, None for one with replicas."""
+        return shard_dim(self.placements[axis])
+
     @cached_property
     def coordinate(self) -> tuple[int, ...]:
         """This process in the mesh."""

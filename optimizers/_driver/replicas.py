@@ -65,7 +65,6 @@ class Replicas:
     Attributes:
         team: Its ranks.
         positions: Flat positions of plain parameters, on whose gradients the ranks agree.
-        is_known: Whether the others know of an exception in the last step.
     """
 
     def __init__(self, plan: StepPlan, groups: Sequence[Mapping[str, Any]], group: Any) -> None:
@@ -73,7 +72,7 @@ class Replicas:
         self.positions = [i for i, p in enumerate(params) if not is_sharded(p)]
         kinds = [params[i].device.type for i in self.positions]
         self.team = Team.of_group(group, kinds[0] if kinds else "cpu")
-        self._plan, self._groups, self.is_known = plan, groups, False
+        self._plan, self._groups = plan, groups
         self._rendezvous = Rendezvous(self.team, self._pieces_of)
         self._owner_of = dict[Unit, tuple[int, ...]]()
         shared = [unit for unit in plan.units if self._shares(unit)]
@@ -102,6 +101,7 @@ class Replicas:
         grads: Sequence[Tensor | None],
         found: Findings,
         agreed: Agreement,
+        tell: Callable[[], None],
     ) -> None:
         """Step all plain units: those whose work is not shared first.
 
@@ -110,8 +110,8 @@ class Replicas:
             grads: Gradients of all parameters.
             found: What is known of them.
             agreed: What all ranks know of them.
+            tell: Called when the other ranks know of an exception.
         """
-        self.is_known = False
         shared = [b for b in self._plan.buckets if b.units[0] in self._owner_of]
         failure: Exception | None = None
         try:
@@ -124,7 +124,8 @@ class Replicas:
             try:
                 self._rendezvous.run(runs, failure)
             finally:
-                self.is_known = self.is_known or self._rendezvous.is_known
+                if self._rendezvous.is_known:
+                    tell()
             if failure is not None:
                 break
         if failure is not None:

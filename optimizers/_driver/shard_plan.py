@@ -112,12 +112,20 @@ def place(
             "DistributedDataParallel, under which equal seeds keep the ranks equal"
         )
     cut_axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
-    axes = layouts[0].all_axes if spread else cut_axes
+    if not spread:
+        cut_axes = _matrix_axes(unit, layouts, cut_axes)
     held = _held(unit, rule, layouts, views, count, cut_axes)
-    cut = () if held is None else tuple(
-        _letters(h, layout, unit.transposed[i])
-        for i, (h, layout) in enumerate(zip(held, layouts, strict=True))
-    )  # fmt: skip
+    axes = layouts[0].all_axes if spread else cut_axes
+    if held is None and not spread:  # whole experts of all ranks travel
+        axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
+    cut = (
+        ()
+        if held is None
+        else tuple(
+            _letters(unit, i, h, layout)
+            for i, (h, layout) in enumerate(zip(held, layouts, strict=True))
+        )
+    )
     is_whole = held is not None and not any(letters & {"m", "n"} for letters in cut)
     if not axes:
         return Placed("local", layouts, axes, held, cut)
@@ -138,6 +146,25 @@ def place(
     if plan == "local":
         return Placed(plan, layouts, axes, held, cut)
     return _with_ranks(Placed(plan, layouts, axes, held, cut, shares=axes != cut_axes), unit, views)
+
+
+def _matrix_axes(
+    unit: Unit, layouts: Sequence[Layout], cut_axes: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Axes that cut matrices, where others divide a stack of them between its matrices."""
+    if len(cut_axes) < 2:
+        return cut_axes
+    found = tuple(
+        axis
+        for axis in cut_axes
+        if not all(_is_stack(unit, i, x) and x.dim_of(axis) == 0 for i, x in enumerate(layouts))
+    )
+    return found or cut_axes
+
+
+def _is_stack(unit: Unit, i: int, layout: Layout) -> bool:
+    """Whether the first dimension of a parameter numbers matrices, as of experts."""
+    return len(layout.shape) == 3 and unit.views[i].k > 1
 
 
 def _whole(
@@ -202,11 +229,12 @@ def _layouts(unit: Unit, texts: Sequence[str]) -> tuple[Layout, ...]:
     return tuple(found)
 
 
-def _letters(held: HeldView, layout: Layout, transposed: bool) -> frozenset[str]:
+def _letters(unit: Unit, i: int, held: HeldView, layout: Layout) -> frozenset[str]:
     """Letters of what is cut: sides as the rule sees them, and ``"k"`` for matrices."""
-    names = {"rows": "n", "cols": "m"} if transposed else {"rows": "m", "cols": "n"}
+    names = {"rows": "n", "cols": "m"} if unit.transposed[i] else {"rows": "m", "cols": "n"}
     sides = frozenset(names[side] for side in held.cut)
-    return sides or frozenset("k" if layout.axes else "")
+    is_divided = _is_stack(unit, i, layout) and 0 in layout.dims
+    return sides | {"k"} if layout.axes and (is_divided or not sides) else sides
 
 
 def _held(
@@ -239,7 +267,8 @@ def _held(
         if not _state_follows(unit, i, layout, view, own):
             return None
         held.append(own)
-    if len({_letters(h, x, False) & {"k"} for h, x in zip(held, layouts, strict=True)}) > 1:
+    pairs = enumerate(zip(held, layouts, strict=True))
+    if len({_letters(unit, i, h, x) & {"k"} for i, (h, x) in pairs}) > 1:
         return None  # experts of one factor are cut, and rows of the other
     return tuple(held)
 
@@ -253,7 +282,7 @@ def _as_rule_sees(held: HeldView, transposed: bool) -> frozenset[str]:
 def _state_follows(unit: Unit, i: int, layout: Layout, view: str, held: HeldView) -> bool:
     """Whether torch's shards of all state are what each rank's part of the weight needs."""
     transposed = unit.transposed[i]
-    letters = _letters(held, layout, transposed)
+    letters = _letters(unit, i, held, layout)
     placed = Placed("owner", (layout,), layout.axes, (held,), (letters,))
     many = unit.views[i].k > 1
     for name, slot in unit.slots[i].items():

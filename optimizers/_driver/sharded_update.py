@@ -171,7 +171,8 @@ class _Step:
             plain: Callable[[], None]
             plain = partial(optimizer._step_matrices, plan, self._grads, found)
             if (replicas := plan.shards.replicas) is not None:
-                plain = partial(replicas.step, optimizer, self._grads, found, self.agreed)
+                known = plan.shards.others_know
+                plain = partial(replicas.step, optimizer, self._grads, found, self.agreed, known)
             plan.shards.step(optimizer, self._held, self.agreed, plain)
         try:
             for work in self._adamw_steps:

@@ -296,7 +296,7 @@ class Shards:
             for order, run in enumerate(runs.values()):
                 if run[0].placed is not None and run[0].placed.runs_on_shards:
                     for unit in run:
-                        jobs += [(work_of(unit), order, [unit])] * unit.views[0].k
+                        jobs += [(work_of(unit), order, [unit])] * _count(unit)
                 else:
                     total = sum(work_of(unit) * unit.views[0].k for unit in run)
                     jobs.append((total, order, run))
@@ -399,22 +399,25 @@ class Shards:
         mask = [grads.get(i) is not None for i in range(len(self._plan.flat_params))]
         self._prepare(mask, grads)
         failure: Exception | None = None
-        for stage in (lambda _: plain(), *self._stages(optimizer, grads, agreed, mask)):
+        informed = set[Team | None]()
+        for team, stage in self._stages(optimizer, grads, agreed, mask, plain):
+            if failure is not None and team in informed:  # all of its ranks have stopped
+                continue
             self._is_known = False
-            if self.replicas is not None:
-                self.replicas.is_known = False
             try:
                 stage(failure)
-            except RankError as error:
-                raise failure or error from None
             except Exception as error:
                 failure = failure or error
-            is_known = self._is_known or (self.replicas is not None and self.replicas.is_known)
-            if failure is not None and is_known:
-                raise failure
-        if failure is not None:  # nothing was sent after it: the others learn of it next time
-            self.untold = True
+                self._is_known |= isinstance(error, RankError)
+            if failure is not None and self._is_known:
+                informed.add(team)
+        if failure is not None:  # what no other team was sent since, it learns of next time
+            self.untold = not informed.issuperset(self._unit_teams.values())
             raise failure
+
+    def others_know(self) -> None:
+        """Note that the team of the present part of the step knows of an exception."""
+        self._is_known = True
 
     def _stages(
         self,
@@ -422,28 +425,31 @@ class Shards:
         grads: Mapping[int, Tensor | None],
         agreed: Agreement,
         mask: list[bool],
-    ) -> Iterator[Stage]:
-        """Parts of a step, in one order on all ranks.
+        plain: Callable[[], None],
+    ) -> Iterator[tuple[Team | None, Stage]]:
+        """Parts of a step, in one order on all ranks, each with the team that sends in it.
 
-        Each takes an exception of this process that others do not know of yet, and tells them if it
-        sends anything.
+        Each takes an exception of this process of which its team does not know yet, and tells it if
+        it sends anything.
         """
+        yield None if self.replicas is None else self.replicas.team, lambda _: plain()
         for bucket in self.held_plan.buckets:
             placed = bucket.unit.placed
             if placed is not None and not placed.runs_on_shards:
-                yield partial(self._run_alone, optimizer, bucket, grads, agreed)
+                yield None, partial(self._run_alone, optimizer, bucket, grads, agreed)
         for team, loads in self.loads:
             buckets = [b for b in self.held_plan.buckets if self._team(b.unit) is team]
             on_shards = [b for b in buckets if b.unit.placed and b.unit.placed.runs_on_shards]
             for wave in bucket_waves(on_shards):
-                yield partial(self._run_together, optimizer, team, wave, grads, agreed)
+                yield team, partial(self._run_together, optimizer, team, wave, grads, agreed)
             present = [
                 load
                 for load in loads
                 if any(mask[i] for i in load.positions) and agreed.bad.isdisjoint(load.positions)
             ]
             for loads_of_wave in _waves(present, self._state, self._plan.flat_params):
-                yield partial(self._travel, optimizer, team, loads_of_wave, grads, agreed, mask)
+                args = team, loads_of_wave, grads, agreed, mask
+                yield team, partial(self._travel, optimizer, *args)
 
     def _prepare(self, mask: list[bool], grads: Mapping[int, Tensor | None]) -> None:
         """Allocate state as DTensors, put strange layouts right, and sort what runs on parts."""
@@ -509,6 +515,10 @@ class Shards:
             placed, rule = bucket.unit.placed, self._plan.rule(bucket)
             assert placed is not None
             bucket.nonzero_positions = agreed.nonzero
+            if not bucket.indices:  # no rank of the team has any of its experts
+                if failure is None:
+                    self._pass_over(bucket, agreed)
+                continue
             bucket.reductions = [
                 ShardReductions(
                     *(rendezvous, bucket, i, cut, placed.shares and rule.needs_full_matrix),
@@ -744,7 +754,7 @@ class Shards:
 
     def _bytes_on_shards(self, team: Team, unit: Unit, requests: Sequence[Sent]) -> int:
         """Bytes that this rank sends for a unit whose rule runs on shards."""
-        total, count = 0, unit.views[0].k
+        total, count = 0, _count(unit)
         for number, is_whole, shape, dtype in requests:
             if not is_whole:  # each rank sends a part to all others, twice
                 size = count * math.prod(shape) * dtype.itemsize
@@ -786,6 +796,13 @@ def _ranks_of(unit: Unit) -> tuple[int, ...]:
     placed = unit.placed
     assert placed is not None
     return placed.layouts[0].over(placed.axes).ranks
+
+
+def _count(unit: Unit) -> int:
+    """Matrices that the ranks of a unit's team share: of experts those of which they have parts."""
+    placed = unit.placed
+    assert placed is not None and placed.held is not None
+    return placed.held[0].view.k
 
 
 def spread_positions(groups: Sequence[Mapping[str, Any]]) -> set[int]:

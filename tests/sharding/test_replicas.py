@@ -13,7 +13,7 @@ from helpers.methods import METHODS
 from helpers.pair_problems import PAIRS
 from helpers.problems import gradients, weight
 from helpers.ranks import pool
-from helpers.sharded import Case, Piece, check, meshes
+from helpers.sharded import Case, Piece, check, lay, meshes
 
 ODD = [(5, 3), (1, 40), (37, 23), (12, 12), (12, 12)]
 LAYS = [(None, 0), (None, 1), (0, None), (None, None), (0, 1)]
@@ -205,3 +205,59 @@ def test_faults_of_plain_replicas_are_raised_on_all_ranks_and_the_group_is_kept_
             assert found[name].startswith("process_group must be a ProcessGroup"), found[name]
         assert "without process_group" in found["backward"]
         assert "process_group is no key of a parameter group" in found["group key"]
+
+
+EXPERTS = (
+    *(Piece((5, 6, 8), (a, b), mesh="square") for a, b in [(1, 0), (2, 0), (0, 1), (0, 0)]),
+    Piece((1, 6, 8), (1, 0), mesh="square"),
+    Piece((12, 10), 0),
+)
+"""Stacks that one axis divides between matrices, the other along their rows or columns."""
+
+
+@pytest.mark.parametrize("method", ["muon", "galore", "hybrid", "aro"])
+def test_experts_divided_over_one_axis_are_shared_over_the_other_only(method):
+    case = Case(method, EXPERTS, steps=4)
+    for found in check(case, 4):
+        rows = found["rows"]
+        assert rows[3][1:] == ("local", 0)  # whole experts
+        if method == "muon":  # at most 3 experts of a rank, of which it owns at most 2
+            assert rows[0][1] == "owner"
+            assert max(size for _, _, size in rows[:3]) <= 4 * (3 * 6 * 8) // 2 * 2
+
+
+def failing(rank, world):
+    """What every rank says of a rule that fails on rank 0 in the first of its teams."""
+    square = meshes(world)["square"]
+    weights = [weight((6, 8), i).detach() for i in range(4)]
+    dims = [(0, None), (None, 0), (0, 1), (0, None)]
+    params = [torch.nn.Parameter(lay(W, square, *d)) for W, d in zip(weights, dims, strict=True)]
+    optimizer = METHODS["muon"](params)
+    own = type(optimizer)._step_bucket
+
+    def broken(self, plan, bucket, *args):
+        if rank == 0 and bucket.unit.positions == (0,):
+            raise ArithmeticError("no product")
+        return own(self, plan, bucket, *args)
+
+    said = []
+    type(optimizer)._step_bucket = broken
+    try:
+        for _ in range(2):
+            for p, W in zip(params, weights, strict=True):
+                p.grad = lay(W.clone(), square, *dims[0]).redistribute(square, p.placements)
+            try:
+                optimizer.step()
+            except Exception as error:
+                said.append(type(error).__name__)
+            else:
+                said.append("")
+    finally:
+        type(optimizer)._step_bucket = own
+    return said
+
+
+def test_a_failure_in_one_team_reaches_all_ranks_of_the_others():
+    for rank, said in enumerate(pool(4).run(failing)):
+        assert said[0] == ("ArithmeticError" if rank == 0 else "RankError"), (rank, said)
+        assert said[1], (rank, said)
