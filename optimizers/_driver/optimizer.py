@@ -729,8 +729,8 @@ class StackedOptimizer(Optimizer):
 
         Raises:
             ValueError: For ``max_norm``, an ``every`` below 1, ``nonfinite="skip_step"``, and for
-                parameters whose gradients are final only later: sharded ones, and those of
-                DistributedDataParallel over several processes.
+                parameters whose gradients are final only later: sharded ones for which a step
+                sends anything, and those of DistributedDataParallel over several processes.
             RuntimeError: If the optimizer steps in backward already. ``step(closure)``, the step
                 of a GradScaler and checkpointing with ``use_reentrant=True`` raise it later.
 
