@@ -51,6 +51,7 @@ lint: $(VENV)/.test typing
 # pictures are drawn with the code of the package, pages are read without importing it
 docs: $(DOCS)/.docs $(VENV)/.examples typing
 	$(BIN)/python docs/pictures.py --out docs/pictures
+	$(BIN)/python examples/tour.py --out docs/pictures
 	$(DOCS)/bin/mkdocs build --quiet --clean
 
 package:
