@@ -42,7 +42,7 @@ trainers: $(TRAINERS)/.trainers
 		-k 'peft or takes_the_optimizer or are_the_real or timm_recipe'
 
 test: $(VENV)/.test
-	$(BIN)/pytest -q -n 2 --dist worksteal
+	$(BIN)/pytest -q -n 2 --dist worksteal -rs
 
 lint: $(VENV)/.test typing
 	$(BIN)/ruff check .
@@ -52,7 +52,7 @@ lint: $(VENV)/.test typing
 docs: $(DOCS)/.docs $(VENV)/.examples typing
 	$(BIN)/python docs/pictures.py --out docs/pictures
 	$(BIN)/python examples/tour.py --out docs/pictures
-	$(DOCS)/bin/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --clean
 
 package:
 	PYTHON='$(PYTHON)' .ci/package '$(TORCH)'

@@ -1,0 +1,75 @@
+"""Which learning rate: the best of six for every optimizer, at three widths of a small model.
+
+    python bench/which_lr.py                                   about ten minutes on one core
+    python bench/which_lr.py --methods muon,galore --widths 32,64
+
+The byte model of examples/ with two layers, 100 steps, one seed. The rate of the hidden matrices is
+swept; embedding, head and norms have the same AdamW in every run. Prints a table in Markdown: the
+best rate at each width, and the losses around it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from common import build_model, draw_batch, load_corpus, validation_batches
+from methods import available_methods, build_optimizer, method_options, schedule
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LAYERS, HEADS, SEQ, ROWS = 2, 2, 64, 8
+
+
+def loss_of(name: str, lr: float, width: int, steps: int, corpus, batches) -> float:
+    """Validation loss after a short training; infinite where it has no value."""
+    model = build_model(width, LAYERS, HEADS, SEQ, seed=0)
+    optimizer = build_optimizer(name, model, lr, method_options(name, width, {}))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    draw = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule(step, steps)
+        optimizer.zero_grad()
+        model.loss(draw_batch(corpus.train, ROWS, SEQ, draw)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        loss = float(torch.stack([model.loss(batch) for batch in batches]).mean())
+    return loss if loss == loss else float("inf")
+
+
+def cell(losses: dict[float, float]) -> str:
+    """The best rate and its loss; a rate at the end of the grid has a mark."""
+    best = min(losses, key=losses.__getitem__)
+    end = " (end of the grid)" if best in (min(losses), max(losses)) else ""
+    return f"{best:g}: {losses[best]:.3f}{end}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", default=",".join(available_methods()))
+    parser.add_argument("--widths", default="32,64,128")
+    parser.add_argument("--steps", type=int, default=100)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    corpus = load_corpus("code", SEQ)
+    batches = validation_batches(corpus, SEQ)[:8]
+    widths = [int(width) for width in args.widths.split(",")]
+    print("| optimizer | " + " | ".join(f"width {width}" for width in widths) + " | seconds |")
+    print("|---|" + "---|" * (len(widths) + 1), flush=True)
+    for name in args.methods.split(","):
+        start, cells = time.perf_counter(), []
+        for width in widths:
+            losses = {lr: loss_of(name, lr, width, args.steps, corpus, batches) for lr in RATES}
+            cells.append(cell(losses))
+        seconds = time.perf_counter() - start
+        print(f"| `{name}` | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
