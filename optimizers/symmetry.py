@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from ._core.rule import Rule, defaults_of, rule_class
 from ._core.validation import check, check_numbers, describe_unknown, shown
+from ._driver.checkpoint import grouped_as_saved
 from ._driver.checks import (
     check_trainable,
     check_values,
@@ -19,7 +21,7 @@ from ._driver.checks import (
 )
 from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import COMMON, LISTS, parameters_of, warn_user
-from ._roles.classify import Row, classify, route_all
+from ._roles.classify import Row, classify, guessed_shape, route_all
 from ._roles.policies import (
     PAPER_LRS,
     Settings,
@@ -258,7 +260,7 @@ class SymmetryStack(StackedOptimizer):
     ) -> list[Row]:
         """Rows by the model, else by names; counts matrices of which neither tells the part."""
         known = {**self._named_rows, **known}
-        routed = route_all(names, [shape_of(p) for p in params])
+        routed = rows_of_named(names, params)
         rows = [known.get(p, row) for p, row in zip(params, routed, strict=True)]
         # without names all matrices share a group, whose view "auto" flattens these too
         rows = [
@@ -285,6 +287,25 @@ class SymmetryStack(StackedOptimizer):
             )
 
     @override
+    def _prepare_loaded(self, loaded: Any) -> dict[str, Any]:
+        """A checkpoint in the order of the groups, else in groups of its own.
+
+        What has no shape yet is placed by its name, so that groups of one model can differ.
+        """
+        try:
+            return super()._prepare_loaded(loaded)
+        except ValueError as error:
+            own, groups = self.param_groups, grouped_as_saved(self.param_groups, loaded)
+            if groups is None:
+                raise
+            self.param_groups = groups
+            try:
+                return super()._prepare_loaded(loaded)
+            except ValueError:
+                self.param_groups = own
+                raise error from None
+
+    @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_policy": self._policy, "_scale": self._scale}
 
@@ -300,7 +321,20 @@ def rows_by_names(items: Sequence[Any]) -> dict[Tensor, Row]:
         if isinstance(params, (list, tuple)):  # a generator can be read only once
             pairs += zip(parameters_of(group)[1], parameters_of(group)[0], strict=True)
     named = {p: name for name, p in pairs if name and isinstance(p, Tensor)}
-    return dict(zip(named, route_all([*named.values()], [*map(shape_of, named)]), strict=True))
+    return dict(zip(named, rows_of_named([*named.values()], [*named]), strict=True))
+
+
+def rows_of_named(names: Sequence[str | None], params: Sequence[Tensor]) -> list[Row]:
+    """Rows by names and shapes; a weight without a shape yet is what its name says it will be."""
+    shapes = [
+        guessed_shape(name) if name and is_lazy(p) else shape_of(p)
+        for name, p in zip(names, params, strict=True)
+    ]
+    rows = route_all(names, shapes)
+    # a pair needs two equal shapes
+    return [
+        replace(row, pair=None) if is_lazy(p) else row for row, p in zip(rows, params, strict=True)
+    ]
 
 
 def _check_options(policy: str | Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ def teams_of(
         axes = layout.all_axes if i in spreads else layout.axes
         if axes:
             ranks = layout.over(axes).ranks
-            team_of[i] = teams.setdefault(ranks, Team(layout, axes))
+            team_of[i] = teams.setdefault(ranks, Team.of_layout(layout, axes))
     return list(teams.values()), team_of
 
 

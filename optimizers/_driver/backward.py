@@ -533,6 +533,11 @@ def checked_every(every: int, max_norm: float | None, optimizer: StackedOptimize
     count = whole_number("every", every, "[1, inf)")
     assert count is not None
     refuse_skip_step(optimizer.param_groups)
+    if optimizer._process_group is not None:
+        raise ValueError(
+            "step_in_backward() cannot share work over ranks, which it steps in an order of their "
+            "own; build the optimizer without process_group"
+        )
     if optimizer._in_backward is not None:
         raise RuntimeError(
             "step_in_backward() is on already; call remove() of its handle before another one"

@@ -21,7 +21,7 @@ from .._core.validation import is_number, shown
 from . import adamw
 from .checks import check_lists, check_values
 from .layout import is_sharded, local
-from .matching import Place, match, realigned, regroup
+from .matching import Place, grouped_as, match, realigned, regroup
 from .old_codes import recoded
 from .param_groups import (
     COMMON,
@@ -104,6 +104,13 @@ def prepare(
     if found.warning is not None:
         warn_user(found.warning)
     return {**state_dict, "state": state, "param_groups": new_groups}
+
+
+def grouped_as_saved(
+    groups: Sequence[Mapping[str, Any]], state_dict: Any
+) -> list[dict[str, Any]] | None:
+    """The optimizer's parameters in groups like those of a checkpoint; None if the names differ."""
+    return grouped_as(groups, _saved_groups(state_dict))
 
 
 def _saved_groups(state_dict: Any) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ a status, so that an exception on one rank is raised on all of them and none is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,15 +43,46 @@ class Team:
         coordinates: Where each is in the mesh.
     """
 
-    def __init__(self, layout: Layout, axes: tuple[int, ...]) -> None:
-        found = layout.over(axes)
-        self.ranks, self.rank, self.coordinates = found.ranks, found.rank, found.coordinates
-        self._mesh, self._axes = layout.mesh, axes
+    def __init__(
+        self,
+        ranks: tuple[int, ...],
+        rank: int,
+        coordinates: tuple[tuple[int, ...], ...],
+        device_type: str,
+        make_group: Callable[[], Any],
+    ) -> None:
+        self.ranks, self.rank, self.coordinates = ranks, rank, coordinates
+        self._device_type, self._make_group = device_type, make_group
+
+    @classmethod
+    def of_layout(cls, layout: Layout, axes: tuple[int, ...]) -> Team:
+        """Ranks that differ from this process along some axes of the mesh of a layout."""
+        found, mesh = layout.over(axes), layout.mesh
+        make_group = partial(_group_along, mesh, axes, found.ranks)
+        return cls(found.ranks, found.rank, found.coordinates, mesh.device_type, make_group)
+
+    @classmethod
+    def of_group(cls, group: Any, device_type: str) -> Team:
+        """The ranks of a process group.
+
+        Args:
+            group: The group.
+            device_type: Where the tensors lie. What a group cannot send from there, it sends from
+                its own device.
+        """
+        import torch.distributed as dist
+
+        kinds = [device.type for device in getattr(group, "_device_types", ())]
+        if kinds and device_type not in kinds:
+            device_type = kinds[0]
+        ranks = tuple(dist.get_process_group_ranks(group))
+        coordinates = tuple((i,) for i in range(len(ranks)))
+        return cls(ranks, dist.get_rank(group), coordinates, device_type, lambda: group)
 
     @property
     def device(self) -> torch.device:
         """Where small numbers are reduced."""
-        kind: str = self._mesh.device_type
+        kind = self._device_type
         return (
             torch.device("cuda", torch.cuda.current_device())
             if kind == "cuda"
@@ -74,19 +105,7 @@ class Team:
     @cached_property
     def group(self) -> Any:
         """The process group; making one of several axes is collective."""
-        import torch.distributed as dist
-
-        if len(self._axes) == 1:
-            return self._mesh.get_group(self._axes[0])
-        if len(self.ranks) == dist.get_world_size():
-            return dist.group.WORLD
-        names = self._mesh.mesh_dim_names
-        if names is None:
-            raise ValueError(
-                f"a weight is sharded over the axes {self._axes} of a mesh without names; give "
-                "the mesh mesh_dim_names"
-            )
-        return self._mesh[tuple(names[axis] for axis in self._axes)]._flatten().get_group()
+        return self._make_group()
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
         """The sum or the maximum over the ranks, in place.
@@ -97,8 +116,9 @@ class Team:
         """
         import torch.distributed as dist
 
-        dist.all_reduce(x, getattr(dist.ReduceOp, op), group=self.group)
-        return x
+        sent = self._to_mesh(x)
+        dist.all_reduce(sent, getattr(dist.ReduceOp, op), group=self.group)
+        return x if sent is x else x.copy_(sent)
 
     def send(self, message: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """Bytes from all ranks, in order.
@@ -110,9 +130,31 @@ class Team:
         """
         import torch.distributed as dist
 
-        answer = message.new_empty(sum(received))
-        dist.all_to_all_single(answer, message, received, sent, group=self.group)
-        return answer
+        packed = self._to_mesh(message)
+        answer = packed.new_empty(sum(received))
+        dist.all_to_all_single(answer, packed, received, sent, group=self.group)
+        return answer.to(message.device)
+
+    def _to_mesh(self, x: Tensor) -> Tensor:
+        """X where the process group sends from; offloaded state lies on the host."""
+        return x if x.device.type == self._device_type else x.to(self.device)
+
+
+def _group_along(mesh: Any, axes: tuple[int, ...], ranks: tuple[int, ...]) -> Any:
+    """The process group of ranks that differ along some axes of a mesh."""
+    import torch.distributed as dist
+
+    if len(axes) == 1:
+        return mesh.get_group(axes[0])
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    names = mesh.mesh_dim_names
+    if names is None:
+        raise ValueError(
+            f"a weight is sharded over the axes {axes} of a mesh without names; give the mesh "
+            "mesh_dim_names"
+        )
+    return mesh[tuple(names[axis] for axis in axes)]._flatten().get_group()
 
 
 class Piece(NamedTuple):
@@ -177,18 +219,42 @@ class Exchange:
         for rank, box in enumerate(boxes):
             if numel(box) and not _covers(boxes[owner], box):
                 holders.setdefault(box, []).append(rank)
-        return [
-            same[0] if len(same) == 1 else self.team.nearest(same, owner)
-            for same in holders.values()
-        ]
+        return [self._sender(same, owner) for same in holders.values()]
+
+    def _sender(self, same: Sequence[int], owner: int) -> int:
+        """Of the ranks that hold one box, the one that sends it to an owner."""
+        return same[0] if len(same) == 1 else self.team.nearest(same, owner)
+
+    @cached_property
+    def is_one_way(self) -> bool:
+        """Whether every rank has the whole of every piece, equal on all ranks."""
+        return all(
+            box == tuple((0, side) for side in piece.shape)
+            for piece in self.pieces
+            for box in dict.fromkeys(piece.boxes)
+        )
 
     def bytes_to_owners(self) -> int:
         """Bytes that this rank sends to owners, without the status."""
-        return sum(self._size(k, self.team.rank) for row in self._plans[0] for k in row)
+        me, total = self.team.rank, 0
+        for k, piece in enumerate(self.pieces):
+            boxes = piece.boxes
+            same = [rank for rank, box in enumerate(boxes) if box == boxes[me]]
+            for owner in range(len(boxes)) if piece.owner is None else (piece.owner,):
+                if not _covers(boxes[owner], boxes[me]) and self._sender(same, owner) == me:
+                    total += self._size(k, me)
+        return total
 
     def bytes_from_owners(self) -> int:
         """Bytes that this rank sends back as an owner, without the status."""
-        return sum(self._size(k, rank) for rank, row in enumerate(self._plans[2]) for k in row)
+        me, ranks = self.team.rank, range(len(self.team))
+        return sum(
+            self._size(k, rank)
+            for k, piece in enumerate(self.pieces)
+            if piece.owner == me
+            for rank in ranks
+            if rank != me
+        )
 
     def _size(self, k: int, holder: int) -> int:
         piece = self.pieces[k]
@@ -196,6 +262,8 @@ class Exchange:
 
     def to_owners(self, held: Sequence[Tensor], failed: bool = False) -> dict[int, Tensor]:
         """The whole tensors that this rank owns, by the number of their piece.
+
+        Nothing is sent where all have the whole, so that nobody learns of a failure.
 
         Args:
             held: Per piece what this rank holds; not changed.
@@ -205,6 +273,8 @@ class Exchange:
             RankError: If another rank has failed.
         """
         me = self.team.rank
+        if self.is_one_way:
+            return {k: held[k] for k, piece in enumerate(self.pieces) if piece.owner in (None, me)}
         there, here, _, _ = self._plans
         rows = [[held[k].to(self.pieces[k].dtype) for k in row] for row in there]
         received = self._send(rows, here, failed, by_source=True)

@@ -110,6 +110,33 @@ def _numbered(names: Sequence[str]) -> list[tuple[str, int]]:
     return keys
 
 
+def grouped_as(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[str, Any]] | None:
+    """The optimizer's parameters in groups like those of a checkpoint; None if the names differ.
+
+    Args:
+        groups: The optimizer's groups.
+        saved: The groups of the checkpoint.
+    """
+    own, theirs = _names(groups), _saved_names(saved)
+    if own is None or theirs is None or sorted(own) != sorted(theirs):
+        return None
+    places = iter([(group, j) for group in groups for j in range(len(group["params"]))])
+    place_of = dict(zip(_numbered(own), places, strict=True))
+    keys = iter(_numbered(theirs))
+    result = []
+    for part in saved:
+        members = [place_of[next(keys)] for _ in part["params"]]
+        if not members:
+            return None
+        new = {key: value for key, value in members[0][0].items() if key not in LISTS}
+        for key in ("params", "param_names", *LISTS):
+            values = [listed(group, key, j) for group, j in members]
+            if any(value is not None for value in values):
+                new[key] = values
+        result.append(new)
+    return result
+
+
 def _first_difference(own: Sequence[str], theirs: Sequence[str]) -> str:
     for i, (a, b) in enumerate(zip(own, theirs, strict=False)):
         if a != b:
@@ -407,6 +434,8 @@ def _lists(
             part, number = (group, i) if place is None else (parts[place.group], place.number)
             has_list = part.get(key) is not None  # one that is shorter says nothing of the rest
             value = listed(part, key, number) if has_list else _default(key, part)
+            if key == "rules" and value is None and part.get("rule") == "adamw":
+                value = "adamw"  # also of a parameter that has got a shape since
             if key == "decays" and place is not None:
                 value = (1.0 if value is None else value) * factors.get(place.group, 1.0)
             values.append(value)

@@ -25,6 +25,7 @@ class Common(TypedDict, total=False):
     """Keywords of every optimizer; :class:`StackedOptimizer` says what they do."""
 
     model: nn.Module | None
+    process_group: Any
     adamw_lr: float | Tensor | None
     adamw_betas: tuple[float, float] | None
     adamw_eps: float

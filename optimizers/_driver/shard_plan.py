@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .._core.rule import Rule
+from .._core.rule import Rule, Slot
+from .held_codes import place_of, scales_layout
 from .held_views import HeldView, held_views
-from .layout import Layout, layout_of, longest_dim, resting_layout
+from .layout import Box, Layout, layout_of, longest_dim, numel, resting_layout
 
 if TYPE_CHECKING:
     from .units import Unit
@@ -76,7 +78,7 @@ class Placed:
             return resting_layout(layout, shape, longest_dim(layout, shape))
         letters = ("k" if many else "") + axes
         dims = [d for d, letter in enumerate(letters) if letter in self.cut[i]]
-        return resting_layout(layout, shape, dims[0] if dims else None)
+        return resting_layout(layout, shape, dims[0] if dims else None, follows=True)
 
 
 def place(
@@ -110,12 +112,20 @@ def place(
             "DistributedDataParallel, under which equal seeds keep the ranks equal"
         )
     cut_axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
-    axes = layouts[0].all_axes if spread else cut_axes
+    if not spread:
+        cut_axes = _matrix_axes(unit, layouts, cut_axes)
     held = _held(unit, rule, layouts, views, count, cut_axes)
-    cut = () if held is None else tuple(
-        _letters(h, layout, unit.transposed[i])
-        for i, (h, layout) in enumerate(zip(held, layouts, strict=True))
-    )  # fmt: skip
+    axes = layouts[0].all_axes if spread else cut_axes
+    if held is None and not spread:  # whole experts of all ranks travel
+        axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
+    cut = (
+        ()
+        if held is None
+        else tuple(
+            _letters(unit, i, h, layout)
+            for i, (h, layout) in enumerate(zip(held, layouts, strict=True))
+        )
+    )
     is_whole = held is not None and not any(letters & {"m", "n"} for letters in cut)
     if not axes:
         return Placed("local", layouts, axes, held, cut)
@@ -136,6 +146,25 @@ def place(
     if plan == "local":
         return Placed(plan, layouts, axes, held, cut)
     return _with_ranks(Placed(plan, layouts, axes, held, cut, shares=axes != cut_axes), unit, views)
+
+
+def _matrix_axes(
+    unit: Unit, layouts: Sequence[Layout], cut_axes: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Axes that cut matrices, where others divide a stack of them between its matrices."""
+    if len(cut_axes) < 2:
+        return cut_axes
+    found = tuple(
+        axis
+        for axis in cut_axes
+        if not all(_is_stack(unit, i, x) and x.dim_of(axis) == 0 for i, x in enumerate(layouts))
+    )
+    return found or cut_axes
+
+
+def _is_stack(unit: Unit, i: int, layout: Layout) -> bool:
+    """Whether the first dimension of a parameter numbers matrices, as of experts."""
+    return len(layout.shape) == 3 and unit.views[i].k > 1
 
 
 def _whole(
@@ -166,11 +195,19 @@ def travelling(placed: Placed) -> Placed:
 
 def _by_rank(unit: Unit, layout: Layout, axes: tuple[int, ...], view: str) -> tuple[HeldView, ...]:
     """What each rank holds of a unit."""
-    boxes, found = layout.over(axes).boxes, []
+    return _views_by_rank(view, layout.shape, layout.over(axes).boxes, unit.number)
+
+
+@lru_cache(maxsize=1024)
+def _views_by_rank(
+    view: str, shape: tuple[int, ...], boxes: tuple[Box, ...], number: int
+) -> tuple[HeldView, ...]:
+    """What each rank holds of one unit of a parameter, for all parameters that lie alike."""
+    found = []
     for rank in range(len(boxes)):
-        views_there = held_views(view, layout.shape, boxes, rank)
+        views_there = held_views(view, shape, boxes, rank)
         assert views_there is not None
-        found.append(views_there[unit.number])
+        found.append(views_there[number])
     return tuple(found)
 
 
@@ -192,11 +229,12 @@ def _layouts(unit: Unit, texts: Sequence[str]) -> tuple[Layout, ...]:
     return tuple(found)
 
 
-def _letters(held: HeldView, layout: Layout, transposed: bool) -> frozenset[str]:
+def _letters(unit: Unit, i: int, held: HeldView, layout: Layout) -> frozenset[str]:
     """Letters of what is cut: sides as the rule sees them, and ``"k"`` for matrices."""
-    names = {"rows": "n", "cols": "m"} if transposed else {"rows": "m", "cols": "n"}
+    names = {"rows": "n", "cols": "m"} if unit.transposed[i] else {"rows": "m", "cols": "n"}
     sides = frozenset(names[side] for side in held.cut)
-    return sides or frozenset("k" if layout.axes else "")
+    is_divided = _is_stack(unit, i, layout) and 0 in layout.dims
+    return sides | {"k"} if layout.axes and (is_divided or not sides) else sides
 
 
 def _held(
@@ -212,7 +250,7 @@ def _held(
         found = [held_views(v, x.shape, [x.box], 0) for v, x in zip(views, layouts, strict=True)]
         return tuple(views_of[unit.number] for views_of in found if views_of is not None)
     # a refresh asks whether a whole gradient is zero, which ranks know of parameters only
-    if unit.quantized or (count > 1 and rule.refresh_interval):
+    if count > 1 and rule.refresh_interval:
         return None
     held = list[HeldView]()
     for i, (layout, view) in enumerate(zip(layouts, views, strict=True)):
@@ -229,7 +267,8 @@ def _held(
         if not _state_follows(unit, i, layout, view, own):
             return None
         held.append(own)
-    if len({_letters(h, x, False) & {"k"} for h, x in zip(held, layouts, strict=True)}) > 1:
+    pairs = enumerate(zip(held, layouts, strict=True))
+    if len({_letters(unit, i, h, x) & {"k"} for i, (h, x) in pairs}) > 1:
         return None  # experts of one factor are cut, and rows of the other
     return tuple(held)
 
@@ -243,23 +282,55 @@ def _as_rule_sees(held: HeldView, transposed: bool) -> frozenset[str]:
 def _state_follows(unit: Unit, i: int, layout: Layout, view: str, held: HeldView) -> bool:
     """Whether torch's shards of all state are what each rank's part of the weight needs."""
     transposed = unit.transposed[i]
-    letters = _letters(held, layout, transposed)
+    letters = _letters(unit, i, held, layout)
     placed = Placed("owner", (layout,), layout.axes, (held,), (letters,))
     many = unit.views[i].k > 1
-    for slot in unit.slots[i].values():
+    for name, slot in unit.slots[i].items():
+        if slot.axes == "mn" and not _codes_follow(unit, i, name, layout):
+            return False
         if slot.axes == "mn" or not letters & {*slot.axes, *("k" if many else "")}:
             continue
         if slot.device is not None:
             return False
         shape = (*((unit.views[i].k,) if many else ()), *slot.shape(*unit.sides(i)))
-        stored = placed.resting_layout(0, slot.axes, shape, many).over(layout.axes).boxes
-        for box, there in zip(stored, _by_rank(unit, layout, layout.axes, view), strict=True):
-            v = there.view
-            sides = (v.n, v.m) if transposed else (v.m, v.n)
-            needed = (*((v.k,) if many else ()), *slot.shape(*sides))
-            if tuple(b - a for a, b in box) != needed:
+        stored = placed.resting_layout(0, slot.axes, shape, many)
+        if not _codes_follow(unit, i, name, stored):
+            return False
+        boxes = stored.over(layout.axes).boxes
+        for box, there in zip(boxes, _by_rank(unit, layout, layout.axes, view), strict=True):
+            needed = _needed(there, transposed, slot, many)
+            if box != needed and (numel(box) or numel(needed)):
                 return False
     return True
+
+
+def _needed(held: HeldView, transposed: bool, slot: Slot, many: bool) -> Box:
+    """The box of a state tensor that belongs to what a rank holds of the matrices."""
+    rows, cols = held.box(transposed)
+    sides = slot.shape(rows[1] - rows[0], cols[1] - cols[0])
+    starts = {"m": rows[0], "n": cols[0]}
+    box = tuple(
+        (starts.get(letter, 0), starts.get(letter, 0) + side)
+        for letter, side in zip(slot.axes, sides, strict=True)
+    )
+    return ((held.first, held.first + held.view.k), *box) if many else box
+
+
+def _codes_follow(unit: Unit, i: int, name: str, stored: Layout) -> bool:
+    """Whether state in eight bits can be made where the weight is.
+
+    Each rank makes all of a basis, or none. Blocks of other state must lie whole on a rank, but
+    that of state shaped like the weight, which stays in floats else. Second moments are rounded by
+    bits that count entries of the whole, of which a rank must know where its rows lie.
+    """
+    scales = unit.whole_scales(i, name)
+    if scales is None or not stored.axes:
+        return True
+    if name in unit.bases:
+        return not stored.dims
+    if scales_layout(stored, scales) is None:
+        return unit.slots[i][name].axes == "mn"
+    return not unit.rounds_squares(name) or place_of(stored, scales) is not None
 
 
 def work_of(unit: Unit) -> int:

@@ -1,4 +1,4 @@
-"""What an ordinary update of a rule sends, found by running it on a strip of zeros.
+"""What an ordinary update of a rule sends, found by running it on a strip of the weight.
 
 A rule that runs on shards works for any number of rows or columns of the cut side, so an update of
 two of them asks for all that an update of the real shard asks for, and costs next to nothing.
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .._core.rule import BatchedCall, Member, Reductions, Rule
 from .batched_calls import DirectionIterator
-from .shard_plan import Placed
 from .units import Unit
+from .write import write_
 from .write_modes import RESIDUAL
 
 STRIP = 2
@@ -43,6 +43,7 @@ class _Recorder(Reductions):
 
     def __init__(self, number: int, cut: frozenset[str], shares: bool, sent: list[Sent]) -> None:
         self._number, self._cut, self._shares, self._sent = number, cut, shares, sent
+        self.has_whole_rows = "n" not in cut
 
     def _record(self, x: Tensor, needed: bool, is_whole: bool = False) -> Tensor:
         if needed:
@@ -65,6 +66,14 @@ class _Recorder(Reductions):
         """Record a maximum over all entries."""
         return self._record(x, bool(self._cut))
 
+    def sums_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Record sums of several members."""
+        return tuple(of.both(x) for of, x in parts)
+
+    def most_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Record maxima of several members."""
+        return tuple(of.most(x) for of, x in parts)
+
     def on_full_matrix(
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
@@ -73,30 +82,36 @@ class _Recorder(Reductions):
 
 
 @torch.no_grad()
-def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
+def traffic_of(
+    unit: Unit, cut_by_member: Sequence[frozenset[str]], shares: bool, rule: Rule
+) -> list[Sent]:
     """What an update between refreshes asks other ranks for, per matrix of the unit.
 
     Args:
         unit: A unit whose rule runs on shards.
-        placed: How it lies.
+        cut_by_member: Per member, letters of the sides that are cut.
+        shares: Whether replicas share what is asked of whole matrices.
         rule: Its rule.
     """
     sent: list[Sent] = []
     members = []
     for i, p in enumerate(unit.params):
         m, n = unit.sides(i)
-        cut = placed.cut[i] & {"m", "n"}
+        cut = cut_by_member[i] & {"m", "n"}
         sides = (STRIP if "m" in cut else m, STRIP if "n" in cut else n)
-        G = torch.zeros(1, *sides, dtype=torch.float32, device="cpu")
+        # of ordinary size: a rule may take more sums where squares vanish
+        G = torch.ones(1, *sides, dtype=torch.float32, device="cpu")
         state = {
             name: torch.zeros(1, *slot.shape(*sides), dtype=unit.dtype_of(i, name), device="cpu")
             for name, slot in unit.slots[i].items()
             if name != RESIDUAL
         }
-        W = torch.zeros(1, *sides, dtype=p.dtype, device="cpu")
+        # a rule may ask more of a weight that is zero, or whose squares leave its dtype
+        W = torch.ones(1, *sides, dtype=p.dtype, device="cpu")
+        has_grad = p.requires_grad or len(unit.params) == 1
         members.append(
             Member(
-                G.to(torch.promote_types(p.dtype, torch.float32)),
+                G.to(torch.promote_types(p.dtype, torch.float32)) if has_grad else None,
                 W.clone,
                 state,
                 t=2,
@@ -106,11 +121,15 @@ def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
                 indices=(0,),
                 number=i,
                 transposed=unit.transposed[i],
-                reductions=_Recorder(i, cut, placed.shares, sent),
+                reductions=_Recorder(i, cut, shares, sent),
             )
         )
+    if all(w.grad is None for w in members):
+        return []
     steps = DirectionIterator(rule.update(*members))
     for step in steps:
         if isinstance(step, BatchedCall):
             steps.answer = step.fn(*step.args)
+        elif step.max_rel_norm is not None:  # such a write asks for norms
+            write_(step.member.value, step, 0.0, 0.0)
     return sent

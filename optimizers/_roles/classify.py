@@ -38,7 +38,7 @@ from .role_table import (
     shape_of,
 )
 
-__all__ = ["Assignment", "Row", "classify", "route", "route_all"]
+__all__ = ["Assignment", "Row", "classify", "guessed_shape", "route", "route_all"]
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,11 @@ def route(name: str | None, shape: tuple[int, ...]) -> Row:
     shape, and only its module tells.
     """
     return replace(_assign_role([ParamSite(name or "", tuple(shape))]), name=name)
+
+
+def guessed_shape(name: str) -> tuple[int, ...]:
+    """A shape that stands for one not known yet: of a vector where the name says so."""
+    return (2,) if route(name, (2,)).role in ("norm", "bias") else (2, 2)
 
 
 def route_all(names: Sequence[str | None], shapes: Sequence[tuple[int, ...]]) -> list[Row]:

@@ -109,7 +109,9 @@ class LowRankRule(Rule, abstract=True):
         """
         t = self.adam_step(w)
         if not self.published:
-            return self.base_optimizer.direction(w.state, R, t, w.reductions, w.finite), 1.0
+            n = None if self.proj_type == "full" else w.n
+            base_optimizer = self.base_optimizer
+            return base_optimizer.direction(w.state, R, t, w.reductions, w.finite, n), 1.0
         M = w.state["exp_avg"]
         V = w.state["exp_avg_sq"]
         beta1, beta2 = self.betas

@@ -402,6 +402,9 @@ def _check_resume(case: Case, use: Use, weights: list[Any], saved: Any) -> None:
     try:
         other.optimizer.load_state_dict(saved)
     except Exception as error:
+        overflowed = not all(bool(W.isfinite().all()) for W in weights if is_dense(W))
+        if overflowed and "is not finite" in str(error):
+            return  # state that follows weights which huge settings have made infinite
         raise Found(
             "its own checkpoint is refused", type(error).__name__, where(error),
             shape_of_text(str(error)),

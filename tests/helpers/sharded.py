@@ -27,8 +27,8 @@ EXACT = frozenset(
         *("galore-full", "frugal-randk", "aro", "aro-adam", "aro-eigh", "aro-polar", "AdamW"),
     )
 )
-"""Methods whose formulas see whole matrices, on one process as on ranks, and LoRA pairs."""
-SUMMED = frozenset(METHODS) - EXACT
+"""Methods whose formulas see whole matrices, on one process as on ranks."""
+SUMMED = frozenset({**METHODS, **PAIRS}) - EXACT - {x for x in PAIRS if x.endswith("reference")}
 """Methods that may run on shards, with sums or products of other shapes than on one process."""
 
 
@@ -46,7 +46,7 @@ class Piece:
     """
 
     shape: tuple[int, ...]
-    dim: int | None | tuple[int | None, ...] = 0
+    dim: int | tuple[int | None, ...] | None = 0
     view: str | None = None
     dtype: str = "float32"
     mesh: str = "all"

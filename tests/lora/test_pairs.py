@@ -1,6 +1,7 @@
 """What every method of LoRA pairs must do, whatever it computes."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from helpers.checkpoints import through_a_file
 from helpers.pair_problems import DOUBLE, PAIRS, SHAPES, factors, flat, pair_gradients
 from helpers.problems import run, same, tensors
+from torch import nn
 
 from stiefel.optimizers._driver import units
 
@@ -204,6 +206,30 @@ def test_every_dtype_of_state_takes_the_step(make, state_dtype, dtype):
         exact = state_dtype in ("float32", "float64")
         least = torch.finfo(dtype).eps * float(a.abs().max())
         assert float((a - b).abs().max()) <= (1e-4 if exact else 0.5) * moved + least
+
+
+@methods
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+def test_factors_of_two_dtypes_take_the_step(make, state_dtype):
+    """As near to the step of float64 factors as the narrower dtype allows, from either gradient."""
+    kinds = itertools.permutations((torch.float32, torch.float16, DOUBLE), 2)
+    grads = series([(10, 7, 3)], 2)
+    for (a, b), frozen in itertools.product(kinds, (None, 0, 1)):
+        outs = []
+        for pair in ((DOUBLE, DOUBLE), (a, b)):
+            A, B = several([(10, 7, 3)], DOUBLE)[0]
+            members = [nn.Parameter(X.detach().to(d)) for X, d in zip((A, B), pair, strict=True)]
+            given = [
+                [None] * 2 if i == frozen else [G.to(d) for G in grads[i]]
+                for i, d in enumerate(pair)
+            ]
+            optimizer = make([tuple(members)], state_dtype=state_dtype)
+            before = [p.detach().clone() for p in members]
+            after = run(optimizer, members, given)[-1]
+            outs.append([(x - y).double() for x, y in zip(after, before, strict=True)])
+        for i, (want, found) in enumerate(zip(*outs, strict=True)):
+            least = torch.finfo((a, b)[i]).eps * float(after[i].abs().max())
+            assert float((found - want).abs().max()) <= 0.5 * float(want.abs().max()) + 2 * least
 
 
 @methods

@@ -2,11 +2,14 @@
 
 import copy
 import importlib
+import itertools
 import json
 import math
 import os
 import pickle
 import sys
+import warnings
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -614,6 +617,65 @@ def test_parameters_without_names_are_one_group_whatever_their_shapes():
         assert rules == ["Muon", "adamw", "Muon", "adamw", "adamw", "adamw"]
         assert len(optimizer.param_groups) == 1
     late.load_state_dict(lazy.state_dict())
+
+
+LAZY_NAMES = ("layers.0.q_proj.weight", "layers.0.mlp.gate_proj.weight", "layers.0.norm.weight",
+              "layers.0.mlp.up_proj.weight", "tok_embeddings.weight", "lm_head.weight",
+              "conv.weight", "layers.0.mlp.down_proj.bias", "w")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "policy, form", [("symmetry", "named"), ("symmetry", "groups"), ("muon+adamw", "named")]
+)
+def test_a_named_weight_that_was_lazy_resumes_where_it_is_not(policy, form):
+    """Its own checkpoint fits an optimizer that is built once it has its shape."""
+
+    def build(params):
+        named = list(zip(LAZY_NAMES, params, strict=True))
+        groups = [{"params": named[:4]}, {"params": named[4:]}]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return SymmetryStack(named if form == "named" else groups, 0.1, policy=policy)
+
+    for i, shape in itertools.product(range(9), [(3,), (1, 1), (4, 6)]):
+        params = [weight((6, 4)) for _ in LAZY_NAMES]
+        params[i] = nn.parameter.UninitializedParameter()
+        first = build(params)
+        params[i].materialize(shape)
+        nn.init.constant_(params[i], 0.5)
+        step_all(first, params, 1)
+        copies = [nn.Parameter(p.detach().clone()) for p in params]
+        second = build(copies)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        step_all(first, params, 2)
+        step_all(second, copies, 2)
+        assert all(map(torch.equal, params, copies)), (LAZY_NAMES[i], shape)
+        tables = [{row.name: row.rule for row in x.assignment()} for x in (first, second)]
+        assert tables[0] == tables[1]
+
+
+def step_all(optimizer, params, seed):
+    draw = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=draw)
+    optimizer.step()
+
+
+def test_a_lazy_model_given_by_names_trains_its_matrices_by_their_names():
+    """All of it went to AdamW for good, since nothing has two sides before the first batch."""
+    layers = {
+        "up_proj": nn.LazyLinear(5),
+        "norm": nn.LazyBatchNorm1d(),
+        "down_proj": nn.LazyLinear(3),
+    }
+    model = nn.Sequential(OrderedDict(layers))
+    lazy = SymmetryStack(model.named_parameters())
+    model(torch.ones(2, 4)).square().mean().backward()
+    lazy.step()
+    late = SymmetryStack(model.named_parameters())
+    tables = [{row.name: row.rule for row in optimizer.assignment()} for optimizer in (lazy, late)]
+    matrices = {name for name, rule in tables[0].items() if rule == "Hybrid"}
+    assert tables[0] == tables[1] and matrices == {"up_proj.weight", "down_proj.weight"}
 
 
 def test_rule_none_in_a_group_is_no_rule():

@@ -116,7 +116,10 @@ def check_close(X, Y):
 
 
 def check_resumed(case, way, worlds, folder):
-    """A run that is saved on 2 ranks in the middle of a window ends as one that nobody stopped."""
+    """A run that is saved on 2 ranks in the middle of a window ends as one that nobody stopped.
+
+    Returns whether its rules ran on shards.
+    """
     weights, state, _ = plain_run(case)
     begun = on(2, save_trained, case, way, str(folder))
     for world in worlds:
@@ -130,11 +133,18 @@ def check_resumed(case, way, worlds, folder):
             assert same(found["weights"], straight["weights"])
             assert same(found["state"], straight["state"])
             assert found["forms"] == straight["forms"]
+    return begun["adds"]
 
 
 @pytest.mark.parametrize("method", ["muon", "galore-rotate", "spectral", "altlora", "adamw"])
 def test_a_run_goes_on_with_any_number_of_ranks(method, tmp_path):
     check_resumed(Case(method), "dcp", WORLDS, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["altlora-plus", "altlora-compact", "adaprelora"])
+def test_a_run_of_pairs_on_shards_goes_on_with_any_number_of_ranks(method, tmp_path):
+    """A cut along its columns and B along its rows: sums travel, and state lies like factors."""
+    assert check_resumed(Case(method, 1), "dcp", [0, 2, 3], tmp_path)
 
 
 @pytest.mark.slow

@@ -40,9 +40,13 @@ main = pytest.mark.parametrize("method", MAIN)
 
 
 def pieces(method):
-    """Two matrices that are split in two ways, a vector and a plain matrix; or three pairs."""
+    """Two matrices that are split in two ways, a vector and a plain matrix; or three pairs.
+
+    Two of the pairs run on shards, and one travels.
+    """
     if "lora" in method:
-        return tuple(Piece(s, 0) for s in [(3, 9), (10, 3), (2, 12), (5, 2), (1, 7), (8, 1)])
+        shapes = [(3, 9), (10, 3), (2, 12), (5, 2), (1, 7), (8, 1)]
+        return tuple(map(Piece, shapes, (1, 0, 0, 0, 1, 0)))
     return (Piece((9, 6), 0), Piece((6, 9), 1), Piece((7,), 0), Piece((5, 4), None))
 
 

@@ -1,9 +1,11 @@
 """Boxes: what each rank holds of a sharded tensor, against torch and against cutting by hand."""
 
+import contextlib
 import itertools
 import math
 import random
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from stiefel.optimizers._driver.exchange import Team
 from stiefel.optimizers._driver.layout import (
     Layout,
     box_of,
@@ -20,6 +23,7 @@ from stiefel.optimizers._driver.layout import (
     layout_of,
     local,
     longest_dim,
+    memory,
     numel,
     part,
     resting_layout,
@@ -469,9 +473,11 @@ def test_boxes_are_what_fsdp2_holds_of_uneven_strided_rows(rows):
 def wrapped(rank, world):
     """Whether wrapped, cut and filled tensors come back whole, in other layouts too."""
     from helpers.ranks import mesh_of
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     mesh, wrong = mesh_of(world), []
+    other_mesh = init_device_mesh("meta", (world,))
     for shape, dim in itertools.product(((7, 5), (1, 9), (9, 1), (2, 4, 6)), (0, 1)):
         X = torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
         layout = Layout(mesh, (Shard(dim),), shape)
@@ -495,7 +501,33 @@ def wrapped(rank, world):
         held = torch.zeros([b - a for a, b in layout.box])
         layout.wrap(held).to_local().add_(1)  # shares memory
         wrong += [] if bool((held == 1).all()) else [(shape, dim, "copied")]
-    return wrong
+        # a mesh of other devices stands for one of GPUs, whose state is offloaded to the host
+        offloaded = Layout(other_mesh, layout.placements, shape).wrap(held)
+        if memory(offloaded) is not held or not isinstance(offloaded, DTensor):
+            wrong.append((shape, dim, "moved"))
+        if (offloaded.shape, offloaded.stride()) != (X.shape, X.stride()):
+            wrong.append((shape, dim, "reshaped"))
+    return wrong + sent_elsewhere(Team(Layout(other_mesh, (Shard(0),), (7, 5)), (0,)))
+
+
+def sent_elsewhere(team):
+    """What a team hands to the process group of other devices than those of its mesh."""
+    found = []
+
+    def record(*args, **kwargs):
+        found.extend(x for x in args if isinstance(x, torch.Tensor) and x.device.type != "meta")
+        raise EOFError
+
+    calls = (
+        lambda: team.reduce(torch.zeros(3), "SUM"),
+        lambda: team.send(torch.zeros(8, dtype=torch.uint8), [4, 4], [4, 4]),
+    )
+    with mock.patch.multiple("torch.distributed", all_reduce=record, all_to_all_single=record):
+        for call in calls:
+            with contextlib.suppress(EOFError):
+                call()
+                found.append("nothing was sent")
+    return found
 
 
 def reshaped(rank, world):
