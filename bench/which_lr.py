@@ -1,16 +1,18 @@
-"""Which learning rate: the best of six for every optimizer, at three widths of a small model.
+"""Which learning rate: the best one for every optimizer, at three widths of a small model.
 
     python bench/which_lr.py                                   about ten minutes on one core
     python bench/which_lr.py --methods muon,galore --widths 32,64
 
 The byte model of examples/ with two layers, 100 steps, one seed. The rate of the hidden matrices is
-swept; embedding, head and norms have the same AdamW in every run. Prints a table in Markdown: the
-best rate at each width, and the losses around it.
+swept from the default of examples/methods.py, up and down by factors of about 3 until the loss rises
+on either side; embedding, head and norms have the same AdamW in every run. Prints a table in
+Markdown: the best rate at each width and its loss.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -19,9 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from common import build_model, draw_batch, load_corpus, validation_batches
-from methods import available_methods, build_optimizer, method_options, schedule
+from methods import available_methods, build_optimizer, default_lr, method_options, schedule
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 LAYERS, HEADS, SEQ, ROWS = 2, 2, 64, 8
 
 
@@ -43,11 +45,23 @@ def loss_of(name: str, lr: float, width: int, steps: int, corpus, batches) -> fl
     return loss if loss == loss else float("inf")
 
 
-def cell(losses: dict[float, float]) -> str:
-    """The best rate and its loss; a rate at the end of the grid has a mark."""
-    best = min(losses, key=losses.__getitem__)
-    end = " (end of the grid)" if best in (min(losses), max(losses)) else ""
-    return f"{best:g}: {losses[best]:.3f}{end}"
+def sweep(run, start: float) -> tuple[float, float]:
+    """The best rate of the grid and its loss: both neighbours that it has are worse."""
+    losses: dict[int, float] = {}
+
+    def at(i: int) -> float:
+        if not 0 <= i < len(RATES):
+            return float("inf")
+        if i not in losses:
+            losses[i] = run(RATES[i])
+        return losses[i]
+
+    i = min(range(len(RATES)), key=lambda k: abs(math.log(RATES[k] / start)))
+    while True:
+        best = min((i, i + 1, i - 1), key=at)
+        if best == i:
+            return RATES[i], losses[i]
+        i = best
 
 
 def main() -> None:
@@ -65,8 +79,11 @@ def main() -> None:
     for name in args.methods.split(","):
         start, cells = time.perf_counter(), []
         for width in widths:
-            losses = {lr: loss_of(name, lr, width, args.steps, corpus, batches) for lr in RATES}
-            cells.append(cell(losses))
+            lr, loss = sweep(
+                lambda lr, width=width: loss_of(name, lr, width, args.steps, corpus, batches),
+                default_lr(name),
+            )
+            cells.append(f"{lr:g}: {loss:.3f}")
         seconds = time.perf_counter() - start
         print(f"| `{name}` | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
 
