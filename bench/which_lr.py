@@ -4,8 +4,8 @@
     python bench/which_lr.py --methods muon,galore --widths 32,64
 
 The byte model of examples/ with two layers, 100 steps, one seed. The rate of the hidden matrices is
-swept from the default of examples/methods.py, up and down by factors of about 3 until the loss rises
-on either side; embedding, head and norms have the same AdamW in every run. Prints a table in
+swept from the default of examples/methods.py, up and down by factors of about 3 until the loss
+rises on either side; embedding, head and norms have the same AdamW in every run. Prints a table in
 Markdown: the best rate at each width and its loss.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,10 +80,8 @@ def main() -> None:
     for name in args.methods.split(","):
         start, cells = time.perf_counter(), []
         for width in widths:
-            lr, loss = sweep(
-                lambda lr, width=width: loss_of(name, lr, width, args.steps, corpus, batches),
-                default_lr(name),
-            )
+            setting = {"width": width, "steps": args.steps, "corpus": corpus, "batches": batches}
+            lr, loss = sweep(partial(loss_of, name, **setting), default_lr(name))
             cells.append(f"{lr:g}: {loss:.3f}")
         seconds = time.perf_counter() - start
         print(f"| `{name}` | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
