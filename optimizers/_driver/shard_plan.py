@@ -118,13 +118,9 @@ def place(
     axes = layouts[0].all_axes if spread else cut_axes
     if held is None and not spread:  # whole experts of all ranks travel
         axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
-    cut = (
-        ()
-        if held is None
-        else tuple(
-            _letters(unit, i, h, layout)
-            for i, (h, layout) in enumerate(zip(held, layouts, strict=True))
-        )
+    cut = tuple(
+        _letters(unit, i, h, layout)
+        for i, (h, layout) in enumerate(zip(held or (), layouts, strict=held is not None))
     )
     is_whole = held is not None and not any(letters & {"m", "n"} for letters in cut)
     if not axes:

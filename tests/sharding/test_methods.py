@@ -400,11 +400,12 @@ def test_pairs_of_experts_and_of_kernels(method, world):
     [
         ({"state_dtype": "bfloat16"}, "float32"), ({"maximize": True, "plan": "owner"}, "float32"),
         ({"write": "stochastic"}, "bfloat16"), ({"write": "kahan"}, "bfloat16"),
-        ({"comm_dtype": "bfloat16", "plan": "reduce"}, "float64"),
+        ({"comm_dtype": "bfloat16", "plan": "reduce"}, "float64"), ({}, "float64 float32"),
     ],
 )  # fmt: skip
 def test_settings_of_pairs_mean_the_same_on_shards(method, options, dtype):
-    made = tuple(replace(piece, dtype=dtype) for piece in LONG_PAIRS)
+    dtypes = dtype.split() * 6  # A and B may differ
+    made = tuple(replace(x, dtype=of) for x, of in zip(LONG_PAIRS, dtypes, strict=False))
     is_low = "bfloat16" in (dtype, options.get("state_dtype"))
     check(Case(method, made, options=options, steps=4), 3, 1e-2 if is_low else None)
 
