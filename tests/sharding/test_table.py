@@ -17,8 +17,8 @@ from stiefel import optimizers
 from stiefel.optimizers import memory_report
 
 RANKS, R = 4, 2
-LOW = {"rank": R, "update_proj_gap": 3}
-HALF = {"density": 0.5, "update_gap": 3}
+LOW = {"rank": R, "update_proj_gap": 5}
+HALF = {"density": 0.5, "update_gap": 5}
 MN = M * N
 SHARE = MN // RANKS
 MEET, FACTOR, RIDE = ("meet", MN), ("meet", R * N), ("ride", 0)
