@@ -378,11 +378,11 @@ class Shards:
         )
 
     def clocks_of(self, team: Team) -> int:
-        """A number that differs where the clocks of what runs on a team's shards do."""
+        """A number that differs where the clocks of units that ask other ranks of a team do."""
         entries = (
             (self._state.get(unit.params[0], {}), unit)
             for unit in self._running
-            if self._team(unit) is team
+            if unit.placed is not None and unit.placed.runs_on_shards and self._team(unit) is team
         )
         keys = [(entry.get(u.step_key, 0), entry.get(u.refreshed_key, 0)) for entry, u in entries]
         return hash(tuple(keys)) & 0x7FFFFFFE
