@@ -1,7 +1,7 @@
 """Bytes that one rank sends in a step, for the matrices of LLaMA models, from shapes alone.
 
-    python bench/sharding.py                       the table: 7B and 70B on 8, 64 and 512 ranks
-    python bench/sharding.py --plot sharding.png   and bytes against ranks, for 7B
+    python bench/sharding.py                            the table: 7B and 70B on 8, 64, 512 ranks
+    python bench/sharding.py --plot docs/sharding.png   and bytes against ranks
 
 Weights are bfloat16 stand-ins on the meta device, cut over ranks that do not exist; the numbers are
 those of ``assignment()`` on the first of them. Nothing is sent, and nothing is measured.
@@ -31,6 +31,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ARO": ("rows", {}),
 }
 """How weights are cut, and the keywords."""
+STYLES = {
+    "Muon": ("tab:blue", "o"),
+    "Trion": ("tab:green", "^"),
+    "ARO": ("tab:red", "s"),
+    "GaLore": ("tab:orange", "D"),
+    "FRUGAL": ("tab:purple", "v"),
+    "RowNorm": ("tab:gray", "P"),
+}
+"""Colour and marker; the last three, in their own rows of the band for zero, send nothing."""
+COUNTS = (8, 16, 32, 64, 128, 256, 512)
 
 
 def matrices(model: str) -> list[nn.Parameter]:
@@ -62,27 +72,46 @@ def table(models: Sequence[str], counts: Sequence[int]) -> str:
     return markdown(lines)
 
 
-def plot(path: str, model: str = "7B", counts: Sequence[int] = (2, 4, 8, 16, 32, 64, 128)) -> None:
-    """Bytes against ranks, on logarithmic axes; methods that send nothing lie on the floor."""
+def plot(path: str, models: Sequence[str], counts: Sequence[int] = COUNTS) -> None:
+    """Bytes against ranks on logarithmic axes; what sends nothing lies in a band for zero."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.2))
-    markers = dict(zip(METHODS, "os^vDP", strict=True))
-    for name, marker in markers.items():
-        sizes = [max(bytes_per_step(model, name, count) / 1e9, 1e-3) for count in counts]
-        axes.plot(counts, sizes, marker=marker, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.set_xlabel("ranks that share the weights")
-    axes.set_ylabel("GB sent per rank and step (0.001: nothing)")
-    axes.set_title(f"LLaMA {model}, matrices in bfloat16")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure, grid = plt.subplots(
+        2,
+        len(models),
+        figsize=(4.6 * len(models), 4.6),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        height_ratios=(6, 1),
+    )
+    for i, model in enumerate(models):
+        upper, lower = grid[:, i]
+        for j, (name, (color, marker)) in enumerate(STYLES.items()):
+            sizes = [bytes_per_step(model, name, count) / 1e9 for count in counts]
+            style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.4}
+            sent = [(count, size) for count, size in zip(counts, sizes, strict=True) if size]
+            upper.plot(*zip(*sent, strict=True) if sent else ([], []), label=name, **style)
+            silent = [count for count, size in zip(counts, sizes, strict=True) if not size]
+            lower.plot(silent, [2 - j % 3] * len(silent), **style)
+        upper.set_title(f"LLaMA {model}")
+        upper.set_xscale("log", base=2)
+        upper.set_yscale("log")
+        upper.yaxis.set_major_formatter("{x:g}")
+        upper.grid(color="0.9")
+        lower.set_ylim(-0.7, 2.7)
+        lower.set_yticks([1], ["0"])
+        lower.grid(color="0.9", axis="x")
+        lower.set_xticks(counts, [str(count) for count in counts])
+        lower.minorticks_off()
+        lower.set_xlabel("ranks that share the weights")
+    grid[0, 0].set_ylabel("sent per rank and step (GB)")
+    grid[0, -1].legend(frameon=False, ncols=2, fontsize=9)
+    figure.tight_layout(h_pad=0.4)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -94,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     print(table(args.models.split(","), [int(count) for count in args.ranks.split(",")]))
     if args.plot:
-        plot(args.plot)
+        plot(args.plot, args.models.split(","))
 
 
 if __name__ == "__main__":

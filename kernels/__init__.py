@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 from .dct import DCT_PATHS, dct, dct_basis, dct_path, idct, sized_dct
+from .dispatch import backend_summary
 from .ops import (
     adam,
     adam_lift_,
@@ -86,6 +87,7 @@ __all__ = [
     "adam_lift_",
     "add_product_",
     "auto_method",
+    "backend_summary",
     "basis_scales",
     "blockwise_levels",
     "blockwise_scales",

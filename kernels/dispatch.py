@@ -108,3 +108,25 @@ def _forced_backend(X: Tensor) -> ModuleType:
             "reference, or TRITON_INTERPRET=1 to interpret kernels on the CPU"
         )
     return triton_backend()
+
+
+def backend_summary() -> str:
+    """Say in one line which back end acts on this machine, without importing triton.
+
+    Returns:
+        The line, such as ``"plain torch: no GPU here that the Triton kernels support"``.
+    """
+    setting = os.environ.get("STIEFEL_KERNELS", "auto")
+    if setting not in ("auto", "reference", "triton"):
+        return f"STIEFEL_KERNELS={setting!r} is unknown: set it to auto, reference or triton"
+    if setting == "reference":
+        return "plain torch everywhere (STIEFEL_KERNELS=reference)"
+    if not is_triton_installed():
+        text = "plain torch everywhere: triton is not installed"
+        return f"{text}, STIEFEL_KERNELS=triton raises" if setting == "triton" else text
+    if setting == "triton":
+        return "Triton wherever it can run, else an error (STIEFEL_KERNELS=triton)"
+    supported = [i for i in range(torch.cuda.device_count()) if is_supported_gpu(i)]
+    if not supported:
+        return "plain torch: no GPU here that the Triton kernels support"
+    return f"Triton on {', '.join(f'cuda:{i}' for i in supported)} for large weights, else torch"

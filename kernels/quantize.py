@@ -159,7 +159,7 @@ def quantize_blocks(
             one tensor is one row.
         rounding: None (default): to the nearest level. Else its keys, (K,) or (1,), decide whether
             a second moment is rounded up or down, so that it is kept on average; positions count
-            the entries of one tensor.
+            the entries of one tensor, or as ``strides`` say by how much they grow along its rows.
     """
     if not X.numel():
         return
@@ -181,8 +181,8 @@ def quantize_blocks(
         if not signed:  # what is too small for a float16 keeps the lowest level
             code = torch.maximum(code, (part > 0).to(torch.uint8))
             if rounding is not None:
-                first = i * _row_length(X, scales) + j
-                _take_neighbors_(code, scaled, _bits_of(rounding, k, first, code.numel()))
+                row = _row_length(X, scales)
+                _take_neighbors_(code, scaled, _bits_of(rounding, k, i, j, code.shape, row))
         rows_of_codes = stored.view(len(X), tops.shape[1], -1)
         rows_of_codes[k, i : i + part.shape[0], j : j + part.shape[1]] = code
 
@@ -193,10 +193,25 @@ def _nearest_codes(scaled: Tensor, signed: bool) -> Tensor:
     return _encoder(signed, scaled.device).index_select(0, bits).view(scaled.shape)
 
 
-def _bits_of(rounding: Rounding, k: int, first: int, count: int) -> Tensor:
-    """Bits (count,) int16 for entries of tensor k from number ``first`` on."""
+def _bits_of(
+    rounding: Rounding, k: int, i: int, j: int, shape: tuple[int, ...], length: int
+) -> Tensor:
+    """Bits (h w,) int16 for a panel (h, w) of tensor k whose first entry is that at (i, j).
+
+    Args:
+        rounding: Its keys and places.
+        k: Number of the tensor.
+        i: First row.
+        j: First column.
+        shape: Rows and columns of the panel.
+        length: Entries of a row.
+    """
     keys = rounding.keys[k : k + 1] if len(rounding.keys) > 1 else rounding.keys
-    return random_bits(keys, rounding.offset + first, (0, 0, 1), (1, 1, count)).flatten()
+    step = length if rounding.strides is None else rounding.strides[1]
+    first = rounding.offset + i * step + j
+    if step == length:  # rows of a panel of several are whole
+        return random_bits(keys, first, (0, 0, 1), (1, 1, math.prod(shape))).flatten()
+    return random_bits(keys, first, (0, step, 1), (1, *shape)).flatten()
 
 
 def _take_neighbors_(code: Tensor, scaled: Tensor, bits: Tensor) -> None:

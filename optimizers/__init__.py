@@ -14,6 +14,7 @@ from ._core.rule import (
     Selected,
     Slot,
 )
+from ._driver.clipping import clip_grad_norm_
 from ._driver.memory import MemoryReport, memory_report
 from ._driver.optimizer import StackedOptimizer
 from ._driver.placement import longest_dim_placement
@@ -36,7 +37,7 @@ from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
 from .trion import Trion
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ARO",
@@ -68,6 +69,7 @@ __all__ = [
     "SymmetryStack",
     "Trion",
     "classify",
+    "clip_grad_norm_",
     "heavy_tail_schedule",
     "longest_dim_placement",
     "lora_param_groups",

@@ -21,10 +21,12 @@ from ._core.validation import (
     check_numbers,
 )
 from ._lora.pair_algebra import (
-    cross_gram,
+    LONG_SIDES,
+    completed,
     damped_inverse,
     debias_factor,
     gram,
+    grams_with_old,
     is_in_range,
     is_nonzero,
     is_on_host,
@@ -88,7 +90,7 @@ class AltLoRARule(LoRARule):
             yield from self.factor_step(w, other)
             if old is not None:  # the other momentum has to follow this factor
                 X = as_A(w.value, other).to(w.grad.dtype)
-                self.carry_on(X, old, other.state["carry"])
+                self.carry_on(w, X, old, other.state["carry"])
 
     def factor_step(self, w: Member, other: Member) -> Steps:
         """The step of one factor, in A's letters: w is A (r, n), X is B (m, r)."""
@@ -125,10 +127,10 @@ class AltLoRARule(LoRARule):
         """The request for the r x r matrices of one factor's step, computed in a dtype."""
         X = as_A(other.value, w).to(dtype)  # (K, m, r)
         if self.compact_alignment:
-            C = w.state["carry"].to(dtype)
+            (S,), C = completed(other, gram(X)), w.state["carry"].to(dtype)
         else:
-            C = cross_gram(X, as_A(other.state["ref"], w))
-        return BatchedCall(self.small_solves, (gram(X), C, w.state["count"]))
+            S, C = grams_with_old(other, X, as_A(other.state["ref"], w))
+        return BatchedCall(self.small_solves, (S, C, w.state["count"]))
 
     def small_solves(self, S: Tensor, C: Tensor, count: Tensor) -> tuple[Tensor, ...]:
         """Compute everything of size r x r, for many pairs at once.
@@ -161,12 +163,11 @@ class AltLoRARule(LoRARule):
         """T (K, r, r) of the momentum, as published or exact where X has not moved."""
         return product(inverse, C) if self.published else transport(S, inverse, C)
 
-    def carry_on(self, X: Tensor, old: Tensor, carry: Tensor) -> None:
-        """Let the T of ``compact_alignment`` follow a factor that has moved from ``old`` to X."""
+    def carry_on(self, w: Member, X: Tensor, old: Tensor, carry: Tensor) -> None:
+        """Let the T of ``compact_alignment`` follow a factor w that moved from ``old`` to X."""
         for dtype in (X.dtype, torch.float64):
-            Y = X.to(dtype)
-            S = gram(Y)
-            T = product(transport(S, self.inverse(S), cross_gram(Y, old.to(dtype))), carry)
+            S, C = grams_with_old(w, X.to(dtype), old.to(dtype))
+            T = product(transport(S, self.inverse(S), C), carry)
             in_range = is_in_range(S, *self.damping) & T.isfinite().all(-1, True).all(-2, True)
             if not has_left_range(in_range):
                 break
@@ -213,6 +214,11 @@ class AltLoRARule(LoRARule):
     def published(self) -> bool:
         """Whether the published code is followed to the letter."""
         return self.compat == "reference"
+
+    @override
+    def splits_of(self, number: int) -> frozenset[str]:
+        # the published code is followed to the bit, and sums over ranks have bits of their own
+        return self.splits if self.published else LONG_SIDES[number]
 
     @override
     def state(self, *sides: tuple[int, int]) -> tuple[dict[str, Slot], ...]:

@@ -30,8 +30,9 @@ from ._toolkit.row_rules import (
     in_range,
     join_pairs,
     kernel_eps,
+    largest_of_rows,
+    range_scale,
     row_factors,
-    row_squares,
     split_pairs,
     unit_range,
 )
@@ -60,12 +61,16 @@ class RowNormRule(RowRule):
         """One step for a stack, by one kernel where rows do not depend on each other."""
         w = members[0]
         G, M = w.grad, w.state["momentum_buffer"]  # (K, m, n)
-        rows_independent = not self.centred and self.pair is None and self.row_mode != "relative"
-        if not rows_independent or w.reductions is not LOCAL_REDUCTIONS or G is None:
+        if not (self.rows_are_independent and w.reductions.has_whole_rows) or G is None:
             return super().update(*members)
         matches_rms = self.adjust_lr_fn == "match_rms_adamw"
         length = self.rms_target * self.row_entries(w) ** 0.5 if matches_rms else 1.0
         return (w.step(RowStep(M, G, self.momentum, self.eps, self.row_mode, length, w.finite)),)
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether the step of a row of the weight takes nothing from other rows."""
+        return not self.centred and self.pair is None and self.row_mode != "relative"
 
     @property
     def squares(self) -> str | None:  # type: ignore[override]
@@ -81,7 +86,12 @@ class RowNormRule(RowRule):
             return super().terms(ws, Ms, squares)
         w, layout = ws[0], self.pair
         found: Sequence[Tensor] = [s for s in squares if s is not None]
-        if self.eps is None and w.reductions is LOCAL_REDUCTIONS:
+        if w.reductions is not LOCAL_REDUCTIONS:  # so no pairs
+            M, scale = self.rows_on_shards(Ms[0], w, found[0])
+            if self.adjust_lr_fn == "match_rms_adamw":
+                scale = scale * (self.rms_target * self.row_entries(w) ** 0.5)
+            return [Scaled(M, scale)]
+        if self.eps is None:
             Ms, found = with_exact_squares(Ms, found)
         pair_squares = torch.cat([join_pairs(s, layout) for s in found], -1)
         scale = self.row_scales(pair_squares.sum(-1, keepdim=True), w)  # (K, m, 1)
@@ -90,6 +100,29 @@ class RowNormRule(RowRule):
         if layout in ("halves", "interleaved"):  # one for the gate's row, one for the up row
             scale = split_pairs(scale.expand(-1, -1, 2), layout)
         return [Scaled(M, scale) for M in Ms]
+
+    def rows_on_shards(
+        self, M: Tensor, w: Member, squares: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """M (K, m, n), and the factors (K, m, 1) that bring its rows to norm 1.
+
+        Squares of float32 numbers are summed in float64, which holds them all, since ranks that
+        scale by their own largest entries would add numbers of different units.
+
+        Args:
+            M: What this rank holds.
+            w: The member, for its reductions.
+            squares: Squared norms of the parts of rows in M, where they are known.
+        """
+        if self.eps is not None:
+            squares = kernels.squares(M, -1) if squares is None else squares
+            return M, self.row_scales(w.reductions.cols(squares), w)
+        norms = torch.linalg.vector_norm(M, dim=-1, keepdim=True, dtype=torch.float64)
+        factors = self.row_scales(w.reductions.cols(norms.square()), w)
+        dtype = torch.promote_types(M.dtype, torch.float32)
+        sizes = torch.where(factors > 0, 1 / factors, 0.0).clamp(max=torch.finfo(dtype).max)
+        scale = range_scale(sizes.to(dtype))
+        return (M, factors.to(dtype)) if scale is None else (M * scale, (factors / scale).to(dtype))
 
     @override
     def centered_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
@@ -100,19 +133,11 @@ class RowNormRule(RowRule):
             X = unit_range([X])[0]
         return row_norm(X, kernel_eps(self.eps), self.row_mode, self.centred), None
 
-    @property
-    def splits(self) -> frozenset[str]:  # type: ignore[override]
-        """The rows, each of which needs nothing of the others; none where sums are taken.
-
-        Squares of rows that other ranks hold in part would need a scale in common.
-        """
-        takes_sums = self.centred or self.row_mode == "relative"
-        return frozenset() if takes_sums else super().splits & {"rows"}
-
     @override
     def base_map(self, X: Tensor, w: Member) -> tuple[Tensor, Tensor | None]:
-        """Rows of X (K, m, n) at norm 1, in X itself: only centred rows come here."""
-        return X.mul_(self.row_scales(row_squares(X, w.reductions), w)), None
+        """Rows of X (K, m, n) at norm 1: only centred rows on shards come here."""
+        X, factors = self.rows_on_shards(X, w)
+        return X * factors, None
 
     def row_scales(self, squares: Tensor, w: Member) -> Tensor:
         """Factors (K, m, 1) that bring rows of these squared norms (K, m, 1) to norm 1."""
@@ -173,9 +198,9 @@ class RowNorm(StackedOptimizer):
     two if centred, three if centred pairs.
 
     Caveat: rows are scaled each by itself, so rows that all point one way stay alike. A zero row
-    stays; every other row moves by the same length, however small its gradient. A row whose squares
-    vanish beside larger rows of its matrix (float32: length below 1e-19) counts as zero; so does
-    every such row on an accelerator.
+    stays; every other row moves by the same length, however small its gradient. On an accelerator
+    a row whose squares vanish (float32: length below 1e-19) counts as zero; on a CPU it does so
+    beside larger rows of its matrix, and only if ``centred``, ``"relative"`` or with ``pair``.
 
     Example:
         >>> import torch
@@ -252,7 +277,7 @@ class RowStep(Deferred):
             tiny = torch.finfo(squares.dtype).tiny
             if in_range(squares, *exact_squares(squares.dtype)):  # no row is zero, tiny or huge
                 return U, kernels.row_factors(squares, self.mode, tiny)
-            (U,), (squares,) = with_exact_squares([U], [squares])
+            U, squares = times_scale(U, squares, range_scale(largest_of_rows(U)))
         return U, kernels.row_factors(squares, self.mode, kernel_eps(self.eps))
 
     @override
@@ -313,3 +338,11 @@ def with_exact_squares(
         return Ms, squares
     Ms = unit_range(Ms)
     return Ms, [kernels.squares(M, -1) for M in Ms]
+
+
+def times_scale(M: Tensor, squares: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """M (K, m, n) and its squared row norms (K, m, 1), times powers of two where they are not 1."""
+    if scale is None:
+        return M, squares
+    scaled = M * scale
+    return scaled, torch.where(scale == 1, squares, kernels.squares(scaled, -1))

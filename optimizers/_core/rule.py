@@ -110,7 +110,13 @@ class Reductions:
     A rule sends every sum over rows or columns of the weight through this class, so that a method
     file stays as it is when weights are sharded. Element counts are not sums: a rule takes them
     from ``Member.m`` and ``Member.n``, never from the sizes of its tensors.
+
+    Attributes:
+        has_whole_rows: Whether every row lies whole on one process, so that what is done to rows
+            one by one needs no others.
     """
+
+    has_whole_rows: bool = True
 
     def rows(self, x: Tensor) -> Tensor:
         """Complete a partial sum over the rows of the weight."""
@@ -131,6 +137,19 @@ class Reductions:
         numbers of different units.
         """
         return x
+
+    def sums_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Complete partial sums of one or several members of a unit, by one call.
+
+        Args:
+            *parts: The reductions of a member, and what is a sum over the side along which that
+                member may be cut. All have one dtype.
+        """
+        return tuple(x for _, x in parts)
+
+    def most_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """The same for maxima."""
+        return tuple(x for _, x in parts)
 
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
         """Apply fn to small matrices that all ranks have whole, on one; all get the result."""

@@ -7,7 +7,7 @@ second, short reduction, since some rank may share no team with the one that kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -45,17 +45,24 @@ def layouts_of(params: Sequence[Tensor], describe: Callable[[int], str]) -> dict
     return found
 
 
-def teams_of(layouts: Mapping[int, Layout]) -> tuple[list[Team], dict[int, Team]]:
+def teams_of(
+    layouts: Mapping[int, Layout], spreads: Set[int]
+) -> tuple[list[Team], dict[int, Team]]:
     """Teams in the order of their first parameter, and the team of each parameter that has one.
 
     Ranks reduce over several groups in one order, or they would wait for each other in a ring.
+
+    Args:
+        layouts: Layouts of sharded parameters by flat position.
+        spreads: Positions of those whose replicas share the work.
     """
     teams: dict[tuple[int, ...], Team] = {}
     team_of = {}
     for i, layout in layouts.items():
-        if layout.axes:
-            ranks = layout.over(layout.axes).ranks
-            team_of[i] = teams.setdefault(ranks, Team(layout, layout.axes))
+        axes = layout.all_axes if i in spreads else layout.axes
+        if axes:
+            ranks = layout.over(axes).ranks
+            team_of[i] = teams.setdefault(ranks, Team.of_layout(layout, axes))
     return list(teams.values()), team_of
 
 

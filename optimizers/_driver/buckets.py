@@ -158,9 +158,10 @@ class Bucket:
             for name in plain.keys() - self.unit.bases:
                 codes, scales = quantized[name]
                 rounding = None
-                if codes.dtype == torch.uint8 and self.unit.stochastic_squares:
+                if self.unit.rounds_squares(name):
                     slot = hash63(self.unit.key_of(i, name))  # a parameter's slots differ
-                    rounding = Rounding(rounding_keys(self._parameter_keys[i] ^ slot, t))
+                    keys = rounding_keys(self._parameter_keys[i] ^ slot, t)
+                    rounding = Rounding(keys, *self.unit.places_of_codes(i, name))
                 quantize_blocks(plain[name], codes, scales, rounding)
 
     def quantize_bases(self, dequantized: Sequence[Mapping[str, Tensor]]) -> None:

@@ -207,6 +207,7 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stagger": flag,
     "plan": partial(choice, known=PLANS),
     "comm_dtype": _comm_dtype,
+    "spread_replicas": flag,
     "adamw_lr_ratio": _or_none(_decay),
     "draws": partial(choice, known=("name", "position")),
     "rules": _listed(partial(choice, known=(None, "matrix", "adamw"))),

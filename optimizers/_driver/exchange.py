@@ -7,9 +7,9 @@ a status, so that an exception on one rank is raised on all of them and none is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -40,17 +40,49 @@ class Team:
     Attributes:
         ranks: Their global ranks, ascending.
         rank: Number of this process among them.
+        coordinates: Where each is in the mesh.
     """
 
-    def __init__(self, layout: Layout, axes: tuple[int, ...]) -> None:
-        found = layout.over(axes)
-        self.ranks, self.rank = found.ranks, found.rank
-        self._mesh, self._axes = layout.mesh, axes
+    def __init__(
+        self,
+        ranks: tuple[int, ...],
+        rank: int,
+        coordinates: tuple[tuple[int, ...], ...],
+        device_type: str,
+        make_group: Callable[[], Any],
+    ) -> None:
+        self.ranks, self.rank, self.coordinates = ranks, rank, coordinates
+        self._device_type, self._make_group = device_type, make_group
+
+    @classmethod
+    def of_layout(cls, layout: Layout, axes: tuple[int, ...]) -> Team:
+        """Ranks that differ from this process along some axes of the mesh of a layout."""
+        found, mesh = layout.over(axes), layout.mesh
+        make_group = partial(_group_along, mesh, axes, found.ranks)
+        return cls(found.ranks, found.rank, found.coordinates, mesh.device_type, make_group)
+
+    @classmethod
+    def of_group(cls, group: Any, device_type: str) -> Team:
+        """The ranks of a process group.
+
+        Args:
+            group: The group.
+            device_type: Where the tensors lie. What a group cannot send from there, it sends from
+                its own device.
+        """
+        import torch.distributed as dist
+
+        kinds = [device.type for device in getattr(group, "_device_types", ())]
+        if kinds and device_type not in kinds:
+            device_type = kinds[0]
+        ranks = tuple(dist.get_process_group_ranks(group))
+        coordinates = tuple((i,) for i in range(len(ranks)))
+        return cls(ranks, dist.get_rank(group), coordinates, device_type, lambda: group)
 
     @property
     def device(self) -> torch.device:
         """Where small numbers are reduced."""
-        kind: str = self._mesh.device_type
+        kind = self._device_type
         return (
             torch.device("cuda", torch.cuda.current_device())
             if kind == "cuda"
@@ -60,22 +92,20 @@ class Team:
     def __len__(self) -> int:
         return len(self.ranks)
 
+    def nearest(self, ranks: Sequence[int], target: int) -> int:
+        """Of some ranks the one that shares most axes of the mesh with another, so its replica."""
+        there = self.coordinates[target]
+
+        def distance(rank: int) -> tuple[int, int]:
+            here = self.coordinates[rank]
+            return sum(a != b for a, b in zip(here, there, strict=True)), rank
+
+        return min(ranks, key=distance)
+
     @cached_property
     def group(self) -> Any:
         """The process group; making one of several axes is collective."""
-        import torch.distributed as dist
-
-        if len(self._axes) == 1:
-            return self._mesh.get_group(self._axes[0])
-        if len(self.ranks) == dist.get_world_size():
-            return dist.group.WORLD
-        names = self._mesh.mesh_dim_names
-        if names is None:
-            raise ValueError(
-                f"a weight is sharded over the axes {self._axes} of a mesh without names; give "
-                "the mesh mesh_dim_names"
-            )
-        return self._mesh[tuple(names[axis] for axis in self._axes)]._flatten().get_group()
+        return self._make_group()
 
     def reduce(self, x: Tensor, op: str) -> Tensor:
         """The sum or the maximum over the ranks, in place.
@@ -107,7 +137,24 @@ class Team:
 
     def _to_mesh(self, x: Tensor) -> Tensor:
         """X where the process group sends from; offloaded state lies on the host."""
-        return x if x.device.type == self._mesh.device_type else x.to(self.device)
+        return x if x.device.type == self._device_type else x.to(self.device)
+
+
+def _group_along(mesh: Any, axes: tuple[int, ...], ranks: tuple[int, ...]) -> Any:
+    """The process group of ranks that differ along some axes of a mesh."""
+    import torch.distributed as dist
+
+    if len(axes) == 1:
+        return mesh.get_group(axes[0])
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    names = mesh.mesh_dim_names
+    if names is None:
+        raise ValueError(
+            f"a weight is sharded over the axes {axes} of a mesh without names; give the mesh "
+            "mesh_dim_names"
+        )
+    return mesh[tuple(names[axis] for axis in axes)]._flatten().get_group()
 
 
 class Piece(NamedTuple):
@@ -146,22 +193,18 @@ class Exchange:
         me, ranks = self.team.rank, range(len(self.team))
         there: list[list[int]] = [[] for _ in ranks]
         here, back, returned = ([list[int]() for _ in ranks] for _ in range(3))
-        first_holders: dict[int, dict[Box, int]] = {}
+        known: dict[tuple[int, int], list[int]] = {}
         for k, piece in enumerate(self.pieces):
             boxes = piece.boxes
-            first = first_holders.get(id(boxes))
-            if first is None:  # of equal boxes the first rank sends
-                first = first_holders[id(boxes)] = {}
-                for rank, box in enumerate(boxes):
-                    first.setdefault(box, rank)
             for owner in ranks if piece.owner is None else (piece.owner,):
+                key = (id(boxes), owner)
+                if key not in known:
+                    known[key] = self._senders(boxes, owner)
                 if owner == me:
-                    for box, rank in first.items():
-                        if rank != me and numel(box) and not _covers(boxes[me], box):
-                            here[rank].append(k)
-                elif first[boxes[me]] == me and numel(boxes[me]):
-                    if not _covers(boxes[owner], boxes[me]):
-                        there[owner].append(k)
+                    for rank in known[key]:
+                        here[rank].append(k)
+                elif me in known[key]:
+                    there[owner].append(k)
             if piece.owner == me:
                 for rank in ranks:
                     if rank != me and numel(boxes[rank]):
@@ -170,13 +213,48 @@ class Exchange:
                 returned[piece.owner].append(k)
         return there, here, back, returned
 
+    def _senders(self, boxes: Sequence[Box], owner: int) -> list[int]:
+        """Ranks from which an owner gets what it lacks: of equal boxes that of the nearest."""
+        holders: dict[Box, list[int]] = {}
+        for rank, box in enumerate(boxes):
+            if numel(box) and not _covers(boxes[owner], box):
+                holders.setdefault(box, []).append(rank)
+        return [self._sender(same, owner) for same in holders.values()]
+
+    def _sender(self, same: Sequence[int], owner: int) -> int:
+        """Of the ranks that hold one box, the one that sends it to an owner."""
+        return same[0] if len(same) == 1 else self.team.nearest(same, owner)
+
+    @cached_property
+    def is_one_way(self) -> bool:
+        """Whether every rank has the whole of every piece, equal on all ranks."""
+        return all(
+            box == tuple((0, side) for side in piece.shape)
+            for piece in self.pieces
+            for box in dict.fromkeys(piece.boxes)
+        )
+
     def bytes_to_owners(self) -> int:
         """Bytes that this rank sends to owners, without the status."""
-        return sum(self._size(k, self.team.rank) for row in self._plans[0] for k in row)
+        me, total = self.team.rank, 0
+        for k, piece in enumerate(self.pieces):
+            boxes = piece.boxes
+            same = [rank for rank, box in enumerate(boxes) if box == boxes[me]]
+            for owner in range(len(boxes)) if piece.owner is None else (piece.owner,):
+                if not _covers(boxes[owner], boxes[me]) and self._sender(same, owner) == me:
+                    total += self._size(k, me)
+        return total
 
     def bytes_from_owners(self) -> int:
         """Bytes that this rank sends back as an owner, without the status."""
-        return sum(self._size(k, rank) for rank, row in enumerate(self._plans[2]) for k in row)
+        me, ranks = self.team.rank, range(len(self.team))
+        return sum(
+            self._size(k, rank)
+            for k, piece in enumerate(self.pieces)
+            if piece.owner == me
+            for rank in ranks
+            if rank != me
+        )
 
     def _size(self, k: int, holder: int) -> int:
         piece = self.pieces[k]
@@ -184,6 +262,8 @@ class Exchange:
 
     def to_owners(self, held: Sequence[Tensor], failed: bool = False) -> dict[int, Tensor]:
         """The whole tensors that this rank owns, by the number of their piece.
+
+        Nothing is sent where all have the whole, so that nobody learns of a failure.
 
         Args:
             held: Per piece what this rank holds; not changed.
@@ -193,6 +273,8 @@ class Exchange:
             RankError: If another rank has failed.
         """
         me = self.team.rank
+        if self.is_one_way:
+            return {k: held[k] for k, piece in enumerate(self.pieces) if piece.owner in (None, me)}
         there, here, _, _ = self._plans
         rows = [[held[k].to(self.pieces[k].dtype) for k in row] for row in there]
         received = self._send(rows, here, failed, by_source=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +79,24 @@ def box_of(
         first = min(a + coordinate[axis] * piece, b)
         box[dim] = (first, min(first + piece, b))
     return tuple(box)
+
+
+@lru_cache(maxsize=1024)
+def _boxes_of(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Any, ...],
+    coordinates: tuple[tuple[int, ...], ...],
+) -> tuple[Box, ...]:
+    """The boxes of many coordinates, one object for all tensors that lie alike."""
+    return tuple(box_of(shape, mesh_shape, placements, c) for c in coordinates)
+
+
+def _entry(grid: Any, coordinate: Sequence[int]) -> Any:
+    """An entry of nested lists."""
+    for i in coordinate:
+        grid = grid[i]
+    return grid
 
 
 def shard_dim(placement: Any) -> int | None:
@@ -159,10 +177,24 @@ class Layout:
         )
 
     @cached_property
+    def all_axes(self) -> tuple[int, ...]:
+        """Axes of the mesh with more than one rank: those that cut, and those of replicas."""
+        return tuple(axis for axis, size in enumerate(self.mesh.shape) if size > 1)
+
+    @cached_property
+    def is_first_replica(self) -> bool:
+        """Whether this process is the first of those that hold the same."""
+        return not any(i for axis, i in enumerate(self.coordinate) if axis not in self.axes)
+
+    @cached_property
     def dims(self) -> frozenset[int]:
         """Dimensions of the tensor that are cut."""
         found = (shard_dim(self.placements[axis]) for axis in self.axes)
         return frozenset(dim for dim in found if dim is not None)
+
+    def dim_of(self, axis: int) -> int | None:
+        """The dimension that an axis of the mesh cuts, None for one with replicas."""
+        return shard_dim(self.placements[axis])
 
     @cached_property
     def coordinate(self) -> tuple[int, ...]:
@@ -197,10 +229,12 @@ class Layout:
             coordinates = [
                 (*c[:axis], i, *c[axis + 1 :]) for c in coordinates for i in range(mesh.shape[axis])
             ]
+        grid = mesh.mesh.tolist()
         # a process group sorts its ranks, whatever their order in the mesh
-        pairs = sorted((int(mesh.mesh[c]), c) for c in coordinates)
-        boxes = tuple(box_of(self.shape, mesh.shape, self.placements, c) for _, c in pairs)
-        return Ranks(tuple(r for r, _ in pairs), [c for _, c in pairs].index(own), boxes)
+        pairs = sorted((int(_entry(grid, c)), c) for c in coordinates)
+        found = tuple(c for _, c in pairs)
+        boxes = _boxes_of(self.shape, tuple(mesh.shape), self.placements, found)
+        return Ranks(tuple(r for r, _ in pairs), found.index(own), boxes, found)
 
     @cached_property
     def box(self) -> Box:
@@ -223,7 +257,9 @@ class Layout:
 
         meta = TensorMeta(torch.Size(self.shape), _row_major(self.shape), held.dtype)
         spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
-        return DTensor(held, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        make: Any = DTensor
+        wrapped: DTensor = make(held, spec, requires_grad=False)
+        return wrapped
 
     def cut(self, X: Tensor) -> DTensor:
         """The DTensor of a whole tensor that this process has, as a copy of its own piece."""
@@ -274,11 +310,13 @@ class Ranks:
         ranks: Their global ranks, ascending.
         rank: Number of this process among them.
         boxes: What each holds of the tensor that was asked about.
+        coordinates: Where each is in the mesh.
     """
 
     ranks: tuple[int, ...]
     rank: int
     boxes: tuple[Box, ...]
+    coordinates: tuple[tuple[int, ...], ...]
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -329,21 +367,27 @@ def layout_of(X: Tensor, text: str) -> Layout | None:
 _KNOWN = frozenset(("Shard", "_StridedShard", "Replicate"))
 
 
-def resting_layout(layout: Layout, shape: tuple[int, ...], dim: int | None) -> Layout:
+def resting_layout(
+    layout: Layout, shape: tuple[int, ...], dim: int | None, follows: bool = False
+) -> Layout:
     """The layout of state on a weight's mesh.
 
     Args:
         layout: The weight's layout.
         shape: Shape of the state.
         dim: The dimension that every axis cuts which cuts the weight; None: all is replicated.
+        follows: Whether the dimension is the one that is cut of the weight, so that strided shards
+            stay strided (default: no).
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    placements = tuple(
-        Replicate() if dim is None or shard_dim(x) is None else Shard(dim)
-        for x in layout.placements
-    )
-    return Layout(layout.mesh, placements, shape)
+    def placement(x: Any) -> Any:
+        if dim is None or shard_dim(x) is None:
+            return Replicate()
+        is_strided = follows and _is_strided(x)
+        return type(x)(dim, split_factor=x.split_factor) if is_strided else Shard(dim)
+
+    return Layout(layout.mesh, tuple(map(placement, layout.placements)), shape)
 
 
 def longest_dim(layout: Layout, shape: tuple[int, ...]) -> int | None:

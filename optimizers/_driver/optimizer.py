@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import fields, replace
 from operator import is_
 from typing import Any, ClassVar, overload
@@ -74,6 +74,7 @@ from .param_groups import (
     warn_user,
     with_adamw_names,
 )
+from .replicas import checked_group
 from .saved_state import refuse_unsound_state
 from .settings import refuse_state_changes, refuse_unfit_state
 from .shards import Shards
@@ -84,7 +85,7 @@ from .write import Run, write_, write_list_, write_runs_
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
     *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
-    *("plan", "comm_dtype"),
+    *("plan", "comm_dtype", "spread_replicas"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
 
@@ -106,6 +107,11 @@ class StackedOptimizer(Optimizer):
         weight_decay: Decoupled weight decay (default: 0).
         model: The module whose parameters ``params`` are, in any form, so that roles come from it;
             it is held weakly. None (default): names and shapes decide.
+        process_group: A ``ProcessGroup``, or a ``DeviceMesh`` of one axis, over which the plain
+            weights and their gradients are equal, as under DistributedDataParallel: its ranks share
+            the work for whole matrices and for refreshes, with the bits of doing it all on each.
+            It is no group key, and copies, pickles and checkpoints do not have it. None (default):
+            nothing is sent for plain weights.
         adamw_lr: Learning rate of the AdamW parameters; None (default): ``lr``. Kept as the group
             key ``adamw_lr_ratio``, so that schedulers scale both; ``group["adamw_lr"] = x`` sets it
             anew. An AdamW group with ``lr`` of its own has that.
@@ -153,6 +159,9 @@ class StackedOptimizer(Optimizer):
             and ``"gather"`` always are. On plain tensors every name means local.
         comm_dtype: Name of the floating dtype in which gradients and updates of sharded weights
             are sent, such as ``"bfloat16"``; None (default): what keeps the bits of one process.
+        spread_replicas: Whether replicas of a sharded weight (HSDP) share the work for whole
+            matrices, instead of each doing all of it (default: False). It sends results between
+            replicas, and changes none.
 
     Raises:
         ValueError: For a value out of range, an unknown group key, or a parameter that the method
@@ -174,6 +183,8 @@ class StackedOptimizer(Optimizer):
     _plan: StepPlan | None = None
     _model_roles: ModelRoles | None = None
     _module: weakref.ref[nn.Module] | None = None
+    _process_group: Any = None
+    """Ranks that share the work for plain weights; no copy and no pickle has it."""
     _is_built = False
     _has_warned_of_shapes = False
     _skipped: dict[Tensor, int] | None = None
@@ -196,6 +207,7 @@ class StackedOptimizer(Optimizer):
         weight_decay: float = 0.0,
         *,
         model: nn.Module | None = None,
+        process_group: Any = None,
         **common: Any,
     ) -> None:
         common = with_adamw_names(common, settings_of(rule))
@@ -214,6 +226,7 @@ class StackedOptimizer(Optimizer):
             "method": rule.method(),
         }
         check_values(defaults)
+        self._process_group = checked_group(process_group)
         for module in (params, model):
             refuse_sharded_module(module, rule.method())
             self._watch(module)
@@ -321,6 +334,10 @@ class StackedOptimizer(Optimizer):
         self, group: Mapping[str, Any], other_defaults: Mapping[str, Any]
     ) -> None:
         """Raise for a key that is an option with one wrong letter; other keys are kept."""
+        check(
+            "process_group" not in group,
+            "process_group is no key of a parameter group; pass it to the constructor",
+        )
         options = COMMON.keys() | self.defaults.keys() | other_defaults.keys()
         for name in group.keys() - self._known_keys() - other_defaults.keys() - FOREIGN_KEYS:
             option = misspelt_option(name, options)
@@ -391,12 +408,18 @@ class StackedOptimizer(Optimizer):
             row for group in self.param_groups for row in assigned_rows(group, self._default_rule)
         ]
         flat_params = [p for group in self.param_groups for p in group["params"]]
-        if any(map(is_sharded, flat_params)):
+        if self._process_group is not None or any(map(is_sharded, flat_params)):
             plan = self._build_plan(flat_params, [self._settings(g) for g in self.param_groups])
             assert plan.shards is not None
             sent, plan_of = plan.shards.bytes_per_step(), plan.shards.plan_of
+            floats = {unit.positions[i] for unit in plan.units for i, _ in unit.float_slots}
             rows = [
-                replace(row, plan=plan_of(i), bytes_per_step=sent.get(i, 0))
+                replace(
+                    row,
+                    plan=plan_of(i),
+                    bytes_per_step=sent.get(i, 0),
+                    state="float32" if i in floats else "",
+                )
                 for i, row in enumerate(rows)
             ]
         kept = [key for group in self.param_groups for key in group if self._is_foreign(group, key)]
@@ -556,7 +579,9 @@ class StackedOptimizer(Optimizer):
         stagger_refreshes(plan.units, plan.rules, self.param_groups)
         if any(map(is_sharded, flat_params)):
             self._refuse_lost_state(flat_params)
-            plan.shards = Shards(plan, self.state, self.param_groups, self._describe)
+        if self._process_group is not None or any(map(is_sharded, flat_params)):
+            args = plan, self.state, self.param_groups, self._describe, self._process_group
+            plan.shards = Shards(*args)
         return plan
 
     def _refuse_lost_state(self, flat_params: Sequence[Tensor]) -> None:
@@ -704,8 +729,8 @@ class StackedOptimizer(Optimizer):
 
         Raises:
             ValueError: For ``max_norm``, an ``every`` below 1, ``nonfinite="skip_step"``, and for
-                parameters whose gradients are final only later: sharded ones, and those of
-                DistributedDataParallel over several processes.
+                parameters whose gradients are final only later: sharded ones for which a step
+                sends anything, and those of DistributedDataParallel over several processes.
             RuntimeError: If the optimizer steps in backward already. ``step(closure)``, the step
                 of a GradScaler and checkpointing with ``use_reentrant=True`` raise it later.
 
@@ -742,7 +767,7 @@ class StackedOptimizer(Optimizer):
         try:
             plan = self._get_plan()
         except Exception:
-            sharded_update.tell_of_failure([p for g in self.param_groups for p in g["params"]])
+            sharded_update.tell_of_failure(self)
             raise
         if plan.shards is not None:
             sharded_update.update(self, plan)
@@ -849,11 +874,24 @@ class StackedOptimizer(Optimizer):
         return describe(names_of(self.param_groups)[position], p, position)
 
     def _step_matrices(
-        self, plan: StepPlan, grads: Sequence[Tensor | None], found: Findings
+        self,
+        plan: StepPlan,
+        grads: Sequence[Tensor | None],
+        found: Findings,
+        leave_out: Container[int] = (),
     ) -> None:
-        """Step bucket after bucket, without the units whose gradient is known to be bad."""
+        """Step bucket after bucket, without the units whose gradient is known to be bad.
+
+        Args:
+            plan: The plan.
+            grads: Gradients of all parameters.
+            found: What is known of them.
+            leave_out: Ids of buckets that are stepped otherwise.
+        """
         batcher = CallBatcher()
         for j, (bucket, stack) in enumerate(zip(plan.buckets, found.stacks, strict=True)):
+            if id(bucket) in leave_out:
+                continue
             Gs = stack or [
                 bucket.gradient(i, grads) if has_grad else None
                 for i, has_grad in enumerate(bucket.present)
@@ -868,6 +906,8 @@ class StackedOptimizer(Optimizer):
         batcher.flush()
 
     def _waits(self, device: torch.device) -> bool:
+        if self._process_group is not None:  # the ranks agree before anything changes
+            return True
         return device.type == "cpu" if self._wait is None else self._wait
 
     def _step_bucket(

@@ -25,6 +25,7 @@ class Common(TypedDict, total=False):
     """Keywords of every optimizer; :class:`StackedOptimizer` says what they do."""
 
     model: nn.Module | None
+    process_group: Any
     adamw_lr: float | Tensor | None
     adamw_betas: tuple[float, float] | None
     adamw_eps: float
@@ -41,6 +42,7 @@ class Common(TypedDict, total=False):
     stagger: bool
     plan: str
     comm_dtype: str | torch.dtype | None
+    spread_replicas: bool
 
 
 COMMON: dict[str, Any] = {
@@ -60,6 +62,7 @@ COMMON: dict[str, Any] = {
     "stagger": False,
     "plan": "auto",
     "comm_dtype": None,
+    "spread_replicas": False,
 }
 """Keywords of every optimizer, with their defaults; each is a group key too."""
 GROUP_KEYS = frozenset(

@@ -23,6 +23,8 @@ from .buckets import Bucket
 from .exchange import FAILED_ELSEWHERE, Exchange, Piece, RankError, Team
 
 Run = Callable[[], None]
+Asked = tuple[int, str, tuple[torch.Size, ...], torch.dtype]
+"""Of a request the number of the member, the kind, shapes and dtype."""
 SUM, MAX, WHOLE, FROM = "SUM", "MAX", "WHOLE", "FROM"
 
 
@@ -39,6 +41,7 @@ class Request:
         per_matrix: Arguments of ``fn`` with an entry per matrix.
         small: Arguments of ``fn`` that all ranks have whole.
         gathers: Whether ``fn`` takes the whole of ``x`` before them.
+        more: Further partial sums or maxima, of the dtype of ``x``.
     """
 
     bucket: Bucket
@@ -49,6 +52,12 @@ class Request:
     per_matrix: tuple[Sequence[Any] | Tensor, ...] = ()
     small: tuple[Tensor, ...] = ()
     gathers: bool = False
+    more: tuple[Tensor, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All partial sums or maxima."""
+        return self.x, *self.more
 
 
 class ShardReductions(Reductions):
@@ -59,20 +68,34 @@ class ShardReductions(Reductions):
         bucket: The bucket.
         number: Number of the member.
         cut: Letters of the sides that are cut, as the rule sees them.
+        shares: Whether replicas share the work for whole matrices.
+        is_counted: Whether sums count what this process holds, as they do of one replica.
     """
 
     def __init__(
-        self, rendezvous: Rendezvous, bucket: Bucket, number: int, cut: frozenset[str]
+        self,
+        rendezvous: Rendezvous,
+        bucket: Bucket,
+        number: int,
+        cut: frozenset[str] = frozenset(),
+        shares: bool = False,
+        is_counted: bool = True,
     ) -> None:
         self._rendezvous, self._bucket, self._number = rendezvous, bucket, number
-        self._cut = cut & {"m", "n"}
+        self._cut, self._shares, self._is_counted = cut & {"m", "n"}, shares, is_counted
+        self.has_whole_rows = "n" not in cut
 
     def _ask(self, kind: str, x: Tensor, *args: Any) -> Any:
-        return self._rendezvous.ask(Request(self._bucket, self._number, kind, x, *args))
+        answer = self._rendezvous.ask(Request(self._bucket, self._number, kind, x, *args))
+        return answer[0] if kind in (SUM, MAX) else answer
 
     def _complete(self, kind: str, x: Tensor, needed: bool) -> Tensor:
-        completed: Tensor = self._ask(kind, x) if needed else x
+        completed: Tensor = self._ask(kind, self._share(kind, x)) if needed else x
         return completed
+
+    def _share(self, kind: str, x: Tensor) -> Tensor:
+        """What this process adds to a sum."""
+        return x if self._is_counted or kind == MAX else torch.zeros_like(x)
 
     def rows(self, x: Tensor) -> Tensor:
         """Complete a partial sum over the rows of the weight."""
@@ -90,6 +113,30 @@ class ShardReductions(Reductions):
         """Complete a maximum over all entries of the weight."""
         return self._complete(MAX, x, bool(self._cut))
 
+    def sums_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Complete partial sums of one or several members of a unit, by one call."""
+        return self._complete_together(SUM, parts)
+
+    def most_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """The same for maxima."""
+        return self._complete_together(MAX, parts)
+
+    def _complete_together(
+        self, kind: str, parts: Sequence[tuple[Reductions, Tensor]]
+    ) -> tuple[Tensor, ...]:
+        """Ask for all that belongs to a member that is cut; a whole member has the rest itself."""
+        own = [of if isinstance(of, ShardReductions) and of._cut else None for of, _ in parts]
+        shares = [
+            of._share(kind, x) for of, (_, x) in zip(own, parts, strict=True) if of is not None
+        ]
+        if not shares:
+            return tuple(x for _, x in parts)
+        request = Request(self._bucket, self._number, kind, shares[0], more=tuple(shares[1:]))
+        completed = iter(self._rendezvous.ask(request))
+        return tuple(
+            x if of is None else next(completed) for of, (_, x) in zip(own, parts, strict=True)
+        )
+
     def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
         """Apply fn to small matrices that all ranks have whole, on one; all get the result."""
         return self._ask(FROM, args[0], fn, (), args)
@@ -98,8 +145,8 @@ class ShardReductions(Reductions):
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
         """Apply fn to whole matrices, each on its owner, and return the local parts."""
-        whole: Tensor
-        whole = self._ask(WHOLE, X, fn, per_matrix) if self._cut else fn(X, *per_matrix)
+        is_asked = self._cut or self._shares
+        whole: Tensor = self._ask(WHOLE, X, fn, per_matrix) if is_asked else fn(X, *per_matrix)
         return whole
 
     def from_full_matrix(self, fn: Callable[..., Any], X: Tensor, *small: Tensor) -> Any:
@@ -185,7 +232,7 @@ class Rendezvous:
         self._pieces_of = pieces_of
         self._running: _Runner | None = None
         self._exchanges: dict[Hashable, Exchange] = {}
-        self._asked: dict[Hashable, tuple[int, str, torch.Size, torch.dtype]] = {}
+        self._asked: dict[Hashable, Asked] = {}
         self._phases: dict[Bucket, Hashable] = {}
 
     def ask(self, request: Request) -> Any:
@@ -265,7 +312,8 @@ class Rendezvous:
             self._running = runner
             kind, result = runner.resume(answer)
             if kind == "asks":
-                asked = result.number, result.kind, result.x.shape, result.x.dtype
+                shapes = tuple(x.shape for x in result.parts)
+                asked = result.number, result.kind, shapes, result.x.dtype
                 self._asked[runner.bucket, self._phases[runner.bucket], number] = asked
                 found.append((runner, result))
             elif kind == "raises":
@@ -284,26 +332,29 @@ class Rendezvous:
     def _stand_in(self, bucket: Bucket, number: int, live: Sequence[Request]) -> Request | None:
         """What a bucket that has raised would have asked, for the other ranks not to wait.
 
-        Buckets of one rule ask alike; else it is what this one asked in its last step, or at first
-        whole matrices, if its rule needs them.
+        What it asked in its last step, if buckets of its rule ask for that kind now; else what
+        those ask, since buckets of one rule ask alike, or whole matrices, if its rule needs them.
         """
-        K, sides = len(bucket.indices), bucket.unit.held_sides(0)
+        K, unit = len(bucket.indices), bucket.unit
         asked = self._asked.get((bucket, self._phases[bucket], number))
-        for like in live:
-            if like.bucket.unit.rule == bucket.unit.rule:
-                known = like.x.shape[1:] if like.kind in (SUM, MAX) else sides
-                letters = dict(zip(like.bucket.unit.held_sides(0), sides, strict=True))
-                shape = [letters.get(side, side) for side in known]
-                asked = like.number, like.kind, torch.Size((K, *shape)), like.x.dtype
-                break
-        placed = bucket.unit.placed
+        alike = [like for like in live if like.bucket.unit.rule == unit.rule]
+        known = {(like.kind, like.x.dtype) for like in alike}
+        if alike and (asked is None or (asked[1], asked[3]) not in known):
+            like = alike[0]
+            shapes = [unit.held_sides(0)] if like.kind not in (SUM, MAX) else [
+                _shape_like(x.shape[1:], like.bucket, bucket) for x in like.parts
+            ]  # fmt: skip
+            sizes = tuple(torch.Size((K, *shape)) for shape in shapes)
+            asked = like.number, like.kind, sizes, like.x.dtype
+        placed = unit.placed
         if asked is None and number == 0 and placed is not None and placed.plan == "owner":
-            asked = 0, WHOLE, torch.Size((K, *sides)), bucket.dtype
+            asked = 0, WHOLE, (torch.Size((K, *unit.held_sides(0))),), bucket.dtype
         if asked is None:
             return None
-        member, kind, size, dtype = asked
-        x = torch.zeros(size, dtype=dtype, device=bucket.unit.params[0].device)
-        return Request(bucket, member, kind, x, gathers=kind == FROM)
+        member, kind, sizes, dtype = asked
+        device = unit.params[0].device
+        x, *more = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
+        return Request(bucket, member, kind, x, gathers=kind == FROM, more=tuple(more))
 
     def _answer(self, requests: Sequence[Request]) -> list[Any]:
         """The answer to each request, by as few calls as there are kinds and dtypes."""
@@ -319,7 +370,8 @@ class Rendezvous:
             indices = by_call.get(call, [])
             batch = [requests[i] for i in indices]
             if call in order:
-                results: Sequence[Any] = self._reduce(call[0], [r.x for r in batch])
+                completed = iter(self._reduce(call[0], [x for r in batch for x in r.parts]))
+                results: Sequence[Any] = [[next(completed) for _ in r.parts] for r in batch]
             elif not batch:
                 continue
             else:
@@ -345,13 +397,15 @@ class Rendezvous:
         exchange = self._exchange(requests)
         held = [M for r in requests for M in r.x.unbind(0)]
         whole = exchange.to_owners(held, self.failure is not None)
-        if self.failure is not None:
+        if self.failure is not None and not exchange.is_one_way:
             raise self.failure  # the others have read so and do not come to the way back
         results = dict[int, Tensor]()
         try:
-            results = _apply(requests, whole)
+            if self.failure is None:
+                results = _apply(requests, whole)
         except Exception as error:
             self.failure = error
+        whole.clear()  # results take their place
         answers = [torch.empty_like(r.x, memory_format=torch.contiguous_format) for r in requests]
         parts = [M for Y in answers for M in Y.unbind(0)]
         self.is_known = True
@@ -437,6 +491,18 @@ DTYPES = (
 )
 
 
+def _shape_like(shape: Sequence[int], of: Bucket, bucket: Bucket) -> list[int]:
+    """The shape of what a bucket sums, from that of another bucket with the same rule.
+
+    A sum has no side that is cut, and a side of length 1 is one that was summed.
+    """
+    placed = of.unit.placed
+    cut = placed.cut[0] if placed is not None and placed.cut else frozenset()
+    sides = zip("mn", of.unit.held_sides(0), bucket.unit.held_sides(0), strict=True)
+    letters = {a: b for letter, a, b in sides if letter not in cut and a != 1}
+    return [letters.get(side, side) for side in shape]
+
+
 def _shapes_of(result: Any) -> list[int]:
     """Numbers that tell the shapes of a result; zeros where there is none."""
     tensors = [result] if isinstance(result, Tensor) else list(result or ())
@@ -465,11 +531,21 @@ def _apply(requests: Sequence[Request], whole: dict[int, Tensor]) -> dict[int, T
         ks = [k for k in range(count) if first + k in whole]
         if ks and request.fn is not None:
             matrices = [whole[first + k].to(request.x.dtype) for k in ks]
-            X = torch.stack(matrices) if len(ks) > 1 else matrices[0].unsqueeze(0)
+            X = _stack(matrices)
             Y = request.fn(X, *(_entries(x, ks) for x in request.per_matrix))
             results.update((first + k, M) for k, M in zip(ks, Y.unbind(0), strict=True))
         first += count
     return results
+
+
+def _stack(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices as a stack (k, m, n) that lies in memory as they do, which bits depend on."""
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first.unsqueeze(0)
+    if not first.is_contiguous() and first.mT.is_contiguous():
+        return torch.stack([M.mT for M in matrices]).mT
+    return torch.stack(list(matrices))
 
 
 def _entries(x: Sequence[Any] | Tensor, ks: Sequence[int]) -> Sequence[Any] | Tensor:

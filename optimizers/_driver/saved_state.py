@@ -108,7 +108,7 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
                 is_positive = name in NONNEGATIVE or name.endswith("_scale")
                 count = counts.get(name)
                 fill = None if isinstance(slot.fill, str) else slot.fill
-                low = 0.0 if is_positive else None if count is None else min(0.0, fill or 0.0)
+                low = None if count is None and not is_positive else min(0.0, fill or 0.0)
                 device = slot.device or p.device
                 layout = unit.state_layout(i, key)
                 entry.tensors[key] = Expected(

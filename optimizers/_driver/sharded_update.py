@@ -6,7 +6,7 @@ all of them raise, with nothing changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,9 +25,10 @@ from .agreement import (
     teams_of,
 )
 from .checks import check_ready
-from .exchange import RankError
+from .exchange import RankError, Team
 from .finite import Findings, group_indices
 from .layout import Layout, is_sharded
+from .shards import spread_positions
 
 if TYPE_CHECKING:
     from . import adamw
@@ -47,26 +48,28 @@ def update(optimizer: StackedOptimizer, plan: StepPlan) -> None:
         step.prepare()
     except Exception:
         if step.agreed is None:
-            tell_of_failure(plan.flat_params)
+            tell_of_failure(optimizer)
         raise
     step.run()
 
 
-def tell_of_failure(params: Sequence[Tensor]) -> None:
-    """Take part in what the ranks agree on, after an exception here; never raises itself.
-
-    Args:
-        params: All parameters of the groups.
-    """
+def tell_of_failure(optimizer: StackedOptimizer) -> None:
+    """Take part in what the ranks agree on, after an exception here; never raises itself."""
+    groups, group = optimizer.param_groups, optimizer._process_group
+    params = [p for group in groups for p in group["params"]]
     layouts = {
-        i: Layout(p.device_mesh, tuple(p.placements), tuple(p.shape))  # type: ignore[attr-defined]
+        i: Layout(p.device_mesh, tuple(p.placements), tuple(p.shape))
         for i, p in enumerate(params)
         if is_sharded(p)
     }
-    if not layouts:
+    if not layouts and group is None:
         return
     try:
-        teams, team_of = teams_of(layouts)
+        teams, team_of = teams_of(layouts, spread_positions(groups))
+        if group is not None and group.size() > 1:
+            plain = [i for i, p in enumerate(params) if not is_sharded(p)]
+            teams.insert(0, Team.of_group(group, params[plain[0]].device.type if plain else "cpu"))
+            team_of |= dict.fromkeys(plain, teams[0])
         flags = [flag == FAILED for flag in range(STEP_FLAGS)]
         agree(teams, team_of, {}, flags, str, lambda _: "ignore")
     except Exception:  # the exception that is on its way says more
@@ -129,7 +132,7 @@ class _Step:
         self.agreed = agree(
             plan.shards.teams,
             plan.shards.team_of,
-            self._held,
+            {**self._held, **plan.shards.plain_gradients(self._grads)},
             flags,
             optimizer._describe,
             lambda i: str(groups[group_of[i]]["nonfinite"]),
@@ -168,7 +171,11 @@ class _Step:
                 work.allocate(optimizer.state)
             found = Findings()
         else:
+            plain: Callable[[], None]
             plain = partial(optimizer._step_matrices, plan, self._grads, found)
+            if (replicas := plan.shards.replicas) is not None:
+                known = plan.shards.others_know
+                plain = partial(replicas.step, optimizer, self._grads, found, self.agreed, known)
             plan.shards.step(optimizer, self._held, self.agreed, plain)
         try:
             for work in self._adamw_steps:

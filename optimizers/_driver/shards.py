@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from .agreement import LEARNS, Agreement, held_gradient, layouts_of, teams_of
-from .batched_calls import run_batched
+from .bucket_runs import MAX_WAVE_BYTES, bucket_waves, run_bucket, share_out
 from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, RankError, Team
 from .finite import Findings
 from .layout import Box, Layout, is_sharded, memory
 from .rendezvous import Rendezvous, Run, ShardReductions
+from .replicas import Replicas
 from .shard_plan import work_of
 from .traffic import Sent, traffic_of
 from .units import HeldMember, State, Unit
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 Stage = Callable[["Exception | None"], None]
 """Part of a step; takes an exception of this process that others do not know of yet."""
-MAX_WAVE_BYTES = 64 * 2**20
-"""Bytes of whole tensors that one rank owns at a time, unless one unit alone has more."""
 
 
 # state ----------------------------------------------------------------------------------------
@@ -224,9 +223,11 @@ class Shards:
         state: The optimizer's state.
         groups: The parameter groups.
         describe: Makes words for a message of a position.
+        process_group: The group whose ranks share the work for plain weights; None: they do not.
 
     Attributes:
         layouts: Layouts of all sharded parameters, those of AdamW too, by flat position.
+        replicas: What plain weights share, None without a group of several ranks.
         teams: Teams of this process, in one order on all ranks.
         untold: Whether a step has failed here of which other ranks do not know.
     """
@@ -237,17 +238,25 @@ class Shards:
         state: State,
         groups: Sequence[Mapping[str, Any]],
         describe: Callable[[int], str],
+        process_group: Any = None,
     ) -> None:
         self.layouts = plan.adamw_entries.layouts = layouts_of(plan.flat_params, describe)
-        self.teams, self.team_of = teams_of(self.layouts)
+        self.teams, self.team_of = teams_of(self.layouts, spread_positions(groups))
+        self.replicas: Replicas | None = None
+        if process_group is not None and process_group.size() > 1:
+            self.replicas = Replicas(plan, groups, process_group)
+            self.teams.insert(0, self.replicas.team)
+            self.team_of |= dict.fromkeys(self.replicas.positions, self.replicas.team)
         self._plan, self._state = plan, state
         self._groups = groups
         units = [unit for unit in plan.units if unit.placed is not None]
+        self._unit_teams = self._teams_of_units(units)
         owners = self._owners(units)
         self.loads: list[tuple[Team, list[Load]]] = self._loads(units, owners)
         self._units = units
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
+        self._requests = dict[Hashable, list[Sent]]()
         self.held_tensors: dict[int, Tensor] = {}
         self.untold = self._is_known = False
         self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
@@ -257,7 +266,20 @@ class Shards:
 
     def _team(self, unit: Unit) -> Team | None:
         """The ranks among which a unit is divided."""
-        return next((t for i in unit.positions if (t := self.team_of.get(i)) is not None), None)
+        return None if unit.placed is None else self._unit_teams.get(_ranks_of(unit))
+
+    def _teams_of_units(self, units: Sequence[Unit]) -> dict[tuple[int, ...], Team]:
+        """By ranks, the teams that share units, in one order on all ranks.
+
+        They are those of single parameters, and where the members of a unit are cut along other
+        axes of a mesh than each other, those of all of these axes.
+        """
+        teams = {team.ranks: team for i, team in self.team_of.items() if i in self.layouts}
+        for unit in units:
+            if unit.placed is not None and unit.placed.axes:
+                team = Team.of_layout(unit.placed.layouts[0], unit.placed.axes)
+                teams.setdefault(team.ranks, team)
+        return teams
 
     def _owners(self, units: Sequence[Unit]) -> dict[Unit, tuple[int, ...]]:
         """Per unit, the owner of each of its matrices: the longest work first, to who has least.
@@ -265,24 +287,21 @@ class Shards:
         Units that travel whole have one owner for all of their parameters.
         """
         owners: dict[Unit, tuple[int, ...]] = {}
-        for team in self.teams:
-            work = [0] * len(team)
+        for team in self._unit_teams.values():
             jobs: list[tuple[int, int, list[Unit]]] = []
             runs: dict[tuple[int, ...], list[Unit]] = {}
             for unit in units:
                 if self._team(unit) is team and unit.placed is not None:
-                    if unit.placed.plan in ("reduce", "owner"):
+                    if unit.placed.plan in ("reduce", "owner") or unit.placed.shares:
                         runs.setdefault(unit.positions, []).append(unit)
             for order, run in enumerate(runs.values()):
                 if run[0].placed is not None and run[0].placed.runs_on_shards:
                     for unit in run:
-                        jobs += [(-work_of(unit), order, [unit])] * unit.views[0].k
+                        jobs += [(work_of(unit), order, [unit])] * _count(unit)
                 else:
                     total = sum(work_of(unit) * unit.views[0].k for unit in run)
-                    jobs.append((-total, order, run))
-            for size, _, run in sorted(jobs, key=lambda job: job[:2]):
-                rank = work.index(min(work))
-                work[rank] -= size
+                    jobs.append((total, order, run))
+            for rank, run in share_out(jobs, len(team)):
                 for unit in run:
                     owners[unit] = (*owners.get(unit, ()), rank)
         return owners
@@ -292,7 +311,7 @@ class Shards:
     ) -> list[tuple[Team, list[Load]]]:
         """Per team, what travels."""
         found = []
-        for team in self.teams:
+        for team in self._unit_teams.values():
             loads: dict[tuple[int, ...], Load] = {}
             for unit in units:
                 if unit.placed is not None and unit.placed.held is None:
@@ -354,6 +373,10 @@ class Shards:
         """What this process holds of the gradients of sharded parameters."""
         return {i: held_gradient(layout, grads[i]) for i, layout in self.layouts.items()}
 
+    def plain_gradients(self, grads: Sequence[Tensor | None]) -> dict[int, Tensor | None]:
+        """Gradients of plain parameters on which ranks agree."""
+        return {} if self.replicas is None else self.replicas.gradients(grads)
+
     # the step -------------------------------------------------------------------------------------
 
     def learns(self, grads: Mapping[int, Tensor | None]) -> bool:
@@ -363,6 +386,8 @@ class Shards:
             grads: What ``gradients`` returned.
         """
         plan = self.held_plan
+        if self.replicas is not None and self.replicas.learns():
+            return True
         if not any(
             unit.placed is not None and unit.placed.runs_on_shards for unit in self._running
         ):
@@ -379,10 +404,13 @@ class Shards:
 
     def clocks_of(self, team: Team) -> int:
         """A number that differs where the clocks of units that ask other ranks of a team do."""
+        asking = (
+            unit for unit in self._running if unit.placed is not None and unit.placed.runs_on_shards
+        )
         entries = (
             (self._state.get(unit.params[0], {}), unit)
-            for unit in self._running
-            if unit.placed is not None and unit.placed.runs_on_shards and self._team(unit) is team
+            for unit in (*asking, *(self.replicas.units if self.replicas else ()))
+            if (self._team(unit) or self.team_of.get(unit.positions[0])) is team
         )
         keys = [(entry.get(u.step_key, 0), entry.get(u.refreshed_key, 0)) for entry, u in entries]
         return hash(tuple(keys)) & 0x7FFFFFFE
@@ -414,19 +442,25 @@ class Shards:
         mask = [grads.get(i) is not None for i in range(len(self._plan.flat_params))]
         self._prepare(mask, grads)
         failure: Exception | None = None
-        for stage in (lambda _: plain(), *self._stages(optimizer, grads, agreed, mask)):
+        informed = set[Team | None]()
+        for team, stage in self._stages(optimizer, grads, agreed, mask, plain):
+            if failure is not None and team in informed:  # all of its ranks have stopped
+                continue
             self._is_known = False
             try:
                 stage(failure)
-            except RankError as error:
-                raise failure or error from None
             except Exception as error:
                 failure = failure or error
+                self._is_known |= isinstance(error, RankError)
             if failure is not None and self._is_known:
-                raise failure
-        if failure is not None:  # nothing was sent after it: the others learn of it next time
-            self.untold = True
+                informed.add(team)
+        if failure is not None:  # what no other team was sent since, it learns of next time
+            self.untold = not informed.issuperset(self._unit_teams.values())
             raise failure
+
+    def others_know(self) -> None:
+        """Note that the team of the present part of the step knows of an exception."""
+        self._is_known = True
 
     def _stages(
         self,
@@ -434,28 +468,31 @@ class Shards:
         grads: Mapping[int, Tensor | None],
         agreed: Agreement,
         mask: list[bool],
-    ) -> Iterator[Stage]:
-        """Parts of a step, in one order on all ranks.
+        plain: Callable[[], None],
+    ) -> Iterator[tuple[Team | None, Stage]]:
+        """Parts of a step, in one order on all ranks, each with the team that sends in it.
 
-        Each takes an exception of this process that others do not know of yet, and tells them if it
-        sends anything.
+        Each takes an exception of this process of which its team does not know yet, and tells it if
+        it sends anything.
         """
+        yield None if self.replicas is None else self.replicas.team, lambda _: plain()
         for bucket in self.held_plan.buckets:
             placed = bucket.unit.placed
             if placed is not None and not placed.runs_on_shards:
-                yield partial(self._run_alone, optimizer, bucket, grads, agreed)
+                yield None, partial(self._run_alone, optimizer, bucket, grads, agreed)
         for team, loads in self.loads:
             buckets = [b for b in self.held_plan.buckets if self._team(b.unit) is team]
             on_shards = [b for b in buckets if b.unit.placed and b.unit.placed.runs_on_shards]
-            for wave in _bucket_waves(on_shards):
-                yield partial(self._run_together, optimizer, team, wave, grads, agreed)
+            for wave in bucket_waves(on_shards):
+                yield team, partial(self._run_together, optimizer, team, wave, grads, agreed)
             present = [
                 load
                 for load in loads
                 if any(mask[i] for i in load.positions) and agreed.bad.isdisjoint(load.positions)
             ]
             for loads_of_wave in _waves(present, self._state, self._plan.flat_params):
-                yield partial(self._travel, optimizer, team, loads_of_wave, grads, agreed, mask)
+                args = team, loads_of_wave, grads, agreed, mask
+                yield team, partial(self._travel, optimizer, *args)
 
     def _prepare(self, mask: list[bool], grads: Mapping[int, Tensor | None]) -> None:
         """Allocate state as DTensors, put strange layouts right, and sort what runs on parts."""
@@ -503,7 +540,7 @@ class Shards:
             return
         bucket.nonzero_positions = agreed.nonzero
         if bucket.indices:
-            _run_bucket(optimizer, self.held_plan, bucket, grads, agreed.bad)
+            run_bucket(optimizer, self.held_plan, bucket, grads, agreed.bad)
         else:
             self._pass_over(bucket, agreed)
 
@@ -519,13 +556,21 @@ class Shards:
         """Step buckets that run on shards, and ask other ranks together."""
         rendezvous, runs = self._rendezvous(team), list[tuple[Bucket, Hashable, Run]]()
         for bucket in wave:
-            placed = bucket.unit.placed
+            placed, rule = bucket.unit.placed, self._plan.rule(bucket)
             assert placed is not None
             bucket.nonzero_positions = agreed.nonzero
+            if not bucket.indices:  # no rank of the team has any of its experts
+                if failure is None:
+                    self._pass_over(bucket, agreed)
+                continue
             bucket.reductions = [
-                ShardReductions(rendezvous, bucket, i, cut) for i, cut in enumerate(placed.cut)
+                ShardReductions(
+                    *(rendezvous, bucket, i, cut, placed.shares and rule.needs_full_matrix),
+                    is_counted=layout.is_first_replica or not placed.shares,
+                )
+                for i, (cut, layout) in enumerate(zip(placed.cut, placed.layouts, strict=True))
             ]
-            run = partial(_run_bucket, optimizer, self.held_plan, bucket, grads, agreed.bad)
+            run = partial(run_bucket, optimizer, self.held_plan, bucket, grads, agreed.bad)
             runs.append((bucket, self._refreshes(bucket), run))
         try:
             rendezvous.run(runs, failure, agreed.step[LEARNS])
@@ -719,6 +764,8 @@ class Shards:
 
     def plan_of(self, position: int) -> str:
         """The plan of a parameter."""
+        if self.replicas is not None and position not in self.layouts:
+            return self.replicas.plan_of(position)
         for unit in self._plan.units:
             if position in unit.positions and unit.placed is not None:
                 return unit.placed.plan
@@ -726,29 +773,39 @@ class Shards:
 
     def bytes_per_step(self) -> dict[int, int]:
         """Bytes that this rank sends for each parameter in an ordinary step."""
-        sent: dict[int, int] = {}
-        known: dict[Hashable, list[Sent]] = {}  # weights of one shape ask alike
+        sent = {} if self.replicas is None else self.replicas.bytes_per_step()
         for unit in self._owner_of:
             placed, team = unit.placed, self._team(unit)
             if placed is not None and placed.runs_on_shards and team is not None:
-                sides = tuple(unit.sides(i) for i in range(len(unit.params)))
-                key = unit.rule, unit.key[:3], sides, placed.cut, unit.params[0].dtype
-                if key not in known:
-                    known[key] = traffic_of(unit, placed, self._plan.rule(unit))
-                position = unit.positions[0]
-                size = self._bytes_on_shards(team, unit, known[key])
-                sent[position] = sent.get(position, 0) + size
+                requests = self._requests_of(unit)
+                for i, position in enumerate(unit.positions):
+                    own = [x for x in requests if x.number == i]
+                    size = self._bytes_on_shards(team, unit, own)
+                    sent[position] = sent.get(position, 0) + size
         for team, loads in self.loads:
             for load in loads:
                 for i, position in enumerate(load.positions):
                     sent[position] = self._bytes_of_load(team, load, i)
         return sent
 
+    def _requests_of(self, unit: Unit) -> list[Sent]:
+        """What a unit whose rule runs on shards asks for in an ordinary step."""
+        placed, rule = unit.placed, self._plan.rule(unit)
+        assert placed is not None
+        shares = placed.shares and rule.needs_full_matrix
+        sides = tuple(unit.sides(i) for i in range(len(unit.params)))
+        kinds = tuple((p.dtype, p.requires_grad) for p in unit.params)
+        # weights of one shape ask alike; the rule may get other values in mid-run
+        key = repr(rule), unit.key[:3], sides, placed.cut, kinds, shares
+        if key not in self._requests:
+            self._requests[key] = traffic_of(unit, placed.cut, shares, rule)
+        return self._requests[key]
+
     def _bytes_on_shards(self, team: Team, unit: Unit, requests: Sequence[Sent]) -> int:
         """Bytes that this rank sends for a unit whose rule runs on shards."""
-        total, count = 0, unit.views[0].k
-        for number, is_whole, shape, dtype in requests:
-            if not is_whole:  # each rank sends a part to all others, twice
+        total, count = 0, _count(unit)
+        for number, kind, shape, dtype, _ in requests:
+            if kind != "WHOLE":  # each rank sends a part to all others, twice
                 size = count * math.prod(shape) * dtype.itemsize
                 total += 2 * size * (len(team) - 1) // len(team)
                 continue
@@ -783,6 +840,26 @@ class Shards:
         return total
 
 
+def _ranks_of(unit: Unit) -> tuple[int, ...]:
+    """The ranks among which a unit is divided."""
+    placed = unit.placed
+    assert placed is not None
+    return placed.layouts[0].over(placed.axes).ranks
+
+
+def _count(unit: Unit) -> int:
+    """Matrices that the ranks of a unit's team share: of experts those of which they have parts."""
+    placed = unit.placed
+    assert placed is not None and placed.held is not None
+    return placed.held[0].view.k
+
+
+def spread_positions(groups: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Flat positions of parameters whose replicas share the work."""
+    flags = [bool(g.get("spread_replicas")) for g in groups for _ in g["params"]]
+    return {i for i, spreads in enumerate(flags) if spreads}
+
+
 def settle(unit: Unit, state: State) -> None:
     """Lay state as its unit wants it, where another plan or other code has left it otherwise."""
     for i, p in enumerate(unit.params):
@@ -800,22 +877,6 @@ def _matrix_boxes(unit: Unit, i: int) -> tuple[Box, ...]:
     placed = unit.placed
     assert placed is not None
     return tuple(held.box(unit.transposed[i]) for held in placed.by_rank[i])
-
-
-def _run_bucket(
-    optimizer: StackedOptimizer,
-    plan: StepPlan,
-    bucket: Bucket,
-    grads_by_position: Mapping[int, Tensor | None],
-    bad: set[int],
-) -> None:
-    """Step one bucket."""
-    grads = [grads_by_position.get(i) for i in range(len(plan.flat_params))]
-    Gs = [
-        bucket.gradient(i, grads) if has_grad else None for i, has_grad in enumerate(bucket.present)
-    ]
-    finite = [bad.isdisjoint(unit.positions) for unit in bucket.units]
-    run_batched([optimizer._step_bucket(plan, bucket, Gs, finite)])
 
 
 def _waves(loads: Sequence[Load], state: State, params: Sequence[Tensor]) -> Iterator[list[Load]]:
@@ -836,19 +897,5 @@ def _waves(loads: Sequence[Load], state: State, params: Sequence[Tensor]) -> Ite
             wave, used = [], {}
         wave.append(load)
         used[load.owner] = used.get(load.owner, 0) + size
-    if wave:
-        yield wave
-
-
-def _bucket_waves(buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
-    """Buckets whose parts together have at most as many bytes as one rank may own."""
-    wave, used = list[Bucket](), 0
-    for bucket in buckets:
-        size = 4 * bucket.unit.numel * len(bucket.units)
-        if wave and used + size > MAX_WAVE_BYTES:
-            yield wave
-            wave, used = [], 0
-        wave.append(bucket)
-        used += size
     if wave:
         yield wave

@@ -1,4 +1,4 @@
-"""What an ordinary update of a rule sends, found by running it on a strip of zeros.
+"""What an ordinary update of a rule sends, found by running it on a strip of the weight.
 
 A rule that runs on shards works for any number of rows or columns of the cut side, so an update of
 two of them asks for all that an update of the real shard asks for, and costs next to nothing.
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from .._core.rule import BatchedCall, Member, Reductions, Rule
 from .batched_calls import DirectionIterator
-from .shard_plan import Placed
 from .units import Unit
+from .write import write_
 from .write_modes import RESIDUAL
 
 STRIP = 2
 """Rows or columns of the cut side."""
+
+
+SUM, MAX, WHOLE = "SUM", "MAX", "WHOLE"
 
 
 class Sent(NamedTuple):
@@ -27,76 +30,169 @@ class Sent(NamedTuple):
 
     Attributes:
         number: Number of the member.
-        is_whole: Whether a whole matrix travels; else a sum or a maximum.
+        kind: ``"SUM"``, ``"MAX"``, or ``"WHOLE"`` for a matrix that travels.
         shape: Shape of what was passed, without the stack.
         dtype: Its dtype.
+        call: Number of the call of the update, which may be about several members.
     """
 
     number: int
-    is_whole: bool
+    kind: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    call: int
 
 
 class _Recorder(Reductions):
     """Writes down what is asked for, and answers with the argument."""
 
-    def __init__(self, number: int, cut: frozenset[str], sent: list[Sent]) -> None:
-        self._number, self._cut, self._sent = number, cut, sent
+    def __init__(self, number: int, cut: frozenset[str], shares: bool, sent: list[Sent]) -> None:
+        self._number, self._cut, self._shares, self._sent = number, cut, shares, sent
+        self.has_whole_rows = "n" not in cut
 
-    def _record(self, x: Tensor, needed: bool, is_whole: bool = False) -> Tensor:
+    def _record(self, kind: str, x: Tensor, needed: bool, call: int | None = None) -> Tensor:
         if needed:
-            self._sent.append(Sent(self._number, is_whole, tuple(x.shape[1:]), x.dtype))
+            call = self._next_call if call is None else call
+            self._sent.append(Sent(self._number, kind, tuple(x.shape[1:]), x.dtype, call))
         return x
+
+    @property
+    def _next_call(self) -> int:
+        return self._sent[-1].call + 1 if self._sent else 0
 
     def rows(self, x: Tensor) -> Tensor:
         """Record a sum over the rows."""
-        return self._record(x, "m" in self._cut)
+        return self._record(SUM, x, "m" in self._cut)
 
     def cols(self, x: Tensor) -> Tensor:
         """Record a sum over the columns."""
-        return self._record(x, "n" in self._cut)
+        return self._record(SUM, x, "n" in self._cut)
 
     def both(self, x: Tensor) -> Tensor:
         """Record a sum over all entries."""
-        return self._record(x, bool(self._cut))
+        return self._record(SUM, x, bool(self._cut))
 
     def most(self, x: Tensor) -> Tensor:
         """Record a maximum over all entries."""
-        return self._record(x, bool(self._cut))
+        return self._record(MAX, x, bool(self._cut))
+
+    def sums_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Record sums of several members."""
+        return self._record_together(SUM, parts)
+
+    def most_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
+        """Record maxima of several members."""
+        return self._record_together(MAX, parts)
+
+    def _record_together(
+        self, kind: str, parts: Sequence[tuple[Reductions, Tensor]]
+    ) -> tuple[Tensor, ...]:
+        call = self._next_call
+        for of, x in parts:
+            assert isinstance(of, _Recorder)
+            of._record(kind, x, bool(of._cut), call)
+        return tuple(x for _, x in parts)
 
     def on_full_matrix(
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
         """Record a matrix that travels."""
-        return self._record(X, bool(self._cut), is_whole=True)
+        return self._record(WHOLE, X, bool(self._cut) or self._shares)
 
 
 @torch.no_grad()
-def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
+def traffic_of(
+    unit: Unit, cut_by_member: Sequence[frozenset[str]], shares: bool, rule: Rule
+) -> list[Sent]:
     """What an update between refreshes asks other ranks for, per matrix of the unit.
 
     Args:
         unit: A unit whose rule runs on shards.
-        placed: How it lies.
+        cut_by_member: Per member, letters of the sides that are cut.
+        shares: Whether replicas share what is asked of whole matrices.
         rule: Its rule.
     """
     sent: list[Sent] = []
+    members = _members(unit, cut_by_member, shares, rule, sent)
+    if all(w.grad is None for w in members):
+        return []
+    steps = DirectionIterator(rule.update(*members))
+    for step in steps:
+        if isinstance(step, BatchedCall):
+            steps.answer = step.fn(*step.args)
+        elif step.max_rel_norm is not None:  # such a write asks for norms
+            write_(step.member.value, step, 0.0, 0.0)
+    return sent
+
+
+@torch.no_grad()
+def refresh_is_local(unit: Unit, cut_by_member: Sequence[frozenset[str]], rule: Rule) -> bool:
+    """Whether a refresh on parts of a weight asks other ranks for nothing.
+
+    Args:
+        unit: A unit whose rule runs on shards.
+        cut_by_member: Per member, letters of the sides that are cut.
+        rule: Its rule.
+    """
+    if not rule.refresh_interval:
+        return True
+    sent: list[Sent] = []
+    try:
+        rule.refresh(*_members(unit, cut_by_member, False, rule, sent, _RefreshRecorder))
+    except _Asks:
+        return False
+    return not sent
+
+
+class _Asks(Exception):
+    """A refresh has asked for more than a sum."""
+
+
+class _RefreshRecorder(_Recorder):
+    """Stops a refresh that needs one rank for all, whose function may need the real sides."""
+
+    def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
+        """Tell that one rank is asked."""
+        raise _Asks
+
+    def on_full_matrix(
+        self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
+    ) -> Tensor:
+        """Tell that a matrix travels."""
+        raise _Asks
+
+    def from_full_matrix(self, fn: Callable[..., Any], X: Tensor, *small: Tensor) -> Any:
+        """Tell that a matrix travels."""
+        raise _Asks
+
+
+def _members(
+    unit: Unit,
+    cut_by_member: Sequence[frozenset[str]],
+    shares: bool,
+    rule: Rule,
+    sent: list[Sent],
+    recorder: type[_Recorder] = _Recorder,
+) -> list[Member]:
+    """What a rule sees of a strip of each weight of a unit."""
     members = []
     for i, p in enumerate(unit.params):
         m, n = unit.sides(i)
-        cut = placed.cut[i] & {"m", "n"}
+        cut = cut_by_member[i] & {"m", "n"}
         sides = (STRIP if "m" in cut else m, STRIP if "n" in cut else n)
-        G = torch.zeros(1, *sides, dtype=torch.float32, device="cpu")
+        # of ordinary size: a rule may take more sums where squares vanish
+        G = torch.ones(1, *sides, dtype=torch.float32, device="cpu")
         state = {
             name: torch.zeros(1, *slot.shape(*sides), dtype=unit.dtype_of(i, name), device="cpu")
             for name, slot in unit.slots[i].items()
             if name != RESIDUAL
         }
-        W = torch.zeros(1, *sides, dtype=p.dtype, device="cpu")
+        # a rule may ask more of a weight that is zero, or whose squares leave its dtype
+        W = torch.ones(1, *sides, dtype=p.dtype, device="cpu")
+        has_grad = p.requires_grad or len(unit.params) == 1
         members.append(
             Member(
-                G.to(torch.promote_types(p.dtype, torch.float32)),
+                G.to(torch.promote_types(p.dtype, torch.float32)) if has_grad else None,
                 W.clone,
                 state,
                 t=2,
@@ -106,11 +202,7 @@ def traffic_of(unit: Unit, placed: Placed, rule: Rule) -> list[Sent]:
                 indices=(0,),
                 number=i,
                 transposed=unit.transposed[i],
-                reductions=_Recorder(i, cut, sent),
+                reductions=recorder(i, cut, shares, sent),
             )
         )
-    steps = DirectionIterator(rule.update(*members))
-    for step in steps:
-        if isinstance(step, BatchedCall):
-            steps.answer = step.fn(*step.args)
-    return sent
+    return members

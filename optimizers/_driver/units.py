@@ -21,7 +21,8 @@ from ...kernels import basis_scales, blockwise_shape
 from .._core.rule import BlockPosition, Rule, Slot, Slots
 from .._core.validation import naming, shown
 from .._core.views import MatrixView, split_view
-from .layout import Layout, is_sharded, longest_dim, part, resting_layout
+from .held_codes import NO_SCALE, place_of, scales_layout
+from .layout import Layout, is_sharded, longest_dim, numel, part, resting_layout
 from .param_groups import Part, Weight, describe, listed, plain_name
 from .shard_plan import Placed, place, travelling
 from .windows import drops_state
@@ -112,6 +113,7 @@ class Unit:
         seed: Seed of these bits.
         placed: How sharded weights are stepped; None for plain ones.
         held: Per member, what it is a part of, for a unit of what one process holds; else empty.
+        float_slots: (member, slot) of state that stays in floats, because ranks cut its blocks.
         key: What units of one stack have in common, beside their rule.
     """
 
@@ -137,6 +139,7 @@ class Unit:
     stochastic_squares: bool = False
     placed: Placed | None = None
     held: tuple[HeldMember, ...] = ()
+    float_slots: frozenset[tuple[int, str]] = frozenset()
     key: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,7 +158,10 @@ class Unit:
         self.key = (
             self.transposed,
             self.state_dtype,
-            (self.quantized, self.stochastic_squares, self.writes, self.seed, self._placing()),
+            (
+                *(self.quantized, self.float_slots, self.stochastic_squares),
+                *(self.writes, self.seed, self._placing()),
+            ),
             *(
                 (p.shape, p.dtype, p.device, v.k, v.m, v.n)
                 for p, v in zip(self.params, self.views, strict=True)
@@ -193,12 +199,13 @@ class Unit:
         table = {}
         for name, slot in self.slots[i].items():
             key, shape = self.key_of(i, name), self._shape(i, slot)
-            scales = self.scales_shape(i, name)
-            if scales is None:
-                table[key] = (slot, shape, self._dtype(slot, p))
-            else:
-                table[key] = (slot, shape, self._codes(name) or torch.int8)
-                table[scale_of(key)] = (Slot("b", b=scales[-1]), scales, torch.float32)
+            scales = self._held_scales(i, name)
+            stays = (i, name) in self.float_slots or scales is None
+            codes = self._codes(name) or torch.int8
+            table[key] = (slot, shape, self._dtype(slot, p) if stays else codes)
+            if scales is not None:
+                fill = NO_SCALE if stays else 0.0
+                table[scale_of(key)] = (Slot("b", fill=fill, b=scales[-1]), scales, torch.float32)
         return table
 
     def key_of(self, i: int, name: str) -> str:
@@ -206,46 +213,116 @@ class Unit:
         return name if self.slots[i][name].axes == "mn" else name + self.tag
 
     def _shape(self, i: int, slot: Slot) -> tuple[int, ...]:
+        """Shape of a state tensor, of which this is all that the unit holds."""
         if slot.axes == "mn":
             return tuple(self.params[i].shape)
         shape = slot.shape(*self.held_sides(i))
-        whole_view = self.held[i].view if self.held else self.views[i]
-        return (self.views[i].k, *shape) if whole_view.k > 1 else shape
+        return (self.views[i].k, *shape) if self._whole_view(i).k > 1 else shape
+
+    def _whole_shape(self, i: int, slot: Slot) -> tuple[int, ...]:
+        """Shape of a whole state tensor."""
+        if not self.held:
+            return self._shape(i, slot)
+        if slot.axes == "mn":
+            return self.held[i].layout.shape
+        shape, k = slot.shape(*self.sides(i)), self._whole_view(i).k
+        return (k, *shape) if k > 1 else shape
+
+    def _whole_view(self, i: int) -> MatrixView:
+        return self.held[i].view if self.held else self.views[i]
 
     def state_layout(self, i: int, key: str) -> Layout | None:
         """Layout of a state tensor of member i, None where the weight is plain.
 
         State shaped like the weight lies like it. Other state of a unit whose rule runs on parts
         of the weight is cut where its axes have the side that is cut; that of a unit that travels
-        is cut along its longest axis.
+        is cut along its longest axis. Scales lie like their codes.
         """
         if self.placed is None:
             return None
-        layout = self.placed.layouts[i]
-        for name, slot in self.slots[i].items():
-            if self.key_of(i, name) == key and slot.axes == "mn":
-                return layout
+        for name in self.slots[i]:
             if self.key_of(i, name) == key:
-                if slot.device is not None:
-                    return None
-                shape = self._shape(i, slot)
-                return self.placed.resting_layout(i, slot.axes, shape, self.views[i].k > 1)
-        scales = next(x for name in self.slots[i] if (x := self._scales_of(i, name, key)))
-        return resting_layout(layout, scales, longest_dim(layout, scales))
+                return self._layout_of(i, name)
+        name = next(x for x in self.slots[i] if scale_of(self.key_of(i, x)) == key)
+        return self._layout_of_scales(i, name)
 
-    def _scales_of(self, i: int, name: str, key: str) -> tuple[int, ...] | None:
-        """Shape of the scales of a slot if their key is this one."""
-        return self.scales_shape(i, name) if scale_of(self.key_of(i, name)) == key else None
+    def _layout_of(self, i: int, name: str) -> Layout | None:
+        """Layout of a slot of member i, for a unit of sharded weights."""
+        assert self.placed is not None
+        slot = self.slots[i][name]
+        if slot.axes == "mn":
+            return self.placed.layouts[i]
+        if slot.device is not None:
+            return None
+        many = self._whole_view(i).k > 1
+        return self.placed.resting_layout(i, slot.axes, self._whole_shape(i, slot), many)
 
-    def scales_shape(self, i: int, name: str) -> tuple[int, ...] | None:
-        """Shape of the scales of a slot of member i, None if it is not quantized."""
+    def _layout_of_scales(self, i: int, name: str) -> Layout:
+        """Layout of the scales of a slot of member i, for a unit of sharded weights."""
+        assert self.placed is not None
+        layout, scales = self.placed.layouts[i], self.whole_scales(i, name)
+        assert scales is not None
+        if name in self.bases and self.placed.held is not None:  # every rank has all of them
+            return resting_layout(layout, scales, None)
+        codes = None if name in self.bases else self._layout_of(i, name)
+        found = None if codes is None else scales_layout(codes, scales)
+        if found is None:
+            found = resting_layout(layout, scales, longest_dim(layout, scales))
+        if (i, name) in self.float_slots and not all(map(numel, found.over(layout.axes).boxes)):
+            return resting_layout(layout, scales, None)  # any rank must see that these are none
+        return found
+
+    def whole_scales(self, i: int, name: str) -> tuple[int, ...] | None:
+        """Shape of the scales of a whole slot, None where it is too small for eight bits."""
         slot = self.slots[i][name]
         if not self.quantized or slot.dtype is not None or self._codes(name) is None:
             return None
-        shape = self._shape(i, slot)
+        shape = self._whole_shape(i, slot)
         if math.prod(shape) < MIN_QUANTIZED_NUMEL:
             return None
         return basis_scales(shape) if name in self.bases else blockwise_shape(shape)
+
+    def _held_scales(self, i: int, name: str) -> tuple[int, ...] | None:
+        """The same of what the unit holds."""
+        scales = self.whole_scales(i, name)
+        if scales is None or not self.held:
+            return scales
+        return tuple(b - a for a, b in self._layout_of_scales(i, name).box)
+
+    def scales_shape(self, i: int, name: str) -> tuple[int, ...] | None:
+        """Shape of the scales of a slot of member i, None if it is not quantized."""
+        return None if (i, name) in self.float_slots else self._held_scales(i, name)
+
+    def crossed_slots(self) -> frozenset[tuple[int, str]]:
+        """(member, slot) of state in eight bits whose blocks are cut by the ranks of its weight.
+
+        State shaped like the weight lies like it, and has one form whatever the plan.
+        """
+        found = set[tuple[int, str]]()
+        for i, slots in enumerate(self.slots):
+            for name, slot in slots.items():
+                scales = self.whole_scales(i, name)
+                if scales is not None and slot.axes == "mn" and self.placed is not None:
+                    if scales_layout(self.placed.layouts[i], scales) is None:
+                        found.add((i, name))
+        return frozenset(found)
+
+    def rounds_squares(self, name: str) -> bool:
+        """Whether a slot in eight bits is rounded by random bits."""
+        return self.stochastic_squares and self._codes(name) == torch.uint8
+
+    def places_of_codes(self, i: int, name: str) -> tuple[int, tuple[int, int, int] | None]:
+        """Where codes lie in the whole tensor: the place of the first, and how places grow.
+
+        The second is None where they are neighbours.
+        """
+        if not self.held:
+            return 0, None
+        layout, scales = self._layout_of(i, name), self.whole_scales(i, name)
+        assert layout is not None and scales is not None
+        place = place_of(layout, scales)
+        assert place is not None
+        return place[0], (0, place[1], 1)
 
     def dtype_of(self, i: int, name: str) -> torch.dtype:
         """Dtype of a slot of member i that is not quantized."""
@@ -375,8 +452,7 @@ class Unit:
         if self.slots[i][name].axes == "mn":
             X = view.to_matrices(tensor)
             return X.mT if self.transposed[i] else X
-        whole_view = self.held[i].view if self.held else view
-        return tensor if whole_view.k > 1 else tensor.unsqueeze(0)
+        return tensor if self._whole_view(i).k > 1 else tensor.unsqueeze(0)
 
 
 def scale_of(key: str) -> str:
@@ -464,19 +540,14 @@ def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Uni
             units.append(_unit(group_index, group, rule, run, unit_views, number))
         if any(is_sharded(w.param) for w in run):
             count = len(views_of_params[0])
-            _place(units[-count:], rule, texts, views, group.get("plan", "auto"))
+            choice, spread = group.get("plan", "auto"), bool(group.get("spread_replicas"))
+            placed = [place(u, rule, texts, views, count, choice, spread) for u in units[-count:]]
+            if any(x.held is None for x in placed):  # a parameter travels whole, or not at all
+                placed = [travelling(x) for x in placed]
+            for unit, x in zip(units[-count:], placed, strict=True):
+                unit.placed = x
+                unit.float_slots = unit.crossed_slots()
     return units
-
-
-def _place(
-    units: Sequence[Unit], rule: Rule, texts: Sequence[str], views: Sequence[str], choice: str
-) -> None:
-    """Choose how units of the same sharded parameters are stepped."""
-    placed = [place(unit, rule, texts, views, len(units), choice) for unit in units]
-    if any(x.held is None for x in placed):  # a parameter travels as a whole, or not at all
-        placed = [travelling(x) for x in placed]
-    for unit, x in zip(units, placed, strict=True):
-        unit.placed = x
 
 
 def _unit(

@@ -23,7 +23,7 @@ from ...kernels import (
     unflagged_stay,
     update_weight_,
 )
-from .._core.rule import Carry, Dense, Direction, Term, WriteScalars
+from .._core.rule import LOCAL_REDUCTIONS, Carry, Dense, Direction, Term, WriteScalars
 from .._core.validation import check
 from .write_modes import carry_error_
 
@@ -74,7 +74,7 @@ def _write_(
     """Do what ``write_`` does, but for what needs the weight after the write."""
     terms = list(step.terms)
     if step.max_rel_norm is not None:
-        terms = _limit_rel_norm(W, terms, step.max_rel_norm, lr, step.lr_factor)
+        terms = _limit_rel_norm(W, terms, step, lr)
     if _try_fused_write_(W, step, terms, lr, weight_decay, finite, rounding):
         return
     # a rule that takes flags itself leaves NaN in the terms of a bad matrix, which no factor of 0
@@ -251,14 +251,18 @@ def _accumulation_dtype(W: Tensor) -> torch.dtype:
 
 
 def _limit_rel_norm(
-    W: Tensor, terms: list[Term], max_rel_norm: float, lr: float | Tensor, lr_factor: float
+    W: Tensor, terms: list[Term], step: Direction, lr: float | Tensor
 ) -> list[Term]:
     """Shrink the step to max_rel_norm * ||W||_F per matrix; a zero weight sets no limit."""
     check(all(isinstance(term, Dense) for term in terms), "max_rel_norm needs Dense terms")
     zero = torch.zeros((), dtype=torch.float32, device=W.device)
     U = sum((term.U for term in terms if isinstance(term, Dense)), zero)
-    size = torch.linalg.vector_norm(U, dim=(-2, -1), keepdim=True) * (lr * abs(lr_factor))
-    limit = max_rel_norm * torch.linalg.vector_norm(W.to(U.dtype), dim=(-2, -1), keepdim=True)
+    norms = [torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True) for X in (U, W.to(U.dtype))]
+    reductions = step.member.reductions
+    if reductions is not LOCAL_REDUCTIONS:  # norms of shards, whose squares might overflow
+        squares = ((reductions, norm.double().square()) for norm in norms)
+        norms = [x.sqrt().to(U.dtype) for x in reductions.sums_together(*squares)]
+    size, limit = norms[0] * (lr * abs(step.lr_factor)), step.max_rel_norm * norms[1]
     shrink = torch.where((limit > 0) & (size > limit), limit / size, torch.ones_like(size))
     return [term.scaled(shrink) for term in terms]
 

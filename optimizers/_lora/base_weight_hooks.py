@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from .._core.validation import check
 from .._core.views import MatrixView, split_view
+from .._driver.layout import is_sharded
 from .._driver.param_groups import parameters_of
 from .._toolkit.moments import column_squares
 from .pair_groups import PAIR_KINDS, PairOptimizer, lora_param_groups
@@ -33,7 +34,7 @@ class BaseWeights:
         reduce: None (default), or a function that averages a vector over processes, in place.
 
     Raises:
-        ValueError: If a wanted pair has no base weight there, or one that trains.
+        ValueError: If a wanted pair has no base weight there, one that trains, or sharded weights.
     """
 
     def __init__(
@@ -55,6 +56,12 @@ class BaseWeights:
                     f"a base weight of shape {tuple(W.shape)} trains; freeze it, or use another "
                     "kind of stats",
                 )
+                for p in (A, B, W):  # the sums of a shard are not those of the weight
+                    check(
+                        not is_sharded(p),
+                        f"stats='exact' needs whole weights, and one of shape {tuple(p.shape)} is "
+                        "sharded; use stats='tangent'",
+                    )
                 self._pairs_over.setdefault(W, []).append((A, B))
                 self._views[W], self._base[A] = split_view(view, tuple(W.shape))[0], W
         for A in pairs:
@@ -139,7 +146,7 @@ class WatchingOptimizer(PairOptimizer):
                 (default: None).
 
         Raises:
-            ValueError: If a pair's base weight is not there, or trains.
+            ValueError: If a pair's base weight is not there, or trains, or a weight is sharded.
         """
         self.unwatch()
         self.init_state()

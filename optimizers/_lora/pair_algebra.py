@@ -10,17 +10,24 @@ with a factor is r x r, and all functions take stacks: (K, m, r) and (K, r, r).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...kernels import product
+from .._core.rule import LOCAL_REDUCTIONS, Member
 
 __all__ = [
+    "LONG_SIDES",
+    "completed",
+    "completed_together",
     "cross_gram",
     "damped",
     "damped_inverse",
     "debias_factor",
     "gram",
+    "grams_with_old",
     "is_in_range",
     "is_nonzero",
     "is_on_host",
@@ -30,6 +37,10 @@ __all__ = [
     "transport",
 ]
 
+LONG_SIDES = (frozenset({"cols"}), frozenset({"rows"}))
+"""Of A (r, n) and B (m, r) the sides that everything r x r is a sum over.
+
+Shards of these are enough for rules that complete each such sum."""
 DAMPING_FLOOR = 4.0
 """Least damping in units of r * eps * mean eigenvalue, about the round-off of a Gram matrix."""
 FALLBACK_DAMPING = 256.0
@@ -52,6 +63,45 @@ def gram(X: Tensor, weight: Tensor | None = None) -> Tensor:
 def cross_gram(X: Tensor, Y: Tensor) -> Tensor:
     """X^T Y (K, r, r) of X and Y (K, m, r): the columns of Y seen in those of X."""
     return product(X.mT, Y)
+
+
+def completed(w: Member, *sums: Tensor) -> tuple[Tensor, ...]:
+    """Sums over the long side of A or of B, of which shards have parts, by one call."""
+    return w.reductions.sums_together(*((w.reductions, x) for x in sums))
+
+
+def completed_together(ws: Sequence[Member], *sums: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The same for all members of a unit.
+
+    Args:
+        ws: The members.
+        *sums: Those of each of them.
+
+    Returns:
+        The completed ones of each.
+    """
+    parts = [(w.reductions, x) for w, xs in zip(ws, sums, strict=True) for x in xs]
+    found = iter(ws[0].reductions.sums_together(*parts))
+    return [tuple(next(found) for _ in xs) for xs in sums]
+
+
+def grams_with_old(w: Member, X: Tensor, X_old: Tensor) -> tuple[Tensor, Tensor]:
+    """X^T X and X^T X_old of a factor, equal in bits where X has not moved.
+
+    Ranks may add the parts of one in another order than those of the other, so each says whether
+    its parts differ.
+
+    Args:
+        w: The factor, of which X may be a shard.
+        X: (K, m, r).
+        X_old: (K, m, r), an earlier X.
+    """
+    S, C = gram(X), cross_gram(X, X_old)
+    if w.reductions is LOCAL_REDUCTIONS:
+        return S, C
+    differs = (S != C).any(-1, keepdim=True).any(-2, keepdim=True).to(S.dtype)
+    S, C, differs = completed(w, S, C, differs)
+    return S, torch.where(differs > 0, C, S)
 
 
 def left_matmul(T: Tensor, M: Tensor) -> Tensor:

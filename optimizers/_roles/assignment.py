@@ -22,6 +22,8 @@ class AssignedRow(Row):
         write: How the parameter is rounded, ``"nearest"`` or another mode.
         plan: How the parameter is stepped over ranks, ``"local"`` if nothing is sent for it.
         bytes_per_step: Bytes that this rank sends for it in a step without a refresh.
+        state: ``"float32"`` where ``state_dtype="int8"`` keeps floats, as ranks cut the blocks of
+            256 numbers that have one scale; else "".
     """
 
     layout: str = ""
@@ -30,6 +32,7 @@ class AssignedRow(Row):
     write: str = "nearest"
     plan: str = "local"
     bytes_per_step: int = 0
+    state: str = ""
 
     @override
     def _cells(self) -> dict[str, str]:
@@ -41,6 +44,7 @@ class AssignedRow(Row):
             "write": "" if self.write == "nearest" else self.write,
             "plan": "" if self.plan == "local" else self.plan,
             "bytes": str(self.bytes_per_step or ""),
+            "state": self.state,
         }
 
 
@@ -67,9 +71,10 @@ class OptimizerAssignment(Assignment):
         "write",
         "plan",
         "bytes",
+        "state",
         "why",
     )
-    _optional = ("view", "layout", "centred", "write", "plan", "bytes")
+    _optional = ("view", "layout", "centred", "write", "plan", "bytes", "state")
 
     @override
     def __str__(self) -> str:

@@ -60,6 +60,7 @@ class BaseOptimizer:
         t: int | Tensor,
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
+        n: int | None = None,
     ) -> Tensor:
         """Move the state and return N, a new tensor like R.
 
@@ -69,6 +70,7 @@ class BaseOptimizer:
             t: Number of this update from 1, for all of R or for each row or column.
             reductions: Sums over the columns of the weight (default: those of one process).
             finite: None, or flags (K,), 0 where the state stays and N means nothing.
+            n: Columns of all ranks together (default: None, those of R).
         """
         raise NotImplementedError
 
@@ -102,6 +104,7 @@ class Adam(BaseOptimizer):
         t: int | Tensor,
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
+        n: int | None = None,
     ) -> Tensor:
         M, V = state["exp_avg"], state["exp_avg_sq"]
         beta1, beta2 = self.betas
@@ -129,6 +132,7 @@ class Lion(BaseOptimizer):
         t: int | Tensor,
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
+        n: int | None = None,
     ) -> Tensor:
         M = state["exp_avg"]
         beta1, beta2 = self.betas
@@ -157,6 +161,7 @@ class SGDM(BaseOptimizer):
         t: int | Tensor,
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
+        n: int | None = None,
     ) -> Tensor:
         B = state["momentum_buffer"]
         N = momentum_step(B, R, self.betas[0], kind="sum", finite=finite)
@@ -202,9 +207,10 @@ class Adafactor(BaseOptimizer):
         t: int | Tensor,
         reductions: Reductions = LOCAL_REDUCTIONS,
         finite: Tensor | None = None,
+        n: int | None = None,
     ) -> Tensor:
         check(isinstance(t, int), "Adafactor has one clock for all coordinates")
-        r, n = R.shape[-2:]
+        r, n = R.shape[-2], R.shape[-1] if n is None else n
         beta2 = 1 - float(t) ** self.decay_rate
         rows = reductions.cols(column_squares(R.mT).mT) / n + self.floor
         cols = column_squares(R) / r + self.floor

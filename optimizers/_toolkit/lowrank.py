@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 from typing_extensions import override
@@ -81,8 +80,9 @@ class LowRankRule(Rule, abstract=True):
         P = self.projector
         old = P.state_tensors(w.state)
         rng = StackRNG(self.seed, w.indices, w.t)
-        find = partial(P.find, rng=rng, transposed=w.transposed)
-        new = w.reductions.from_full_matrix(find, w.grad, *old)
+        new = P.find_on_shards(
+            w.grad, *old, rng=rng, transposed=w.transposed, reductions=w.reductions
+        )
         if not w.is_first_refresh:
             change = P.overlap(old, new)
             self.base_optimizer.carry_state(self.moments, w.state, change, w.t - 1)
@@ -109,7 +109,9 @@ class LowRankRule(Rule, abstract=True):
         """
         t = self.adam_step(w)
         if not self.published:
-            return self.base_optimizer.direction(w.state, R, t, w.reductions, w.finite), 1.0
+            n = None if self.proj_type == "full" else w.n
+            base_optimizer = self.base_optimizer
+            return base_optimizer.direction(w.state, R, t, w.reductions, w.finite, n), 1.0
         M = w.state["exp_avg"]
         V = w.state["exp_avg_sq"]
         beta1, beta2 = self.betas

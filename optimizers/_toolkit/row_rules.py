@@ -104,7 +104,7 @@ class RowRule(Rule, abstract=True):
                 )
                 ws.append(w)
                 Ms.append(U)  # (K, m, n), the new momentum
-                squares_found.append(squares if squares is None else w.reductions.cols(squares))
+                squares_found.append(squares)
         terms = self.terms(ws, Ms, squares_found)
         return tuple(w.step(term) for w, term in zip(ws, terms, strict=True))
 
@@ -116,7 +116,8 @@ class RowRule(Rule, abstract=True):
         Args:
             ws: Members with a gradient.
             Ms: Their new momentum, (K, m, n) each.
-            squares: Their squared row norms (K, m, 1), or None where ``squares`` asks for none.
+            squares: Squared norms (K, m, 1) of the rows that are here, or None where ``squares``
+                asks for none.
         """
         w, layout = ws[0], self.pair
         X = join_pairs(torch.cat(list(Ms), -1) if len(Ms) > 1 else Ms[0], layout)
@@ -247,8 +248,9 @@ def row_factors(
 def rms_factor(U: Tensor, target: float, reductions: Reductions, n: int) -> Tensor:
     """Factor (K, 1, 1) that brings the nonzero rows of U (K, m, n) to this root mean square."""
     squares = row_squares(U, reductions)
-    rows = reductions.rows((squares > 0).to(U.dtype).sum(-2, keepdim=True))
-    square_sum = reductions.rows(total(squares.mT))
+    rows = (squares > 0).to(squares.dtype).sum(-2, keepdim=True)
+    both = reductions.rows(torch.cat([rows, total(squares.mT)], -1))  # (K, 1, 2), in one call
+    rows, square_sum = both[..., :1], both[..., 1:]
     ratio = rows * n / square_sum
     # a subnormal sum, as a given eps leaves of tiny gradients, makes the quotient infinite
     ratio = torch.where(ratio.isinf(), (rows * n).sqrt() / square_sum.sqrt(), ratio.sqrt())
@@ -286,23 +288,39 @@ def in_range(numbers: Tensor, least: float, most: float) -> bool:
 
 
 def unit_range(Xs: Sequence[Tensor], reductions: Reductions = LOCAL_REDUCTIONS) -> Sequence[Tensor]:
-    """Matrices of Xs (K, m, n) times a power of two that keeps squares of entries in range.
+    """Matrices of Xs (K, m, n) times a power of two, where squares of entries may leave the range.
 
-    The largest entry comes to [1/2, 1), or as near as a normal power of two brings it, and no bit
-    is lost. Matrices at one place of the stack share the power, shards that of the whole matrix;
-    zero matrices stay.
+    Then the largest entry comes to [1/2, 1), or as near as a normal power of two brings it, and no
+    bit is lost. Matrices at one place of the stack share the power, shards that of the whole
+    matrix; zero matrices stay.
     """
-    # an accelerator would have to wait for the answer, and shards could have different ones
-    if Xs[0].device.type == "cpu" and reductions is LOCAL_REDUCTIONS:
-        norms = [torch.linalg.vector_norm(X, dim=(-2, -1)) for X in Xs]
-        if all(in_range(x, 2.0**-SAFE_EXPONENT, 2.0**SAFE_EXPONENT) for x in norms):
-            return Xs
     largest = reductions.most(reduce(torch.maximum, map(largest_entries, Xs)))  # (K, 1, 1)
+    scale = range_scale(largest)
+    return Xs if scale is None else [X * scale for X in Xs]
+
+
+def range_scale(largest: Tensor) -> Tensor | None:
+    """Powers of two for entries up to these, 1 from 2^-40 to 2^40; None where all are known as 1.
+
+    Shards that agree on the largest entries have equal answers.
+    """
+    low, high = 2.0**-SAFE_EXPONENT, 2.0**SAFE_EXPONENT
+    is_safe = (largest == 0) | ((largest >= low) & (largest <= high))
+    # an accelerator would have to wait for the answer
+    if largest.device.type == "cpu" and bool(is_safe.all()):
+        return None
     exponent = torch.frexp(largest).exponent
     limit = 1 - math.frexp(torch.finfo(largest.dtype).tiny)[1]
-    exponent = (-exponent).clamp(-limit, limit).to(largest.dtype)
-    scale = torch.full_like(largest, 2.0) ** exponent  # ldexp takes its powers in float32
-    return [X * scale for X in Xs]
+    exponent = (-exponent).clamp(-limit, limit).masked_fill(is_safe, 0).to(largest.dtype)
+    return torch.full_like(largest, 2.0) ** exponent  # ldexp takes its powers in float32
+
+
+def largest_of_rows(X: Tensor) -> Tensor:
+    """The largest magnitude in each row of X (K, m, n), as (K, m, 1); 0 if there is no entry."""
+    if X.numel() == 0:
+        return X.new_zeros(*X.shape[:-1], 1)
+    found: Tensor = torch.linalg.vector_norm(X, math.inf, -1, keepdim=True)
+    return found
 
 
 # gate and up --------------------------------------------------------------------------------------

@@ -19,9 +19,13 @@ from stiefel.optimizers._toolkit.moments import (
     total,
 )
 from stiefel.optimizers._toolkit.row_rules import center, rms_factor, row_squares, unit_range
+from stiefel.optimizers.auon import AuONRule
+from stiefel.optimizers.dctadamw import DCTAdamWRule
 from stiefel.optimizers.hybrid import HybridRule
 from stiefel.optimizers.muon import ADJUST_LR_FNS, MuonRule
+from stiefel.optimizers.rownorm import RowNormRule
 from stiefel.optimizers.spectral import SpectralRule
+from stiefel.optimizers.trion import TrionRule
 
 BOTH, NONE = frozenset({"rows", "cols"}), frozenset()
 LOW_RANK = {"polar": "low_rank", "rank": 2, "oversample": 1}
@@ -73,12 +77,31 @@ SETTINGS = {
         {"row_mode": "relative", "centred": True, "order": "polar_then_row"},
         {"row_eps": 1e-2},
     ],
+    RowNormRule: [
+        *COMMON,
+        {"centred": True},
+        {"axis": "cols"},
+        {"axis": "cols", "centred": True, "rms_target": 0.3, "row_mode": "relative"},
+        {"centred": True, "adjust_lr_fn": "none", "eps": 1e-2},
+        *({"row_mode": mode} for mode in ("inverse", "unit", "relative")),
+        {"row_mode": "relative", "momentum": 0.5, "axis": "cols"},
+        {"eps": 1e-2, "row_mode": "unit"},
+    ],
+    AuONRule: [
+        *COMMON,
+        {"nesterov": False},
+        {"variant": "repo2026", "eps": 1e-9},
+        {"gamma": 2.0, "adjust_lr_fn": "aspect"},
+        {"ns_steps": 1, "init_norm": "spectral-bound"},
+    ],
 }
 """Options of the rules that may be cut along both sides."""
 WHOLE_ONLY = {
     MuonRule: {"compat": "torch", "report_steps": 2},
     SpectralRule: {"pair": "halves"},
     HybridRule: {"pair": "halves"},
+    RowNormRule: {"pair": "halves"},
+    AuONRule: {},
 }
 """Options with which they may not."""
 RUNS = [
@@ -150,7 +173,7 @@ def test_no_option_is_forgotten(cls):
 
 
 @pytest.mark.parametrize("pair", ["members", "halves", "interleaved"])
-@pytest.mark.parametrize("cls", [SpectralRule, HybridRule])
+@pytest.mark.parametrize("cls", [SpectralRule, HybridRule, RowNormRule])
 def test_pairs_are_not_cut(cls, pair):
     """Gate and up are joined to a matrix that is laid out unlike the weights."""
     assert cls(pair=pair).splits == NONE
@@ -160,7 +183,7 @@ def test_only_these_rules_may_be_cut():
     assert Rule.splits == NONE
     declared = {name for name, cls in RULE_CLASSES.items() if cls.splits != NONE}
     # of the others one side may be cut, and tests/driver/test_reductions.py runs them
-    one_side = {"AuON", "DCTAdamW", "FRUGAL", "Fira", "GaLore", "RowNorm", "Trion"}
+    one_side = {"DCTAdamW", "FRUGAL", "Fira", "GaLore", "Trion"}
     assert declared - one_side == {cls.method() for cls in SETTINGS}
 
 
@@ -191,3 +214,69 @@ def test_sums_and_maxima_of_no_entries_are_zeros_of_the_usual_shape(m, n):
         assert unit_range([X], reductions)[0].shape == X.shape
     assert center(X, one, 5).shape == X.shape
     assert torch.equal(rms_factor(X, 0.2, one, 5), zeros)
+
+
+# ties ---------------------------------------------------------------------------------------------
+
+
+TIED = [
+    pytest.param(TrionRule(rank=1, adjust_lr_fn="none"), id="trion"),
+    pytest.param(TrionRule(rank=1, adjust_lr_fn="none", norm="l2", basis="dct3"), id="trion l2"),
+    pytest.param(DCTAdamWRule(rank=1, update_proj_gap=2), id="dctadamw"),
+    pytest.param(DCTAdamWRule(rank=1, error_feedback="full", norm="l2"), id="dctadamw l2"),
+]
+"""Rules that choose one cosine by scores that are summed over ranks."""
+
+
+def tied_gradients(lead):
+    """Gradients (2, 2, 8) whose two coefficients are alike in each column, but for one column."""
+    for step in range(4):
+        G = torch.zeros(2, 2, 8)
+        G[:, 0] = torch.linspace(-1, 1, 8).mul(step + 1).sin()
+        G[:, 1, 3] += lead
+        yield G
+
+
+@pytest.mark.parametrize("lead", [0.0, 1e-7, -1e-7, 0.5])
+@pytest.mark.parametrize("rule", TIED)
+def test_all_ranks_choose_alike_and_the_lowest_number_of_a_tie(rule, lead):
+    """A near tie may be decided in another way than on one process, but by all ranks alike."""
+    grads, found = list(tied_gradients(lead)), []
+    for shares in ([8], [5, 3], [3, 2, 0, 3]):
+        ranks = SimulatedRanks(rule, torch.zeros(2, 2, 8), "cols", shares, 0.1)
+        for G in grads:
+            ranks.step(G)
+        found.append(ranks.whole_weights())
+        state = ranks.whole_state()  # fails where an index differs
+        if lead == 0.0 and state.keys() == {"exp_avg", "exp_avg_sq", "index", "age"}:
+            assert not state["index"].any()  # with feedback the other cosine has its turn
+    if abs(lead) != 1e-7:
+        expected, _ = steps_of_one_process(rule, grads, weight_decay=0.0)
+        assert all(error(W, expected[-1]) <= 2e-6 for W in found)
+
+
+# rows of very different sizes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["rows", "cols"])
+@pytest.mark.parametrize("options", [{}, {"axis": "cols"}, {"row_mode": "unit"}], ids=str)
+def test_rows_of_any_size_have_one_length(options, split):
+    """Squares of some leave float32 at either end; a row needs no scale of the others."""
+    rule = RowNormRule(**options, adjust_lr_fn="none")
+    G = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(5))
+    G *= torch.tensor([1.0, 1e-30, 1e25, 0.0, 1e-12]).view(-1, 1)
+    is_turned = rule.axis == "cols"
+    grads = [G.mT.contiguous() if is_turned else G] * 2
+    (_, W), _ = steps_of_one_process(rule, grads, weight_decay=0.0)
+    lengths = torch.linalg.vector_norm(W.mT if is_turned else W, dim=-1)
+    torch.testing.assert_close(lengths, torch.tensor([0.2, 0.2, 0.2, 0.0, 0.2]).expand(2, 5))
+    shares = SHARES_OF_ROWS[split]
+    ranks = SimulatedRanks(rule, torch.zeros_like(grads[0]), split, shares, 0.1)
+    for grad in grads:
+        ranks.step(grad)
+    assert (ranks.whole_weights() - W).abs().max() <= 2e-7
+    assert set(ranks.calls) == ({"cols"} if split == "cols" else set())
+
+
+SHARES_OF_ROWS = {"rows": [2, 0, 3], "cols": [3, 3, 1]}
+"""Parts of the 5 rows, or of the 7 columns, of what the rule sees."""

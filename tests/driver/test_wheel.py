@@ -1,6 +1,7 @@
 """The wheel: every folder of the package is in it, and it steps where the sources are not."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,8 +116,14 @@ def test_the_source_distribution_has_the_package_and_no_half_of_the_tests(tmp_pa
 
 def test_the_version_of_the_project_is_that_of_the_package():
     """Faults row 31; ``stiefel`` is a namespace package, which can have no version of its own."""
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert stiefel.optimizers.__version__ == table["version"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"] and project["project"]["dynamic"] == ["version"]
+    attribute = project["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    assert attribute == "stiefel.optimizers.__version__"
+    version = stiefel.optimizers.__version__
+    heading = rf"^## {re.escape(version)} \(\d{{4}}-\d\d-\d\d\)$"
+    assert re.search(heading, (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
     import stiefel as namespace
 
     assert getattr(namespace, "__file__", None) is None

@@ -27,8 +27,8 @@ EXACT = frozenset(
         *("galore-full", "frugal-randk", "aro", "aro-adam", "aro-eigh", "aro-polar", "AdamW"),
     )
 )
-"""Methods whose formulas see whole matrices, on one process as on ranks, and LoRA pairs."""
-SUMMED = frozenset(METHODS) - EXACT
+"""Methods whose formulas see whole matrices, on one process as on ranks."""
+SUMMED = frozenset({**METHODS, **PAIRS}) - EXACT - {x for x in PAIRS if x.endswith("reference")}
 """Methods that may run on shards, with sums or products of other shapes than on one process."""
 
 
@@ -38,14 +38,15 @@ class Piece:
 
     Attributes:
         shape: Its whole shape.
-        dim: The dimension that is split; None: it is a plain tensor on every rank.
+        dim: The dimension that is split; None: it is a plain tensor on every rank. For a mesh of
+            several axes one for each, None where the axis has replicas.
         view: The view of its group; None: it shares the first group.
         dtype: Name of its dtype.
         mesh: The mesh it lies on, a key of :func:`meshes`.
     """
 
     shape: tuple[int, ...]
-    dim: int | None = 0
+    dim: int | tuple[int | None, ...] | None = 0
     view: str | None = None
     dtype: str = "float32"
     mesh: str = "all"
@@ -105,7 +106,8 @@ def sharded(piece: Piece, X: Tensor, world: int) -> Tensor:
     X = X.to(getattr(torch, piece.dtype))
     if piece.dim is None or world == 0:
         return X
-    return lay(X, meshes(world)[piece.mesh], piece.dim)
+    dims = piece.dim if isinstance(piece.dim, tuple) else (piece.dim,)
+    return lay(X, meshes(world)[piece.mesh], *dims)
 
 
 def parameters(case: Case, world: int) -> list[nn.Parameter]:

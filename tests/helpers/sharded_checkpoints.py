@@ -24,7 +24,8 @@ COLUMNS = {"tall": (13, 12), "wide": (5, 24), "square": (12, 12), "vector": (7,)
 LARGE = {"tall": (70, 84), "wide": (16, 300), "vector": (7,)}
 """Large enough for state in eight bits."""
 PAIR_SHAPES = {"A0": (4, 9), "B0": (7, 4), "A1": (2, 5), "B1": (6, 2)}
-PAIR_COLUMNS = {"A0": (12, 24), "B0": (13, 12)}
+PAIR_COLUMNS = {"A0": (4, 24), "B0": (13, 4)}
+"""A is cut along its columns there and B along its rows, so that they run on shards."""
 WAYS = {
     "dcp": ({}, {}),
     "flat": ({"flatten_optimizer_state_dict": True}, {"flatten_optimizer_state_dict": True}),
@@ -49,7 +50,7 @@ class Case:
 
     Attributes:
         method: Key of METHODS or PAIRS, or "adamw" for matrices in a group of AdamW.
-        dim: Dimension whose shapes are taken, and that matrices are cut along.
+        dim: Dimension whose shapes are taken, and that matrices are cut along; of pairs A.
         cut: Another dimension that matrices are cut along.
         dtype: Dtype of the weights.
         options: Settings of the optimizer.
@@ -94,10 +95,11 @@ def build(case, world, seed=0, mesh=None):
         model.register_parameter(name, weight(shape, seed + k, case.dtype))
     dim = case.dim if case.cut is None else case.cut
     if world:
+        rows = {p for name, p in model.named_parameters() if name[0] == "B" or p.ndim == 1}
         fully_shard(
             model,
             mesh=mesh_of(world) if mesh is None else mesh,
-            shard_placement_fn=lambda p: Shard(dim if p.ndim > 1 else 0),
+            shard_placement_fn=lambda p: Shard(0 if p in rows else dim),
         )
     if case.method in PAIRS:
         params = list(model.parameters())

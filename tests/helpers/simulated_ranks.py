@@ -110,6 +110,7 @@ class ShardReductions(Reductions):
 
     def __init__(self, ranks, rank):
         self._ranks, self._rank = ranks, rank
+        self.has_whole_rows = ranks.split != "cols"
 
     def _ask(self, name, *args):
         return self._ranks.ask(self._rank, name, args)
@@ -125,6 +126,12 @@ class ShardReductions(Reductions):
 
     def most(self, x):
         return self._ask("most", x)
+
+    def sums_together(self, *parts):
+        return tuple(of.both(x) for of, x in parts)
+
+    def most_together(self, *parts):
+        return tuple(of.most(x) for of, x in parts)
 
     def on_one_rank(self, fn, *args):
         return self._ask("on_one_rank", fn, *args)

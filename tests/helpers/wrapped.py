@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "DCTAdamW": {"rank": 2, "update_proj_gap": 2},
     "Trion": {"rank": 2},
 }
-EXACT = ("Muon", "ARO", "AltLoRA", "AdaPreLoRA")
+EXACT = ("Muon", "ARO")
 """Classes that have the bits of one process; others may run on shards, with sums over ranks."""
 
 
