@@ -438,7 +438,7 @@ ODD_LAYOUTS = [
     ((WHOLE, (None, 0)), "reduce"), (((None, 1), WHOLE), "reduce"), (((0, None), WHOLE), "owner"),
     (((None, 1), (None, 0)), "reduce"), (((1, None), (None, 0)), "owner"), ((WHOLE, WHOLE), "local")
 ]  # fmt: skip
-"""How A and B lie on a square mesh, and the plan: on axes of their own they travel."""
+"""How A and B lie on a square mesh, and the plan: cut along two axes they travel."""
 
 
 @pytest.mark.parametrize("spread", [False, True])
@@ -449,9 +449,11 @@ def test_pairs_of_a_whole_factor_and_of_replicas(method, spread):
         for pair, _ in ODD_LAYOUTS
         for shape, dims in zip(PAIR_SHAPES[:2], pair, strict=True)
     )
-    found = check(Case(method, made, options={"spread_replicas": spread}), 4)
+    experts = [Piece((4, 2, 8), (0, 2), mesh="square"), Piece((4, 6, 2), (0, 1), mesh="square")]
+    found = check(Case(method, (*made, *experts), options={"spread_replicas": spread}), 4)
     plans = [plan for _, plan, _ in found[0]["rows"]]
-    assert plans == [plan for _, plan in ODD_LAYOUTS for _ in range(2)]
+    assert plans[:-2] == [plan for _, plan in ODD_LAYOUTS for _ in range(2)]
+    assert plans[-2:] == ["owner"] * 2
 
 
 def watches(rank, world, what):
