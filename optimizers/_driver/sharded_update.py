@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .agreement import (
     FAILED,
+    LEARNS,
     MOVES,
     REFUSED,
     SOUND,
@@ -105,7 +106,6 @@ class _Step:
             self._plan = plan = optimizer._get_plan()
         assert plan.shards is not None
         plan.shards.follow()
-        plan.shards.foresee()
         self._held = plan.shards.gradients(self._grads)
         held = [self._held.get(i, G) for i, G in enumerate(self._grads)]
         self._adamw_steps = optimizer._adamw_steps(plan, held)
@@ -121,6 +121,7 @@ class _Step:
         flags = [False] * STEP_FLAGS
         flags[FAILED], plan.shards.untold = plan.shards.untold, False
         flags[SOUND] = not flags[FAILED]
+        flags[LEARNS] = plan.shards.learns(self._held)
         flags[REFUSED], flags[STOPPED] = "raise" in modes, "skip_step" in modes
         flags[MOVES] = not self._lrs_are_zero() or any(
             G is not None and bool(G.any())
@@ -135,6 +136,7 @@ class _Step:
             flags,
             optimizer._describe,
             lambda i: str(groups[group_of[i]]["nonfinite"]),
+            plan.shards.clocks_of,
         )
         if flags[FAILED] and self.agreed.step[SOUND]:  # where all have failed alike, none is ahead
             raise RankError(

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .agreement import Agreement, held_gradient, layouts_of, teams_of
+from .agreement import LEARNS, Agreement, held_gradient, layouts_of, teams_of
 from .bucket_runs import MAX_WAVE_BYTES, bucket_waves, run_bucket, share_out
 from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, RankError, Team
 from .finite import Findings
 from .layout import Box, Layout, is_sharded, memory
-from .rendezvous import Asked, Rendezvous, Run, ShardReductions
+from .rendezvous import Rendezvous, Run, ShardReductions
 from .replicas import Replicas
 from .shard_plan import work_of
 from .traffic import Sent, traffic_of
@@ -256,7 +256,7 @@ class Shards:
         self._units = units
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
-        self._requests, self._has_foreseen = dict[Hashable, list[Sent]](), False
+        self._requests = dict[Hashable, list[Sent]]()
         self.held_tensors: dict[int, Tensor] = {}
         self.untold = self._is_known = False
         self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
@@ -358,6 +358,7 @@ class Shards:
         )
         self.held_state = HeldState(self._state, owners)
         self._rendezvous_of = dict[int, Rendezvous]()
+        self._learnt = set[tuple[Bucket, bool]]()
         self._bound = list[tuple[dict[str, Any], str, Tensor]]()
 
     def follow(self) -> None:
@@ -377,6 +378,44 @@ class Shards:
         return {} if self.replicas is None else self.replicas.gradients(grads)
 
     # the step -------------------------------------------------------------------------------------
+
+    def learns(self, grads: Mapping[int, Tensor | None]) -> bool:
+        """Whether some bucket of this step has not run yet, so that nobody knows what it will ask.
+
+        Args:
+            grads: What ``gradients`` returned.
+        """
+        plan = self.held_plan
+        if self.replicas is not None and self.replicas.learns():
+            return True
+        if not any(
+            unit.placed is not None and unit.placed.runs_on_shards for unit in self._running
+        ):
+            return False
+        mask = [grads.get(i) is not None for i in range(len(self._plan.flat_params))]
+        if plan.stack_keys != self._plan.stack_keys or plan.is_stale(mask, self.held_state):
+            return True
+        return any(
+            bucket.unit.placed is not None
+            and bucket.unit.placed.runs_on_shards
+            and (bucket, self._refreshes(bucket)) not in self._learnt
+            for bucket in plan.buckets
+        )
+
+    def clocks_of(self, team: Team) -> int:
+        """A number that differs where the clocks of what runs on a team's shards do."""
+        entries = (
+            (self._state.get(unit.params[0], {}), unit)
+            for unit in (*self._running, *(self.replicas.units if self.replicas else ()))
+            if (self._team(unit) or self.team_of.get(unit.positions[0])) is team
+        )
+        keys = [(entry.get(u.step_key, 0), entry.get(u.refreshed_key, 0)) for entry, u in entries]
+        return hash(tuple(keys)) & 0x7FFFFFFE
+
+    def _refreshes(self, bucket: Bucket) -> bool:
+        """Whether the next update of a bucket is due for a refresh."""
+        t, refreshed = bucket.clocks()
+        return bool(self._plan.rule(bucket).refresh_due(t, refreshed, bucket.unit.shift))
 
     def step(
         self,
@@ -462,6 +501,7 @@ class Shards:
                 self._allocate(unit, mask)
             self.held_plan.rebuild(mask, self.held_state)
             self._rendezvous_of.clear()
+            self._learnt.clear()
         for _, loads in self.loads:
             for load in loads:
                 for unit in load.units:
@@ -527,14 +567,13 @@ class Shards:
                 )
                 for i, (cut, layout) in enumerate(zip(placed.cut, placed.layouts, strict=True))
             ]
-            t, refreshed = bucket.clocks()
-            refreshes = rule.refresh_due(t, refreshed, bucket.unit.shift)
             run = partial(run_bucket, optimizer, self.held_plan, bucket, grads, agreed.bad)
-            runs.append((bucket, refreshes, run))
+            runs.append((bucket, self._refreshes(bucket), run))
         try:
-            rendezvous.run(runs, failure)
+            rendezvous.run(runs, failure, agreed.step[LEARNS])
         finally:
             self._is_known = rendezvous.is_known
+        self._learnt.update((bucket, bool(phase)) for bucket, phase, _ in runs)
 
     def _pass_over(self, bucket: Bucket, agreed: Agreement) -> None:
         """Advance the clocks of units of which this process holds no matrix."""
@@ -547,8 +586,7 @@ class Shards:
         bucket.set_step(t)
 
     def _rendezvous(self, team: Team) -> Rendezvous:
-        new = Rendezvous(team, self._pieces_of, self._foreseen)
-        return self._rendezvous_of.setdefault(id(team), new)
+        return self._rendezvous_of.setdefault(id(team), Rendezvous(team, self._pieces_of))
 
     def _pieces_of(
         self, bucket: Bucket, number: int, sides: torch.Size, dtype: torch.dtype
@@ -759,28 +797,6 @@ class Shards:
         if key not in self._requests:
             self._requests[key] = traffic_of(unit, placed.cut, shares, rule)
         return self._requests[key]
-
-    def foresee(self) -> None:
-        """Find what rules on shards are going to ask, for ranks that fail in their first step."""
-        if not self._has_foreseen:
-            for unit in self._running:
-                if unit.placed is not None and unit.placed.plan == "reduce":
-                    self._requests_of(unit)
-            self._has_foreseen = True
-
-    def _foreseen(self, bucket: Bucket, number: int) -> Asked | None:
-        """A sum or a maximum that a bucket asks for in an ordinary step, by its number."""
-        unit = self._whole_unit[bucket.units[0]]
-        placed = unit.placed
-        if placed is None or placed.plan != "reduce":
-            return None
-        if bucket.present != tuple(p.requires_grad for p in unit.params):
-            return None
-        found = [x for x in self._requests_of(unit) if x.call == number]
-        if not found or found[0].kind == "WHOLE":
-            return None
-        sizes = tuple(torch.Size((len(bucket.indices), *x.shape)) for x in found)
-        return found[0].number, found[0].kind, sizes, found[0].dtype
 
     def _bytes_on_shards(self, team: Team, unit: Unit, requests: Sequence[Sent]) -> int:
         """Bytes that this rank sends for a unit whose rule runs on shards."""

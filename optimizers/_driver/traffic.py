@@ -113,6 +113,68 @@ def traffic_of(
         rule: Its rule.
     """
     sent: list[Sent] = []
+    members = _members(unit, cut_by_member, shares, rule, sent)
+    if all(w.grad is None for w in members):
+        return []
+    steps = DirectionIterator(rule.update(*members))
+    for step in steps:
+        if isinstance(step, BatchedCall):
+            steps.answer = step.fn(*step.args)
+        elif step.max_rel_norm is not None:  # such a write asks for norms
+            write_(step.member.value, step, 0.0, 0.0)
+    return sent
+
+
+@torch.no_grad()
+def refresh_is_local(unit: Unit, cut_by_member: Sequence[frozenset[str]], rule: Rule) -> bool:
+    """Whether a refresh on parts of a weight asks other ranks for nothing.
+
+    Args:
+        unit: A unit whose rule runs on shards.
+        cut_by_member: Per member, letters of the sides that are cut.
+        rule: Its rule.
+    """
+    if not rule.refresh_interval:
+        return True
+    sent: list[Sent] = []
+    try:
+        rule.refresh(*_members(unit, cut_by_member, False, rule, sent, _RefreshRecorder))
+    except _Asks:
+        return False
+    return not sent
+
+
+class _Asks(Exception):
+    """A refresh has asked for more than a sum."""
+
+
+class _RefreshRecorder(_Recorder):
+    """Stops a refresh that needs one rank for all, whose function may need the real sides."""
+
+    def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
+        """Tell that one rank is asked."""
+        raise _Asks
+
+    def on_full_matrix(
+        self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
+    ) -> Tensor:
+        """Tell that a matrix travels."""
+        raise _Asks
+
+    def from_full_matrix(self, fn: Callable[..., Any], X: Tensor, *small: Tensor) -> Any:
+        """Tell that a matrix travels."""
+        raise _Asks
+
+
+def _members(
+    unit: Unit,
+    cut_by_member: Sequence[frozenset[str]],
+    shares: bool,
+    rule: Rule,
+    sent: list[Sent],
+    recorder: type[_Recorder] = _Recorder,
+) -> list[Member]:
+    """What a rule sees of a strip of each weight of a unit."""
     members = []
     for i, p in enumerate(unit.params):
         m, n = unit.sides(i)
@@ -140,15 +202,7 @@ def traffic_of(
                 indices=(0,),
                 number=i,
                 transposed=unit.transposed[i],
-                reductions=_Recorder(i, cut, shares, sent),
+                reductions=recorder(i, cut, shares, sent),
             )
         )
-    if all(w.grad is None for w in members):
-        return []
-    steps = DirectionIterator(rule.update(*members))
-    for step in steps:
-        if isinstance(step, BatchedCall):
-            steps.answer = step.fn(*step.args)
-        elif step.max_rel_norm is not None:  # such a write asks for norms
-            write_(step.member.value, step, 0.0, 0.0)
-    return sent
+    return members

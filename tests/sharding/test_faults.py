@@ -1,6 +1,7 @@
 """What goes wrong on shards goes wrong alike on all ranks, and what is sent is what is promised."""
 
 import contextlib
+import copy
 import gc
 import os
 import signal
@@ -313,6 +314,75 @@ def failing(original, is_bad):
     return fails
 
 
+EARLY = (("refresh", 0), ("update", 0), ("update", 1), ("an answer", 0), ("an answer", 1))
+"""Where all weights of one rank fail, and after how many steps: nothing tells what others ask."""
+
+
+def raises_early(rank, world, method, bad):
+    """What a rank says of exceptions in the first steps, and of the steps after them."""
+    from stiefel.optimizers._driver.rendezvous import ShardReductions
+
+    found = []
+    for when, steps in EARLY:
+        case = Case(method, tuple(x for x in pieces(method) if x.dim is not None))
+        params = parameters(case, world)
+        optimizer = optimizer_of(case, params)
+        for step in range(steps):
+            set_gradients(case, params, step, world)
+            optimizer.step()
+        homes = {type(rule) for rule in rules_of(optimizer)}
+        with pytest.MonkeyPatch.context() as patch:
+            if when == "an answer":
+                patch.setattr(ShardReductions, "_ask", failing_later(ShardReductions, rank == bad))
+            for home in homes if when != "an answer" else ():
+                patch.setattr(home, when, failing(getattr(home, when), rank == bad))
+            set_gradients(case, params, steps, world)
+            try:
+                optimizer.step()
+                text = "no error"
+            except Exception as error:
+                text = f"{type(error).__name__}: {error} {error.__cause__}"
+        set_gradients(case, params, steps + 1, world)
+        try:
+            optimizer.step()
+        except RuntimeError as error:  # told late
+            found.append((text, str(error)))
+            continue
+        finite = all(bool(whole(p).isfinite().all()) for p in params)
+        found.append((text, "finite" if finite else "not finite"))
+    return found
+
+
+def failing_later(home, is_bad):
+    """The same method, which fails once it has its answer."""
+    original = home._ask
+
+    def fails(self, *args):
+        answer = original(self, *args)
+        if is_bad:
+            raise ArithmeticError("told to fail")
+        return answer
+
+    return fails
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["galore", "fira", "frugal-columns", "dctadamw", "trion", "muon", "hybrid", "rownorm", "auon"],
+)
+def test_an_exception_of_all_weights_in_the_first_steps_is_raised_on_all_ranks(method):
+    bad = MAIN.index(method) % 2
+    outcomes = [*zip(*pool(2).run(raises_early, method, bad), strict=True)]
+    assert sum("told to fail" in found[bad][0] for found in outcomes) >= 2
+    for (when, steps), found in zip(EARLY, outcomes, strict=True):
+        if "told to fail" not in found[bad][0]:
+            continue
+        assert steps == 1 or "another rank" in found[1 - bad][0], (when, found)
+        nexts = {after for _, after in found}
+        # where the others were through with the step, no rank goes on
+        assert nexts == {"finite"} or all("load" in x or "another rank" in x for x in nexts), found
+
+
 @main
 @pytest.mark.parametrize("bad", [(0,), (0, 1)], ids=str)
 def test_an_exception_in_a_rule_is_raised_on_all_ranks(method, bad):
@@ -441,6 +511,59 @@ def test_a_stalled_rank_ends_the_others_in_time():
         made.close()
     assert found[0].kind not in (None, "hung", "died"), found[0]
     assert time.monotonic() - start < 12
+
+
+def loads_on_some_ranks(rank, world, methods):
+    """What ranks say of a file that one of them refuses, and how far the steps after it are off."""
+    found = []
+    for method in methods:
+        case = Case(method, pieces(method))
+        params = parameters(case, world)
+        optimizer = optimizer_of(case, params)
+        files = []
+        for step in range(3):
+            files.append(
+                (copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params])
+            )
+            set_gradients(case, params, step, world)
+            optimizer.step()
+        first, weights = files[1]
+        given = copy.deepcopy(first)
+        if rank == 1:
+            key = next(k for k in given["state"] if given["state"][k])
+            given["state"][key] = {**given["state"][key], "step": None}
+        before = everything(optimizer, params)
+        texts = []
+        for attempt in range(3):
+            try:
+                if attempt != 1:
+                    optimizer.load_state_dict(given if attempt == 0 else first)
+                else:
+                    optimizer.step()
+                texts.append("")
+            except (RuntimeError, ValueError) as error:
+                texts.append(str(error))
+            if attempt == 0 and rank == 1:  # nobody waits for what this rank sends here
+                held = optimizer.state_dict()["state"].values()
+                assert all(entry["step"] == 3 for entry in held if "step" in entry)
+        with torch.no_grad():
+            for p, W in zip(params, weights, strict=True):
+                p.copy_(W)
+        for step in (1, 2):
+            set_gradients(case, params, step, world)
+            optimizer.step()
+        found.append((texts, far_of(before, everything(optimizer, params))))
+    return found
+
+
+def test_a_load_that_one_rank_refuses_stops_all_ranks_at_the_next_step():
+    methods = ("galore", "muon", "rownorm", "frugal-columns")
+    for own, other in zip(*pool(2).run(loads_on_some_ranks, methods), strict=True):
+        (loaded, stopped, again), apart = own
+        (refused, stopped_too, again_too), apart_too = other
+        assert (loaded, again, again_too) == ("", "", "") and "step" in refused
+        assert "load one checkpoint on all ranks" in stopped and stopped == stopped_too
+        assert apart == apart_too == 0.0
 
 
 # refusals -----------------------------------------------------------------------------------------
