@@ -357,7 +357,7 @@ def test_pairs_send_small_sums_for_all_of_them_together(method, calls, world):
     found = pool(world).run(sums_of_pairs, Case(method, LONG_PAIRS, steps=3))
     for steps, promised, state in found:
         assert {plan for plan, _ in promised} == {"reduce"}
-        for step in steps:
+        for step in steps[1:]:  # in the first one ranks tell each other before each call
             assert [op for op, _ in step] == calls
             sent = 2 * sum(size for _, size in step) * (world - 1) // world
             assert sent == sum(size for _, size in promised)
