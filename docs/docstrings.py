@@ -8,6 +8,7 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:class|func|meth):`~?([\w.]+)`")
+TABLE = re.compile(r"^(=+(?: +=+)+\n.*\n=+(?: +=+)+)$", re.MULTILINE | re.DOTALL)
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 BOX = re.compile(r"::$", re.MULTILINE)
 
@@ -18,7 +19,7 @@ class HouseStyle(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is None:
             return
-        text = BOX.sub(":", obj.docstring.value)
-        text = ROLE.sub(r"`\1`", text)
+        text = re.sub(r"``([^`]+)``", r"`\1`", obj.docstring.value)
+        text = ROLE.sub(r"`\1`", BOX.sub(":", text))
         text = EXAMPLE.sub("Examples:", text)  # the heading under which blocks of code are known
-        obj.docstring.value = re.sub(r"``([^`]+)``", r"`\1`", text)
+        obj.docstring.value = TABLE.sub(r"\n```text\n\1\n```\n", text)

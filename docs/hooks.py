@@ -6,6 +6,7 @@ A line of a page that is one of these comments is replaced:
     <!-- box: Muon -->                 the algorithm of the class docstring
     <!-- section: PATH | HEADING -->   a section of another page, without its heading
     <!-- script: PATH -->              what a script's docstring says, and the script
+    <!-- script: PATH | FROM | TO -->  the same with its lines between two texts above it
 """
 
 from __future__ import annotations
@@ -87,13 +88,26 @@ def relink(body: str, path: str, at: str) -> str:
     return LINK.sub(link, body)
 
 
-def script(path: str) -> str:
-    """A script's docstring as text, then its code."""
+def excerpt(path: str, first: str, last: str) -> str:
+    """The lines of a script from one that has a text up to another one, which is left out."""
+    lines = read(path).splitlines()
+    start = next((i for i, line in enumerate(lines) if first in line), None)
+    ends = (i for i, line in enumerate(lines) if start is not None and i > start and last in line)
+    end = next(ends, None)
+    if start is None or end is None:
+        raise ValueError(f"{path} has no lines from {first!r} to {last!r}")
+    code = textwrap.dedent("\n".join(lines[start:end])).strip()
+    return f"```py\n{code}\n```"  # py: a part of a script does not run by itself
+
+
+def script(path: str, *part: str) -> str:
+    """A script's docstring as text, a part of it if one is asked for, and all of it, folded."""
     text = read(path)
     says = ast.get_docstring(ast.parse(text)) or ""
     title, *rest = says.split("\n\n")
     *words, command = rest
-    parts = [title, *words, f"```\n{command}\n```"]
+    parts = [title, *words, *([excerpt(path, *part)] if part else [])]
+    parts.append(f"```\n{command}\n```")
     code = text.split('"""', 2)[2].strip()
     parts.append(f'??? example "{path}"\n\n' + textwrap.indent(f"```python\n{code}\n```", "    "))
     return "\n\n".join(parts)
@@ -105,9 +119,9 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
     def replacement(match: re.Match[str]) -> str:
         kind, what = match.groups()
+        parts = what.split(" | ")
         if kind == "section":
-            path, heading = what.split(" | ")
-            return section(path, heading, at)
-        return facts(what, at) if kind == "facts" else {"box": box, "script": script}[kind](what)
+            return section(*parts, at)
+        return facts(what, at) if kind == "facts" else {"box": box, "script": script}[kind](*parts)
 
     return MARK.sub(replacement, markdown)

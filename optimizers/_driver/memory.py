@@ -234,7 +234,8 @@ class _Ranks:
 
     count: int
 
-    ndim, device_type = 1, "cpu"
+    ndim = 1
+    device_type = "cpu"
 
     @property
     def shape(self) -> tuple[int, ...]:

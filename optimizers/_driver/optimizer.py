@@ -957,11 +957,12 @@ class StackedOptimizer(Optimizer):
             for member in members:
                 member.refreshed, member.is_first_refresh = t, refreshed == 0
             rule.refresh(*members)
-            bucket.set_refreshed(t)
             bucket.quantize_bases(dequantized)
         yield from self._write_directions(bucket, rule.update(*members), device_finite)
         bucket.quantize(dequantized, t)
         bucket.set_step(t)
+        if refresh_due and nonzero[0]:  # with the other clock, lest an exception part them
+            bucket.set_refreshed(t)
         if device_finite is not None and not unmasked:
             bucket.restore(state_backup, device_finite)
 

@@ -22,20 +22,25 @@ STRIP = 2
 """Rows or columns of the cut side."""
 
 
+SUM, MAX, WHOLE = "SUM", "MAX", "WHOLE"
+
+
 class Sent(NamedTuple):
     """What one member asks other ranks for in an update of one matrix.
 
     Attributes:
         number: Number of the member.
-        is_whole: Whether a whole matrix travels; else a sum or a maximum.
+        kind: ``"SUM"``, ``"MAX"``, or ``"WHOLE"`` for a matrix that travels.
         shape: Shape of what was passed, without the stack.
         dtype: Its dtype.
+        call: Number of the call of the update, which may be about several members.
     """
 
     number: int
-    is_whole: bool
+    kind: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    call: int
 
 
 class _Recorder(Reductions):
@@ -45,40 +50,54 @@ class _Recorder(Reductions):
         self._number, self._cut, self._shares, self._sent = number, cut, shares, sent
         self.has_whole_rows = "n" not in cut
 
-    def _record(self, x: Tensor, needed: bool, is_whole: bool = False) -> Tensor:
+    def _record(self, kind: str, x: Tensor, needed: bool, call: int | None = None) -> Tensor:
         if needed:
-            self._sent.append(Sent(self._number, is_whole, tuple(x.shape[1:]), x.dtype))
+            call = self._next_call if call is None else call
+            self._sent.append(Sent(self._number, kind, tuple(x.shape[1:]), x.dtype, call))
         return x
+
+    @property
+    def _next_call(self) -> int:
+        return self._sent[-1].call + 1 if self._sent else 0
 
     def rows(self, x: Tensor) -> Tensor:
         """Record a sum over the rows."""
-        return self._record(x, "m" in self._cut)
+        return self._record(SUM, x, "m" in self._cut)
 
     def cols(self, x: Tensor) -> Tensor:
         """Record a sum over the columns."""
-        return self._record(x, "n" in self._cut)
+        return self._record(SUM, x, "n" in self._cut)
 
     def both(self, x: Tensor) -> Tensor:
         """Record a sum over all entries."""
-        return self._record(x, bool(self._cut))
+        return self._record(SUM, x, bool(self._cut))
 
     def most(self, x: Tensor) -> Tensor:
         """Record a maximum over all entries."""
-        return self._record(x, bool(self._cut))
+        return self._record(MAX, x, bool(self._cut))
 
     def sums_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
         """Record sums of several members."""
-        return tuple(of.both(x) for of, x in parts)
+        return self._record_together(SUM, parts)
 
     def most_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
         """Record maxima of several members."""
-        return tuple(of.most(x) for of, x in parts)
+        return self._record_together(MAX, parts)
+
+    def _record_together(
+        self, kind: str, parts: Sequence[tuple[Reductions, Tensor]]
+    ) -> tuple[Tensor, ...]:
+        call = self._next_call
+        for of, x in parts:
+            assert isinstance(of, _Recorder)
+            of._record(kind, x, bool(of._cut), call)
+        return tuple(x for _, x in parts)
 
     def on_full_matrix(
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
         """Record a matrix that travels."""
-        return self._record(X, bool(self._cut) or self._shares, is_whole=True)
+        return self._record(WHOLE, X, bool(self._cut) or self._shares)
 
 
 @torch.no_grad()
