@@ -403,10 +403,13 @@ class Shards:
         )
 
     def clocks_of(self, team: Team) -> int:
-        """A number that differs where the clocks of what runs on a team's shards do."""
+        """A number that differs where the clocks of units that ask other ranks of a team do."""
+        asking = (
+            unit for unit in self._running if unit.placed is not None and unit.placed.runs_on_shards
+        )
         entries = (
             (self._state.get(unit.params[0], {}), unit)
-            for unit in (*self._running, *(self.replicas.units if self.replicas else ()))
+            for unit in (*asking, *(self.replicas.units if self.replicas else ()))
             if (self._team(unit) or self.team_of.get(unit.positions[0])) is team
         )
         keys = [(entry.get(u.step_key, 0), entry.get(u.refreshed_key, 0)) for entry, u in entries]

@@ -289,8 +289,8 @@ def check_raised(found, bad):
             assert "told to fail" in text or "another rank" in text, found
     if told_late:
         assert nexts.isdisjoint({"finite", "not finite"}), found
-    else:
-        assert nexts == {"finite"}, found
+    else:  # what asks nothing may have been stepped on other ranks: their clocks have parted then
+        assert nexts == {"finite"} or all("load one checkpoint" in x for x in nexts), found
 
 
 def rules_of(optimizer):
