@@ -86,7 +86,7 @@ class Replicas:
             self._owner_of[unit] = (*self._owner_of.get(unit, ()), rank)
 
     def _shares(self, unit: Unit) -> bool:
-        """Whether ranks share the work for a unit, of which something is asked of whole matrices."""
+        """Whether ranks share the work for a unit: something is asked of its whole matrices."""
         rule, choice = self._plan.rule(unit), self._groups[unit.group].get("plan")
         if unit.placed is not None or choice not in ("auto", "owner"):
             return False
