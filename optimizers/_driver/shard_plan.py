@@ -118,8 +118,8 @@ def place(
     axes = layouts[0].all_axes if spread else cut_axes
     if held is None and not spread:  # whole experts of all ranks travel
         axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
-    held_by = enumerate(zip(held or (), layouts, strict=False))
-    cut = tuple(_letters(unit, i, h, layout) for i, (h, layout) in held_by)
+    pairs = () if held is None else zip(held, layouts, strict=True)
+    cut = tuple(_letters(unit, i, h, x) for i, (h, x) in enumerate(pairs))
     is_whole = held is not None and not any(letters & {"m", "n"} for letters in cut)
     if not axes:
         return Placed("local", layouts, axes, held, cut)
