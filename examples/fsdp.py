@@ -1,8 +1,9 @@
-"""Train the byte model of pretrain.py with FSDP2, and the same on plain tensors beside it.
+"""Train the byte model of pretrain.py over processes, and the same on plain tensors beside it.
 
 torchrun --nproc-per-node 2 examples/fsdp.py --optimizer muon --compare
 torchrun --nproc-per-node 2 examples/fsdp.py --optimizer galore --save runs/half --save-at 25
 torchrun --nproc-per-node 3 examples/fsdp.py --optimizer galore --load runs/half --compare
+torchrun --nproc-per-node 4 examples/fsdp.py --mesh hsdp --compare     or tp, or ep
 python examples/fsdp.py --demo     Muon and GaLore on 2 processes, resumed on 1 and on 3
 
 Every process takes its rows of one global batch, so the losses are those of one process up to
@@ -34,13 +35,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from common import (
     SIZES,
-    ByteLM,
     Corpus,
     Settings,
-    build_model,
     draw_batch,
     load_corpus,
 )
+from meshes import EXPERTS, KINDS, build_model, counted, make_mesh, parts_of, shard
 from methods import (
     UserError,
     build_optimizer,
@@ -66,11 +66,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from stiefel.optimizers import longest_dim_placement
+from stiefel.optimizers import clip_grad_norm_
 
 STEPS, QUICK = 50, 20
 DEMO = "muon,galore"
@@ -97,10 +95,11 @@ class World:
         rank: Number of this process.
         size: How many there are.
         device: Where this process computes.
-        mesh: All of them along one axis.
+        kind: Name of the mesh.
+        mesh: All of them along one axis or two.
     """
 
-    def __init__(self, kind: str, seconds: int) -> None:
+    def __init__(self, kind: str, seconds: int, mesh: str = "fsdp") -> None:
         alone = not dist.is_torchelastic_launched()
         self.rank = 0 if alone else int(os.environ["RANK"])
         self.size = 1 if alone else int(os.environ["WORLD_SIZE"])
@@ -113,7 +112,7 @@ class World:
         # A process that waits for one that has died ends after this time.
         timeout = datetime.timedelta(seconds=seconds)
         dist.init_process_group(backend, timeout=timeout, **(place if alone else {}))
-        self.mesh = init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
+        self.kind, self.mesh = mesh, make_mesh(mesh, self.size, self.device.type)
 
     def __str__(self) -> str:
         return f"{self.size} process" + "es" * (self.size > 1)
@@ -123,8 +122,9 @@ class World:
 
         The average over all processes of these means times their factors is the mean of the batch.
         """
-        rows = batch.tensor_split(self.size)[self.rank]
-        return rows, len(rows) * self.size / len(batch)
+        parts = parts_of(self.kind, self.size)
+        rows = batch.tensor_split(parts)[self.rank * parts // self.size]
+        return rows, len(rows) * parts / len(batch)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -152,26 +152,15 @@ def pick_device(kind: str) -> torch.device:
 # ----------------------------------------------------------------------------------------- runs
 
 
-def shard(model: ByteLM, mesh: DeviceMesh, longest: bool) -> None:
-    """FSDP2 on each block, then on the rest.
-
-    Args:
-        model: Changed in place; its parameters become DTensors.
-        mesh: The processes.
-        longest: Whether a matrix is cut along its longer side, instead of always along its rows.
-    """
-    place = longest_dim_placement(mesh) if longest else None
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, shard_placement_fn=place)
-    fully_shard(model, mesh=mesh, shard_placement_fn=place)
-
-
 class Trainer:
     """Model, optimizer and loop; without a world on plain tensors in this process alone.
 
     Without a world the gradients of as many parts of the batch are added as there were processes:
     ``history`` has [processes, last step] for each part of the run. So both runs add up the same
     numbers, and of two processes the same bits.
+
+    Attributes:
+        calls: Collectives of the optimizer's last step, by name.
     """
 
     def __init__(
@@ -183,13 +172,15 @@ class Trainer:
         longest: bool = False,
         clip: float | None = None,
         history: Sequence[Sequence[int]] = (),
+        kind: str = "fsdp",
     ) -> None:
         s = settings
         self.settings, self.corpus, self.device = s, corpus, device
-        self.world, self.clip, self.history = world, clip, history
-        self.model = build_model(s.d, s.layers, s.heads, s.seq, s.seed).to(device)
+        self.world, self.clip, self.history, self.kind = world, clip, history, kind
+        self.model = build_model(kind, s.d, s.layers, s.heads, s.seq, s.seed).to(device)
+        self.calls: dict[str, int] = {}
         if world is not None:
-            shard(self.model, world.mesh, longest)
+            shard(self.model, kind, world.mesh, longest)
         self.optimizer = build_optimizer(s.method, self.model, s.lr, s.options)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: schedule(step, s.steps)
@@ -208,8 +199,9 @@ class Trainer:
             torch.autograd.backward(loss)
             mean += loss.detach()
         if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
+            clip_grad_norm_(self.model.parameters(), self.clip)
+        with counted() as self.calls:
+            self.optimizer.step()
         self.scheduler.step()
         if self.world is not None:
             mean = self.world.total(mean) / self.world.size
@@ -221,7 +213,8 @@ class Trainer:
         if self.world is not None:
             return [self.world.share(batch)]
         step = len(self.losses)
-        parts = next((size for size, last in self.history if step < last), 1)
+        size = next((size for size, last in self.history if step < last), 1)
+        parts = max(1, parts_of(self.kind, size))
         return [(rows, len(rows) / len(batch)) for rows in batch.tensor_split(parts)]
 
     def train(self, until: int, say: Callable[[str], None]) -> None:
@@ -235,6 +228,8 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """All that decides the numbers of the run but for rounding, as JSON gives it back."""
         values = {**asdict(self.settings), "clip": self.clip}
+        if self.kind == "ep":
+            values["experts"] = EXPERTS
         found: dict[str, Any] = json.loads(json.dumps(clean(values)))
         return found
 
@@ -250,6 +245,13 @@ class Trainer:
             return 0  # elementwise: each process moves what it holds
         rows = self.optimizer.assignment().rows  # type: ignore[attr-defined]
         return sum(row.bytes_per_step for row in rows)
+
+    def plans(self) -> list[str]:
+        """Plans of the weights."""
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            return ["local"]
+        rows = self.optimizer.assignment().rows  # type: ignore[attr-defined]
+        return sorted({row.plan for row in rows})
 
     def whole_weights(self) -> dict[str, Tensor]:
         """All weights on the CPU of rank 0; empty on the others."""
@@ -356,7 +358,12 @@ def compare(
 ) -> dict[str, Any]:
     """The same training on plain tensors, and how far the sharded one is from it."""
     beside = Trainer(
-        trainer.settings, trainer.corpus, trainer.device, clip=trainer.clip, history=history
+        trainer.settings,
+        trainer.corpus,
+        trainer.device,
+        clip=trainer.clip,
+        history=history,
+        kind=trainer.kind,
     )
     beside.train(len(trainer.losses), lambda _: None)
     gaps = [abs(x - y) for x, y in zip(trainer.losses, beside.losses, strict=True)]
@@ -405,6 +412,7 @@ def make_parser() -> argparse.ArgumentParser:
         dest="options",
         help="constructor keyword, such as rank=16 or plan=gather",
     )
+    add("--mesh", choices=tuple(KINDS), default="fsdp", help="default: fsdp; others on 4 processes")
     add("--longest-dim", action="store_true", help="cut matrices along their longer side")
     add("--clip", type=float, metavar="NORM", help="clip gradients, as pretrain.py does at 1")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
@@ -461,7 +469,9 @@ def prepare(args: argparse.Namespace, world: World, out: TextIO) -> Trainer:
         raise UserError(
             f"--save-at {args.save_at} is beyond the {settings.steps} steps of this run."
         )
-    trainer = Trainer(settings, corpus, world.device, world, args.longest_dim, args.clip)
+    trainer = Trainer(
+        settings, corpus, world.device, world, args.longest_dim, args.clip, kind=world.kind
+    )
     matrices, _ = split_parameters(trainer.model)
     sizes = (
         sum(p.numel() for p in trainer.model.parameters()),
@@ -470,7 +480,8 @@ def prepare(args: argparse.Namespace, world: World, out: TextIO) -> Trainer:
     print_header([settings], corpus, sizes, describe(args, shape), out)
     side = "longer side" if args.longest_dim else "rows"
     where = f"{dist.get_backend()} on {world.device.type}"
-    print(f"{world}, {where}; matrices are cut along their {side}\n", file=out, flush=True)
+    print(f"{world}, {where}: {KINDS[world.kind]}", file=out)
+    print(f"Matrices are cut along their {side}\n", file=out, flush=True)
     return trainer
 
 
@@ -494,6 +505,9 @@ def train(args: argparse.Namespace, world: World, out: TextIO) -> tuple[Trainer,
         "device": world.device.type,
         "history": [*history, [world.size, steps]],
         "losses": trainer.losses,
+        "mesh": world.kind,
+        "plans": trainer.plans(),
+        "calls": sum(trainer.calls.values()),
         "sent_bytes": world.gather(trainer.sent_bytes()),
         "state_bytes": world.gather(trainer.held_bytes()),
         "ms_per_step": 1e3 * trainer.seconds / max(1, steps - done),
@@ -502,8 +516,23 @@ def train(args: argparse.Namespace, world: World, out: TextIO) -> tuple[Trainer,
     return trainer, found
 
 
+def print_row(found: dict[str, Any], out: TextIO) -> None:
+    """What docs/sharding.md has a table of."""
+    head = ["optimizer", "mesh", "plans", "calls", "kB sent", "losses differ by", "weights by"]
+    row = [
+        found["settings"]["method"],
+        found["mesh"],
+        ", ".join(found["plans"]),
+        str(found["calls"]),
+        f"{max(found['sent_bytes']) / 1e3:.1f}",
+        f"{found['loss_difference']:.1e}",
+        f"{found['weight_difference']:.1e}",
+    ]
+    print(f"\n{align([head, row])}", file=out)
+
+
 def work(args: argparse.Namespace) -> int:
-    world = World(args.device, args.timeout)
+    world = World(args.device, args.timeout, args.mesh)
     out: TextIO = sys.stdout if world.rank == 0 else io.StringIO()
     try:
         if world.rank == 0:
@@ -520,6 +549,7 @@ def work(args: argparse.Namespace) -> int:
         if args.compare:
             found |= compare(trainer, weights, found["history"])
             print_comparison(found, str(world), out)
+            print_row(found, out)
         write_text(args.out / "results.json", json.dumps(clean(found), indent=1, allow_nan=False))
         print(f"\nWritten to {args.out}: results.json", file=out)
     return int(not math.isfinite(trainer.losses[-1]))

@@ -24,11 +24,11 @@ class UserError(Exception):
 
 
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
-    """The hidden matrices, which the methods train, and everything else."""
+    """The hidden matrices, stacks of experts too, which the methods train, and everything else."""
     matrices: NamedParameters = []
     aux: NamedParameters = []
     for name, p in model.named_parameters():
-        hidden = name.startswith("blocks.") and p.ndim == 2
+        hidden = name.startswith("blocks.") and p.ndim > 1
         (matrices if hidden else aux).append((name, p))
     return matrices, aux
 

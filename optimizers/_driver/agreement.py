@@ -19,10 +19,12 @@ from .layout import Layout, is_sharded, layout_of, local
 
 BAD, NONZERO, PRESENT, ABSENT = range(4)
 """Flags of one parameter."""
-FAILED, REFUSED, STOPPED, MOVES, SOUND = range(5)
+FAILED, REFUSED, STOPPED, MOVES, SOUND, LEARNS = range(6)
 """Flags of the step: an exception, a bad gradient that raises, one that stops, any that is not
-zero, and a rank without an exception."""
-STEP_FLAGS = 5
+zero, a rank without an exception, and one that cannot tell what its buckets are going to ask."""
+STEP_FLAGS = 6
+NO_CLOCKS = -(2**31) + 1
+"""Stands for the clocks of a rank that has failed."""
 
 
 def layouts_of(params: Sequence[Tensor], describe: Callable[[int], str]) -> dict[int, Layout]:
@@ -86,6 +88,7 @@ def agree(
     step_flags: Sequence[bool],
     describe: Callable[[int], str],
     mode_of: Callable[[int], str],
+    clocks_of: Callable[[Team], int] = lambda _: NO_CLOCKS,
 ) -> Agreement:
     """Reduce the flags of a step.
 
@@ -96,22 +99,27 @@ def agree(
         step_flags: Flags of the step on this process.
         describe: Makes words for a message of a position.
         mode_of: The group's ``nonfinite`` of a position.
+        clocks_of: A number that differs where the clocks of a team's units do.
 
     Raises:
         RankError: If another rank has failed.
-        RuntimeError: For a gradient that is there on some ranks only.
+        RuntimeError: For a gradient that is there on some ranks only, and where an exception or a
+            checkpoint has left the ranks at different steps.
     """
     found, flags = Agreement(step=list(step_flags)), _local_flags(grads)
     for position, row in flags.items():
         found.step[MOVES] |= bool(row[NONZERO])
         if position not in team_of:  # whole on this process, and on every other that has it
             _record(found, position, row, mode_of(position))
-    missing = []
+    missing, parted = [], False
     for team in teams:
         positions = [i for i, other in team_of.items() if other is team]
         rows = [flags.get(i, [0, 0, 0, 0]) for i in positions]
         numbers = [x for row in rows for x in row] + [int(x) for x in found.step]
-        reduced = _reduce(team, numbers)
+        clocks = clocks_of(team)
+        reduced = _reduce(team, [clocks, NO_CLOCKS if clocks == NO_CLOCKS else -clocks, *numbers])
+        parted |= NO_CLOCKS not in reduced[:2] and reduced[0] != -reduced[1]
+        del reduced[:2]
         found.step = [bool(x) for x in reduced[-STEP_FLAGS:]]
         for k, i in enumerate(positions):
             row = reduced[4 * k : 4 * k + 4]
@@ -120,9 +128,10 @@ def agree(
                 missing.append(i)
     if len(teams) > 1:
         for team in teams:
-            reduced = _reduce(team, [int(x) for x in found.step] + [int(bool(missing))])
+            wrong = bool(missing or parted)
+            reduced = _reduce(team, [int(x) for x in found.step] + [int(wrong)])
             found.step = [bool(x) for x in reduced[:STEP_FLAGS]]
-            found.step[FAILED] |= bool(reduced[STEP_FLAGS]) and not missing
+            found.step[FAILED] |= bool(reduced[STEP_FLAGS]) and not wrong
     if missing:
         raise RuntimeError(
             f"the gradient of {describe(missing[0])} is there on some ranks only; call "
@@ -131,6 +140,11 @@ def agree(
         )
     if found.step[FAILED] and not step_flags[FAILED]:
         raise RankError(FAILED_ELSEWHERE)
+    if parted and not found.step[FAILED]:
+        raise RuntimeError(
+            "the ranks are at different steps, after an exception or a checkpoint that some of "
+            "them have not loaded; load one checkpoint on all ranks"
+        )
     return found
 
 

@@ -30,8 +30,11 @@ from . import adamw
 from .buckets import StepPlan, buckets_of
 from .checks import check_gradient, check_ready
 from .finite import Findings, Unread, copied_to_host, group_indices, inspect_grads, refuse
+from .layout import is_sharded
 from .param_groups import describe, names_of, warn_user
 from .saved_state import refuse_unsound_state
+from .sharded_backward import ShardedSteps, refuse_what_sends
+from .shards import Shards
 from .units import Unit
 
 if TYPE_CHECKING:
@@ -46,6 +49,9 @@ GUARDS = {
     "limiter": "limiter=True",
 }
 """Options that bound the step of one weight by what is known of this weight alone."""
+
+NO_PASS = -1
+"""Number of the backward pass while the engine calls what was queued for its end."""
 
 H = TypeVar("H", bound="BackwardHandle")
 
@@ -124,6 +130,7 @@ class BackwardHandle:
         self._known_states = 0
         """Parameters that had state at the beginning of the pass."""
         self._norms: list[Tensor] = []
+        self._shards = ShardedSteps(optimizer)
         self._unread: Unread = {}
         self._streams: dict[int, torch.cuda.Stream] = {}
         """By position, the stream on which a gradient of a unit of several weights was made."""
@@ -224,8 +231,10 @@ class BackwardHandle:
                 return
             try:
                 task = torch._C._current_graph_task_id()
+                if task == NO_PASS and self._task is not None:
+                    task = self._task  # fully_shard reduces the last gradients in its own callback
                 if task != self._task:
-                    self._begin(task)
+                    self._begin(task, is_sharded(p))
                 found = self._plan_of.get(p)
                 if found is None:
                     return
@@ -244,9 +253,14 @@ class BackwardHandle:
         """Whether the running backward pass is the one that steps."""
         return self._count == self._every - 1
 
-    def _begin(self, task: int) -> None:
-        """Begin a backward pass: read flags of the last one, follow changes of the groups."""
-        _refuse_nested_pass(sys._getframe())
+    def _begin(self, task: int, sharded: bool) -> None:
+        """Begin a backward pass: read flags of the last one, follow changes of the groups.
+
+        Args:
+            task: Number of the pass.
+            sharded: Whether ``fully_shard`` calls, inside of a function of its own.
+        """
+        _refuse_nested_pass(sys._getframe(), sharded)
         optimizer, self._task = self._optimizer, task
         self._collect_flags()
         optimizer._apply_late_flags()
@@ -311,6 +325,7 @@ class BackwardHandle:
         self._arrived.clear()
         self._collect_flags()
         self._sort_new_states()
+        self._norms += self._shards.norms()
         if self._norms:
             first = self._norms[0]
             norms = torch.stack([norm.to(first.device, first.dtype) for norm in self._norms])
@@ -373,6 +388,9 @@ class BackwardHandle:
         """What the joint step does, for one unit."""
         optimizer, plan = self._optimizer, unit_plan.plan
         groups, state = optimizer.param_groups, optimizer.state
+        if plan.shards is not None:
+            self._update_shards(unit_plan, plan.shards, grads)
+            return
         self._check(unit_plan, grads)
         norms = [_norm(G) for i in unit_plan.positions if (G := grads[i]) is not None]
         self._norms += norms
@@ -403,6 +421,42 @@ class BackwardHandle:
             work.step(found.bad, found.adamw_flags)
         if found.joined or any(found.unread):
             found.add_unread(self._unread, plan, groups, self._group_of)
+
+    def _update_shards(
+        self, unit_plan: UnitPlan, shards: Shards, grads: Sequence[Tensor | None]
+    ) -> None:
+        """The same of a sharded unit: nothing moves before the ranks have agreed."""
+        optimizer, state = self._optimizer, self._optimizer.state
+        before = {p: dict(state[p]) for p in unit_plan.params if p in state}
+        work, held = None, dict[int, Tensor | None]()
+        try:
+            self._check(unit_plan, grads)
+            shards.follow()
+            held = self._shards.held(shards, grads)
+            refuse_unsound_state(unit_plan.plan.units, unit_plan.plan.rules, {}, state, self._texts)
+            if unit_plan.is_adamw:
+                local_grads = [held.get(i) for i in range(len(grads))]
+                work = self._adamw_work(unit_plan, local_grads)
+                work.allocate(state)
+        except BaseException:
+            self._shards.tell_of_failure(shards)
+            _restore_entries(unit_plan.params, state, before)
+            raise
+        try:
+            agreed = self._shards.agree(shards, held)
+            found = Findings(bad=agreed.bad)
+            if found.bad:
+                refuse(found, optimizer.param_groups)
+        except BaseException:
+            _restore_entries(unit_plan.params, state, before)
+            raise
+        self._shards.add_norms(shards, held)
+        if found.bad:
+            optimizer._count([unit_plan.plan.flat_params[i] for i in sorted(found.bad)])
+        if work is None:
+            shards.step(optimizer, held, agreed, lambda: None)
+        else:
+            work.step(found.bad, found.adamw_flags)
 
     def _check(self, unit_plan: UnitPlan, grads: Sequence[Tensor | None]) -> None:
         """Raise if gradients cannot be used; they are looked at when they change their kind."""
@@ -464,6 +518,8 @@ class BackwardHandle:
             unit.detach_from_slab(optimizer.state)
         self._unit_plans = _matrix_plans(optimizer, plan)
         self._unit_plans += _adamw_plans(plan, optimizer.param_groups)
+        for unit_plan in self._unit_plans:
+            self._shards.follow(unit_plan.plan, unit_plan.positions)
         self._plan_of = {
             p: (unit_plan, i)
             for unit_plan in self._unit_plans
@@ -504,14 +560,14 @@ class BackwardHandle:
         replicated = _averaged_later()
         for i, (p, name) in enumerate(zip(params, names_of(groups), strict=True)):
             text, wrong = describe(name, p, i), ""
-            if hasattr(p, "device_mesh"):
-                wrong = "is sharded, so that its gradient is complete only after the backward pass"
-            elif id(p) in replicated:
+            if id(p) in replicated:
                 wrong = "belongs to DistributedDataParallel, which averages gradients only later"
             elif any(hook.handle() not in (None, self) for hook in _own_hooks(p)):
                 wrong = "is stepped in backward by another optimizer already"
             if wrong:
                 raise ValueError(f"step_in_backward(): {text} {wrong}; call step() instead")
+        if any(map(is_sharded, params)):
+            refuse_what_sends(self._optimizer._get_plan(), self._optimizer._describe)
 
 
 def checked_every(every: int, max_norm: float | None, optimizer: StackedOptimizer) -> int:
@@ -675,7 +731,7 @@ def _averaged_later() -> set[int]:
     return {id(p) for wrapper in wrappers for p in wrapper.module.parameters()}
 
 
-def _refuse_nested_pass(frame: FrameType | None) -> None:
+def _refuse_nested_pass(frame: FrameType | None, sharded: bool) -> None:
     """Raise inside of a backward pass that another one runs: its end is not that of all gradients.
 
     Raises:
@@ -684,7 +740,8 @@ def _refuse_nested_pass(frame: FrameType | None) -> None:
     passes = 0
     while frame is not None:
         passes += frame.f_code is _engine_run_backward.__code__
-        if frame.f_code is BackwardCFunction.apply.__code__ or passes > 1:
+        is_inside = frame.f_code is BackwardCFunction.apply.__code__ and (passes or not sharded)
+        if is_inside or passes > 1:
             raise RuntimeError(
                 "step_in_backward() cannot tell the end of a backward pass that runs inside of "
                 "another one; pass use_reentrant=False to torch.utils.checkpoint.checkpoint"

@@ -235,6 +235,7 @@ class _Ranks:
     count: int
 
     ndim = 1
+    device_type = "cpu"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -729,8 +729,8 @@ class StackedOptimizer(Optimizer):
 
         Raises:
             ValueError: For ``max_norm``, an ``every`` below 1, ``nonfinite="skip_step"``, and for
-                parameters whose gradients are final only later: sharded ones, and those of
-                DistributedDataParallel over several processes.
+                parameters whose gradients are final only later: sharded ones for which a step
+                sends anything, and those of DistributedDataParallel over several processes.
             RuntimeError: If the optimizer steps in backward already. ``step(closure)``, the step
                 of a GradScaler and checkpointing with ``use_reentrant=True`` raise it later.
 
@@ -957,11 +957,12 @@ class StackedOptimizer(Optimizer):
             for member in members:
                 member.refreshed, member.is_first_refresh = t, refreshed == 0
             rule.refresh(*members)
-            bucket.set_refreshed(t)
             bucket.quantize_bases(dequantized)
         yield from self._write_directions(bucket, rule.update(*members), device_finite)
         bucket.quantize(dequantized, t)
         bucket.set_step(t)
+        if refresh_due and nonzero[0]:  # with the other clock, lest an exception part them
+            bucket.set_refreshed(t)
         if device_finite is not None and not unmasked:
             bucket.restore(state_backup, device_finite)
 

@@ -23,6 +23,8 @@ from .buckets import Bucket
 from .exchange import FAILED_ELSEWHERE, Exchange, Piece, RankError, Team
 
 Run = Callable[[], None]
+Asked = tuple[int, str, tuple[torch.Size, ...], torch.dtype]
+"""Of a request the number of the member, the kind, shapes and dtype."""
 SUM, MAX, WHOLE, FROM = "SUM", "MAX", "WHOLE", "FROM"
 
 
@@ -230,7 +232,7 @@ class Rendezvous:
         self._pieces_of = pieces_of
         self._running: _Runner | None = None
         self._exchanges: dict[Hashable, Exchange] = {}
-        self._asked: dict[Hashable, tuple[int, str, tuple[torch.Size, ...], torch.dtype]] = {}
+        self._asked: dict[Hashable, Asked] = {}
         self._phases: dict[Bucket, Hashable] = {}
 
     def ask(self, request: Request) -> Any:
@@ -239,13 +241,18 @@ class Rendezvous:
         return self._running.ask(request)
 
     def run(
-        self, runs: Sequence[tuple[Bucket, Hashable, Run]], failure: BaseException | None = None
+        self,
+        runs: Sequence[tuple[Bucket, Hashable, Run]],
+        failure: BaseException | None = None,
+        learns: bool = False,
     ) -> None:
         """Run buckets to the end, which ask other ranks together.
 
         Args:
             runs: Buckets, what their requests depend on beside their rule, and how to run them.
             failure: An exception of this process that the others are to learn of; nothing runs.
+            learns: Whether ranks say before all that is sent whether they have failed, since one
+                that has could not tell what the others are about to send; equal on all ranks.
 
         Raises:
             RankError: If another rank has failed.
@@ -253,6 +260,8 @@ class Rendezvous:
         """
         self.failure, self.is_known = failure, False
         self._phases = {bucket: phase for bucket, phase, _ in runs}
+        if failure is not None and learns:
+            return self._meet()
         if failure is not None:
             stand_ins = [self._stand_in(bucket, 0, []) for bucket, *_ in runs]
             requests_made = [request for request in stand_ins if request is not None]
@@ -265,6 +274,8 @@ class Rendezvous:
         try:
             while waiting:
                 requests = self._resume(waiting, answers, number)
+                if learns:
+                    self._meet()
                 if not requests:
                     break
                 answers = self._answer([request for _, request in requests])
@@ -280,6 +291,18 @@ class Rendezvous:
         if self.failure is not None:
             raise self.failure
 
+    def _meet(self) -> None:
+        """Let all ranks know whether one has failed; raises what failed here, or RankError."""
+        failed = torch.tensor(
+            [self.failure is not None], dtype=torch.int32, device=self.team.device
+        )
+        self.is_known = self.failure is not None
+        self.team.reduce(failed, "MAX")
+        if self.failure is not None:
+            raise self.failure
+        if bool(failed):
+            raise RankError(FAILED_ELSEWHERE)
+
     def _resume(
         self, runners: Sequence[_Runner], answers: Sequence[Any], number: int
     ) -> list[tuple[_Runner | None, Request]]:
@@ -294,7 +317,7 @@ class Rendezvous:
                 self._asked[runner.bucket, self._phases[runner.bucket], number] = asked
                 found.append((runner, result))
             elif kind == "raises":
-                self.failure = self.failure or result
+                self.failure, self.is_known = self.failure or result, False
                 found.append((runner, None))
         live = [request for _, request in found if request is not None]
         requests: list[tuple[_Runner | None, Request]] = []
@@ -309,9 +332,8 @@ class Rendezvous:
     def _stand_in(self, bucket: Bucket, number: int, live: Sequence[Request]) -> Request | None:
         """What a bucket that has raised would have asked, for the other ranks not to wait.
 
-        What it asked in its last step, if buckets of its rule ask for that kind now; in its first
-        step what those ask, since buckets of one rule ask alike, or whole matrices, if its rule
-        needs them.
+        What it asked in its last step, if buckets of its rule ask for that kind now; else what
+        those ask, since buckets of one rule ask alike, or whole matrices, if its rule needs them.
         """
         K, unit = len(bucket.indices), bucket.unit
         asked = self._asked.get((bucket, self._phases[bucket], number))

@@ -8,14 +8,14 @@ rank doing everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .agreement import Agreement
+from .agreement import LEARNS, Agreement
 from .bucket_runs import bucket_waves, run_bucket, share_out
 from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, Team
@@ -74,6 +74,7 @@ class Replicas:
         self.team = Team.of_group(group, kinds[0] if kinds else "cpu")
         self._plan, self._groups = plan, groups
         self._rendezvous = Rendezvous(self.team, self._pieces_of)
+        self._buckets, self._learnt = plan.buckets, set[tuple[Bucket, bool]]()
         self._owner_of = dict[Unit, tuple[int, ...]]()
         shared = [unit for unit in plan.units if self._shares(unit)]
         jobs = [
@@ -90,6 +91,25 @@ class Replicas:
         if unit.placed is not None or choice not in ("auto", "owner"):
             return False
         return not (rule.yields_batched_calls or rule.writes_in_refresh)
+
+    @property
+    def units(self) -> Iterable[Unit]:
+        """Units whose work is shared."""
+        return self._owner_of.keys()
+
+    def learns(self) -> bool:
+        """Whether some bucket has not run yet, so that nobody knows what it will ask."""
+        if self._buckets is not self._plan.buckets:  # sorted anew
+            self._buckets, self._learnt = self._plan.buckets, set()
+            self._rendezvous = Rendezvous(self.team, self._pieces_of)
+        return any((b, self._refreshes(b)) not in self._learnt for b in self._shared())
+
+    def _shared(self) -> list[Bucket]:
+        return [b for b in self._plan.buckets if b.units[0] in self._owner_of]
+
+    def _refreshes(self, bucket: Bucket) -> bool:
+        t, refreshed = bucket.clocks()
+        return bool(self._plan.rule(bucket).refresh_due(t, refreshed, bucket.unit.shift))
 
     def gradients(self, grads: Sequence[Tensor | None]) -> dict[int, Tensor | None]:
         """Gradients of plain parameters."""
@@ -112,7 +132,7 @@ class Replicas:
             agreed: What all ranks know of them.
             tell: Called when the other ranks know of an exception.
         """
-        shared = [b for b in self._plan.buckets if b.units[0] in self._owner_of]
+        shared = self._shared()
         failure: Exception | None = None
         try:
             optimizer._step_matrices(self._plan, grads, found, leave_out={*map(id, shared)})
@@ -122,12 +142,13 @@ class Replicas:
         for wave in bucket_waves(shared):
             runs = [self._run_of(optimizer, bucket, by_position, agreed) for bucket in wave]
             try:
-                self._rendezvous.run(runs, failure)
+                self._rendezvous.run(runs, failure, agreed.step[LEARNS])
             finally:
                 if self._rendezvous.is_known:
                     tell()
             if failure is not None:
                 break
+            self._learnt.update((bucket, bool(phase)) for bucket, phase, _ in runs)
         if failure is not None:
             raise failure
 
@@ -144,12 +165,10 @@ class Replicas:
             ShardReductions(self._rendezvous, bucket, i, shares=rule.needs_full_matrix)
             for i in range(len(bucket.unit.params))
         ]
-        t, refreshed = bucket.clocks()
-        refreshes = rule.refresh_due(t, refreshed, bucket.unit.shift)
         run: Callable[[], None] = partial(
             run_bucket, optimizer, self._plan, bucket, grads, agreed.bad
         )
-        return bucket, refreshes, run
+        return bucket, self._refreshes(bucket), run
 
     def _pieces_of(
         self, bucket: Bucket, number: int, sides: torch.Size, dtype: torch.dtype
@@ -179,9 +198,9 @@ class Replicas:
             if key not in known:
                 none = (frozenset[str](),) * len(unit.params)
                 known[key] = traffic_of(unit, none, True, rule)
-            for _, _, shape, dtype in known[key]:
-                box = tuple((0, side) for side in shape)
-                pieces = [Piece(o, (box,) * len(self.team), shape, dtype) for o in owners]
+            for x in known[key]:
+                box = tuple((0, side) for side in x.shape)
+                pieces = [Piece(o, (box,) * len(self.team), x.shape, x.dtype) for o in owners]
                 size = Exchange(self.team, pieces, torch.device("cpu")).bytes_from_owners()
                 sent[unit.positions[0]] = sent.get(unit.positions[0], 0) + size
         return sent

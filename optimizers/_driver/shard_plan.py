@@ -260,7 +260,8 @@ def _held(
             return None
         own = views_here[unit.number]
         cut = _as_rule_sees(own, unit.transposed[i])
-        if cut and (len(axes) > 1 or not cut <= rule.splits_of(i)):
+        is_one_line = len(axes) == 1 or len(layout.dims) == 1  # so that all ranks add to one sum
+        if cut and not (is_one_line and cut <= rule.splits_of(i)):
             return None
         if cut and unit.writes[i] == "eco":  # a Carry turns errors by the whole of U
             return None

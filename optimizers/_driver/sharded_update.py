@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .agreement import (
     FAILED,
+    LEARNS,
     MOVES,
     REFUSED,
     SOUND,
@@ -120,6 +121,7 @@ class _Step:
         flags = [False] * STEP_FLAGS
         flags[FAILED], plan.shards.untold = plan.shards.untold, False
         flags[SOUND] = not flags[FAILED]
+        flags[LEARNS] = plan.shards.learns(self._held)
         flags[REFUSED], flags[STOPPED] = "raise" in modes, "skip_step" in modes
         flags[MOVES] = not self._lrs_are_zero() or any(
             G is not None and bool(G.any())
@@ -134,6 +136,7 @@ class _Step:
             flags,
             optimizer._describe,
             lambda i: str(groups[group_of[i]]["nonfinite"]),
+            plan.shards.clocks_of,
         )
         if flags[FAILED] and self.agreed.step[SOUND]:  # where all have failed alike, none is ahead
             raise RankError(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .agreement import Agreement, held_gradient, layouts_of, teams_of
+from .agreement import LEARNS, Agreement, held_gradient, layouts_of, teams_of
 from .bucket_runs import MAX_WAVE_BYTES, bucket_waves, run_bucket, share_out
 from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, RankError, Team
@@ -256,6 +256,7 @@ class Shards:
         self._units = units
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
+        self._requests = dict[Hashable, list[Sent]]()
         self.held_tensors: dict[int, Tensor] = {}
         self.untold = self._is_known = False
         self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
@@ -273,7 +274,7 @@ class Shards:
         They are those of single parameters, and where the members of a unit are cut along other
         axes of a mesh than each other, those of all of these axes.
         """
-        teams = {team.ranks: team for team in self.teams}
+        teams = {team.ranks: team for i, team in self.team_of.items() if i in self.layouts}
         for unit in units:
             if unit.placed is not None and unit.placed.axes:
                 team = Team.of_layout(unit.placed.layouts[0], unit.placed.axes)
@@ -357,6 +358,7 @@ class Shards:
         )
         self.held_state = HeldState(self._state, owners)
         self._rendezvous_of = dict[int, Rendezvous]()
+        self._learnt = set[tuple[Bucket, bool]]()
         self._bound = list[tuple[dict[str, Any], str, Tensor]]()
 
     def follow(self) -> None:
@@ -376,6 +378,47 @@ class Shards:
         return {} if self.replicas is None else self.replicas.gradients(grads)
 
     # the step -------------------------------------------------------------------------------------
+
+    def learns(self, grads: Mapping[int, Tensor | None]) -> bool:
+        """Whether some bucket of this step has not run yet, so that nobody knows what it will ask.
+
+        Args:
+            grads: What ``gradients`` returned.
+        """
+        plan = self.held_plan
+        if self.replicas is not None and self.replicas.learns():
+            return True
+        if not any(
+            unit.placed is not None and unit.placed.runs_on_shards for unit in self._running
+        ):
+            return False
+        mask = [grads.get(i) is not None for i in range(len(self._plan.flat_params))]
+        if plan.stack_keys != self._plan.stack_keys or plan.is_stale(mask, self.held_state):
+            return True
+        return any(
+            bucket.unit.placed is not None
+            and bucket.unit.placed.runs_on_shards
+            and (bucket, self._refreshes(bucket)) not in self._learnt
+            for bucket in plan.buckets
+        )
+
+    def clocks_of(self, team: Team) -> int:
+        """A number that differs where the clocks of units that ask other ranks of a team do."""
+        asking = (
+            unit for unit in self._running if unit.placed is not None and unit.placed.runs_on_shards
+        )
+        entries = (
+            (self._state.get(unit.params[0], {}), unit)
+            for unit in (*asking, *(self.replicas.units if self.replicas else ()))
+            if (self._team(unit) or self.team_of.get(unit.positions[0])) is team
+        )
+        keys = [(entry.get(u.step_key, 0), entry.get(u.refreshed_key, 0)) for entry, u in entries]
+        return hash(tuple(keys)) & 0x7FFFFFFE
+
+    def _refreshes(self, bucket: Bucket) -> bool:
+        """Whether the next update of a bucket is due for a refresh."""
+        t, refreshed = bucket.clocks()
+        return bool(self._plan.rule(bucket).refresh_due(t, refreshed, bucket.unit.shift))
 
     def step(
         self,
@@ -461,6 +504,7 @@ class Shards:
                 self._allocate(unit, mask)
             self.held_plan.rebuild(mask, self.held_state)
             self._rendezvous_of.clear()
+            self._learnt.clear()
         for _, loads in self.loads:
             for load in loads:
                 for unit in load.units:
@@ -526,14 +570,13 @@ class Shards:
                 )
                 for i, (cut, layout) in enumerate(zip(placed.cut, placed.layouts, strict=True))
             ]
-            t, refreshed = bucket.clocks()
-            refreshes = rule.refresh_due(t, refreshed, bucket.unit.shift)
             run = partial(run_bucket, optimizer, self.held_plan, bucket, grads, agreed.bad)
-            runs.append((bucket, refreshes, run))
+            runs.append((bucket, self._refreshes(bucket), run))
         try:
-            rendezvous.run(runs, failure)
+            rendezvous.run(runs, failure, agreed.step[LEARNS])
         finally:
             self._is_known = rendezvous.is_known
+        self._learnt.update((bucket, bool(phase)) for bucket, phase, _ in runs)
 
     def _pass_over(self, bucket: Bucket, agreed: Agreement) -> None:
         """Advance the clocks of units of which this process holds no matrix."""
@@ -731,19 +774,12 @@ class Shards:
     def bytes_per_step(self) -> dict[int, int]:
         """Bytes that this rank sends for each parameter in an ordinary step."""
         sent = {} if self.replicas is None else self.replicas.bytes_per_step()
-        known: dict[Hashable, list[Sent]] = {}  # weights of one shape ask alike
         for unit in self._owner_of:
             placed, team = unit.placed, self._team(unit)
             if placed is not None and placed.runs_on_shards and team is not None:
-                sides = tuple(unit.sides(i) for i in range(len(unit.params)))
-                rule = self._plan.rule(unit)
-                shares = placed.shares and rule.needs_full_matrix
-                kinds = tuple((p.dtype, p.requires_grad) for p in unit.params)
-                key = unit.rule, unit.key[:3], sides, placed.cut, kinds, shares
-                if key not in known:
-                    known[key] = traffic_of(unit, placed.cut, shares, rule)
+                requests = self._requests_of(unit)
                 for i, position in enumerate(unit.positions):
-                    own = [x for x in known[key] if x.number == i]
+                    own = [x for x in requests if x.number == i]
                     size = self._bytes_on_shards(team, unit, own)
                     sent[position] = sent.get(position, 0) + size
         for team, loads in self.loads:
@@ -752,11 +788,24 @@ class Shards:
                     sent[position] = self._bytes_of_load(team, load, i)
         return sent
 
+    def _requests_of(self, unit: Unit) -> list[Sent]:
+        """What a unit whose rule runs on shards asks for in an ordinary step."""
+        placed, rule = unit.placed, self._plan.rule(unit)
+        assert placed is not None
+        shares = placed.shares and rule.needs_full_matrix
+        sides = tuple(unit.sides(i) for i in range(len(unit.params)))
+        kinds = tuple((p.dtype, p.requires_grad) for p in unit.params)
+        # weights of one shape ask alike; the rule may get other values in mid-run
+        key = repr(rule), unit.key[:3], sides, placed.cut, kinds, shares
+        if key not in self._requests:
+            self._requests[key] = traffic_of(unit, placed.cut, shares, rule)
+        return self._requests[key]
+
     def _bytes_on_shards(self, team: Team, unit: Unit, requests: Sequence[Sent]) -> int:
         """Bytes that this rank sends for a unit whose rule runs on shards."""
         total, count = 0, _count(unit)
-        for number, is_whole, shape, dtype in requests:
-            if not is_whole:  # each rank sends a part to all others, twice
+        for number, kind, shape, dtype, _ in requests:
+            if kind != "WHOLE":  # each rank sends a part to all others, twice
                 size = count * math.prod(shape) * dtype.itemsize
                 total += 2 * size * (len(team) - 1) // len(team)
                 continue

@@ -22,20 +22,25 @@ STRIP = 2
 """Rows or columns of the cut side."""
 
 
+SUM, MAX, WHOLE = "SUM", "MAX", "WHOLE"
+
+
 class Sent(NamedTuple):
     """What one member asks other ranks for in an update of one matrix.
 
     Attributes:
         number: Number of the member.
-        is_whole: Whether a whole matrix travels; else a sum or a maximum.
+        kind: ``"SUM"``, ``"MAX"``, or ``"WHOLE"`` for a matrix that travels.
         shape: Shape of what was passed, without the stack.
         dtype: Its dtype.
+        call: Number of the call of the update, which may be about several members.
     """
 
     number: int
-    is_whole: bool
+    kind: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    call: int
 
 
 class _Recorder(Reductions):
@@ -45,40 +50,54 @@ class _Recorder(Reductions):
         self._number, self._cut, self._shares, self._sent = number, cut, shares, sent
         self.has_whole_rows = "n" not in cut
 
-    def _record(self, x: Tensor, needed: bool, is_whole: bool = False) -> Tensor:
+    def _record(self, kind: str, x: Tensor, needed: bool, call: int | None = None) -> Tensor:
         if needed:
-            self._sent.append(Sent(self._number, is_whole, tuple(x.shape[1:]), x.dtype))
+            call = self._next_call if call is None else call
+            self._sent.append(Sent(self._number, kind, tuple(x.shape[1:]), x.dtype, call))
         return x
+
+    @property
+    def _next_call(self) -> int:
+        return self._sent[-1].call + 1 if self._sent else 0
 
     def rows(self, x: Tensor) -> Tensor:
         """Record a sum over the rows."""
-        return self._record(x, "m" in self._cut)
+        return self._record(SUM, x, "m" in self._cut)
 
     def cols(self, x: Tensor) -> Tensor:
         """Record a sum over the columns."""
-        return self._record(x, "n" in self._cut)
+        return self._record(SUM, x, "n" in self._cut)
 
     def both(self, x: Tensor) -> Tensor:
         """Record a sum over all entries."""
-        return self._record(x, bool(self._cut))
+        return self._record(SUM, x, bool(self._cut))
 
     def most(self, x: Tensor) -> Tensor:
         """Record a maximum over all entries."""
-        return self._record(x, bool(self._cut))
+        return self._record(MAX, x, bool(self._cut))
 
     def sums_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
         """Record sums of several members."""
-        return tuple(of.both(x) for of, x in parts)
+        return self._record_together(SUM, parts)
 
     def most_together(self, *parts: tuple[Reductions, Tensor]) -> tuple[Tensor, ...]:
         """Record maxima of several members."""
-        return tuple(of.most(x) for of, x in parts)
+        return self._record_together(MAX, parts)
+
+    def _record_together(
+        self, kind: str, parts: Sequence[tuple[Reductions, Tensor]]
+    ) -> tuple[Tensor, ...]:
+        call = self._next_call
+        for of, x in parts:
+            assert isinstance(of, _Recorder)
+            of._record(kind, x, bool(of._cut), call)
+        return tuple(x for _, x in parts)
 
     def on_full_matrix(
         self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
     ) -> Tensor:
         """Record a matrix that travels."""
-        return self._record(X, bool(self._cut) or self._shares, is_whole=True)
+        return self._record(WHOLE, X, bool(self._cut) or self._shares)
 
 
 @torch.no_grad()
@@ -94,6 +113,68 @@ def traffic_of(
         rule: Its rule.
     """
     sent: list[Sent] = []
+    members = _members(unit, cut_by_member, shares, rule, sent)
+    if all(w.grad is None for w in members):
+        return []
+    steps = DirectionIterator(rule.update(*members))
+    for step in steps:
+        if isinstance(step, BatchedCall):
+            steps.answer = step.fn(*step.args)
+        elif step.max_rel_norm is not None:  # such a write asks for norms
+            write_(step.member.value, step, 0.0, 0.0)
+    return sent
+
+
+@torch.no_grad()
+def refresh_is_local(unit: Unit, cut_by_member: Sequence[frozenset[str]], rule: Rule) -> bool:
+    """Whether a refresh on parts of a weight asks other ranks for nothing.
+
+    Args:
+        unit: A unit whose rule runs on shards.
+        cut_by_member: Per member, letters of the sides that are cut.
+        rule: Its rule.
+    """
+    if not rule.refresh_interval:
+        return True
+    sent: list[Sent] = []
+    try:
+        rule.refresh(*_members(unit, cut_by_member, False, rule, sent, _RefreshRecorder))
+    except _Asks:
+        return False
+    return not sent
+
+
+class _Asks(Exception):
+    """A refresh has asked for more than a sum."""
+
+
+class _RefreshRecorder(_Recorder):
+    """Stops a refresh that needs one rank for all, whose function may need the real sides."""
+
+    def on_one_rank(self, fn: Callable[..., Any], *args: Tensor) -> Any:
+        """Tell that one rank is asked."""
+        raise _Asks
+
+    def on_full_matrix(
+        self, fn: Callable[..., Tensor], X: Tensor, *per_matrix: Sequence[Any] | Tensor
+    ) -> Tensor:
+        """Tell that a matrix travels."""
+        raise _Asks
+
+    def from_full_matrix(self, fn: Callable[..., Any], X: Tensor, *small: Tensor) -> Any:
+        """Tell that a matrix travels."""
+        raise _Asks
+
+
+def _members(
+    unit: Unit,
+    cut_by_member: Sequence[frozenset[str]],
+    shares: bool,
+    rule: Rule,
+    sent: list[Sent],
+    recorder: type[_Recorder] = _Recorder,
+) -> list[Member]:
+    """What a rule sees of a strip of each weight of a unit."""
     members = []
     for i, p in enumerate(unit.params):
         m, n = unit.sides(i)
@@ -121,15 +202,7 @@ def traffic_of(
                 indices=(0,),
                 number=i,
                 transposed=unit.transposed[i],
-                reductions=_Recorder(i, cut, shares, sent),
+                reductions=recorder(i, cut, shares, sent),
             )
         )
-    if all(w.grad is None for w in members):
-        return []
-    steps = DirectionIterator(rule.update(*members))
-    for step in steps:
-        if isinstance(step, BatchedCall):
-            steps.answer = step.fn(*step.args)
-        elif step.max_rel_norm is not None:  # such a write asks for norms
-            write_(step.member.value, step, 0.0, 0.0)
-    return sent
+    return members

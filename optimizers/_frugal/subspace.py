@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -85,8 +84,9 @@ class SubspaceSplit(GradientSplit):
         assert w.grad is not None
         P = self.projector
         old = P.state_tensors(w.state)
-        find = partial(P.find, rng=rng, transposed=w.transposed)
-        new = w.reductions.from_full_matrix(find, w.grad, *old)
+        new = P.find_on_shards(
+            w.grad, *old, rng=rng, transposed=w.transposed, reductions=w.reductions
+        )
         if not w.is_first_refresh:
             base_optimizer.carry_state(policy, w.state, P.overlap(old, new), w.t - 1)
         P.install(w.state, new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -55,6 +56,14 @@ class Projector:
                 signs only.
         """
         raise NotImplementedError
+
+    def find_on_shards(
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool, reductions: Reductions
+    ) -> tuple[Tensor, ...]:
+        """:meth:`find` for the whole of G, whose columns may lie on several ranks."""
+        find = partial(self.find, rng=rng, transposed=transposed)
+        found: tuple[Tensor, ...] = reductions.from_full_matrix(find, G, *old)
+        return found
 
     def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         """R as a new tensor (K, r, n) or (K, r, r), in G's dtype and at least float32."""

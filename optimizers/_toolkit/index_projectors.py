@@ -71,11 +71,31 @@ class IndexProjector(Projector):
 
     def _choose(self, G: Tensor, r: int, rng: StackRNG, k: int) -> Tensor:
         """Choose r different indices for one matrix G (m, n)."""
-        scores = torch.zeros(G.shape[0], dtype=work_dtype(G), device=G.device)
-        for _, X in normalized_panels(G, work_dtype(G)):
-            scores += self._scores(X)
+        scores = self._total_scores(G)
         # a stable sort takes the lowest index among equal scores; topk takes any
         return scores.sort(descending=True, stable=True).indices[:r]
+
+    @override
+    def find_on_shards(
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool, reductions: Reductions
+    ) -> tuple[Tensor, ...]:
+        """Scores are summed over ranks, so that all choose alike and no gradient travels."""
+        if reductions is LOCAL_REDUCTIONS:
+            return self.find(G, *old, rng=rng, transposed=transposed)
+        r = old[0].shape[-1]
+        check_rank(r, G.shape[-2])
+        largest = reductions.most(largest_entries(G)).to(work_dtype(G))
+        with full_precision_matmul(G.device):
+            scores = torch.stack(list(map(self._total_scores, G, largest.flatten())))
+        order = reductions.cols(scores).sort(dim=-1, descending=True, stable=True).indices
+        return (order[:, :r].sort(dim=-1).values.to(torch.int32),)
+
+    def _total_scores(self, G: Tensor, largest: Tensor | None = None) -> Tensor:
+        """Scores (m,) of every index on one matrix G (m, n) over its largest entry."""
+        scores = torch.zeros(G.shape[0], dtype=work_dtype(G), device=G.device)
+        for _, X in normalized_panels(G, work_dtype(G), largest):
+            scores += self._scores(X)
+        return scores
 
     def _scores(self, X: Tensor) -> Tensor:
         """Score every index on some columns X (m, w) of G / max|G|; scores of panels add up."""
@@ -118,6 +138,13 @@ class TopKProjector(IndexProjector):
 @dataclass(frozen=True)
 class RandKProjector(TopKProjector):
     """Random rows, each set equally likely: E[P P^T] = (r / m) I."""
+
+    @override
+    def find_on_shards(
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool, reductions: Reductions
+    ) -> tuple[Tensor, ...]:
+        """Every rank draws the same rows, of which all have all."""
+        return self.find(G, *old, rng=rng, transposed=transposed)
 
     def _choose(self, G: Tensor, r: int, rng: StackRNG, k: int) -> Tensor:
         return random_order(G.shape[0], rng.generator(k))[:r]

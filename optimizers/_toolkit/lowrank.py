@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 from typing_extensions import override
@@ -81,8 +80,9 @@ class LowRankRule(Rule, abstract=True):
         P = self.projector
         old = P.state_tensors(w.state)
         rng = StackRNG(self.seed, w.indices, w.t)
-        find = partial(P.find, rng=rng, transposed=w.transposed)
-        new = w.reductions.from_full_matrix(find, w.grad, *old)
+        new = P.find_on_shards(
+            w.grad, *old, rng=rng, transposed=w.transposed, reductions=w.reductions
+        )
         if not w.is_first_refresh:
             change = P.overlap(old, new)
             self.base_optimizer.carry_state(self.moments, w.state, change, w.t - 1)

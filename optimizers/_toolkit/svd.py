@@ -229,12 +229,21 @@ def right_basis(G: Tensor, P: Tensor) -> Tensor:
     return Q
 
 
-def normalized_panels(G: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield column panels of G / max|G|, contiguous, so that strides of G change no bits."""
+def normalized_panels(
+    G: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield column panels of G / scale, contiguous, so that strides of G change no bits.
+
+    Args:
+        G: (m, n).
+        dtype: Dtype of the panels.
+        scale: One number (default: None, the largest magnitude in G).
+    """
     m, n = G.shape
     width = max(64, _GRAM_PANEL // m)
-    low, high = G.aminmax()  # no temporary, and far cheaper than a norm
-    scale = torch.maximum(-low, high).to(dtype)
+    if scale is None:
+        low, high = G.aminmax()  # no temporary, and far cheaper than a norm
+        scale = torch.maximum(-low, high).to(dtype)
     for start in range(0, n, width):
         columns = slice(start, min(start + width, n))
         X = torch.empty(m, columns.stop - start, dtype=dtype, device=G.device)

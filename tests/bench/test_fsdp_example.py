@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.paths import EXAMPLES
+from helpers.ranks import pool
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -79,6 +80,7 @@ def test_shares_make_up_the_batch_and_its_mean(size: int, rows: int) -> None:
     for rank in range(size):
         world = object.__new__(fsdp.World)
         world.rank, world.size, world.device = rank, size, torch.device("cpu")
+        world.kind = "fsdp"
         share, factor = world.share(batch)
         assert len(share) > 0
         shares.append(share)
@@ -97,6 +99,43 @@ def test_gpus_are_taken_if_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> 
     assert fsdp.pick_device("auto") == torch.device("cpu")
     with pytest.raises(methods.UserError, match="2 processes need 2 GPUs, here are 1"):
         fsdp.pick_device("cuda")
+
+
+# --------------------------------------------------------------------------- meshes of two axes
+
+
+def on_mesh(rank: int, size: int, kind: str, name: str, path: str) -> dict[str, Any]:
+    """Three steps on a mesh, and on rank 0 those of plain tensors."""
+    world = object.__new__(fsdp.World)
+    world.rank, world.size, world.device, world.kind = rank, size, torch.device("cpu"), kind
+    world.mesh = fsdp.make_mesh(kind, size, "cpu")
+    arguments = ["--optimizer", name, "--steps", "3", *TINY, "--corpus", path, "--mesh", kind]
+    args = fsdp.make_parser().parse_args(arguments)
+    corpus = fsdp.load_corpus(path, SHAPE["seq"])
+    settings = fsdp.make_settings(args, corpus, fsdp.model_shape(args))
+    trainer = fsdp.Trainer(settings, corpus, world.device, world, clip=0.5, kind=kind)
+    trainer.train(3, lambda _: None)
+    weights = trainer.whole_weights()
+    found = {"calls": trainer.calls, "plans": trainer.plans(), "sent": trainer.sent_bytes()}
+    if rank == 0:
+        found |= fsdp.compare(trainer, weights, [[size, 3]])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["hsdp", "tp", "ep"])
+@pytest.mark.parametrize("name", ["muon", "galore"])
+def test_a_mesh_trains_as_plain_tensors(kind: str, name: str, text: Path) -> None:
+    found = pool(4).run(on_mesh, kind, name, str(text))
+    assert found[0]["loss_difference"] < 1e-4
+    assert found[0]["weight_difference"] < (1e-3 if name == "muon" else 5e-2)
+    assert set(found[0]["calls"]) <= {"all_reduce", "all_to_all_single"}
+    assert "gather" not in found[0]["plans"]
+    assert all(rank["sent"] > 0 for rank in found)
+
+
+def test_a_mesh_of_two_axes_needs_four_processes() -> None:
+    with pytest.raises(methods.UserError, match="--mesh tp needs 4 processes"):
+        fsdp.make_mesh("tp", 2, "cpu")
 
 
 # ------------------------------------------------------------------------------- one process

@@ -115,14 +115,18 @@ CASES = {
     "aro, svd": (ARORule(init="svd"), {"cols": {"most", "cols", "both", FULL, ONE, FROM}}),
     "galore": (GaLoreRule(**LOW_RANK), {"cols": {FROM}}),
     "galore, rotate": (GaLoreRule(**LOW_RANK, moments="rotate"), {"cols": {FROM}}),
-    "galore, dct": (GaLoreRule(**LOW_RANK, projection="dct"), {"cols": {FROM}}),
+    "galore, dct": (GaLoreRule(**LOW_RANK, projection="dct"), {"cols": {"most", "cols"}}),
+    "galore, randk": (
+        GaLoreRule(**LOW_RANK, projection="randk", moments="match"),
+        {"cols": set()},
+    ),
     "galore, adafactor": (
         GaLoreRule(**LOW_RANK, inner="adafactor"),
         {"cols": {"cols", "most", FROM}},
     ),
     "galore, lion, topk": (
         GaLoreRule(**LOW_RANK, inner="lion", projection="topk", moments="match"),
-        {"cols": {FROM}},
+        {"cols": {"most", "cols"}},
     ),
     "fira": (FiraRule(**LOW_RANK), {"cols": {"cols", FROM}}),
     "fira, matrix": (

@@ -253,3 +253,30 @@ def test_all_ranks_choose_alike_and_the_lowest_number_of_a_tie(rule, lead):
     if abs(lead) != 1e-7:
         expected, _ = steps_of_one_process(rule, grads, weight_decay=0.0)
         assert all(error(W, expected[-1]) <= 2e-6 for W in found)
+
+
+# rows of very different sizes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["rows", "cols"])
+@pytest.mark.parametrize("options", [{}, {"axis": "cols"}, {"row_mode": "unit"}], ids=str)
+def test_rows_of_any_size_have_one_length(options, split):
+    """Squares of some leave float32 at either end; a row needs no scale of the others."""
+    rule = RowNormRule(**options, adjust_lr_fn="none")
+    G = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(5))
+    G *= torch.tensor([1.0, 1e-30, 1e25, 0.0, 1e-12]).view(-1, 1)
+    is_turned = rule.axis == "cols"
+    grads = [G.mT.contiguous() if is_turned else G] * 2
+    (_, W), _ = steps_of_one_process(rule, grads, weight_decay=0.0)
+    lengths = torch.linalg.vector_norm(W.mT if is_turned else W, dim=-1)
+    torch.testing.assert_close(lengths, torch.tensor([0.2, 0.2, 0.2, 0.0, 0.2]).expand(2, 5))
+    shares = SHARES_OF_ROWS[split]
+    ranks = SimulatedRanks(rule, torch.zeros_like(grads[0]), split, shares, 0.1)
+    for grad in grads:
+        ranks.step(grad)
+    assert (ranks.whole_weights() - W).abs().max() <= 2e-7
+    assert set(ranks.calls) == ({"cols"} if split == "cols" else set())
+
+
+SHARES_OF_ROWS = {"rows": [2, 0, 3], "cols": [3, 3, 1]}
+"""Parts of the 5 rows, or of the 7 columns, of what the rule sees."""

@@ -882,15 +882,16 @@ def test_data_parallel_of_several_processes_is_refused():
         torch.distributed.destroy_process_group()
 
 
-def test_sharded_parameters_are_refused(one_process):
+def test_dtensors_of_one_process_are_stepped(one_process):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     mesh = init_device_mesh("cpu", (1,))
-    p = nn.Parameter(distribute_tensor(torch.ones(5), mesh, [Replicate()]))
-    optimizer = Muon([p])
-    with pytest.raises(ValueError, match="is sharded"):
-        optimizer.step_in_backward()
+    p = nn.Parameter(distribute_tensor(torch.ones(5, 4), mesh, [Replicate()]))
+    with Muon([("w", p)]).step_in_backward() as handle:
+        (p * p).sum().backward()
+        assert p.grad is None and handle.grad_norm == pytest.approx(80**0.5)
+    assert not bool((p.full_tensor() == 1).any())
 
 
 def test_compiled_models():

@@ -31,6 +31,8 @@ class Row:
             ``("MAX", elements)``, ``("meet", elements)`` for a matrix that goes to its owner and
             comes back, or ``("ride", 0)`` where all goes there.
         state: Elements of state on the fullest rank.
+        refresh: What a refresh asks for before that; ``("there", elements)`` of a gradient that
+            goes to an owner, and ``("back", elements)`` of what it gives to each other rank.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Row:
     plan: str
     calls: tuple[tuple[str, int], ...]
     state: int
+    refresh: tuple[tuple[str, int], ...] = ()
 
 
 def weight_of(row: Row, world: int) -> tuple[nn.Parameter, torch.Tensor]:
@@ -62,7 +65,7 @@ def traffic():
     seen, reduce, send = [], Team.reduce, Team.send
 
     def spied_reduce(self, x, op):
-        kind = "flags" if x.dtype == torch.int32 else op
+        kind = {torch.int32: "flags", torch.int64: "header"}.get(x.dtype, op)
         seen.append((kind, x.numel(), x.element_size()))
         return reduce(self, x, op)
 
@@ -82,10 +85,12 @@ def measured(row: Row, world: int) -> dict[str, Any]:
     p, G = weight_of(row, world)
     optimizer = build(row, p)
     (promised,) = optimizer.assignment()
+    steps = []
     for _ in range(2):
         p.grad = G.clone()
         with recorded() as calls, traffic() as seen:
             optimizer.step()
+        steps.append(seen)
     state = [x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)]
     held = [x.to_local() if hasattr(x, "placements") else x for x in state]
     whole = [x for x in state if not hasattr(x, "placements") or is_replicated(x)]
@@ -96,6 +101,7 @@ def measured(row: Row, world: int) -> dict[str, Any]:
         "calls": [name for name, _ in calls],
         "seen": [(kind, count) for kind, count, _ in seen],
         "sums": [call for call in seen if call[0] in ("SUM", "MAX")],
+        "first": [(kind, count) for kind, count, _ in steps[0]],
         "state": sum(x.numel() for x in held if x.ndim),  # AdamW's clock has no dimension
         "state bytes": sum(x.numel() * x.element_size() for x in held),
         "whole bytes": size_of_whole,

@@ -8,7 +8,7 @@ from helpers.ranks import pool
 from helpers.sharded import difference, digest, lay, meshes, whole
 from torch import nn
 
-from stiefel.optimizers._driver import shards
+from stiefel.optimizers._driver import bucket_runs, shards
 
 COUNT, SIDE = 12, 272
 """Too large for a stack, on either rank."""
@@ -17,7 +17,7 @@ COUNT, SIDE = 12, 272
 def peak(rank, world, method, wave_bytes):
     """Most bytes that a step of many equal weights holds for a while, beside the second's."""
     mesh, before = meshes(world)["all"], shards.MAX_WAVE_BYTES
-    shards.MAX_WAVE_BYTES = wave_bytes
+    shards.MAX_WAVE_BYTES = bucket_runs.MAX_WAVE_BYTES = wave_bytes
     try:
         draw = torch.Generator().manual_seed(0)
         params = [
@@ -32,7 +32,7 @@ def peak(rank, world, method, wave_bytes):
             optimizer.step()
         return counter.peak
     finally:
-        shards.MAX_WAVE_BYTES = before
+        shards.MAX_WAVE_BYTES = bucket_runs.MAX_WAVE_BYTES = before
 
 
 @pytest.mark.parametrize("method", ["muon", "aro"])

@@ -59,9 +59,15 @@ def check_carried(case, way, worlds, folder, source=2):
         assert same(on(world, load, case, way, str(folder))["state"], state), world
 
 
-@pytest.mark.parametrize("method", EVERY)
-def test_state_of_every_method_is_carried(method, tmp_path):
-    check_carried(Case(method), "dcp", [0, 3], tmp_path)
+def by_turns(names, worlds):
+    """Each name with a side that is cut and numbers of ranks; all pairs of these come by turns."""
+    for i, name in enumerate(names):
+        yield pytest.param(name, i % 2, worlds[i // 2 % len(worlds)], id=name)
+
+
+@pytest.mark.parametrize("method, dim, worlds", list(by_turns(EVERY, [[0], [3]])))
+def test_state_of_every_method_is_carried(method, dim, worlds, tmp_path):
+    check_carried(Case(method, dim), "dcp", worlds, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["galore-rotate", "altlora-plus"])
@@ -71,15 +77,17 @@ def test_state_is_carried_every_way(method, way, tmp_path):
     check_carried(Case(method), way, worlds, tmp_path, source)
 
 
-def by_turns(names):
-    """Each name with a side that is cut and numbers of ranks; all pairs of these come by turns."""
+def ways_by_turns(names, ways, count):
+    """Each name with some of the ways, so that each of these has as many names."""
     for i, name in enumerate(names):
-        yield pytest.param(name, i % 2, [[0, 3], [1, 4], [0, 4], [1, 3]][i // 2 % 4], id=name)
+        for j in range(count):
+            way = ways[(i * count + j) % len(ways)]
+            worlds = [[0, 3], [1, 4], [0, 4], [1, 3]][(i // 2 + j) % 4]
+            yield pytest.param(name, way, (i + j) % 2, worlds, id=f"{name}-{way}")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method, dim, worlds", by_turns(FAMILIES))
+@pytest.mark.parametrize("method, way, dim, worlds", list(ways_by_turns(FAMILIES, [*WAYS], 2)))
 def test_state_of_every_class_is_carried_every_way(method, way, dim, worlds, tmp_path):
     skip_what_torch_cannot(method, way)
     source, worlds = (0, [2, 4]) if way == "torch" else (2, worlds)
@@ -148,14 +156,18 @@ def test_a_run_of_pairs_on_shards_goes_on_with_any_number_of_ranks(method, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, dim, worlds", by_turns([*EVERY, "adamw"]))
-def test_every_method_goes_on_with_any_number_of_ranks(method, dim, worlds, tmp_path):
-    check_resumed(Case(method, dim), "dcp", [2, *worlds], tmp_path)
+@pytest.mark.parametrize(
+    "method, dim, worlds",
+    list(by_turns([*EVERY, "adamw"], [[2], [0], [3], [1], [2], [4]])),
+)
+def test_every_method_goes_on_with_other_numbers_of_ranks(method, dim, worlds, tmp_path):
+    check_resumed(Case(method, dim), "dcp", worlds, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["owner", "gather"])
-@pytest.mark.parametrize("method", FAMILIES)
+@pytest.mark.parametrize(
+    "method, plan", [(x, ("owner", "gather")[i % 2]) for i, x in enumerate(FAMILIES)]
+)
 def test_plans_do_not_matter_to_a_checkpoint(method, plan, tmp_path):
     """Saved under one plan, continued under another."""
     case, auto = Case(method, options={"plan": plan}), Case(method)
@@ -170,11 +182,13 @@ def test_plans_do_not_matter_to_a_checkpoint(method, plan, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "torch"])
-@pytest.mark.parametrize("method", FAMILIES)
-def test_every_class_goes_on_every_way(method, way, tmp_path):
+@pytest.mark.parametrize(
+    "method, way, dim, worlds",
+    list(ways_by_turns(FAMILIES[::-1], [way for way in WAYS if way != "torch"], 1)),
+)
+def test_every_class_goes_on_after_one_of_the_ways(method, way, dim, worlds, tmp_path):
     skip_what_torch_cannot(method, way)
-    check_resumed(Case(method), way, [3], tmp_path)
+    check_resumed(Case(method, dim), way, worlds[1:], tmp_path)
 
 
 @pytest.mark.parametrize("method", ["muon", "fira", "adamw"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.ranks import mesh_of, pool
 
+from stiefel.optimizers._driver import bucket_runs
 from stiefel.optimizers._driver import shards as shards_module
 from stiefel.optimizers._driver.exchange import STATUS_BYTES, Exchange, Piece, RankError
 from stiefel.optimizers._driver.layout import box_of, part
@@ -172,7 +173,7 @@ def trained(rank, world, name, wave_bytes):
         return distribute_tensor(torch.randn(shape, generator=generator), mesh, placements)
 
     before = shards_module.MAX_WAVE_BYTES
-    shards_module.MAX_WAVE_BYTES = wave_bytes
+    shards_module.MAX_WAVE_BYTES = bucket_runs.MAX_WAVE_BYTES = wave_bytes
     try:
         params = [torch.nn.Parameter(drawn(shape)) for shape in SHAPES]
         optimizer = getattr(optimizers, name)(params, lr=0.1)
@@ -181,7 +182,7 @@ def trained(rank, world, name, wave_bytes):
                 p.grad = drawn(tuple(p.shape))
             optimizer.step()
     finally:
-        shards_module.MAX_WAVE_BYTES = before
+        shards_module.MAX_WAVE_BYTES = bucket_runs.MAX_WAVE_BYTES = before
     owners = optimizer._plan.shards._owner_of
     work = [0] * world
     for unit, ranks in owners.items():

@@ -25,6 +25,11 @@ MEET, FACTOR, RIDE = ("meet", MN), ("meet", R * N), ("ride", 0)
 ONE = ("SUM", 1)
 GUARDED = (("MAX", 1), ONE, MEET)
 BASIS, MOMENTS = M * R, 2 * R * N // RANKS
+LARGE = M * M // 2  # a basis of half of the rows
+FOUND, LARGER = (("there", MN), ("back", BASIS)), (("there", MN), ("back", LARGE))
+SCORES = (("MAX", 1), ("SUM", M))
+ADAFACTOR = {**LOW, "inner": "adafactor"}
+FEEDBACK = {**LOW, "error_feedback": "full"}
 TABLE = [
     *(Row("Muon", {"rule": "adamw"}, dim, "local", (), 2 * SHARE) for dim in (0, 1)),
     *(
@@ -63,13 +68,23 @@ TABLE = [
     Row("RowNorm", {"centred": True}, 0, "reduce", (("SUM", N), ("SUM", N), ("SUM", 2)), SHARE),
     Row("RowNorm", {"centred": True}, 1, "reduce", (("SUM", M), ("SUM", M)), SHARE),
     Row("GaLore", LOW, 0, "owner", (RIDE,), MOMENTS + BASIS // RANKS),
-    Row("GaLore", LOW, 1, "reduce", (), MOMENTS + BASIS),
-    Row("GaLore", {**LOW, "projection": "dct"}, 1, "reduce", (), MOMENTS + R),
-    Row("GaLore", {**LOW, "inner": "adafactor"}, 1, "reduce", (("SUM", R), ("MAX", 1), ONE), 36),
+    Row("GaLore", LOW, 1, "reduce", (), MOMENTS + BASIS, FOUND),
+    Row("GaLore", {**LOW, "projection": "dct"}, 1, "reduce", (), MOMENTS + R, SCORES),
+    Row("GaLore", {**LOW, "projection": "topk"}, 1, "reduce", (), MOMENTS + R, SCORES),
+    Row("GaLore", {**LOW, "projection": "randk"}, 1, "reduce", (), MOMENTS + R),
+    Row(
+        "GaLore",
+        ADAFACTOR,
+        1,
+        "reduce",
+        (("SUM", R), ("MAX", 1), ONE),
+        36,
+        FOUND,
+    ),
     *(Row("GaLore", {**LOW, "proj_type": "full"}, dim, "owner", (RIDE,), 24) for dim in (0, 1)),
     Row("Fira", LOW, 0, "owner", (RIDE,), MOMENTS + BASIS // RANKS + 1),
-    Row("Fira", LOW, 1, "reduce", (ONE,) * 5, MOMENTS + BASIS + 1),
-    Row("Fira", {**LOW, "projection": "dct"}, 1, "reduce", (ONE,) * 5, MOMENTS + R + 1),
+    Row("Fira", LOW, 1, "reduce", (ONE,) * 5, MOMENTS + BASIS + 1, FOUND),
+    Row("Fira", {**LOW, "projection": "dct"}, 1, "reduce", (ONE,) * 5, MOMENTS + R + 1, SCORES),
     Row("Fira", {**LOW, "compat": "reference"}, 1, "owner", (RIDE,), MOMENTS + BASIS // RANKS + 1),
     Row("FRUGAL", HALF, 0, "reduce", (), MN // RANKS + N // 2),
     Row("FRUGAL", HALF, 1, "owner", (RIDE,), MN // RANKS + N // 2 // RANKS),
@@ -84,18 +99,19 @@ TABLE = [
         for dim in (0, 1)
     ),
     Row("FRUGAL", {**HALF, "split": "svd"}, 0, "owner", (RIDE,), (MN + M * M // 2) // RANKS),
-    Row("FRUGAL", {**HALF, "split": "svd"}, 1, "reduce", (ONE,), SHARE + M * M // 2),
+    Row("FRUGAL", {**HALF, "split": "svd"}, 1, "reduce", (ONE,), SHARE + LARGE, LARGER),
     Row(
         "FRUGAL",
         {**HALF, "split": "random", "state_free": "sgd"},
         1,
         "reduce",
         (),
-        SHARE + M * M // 2,
+        SHARE + LARGE,
+        LARGER,
     ),
     Row("DCTAdamW", LOW, 0, "owner", (RIDE,), MOMENTS + 2 * R),
-    Row("DCTAdamW", LOW, 1, "reduce", (), MOMENTS + 2 * R),
-    Row("DCTAdamW", {**LOW, "error_feedback": "full"}, 1, "reduce", (), MOMENTS + 2 * R + SHARE),
+    Row("DCTAdamW", LOW, 1, "reduce", (), MOMENTS + 2 * R, SCORES),
+    Row("DCTAdamW", FEEDBACK, 1, "reduce", (), MOMENTS + 2 * R + SHARE, SCORES),
     Row("DCTAdamW", {**LOW, "error_feedback": "int8"}, 1, "owner", (RIDE,), 80),
     Row("Trion", {"rank": R}, 0, "owner", (RIDE,), SHARE),
     Row("Trion", {"rank": R}, 1, "owner", (("MAX", 1), ("SUM", M), FACTOR), SHARE),
@@ -133,10 +149,18 @@ def test_a_row_of_the_table(found, i):
         exchanged = sum(size for kind, size in rank["seen"] if kind == "exchange")
         reduced = sum(2 * (n - 1) * size * (RANKS - 1) // RANKS for _, n, size in rank["sums"])
         assert rank["bytes"] == exchanged + reduced
+        first = [(kind, n - 1) for kind, n in rank["first"] if kind in ("SUM", "MAX")]
+        if row.plan == "reduce":
+            of_refresh = [call for call in row.refresh if call[0] in ("SUM", "MAX")]
+            assert first == of_refresh + sums
     total = sum(size for rank in ranks for kind, size in rank["seen"] if kind == "exchange")
     met = sum(n for kind, n in row.calls if kind == "meet")
     rides = sum(sent_by_ride(ranks[0]) for kind, _ in row.calls if kind == "ride")
     assert total == 2 * 4 * met * (RANKS - 1) // RANKS + rides
+    if row.plan == "reduce":
+        at_refresh = sum(n for rank in ranks for kind, n in rank["first"] if kind == "exchange")
+        share = {"there": (RANKS - 1) / RANKS, "back": RANKS - 1, "SUM": 0, "MAX": 0}
+        assert at_refresh == 4 * sum(n * share[kind] for kind, n in row.refresh)
     assert max(rank["state"] for rank in ranks) == row.state
     assert max(rank["state bytes"] for rank in ranks) == reported(row)
 
