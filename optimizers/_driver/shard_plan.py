@@ -116,8 +116,6 @@ def place(
         cut_axes = _matrix_axes(unit, layouts, cut_axes)
     held = _held(unit, rule, layouts, views, count, cut_axes)
     axes = layouts[0].all_axes if spread else cut_axes
-    if held is None and not spread:  # whole experts of all ranks travel
-        axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
     pairs = () if held is None else zip(held, layouts, strict=True)
     cut = tuple(_letters(unit, i, h, x) for i, (h, x) in enumerate(pairs))
     is_whole = held is not None and not any(letters & {"m", "n"} for letters in cut)
@@ -182,9 +180,11 @@ def _with_ranks(placed: Placed, unit: Unit, views: Sequence[str]) -> Placed:
 
 
 def travelling(placed: Placed) -> Placed:
-    """The same weights, of which whole units travel."""
-    plan = "owner" if placed.plan in ("local", "reduce") and placed.axes else placed.plan
-    return replace(placed, plan=plan, held=None, cut=(), by_rank=(), shares=False)
+    """The same weights, of which whole units travel: along all axes that cut any of them."""
+    cut_axes = {axis for layout in placed.layouts for axis in layout.axes}
+    axes = tuple(sorted({*placed.axes, *cut_axes}))
+    plan = "owner" if placed.plan in ("local", "reduce") and axes else placed.plan
+    return replace(placed, plan=plan, axes=axes, held=None, cut=(), by_rank=(), shares=False)
 
 
 def _by_rank(unit: Unit, layout: Layout, axes: tuple[int, ...], view: str) -> tuple[HeldView, ...]:

@@ -216,11 +216,20 @@ EXPERTS = (
 """Stacks that one axis divides between matrices, the other along their rows or columns."""
 
 
-@pytest.mark.parametrize("method", ["muon", "galore", "hybrid", "aro"])
-def test_experts_divided_over_one_axis_are_shared_over_the_other_only(method):
-    case = Case(method, EXPERTS, steps=4)
+@pytest.mark.parametrize(
+    ("method", "plan"),
+    [
+        *((method, "auto") for method in ("muon", "galore", "hybrid", "aro", "rownorm")),
+        *(("rownorm", "owner"), ("muon", "gather")),
+    ],
+)
+def test_experts_divided_over_one_axis_are_shared_over_the_other_only(method, plan):
+    case = Case(method, EXPERTS, steps=4, options={"plan": plan})
     for found in check(case, 4):
         rows = found["rows"]
+        if plan != "auto":
+            assert all(row[1] == plan for row in rows), rows
+            continue
         assert rows[3][1:] == ("local", 0)  # whole experts
         if method == "muon":  # at most 3 experts of a rank, of which it owns at most 2
             assert rows[0][1] == "owner"
