@@ -25,12 +25,12 @@ from common import build_model, draw_batch, load_corpus, validation_batches
 from methods import available_methods, build_optimizer, default_lr, method_options, schedule
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-LAYERS, HEADS, SEQ, ROWS = 2, 2, 64, 8
+LAYERS, NUM_HEADS, SEQ, ROWS = 2, 2, 64, 8
 
 
 def loss_of(name: str, lr: float, width: int, steps: int, corpus, batches) -> float:
     """Validation loss after a short training; infinite where it has no value."""
-    model = build_model(width, LAYERS, HEADS, SEQ, seed=0)
+    model = build_model(width, LAYERS, NUM_HEADS, SEQ, seed=0)
     optimizer = build_optimizer(name, model, lr, method_options(name, width, {}))
     rates = [group["lr"] for group in optimizer.param_groups]
     draw = torch.Generator().manual_seed(0)

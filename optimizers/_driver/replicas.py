@@ -86,11 +86,13 @@ class Replicas:
             self._owner_of[unit] = (*self._owner_of.get(unit, ()), rank)
 
     def _shares(self, unit: Unit) -> bool:
-        """Whether ranks share the work for a unit: not that of pairs, which is small."""
+        """Whether ranks share the work for a unit: something is asked of its whole matrices."""
         rule, choice = self._plan.rule(unit), self._groups[unit.group].get("plan")
         if unit.placed is not None or choice not in ("auto", "owner"):
             return False
-        return not (rule.yields_batched_calls or rule.writes_in_refresh)
+        if rule.yields_batched_calls or rule.writes_in_refresh:
+            return False
+        return rule.needs_full_matrix or bool(rule.refresh_interval)
 
     @property
     def units(self) -> Iterable[Unit]:

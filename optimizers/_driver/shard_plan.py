@@ -118,14 +118,8 @@ def place(
     axes = layouts[0].all_axes if spread else cut_axes
     if held is None and not spread:  # whole experts of all ranks travel
         axes = tuple(sorted({axis for layout in layouts for axis in layout.axes}))
-    cut = (
-        ()
-        if held is None
-        else tuple(
-            _letters(unit, i, h, layout)
-            for i, (h, layout) in enumerate(zip(held, layouts, strict=True))
-        )
-    )
+    pairs = () if held is None else zip(held, layouts, strict=True)
+    cut = tuple(_letters(unit, i, h, x) for i, (h, x) in enumerate(pairs))
     is_whole = held is not None and not any(letters & {"m", "n"} for letters in cut)
     if not axes:
         return Placed("local", layouts, axes, held, cut)
@@ -260,7 +254,9 @@ def _held(
             return None
         own = views_here[unit.number]
         cut = _as_rule_sees(own, unit.transposed[i])
-        is_one_line = len(axes) == 1 or len(layout.dims) == 1  # so that all ranks add to one sum
+        # ranks add to one sum, and none of them what another has added: a replica of this member
+        is_one_line = len(layout.dims) == 1 and {*axes} <= {*layout.axes}
+        is_one_line = is_one_line or len(axes) == 1
         if cut and not (is_one_line and cut <= rule.splits_of(i)):
             return None
         if cut and unit.writes[i] == "eco":  # a Carry turns errors by the whole of U

@@ -45,8 +45,10 @@ class Row:
 
 
 def weight_of(row: Row, world: int) -> tuple[nn.Parameter, torch.Tensor]:
-    """A weight and its gradient, cut over all ranks."""
+    """A weight and its gradient, cut over all ranks; world 0: whole."""
     W, G = (torch.randn(M, N, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    if not world:
+        return nn.Parameter(W), G
     mesh = meshes(world)["all"]
     return nn.Parameter(lay(W, mesh, row.dim)), lay(G, mesh, row.dim)
 
@@ -86,16 +88,22 @@ def measured(row: Row, world: int) -> dict[str, Any]:
     optimizer = build(row, p)
     (promised,) = optimizer.assignment()
     steps = []
-    for _ in range(2):
+    for _ in range(3):  # after a step that is not like the one before, more flags are told
         p.grad = G.clone()
         with recorded() as calls, traffic() as seen:
             optimizer.step()
         steps.append(seen)
+    alone, whole_G = weight_of(row, 0)
+    one = build(row, alone)
+    for _ in steps:
+        alone.grad = whole_G.clone()
+        one.step()
     state = [x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)]
     held = [x.to_local() if hasattr(x, "placements") else x for x in state]
     whole = [x for x in state if not hasattr(x, "placements") or is_replicated(x)]
     size_of_whole = sum(x.numel() * x.element_size() for x in whole)
     return {
+        "far": difference(p.detach().full_tensor(), alone.detach()),
         "plan": promised.plan,
         "bytes": promised.bytes_per_step,
         "calls": [name for name, _ in calls],

@@ -559,11 +559,11 @@ def loads_on_some_ranks(rank, world, methods):
 def test_a_load_that_one_rank_refuses_stops_all_ranks_at_the_next_step():
     methods = ("galore", "muon", "rownorm", "frugal-columns")
     for own, other in zip(*pool(2).run(loads_on_some_ranks, methods), strict=True):
-        (loaded, stopped, again), off = own
-        (refused, stopped_too, again_too), off_too = other
+        (loaded, stopped, again), far = own
+        (refused, stopped_too, again_too), far_too = other
         assert (loaded, again, again_too) == ("", "", "") and "step" in refused
         assert "load one checkpoint on all ranks" in stopped and stopped == stopped_too
-        assert off == off_too == 0.0
+        assert far == far_too == 0.0
 
 
 # refusals -----------------------------------------------------------------------------------------

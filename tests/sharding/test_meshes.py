@@ -71,14 +71,14 @@ def held(X: Any, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (X, whole) if layout is None else (memory(X), part(whole, layout.box))
 
 
-def made(name, params):
-    """The optimizer of an entry of METHODS or PAIRS, or AdamW's group."""
+def made(name, params, **options):
+    """The optimizer of an entry of METHODS or PAIRS."""
     if name in PAIRS:
         return PAIRS[name](list(zip(params[::2], params[1::2], strict=True)))
-    return METHODS[name]([(f"layer{i}.weight", p) for i, p in enumerate(params)])
+    return METHODS[name]([(f"layer{i}.weight", p) for i, p in enumerate(params)], **options)
 
 
-def train(name, weights, sizes, steps):
+def train(name, weights, sizes, steps, options):
     """Optimizer and parameters after some steps, and the calls of the last; sizes None: whole."""
     series = [
         gradients(shape if len(shape) > 1 else (*shape, 1), steps, i)
@@ -89,7 +89,7 @@ def train(name, weights, sizes, steps):
         nn.Parameter(lay(weight(shape, i).detach(), how, sizes))
         for i, ((shape, _), how) in enumerate(zip(weights, cuts, strict=True))
     ]
-    optimizer = made(name, params)
+    optimizer = made(name, params, **options)
     for step in range(steps):
         for i, p in enumerate(params):
             p.grad = lay(series[i][step].view(weights[i][0]), cuts[i], sizes)
@@ -102,24 +102,24 @@ def train(name, weights, sizes, steps):
     return optimizer, params, calls
 
 
-def whole_run(rank, name, weights, steps):
+def whole_run(rank, name, weights, steps, options):
     """Weights and state of one process, which rank 0 has trained."""
     found: list[Any] = [None]
     if rank == 0:
-        optimizer, params, _ = train(name, weights, None, steps)
+        optimizer, params, _ = train(name, weights, None, steps, options)
         found = [[(p.detach(), dict(optimizer.state.get(p, {}))) for p in params]]
     torch.distributed.broadcast_object_list(found)
     return found[0]
 
 
-def compare(rank, world, names, weights, sizes, steps):
+def compare(rank, world, names, weights, sizes, steps, **options):
     """By method: differences here, bits by box, names of calls, plans."""
     found = {}
     for name in names:
-        many, cut, calls = train(name, weights, sizes, steps)
+        many, cut, calls = train(name, weights, sizes, steps, options)
         far, state_far, bits = 0.0, 0.0, {}
         for i, (q, (p, others)) in enumerate(
-            zip(cut, whole_run(rank, name, weights, steps), strict=True)
+            zip(cut, whole_run(rank, name, weights, steps, options), strict=True)
         ):
             tensors, mine = {"": (q, p)}, many.state.get(q, {})
             assert list(mine) == list(others), (list(mine), list(others))
@@ -177,7 +177,10 @@ def parallel(rows_first):
 @pytest.mark.parametrize("half", [0, 1])
 def test_tensor_parallelism_under_fsdp2_on_a_square(half):
     names = FAMILIES[half::2]
-    check(pool(4).run(compare, names, parallel(True), (2, 2), 4))
+    found = pool(4).run(compare, names, parallel(True), (2, 2), 4)
+    check(found)
+    if "rownorm" in names:  # both axes cut rows, so shards do; or one cuts rows and one columns
+        assert found[0]["rownorm"][-1][:6] == ["reduce"] * 3 + ["owner"] * 3
 
 
 def test_tensor_parallelism_under_fsdp2_on_three_by_two():
@@ -246,6 +249,21 @@ def test_a_rule_sees_global_numbers_of_experts():
         whole = seen[0]
         assert len(set(whole)) == 3
         assert seen[1:] == ([whole[first:last]] if first < last else [])
+
+
+CODED = (
+    *(((26, 512), ("s0", "0")), ((64, 512), ("0", "1")), ((4, 24, 64), ("1", "0"))),
+    *(((6, 40, 64), ("s0", "0")), ((24, 512), ("r", "1")), ((70, 90), ("r", "0"))),
+)
+"""Large enough for state in eight bits, cut between its blocks."""
+
+
+def compare_codes(rank, world, names):
+    return compare(rank, world, names, CODED, (2, 2), 3, state_dtype="int8")
+
+
+def test_state_of_8_bits_over_two_axes():
+    check(pool(4).run(compare_codes, ["muon", "galore", "frugal-columns", "dctadamw"]))
 
 
 # replicas -----------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ def test_plain_replicas_that_share_the_work_have_the_bits_of_doing_it_all(method
         matrices = 4 * sum(math.prod(shape) for shape in PLAIN if len(shape) > 1)
         assert total == 2 * matrices  # every matrix goes from its owner to two others
         for _, rows, calls, *_ in found:
-            assert [name for name, _ in calls] == ["reduce", "exchange"] * 5
+            # in the first step the ranks say before what they send that none has failed
+            assert [name for name, _ in calls[-8:]] == ["reduce", "exchange"] * 4
             sent = sum(size for _, size in rows)
             assert {size for name, size in calls if name == "exchange"} == {sent + 2 * 8}
 

@@ -17,8 +17,8 @@ from stiefel import optimizers
 from stiefel.optimizers import memory_report
 
 RANKS, R = 4, 2
-LOW = {"rank": R, "update_proj_gap": 3}
-HALF = {"density": 0.5, "update_gap": 3}
+LOW = {"rank": R, "update_proj_gap": 5}
+HALF = {"density": 0.5, "update_gap": 5}
 MN = M * N
 SHARE = MN // RANKS
 MEET, FACTOR, RIDE = ("meet", MN), ("meet", R * N), ("ride", 0)
@@ -138,6 +138,7 @@ def test_a_row_of_the_table(found, i):
     row, ranks = TABLE[i], [measured for measured, _ in found[i]]
     for rank in ranks:
         assert rank["plan"] == row.plan
+        assert rank["far"] <= 5e-6  # from one process
         kinds = Counter(kind for kind, _ in rank["seen"])
         # no collective but these; one vector of flags, one exchange there and one back
         assert len(rank["calls"]) == len(rank["seen"])
