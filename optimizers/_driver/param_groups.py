@@ -363,8 +363,11 @@ def parameters_of(group: Mapping[str, Any]) -> tuple[list[Any], list[str | None]
     """Parameters and names of a group that torch has not read yet."""
     params = group["params"]
     items = [params] if isinstance(params, Tensor) else list(params)
-    given_names = group.get("param_names") or [None] * len(items)
-    if not isinstance(given_names, (tuple, list)):
+    given_names = group.get("param_names")
+    is_list = isinstance(given_names, (tuple, list))
+    if given_names is None or (is_list and not given_names):
+        given_names = [None] * len(items)
+    elif not is_list or not all(name is None or isinstance(name, str) for name in given_names):
         raise ValueError(f"param_names must be a list of names, got {given_names!r}")
     if len(given_names) != len(items):
         raise ValueError(f"param_names has {len(given_names)} names for {len(items)} parameters")

@@ -311,7 +311,7 @@ LISTS = {
     "positions": (["x"], [-1], [0.5]),
     "draws": (3, "x", None),
     "adamw_lr_ratio": ("x", -1.0, math.nan, [1.0]),
-    "param_names": (True, "x", 3),
+    "param_names": (True, "x", 3, [np.array([1, 2])], torch.ones(2), np.array(["a", "b"])),
     "use_muon": ("x", 3, torch.ones(2)),
 }
 """Keys that the optimizer writes itself or that mark groups, with values that they cannot have."""
