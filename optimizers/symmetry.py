@@ -260,6 +260,14 @@ class SymmetryStack(StackedOptimizer):
     ) -> list[Row]:
         """Rows by the model, else by names; counts matrices of which neither tells the part."""
         known = {**self._named_rows, **known}
+        unknown = any(
+            is_lazy(p) and not n and p not in known for p, n in zip(params, names, strict=True)
+        )
+        check(
+            self._scale == "match_rms_adamw" or not unknown,
+            "adjust_lr_fn='paper' needs the role of every parameter, which one without a name and "
+            "a shape does not tell; pass model=model, or run the model once before",
+        )
         routed = rows_of_named(names, params)
         rows = [known.get(p, row) for p, row in zip(params, routed, strict=True)]
         # without names all matrices share a group, whose view "auto" flattens these too

@@ -678,6 +678,14 @@ def test_a_lazy_model_given_by_names_trains_its_matrices_by_their_names():
     assert tables[0] == tables[1] and matrices == {"up_proj.weight", "down_proj.weight"}
 
 
+def test_published_rates_refuse_a_weight_that_has_neither_name_nor_shape():
+    model = nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 4))
+    with pytest.raises(ValueError, match="adjust_lr_fn='paper' needs the role"):
+        SymmetryStack(model.parameters(), adjust_lr_fn="paper")
+    SymmetryStack(model.parameters(), adjust_lr_fn="paper", model=model)
+    SymmetryStack(model.named_parameters(), adjust_lr_fn="paper")
+
+
 def test_rule_none_in_a_group_is_no_rule():
     model = dense()
     names = list(model.named_parameters())
