@@ -576,16 +576,29 @@ def start(processes: int, arguments: Sequence[str], seconds: float) -> str:
         try:
             printed, _ = run.communicate(timeout=seconds)
         except BaseException as error:
+            started = children_of(run.pid)
             run.terminate()
             with suppress(subprocess.TimeoutExpired):
                 run.wait(40)  # after 30 seconds torchrun kills its processes
             run.kill()
+            for pid in started:  # torchrun forgets one that it was about to start
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
                 raise UserError(f"--demo: {' '.join(command)} took over {seconds} s.") from error
             raise
     if run.returncode:
         raise UserError(f"--demo: {' '.join(command)} ended with {run.returncode}.\n{printed}")
     return printed
+
+
+def children_of(pid: int) -> set[int]:
+    """Processes that a process has started; none where /proc does not tell."""
+    found = set[int]()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found |= {int(child) for child in path.read_text().split()}
+    return found
 
 
 def demo(args: argparse.Namespace) -> int:
