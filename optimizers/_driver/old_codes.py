@@ -82,10 +82,10 @@ def _in_form(
     Raises:
         ValueError: For floats that were copied into codes, of which nothing is left.
     """
-    if not (_fits(value, wanted) and _fits(scale, wanted_scale)):
+    if not (_fits(value, wanted) and _fits(scale, wanted_scale) and scale.is_floating_point()):
         return {}
     held = local(scale)
-    wants_floats, has_floats = wanted.dtype.is_floating_point, bool((held < 0).any())
+    wants_floats, has_floats = wanted.dtype.is_floating_point, bool((held == NO_SCALE).all())
     if wants_floats == has_floats or not held.numel():
         return {}
     if has_floats and not value.dtype.is_floating_point:
@@ -96,6 +96,8 @@ def _in_form(
         )
     X, scales = _whole(value), _whole(scale).contiguous().unsqueeze(0)
     if wants_floats:
+        limits = Expected(tuple(scale.shape), scale.dtype, scales.device, 0.0)
+        check_values_of(scale_of(key), scales[0], limits, text, True)
         codes = X.to(torch.int16).to(QUANTIZED_DTYPES[base_of(key)]).contiguous().unsqueeze(0)
         floats = dequantize_blocks(codes, scales, wanted.dtype)[0]
         return {key: floats, scale_of(key): torch.full_like(scales[0], NO_SCALE)}
