@@ -507,7 +507,7 @@ def wrapped(rank, world):
             wrong.append((shape, dim, "moved"))
         if (offloaded.shape, offloaded.stride()) != (X.shape, X.stride()):
             wrong.append((shape, dim, "reshaped"))
-    return wrong + sent_elsewhere(Team(Layout(other_mesh, (Shard(0),), (7, 5)), (0,)))
+    return wrong + sent_elsewhere(Team.of_layout(Layout(other_mesh, (Shard(0),), (7, 5)), (0,)))
 
 
 def sent_elsewhere(team):

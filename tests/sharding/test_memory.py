@@ -221,13 +221,16 @@ def test_one_rank_is_the_report_of_one_process(name, shard):
 def test_ranks_together_hold_at_least_what_one_process_does_and_none_holds_more(name):
     params, options = settings_of(name, network(name, "meta"))
     plain = memory_report(params, SETTINGS[name][0], **options)
+    most = (
+        4 if options.get("state_dtype") == "int8" else 1
+    )  # floats where ranks cut blocks of codes
     for world in (2, 5, 64):
         for shard in ("rows", "longest"):
             report = memory_report(params, SETTINGS[name][0], world=world, shard=shard, **options)
             for one, rank in zip(plain.rows, report.rows, strict=True):
                 assert one[:3] == rank[:3]
                 for a, b in zip(one[3:], rank[3:], strict=True):
-                    assert b <= a <= world * b
+                    assert b / most <= a <= world * b
 
 
 def test_params_of_a_model_stay_as_they_are():
