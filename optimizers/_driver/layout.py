@@ -248,15 +248,19 @@ class Layout:
         return numel(box_of(self.shape, self.mesh.shape, self.placements, first))
 
     def wrap(self, held: Tensor) -> DTensor:
-        """The DTensor of which this process holds ``held``: that very tensor, where it lies.
-
-        ``DTensor.from_local`` would move what is offloaded to the host to the device of the mesh.
-        """
+        """The DTensor of which this process holds ``held``, which shares its memory."""
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        meta = TensorMeta(torch.Size(self.shape), _row_major(self.shape), held.dtype)
-        spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
+        shape, stride = torch.Size(self.shape), _row_major(self.shape)
+        if held.device.type == self.mesh.device_type:
+            return DTensor.from_local(
+                *(held, self.mesh, self.placements), run_check=False, shape=shape, stride=stride
+            )
+        # that would move what is offloaded to the host to the device of the mesh
+        spec = DTensorSpec(
+            self.mesh, self.placements, tensor_meta=TensorMeta(shape, stride, held.dtype)
+        )
         make: Any = DTensor
         wrapped: DTensor = make(held, spec, requires_grad=False)
         return wrapped
