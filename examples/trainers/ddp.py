@@ -38,14 +38,6 @@ def zero(model):
     return ZeroRedundancyOptimizer(groups, optimizer_class=Muon, lr=1e-2, weight_decay=0.1)
 
 
-def train(model, optimizer, batches):
-    for batch in batches:
-        rows = batch.chunk(dist.get_world_size())[dist.get_rank()]
-        optimizer.zero_grad()
-        model(rows).backward()
-        optimizer.step()
-
-
 def save(model, optimizer, path):
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)
@@ -63,16 +55,16 @@ for make in (ddp, zero):
     optimizer = make(model.module)
     tiny.show(getattr(optimizer, "optim", optimizer))  # under ZeRO: this process's share
     before = tiny.loss(model.module)
-    train(model, optimizer, batches[: tiny.STEPS])
+    tiny.train_share(model, optimizer, batches[: tiny.STEPS])
     save(model, optimizer, path)
-    train(model, optimizer, batches[tiny.STEPS :])
+    tiny.train_share(model, optimizer, batches[tiny.STEPS :])
 
     resumed = DistributedDataParallel(tiny.Llama(seed=1))
     optimizer = make(resumed.module)
     state = torch.load(path, weights_only=True)
     resumed.load_state_dict(state[0])
     optimizer.load_state_dict(state[1])
-    train(resumed, optimizer, batches[tiny.STEPS :])
+    tiny.train_share(resumed, optimizer, batches[tiny.STEPS :])
     tiny.verdict(before, tiny.loss(model.module), model.module, resumed.module, make.__name__)
     ended.append(model.module)
 tiny.verdict(before, tiny.loss(ended[1]), *ended, "ZeRO beside DDP")

@@ -27,30 +27,22 @@ def sharded(seed=0):
     return model, Muon(model, lr=1e-2)
 
 
-def train(model, optimizer, batches):
-    for batch in batches:
-        rows = batch.chunk(dist.get_world_size())[dist.get_rank()]
-        optimizer.zero_grad()
-        model(rows).backward()
-        optimizer.step()
-
-
 found = [tempfile.mkdtemp()]
 dist.broadcast_object_list(found)
 folder, batches = found[0], tiny.batches()
 model, optimizer = sharded()
 tiny.show(optimizer)  # the columns plan and bytes: what is sent for each weight in a step
 before = tiny.loss(model)
-train(model, optimizer, batches[: tiny.HALF])
+tiny.train_share(model, optimizer, batches[: tiny.HALF])
 weights, state = get_state_dict(model, optimizer)
 dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-train(model, optimizer, batches[tiny.HALF :])
+tiny.train_share(model, optimizer, batches[tiny.HALF :])
 after, ended = tiny.loss(model), tiny.weights(model)
 
 resumed, optimizer = sharded(seed=1)
 weights, state = get_state_dict(resumed, optimizer)
 dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
 set_state_dict(resumed, optimizer, model_state_dict=weights, optim_state_dict=state)
-train(resumed, optimizer, batches[tiny.HALF :])
+tiny.train_share(resumed, optimizer, batches[tiny.HALF :])
 tiny.verdict(before, after, ended, resumed)
 dist.destroy_process_group()

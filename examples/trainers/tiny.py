@@ -142,6 +142,15 @@ def needs(*names: str) -> list[Any]:
     return found
 
 
+def train_share(model: Any, optimizer: Any, batches: list[Tensor]) -> None:
+    """Train on this process's rows of each batch."""
+    for batch in batches:
+        share = batch.chunk(int(os.environ["WORLD_SIZE"]))[rank()]
+        optimizer.zero_grad()
+        model(share).backward()
+        optimizer.step()
+
+
 # checks ---------------------------------------------------------------------------------------
 
 

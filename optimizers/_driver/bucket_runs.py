@@ -35,6 +35,12 @@ def share_out(jobs: Iterable[tuple[int, int, Item]], count: int) -> Iterator[tup
         yield rank, item
 
 
+def refreshes_now(plan: StepPlan, bucket: Bucket) -> bool:
+    """Whether the next update of a bucket is due for a refresh."""
+    t, refreshed = bucket.clocks()
+    return bool(plan.rule(bucket).refresh_due(t, refreshed, bucket.unit.shift))
+
+
 def run_bucket(
     optimizer: StackedOptimizer,
     plan: StepPlan,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .agreement import LEARNS, Agreement
-from .bucket_runs import bucket_waves, run_bucket, share_out
+from .bucket_runs import bucket_waves, refreshes_now, run_bucket, share_out
 from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, Team
 from .finite import Findings
@@ -104,14 +104,10 @@ class Replicas:
         if self._buckets is not self._plan.buckets:  # sorted anew
             self._buckets, self._learnt = self._plan.buckets, set()
             self._rendezvous = Rendezvous(self.team, self._pieces_of)
-        return any((b, self._refreshes(b)) not in self._learnt for b in self._shared())
+        return any((b, refreshes_now(self._plan, b)) not in self._learnt for b in self._shared())
 
     def _shared(self) -> list[Bucket]:
         return [b for b in self._plan.buckets if b.units[0] in self._owner_of]
-
-    def _refreshes(self, bucket: Bucket) -> bool:
-        t, refreshed = bucket.clocks()
-        return bool(self._plan.rule(bucket).refresh_due(t, refreshed, bucket.unit.shift))
 
     def gradients(self, grads: Sequence[Tensor | None]) -> dict[int, Tensor | None]:
         """Gradients of plain parameters."""
@@ -170,7 +166,7 @@ class Replicas:
         run: Callable[[], None] = partial(
             run_bucket, optimizer, self._plan, bucket, grads, agreed.bad
         )
-        return bucket, self._refreshes(bucket), run
+        return bucket, refreshes_now(self._plan, bucket), run
 
     def _pieces_of(
         self, bucket: Bucket, number: int, sides: torch.Size, dtype: torch.dtype

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from .agreement import LEARNS, Agreement, held_gradient, layouts_of, teams_of
-from .bucket_runs import MAX_WAVE_BYTES, bucket_waves, run_bucket, share_out
+from .bucket_runs import MAX_WAVE_BYTES, bucket_waves, refreshes_now, run_bucket, share_out
 from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, RankError, Team
 from .finite import Findings
 from .layout import Box, Layout, is_sharded, memory
-from .rendezvous import Rendezvous, Run, ShardReductions
+from .rendezvous import WHOLE, Rendezvous, Run, ShardReductions
 from .replicas import Replicas
 from .shard_plan import work_of
 from .traffic import Sent, traffic_of
@@ -398,7 +398,7 @@ class Shards:
         return any(
             bucket.unit.placed is not None
             and bucket.unit.placed.runs_on_shards
-            and (bucket, self._refreshes(bucket)) not in self._learnt
+            and (bucket, refreshes_now(self.held_plan, bucket)) not in self._learnt
             for bucket in plan.buckets
         )
 
@@ -414,11 +414,6 @@ class Shards:
         )
         keys = [(entry.get(u.step_key, 0), entry.get(u.refreshed_key, 0)) for entry, u in entries]
         return hash(tuple(keys)) & 0x7FFFFFFE
-
-    def _refreshes(self, bucket: Bucket) -> bool:
-        """Whether the next update of a bucket is due for a refresh."""
-        t, refreshed = bucket.clocks()
-        return bool(self._plan.rule(bucket).refresh_due(t, refreshed, bucket.unit.shift))
 
     def step(
         self,
@@ -571,7 +566,7 @@ class Shards:
                 for i, (cut, layout) in enumerate(zip(placed.cut, placed.layouts, strict=True))
             ]
             run = partial(run_bucket, optimizer, self.held_plan, bucket, grads, agreed.bad)
-            runs.append((bucket, self._refreshes(bucket), run))
+            runs.append((bucket, refreshes_now(self.held_plan, bucket), run))
         try:
             rendezvous.run(runs, failure, agreed.step[LEARNS])
         finally:
@@ -804,8 +799,8 @@ class Shards:
     def _bytes_on_shards(self, team: Team, unit: Unit, requests: Sequence[Sent]) -> int:
         """Bytes that this rank sends for a unit whose rule runs on shards."""
         total, count = 0, _count(unit)
-        for number, kind, shape, dtype, _ in requests:
-            if kind != "WHOLE":  # each rank sends a part to all others, twice
+        for number, kind, shape, dtype in requests:
+            if kind != WHOLE:  # each rank sends a part to all others, twice
                 size = count * math.prod(shape) * dtype.itemsize
                 total += 2 * size * (len(team) - 1) // len(team)
                 continue

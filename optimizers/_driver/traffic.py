@@ -14,15 +14,13 @@ from torch import Tensor
 
 from .._core.rule import BatchedCall, Member, Reductions, Rule
 from .batched_calls import DirectionIterator
+from .rendezvous import MAX, SUM, WHOLE
 from .units import Unit
 from .write import write_
 from .write_modes import RESIDUAL
 
 STRIP = 2
 """Rows or columns of the cut side."""
-
-
-SUM, MAX, WHOLE = "SUM", "MAX", "WHOLE"
 
 
 class Sent(NamedTuple):
@@ -33,14 +31,12 @@ class Sent(NamedTuple):
         kind: ``"SUM"``, ``"MAX"``, or ``"WHOLE"`` for a matrix that travels.
         shape: Shape of what was passed, without the stack.
         dtype: Its dtype.
-        call: Number of the call of the update, which may be about several members.
     """
 
     number: int
     kind: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    call: int
 
 
 class _Recorder(Reductions):
@@ -50,15 +46,10 @@ class _Recorder(Reductions):
         self._number, self._cut, self._shares, self._sent = number, cut, shares, sent
         self.has_whole_rows = "n" not in cut
 
-    def _record(self, kind: str, x: Tensor, needed: bool, call: int | None = None) -> Tensor:
+    def _record(self, kind: str, x: Tensor, needed: bool) -> Tensor:
         if needed:
-            call = self._next_call if call is None else call
-            self._sent.append(Sent(self._number, kind, tuple(x.shape[1:]), x.dtype, call))
+            self._sent.append(Sent(self._number, kind, tuple(x.shape[1:]), x.dtype))
         return x
-
-    @property
-    def _next_call(self) -> int:
-        return self._sent[-1].call + 1 if self._sent else 0
 
     def rows(self, x: Tensor) -> Tensor:
         """Record a sum over the rows."""
@@ -87,10 +78,9 @@ class _Recorder(Reductions):
     def _record_together(
         self, kind: str, parts: Sequence[tuple[Reductions, Tensor]]
     ) -> tuple[Tensor, ...]:
-        call = self._next_call
         for of, x in parts:
             assert isinstance(of, _Recorder)
-            of._record(kind, x, bool(of._cut), call)
+            of._record(kind, x, bool(of._cut))
         return tuple(x for _, x in parts)
 
     def on_full_matrix(
