@@ -25,6 +25,7 @@ from .norms import (
     Number,
     RowSums,
     multipliers,
+    zero_weight,
 )
 from .write import Run, _accumulation_dtype, _panels, _where_finite
 
@@ -250,6 +251,8 @@ class _Write:
                 fixed = torch.tensor(each, dtype=radius.dtype, device="cpu").to(radius.device)
                 radius = torch.where(fixed.isnan().view(-1, 1, 1), radius, fixed.view(-1, 1, 1))
         keeps = radius * radius > SMALLEST_SQUARE
+        if self.step.member.reductions is not LOCAL_REDUCTIONS and not bool(keeps.all()):
+            raise RuntimeError(zero_weight("a matrix of a sharded parameter"))
         if self.finite is not None:
             keeps = keeps & (self.finite != 0)
         slot.copy_(torch.where(keeps, radius, stored))
@@ -401,11 +404,3 @@ def is_zero(unit: Unit, i: int, scope: str) -> bool:
     squares = X.to(torch.promote_types(X.dtype, torch.float32)).square()
     dims = {ROWS: (-1,), MATRIX: (-2, -1), WHOLE: (-3, -2, -1)}[scope]
     return bool((squares.sum(dims) <= SMALLEST_SQUARE).any())
-
-
-def zero_weight(text: str) -> str:
-    """The refusal of a weight that words name."""
-    return (
-        f"{text} is to keep its norm (weight_norm), but its norm is zero; give weight_radius, "
-        "initialise it, or move it to a group with rule='adamw'"
-    )

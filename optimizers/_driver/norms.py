@@ -252,6 +252,14 @@ def driver_slots(
     )
 
 
+def zero_weight(text: str) -> str:
+    """The refusal of a weight that words name."""
+    return (
+        f"{text} is to keep its norm (weight_norm), but its norm is zero; give weight_radius, "
+        "initialise it, or move it to a group with rule='adamw'"
+    )
+
+
 # closed form --------------------------------------------------------------------------------------
 
 
