@@ -21,6 +21,7 @@ from stiefel.optimizers._lora.pair_groups import PairOptimizer
 
 FIRST = {name.partition("-")[0]: name for name in reversed(METHODS)}
 """Of every class its first entry."""
+FEW = ("muon", "galore", "rows", "rownorm")
 EACH = pytest.mark.parametrize("name", FIRST.values())
 WORDS = [
     *("relative", "relative:rows", "floor", "floor:3", "rowfloor:2", "sphere", "sphere:rows"),
@@ -126,7 +127,9 @@ def test_every_class_is_steered_along_its_own_first_step(name, words):
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sphere_keeps_the_norm(name, dtype):
-    shape, steps = ((8, 6), 500) if dtype == torch.float32 else ((192, 256), 20)
+    shape, steps = ((8, 6), 500 if name in FEW else 50)
+    if dtype == torch.bfloat16:
+        shape, steps = (192, 256), 10
     p = nn.Parameter((weight(shape).detach() * 0.1).to(dtype))
     optimizer = METHODS[name]([p], weight_norm="hyperball", weight_decay=0.3)
     norm = float(p.detach().double().norm())
@@ -285,14 +288,18 @@ SHAPES = [(12, 8), (12, 8), (8, 13), (12, 8)]
 
 
 @EACH
-@pytest.mark.parametrize("words", ["rowfloor:2+pin", "hyperball", "sphere:rows", "brake"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [("rowfloor:2+pin", torch.float32), ("sphere:rows", torch.float32),
+     ("hyperball", torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
 def test_a_stack_has_the_bits_of_its_weights_alone(name, words, dtype):
     def params():
         weights = [(weight(s, i).detach() * 0.1).to(dtype) for i, s in enumerate(SHAPES)]
         return [(f"layer.{i}.weight", nn.Parameter(W)) for i, W in enumerate(weights)]
 
-    series = [gradients(s, 4, i) for i, s in enumerate(SHAPES)]
+    series = [gradients(s, 2, i) for i, s in enumerate(SHAPES)]
     options = {"weight_norm": words, "weight_decay": 0.1}
     named = params()
     optimizer = METHODS[name](named, **options)
@@ -348,8 +355,10 @@ def test_a_given_radius_serves_all_shapes_and_may_change_at_any_step():
     assert gap(rms, torch.full_like(rms, 0.1)) < 1e-7
 
 
-@EACH
-@pytest.mark.parametrize("words", ["hyperball", "sphere:rows"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [*((name, "hyperball") for name in FIRST.values()), *((name, "sphere:rows") for name in FEW)],
+)
 def test_a_run_resumes_in_equal_bits(name, words):
     make = lambda ps: METHODS[name](ps, weight_norm=words)  # noqa: E731
     shapes = [(12, 8), (6, 10), (12, 8)]
@@ -429,7 +438,7 @@ def test_words_without_state_may_change_at_any_step():
 
 
 @EACH
-@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("state_dtype", [None, "int8"])
 def test_the_report_counts_the_radius(name, state_dtype):
     for words in ("hyperball", "sphere:rows", "brake"):
         options = {"state_dtype": state_dtype, "weight_norm": words}
@@ -511,9 +520,11 @@ def test_a_zero_step_leaves_the_norm_to_decay_alone(words):
     assert gap(p.detach(), W * (1.0 if "sphere" in words or "hyper" in words else 0.98)) < 1e-6
 
 
-@EACH
 @pytest.mark.parametrize("wait", [True, False])
-@pytest.mark.parametrize("words", ["hyperball", "rowfloor:2+pin"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [*((name, "hyperball") for name in FIRST.values()), *((x, "rowfloor:2+pin") for x in FEW)],
+)
 def test_a_bad_gradient_leaves_weight_and_radius(name, wait, words):
     shapes = [(8, 6)] * 3
     series = [gradients(s, 3, i) for i, s in enumerate(shapes)]
@@ -589,7 +600,7 @@ BAD = ["", "ball", "hyperbal", "relative+relative", "relative+floor", "sphere+pi
 @PLAIN
 def test_words_that_are_not_built_are_refused(cls):
     params, options, _ = problem(cls)
-    for bad in BAD:
+    for bad in BAD if cls is Muon else BAD[::5]:
         with pytest.raises(ValueError, match="weight_norm") as caught:
             cls(params, **options, weight_norm=bad)
         assert "\n" not in str(caught.value)
