@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import cache
 from operator import is_
 from typing import Any, ClassVar, overload
 
@@ -88,6 +89,12 @@ UNIT_SETTINGS = (
     *("plan", "comm_dtype", "spread_replicas"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
+
+
+@cache
+def _setting_defaults(cls: type[Rule]) -> dict[str, Any]:
+    """Group keys that decide the rule and the units of a group, with their defaults."""
+    return {**dict.fromkeys((*UNIT_SETTINGS, *STACK_SETTINGS)), **defaults_of(cls)}
 
 
 class StackedOptimizer(Optimizer):
@@ -440,10 +447,7 @@ class StackedOptimizer(Optimizer):
     def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
         """Values that decide a group's rule and units, with defaults for missing keys."""
         cls = self._default_rule if group["rule"] in (None, "adamw") else rule_class(group["rule"])
-        return {
-            **{name: group.get(name) for name in (*UNIT_SETTINGS, *STACK_SETTINGS)},
-            **{field.name: group.get(field.name, field.default) for field in fields(cls)},
-        }
+        return {name: group.get(name, default) for name, default in _setting_defaults(cls).items()}
 
     def _get_plan(self) -> StepPlan:
         """The plan, with rules and units made anew only if groups changed.
