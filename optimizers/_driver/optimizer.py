@@ -447,7 +447,8 @@ class StackedOptimizer(Optimizer):
     def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
         """Values that decide a group's rule and units, with defaults for missing keys."""
         cls = self._default_rule if group["rule"] in (None, "adamw") else rule_class(group["rule"])
-        return {name: group.get(name, default) for name, default in _setting_defaults(cls).items()}
+        defaults = _setting_defaults(cls)  # type: ignore[arg-type]  # mypy: no hash of a class
+        return {name: group.get(name, default) for name, default in defaults.items()}
 
     def _get_plan(self) -> StepPlan:
         """The plan, with rules and units made anew only if groups changed.
