@@ -20,6 +20,7 @@ from .._core.rule import RULE_CLASSES, Rule, defaults_of
 from .._core.validation import is_number, shown
 from . import adamw
 from .checks import check_lists, check_values
+from .decay import check_decay, store_decay_lr
 from .layout import is_sharded, local
 from .matching import Place, grouped_as, match, realigned, regroup
 from .old_codes import recoded
@@ -226,6 +227,8 @@ def complete(
         rule.complete_saved(values)
         own = {} if rule is default_rule else defaults_of(rule)
         common = {key: value for key, value in COMMON.items() if key != "adamw_lr"}
+        if values is not defaults and "decay_lr" not in values:
+            store_decay_lr(values, values)
         for key, value in (own | defaults | common | defaults_of(default_rule)).items():
             values.setdefault(key, defaults.get(key, value) if key not in own else own[key])
     for group in old:
@@ -299,6 +302,7 @@ def _check_settings(default_rule: type[Rule], new_groups: Sequence[dict[str, Any
         try:
             check_values(new)
             check_eco(new, rule_of(new, default_rule), adamw.betas_of(new))
+            check_decay(new)
             _check_numbers(new)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _bad_settings(f"group {i} of the checkpoint", error) from error

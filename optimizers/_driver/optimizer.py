@@ -41,6 +41,7 @@ from .checks import (
     refuse_stagger,
     warn_without_matrix,
 )
+from .decay import Decay, large_decay, store_decay_lr
 from .finite import (
     Findings,
     LateFlags,
@@ -111,7 +112,7 @@ class StackedOptimizer(Optimizer):
             are kept; a key that is an option with one wrong letter is refused.
         rule: The method and its hyper-parameters.
         lr: Learning rate, a float or a 1-element tensor.
-        weight_decay: Decoupled weight decay (default: 0).
+        weight_decay: Decoupled weight decay, of AdamW parameters too (default: 0).
         model: The module whose parameters ``params`` are, in any form, so that roles come from it;
             it is held weakly. None (default): names and shapes decide.
         process_group: A ``ProcessGroup``, or a ``DeviceMesh`` of one axis, over which the plain
@@ -126,6 +127,18 @@ class StackedOptimizer(Optimizer):
             (0.9, 0.95).
         adamw_eps: Eps of the AdamW parameters (default: 1e-8).
         adamw_weight_decay: Weight decay of the AdamW parameters; None (default): ``weight_decay``.
+        cautious: Whether weight decay touches only entries that the step does not oppose: W <-
+            W - lr * weight_decay * W [U * W >= 0] - lr * U, entry by entry, with W before the step
+            and U all that the step subtracts; for AdamW parameters the sign of U is that of the new
+            first moment (default: False). With it a write takes one more pass and no fused kernel.
+        decay_schedule: What a weight is multiplied by. ``"lr"`` (default): 1 - lr * weight_decay.
+            ``"lr2"``: 1 - lr^2 * weight_decay. ``"independent"``: 1 - (lr / decay_lr) *
+            weight_decay, which follows schedules of ``lr`` but not its size; a step then removes
+            this share, so pass about 1e-4; above 0.01 is refused, from 1e-3 on it warns.
+            ``"corrected"``: 1 - (lr^2 / decay_lr) * weight_decay, as AdamC does.
+        decay_lr: The learning rate to which the last two refer, kept as a group key. None
+            (default): the ``lr`` with which the group is made, before any scheduler changes it.
+            AdamW parameters with ``adamw_lr`` refer to the same multiple of it.
         maximize: Ascend instead of descend (default: False).
         foreach: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
         fused: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
@@ -194,6 +207,7 @@ class StackedOptimizer(Optimizer):
     """Ranks that share the work for plain weights; no copy and no pickle has it."""
     _is_built = False
     _has_warned_of_shapes = False
+    _has_warned_of_decay = False
     _skipped: dict[Tensor, int] | None = None
     _seen: Sequence[dict[str, Any]] = ()
     """Groups as the last step has checked them; of a new one only the rule."""
@@ -249,6 +263,7 @@ class StackedOptimizer(Optimizer):
         self._set_draws()
         self._is_built = True
         self._warn_of_shapes()
+        self._warn_of_decay()
         warn_without_matrix(self.param_groups, type(rule))
 
     # groups ---------------------------------------------------------------------------------------
@@ -286,6 +301,7 @@ class StackedOptimizer(Optimizer):
         if self._is_built:
             self.param_groups[-1].setdefault("draws", self.param_groups[0]["draws"])
             self._warn_of_shapes()
+            self._warn_of_decay()
         if self._in_backward is not None:
             self._in_backward.attach()
 
@@ -314,6 +330,7 @@ class StackedOptimizer(Optimizer):
         full_group = {**self.defaults, **other_defaults, **group}
         check_values(full_group)
         store_adamw_lr(group, full_group["lr"])
+        store_decay_lr(group, full_group)
         self._add_roles(group, full_group)
         full_group.update(group)
         check_group(full_group, self._default_rule, is_marked=is_marked)
@@ -408,6 +425,13 @@ class StackedOptimizer(Optimizer):
                 "rule='adamw'"
             )
 
+    def _warn_of_decay(self) -> None:
+        """Warn once of a decay that removes much of a weight at every step."""
+        text = None if self._has_warned_of_decay else large_decay(self.param_groups)
+        if text is not None:
+            self._has_warned_of_decay = True
+            warn_user(text)
+
     def assignment(self) -> OptimizerAssignment:
         """Return a table of every parameter's rule, learning rate and decay, and why; it prints."""
         self._refuse_written()
@@ -477,13 +501,15 @@ class StackedOptimizer(Optimizer):
             for group, values in zip(groups, written, strict=True):
                 group.update(values)
             self._seen = written
-            return self._current_plan()
+            plan = self._current_plan()
         except Exception:
             self._seen = seen
             for group, values in zip(groups, before, strict=True):
                 group.clear()
                 group.update(values)
             raise
+        self._warn_of_decay()
+        return plan
 
     def _written_rules(self) -> str:
         """Words for the groups whose rule was written since the last step; "" for none."""
@@ -1020,10 +1046,11 @@ class StackedOptimizer(Optimizer):
         for j, unit in enumerate(bucket.units if bucket.spans else bucket.units[:1]):
             group = self.param_groups[unit.group]
             lr = group["lr"] if as_given else self._lr_value(group["lr"])
-            decay = group["weight_decay"]
-            decay = decay if unit.decay == 1.0 else decay * unit.decay
+            weight_decay = group["weight_decay"]
+            weight_decay = weight_decay if unit.decay == 1.0 else weight_decay * unit.decay
+            decay = Decay.of(group, weight_decay)
             previous = runs[-1] if runs else None
-            if previous is not None and _same(previous.lr, lr) and previous.weight_decay == decay:
+            if previous is not None and _same(previous.lr, lr) and previous.decay == decay:
                 runs[-1] = previous._replace(ks=slice(previous.ks.start, j + 1))
             else:
                 stop = j + 1 if bucket.spans else len(bucket.units)

@@ -30,6 +30,9 @@ class Common(TypedDict, total=False):
     adamw_betas: tuple[float, float] | None
     adamw_eps: float
     adamw_weight_decay: float | None
+    cautious: bool
+    decay_schedule: str
+    decay_lr: float | None
     maximize: bool
     foreach: bool | None
     fused: bool | None
@@ -50,6 +53,9 @@ COMMON: dict[str, Any] = {
     "adamw_betas": None,
     "adamw_eps": 1e-8,
     "adamw_weight_decay": None,
+    "cautious": False,
+    "decay_schedule": "lr",
+    "decay_lr": None,
     "maximize": False,
     "foreach": None,
     "fused": None,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._core.rule import BatchedCall, Member, Reductions, Rule
 from .batched_calls import DirectionIterator
+from .decay import Decay
 from .rendezvous import MAX, SUM, WHOLE
 from .units import Unit
 from .write import write_
@@ -111,7 +112,7 @@ def traffic_of(
         if isinstance(step, BatchedCall):
             steps.answer = step.fn(*step.args)
         elif step.max_rel_norm is not None:  # such a write asks for norms
-            write_(step.member.value, step, 0.0, 0.0)
+            write_(step.member.value, step, 0.0, Decay(0.0))
     return sent
 
 
