@@ -482,9 +482,9 @@ class Muon(StackedOptimizer):
             ``"low_rank"``. ``"auto"`` (default): ``"zolo"`` on a CPU; ``"ns5"`` in bfloat16 on
             accelerators and wherever ``ns_steps``, ``ns_coefficients`` or ``polar_norm`` is given.
             Or a function of your own: it gets a stack U (K, m, n), any K, float32 at least, leaves
-            it as it is, and returns one of its shape, each matrix by itself, zero for zero. Other weights may
-            lie in one stack, and a rank may get some of them; on accelerators it may see NaN. A
-            checkpoint holds its name, so the optimizer that loads it must have it.
+            it as it is, and returns one of its shape, each matrix by itself, zero for zero. Other
+            weights may lie in one stack, and a rank may get some of them; on accelerators it may
+            see NaN. A checkpoint holds its name, so the optimizer that loads it must have it.
         compat: ``"torch"`` has the arithmetic of ``torch.optim.Muon``, bit for bit: ns5 in
             bfloat16 and the buffer in the gradient's dtype, which is slow on a CPU (default: None).
         polar_norm: What a polynomial method divides by: ``"frobenius"``, ``"schatten4"``,
