@@ -296,37 +296,19 @@ def _appended_keys(at: _Found, site: ParamSite, kv: int, size: int) -> list[Head
 def _fused(at: _Found, row: Row, site: ParamSite, heads: int) -> Attention:
     """Queries, keys and values in one weight: one after the other, or group by group."""
     p = at.params[site.name]
-    rows, cols = (p.shape[1], p.shape[0]) if row.view.startswith("transposed") else p.shape[:2]
     if p.ndim != 2:
         at.refuse(f"{row.name} of shape {tuple(p.shape)} is no matrix of rows")
-    one_by_one = True in (
-        *_flags(site, "multi_query_attention"),
-        *site.config_values("multi_query_attention"),
-    )
-    by_group = bool(BY_HEAD.fullmatch(site.word)) or _has_group_layout(site)
-    by_group = by_group and not one_by_one
-    is_known = not by_group and not any(_NO_ORDER.match(type(x).__name__) for x in site.owners[:3])
+    rows = _rows_of(row, p)
+    by_group = _lies_by_group(site)
+    owners = site.owners[:3]
+    is_known = not by_group and not any(_NO_ORDER.match(type(x).__name__) for x in owners)
     cut = row.view.rpartition("rows:")[2] if "rows:" in row.view and is_known else ""
     if cut:
         sizes = [int(x) for x in cut.split(",")]
         size = _check_heads(at, row, heads, sizes[0])
         kv = _kv_heads(at, row, heads, size, sizes[1])
     else:
-        size = site.count("head_dim") or (cols // heads if cols % heads == 0 else 0)
-        kv = (rows - heads * size) // (2 * size) if size else 0
-        declared = (site.count("heads"), site.count("kv_heads"))
-        fits = kv > 0 and (heads + 2 * kv) * size == rows and heads % kv == 0
-        one_key = kv == 1 and any(
-            x is True for x in (*site.config_values("multi_query"), *_flags(site, "multi_query"))
-        )
-        if not fits or not (by_group or one_key or one_by_one) or declared[0] not in (None, heads):
-            at.refuse(
-                f"which of the {rows} rows of {row.name} are queries and keys of {heads} heads is "
-                "not known; give the module num_heads, num_key_value_heads and head_dim, or "
-                "weights q_proj and k_proj"
-            )
-        if declared[1] not in (None, kv) and not one_key:
-            at.refuse(f"{row.name} has {kv} key heads by its shape, but {declared[1]} are declared")
+        size, kv = _sizes_of_uncut(at, row, site, heads, by_group)
     if by_group:
         pieces: tuple[Piece, ...] = (("query", heads // kv, size), ("key", 1, size))
         found = _with_bias(at, row, site, kv, (*pieces, ("rest", 1, size)))
@@ -339,6 +321,42 @@ def _fused(at: _Found, row: Row, site: ParamSite, heads: int) -> Attention:
     return Attention(heads, kv, (*found, *_appended_keys(at, site, kv, size)))
 
 
+def _lies_by_group(site: ParamSite) -> bool:
+    """Whether queries, key and value of a group lie beside each other, by name or by class."""
+    named = BY_HEAD.fullmatch(site.word) and not _is_set(site, "multi_query_attention")
+    return bool(named) or any(re.match("InternLM2", type(x).__name__) for x in site.owners[:3])
+
+
+def _is_set(site: ParamSite, flag: str) -> bool:
+    """Whether a module around, or a configuration, says True."""
+    near = (vars(owner).get(flag) for owner in site.owners[:3])
+    return any(x is True for x in (*near, *site.config_values(flag)))
+
+
+def _sizes_of_uncut(
+    at: _Found, row: Row, site: ParamSite, heads: int, by_group: bool
+) -> tuple[int, int]:
+    """Rows of a head and number of key heads where no view cuts a fused weight."""
+    p = at.params[site.name]
+    rows = _rows_of(row, p)
+    cols = p.numel() // rows
+    size = site.count("head_dim") or (cols // heads if cols % heads == 0 else 0)
+    kv = (rows - heads * size) // (2 * size) if size else 0
+    one_key = kv == 1 and _is_set(site, "multi_query")
+    is_told = by_group or one_key or _is_set(site, "multi_query_attention")
+    fits = kv > 0 and (heads + 2 * kv) * size == rows and heads % kv == 0
+    if not fits or not is_told or site.count("heads") not in (None, heads):
+        at.refuse(
+            f"which of the {rows} rows of {row.name} are queries and keys of {heads} heads is not "
+            "known; give the module num_heads, num_key_value_heads and head_dim, or weights q_proj "
+            "and k_proj"
+        )
+    declared = site.count("kv_heads")
+    if declared not in (None, kv) and not one_key:
+        at.refuse(f"{row.name} has {kv} key heads by its shape, but {declared} are declared")
+    return size, kv
+
+
 def _split_biases(at: _Found, above: str, heads: int, kv: int, size: int) -> list[HeadRows]:
     """Biases of queries and of keys by themselves, beside a weight of all."""
     pieces: dict[str, Piece] = {"q_bias": ("query", heads, size), "k_bias": ("key", kv, size)}
@@ -348,15 +366,6 @@ def _split_biases(at: _Found, above: str, heads: int, kv: int, size: int) -> lis
         for x, name in names.items()
         if name in at.params
     ]
-
-
-def _flags(site: ParamSite, name: str) -> list[Any]:
-    return [vars(owner).get(name) for owner in site.owners[:3]]
-
-
-def _has_group_layout(site: ParamSite) -> bool:
-    """Whether the class around stores queries, key and value of a group beside each other."""
-    return any(re.match("InternLM2", type(owner).__name__) for owner in site.owners[:3])
 
 
 def _latent(
