@@ -3,7 +3,7 @@
 python examples/qk_clip.py --out runs/qk-clip
 
 A small byte-level language model is trained by Muon at twenty times the learning rate that suits
-it, without weight decay. Every step turns all directions of a query and key weight by the same amount,
+it, without weight decay. Every step moves all directions of a query and key weight by one amount,
 so their products, the logits, grow without end; the softmax becomes a choice of one key and its
 gradient vanishes. `qk_clip_` scales queries and keys of heads above the threshold after each step.
 It is told the largest logit of every head, which the attention below records as it goes. The plot
