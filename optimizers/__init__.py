@@ -18,9 +18,11 @@ from ._driver.clipping import clip_grad_norm_
 from ._driver.memory import MemoryReport, memory_report
 from ._driver.optimizer import StackedOptimizer
 from ._driver.placement import longest_dim_placement
+from ._driver.qk_clip import qk_clip_
 from ._lora.pair_groups import lora_param_groups, pairs_to_groups
 from ._lora.switching import switchlora_init_
 from ._roles.classify import Assignment, classify
+from ._toolkit.max_logits import MaxLogits
 from .adaprelora import AdaPreLoRA
 from .altlora import AltLoRA
 from .aro import ARO
@@ -54,6 +56,7 @@ __all__ = [
     "Fira",
     "GaLore",
     "Hybrid",
+    "MaxLogits",
     "Member",
     "MemoryReport",
     "Muon",
@@ -76,6 +79,7 @@ __all__ = [
     "memory_report",
     "pairs_to_groups",
     "polar_report",
+    "qk_clip_",
     "switchlora_init_",
 ]
 

@@ -53,6 +53,7 @@ __all__ = [
     "Term",
     "WriteScalars",
     "defaults_of",
+    "functions_of",
     "rule_class",
     "settings_of",
 ]
@@ -581,3 +582,8 @@ def defaults_of(cls: type[Rule]) -> dict[str, Any]:
 def settings_of(rule: Rule) -> dict[str, Any]:
     """A rule's fields as group values."""
     return {f.name: getattr(rule, f.name) for f in fields(rule)}
+
+
+def functions_of(rule: Rule) -> dict[str, Callable[..., Any]]:
+    """A rule's fields that are functions, as a user may pass one in place of a name."""
+    return {key: x for key, x in settings_of(rule).items() if callable(x)}

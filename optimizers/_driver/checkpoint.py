@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .._core.rule import RULE_CLASSES, Rule, defaults_of
-from .._core.validation import is_number, shown
+from .._core.validation import function_name, is_number, shown
 from . import adamw
 from .checks import check_lists, check_values
 from .decay import check_decay, store_decay_lr
@@ -51,6 +51,7 @@ from .units import Unit, pinned, units_of
 from .windows import assign_block_positions, drops_state
 from .write_modes import RESIDUAL, check_eco, mode_of
 
+_FUNCTION = "function "
 MEANT_BEFORE = {"draws": "position"}
 """Values of keys that older files lack, where today's default is another."""
 
@@ -105,6 +106,35 @@ def prepare(
     if found.warning is not None:
         warn_user(found.warning)
     return {**state_dict, "state": state, "param_groups": new_groups}
+
+
+def name_functions(default_rule: type[Rule], saved: Sequence[dict[str, Any]]) -> None:
+    """Put names in place of functions among the settings of rules, in place.
+
+    A file holds plain values; ``torch.load(weights_only=True)`` would refuse a function.
+    """
+    for group in saved:
+        for key in defaults_of(RULE_CLASSES.get(str(group.get("rule")), default_rule)):
+            if callable(group.get(key)):
+                group[key] = f"{_FUNCTION}{function_name(group[key])}"
+
+
+def _put_back(key: str, own: Any, saved: Any) -> Any:
+    """The optimizer's own function where a file has the name of one, else what the file has.
+
+    Raises:
+        ValueError: If the optimizer has none, or one of another name.
+    """
+    if not isinstance(saved, str) or not saved.startswith(_FUNCTION) or saved == own:
+        return saved
+    name = saved.removeprefix(_FUNCTION)
+    if not callable(own) or function_name(own) != name:
+        has = f"the function {function_name(own)}" if callable(own) else shown(own)
+        raise ValueError(
+            f"checkpoint was made with the function {name} as {key}, which a file cannot hold, and "
+            f"this optimizer has {has}; build it with {key}={name.rpartition('.')[2]}"
+        )
+    return own
 
 
 def grouped_as_saved(
@@ -197,7 +227,7 @@ def _fill_in(
         for i in {place.group for place in row if place is not None}:
             for key, value in group.items():
                 if key not in ("params", "param_names", "adamw_lr_ratio", *LISTS):
-                    saved[i].setdefault(key, value)
+                    saved[i][key] = _put_back(key, value, saved[i].get(key, value))
 
 
 def complete(

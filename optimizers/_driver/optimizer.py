@@ -1117,7 +1117,9 @@ class StackedOptimizer(Optimizer):
         else:
             self._refuse_written()
         check_lists(self.param_groups)
-        return super().state_dict()
+        saved = super().state_dict()
+        checkpoint.name_functions(self._default_rule, saved["param_groups"])
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, of ``torch.optim.Muon`` or ``AdamW`` where it fits.

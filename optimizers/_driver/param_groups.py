@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._core.rule import Rule, rule_class
+from .._core.rule import Rule, functions_of, rule_class
+from .._core.validation import function_name
 from .._roles.assignment import AssignedRow
 from .._roles.classify import Row, route
 from .._roles.role_table import RULE_OF_ROLE
@@ -251,7 +252,9 @@ def assigned_rows(group: Mapping[str, Any], default_rule: type[Rule]) -> list[As
     rows = []
     for i, row in enumerate(roles_of(group, rule)):
         matrix = rule is not None and row.rule == "matrix"
-        layout = (group.get("pair"), group.get("axis")) if matrix else ()
+        layout: list[Any] = [group.get("pair"), group.get("axis")] if matrix else []
+        if rule is not None and matrix:
+            layout += [f"{key}={function_name(f)}" for key, f in functions_of(rule).items()]
         decay = group["weight_decay"] if matrix or own_decay is None else own_decay
         factor = listed(group, "decays", i)
         view = view_of(group, i, row)
