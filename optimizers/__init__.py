@@ -23,6 +23,7 @@ from ._lora.switching import switchlora_init_
 from ._roles.classify import Assignment, classify
 from .adaprelora import AdaPreLoRA
 from .altlora import AltLoRA
+from .apollo import APOLLO
 from .aro import ARO
 from .auon import AuON
 from .dctadamw import DCTAdamW
@@ -32,6 +33,7 @@ from .galore import GaLore
 from .hybrid import Hybrid
 from .muon import Muon, heavy_tail_schedule
 from .rownorm import RowNorm
+from .sinkgd import SinkGD
 from .spectral import Spectral
 from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
@@ -40,6 +42,7 @@ from .trion import Trion
 __version__ = "0.2.0"
 
 __all__ = [
+    "APOLLO",
     "ARO",
     "FRUGAL",
     "AdaPreLoRA",
@@ -62,6 +65,7 @@ __all__ = [
     "Rule",
     "Scaled",
     "Selected",
+    "SinkGD",
     "Slot",
     "Spectral",
     "StackedOptimizer",
