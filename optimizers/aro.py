@@ -216,7 +216,8 @@ class ARORule(RotationRule):
 
     def update(self, *members: Member) -> Iterator[Direction]:
         """One step of K equal units; a member without a gradient is left out."""
-        check_equal_stacks([len(w.indices) for w in members])
+        known = (next(iter(w.state.values()), w.grad) for w in members)  # (K, ...) each
+        check_equal_stacks([len(X) for X in known if X is not None])
         ws = [w for w in members if w.grad is not None]
         Ms = [self.momentum_of(w) for w in ws]  # (K, m, n) each
         R, cs = None, [M.new_ones(()) for M in Ms]
