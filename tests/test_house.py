@@ -162,6 +162,7 @@ VALUES = {
     "save_pools": False,
     "scale": 0.5,
     "scale_aware": False,
+    "scale_front": True,
     "scaling": "matrix",
     "schedule": "alternate",
     "second_moment": "normuon",
@@ -181,6 +182,8 @@ VALUES = {
     "update_gap": 50,
     "update_proj_gap": 50,
     "variant": "paper",
+    "APOLLO.eps": 1e-4,
+    "APOLLO.projection": "gaussian",
     "ARO.adjust_lr_fn": ("match_rms_adamw", {"rms_target": None}),
     "ARO.side": "rows",
     "AdaPreLoRA.variant": "sgd",
@@ -397,7 +400,7 @@ TORCH_MUON = [
 ADAM_LIKE = ["params", "lr", "betas", "eps", "weight_decay"]
 POSITIONAL = {
     "Muon": TORCH_MUON,
-    **dict.fromkeys(("GaLore", "Fira", "FRUGAL", "DCTAdamW", "SwitchLoRA"), ADAM_LIKE),
+    **dict.fromkeys(("APOLLO", "GaLore", "Fira", "FRUGAL", "DCTAdamW", "SwitchLoRA"), ADAM_LIKE),
 }
 """Class: its positional parameters. All other classes have ``params`` and ``lr``."""
 

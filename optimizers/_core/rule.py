@@ -424,6 +424,8 @@ class Rule:
     """
     optional_state: ClassVar[frozenset[str]] = frozenset()
     """Names of slots that a checkpoint may lack: the optimizer fills them after the load."""
+    spare_state: ClassVar[frozenset[str]] = frozenset()
+    """Names of state that older files hold though nothing reads it: a load leaves it out."""
     bases: ClassVar[frozenset[str]] = frozenset()
     """Names of slots (m, r) of orthonormal columns that ``refresh`` alone changes.
 

@@ -396,7 +396,7 @@ def _check_state(
     }
     by_param = {p: state.get(key, {}) for p, key in keys.items()}
     for p, entry in entries.items():
-        by_param[p] = recoded(by_param[p], entry, texts[p])
+        by_param[p] = recoded(entry.needed(by_param[p]), entry, texts[p])
     started: dict[Tensor, set[str]] = {}
     for unit in units:
         first = unit.params[0]
