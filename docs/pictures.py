@@ -20,6 +20,7 @@ from stiefel.kernels import polar_factor
 from stiefel.optimizers import (
     ARO,
     FRUGAL,
+    SOAP,
     AuON,
     DCTAdamW,
     Fira,
@@ -27,6 +28,7 @@ from stiefel.optimizers import (
     Hybrid,
     Muon,
     RowNorm,
+    SOAPMuon,
     Spectral,
     Trion,
 )
@@ -49,6 +51,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "trion": (Trion, {"rank": 12}),
     "auon": (AuON, {}),
     "aro": (ARO, {}),
+    "soap": (SOAP, {}),
+    "soapmuon": (SOAPMuon, {}),
     "rownorm": (RowNorm, {}),
     "spectral": (Spectral, {}),
     "hybrid": (Hybrid, {}),

@@ -32,6 +32,7 @@ from .galore import GaLore
 from .hybrid import Hybrid
 from .muon import Muon, heavy_tail_schedule
 from .rownorm import RowNorm
+from .soap import SOAP, SOAPMuon
 from .spectral import Spectral
 from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
@@ -42,6 +43,7 @@ __version__ = "0.2.0"
 __all__ = [
     "ARO",
     "FRUGAL",
+    "SOAP",
     "AdaPreLoRA",
     "AltLoRA",
     "Assignment",
@@ -60,6 +62,7 @@ __all__ = [
     "PanelTerm",
     "RowNorm",
     "Rule",
+    "SOAPMuon",
     "Scaled",
     "Selected",
     "Slot",

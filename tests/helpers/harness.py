@@ -29,6 +29,7 @@ from stiefel.kernels import POLAR_METHODS
 from stiefel.optimizers import (
     ARO,
     FRUGAL,
+    SOAP,
     AuON,
     DCTAdamW,
     Fira,
@@ -36,6 +37,7 @@ from stiefel.optimizers import (
     Hybrid,
     Muon,
     RowNorm,
+    SOAPMuon,
     Spectral,
     SymmetryStack,
     Trion,
@@ -157,6 +159,40 @@ def entry(cls, inputs, errors, gap=None, says=None):
 
 
 INFOS = [
+    entry(
+        SOAP,
+        {
+            "betas": {"betas": (0.8, 0.9), "shampoo_beta": 0.7},
+            "every third": {"precondition_frequency": 3},
+            "one side": {"sides": "short", "basis": "eigh"},
+            "no side": {"max_precond_dim": 0},
+            "kl": {"factors": "kl", "moments": "rotate"},
+            "no bias correction": {"correct_bias": False},
+            "normalized": {"normalize_update": True},
+            "as published": {"compat": "reference"},
+        },
+        [
+            refused("betas", "betas must be", betas=(1.0, 0.9)),
+            refused("shampoo_beta", "shampoo_beta must be in", shampoo_beta=1.0),
+            refused("a frequency of 0", "precondition_frequency must be", precondition_frequency=0),
+            refused("sides", "sides must be one of both, short", sides="left"),
+            refused("kl of one side", "set sides='both'", sides="short", factors="kl"),
+        ],
+        gap="precondition_frequency",
+    ),
+    entry(
+        SOAPMuon,
+        {
+            "no momentum": {"momentum": 0.0, "nesterov": False},
+            "every third": {"precondition_frequency": 3, "beta2": 0.8},
+            "one side": {"sides": "short", "polar": "svd"},
+        },
+        [
+            refused("momentum", "momentum must be in", momentum=1.0),
+            refused("a polar method nobody knows", "polar must be one of", polar="low_rank"),
+        ],
+        gap="precondition_frequency",
+    ),
     entry(
         ARO,
         {
