@@ -36,6 +36,7 @@ from .hybrid import Hybrid
 from .muon import Muon, heavy_tail_schedule
 from .rownorm import RowNorm
 from .sinkgd import SinkGD
+from .soap import SOAP, SOAPMuon
 from .spectral import Spectral
 from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
@@ -47,6 +48,7 @@ __all__ = [
     "APOLLO",
     "ARO",
     "FRUGAL",
+    "SOAP",
     "AdaPreLoRA",
     "AltLoRA",
     "Assignment",
@@ -66,6 +68,7 @@ __all__ = [
     "PanelTerm",
     "RowNorm",
     "Rule",
+    "SOAPMuon",
     "Scaled",
     "Selected",
     "SinkGD",
