@@ -43,7 +43,7 @@ trainers: $(TRAINERS)/.trainers
 		-k 'peft or takes_the_optimizer or are_the_real or timm_recipe'
 
 test: $(VENV)/.test
-	$(BIN)/pytest -q -n 2 --dist worksteal -rs
+	$(BIN)/pytest -q -n 2 --dist worksteal -rsfE
 
 lint: $(VENV)/.test typing
 	$(BIN)/ruff check .
