@@ -34,6 +34,7 @@ from .._core.validation import (
 from .._core.views import VIEW_KINDS, split_view
 from .adamw import betas_of
 from .buckets import StepPlan
+from .decay import DECAY_SCHEDULES, check_decay
 from .norms import check_weight_norm, weight_norm_value
 from .param_groups import (
     LISTS,
@@ -95,6 +96,13 @@ def _check_tensor_lr(name: str, x: Tensor) -> None:
 
 def _decay(name: str, x: Any) -> Any:
     return number(name, x, "[0, inf)", f"Invalid {name} value")
+
+
+def _decay_lr(name: str, x: Any) -> Any:
+    """The learning rate to which decay refers, as a plain number; a tensor is read."""
+    if isinstance(x, Tensor):
+        x = float(_learning_rate(name, x))
+    return number(name, x, "(0, inf)")
 
 
 def _view(name: str, x: Any) -> Any:
@@ -196,6 +204,9 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "adamw_betas": _or_none(_adamw_betas),
     "adamw_eps": _decay,
     "adamw_weight_decay": _or_none(_decay),
+    "cautious": flag,
+    "decay_schedule": partial(choice, known=DECAY_SCHEDULES),
+    "decay_lr": _or_none(_decay_lr),
     "maximize": flag,
     "foreach": partial(flag, may_be_none=True),
     "fused": partial(flag, may_be_none=True),
@@ -313,7 +324,8 @@ def check_written_values(
             old["lr"] = lr
         elif isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.numel() == 1:
             _check_tensor_lr("lr", lr)  # written in place; a device is not waited for
-        if type(decay) is float and 0.0 <= decay < math.inf:
+        is_any = group.get("decay_schedule") != "independent"  # which takes small ones only
+        if is_any and type(decay) is float and 0.0 <= decay < math.inf:
             old["weight_decay"] = decay
     written = [
         i for i, group in enumerate(groups) if i >= len(seen) or not _is_unchanged(group, seen[i])
@@ -347,6 +359,7 @@ def _plain(
         check_eco(copy, rule_of(copy, default_rule), betas_of(copy))
     if copy.get("weight_norm") is not None or copy.get("weight_radius") is not None:
         check_weight_norm(copy, rule_of(copy, default_rule))
+    check_decay(copy)
     return copy
 
 
@@ -441,6 +454,7 @@ def check_group(
     rule = _check_rule(group, default_rule)
     check_eco(group, rule, betas_of(group))
     check_weight_norm(group, rule)
+    check_decay(group)
     params, names = parameters_of(group)
     check_lists([{**group, "params": params}])
     if any(not isinstance(p, Tensor) for p in params):

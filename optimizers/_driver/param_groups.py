@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .._core.rule import Rule, rule_class
+from .._core.rule import Rule, functions_of, rule_class
+from .._core.validation import function_name
 from .._roles.assignment import AssignedRow
 from .._roles.classify import Row, route
 from .._roles.role_table import RULE_OF_ROLE
@@ -31,6 +32,9 @@ class Common(TypedDict, total=False):
     adamw_betas: tuple[float, float] | None
     adamw_eps: float
     adamw_weight_decay: float | None
+    cautious: bool
+    decay_schedule: str
+    decay_lr: float | None
     maximize: bool
     foreach: bool | None
     fused: bool | None
@@ -53,6 +57,9 @@ COMMON: dict[str, Any] = {
     "adamw_betas": None,
     "adamw_eps": 1e-8,
     "adamw_weight_decay": None,
+    "cautious": False,
+    "decay_schedule": "lr",
+    "decay_lr": None,
     "maximize": False,
     "foreach": None,
     "fused": None,
@@ -250,7 +257,9 @@ def assigned_rows(group: Mapping[str, Any], default_rule: type[Rule]) -> list[As
     rows = []
     for i, row in enumerate(roles_of(group, rule)):
         matrix = rule is not None and row.rule == "matrix"
-        layout = (group.get("pair"), group.get("axis")) if matrix else ()
+        layout: list[Any] = [group.get("pair"), group.get("axis")] if matrix else []
+        if rule is not None and matrix:
+            layout += [f"{key}={function_name(f)}" for key, f in functions_of(rule).items()]
         decay = group["weight_decay"] if matrix or own_decay is None else own_decay
         factor = listed(group, "decays", i)
         if matrix and not decays(group):

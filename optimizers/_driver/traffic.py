@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._core.rule import BatchedCall, Direction, Member, Reductions, Rule
 from .batched_calls import DirectionIterator
+from .decay import Decay
 from .norm_write import Steering, write_steered_
 from .norms import DRIVER_SLOTS, RADIUS
 from .rendezvous import MAX, SUM, WHOLE
@@ -114,7 +115,7 @@ def traffic_of(
         elif unit.control is not None:
             _write_steered(unit, step)
         elif step.max_rel_norm is not None:  # such a write asks for norms
-            write_(step.member.value, step, 0.0, 0.0)
+            write_(step.member.value, step, 0.0, Decay(0.0))
     return sent
 
 
@@ -123,7 +124,7 @@ def _write_steered(unit: Unit, step: Direction) -> None:
     assert unit.control is not None
     W, slot = step.member.value, unit.slots[step.member.number].get(RADIUS)
     radius = None if slot is None else W.new_ones(1, *slot.shape(*W.shape[1:]))
-    run = Run(slice(0, 1), 0.0, 0.0)
+    run = Run(slice(0, 1), 0.0, Decay(0.0))
     write_steered_(W, step, [run], Steering(unit.control, radius, [None], is_stack=True))
 
 

@@ -16,7 +16,8 @@ class AssignedRow(Row):
     """A row with what its group says.
 
     Attributes:
-        layout: Pair and axis of the rule, "" for the usual ones.
+        layout: Pair and axis of the rule, and the name of a function that it was given; "" for the
+            usual ones.
         lr: Learning rate of the parameter.
         decay: Weight decay of the parameter.
         write: How the parameter is rounded, ``"nearest"`` or another mode.
