@@ -41,10 +41,9 @@ from ._driver.units import units_of
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import (
     column_squares,
-    ema,
-    momentum_slots,
     ema_where_safe,
     max_safe_value,
+    momentum_slots,
     momentum_step,
     safe_square_scale,
     total,

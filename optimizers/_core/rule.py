@@ -557,6 +557,18 @@ class Rule:
         """
         return f"{self.method()}, whose state holds no momentum of the weight itself"
 
+    def weight_norm_obstacle(self) -> str | None:
+        """Why ``weight_norm`` cannot steer the weights of this rule; None if it can.
+
+        The words follow "does not go with".
+        """
+        if {"A", "B"} <= {*self.members}:
+            return f"{self.method()}, whose factors are not the weight"
+        if self.writes_in_refresh:
+            return f"{self.method()}, which writes weights at a refresh too"
+        compat = getattr(self, "compat", None)
+        return f"compat={compat!r}, which repeats published arithmetic" if compat else None
+
     @classmethod
     def complete_saved(cls, group: dict[str, Any]) -> None:
         """Add what a saved group lacks and meant otherwise than today's default, in place."""
