@@ -123,10 +123,10 @@ def test_rows_are_those_of_the_weight_though_a_rule_turns_it(words):
 
 
 @EACH
-@pytest.mark.parametrize("words", ["relative", "rowfloor:2+pin", "hyperball", "brake"])
-def test_every_class_is_steered_along_its_own_first_step(name, words):
+def test_every_class_is_steered_along_its_own_first_step(name):
     """The first step of a class, steered, from its plain first step."""
-    for shape in ((12, 8), (6, 10)):
+    words_of = {(12, 8): ("relative", "rowfloor:2+pin"), (6, 10): ("hyperball", "brake:rows")}
+    for shape, words in ((shape, x) for shape, several in words_of.items() for x in several):
         W0, grads = weight(shape).detach(), gradients(shape, 1)
         ends = []
         for options in ({}, {"weight_norm": words}):
@@ -145,13 +145,13 @@ def test_every_class_is_steered_along_its_own_first_step(name, words):
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sphere_keeps_the_norm(name, dtype):
-    shape, steps = ((8, 6), 500 if name in FEW else 50)
+    shape, steps = ((8, 6), 500 if name in FEW else 30)
     if dtype == torch.bfloat16:
-        shape, steps = (192, 256), 10
+        shape, steps = (192, 256), 4
     p = nn.Parameter((weight(shape).detach() * 0.1).to(dtype))
     optimizer = METHODS[name]([p], weight_norm="hyperball", weight_decay=0.3)
     norm = float(p.detach().double().norm())
-    for G in gradients(shape, 10) * (steps // 10):
+    for G in gradients(shape, min(steps, 10)) * max(1, steps // 10):
         p.grad = G.to(dtype)
         optimizer.step()
     found = float(p.detach().double().norm())
@@ -164,7 +164,7 @@ def test_a_stored_radius_holds_in_every_write_mode(write):
     p = nn.Parameter((weight((64, 96)).detach() * 0.1).bfloat16())
     optimizer = Muon([p], lr=0.02, weight_norm="hyperball", write=write)
     norm = float(p.detach().double().norm())
-    for G in gradients((64, 96), 10) * 10:
+    for G in gradients((64, 96), 10) * 3:
         p.grad = G.bfloat16()
         optimizer.step()
     assert abs(float(p.detach().double().norm()) / norm - 1) < 1e-4
@@ -239,17 +239,15 @@ def test_decay_has_no_effect_on_a_sphere(name):
 
 
 @EACH
-@pytest.mark.parametrize("words", ["brake:1,1", "floor:0", "rowfloor:0", "pin:1,1+relative"])
-def test_words_that_ask_for_nothing_change_nothing(name, words):
-    found = []
-    for options in ({}, {"weight_norm": words}):
+def test_words_that_ask_for_nothing_change_nothing(name):
+    found = {}
+    for words in (None, "brake:1,1", "floor:0", "rowfloor:0", "pin:1,1"):
         p = weight((8, 6))
-        optimizer = METHODS[name]([p], weight_decay=0.1, **options)
-        found.append(run(optimizer, [p], [gradients((8, 6), 5)])[-1][0])
-    if "pin" not in words:  # pin keeps the tangent part of a step from making the norm larger
-        assert gap(*found) < 2e-6
-    else:
-        assert gap(*found) > 1e-6
+        optimizer = METHODS[name]([p], weight_norm=words, weight_decay=0.1)
+        found[words] = run(optimizer, [p], [gradients((8, 6), 3)])[-1][0]
+    # a pin keeps the tangent part of a step from making the norm larger
+    assert gap(found[None], found.pop("pin:1,1")) > 1e-6
+    assert all(gap(found[None], other) < 2e-6 for other in found.values())
 
 
 @pytest.mark.parametrize("words", ["relative:rows", "sphere:rows", "brake:rows", "hyperball:rows"])
@@ -328,7 +326,7 @@ def test_a_stack_has_the_bits_of_its_weights_alone(name, words, dtype):
 
 
 def test_stacks_of_any_size_have_the_bits_of_one():
-    for shape in ((128, 256), (256, 128), (1, 4096), (4096, 1), (33, 65)):
+    for shape in ((128, 256), (1, 4096), (4096, 1), (33, 65)):
         for words in ("hyperball", "rowfloor:2+pin", "sphere:rows"):
             for rule in (PlainRule(), RowsRule()):
                 series = [gradients(shape, 2, i) for i in range(3)]
@@ -425,11 +423,10 @@ def test_a_file_without_radius_measures_it_and_one_with_it_loads_anywhere(name):
 
 @EACH
 @pytest.mark.parametrize(
-    ("before", "after"), [("sphere", None), (None, "sphere"), ("sphere", "sphere:rows"),
-                          ("hyperball", "brake")],
-)  # fmt: skip
+    ("before", "after"), [("hyperball", "brake"), (None, "sphere"), ("sphere", "sphere:rows")]
+)
 def test_a_sphere_comes_and_goes_with_a_new_optimizer_only(name, before, after):
-    params, series = [weight((8, 6))], [gradients((8, 6), 2)]
+    params, series = [weight((8, 6))], [gradients((8, 6), 1)]
     optimizer = METHODS[name](params, weight_norm=before)
     run(optimizer, params, series)
     weights, state = [p.detach().clone() for p in params], tensors(optimizer)
@@ -458,7 +455,7 @@ def test_words_without_state_may_change_at_any_step():
 @EACH
 @pytest.mark.parametrize("state_dtype", [None, "int8"])
 def test_the_report_counts_the_radius(name, state_dtype):
-    for words in ("hyperball", "sphere:rows", "brake"):
+    for words in ("sphere:rows", "brake"):
         options = {"state_dtype": state_dtype, "weight_norm": words}
         p = weight((64, 80))
         optimizer = METHODS[name]([p], **options)
@@ -538,12 +535,12 @@ def test_a_zero_step_leaves_the_norm_to_decay_alone(words):
     assert gap(p.detach(), W * (1.0 if "sphere" in words or "hyper" in words else 0.98)) < 1e-6
 
 
-@pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [*((name, "hyperball") for name in FIRST.values()), *((x, "rowfloor:2+pin") for x in FEW)],
-)
-def test_a_bad_gradient_leaves_weight_and_radius(name, wait, words):
+    ("name", "words", "wait"),
+    [*((name, "hyperball", False) for name in FIRST.values()),
+     *((x, "rowfloor:2+pin", False) for x in FEW), *((x, "hyperball", True) for x in FEW)],
+)  # fmt: skip
+def test_a_bad_gradient_leaves_weight_and_radius(name, words, wait):
     shapes = [(8, 6)] * 3
     series = [gradients(s, 3, i) for i, s in enumerate(shapes)]
     series[1][0] = torch.full((8, 6), torch.nan)
