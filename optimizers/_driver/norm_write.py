@@ -29,7 +29,7 @@ from .norms import (
     multipliers,
     zero_weight,
 )
-from .write import Run, _accumulation_dtype, _panels, _where_finite
+from .write import Run, accumulation_dtype, panels_of, where_finite
 
 if TYPE_CHECKING:
     from .buckets import Bucket
@@ -114,7 +114,7 @@ class _Write:
         self.rounding, self.decay = rounding, decay
         # units of one stack agree on it
         self.is_cautious = runs[0].decay.is_cautious
-        self.dtype, self.scale = _accumulation_dtype(W), step.lr_factor
+        self.dtype, self.scale = accumulation_dtype(W), step.lr_factor
         self.lr = self._per_matrix(runs, lambda run: run.lr)
         self.keep = self._per_matrix(runs, lambda run: run.decay.factor(run.lr))
         control = steering.control
@@ -126,7 +126,7 @@ class _Write:
         if isinstance(self.keep, float) and self.keep == 1.0:
             self.masks_before = self.masks_after = False
         is_whole = not all(term.supports_row_panels for term in terms)
-        self.panels: Panels = list(_panels(W, is_whole, False))
+        self.panels: Panels = list(panels_of(W, is_whole, False))
         self.U = self._dense(terms)
 
     def _per_matrix(self, runs: Sequence[Run], value: Callable[[Run], Number]) -> Number:
@@ -188,7 +188,7 @@ class _Write:
         return RowSums(WW, UW * self.scale, UU * (self.scale * self.scale), self._over)
 
     def _local_sums(self, dtype: torch.dtype) -> Tensor:
-        """RowSums of W^2, U W and U^2 (K, rows or 1, 3), in an order that one matrix fixes."""
+        """Row sums of W^2, U W and U^2 (K, rows or 1, 3), in an order that one matrix fixes."""
         (K, m, n), has_rows = self.W.shape, self.steering.control.has_rows
         shape = (K, m, 1) if self.rows_dim == -2 else (K, 1, n)
         # sums of one matrix are added up on the host where that costs nothing
@@ -244,12 +244,9 @@ class _Write:
         radius = torch.where(stored < 0, norms, stored)
         given = self.steering.given
         if any(rho is not None for rho in given):
-            each = [math.nan if rho is None else rho * self._root_of_count() for rho in given]
-            if len({*each}) == 1:
-                radius = torch.full_like(radius, each[0])
-            else:
-                fixed = torch.tensor(each, dtype=radius.dtype, device="cpu").to(radius.device)
-                radius = torch.where(fixed.isnan().view(-1, 1, 1), radius, fixed.view(-1, 1, 1))
+            for j, rho in enumerate(given):
+                if rho is not None:  # filled there: a copy from the host would wait
+                    radius[j if len(given) > 1 else ...] = rho * self._root_of_count()
         keeps = radius * radius > SMALLEST_SQUARE
         if self.step.member.reductions is not LOCAL_REDUCTIONS and not bool(keeps.all()):
             raise RuntimeError(zero_weight("a matrix of a sharded parameter"))
@@ -291,7 +288,7 @@ class _Write:
         for ks, rows in self.panels:
             change: Callable[[Tensor], object] = partial(self._change_, found, ks, rows)
             if puts_back and self.finite is not None:
-                change = _where_finite(change, slice_rows(self.finite, ks, slice(None)))
+                change = where_finite(change, slice_rows(self.finite, ks, slice(None)))
             update_weight_(self.W, change, self.dtype, (ks, rows), self.rounding)
 
     def _change_(self, found: Multipliers, ks: slice, rows: slice, X: Tensor) -> None:
@@ -309,8 +306,10 @@ class _Write:
 
     def _masked_keep(self, X: Tensor, h: Number, ks: slice, rows: slice) -> Tensor:
         """What decay leaves of a panel with the values X: 1 where a mask is 0, or the flag is."""
-        keep = torch.as_tensor(self.keep, dtype=X.dtype, device=X.device)
-        keep = keep if keep.dim() == 0 else slice_rows(keep, ks, rows)
+        if isinstance(self.keep, Tensor):
+            keep = slice_rows(self.keep.to(X.dtype), ks, rows)
+        else:
+            keep = torch.full((), self.keep, dtype=X.dtype, device=X.device)
         one = torch.ones((), dtype=X.dtype, device=X.device)
         if self.decay is not None:
             keep = torch.where(slice_rows(self.decay, ks, rows) != 0, keep, one)

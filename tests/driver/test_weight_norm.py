@@ -15,6 +15,7 @@ from helpers.rules import FoldRule, PairRule, PlainRule, RowsRule, WindowRule
 from torch import nn
 
 from stiefel.optimizers import GaLore, Muon, RowNorm, StackedOptimizer, memory_report
+from stiefel.optimizers._driver import buckets, norm_write
 from stiefel.optimizers._driver.memory import MemoryReport
 from stiefel.optimizers._driver.norms import NormControl, parse
 from stiefel.optimizers._lora.pair_groups import PairOptimizer
@@ -694,3 +695,46 @@ def test_a_group_has_words_of_its_own():
     run(optimizer, params, [gradients((6, 5), 2, i) for i in range(3)])
     assert ["weight_radius" in optimizer.state[p] for p in params] == [True, False, False]
     assert memory_report([weight((6, 5))], Muon, weight_norm="sphere").rows[0].state == 4 * 31
+
+
+# one kernel where there is one --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["hyperball", "floor:2+pin", "brake:whole", "rowfloor"])
+def test_a_kernel_writes_the_same(words, monkeypatch):
+    """The kernels' reference runs on the CPU, with flags that the host has not read."""
+    for name in FEW:
+        for dtype in (torch.float32, torch.bfloat16):
+            found = []
+            for kernels in (False, True):
+                if kernels:
+                    for module in (norm_write, buckets):
+                        monkeypatch.setattr(module, "fuses_passes", lambda X: True)
+                params = [nn.Parameter(weight((8, 6), i).detach().to(dtype)) for i in range(3)]
+                optimizer = METHODS[name](params, weight_norm=words, weight_decay=0.1)
+                optimizer._wait = False
+                series = [[G.to(dtype) for G in gradients((8, 6), 3, i)] for i in range(3)]
+                series[1][1] = torch.full((8, 6), torch.nan, dtype=dtype)
+                with pytest.warns(UserWarning, match="non-finite"):
+                    found.append(run(optimizer, params, series)[-1])
+                    assert sum(optimizer.skipped.values()) == 1
+                monkeypatch.undo()
+            for a, b in zip(*found, strict=True):
+                assert bool(b.isfinite().all()) and gap(a.float(), b.float()) < (
+                    1e-5 if dtype == torch.float32 else 0.04
+                )
+
+
+def test_errors_that_a_momentum_carries_are_those_of_a_plain_write():
+    """Words that change nothing leave eco as it is, with one learning rate and with two."""
+    found = []
+    for words in (None, "floor:0", "rowfloor:0"):
+        params = [nn.Parameter(weight((8, 6), i).detach().bfloat16()) for i in range(2)]
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(params, (1e-3, 5e-3), strict=True)]
+        optimizer = Muon(groups, weight_norm=words, write="eco")
+        run(optimizer, params, [gradients((8, 6), 4, i) for i in range(2)])
+        found.append([optimizer.state[p]["momentum_buffer"] for p in params])
+    for other in found[1:]:
+        assert all(
+            gap(a, b) < 1e-2 * float(a.abs().max()) for a, b in zip(found[0], other, strict=True)
+        )
