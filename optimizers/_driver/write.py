@@ -24,7 +24,7 @@ from ...kernels import (
     update_weight_,
 )
 from .._core.rule import LOCAL_REDUCTIONS, Carry, Dense, Direction, Scaled, Term, WriteScalars
-from .._core.terms import slice_rows
+from .._core.terms import Deferred, slice_rows
 from .._core.validation import check
 from .decay import Decay, masked_factor, opposes_not
 from .write_modes import carry_error_
@@ -348,6 +348,8 @@ def _write_cautiously(
 ) -> None:
     """X <- keep * X + alpha * D for one panel, D = sum(terms); keep counts where D opposes not."""
     term = terms[0] if len(terms) == 1 else None
+    if isinstance(term, Deferred):  # its matrices, in a stack of several groups, are made too
+        term = term.materialized
     if isinstance(term, Dense):  # there already, and nothing moves as it is added
         D = term.U[ks, rows]
     elif isinstance(term, Scaled):
