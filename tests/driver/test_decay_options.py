@@ -60,15 +60,15 @@ def check_masks(optimizer, params, steps, *, bound=1e-11, moves_before=False, si
         for p, n, d, c in zip(params, none, plain, cautious, strict=True):
             decay = d - n
             W = -decay / (LR * DECAY) if moves_before else p.detach()
-            opposes = sign * (W - n) * W < 0
-            numbers.append((int(opposes.sum()), W.numel()))
-            expected = torch.where(opposes, 0.0, decay)
+            grows = sign * (W - n) * W < 0
+            numbers.append((int(grows.sum()), W.numel()))
+            expected = torch.where(grows, 0.0, decay)
             torch.testing.assert_close(
                 c - n, expected, rtol=0, atol=bound * float(decay.abs().max())
             )
         run(optimizer, params, [[G] for G in grads])
-    opposed, all_entries = map(sum, zip(*numbers, strict=True))
-    assert 0.1 * all_entries < opposed < 0.9 * all_entries
+    grown, all_entries = map(sum, zip(*numbers, strict=True))
+    assert 0.1 * all_entries < grown < 0.9 * all_entries
 
 
 def series_of(params, steps=3):
@@ -78,7 +78,7 @@ def series_of(params, steps=3):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_entries_that_the_step_opposes_do_not_decay(name, monkeypatch):
+def test_entries_that_the_step_makes_larger_do_not_decay(name, monkeypatch):
     monkeypatch.setattr(write, "WRITE_PANEL", 30)
     groups = every_form(DOUBLE)
     optimizer = METHODS[name](groups, lr=LR, weight_decay=0.0)
@@ -105,7 +105,7 @@ def test_the_mask_of_the_published_order_is_that_of_the_weight_before(compat):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_factors_decay_where_their_step_does_not_oppose_them(name):
+def test_factors_decay_where_their_step_does_not_make_them_larger(name):
     """The second factor of some sees the first as it has moved, so its step depends on decay."""
     tuples = [factors(*shape, seed=i, dtype=DOUBLE) for i, shape in enumerate([(10, 7, 3)] * 2)]
     optimizer = PAIRS[name](tuples, lr=LR, weight_decay=0.0)
@@ -558,13 +558,13 @@ def test_stacks_have_the_bits_of_single_steps_and_of_steps_in_backward(name, dty
     series = [gradients((*shape, 1), 3, i) for i, shape in enumerate(shapes)]
     series = [[G.view(s).to(dtype) for G in own] for own, s in zip(series, shapes, strict=True)]
     optimizer, params = made(range(6))
-    together = run(optimizer, params, series)[-1]
+    stacked = run(optimizer, params, series)[-1]
     backward, params = made(range(6))
     with backward.step_in_backward():
         for grads in zip(*series, strict=True):
             losses = [(p * G).sum() for p, G in zip(params, grads, strict=True)]
             torch.autograd.backward(losses)
-    assert same(together, [p.detach() for p in params])
+    assert same(stacked, [p.detach() for p in params])
     for i in range(6) if name in ("muon", "frugal-columns", "rownorm") else ():
         alone, (p,) = made([i])
-        assert torch.equal(run(alone, [p], [series[i]])[-1][0], together[i])
+        assert torch.equal(run(alone, [p], [series[i]])[-1][0], stacked[i])
