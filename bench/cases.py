@@ -16,6 +16,7 @@ from contests import (
     LIMITS,
     MUONS,
     NEVER,
+    SOAPS,
     Backward,
     Call,
     Case,
@@ -672,6 +673,12 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "row norm": Variant({"base": "row_norm"}, "Gram and apply"),
         "eigh": Variant({"rotation": "eigh"}, "Gram and apply"),
     },
+    "SOAP": {
+        "": Variant(limit="Gram and apply", peers=SOAPS),
+        "short": Variant({"sides": "short"}, "Gram and apply"),
+        "kl": Variant({"factors": "kl"}, "Gram and apply"),
+    },
+    "SOAPMuon": {"": Variant(limit="Gram and apply")},
     "RowNorm": {
         "": Variant(limit="W += a G"),
         "columns": Variant({"axis": "cols"}, "W += a G"),

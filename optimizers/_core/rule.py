@@ -53,6 +53,7 @@ __all__ = [
     "Term",
     "WriteScalars",
     "defaults_of",
+    "functions_of",
     "rule_class",
     "settings_of",
 ]
@@ -423,6 +424,8 @@ class Rule:
     """
     optional_state: ClassVar[frozenset[str]] = frozenset()
     """Names of slots that a checkpoint may lack: the optimizer fills them after the load."""
+    spare_state: ClassVar[frozenset[str]] = frozenset()
+    """Names of state that older files hold though nothing reads it: a load leaves it out."""
     bases: ClassVar[frozenset[str]] = frozenset()
     """Names of slots (m, r) of orthonormal columns that ``refresh`` alone changes.
 
@@ -554,6 +557,18 @@ class Rule:
         """
         return f"{self.method()}, whose state holds no momentum of the weight itself"
 
+    def weight_norm_obstacle(self) -> str | None:
+        """Why ``weight_norm`` cannot steer the weights of this rule; None if it can.
+
+        The words follow "does not go with".
+        """
+        if {"A", "B"} <= {*self.members}:
+            return f"{self.method()}, whose factors are not the weight"
+        if self.writes_in_refresh:
+            return f"{self.method()}, which writes weights at a refresh too"
+        compat = getattr(self, "compat", None)
+        return f"compat={compat!r}, which repeats published arithmetic" if compat else None
+
     @classmethod
     def complete_saved(cls, group: dict[str, Any]) -> None:
         """Add what a saved group lacks and meant otherwise than today's default, in place."""
@@ -581,3 +596,8 @@ def defaults_of(cls: type[Rule]) -> dict[str, Any]:
 def settings_of(rule: Rule) -> dict[str, Any]:
     """A rule's fields as group values."""
     return {f.name: getattr(rule, f.name) for f in fields(rule)}
+
+
+def functions_of(rule: Rule) -> dict[str, Callable[..., Any]]:
+    """A rule's fields that are functions, as a user may pass one in place of a name."""
+    return {key: x for key, x in settings_of(rule).items() if callable(x)}

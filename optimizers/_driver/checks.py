@@ -35,6 +35,7 @@ from .._core.views import VIEW_KINDS, split_view
 from .adamw import betas_of
 from .buckets import StepPlan
 from .decay import DECAY_SCHEDULES, check_decay
+from .norms import check_weight_norm, weight_norm_value
 from .param_groups import (
     LISTS,
     describe,
@@ -48,7 +49,7 @@ from .param_groups import (
     warn_user,
 )
 from .saved_state import moment_dtype
-from .units import State, Unit, refuse_vector, views_of
+from .units import State, Unit, refuse_parts, refuse_vector, views_of
 from .write_modes import WRITE_MODES, check_eco, mode_of
 
 NONFINITE_POLICIES = ("skip", "skip_step", "raise", "ignore")
@@ -215,6 +216,8 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "view": _view,
     "state_dtype": _state_dtype,
     "write": partial(choice, known=WRITE_MODES),
+    "weight_norm": weight_norm_value,
+    "weight_radius": _or_none(partial(number, allowed="(0, inf)")),
     "stagger": flag,
     "plan": partial(choice, known=PLANS),
     "comm_dtype": _comm_dtype,
@@ -356,6 +359,8 @@ def _plain(
     if copy.get("write") == "eco":
         check_eco(copy, rule_of(copy, default_rule), betas_of(copy))
     check_decay(copy)
+    if copy.get("weight_norm") is not None or copy.get("weight_radius") is not None:
+        check_weight_norm(copy, rule_of(copy, default_rule))
     return copy
 
 
@@ -450,6 +455,7 @@ def check_group(
     rule = _check_rule(group, default_rule)
     check_eco(group, rule, betas_of(group))
     check_decay(group)
+    check_weight_norm(group, rule)
     params, names = parameters_of(group)
     check_lists([{**group, "params": params}])
     if any(not isinstance(p, Tensor) for p in params):
@@ -479,7 +485,7 @@ def _check_rule_parameters(
         text = describe(name, p, i)
         if row.rule == "matrix":
             check_matrix(p, text, method)
-            _check_shape(p, text, view_of(group, i, row), rule, method)
+            _check_shape(p, text, view_of(group, i, row), rule, group)
         elif is_marked:
             moved_to_adamw.append(text)
         elif group.get("rule") is not None and listed(group, "rules", i) is None:
@@ -506,13 +512,14 @@ def _refuse_capturable(group: Mapping[str, Any], method: str) -> None:
     )
 
 
-def _check_shape(p: Tensor, text: str, view: Any, rule: Rule, method: str) -> None:
+def _check_shape(p: Tensor, text: str, view: Any, rule: Rule, group: Mapping[str, Any]) -> None:
     """Raise if the view does not fit."""
     if p.ndim < 2 or p.numel() == 0:
-        refuse_vector(p, text, method)
+        refuse_vector(p, text, rule.method())
     if len(rule.members) == 1:
         with naming(text):
-            split_view(views_of(view, rule)[0], tuple(p.shape))
+            count = len(split_view(views_of(view, rule)[0], tuple(p.shape)))
+        refuse_parts(group, [count], [text])
 
 
 def warn_without_matrix(groups: Sequence[Mapping[str, Any]], default_rule: type[Rule]) -> None:

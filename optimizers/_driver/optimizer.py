@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import cache
 from operator import is_
 from typing import Any, ClassVar, overload
 
@@ -55,6 +56,8 @@ from .finite import (
 )
 from .layout import is_sharded
 from .model_roles import ModelRoles, complete_names, lists_of, refuse_replaced, rows_for
+from .norm_write import Steering, refuse_zero_weights, write_steered_
+from .norms import RADIUS
 from .param_groups import (
     COMMON,
     FOREIGN_KEYS,
@@ -85,10 +88,16 @@ from .write import Run, write_, write_list_, write_runs_
 
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
-    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
+    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed", "weight_norm"),
     *("plan", "comm_dtype", "spread_replicas"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
+
+
+@cache
+def _setting_defaults(cls: type[Rule]) -> dict[str, Any]:
+    """Group keys that decide the rule and the units of a group, with their defaults."""
+    return {**dict.fromkeys((*UNIT_SETTINGS, *STACK_SETTINGS)), **defaults_of(cls)}
 
 
 class StackedOptimizer(Optimizer):
@@ -162,6 +171,18 @@ class StackedOptimizer(Optimizer):
             off put into the momentum (AdamW parameters and Muon only; Muon's bounded step follows
             only while it is no smaller than a weight's last digit). AdamW parameters have float32
             moments under all but ``"nearest"``.
+        weight_norm: How the norms of matrices are steered, in words joined by ``+``; see
+            ``docs/weight-control.md``. Of the step: ``"relative"``: as large as the weight, so that
+            lr is a ratio; ``"floor:k"`` or ``"rowfloor:k"``: at least k (0.35, 0.3825) times as
+            large as the weight, or row by row. Of the weight: ``"sphere"``: its norm stays,
+            and plain decay has no effect; ``"brake:out,in"``: its norm changes by these shares
+            (0.5, 1) of what the step would have it; ``"pin:out,in"``: only the radial part of the
+            step, damped by them, changes it. ``"hyperball"`` is ``"relative+sphere"``.
+            ``":rows"`` takes each row, ``":whole"`` the parameter instead of each matrix. AdamW
+            parameters, published arithmetic (``compat``) and LoRA factors have none. None
+            (default): norms go where steps lead.
+        weight_radius: Root mean square of the entries that a ``"sphere"`` keeps, at any shape; None
+            (default): that of the weight at its first update, kept as state ``weight_radius``.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.
         plan: How a sharded weight (a DTensor) is stepped, see ``docs/sharding.md``. ``"auto"``
@@ -465,10 +486,8 @@ class StackedOptimizer(Optimizer):
     def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
         """Values that decide a group's rule and units, with defaults for missing keys."""
         cls = self._default_rule if group["rule"] in (None, "adamw") else rule_class(group["rule"])
-        return {
-            **{name: group.get(name) for name in (*UNIT_SETTINGS, *STACK_SETTINGS)},
-            **{field.name: group.get(field.name, field.default) for field in fields(cls)},
-        }
+        defaults = _setting_defaults(cls)  # type: ignore[arg-type]  # mypy: no hash of a class
+        return {name: group.get(name, default) for name, default in defaults.items()}
 
     def _get_plan(self) -> StepPlan:
         """The plan, with rules and units made anew only if groups changed.
@@ -858,6 +877,7 @@ class StackedOptimizer(Optimizer):
                 agree(found)
             if found.bad:
                 refuse(found, self.param_groups)
+            refuse_zero_weights(plan.buckets, self.param_groups, found.bad, self._describe)
             stops = stops_step(found, self.param_groups)
         finally:
             if stops and before is not None:
@@ -1023,15 +1043,26 @@ class StackedOptimizer(Optimizer):
                 _, lr, decay = runs[0]
             rounding = bucket.rounding(i, t, written[i])
             written[i] += 1
-            Ws = bucket.weight_list(i) if len(runs) == 1 else []
-            if len(runs) == 1 and write_list_(Ws, step, lr, decay, write_mask, rounding):
+            fuses = len(runs) == 1 and bucket.unit.control is None
+            Ws = bucket.weight_list(i) if fuses else []
+            if fuses and write_list_(Ws, step, lr, decay, write_mask, rounding):
                 continue
             W = bucket.load(i)
-            if len(runs) == 1:
+            if bucket.unit.control is not None:
+                write_steered_(W, step, runs, self._steering(bucket, i), write_mask, rounding)
+            elif len(runs) == 1:
                 write_(W, step, lr, decay, write_mask, rounding)
             else:
                 write_runs_(W, step, runs, write_mask, rounding)
             bucket.store(i, W)
+
+    def _steering(self, bucket: Bucket, i: int) -> Steering:
+        """How the norms of member i are steered."""
+        control, groups = bucket.unit.control, self.param_groups
+        assert control is not None
+        given = [groups[unit.group].get(RADIUS) for unit in bucket.units]
+        cautious, radius = bool(groups[bucket.group].get("cautious")), bucket.states[i].get(RADIUS)
+        return Steering(control, radius, given, cautious, bucket.stacked)
 
     def _runs(self, bucket: Bucket, as_given: bool = False) -> list[Run]:
         """Learning rate and decay of the units of a bucket, equal neighbours together.
@@ -1113,7 +1144,9 @@ class StackedOptimizer(Optimizer):
         else:
             self._refuse_written()
         check_lists(self.param_groups)
-        return super().state_dict()
+        saved = super().state_dict()
+        checkpoint.name_functions(self._default_rule, saved["param_groups"])
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this optimizer, of ``torch.optim.Muon`` or ``AdamW`` where it fits.
