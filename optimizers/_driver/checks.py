@@ -324,8 +324,9 @@ def check_written_values(
             old["lr"] = lr
         elif isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.numel() == 1:
             _check_tensor_lr("lr", lr)  # written in place; a device is not waited for
-        is_any = group.get("decay_schedule") != "independent"  # which takes small ones only
-        if is_any and type(decay) is float and 0.0 <= decay < math.inf:
+        schedule = group.get("decay_schedule")  # "independent" takes small decays only
+        is_free = isinstance(schedule, str) and schedule != "independent"
+        if is_free and type(decay) is float and 0.0 <= decay < math.inf:
             old["weight_decay"] = decay
     written = [
         i for i, group in enumerate(groups) if i >= len(seen) or not _is_unchanged(group, seen[i])

@@ -1,6 +1,7 @@
 """Weight decay: the group keys ``cautious``, ``decay_schedule`` and ``decay_lr``.
 
-A weight is multiplied by :meth:`Decay.factor`, everywhere or where the step does not oppose it.
+A weight is multiplied by :meth:`Decay.factor`, everywhere or where the step does not move it away
+from zero.
 ``write.py`` does so for rules, ``adamw.py`` for AdamW.
 """
 
@@ -72,7 +73,7 @@ class Decay(NamedTuple):
         return 1.0 - lr * self.scaled_by(lr)
 
 
-def opposes_not(D: Tensor, W: Tensor, sign: float = 1.0) -> Tensor:
+def decays_at(D: Tensor, W: Tensor, sign: float = 1.0) -> Tensor:
     """Where W decays under ``cautious``: D and W do not differ in sign; a zero agrees with both.
 
     The sign of D is taken first, as a product of two small numbers may be 0.

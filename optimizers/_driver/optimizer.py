@@ -129,10 +129,11 @@ class StackedOptimizer(Optimizer):
             (0.9, 0.95).
         adamw_eps: Eps of the AdamW parameters (default: 1e-8).
         adamw_weight_decay: Weight decay of the AdamW parameters; None (default): ``weight_decay``.
-        cautious: Whether weight decay touches only entries that the step does not oppose: W <-
+        cautious: Whether only entries decay that the step does not move away from zero: W <-
             W - lr * weight_decay * W [U * W >= 0] - lr * U, entry by entry, with W before the step
             and U all that the step subtracts; for AdamW parameters the sign of U is that of the new
             first moment (default: False). With it a write takes one more pass and no fused kernel.
+            Nothing refuses it: under ``compat`` the order is the published one, with this mask.
         decay_schedule: What a weight is multiplied by. ``"lr"`` (default): 1 - lr * weight_decay.
             ``"lr2"``: 1 - lr^2 * weight_decay. ``"independent"``: 1 - (lr / decay_lr) *
             weight_decay, which follows schedules of ``lr`` but not its size; a step then removes

@@ -24,9 +24,9 @@ from ...kernels import (
     update_weight_,
 )
 from .._core.rule import LOCAL_REDUCTIONS, Carry, Dense, Direction, Scaled, Term, WriteScalars
-from .._core.terms import slice_rows
+from .._core.terms import Deferred, slice_rows
 from .._core.validation import check
-from .decay import Decay, masked_factor, opposes_not
+from .decay import Decay, decays_at, masked_factor
 from .write_modes import carry_error_
 
 WRITE_PANEL = 2**17
@@ -118,7 +118,7 @@ class Keep(NamedTuple):
     Attributes:
         factor: A number, or what broadcasts against (K, m, n).
         is_last: Whether it comes after the terms.
-        is_cautious: Whether it counts only where the sum of the terms does not oppose the weight.
+        is_cautious: Whether it counts only where the terms do not move the weight away from zero.
         sign: A number with the sign of the multiple of this sum that is subtracted.
     """
 
@@ -346,8 +346,10 @@ def _write_terms(
 def _write_cautiously(
     terms: list[Term], ks: slice, rows: slice, alpha: float, keep: Keep, X: Tensor
 ) -> None:
-    """X <- keep * X + alpha * D for one panel, D = sum(terms); keep counts where D opposes not."""
+    """X <- keep * X + alpha * D for one panel, D = sum(terms); keep counts as D tells."""
     term = terms[0] if len(terms) == 1 else None
+    if isinstance(term, Deferred):  # its matrices, in a stack of several groups, are made too
+        term = term.materialized
     if isinstance(term, Dense):  # there already, and nothing moves as it is added
         D = term.U[ks, rows]
     elif isinstance(term, Scaled):
@@ -357,7 +359,7 @@ def _write_cautiously(
         for part in terms:
             part.add_(D, ks, rows, 1.0)
     factor = _part_of(keep.factor, ks, rows)
-    factor = masked_factor(X, factor, opposes_not(D, X, keep.sign))
+    factor = masked_factor(X, factor, decays_at(D, X, keep.sign))
     if not keep.is_last:
         X.mul_(factor)
     if term is None:

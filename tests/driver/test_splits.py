@@ -61,8 +61,6 @@ SETTINGS = {
         *({"second_moment": name} for name in ("normuon", "adamuon")),
         *({"second_moment": name, "beta2": 0.5, **LOW_RANK} for name in ("normuon", "adamuon")),
         *({"adjust_lr_fn": name} for name in ADJUST_LR_FNS),
-        {"cautious": True},
-        {"cautious": True, "second_moment": "normuon", "decay_schedule": "lr2"},
         {"clip_grad_rms": 0.1},
         {"normalize_grad": True},
         {"spike_ratio": 1.01},
