@@ -358,9 +358,9 @@ def _plain(
     store_adamw_lr(dict(copy))  # refuses it where lr is 0
     if copy.get("write") == "eco":
         check_eco(copy, rule_of(copy, default_rule), betas_of(copy))
-    check_decay(copy)
     if copy.get("weight_norm") is not None or copy.get("weight_radius") is not None:
         check_weight_norm(copy, rule_of(copy, default_rule))
+    check_decay(copy)
     return copy
 
 
@@ -454,8 +454,8 @@ def check_group(
     check_values(group)
     rule = _check_rule(group, default_rule)
     check_eco(group, rule, betas_of(group))
-    check_decay(group)
     check_weight_norm(group, rule)
+    check_decay(group)
     params, names = parameters_of(group)
     check_lists([{**group, "params": params}])
     if any(not isinstance(p, Tensor) for p in params):

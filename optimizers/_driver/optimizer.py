@@ -88,8 +88,8 @@ from .write import Run, write_, write_list_, write_runs_
 
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
-    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed", "weight_norm"),
-    *("plan", "comm_dtype", "spread_replicas"),
+    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
+    *("weight_norm", "cautious", "plan", "comm_dtype", "spread_replicas"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
 
@@ -1061,8 +1061,7 @@ class StackedOptimizer(Optimizer):
         control, groups = bucket.unit.control, self.param_groups
         assert control is not None
         given = [groups[unit.group].get(RADIUS) for unit in bucket.units]
-        cautious, radius = bool(groups[bucket.group].get("cautious")), bucket.states[i].get(RADIUS)
-        return Steering(control, radius, given, cautious, bucket.stacked)
+        return Steering(control, bucket.states[i].get(RADIUS), given, bucket.stacked)
 
     def _runs(self, bucket: Bucket, as_given: bool = False) -> list[Run]:
         """Learning rate and decay of the units of a bucket, equal neighbours together.
