@@ -312,18 +312,19 @@ class SOAPRule(EigenbasisRule):
         return slots
 
     def update(self, w: Member) -> Iterator[Direction]:
-        """One step of K equal weights (m, n); none for the first gradient."""
+        """One step of K equal weights (m, n); none for the first gradient that is not zero."""
         assert w.grad is not None
         G = w.grad.to(torch.promote_types(w.grad.dtype, torch.float32))
-        if not self.has_bases(w):
-            if self.begins(w):
-                self.start_grams(w, G)
+        if self.begins(w):
+            self.start_grams(w, G)
+            return
+        if not self.has_bases(w):  # gradients of zeros so far: decay alone
+            yield w.step(Dense(torch.zeros_like(G)))
             return
         N = self.project(w, G)
         D, lr_factor = self.direction(w, N)
-        if self.normalize_update:  # the bases are orthogonal: D has the RMS of the step
-            rms = w.reductions.both(total(column_squares(D))).div_(w.m * w.n).sqrt_()
-            D = D.div_(rms.add_(1e-30))
+        if self.normalize_update:
+            D = normalized(w, D)
         yield w.step(self.lifted_term(w, D), lr_factor=lr_factor, decay_last=self.published)
         if self.whitens(w.m, w.n):
             self.move_whitened_grams(w, G, N)
@@ -403,6 +404,14 @@ class SOAPRule(EigenbasisRule):
     @override
     def adamw_order(self) -> tuple[bool, float] | None:
         return (self.correct_bias, self.eps) if self.published else None
+
+
+def normalized(w: Member, D: Tensor) -> Tensor:
+    """D (K, m, n) over its root mean square, which is that of the step: bases are orthogonal."""
+    c = safe_square_scale(D, w.reductions)
+    D = D * c
+    rms = w.reductions.both(total(column_squares(D))).div_(w.m * w.n).sqrt_()
+    return D.div_(rms.add_(1e-30 * c))
 
 
 def row_means(X: Tensor) -> Tensor:
@@ -548,8 +557,8 @@ class SOAP(EigenbasisOptimizer):
     memory: two m x n and two square matrices.
 
     Caveat: The first gradient of a matrix makes no step, as published: in its own bases it is
-    diagonal, and Adam would make steps of full size of the rounding beside the diagonal. So it is
-    for a gradient of zeros before it. Vectors step at once, in torch's AdamW. A step costs
+    diagonal, and Adam would make steps of full size of the rounding beside the diagonal. Gradients
+    of zeros before it leave decay alone. Vectors step at once, in torch's AdamW. A step costs
     6 m n (m + n) multiplications and additions, those of Muon's five polynomials 30 n^3 where
     m = n; a change of bases about 5 (m^3 + n^3) more.
 

@@ -63,8 +63,9 @@ def _completed_householder(B: Tensor, old: Tensor) -> Tensor:
     completion = _DAMPING * torch.finfo(B.dtype).eps
     is_open = sizes <= completion
     for k in is_open.any(-1).nonzero().flatten().tolist():  # only the open columns change
-        share = is_open[k].to(B.dtype) * completion
-        Q[k].copy_(_reflections(B[k].addcmul_(old[k], share))[0])
+        columns = is_open[k].nonzero().flatten()
+        B[k].index_copy_(-1, columns, old[k].index_select(-1, columns))
+        Q[k].copy_(_reflections(B[k])[0])
     return Q
 
 
@@ -102,11 +103,11 @@ def cholesky_qr(A: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
 def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None = None) -> Tensor:
     """The Q factor of A; directions that A leaves open are those of the old factor.
 
-    8 eps ||A||_F times the old factor is added, which settles a singular A: on a CPU, where
-    Householder reflections tell, to those columns alone that add no direction to the ones before,
-    so that any other A keeps the accuracy of plain QR; on an accelerator to all, which turns the
-    result by 8 eps times the condition number. There two Cholesky passes serve; a matrix that these
-    do not make orthogonal is done again by reflections, or, where nothing may wait for the device,
+    On a CPU, where Householder reflections tell which columns add less than 8 eps ||A||_F to the
+    span of those before, the old factor's take their place, so that any other A keeps the accuracy
+    of plain QR. On an accelerator 8 eps ||A||_F times the old factor is added to all, which turns
+    the result by 8 eps times the condition number. There two Cholesky passes serve; a matrix that
+    these do not make orthogonal is done again by reflections, or, where nothing may wait for it,
     by a third pass, and if that fails it keeps the old factor.
 
     Args:
