@@ -43,6 +43,7 @@ from ._toolkit.moments import (
     column_squares,
     ema_where_safe,
     max_safe_value,
+    momentum_slots,
     momentum_step,
     safe_square_scale,
     total,
@@ -152,7 +153,7 @@ class RotationRule(Rule, abstract=True):
 
     def member_slots(self, first: bool) -> dict[str, Slot]:
         """Slots of one member; the rotation lies with the first."""
-        slots = {"momentum_buffer": Slot("mn")}
+        slots: dict[str, Slot] = {}
         if first and self.rotation != "none":
             # full precision, since its rounding would enter M and the step
             slots["rotation"] = Slot("mm", "full", fill="eye")
@@ -205,13 +206,18 @@ class ARORule(RotationRule):
 
     def member_slots(self, first: bool) -> dict[str, Slot]:
         """Slots of one member; Adam's second moment stays as it is when the frame rotates."""
-        return super().member_slots(first) | (
-            {"exp_avg_sq": Slot("mn")} if self.base == "adam" else {}
-        )
+        second = {"exp_avg_sq": Slot("mn")} if self.base == "adam" else {}
+        return momentum_slots(self.momentum) | super().member_slots(first) | second
+
+    @property
+    def spare_state(self) -> frozenset[str]:  # type: ignore[override]
+        """The buffer that files of version 0.2 hold where momentum is 0."""
+        return frozenset(() if self.momentum else ("momentum_buffer",))
 
     def update(self, *members: Member) -> Iterator[Direction]:
         """One step of K equal units; a member without a gradient is left out."""
-        check_equal_stacks([len(w.state["momentum_buffer"]) for w in members])
+        known = (next(iter(w.state.values()), w.grad) for w in members)  # (K, ...) each
+        check_equal_stacks([len(X) for X in known if X is not None])
         ws = [w for w in members if w.grad is not None]
         Ms = [self.momentum_of(w) for w in ws]  # (K, m, n) each
         R, cs = None, [M.new_ones(()) for M in Ms]
@@ -230,6 +236,8 @@ class ARORule(RotationRule):
     def momentum_of(self, w: Member) -> Tensor:
         """The momentum M (K, m, n) of this step."""
         assert w.grad is not None
+        if not self.momentum:  # M is G, so there is no buffer
+            return w.grad.to(torch.promote_types(w.grad.dtype, torch.float32))
         return momentum_step(
             w.state["momentum_buffer"], w.grad, self.momentum, self.nesterov, finite=w.finite
         )
@@ -366,9 +374,10 @@ class ARO(StackedOptimizer):
             weights of a unit share no side to rotate; the text names it.
         TypeError: If a keyword is unknown.
 
-    State: ``momentum_buffer`` (like W), ``rotation`` (m x m; with the first weight that shares it),
-    for ``"adam"`` ``exp_avg_sq`` (like W, in the rotated frame), with ``gram_beta`` ``gram``
-    (m x m), and ``step``; float32. Peak temporary memory: two m x n and three m x m matrices.
+    State: ``momentum_buffer`` (like W; none at ``momentum=0``), ``rotation`` (m x m; with the first
+    weight that shares it), for ``"adam"`` ``exp_avg_sq`` (like W, in the rotated frame), with
+    ``gram_beta`` ``gram`` (m x m), and ``step``; float32. Peak temporary memory: two m x n and
+    three m x m matrices.
 
     Caveat: <M, D> may fall from step to step. On a steady M ``"polar"`` keeps it from falling for
     an exact f (all but ``"adam"``), ``"qr"`` often lets it fall; with ``"row_norm"`` R tends to

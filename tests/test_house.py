@@ -108,6 +108,7 @@ VALUES = {
     "density": 0.5,
     "eps": 1e-4,
     "eps_rel": 1e-3,
+    "equilibrate": "rows",
     "error_feedback": "int8",
     "factors": "kl",
     "first": "A",
@@ -151,6 +152,7 @@ VALUES = {
     "rank": 3,
     "rank_compensate": True,
     "ratio": 0.2,
+    "renormalize": True,
     "report_steps": 2,
     "rescale_visible": False,
     "reset": "changed",
@@ -164,6 +166,7 @@ VALUES = {
     "save_pools": False,
     "scale": 0.5,
     "scale_aware": False,
+    "scale_front": True,
     "scaling": "matrix",
     "schedule": "alternate",
     "second_moment": "normuon",
@@ -185,6 +188,8 @@ VALUES = {
     "update_gap": 50,
     "update_proj_gap": 50,
     "variant": "paper",
+    "APOLLO.eps": 1e-4,
+    "APOLLO.projection": "gaussian",
     "ARO.adjust_lr_fn": ("match_rms_adamw", {"rms_target": None}),
     "ARO.side": "rows",
     "AdaPreLoRA.variant": "sgd",
@@ -408,7 +413,9 @@ TORCH_MUON = [
 ADAM_LIKE = ["params", "lr", "betas", "eps", "weight_decay"]
 POSITIONAL = {
     "Muon": TORCH_MUON,
-    **dict.fromkeys(("GaLore", "Fira", "FRUGAL", "DCTAdamW", "SOAP", "SwitchLoRA"), ADAM_LIKE),
+    **dict.fromkeys(
+        ("APOLLO", "GaLore", "Fira", "FRUGAL", "DCTAdamW", "SOAP", "SwitchLoRA"), ADAM_LIKE
+    ),
 }
 """Class: its positional parameters. All other classes have ``params`` and ``lr``."""
 

@@ -17,7 +17,7 @@ from ... import kernels
 from ...kernels import product
 from ...kernels import row_total as total
 from ...kernels import update_moments_ as average
-from .._core.rule import LOCAL_REDUCTIONS, Reductions
+from .._core.rule import LOCAL_REDUCTIONS, Reductions, Slot
 
 __all__ = [
     "MOMENT_POLICIES",
@@ -34,6 +34,7 @@ __all__ = [
     "ema_where_safe",
     "largest_entries",
     "max_safe_value",
+    "momentum_slots",
     "momentum_step",
     "safe_square_scale",
     "total",
@@ -268,6 +269,11 @@ def ema(buffer: Tensor, grad: Tensor, momentum: float, finite: Tensor | None = N
     is as in :func:`momentum_step`.
     """
     return momentum_step(buffer, grad, momentum, finite=finite)
+
+
+def momentum_slots(momentum: float) -> dict[str, Slot]:
+    """The slot of a momentum buffer shaped like the weight; none at 0, where it would be G."""
+    return {"momentum_buffer": Slot("mn")} if momentum else {}
 
 
 def ema_where_safe(

@@ -35,6 +35,8 @@ CLASSES = {
     "Muon": {},
     "GaLore": {"rank": 2, "update_proj_gap": 2},
     "Fira": {"rank": 2, "update_proj_gap": 2},
+    "APOLLO": {"rank": 2, "update_proj_gap": 2},
+    "SinkGD": {},
     "FRUGAL": {"density": 0.5, "update_gap": 2},
     "DCTAdamW": {"rank": 2},
     "Trion": {"rank": 2},

@@ -7,6 +7,7 @@ parameter or keyword with nothing changed; all else is a finding.
 from __future__ import annotations
 
 import copy
+import inspect
 import numbers
 import pickle
 import random
@@ -128,7 +129,12 @@ def _refused_plainly(error: BaseException, case: Case) -> str:
 
 
 def is_tame(optimizer: StackedOptimizer) -> bool:
-    """Whether all sizes of the groups are such that finite gradients give finite weights."""
+    """Whether all sizes of the groups are such that finite gradients give finite weights.
+
+    An eps of 0 is not, as in ``torch.optim.AdamW``, unless the class itself has it as its default.
+    """
+    signature = inspect.signature(type(optimizer)).parameters
+    defaults = {key: parameter.default for key, parameter in signature.items()}
     for group in optimizer.param_groups:
         for key, value in group.items():
             if isinstance(value, Tensor):
@@ -140,7 +146,7 @@ def is_tame(optimizer: StackedOptimizer) -> bool:
                 continue
             if key in AMOUNTS and not 0 <= value <= 1:
                 return False
-            if "eps" in key and value < 1e-12 and value != optimizer.defaults.get(key):
+            if "eps" in key and value < 1e-12 and value != defaults.get(key):
                 return False
             if not abs(value) <= (50 if isinstance(value, float) else 10_000):
                 return False

@@ -14,7 +14,7 @@ from stiefel.optimizers._driver.param_groups import LISTS
 LORA = ("AltLoRA", "AdaPreLoRA", "SwitchLoRA")
 PLAIN = (
     "Muon", "GaLore", "Fira", "FRUGAL", "DCTAdamW", "Trion", "AuON", "ARO", "RowNorm", "Spectral",
-    "Hybrid", "SOAP", "SOAPMuon", "SymmetryStack",
+    "Hybrid", "SOAP", "SOAPMuon", "SymmetryStack", "APOLLO", "SinkGD",
 )  # fmt: skip
 CLASSES = PLAIN + LORA
 KINDS = ("keyword", "group key", "parameter", "gradient", "checkpoint", "write")
@@ -100,6 +100,15 @@ VALID: dict[str, dict[str, tuple[str, ...]]] = {
         "limiter": ("False",),
         "gamma": ("1.2",),
     },
+    "APOLLO": {
+        **_LOW_RANK,
+        "projection": ("'random'", "'gaussian'", "'svd'", "'topk'"),
+        "scaling": ("'tensor'", "'column'"),
+        "scale": ("'auto'", "128.0"),
+        "scale_front": ("True",),
+        "limiter": ("False",),
+    },
+    "SinkGD": {"iterations": ("1", "3"), "momentum": ("0.9",)},
     "FRUGAL": {
         "density": ("0.0", "0.5", "1.0"),
         "split": tuple(

@@ -2,6 +2,7 @@
 
 from helpers.rules import PickRule, RowsRule
 from stiefel.optimizers import (
+    APOLLO,
     ARO,
     FRUGAL,
     SOAP,
@@ -12,6 +13,7 @@ from stiefel.optimizers import (
     Hybrid,
     Muon,
     RowNorm,
+    SinkGD,
     SOAPMuon,
     Spectral,
     StackedOptimizer,
@@ -68,6 +70,14 @@ METHODS = {
         params,
         **{"lr": 0.02, "rank": 3, "update_proj_gap": 3, "variant": "paper", "scaling": "matrix",
            **kw},
+    ),
+    "apollo": lambda params, **kw: APOLLO(
+        params, **{"lr": 0.02, "rank": 3, "update_proj_gap": 3, "weight_decay": 0.1, **kw}
+    ),
+    "apollo-mini": lambda params, **kw: APOLLO(
+        params,
+        **{"lr": 0.02, "rank": 1, "update_proj_gap": 3, "scaling": "tensor",
+           "projection": "gaussian", "scale": "auto", **kw},
     ),
     "auon": lambda params, **kw: AuON(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
     "auon-repo2026": lambda params, **kw: AuON(
@@ -163,6 +173,11 @@ METHODS = {
     ),
     "rownorm-centred": lambda params, **kw: RowNorm(
         params, **{"lr": 0.02, "weight_decay": 0.1, "centred": True, **kw}
+    ),
+    "rownorm-plain": lambda params, **kw: RowNorm(params, **{"lr": 0.02, "momentum": 0.0, **kw}),
+    "sinkgd": lambda params, **kw: SinkGD(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
+    "sinkgd-momentum": lambda params, **kw: SinkGD(
+        params, **{"lr": 0.02, "momentum": 0.9, "iterations": 2, **kw}
     ),
     "spectral": lambda params, **kw: Spectral(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
     "spectral-published": lambda params, **kw: Spectral(
