@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..kernels import POLAR_METHODS, completed_eigenbasis, polar_factor, product, rotated
+from ..kernels import (
+    POLAR_METHODS,
+    completed_eigenbasis,
+    gram_stack,
+    polar_factor,
+    product,
+    rotated,
+)
 from ._core.rule import Dense, Direction, Factored, Member, Rule, Slot, Term
 from ._core.validation import (
     check,
@@ -178,8 +185,8 @@ class EigenbasisRule(Rule, abstract=True):
     def gram_of(self, w: Member, G: Tensor, end: str) -> Tensor:
         """G G^T (K, m, m), or G^T G (K, n, n) for the right side."""
         if end:
-            return w.reductions.rows(product(G.mT, G))
-        return w.reductions.cols(product(G, G.mT))
+            return w.reductions.rows(gram_stack(G.mT))
+        return w.reductions.cols(gram_stack(G))
 
     def next_basis(self, w: Member, end: str) -> tuple[Tensor, Tensor]:
         """The new basis of a side, and (K, 1, side) which old column each column follows."""

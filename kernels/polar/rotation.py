@@ -33,39 +33,34 @@ def householder_qr(A: Tensor) -> Tensor:
     Returns:
         (K, m, m), orthogonal whatever the rank of A.
     """
-    return _householder(A)[0]
+    return _each(_reflections, A)
 
 
-def _householder(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (K, m, m) and the diagonal of T (K, m), of every matrix by itself on a CPU."""
-    if A.device.type != "cpu":
-        return _reflections(A)
-    Qs, diagonals = zip(*map(_reflections, A), strict=True)
-    if len(Qs) == 1:
-        return Qs[0].unsqueeze(0).contiguous(), diagonals[0].unsqueeze(0)
-    return torch.stack(Qs), torch.stack(diagonals)
-
-
-def _reflections(A: Tensor) -> tuple[Tensor, Tensor]:
+def _reflections(A: Tensor) -> Tensor:
     H, tau = torch.geqrf(A)
-    diagonal = H.diagonal(dim1=-2, dim2=-1)
-    signs = 1 - 2 * (diagonal < 0).to(A.dtype)
+    signs = 1 - 2 * (H.diagonal(dim1=-2, dim2=-1) < 0).to(A.dtype)
     Q: Tensor = torch.linalg.householder_product(H, tau).mul_(signs.unsqueeze(-2))
-    return Q, diagonal.abs()
+    return Q
 
 
 def _completed_householder(B: Tensor, old: Tensor) -> Tensor:
-    """Q of B (K, m, m) of norm 1; columns that add no direction of their own are the old ones.
+    """Q of B (K, m, m) of norm 1; columns that add no direction of their own are the old ones."""
+    parts = [_completed_reflections(X, Q) for X, Q in zip(B, old, strict=True)]
+    return parts[0].unsqueeze(0).contiguous() if len(parts) == 1 else torch.stack(parts)
 
-    B is overwritten.
-    """
-    Q, sizes = _householder(B)
-    completion = _DAMPING * torch.finfo(B.dtype).eps
-    is_open = sizes <= completion
-    for k in is_open.any(-1).nonzero().flatten().tolist():  # only the open columns change
-        columns = is_open[k].nonzero().flatten()
-        B[k].index_copy_(-1, columns, old[k].index_select(-1, columns))
-        Q[k].copy_(_reflections(B[k])[0])
+
+def _completed_reflections(B: Tensor, old: Tensor) -> Tensor:
+    """Q of one matrix; reflections are found anew only from the first column that is replaced."""
+    H, tau = torch.geqrf(B)
+    is_open = H.diagonal().abs() <= _DAMPING * torch.finfo(B.dtype).eps
+    if bool(is_open.any()):
+        j = int(is_open.nonzero()[0])
+        rest = torch.where(is_open[j:], old[:, j:], B[:, j:])
+        if j > 0:
+            rest = torch.ormqr(H[:, :j], tau[:j], rest, left=True, transpose=True)
+        H[j:, j:], tau[j:] = torch.geqrf(rest[j:])
+    signs = 1 - 2 * (H.diagonal() < 0).to(B.dtype)
+    Q: Tensor = torch.linalg.householder_product(H, tau).mul_(signs)
     return Q
 
 
