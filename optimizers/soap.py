@@ -196,16 +196,17 @@ class EigenbasisRule(Rule, abstract=True):
 
     def power_step(self, S: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
         """Q of S Q, or eigenvectors of S (K, m, m), and the order that the old columns take."""
-        P, (K, m, _) = product(S, Q), S.shape
+        # S is symmetric: this is (S Q)^T, whose columns LAPACK finds as it wants them
+        P, (K, m, _) = product(Q.mT, S), S.shape
         if self.sorts:
-            sizes = product(S.new_ones(K, 1, m), Q * P)  # the diagonal of Q^T S Q
-            order = sizes.argsort(dim=-1, descending=True, stable=True)
-            P, Q = P.take_along_dim(order, -1), Q.take_along_dim(order, -1)
+            sizes = product(Q.mT * P, S.new_ones(K, m, 1))  # the diagonal of Q^T S Q
+            order = sizes.argsort(dim=-2, descending=True, stable=True).mT
+            P, Q = permuted_rows(P, order), permuted_rows(Q.mT, order).mT
         else:
             order = torch.arange(m, dtype=torch.int64, device=S.device).expand(K, 1, m)
         if self.basis == "eigh":
             return completed_eigenbasis(S, Q), order
-        return rotated(P, Q), order
+        return rotated(P.mT, Q), order
 
     def carry(self, w: Member, bases: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Turn the moments from the old bases into the new ones."""
@@ -226,7 +227,7 @@ class EigenbasisRule(Rule, abstract=True):
                     C = product(Q.mT, old[end]).square_()
                     Y = product(Y, C.mT) if end else product(C, Y)
                 elif self.sorts:
-                    Y = Y.take_along_dim(order if end else order.mT, -1 if end else -2)
+                    Y = permuted_rows(Y.mT, order).mT if end else permuted_rows(Y, order)
             X.copy_(Y)
 
     def squares(self, w: Member) -> tuple[str, ...]:
@@ -281,6 +282,13 @@ def turn(X: Tensor, old: Tensor, new: Tensor, end: str) -> Tensor:
     if X.shape[-1] < X.shape[-2]:
         return product(new.mT, product(old, X))
     return product(product(new.mT, old), X)
+
+
+def permuted_rows(X: Tensor, order: Tensor) -> Tensor:
+    """Rows of every matrix of X (K, m, n) in its order (K, 1, m)."""
+    if len(X) == 1:  # several times as fast
+        return X[0].index_select(0, order.flatten()).unsqueeze(0)
+    return X.gather(-2, order.mT.expand_as(X))
 
 
 def whitening(eigenvalues: Tensor) -> Tensor:
