@@ -280,10 +280,10 @@ def ema_where_safe(
     average: Tensor, S: Tensor, decay: float, finite: Tensor | None = None
 ) -> Tensor:
     """As :func:`ema`, for every matrix of S (K, m, n) that is not too large to be added."""
-    largest = torch.maximum(-S.amin((-2, -1)), S.amax((-2, -1))).view(-1, 1, 1)
-    return ema(
-        average, torch.where(largest <= max_safe_value(average, S), S, average), decay, finite
-    )
+    is_safe = largest_entries(S) <= max_safe_value(average, S)
+    if S.device.type != "cpu" or not bool(is_safe.all()):
+        S = torch.where(is_safe, S, average)
+    return ema(average, S, decay, finite)
 
 
 def max_safe_value(*Xs: Tensor) -> float:

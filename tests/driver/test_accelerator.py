@@ -30,7 +30,10 @@ SHAPES = [(300, 400), (400, 300), (300, 400), (70, 600)]
 WAITS = {
     "muon-kaczmarz": "columns are drawn on the CPU, by the norms of this very momentum",
 }
-RARE = {"update_proj_gap": 100, "update_gap": 100, "gap": 100, "report_steps": 0}
+RARE = {
+    **dict.fromkeys(("update_proj_gap", "update_gap", "gap", "precondition_frequency"), 100),
+    "report_steps": 0,
+}
 """What may wait is left out: refreshes, which are rare and eager, and reports."""
 
 
