@@ -38,6 +38,7 @@ from .spectral import Spectral
 from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
 from .trion import Trion
+from .width import PowerLR, width_groups
 
 __version__ = "0.2.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "MemoryReport",
     "Muon",
     "PanelTerm",
+    "PowerLR",
     "RowNorm",
     "Rule",
     "Scaled",
@@ -81,6 +83,7 @@ __all__ = [
     "pairs_to_groups",
     "polar_report",
     "switchlora_init_",
+    "width_groups",
 ]
 
 _aliases.register()
