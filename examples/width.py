@@ -4,7 +4,7 @@ python examples/width.py --out runs/width
 
 1. Coordinates. One network at the widths 64 to 512, all with the learning rates of the narrowest.
    How far does its output move in a few steps? Without a rule more and more, as a weight that is
-   w times as wide adds up w times as many equal changes; with ``width_groups`` about as far.
+   w times as wide adds up w times as many equal changes; with ``width_groups`` no farther.
 2. Rates. The best learning rate of a narrow and of a wide network, on a grid of powers of two. With
    the rule it is the same or a neighbour, so that a sweep on the narrow one does for both.
 
