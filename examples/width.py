@@ -54,7 +54,7 @@ CONTENDERS = {
     "GaLore": Contender(
         lambda model, groups: GaLore(groups, model=model, rank=0.25, update_proj_gap=10),
         "adam",
-        2**-6,
+        2**-4,
     ),
     "SymmetryStack": Contender(
         lambda model, groups: SymmetryStack(groups, model=model), "rms", 2**-6
@@ -144,7 +144,9 @@ def report(plt: Any, out: Path) -> None:
             moved = [movement(who, d, WIDTHS[0] if rule else None) for d in WIDTHS]
             column[0].plot(WIDTHS, moved, "o-", color=color, label=label)
             print(f"  {name:14} {label:13} output moves x {moved[-1] / moved[0]:5.2f}", flush=True)
-        column[0].set(title=name, xscale="log", yscale="log", xlabel="width")
+        column[0].set(title=name, yscale="log", xlabel="width")
+        column[0].set_xscale("log", base=2)
+        column[0].set_xticks(WIDTHS, map(str, WIDTHS))
         small, wide = SWEPT
         rates = grid(who, 5, 3)
         start, ends = best_rate(who, small, None, rates)
@@ -159,7 +161,8 @@ def report(plt: Any, out: Path) -> None:
                 f"{shift:+.0f} steps of the grid",
                 flush=True,
             )
-        column[1].set(xscale="log", yscale="log", xlabel="learning rate")
+        column[1].set(yscale="log", xlabel="learning rate")
+        column[1].set_xscale("log", base=2)
     axes[0, 0].set(ylabel="change of the output")
     axes[1, 0].set(ylabel="loss at the end")
     for row in axes:
