@@ -18,9 +18,11 @@ from ._driver.clipping import clip_grad_norm_
 from ._driver.memory import MemoryReport, memory_report
 from ._driver.optimizer import StackedOptimizer
 from ._driver.placement import longest_dim_placement
+from ._driver.qk_clip import qk_clip_
 from ._lora.pair_groups import lora_param_groups, pairs_to_groups
 from ._lora.switching import switchlora_init_
 from ._roles.classify import Assignment, classify
+from ._toolkit.max_logits import MaxLogits
 from .adaprelora import AdaPreLoRA
 from .altlora import AltLoRA
 from .apollo import APOLLO
@@ -34,6 +36,7 @@ from .hybrid import Hybrid
 from .muon import Muon, heavy_tail_schedule
 from .rownorm import RowNorm
 from .sinkgd import SinkGD
+from .soap import SOAP, SOAPMuon
 from .spectral import Spectral
 from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
@@ -46,6 +49,7 @@ __all__ = [
     "APOLLO",
     "ARO",
     "FRUGAL",
+    "SOAP",
     "AdaPreLoRA",
     "AltLoRA",
     "Assignment",
@@ -58,6 +62,7 @@ __all__ = [
     "Fira",
     "GaLore",
     "Hybrid",
+    "MaxLogits",
     "Member",
     "MemoryReport",
     "Muon",
@@ -65,6 +70,7 @@ __all__ = [
     "PowerLR",
     "RowNorm",
     "Rule",
+    "SOAPMuon",
     "Scaled",
     "Selected",
     "SinkGD",
@@ -82,6 +88,7 @@ __all__ = [
     "memory_report",
     "pairs_to_groups",
     "polar_report",
+    "qk_clip_",
     "switchlora_init_",
     "width_groups",
 ]

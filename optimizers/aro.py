@@ -41,7 +41,8 @@ from ._driver.units import units_of
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import (
     column_squares,
-    ema,
+    ema_where_safe,
+    max_safe_value,
     momentum_slots,
     momentum_step,
     safe_square_scale,
@@ -167,8 +168,7 @@ class RotationRule(Rule, abstract=True):
     def updated_gram(self, gram: Tensor, S: Tensor) -> Tensor:
         """The average of G G^T moved towards S (K, m, m), or left where S is too large to add."""
         assert self.gram_beta is not None
-        largest = torch.maximum(-S.amin((-2, -1)), S.amax((-2, -1))).view(-1, 1, 1)
-        return ema(gram, torch.where(largest <= max_safe_value(gram, S), S, gram), self.gram_beta)
+        return ema_where_safe(gram, S, self.gram_beta)
 
     def next_rotation(self, A: Tensor, R: Tensor) -> Tensor:
         """The rotation R(A) (K, m, m); in directions that a singular A leaves open, the old R."""
@@ -321,11 +321,6 @@ def check_equal_stacks(counts: Sequence[int]) -> None:
     )
 
 
-def max_safe_value(*Xs: Tensor) -> float:
-    """A quarter of the smallest dtype maximum: sums and differences cannot overflow."""
-    return min(torch.finfo(X.dtype).max for X in Xs) / 4
-
-
 class ARO(StackedOptimizer):
     """ARO: a cheap map in a rotated frame, which the map itself rotates.
 
@@ -341,7 +336,8 @@ class ARO(StackedOptimizer):
     summaries: the idea, A and R, ``"adam"``, the RMS, sharing, sides. Maps, momentum and the order
     of steps are those of a third-party implementation (``microsoft/dion``), whose recorded steps
     are tested; Sinkhorn, arXiv 2502.06742. Relative clamps, the treatment of a singular A, ``init``
-    and ``gram_beta`` are additions.
+    and ``gram_beta`` are additions. ``base="adam", rotation="eigh", gram_beta=...`` is a one-sided
+    relative of :class:`SOAP`, which turns its moments with the bases.
 
     Args:
         params: A module, (named) parameters or groups; see :class:`StackedOptimizer`.

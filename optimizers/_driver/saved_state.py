@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .._core.rule import Rule
 from .layout import PLAIN, Layout, is_sharded, layout_of, local
-from .units import Unit
+from .norms import DRIVER_SLOTS
+from .units import Unit, base_of
 from .windows import drops_state
 from .write_modes import RESIDUAL
 
@@ -90,11 +91,6 @@ class Entry(NamedTuple):
         return {key: x for key, x in found.items() if key not in spare} if spare else found
 
 
-def base_of(key: str) -> str:
-    """A state key without the tag of a view."""
-    return key.partition(".")[0]
-
-
 def is_clock(key: str) -> bool:
     """Whether a state key is a clock's."""
     return base_of(key) in CLOCKS
@@ -126,7 +122,7 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
                 entry.tensors[key] = Expected(
                     shape, dtype, device, low, count, fill, bool(slot.axes), layout
                 )
-                if name in rule.optional_state or name == RESIDUAL:
+                if name in rule.optional_state or name in DRIVER_SLOTS:
                     entry.optional.add(key)
         entries[unit.params[0]].clocks.update(unit.clock_keys)
     return entries

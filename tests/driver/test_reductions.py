@@ -32,6 +32,7 @@ from stiefel.optimizers.hybrid import HybridRule
 from stiefel.optimizers.muon import MuonRule
 from stiefel.optimizers.rownorm import RowNormRule
 from stiefel.optimizers.sinkgd import SinkGDRule
+from stiefel.optimizers.soap import SOAPMuonRule, SOAPRule
 from stiefel.optimizers.spectral import SpectralRule
 from stiefel.optimizers.trion import TrionRule
 
@@ -115,6 +116,24 @@ CASES = {
         {"cols": {"most", "cols", ONE}},
     ),
     "aro, svd": (ARORule(init="svd"), {"cols": {"most", "cols", "both", FULL, ONE, FROM}}),
+    "soap, short": (
+        SOAPRule(precondition_sides="short", precondition_frequency=2),
+        {"cols": {"most", "cols", ONE}},
+    ),
+    "soap, short, rotate, normalized": (
+        SOAPRule(
+            precondition_sides="short",
+            precondition_frequency=2,
+            basis="eigh",
+            moments="rotate",
+            normalize_update=True,
+        ),
+        {"cols": {"most", "cols", "both", ONE}},
+    ),
+    "soapmuon, short": (
+        SOAPMuonRule(precondition_sides="short"),
+        {"cols": {"most", "cols", FULL, ONE}},
+    ),
     "galore": (GaLoreRule(**LOW_RANK), {"cols": {FROM}}),
     "galore, rotate": (GaLoreRule(**LOW_RANK, moments="rotate"), {"cols": {FROM}}),
     "galore, dct": (GaLoreRule(**LOW_RANK, projection="dct"), {"cols": {"most", "cols"}}),
@@ -174,7 +193,7 @@ RUNS = [
 ]  # fmt: skip
 AT_EXTREMES = {"frugal, columns, threshold": {"most"}, "frugal, svd": {"most"}}
 """What a rule calls only where reduced squares leave the range of their dtype."""
-SAME_ANYWAY = {ARORule: {ONE}, APOLLORule: {ONE}, FRUGALRule: {ONE}}
+SAME_ANYWAY = {rule: {ONE} for rule in (ARORule, APOLLORule, FRUGALRule, SOAPRule, SOAPMuonRule)}
 """Equal small matrices have equal results on all ranks of one machine, if not of several."""
 GUARDS_ONLY = {
     ("fira", "cols", "cols"): {0, 1, 2, 4},

@@ -42,6 +42,8 @@ CLASSES = {
     "Trion": {"rank": 2},
     "AuON": {},
     "ARO": {},
+    "SOAP": {"precondition_frequency": 2},
+    "SOAPMuon": {},
     "RowNorm": {},
     "Spectral": {},
     "Hybrid": {},

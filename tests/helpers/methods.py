@@ -5,6 +5,7 @@ from stiefel.optimizers import (
     APOLLO,
     ARO,
     FRUGAL,
+    SOAP,
     AuON,
     DCTAdamW,
     Fira,
@@ -13,6 +14,7 @@ from stiefel.optimizers import (
     Muon,
     RowNorm,
     SinkGD,
+    SOAPMuon,
     Spectral,
     StackedOptimizer,
     SymmetryStack,
@@ -151,6 +153,20 @@ METHODS = {
     "aro-polar": lambda params, **kw: ARO(
         params, **{"lr": 0.02, "base": "sign", "rotation": "polar", "init": "svd", **kw}
     ),
+    "soap": lambda params, **kw: SOAP(params, **{"lr": 0.02, "precondition_frequency": 2, **kw}),
+    "soap-short": lambda params, **kw: SOAP(
+        params,
+        **{"lr": 0.02, "precondition_frequency": 3, "sides": "short", "basis": "eigh",
+           "moments": "rotate", "normalize_update": True, **kw},
+    ),
+    "soap-kl": lambda params, **kw: SOAP(
+        params,
+        **{"lr": 0.02, "factors": "kl", "precondition_frequency": 1, "correct_bias": False, **kw},
+    ),
+    "soap-reference": lambda params, **kw: SOAP(
+        params, **{"lr": 0.02, "compat": "reference", "precondition_frequency": 3, **kw}
+    ),
+    "soapmuon": lambda params, **kw: SOAPMuon(params, **{"lr": 0.02, **kw}),
     "rownorm": lambda params, **kw: RowNorm(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
     "rownorm-columns": lambda params, **kw: RowNorm(
         params, **{"lr": 0.02, "axis": "cols", "row_mode": "relative", **kw}
