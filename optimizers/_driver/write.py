@@ -42,7 +42,7 @@ def write_(
     W: Tensor,
     step: Direction,
     lr: float | Tensor,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     finite: Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> None:
@@ -52,7 +52,8 @@ def write_(
         W: Weights (K, m, n), any strides.
         step: What to write.
         lr: A float, or a 1-element tensor on W's device.
-        weight_decay: Decoupled decay; decay_factor = 1 - lr * weight_decay where it applies.
+        weight_decay: Decoupled decay; decay_factor = 1 - lr * weight_decay where it applies. A
+            tensor () on W's device, as lr is then, where a graph replays the step.
         finite: None, or flags (K, 1, 1): a matrix whose flag is 0 stays as it is, decay included.
         rounding: How W is rounded where its precision is low; None (default): to nearest.
     """
@@ -67,7 +68,7 @@ def _write_(
     W: Tensor,
     step: Direction,
     lr: float | Tensor,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     finite: Tensor | None,
     rounding: Rounding | None,
 ) -> None:
@@ -87,7 +88,7 @@ def _write_(
         terms = [term.scaled(lr.to(W.device)) for term in terms]
     else:  # torch multiplies a tensor by the scale in the tensor's own dtype
         alpha = float(lr * alpha)
-    if weight_decay != 0.0:
+    if isinstance(weight_decay, Tensor) or weight_decay != 0.0:
         decay_factor = _masked_decay(W, decay_factor, step.decay, flags)
     if flags is not None:
         terms = [_masked(term, flags) for term in terms]
@@ -119,7 +120,7 @@ class Run(NamedTuple):
 
     ks: slice
     lr: float | Tensor
-    weight_decay: float
+    weight_decay: float | Tensor
 
 
 def write_runs_(
@@ -167,7 +168,7 @@ def write_list_(
     Ws: Sequence[Tensor],
     step: Direction,
     lr: float | Tensor,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     finite: Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> bool:
@@ -191,7 +192,7 @@ def _try_fused_write_(
     step: Direction,
     terms: list[Term],
     lr: float | Tensor,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     finite: Tensor | None,
     rounding: Rounding | None,
 ) -> bool:
