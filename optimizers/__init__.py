@@ -18,11 +18,14 @@ from ._driver.clipping import clip_grad_norm_
 from ._driver.memory import MemoryReport, memory_report
 from ._driver.optimizer import StackedOptimizer
 from ._driver.placement import longest_dim_placement
+from ._driver.qk_clip import qk_clip_
 from ._lora.pair_groups import lora_param_groups, pairs_to_groups
 from ._lora.switching import switchlora_init_
 from ._roles.classify import Assignment, classify
+from ._toolkit.max_logits import MaxLogits
 from .adaprelora import AdaPreLoRA
 from .altlora import AltLoRA
+from .apollo import APOLLO
 from .aro import ARO
 from .auon import AuON
 from .dctadamw import DCTAdamW
@@ -32,6 +35,8 @@ from .galore import GaLore
 from .hybrid import Hybrid
 from .muon import Muon, heavy_tail_schedule
 from .rownorm import RowNorm
+from .sinkgd import SinkGD
+from .soap import SOAP, SOAPMuon
 from .spectral import Spectral
 from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
@@ -40,8 +45,10 @@ from .trion import Trion
 __version__ = "0.2.0"
 
 __all__ = [
+    "APOLLO",
     "ARO",
     "FRUGAL",
+    "SOAP",
     "AdaPreLoRA",
     "AltLoRA",
     "Assignment",
@@ -54,14 +61,17 @@ __all__ = [
     "Fira",
     "GaLore",
     "Hybrid",
+    "MaxLogits",
     "Member",
     "MemoryReport",
     "Muon",
     "PanelTerm",
     "RowNorm",
     "Rule",
+    "SOAPMuon",
     "Scaled",
     "Selected",
+    "SinkGD",
     "Slot",
     "Spectral",
     "StackedOptimizer",
@@ -76,6 +86,7 @@ __all__ = [
     "memory_report",
     "pairs_to_groups",
     "polar_report",
+    "qk_clip_",
     "switchlora_init_",
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,12 @@ from ..kernels import (
     POLAR_METHODS,
     SKETCHES,
     PolarReport,
+    equal_rows,
     low_rank_size,
     polar_factor,
     polar_report,
     product,
+    sinkhorn,
 )
 from ._core.rule import Carry, Dense, Direction, Member, Reductions, Rule, Scaled, Slot, Term
 from ._core.validation import (
@@ -37,6 +39,7 @@ from ._core.validation import (
     check_ints,
     check_numbers,
     dtype_name,
+    function_name,
     is_number,
     naming,
     shown,
@@ -69,13 +72,15 @@ class MuonRule(Rule):
     nesterov: bool = True
     momentum_kind: str = "ema"
     # polar factor
-    polar: str = "auto"
+    polar: str | Callable[[Tensor], Tensor] = "auto"
     ns_steps: int | None = None
     ns_coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None
     eps: float | None = None
     compat: str | None = None
     polar_norm: str | None = None
     polar_dtype: str | None = None
+    equilibrate: str | None = None
+    renormalize: bool = False
     # polar factor inside a sketch, for polar="low_rank"
     rank: int | float = 0.125
     oversample: int = 10
@@ -84,12 +89,10 @@ class MuonRule(Rule):
     inner: str = "polar_express"
     rank_compensate: bool = False
     seed: int = 0
-    # second moment, scale and decay
+    # second moment and scale
     second_moment: str | None = None
     beta2: float | None = None
     adjust_lr_fn: str | None = "auto"
-    cautious: bool = False
-    decay_schedule: str = "lr"
     # guards of the gradient, reports of the factor
     clip_grad_rms: float | None = None
     normalize_grad: bool = False
@@ -119,13 +122,9 @@ class MuonRule(Rule):
         U = self.momentum_of(w, B)
         O = self.polar_step(w, U.sign() if self.second_moment == "adamuon" else U)
         O, term = self.second_moment_step(w, O)
-        # the second moment multiplies O by positive numbers, so O has the signs of the step
-        decay = O * w.value.to(O.dtype) >= 0 if self.cautious else None
         return w.step(
             term,
             lr_factor=self.lr_factor(w.m, w.n),
-            decay=decay,
-            decay_power=2 if self.decay_schedule == "lr2" else 1,
             torch_bits=self.compat == "torch",
             carry=self.carry_of(w, B, U, O) if w.carries_errors else None,
         )
@@ -174,12 +173,37 @@ class MuonRule(Rule):
         return O
 
     def orthogonalize(self, U: Tensor, keys: Sequence[int] = ()) -> Tensor:
-        """The polar factor of every matrix of U (K, m, n).
+        """The polar factor of every matrix of U (K, m, n), with what is done before and after it.
 
         Args:
             U: The momentum, not changed.
             keys: One key per matrix for the random numbers of its sketch.
         """
+        if self.equilibrate is not None:  # of equal norms up to one factor, which the factor loses
+            U = equal_rows(U) if self.equilibrate == "rows" else sinkhorn(U, 2)
+        O = self.factor(U, keys) if isinstance(self.polar, str) else self.factor_of_user(U)
+        if not self.renormalize:
+            return O
+        m, n = U.shape[-2:]
+        is_low_rank = self.polar == "low_rank"
+        rank = low_rank_size(m, n, self.rank, self.oversample) if is_low_rank else min(m, n)
+        norm = total(column_squares(O)).sqrt()  # (K, 1, 1)
+        return O * (math.sqrt(rank) / norm.clamp(min=torch.finfo(norm.dtype).tiny)).to(O.dtype)
+
+    def factor_of_user(self, U: Tensor) -> Tensor:
+        """What the user's function makes of U (K, m, n), refused if it cannot be a factor of U."""
+        assert not isinstance(self.polar, str)
+        O = self.polar(U)
+        if not isinstance(O, Tensor) or O.shape != U.shape or O.device != U.device:
+            got = f"{tuple(O.shape)} on {O.device}" if isinstance(O, Tensor) else shown(O)
+            raise ValueError(
+                f"polar={function_name(self.polar)} must return a tensor of the shape "
+                f"{tuple(U.shape)} that it got on {U.device}, but returned {got}"
+            )
+        return O.detach().to(U.dtype)
+
+    def factor(self, U: Tensor, keys: Sequence[int] = ()) -> Tensor:
+        """The polar factor of every matrix of U (K, m, n) by the method that ``polar`` names."""
         options: dict[str, Any] = {
             "steps": self.ns_steps,
             "coefficients": self.ns_coefficients,
@@ -199,6 +223,7 @@ class MuonRule(Rule):
             for name in ("rank", "oversample", "power", "sketch", "inner"):
                 options[name] = getattr(self, name)
             options["key"] = keys or 0
+        assert isinstance(self.polar, str)
         return polar_factor(U, self.polar, **options)
 
     def second_moment_step(self, w: Member, O: Tensor) -> tuple[Tensor, Term]:
@@ -262,6 +287,11 @@ class MuonRule(Rule):
                 self.second_moment
             ),
             "polar='low_rank', whose step leaves out what errors need": self.polar == "low_rank",
+            "a function as polar, which need not be a polar factor": callable(self.polar),
+            f"equilibrate={self.equilibrate!r}, whose factor is of another matrix": (
+                self.equilibrate
+            ),
+            "renormalize=True, whose step has no fixed scale": self.renormalize,
         }
         return next((text for text, is_so in obstacles.items() if is_so), None)
 
@@ -289,7 +319,8 @@ class MuonRule(Rule):
     def handles_nonfinite(self) -> bool:  # type: ignore[override]
         """False under ``compat``, and where a report or a Kaczmarz sketch reads the gradient."""
         drawn = self.polar == "low_rank" and self.sketch == "kaczmarz"
-        return self.compat is None and not drawn and not self.report_steps
+        is_named = isinstance(self.polar, str)
+        return self.compat is None and is_named and not drawn and not self.report_steps
 
     def __post_init__(self) -> None:
         self._check_torch_options()
@@ -297,9 +328,11 @@ class MuonRule(Rule):
         self._check_polar()
         self._check_second_moment()
         self._check_guards()
+        if callable(self.polar):
+            return
         with naming("ns_steps", "ns_coefficients", "polar_norm", "polar_dtype", "inner"):
             # raises here for what the kernel refuses
-            self.orthogonalize(torch.empty(1, 0, 1, dtype=torch.float32, device="cpu"))
+            self.factor(torch.empty(1, 0, 1, dtype=torch.float32, device="cpu"))
 
     def _check_torch_options(self) -> None:
         """Check the options that torch.optim.Muon has too, with its error texts."""
@@ -345,6 +378,10 @@ class MuonRule(Rule):
             f"compat='torch' iterates with ns5; leave polar unset instead of {shown(self.polar)}",
         )
         check(
+            self.equilibrate is None and not self.renormalize,
+            "compat='torch' takes the factor as it is; leave equilibrate and renormalize unset",
+        )
+        check(
             self.polar_norm is None,
             "compat='torch' divides by the Frobenius norm; leave polar_norm unset",
         )
@@ -362,10 +399,20 @@ class MuonRule(Rule):
     def _check_polar(self) -> None:
         """Check the method of the polar factor, its sketch and its reports."""
         known = (*POLAR_METHODS, "low_rank")
+        is_named = isinstance(self.polar, str) and self.polar in ("auto", *known)
         check(
-            isinstance(self.polar, str) and self.polar in ("auto", *known),
-            f"polar must be 'auto' or one of {', '.join(known)}, got {shown(self.polar)}",
+            is_named or (callable(self.polar) and not isinstance(self.polar, type)),
+            f"polar must be 'auto', a function of a stack of matrices, or one of "
+            f"{', '.join(known)}, got {shown(self.polar)}",
         )
+        for name in ("ns_steps", "ns_coefficients", "polar_norm", "polar_dtype"):
+            check(
+                is_named or getattr(self, name) is None,
+                f"{name} belongs to a method that polar names, and polar is the function "
+                f"{function_name(self.polar)}; bind it there and leave {name} unset",
+            )
+        check_choices(self, equilibrate=(None, "rows", "both"))
+        check_flags(self, "renormalize")
         for name in ("polar_norm", "polar_dtype"):
             value = getattr(self, name)
             check(
@@ -379,15 +426,14 @@ class MuonRule(Rule):
         )
 
     def _check_second_moment(self) -> None:
-        """Check the kinds of momentum, second moment and decay."""
+        """Check the kinds of momentum and second moment."""
         check_choices(
             self,
             momentum_kind=("ema", "sum"),
             second_moment=(None, "normuon", "adamuon"),
-            decay_schedule=("lr", "lr2"),
         )
         check_numbers(self, beta2="[0, 1) or None")
-        check_flags(self, "rank_compensate", "cautious")
+        check_flags(self, "rank_compensate")
         decay = self.second_moment_decay
         check(0.0 <= decay < 1.0, f"beta2 must be in [0, 1), got {decay}; it follows momentum")
         check(
@@ -439,11 +485,20 @@ class Muon(StackedOptimizer):
         polar: Method of the polar factor, a name of :func:`stiefel.kernels.polar_factor` or
             ``"low_rank"``. ``"auto"`` (default): ``"zolo"`` on a CPU; ``"ns5"`` in bfloat16 on
             accelerators and wherever ``ns_steps``, ``ns_coefficients`` or ``polar_norm`` is given.
+            Or a function of your own: it gets a stack U (K, m, n), any K, float32 at least, leaves
+            it as it is, and returns one of its shape, each matrix by itself, zero for zero. Other
+            weights may lie in one stack, and a rank may get some of them; on accelerators it may
+            see NaN. A checkpoint holds its name, so the optimizer that loads it must have it.
         compat: ``"torch"`` has the arithmetic of ``torch.optim.Muon``, bit for bit: ns5 in
             bfloat16 and the buffer in the gradient's dtype, which is slow on a CPU (default: None).
         polar_norm: What a polynomial method divides by: ``"frobenius"``, ``"schatten4"``,
             ``"aol"``, ``"power:k"`` (default: None, the method's own).
         polar_dtype: Name of the iteration's dtype (default: None, that of ``polar_factor``).
+        equilibrate: What U gets before its factor: ``"rows"`` of equal norm, as in MuonEq (arXiv
+            2603.28254), or rows and columns, ``"both"``, twice in turn. Either breaks equivariance
+            under rotations of that side (default: None, neither).
+        renormalize: Whether O is scaled to the norm sqrt(min(m, n)) of an exact factor, as in Muon+
+            (arXiv 2602.21545); for ``"low_rank"`` to that of its rank (default: False).
         rank: Of ``polar="low_rank"``: columns of its sketch, a count or a fraction of min(m, n)
             (default: 0.125).
         oversample: Of ``"low_rank"``: columns of the sketch beyond ``rank`` (default: 10).
@@ -463,8 +518,6 @@ class Muon(StackedOptimizer):
             (default: None).
         beta2: Decay of the second moment (default: None, which is 0.95 for NorMuon and
             ``momentum`` for AdaMuon).
-        cautious: Whether decay touches only entries where O * W >= 0 (default: False).
-        decay_schedule: ``"lr"`` (default), or ``"lr2"``: W <- (1 - lr^2 * weight_decay) W.
         clip_grad_rms: Limit of the RMS of G, which guards B against heavy tails (default: None).
         normalize_grad: Whether G / ||G||_F takes the place of G (default: False).
         spike_ratio: Limit of ||G||_F relative to its running average of decay 0.9 (default: None).
@@ -518,10 +571,12 @@ class Muon(StackedOptimizer):
         ns_steps: int | None = None,
         adjust_lr_fn: str | None = "auto",
         *,
-        polar: str = "auto",
+        polar: str | Callable[[Tensor], Tensor] = "auto",
         compat: str | None = None,
         polar_norm: str | None = None,
         polar_dtype: str | None = None,
+        equilibrate: str | None = None,
+        renormalize: bool = False,
         rank: int | float = 0.125,
         oversample: int = 10,
         power: int = 1,
@@ -532,8 +587,6 @@ class Muon(StackedOptimizer):
         momentum_kind: str = "ema",
         second_moment: str | None = None,
         beta2: float | None = None,
-        cautious: bool = False,
-        decay_schedule: str = "lr",
         clip_grad_rms: float | None = None,
         normalize_grad: bool = False,
         spike_ratio: float | None = None,
@@ -554,6 +607,8 @@ class Muon(StackedOptimizer):
             compat=compat,
             polar_norm=polar_norm,
             polar_dtype=polar_dtype,
+            equilibrate=equilibrate,
+            renormalize=renormalize,
             rank=rank,
             oversample=oversample,
             power=power,
@@ -564,8 +619,6 @@ class Muon(StackedOptimizer):
             second_moment=second_moment,
             beta2=beta2,
             adjust_lr_fn=adjust_lr_fn,
-            cautious=cautious,
-            decay_schedule=decay_schedule,
             clip_grad_rms=clip_grad_rms,
             normalize_grad=normalize_grad,
             spike_ratio=spike_ratio,

@@ -67,6 +67,28 @@ TURBO: Schedule = (
     (2.4231, -2.2861, 0.8193),
 )
 
+# DeepSeek-V4's ten steps: Muon's quintic, which lifts and does not settle, then a map with the
+# fixed point 1, where its derivative is 0.
+DEEPSEEKV4: Schedule = (*((3.4445, -4.7750, 2.0315),) * 8, *((2.0, -1.5, 0.5),) * 2)
+
+# Quintics of CANS (arXiv 2506.10935), with no room above 1: 1.001 ends at 2e23.
+CANS: Schedule = (
+    (8.4703, -25.1081, 18.6293),
+    (4.1828, -3.1087, 0.5806),
+    (3.9619, -2.9541, 0.5630),
+    (3.2866, -2.4647, 0.5074),
+    (2.2737, -1.6447, 0.4162),
+)
+
+# Five cubics (arXiv 2606.00371), which need no product A A; 1.004 changes its sign.
+CUBIC5: Schedule = (
+    (3.3656576, -3.3420992, 0.0),
+    (2.5744352, -1.4957376, 0.0),
+    (2.5368962, -1.4312570, 0.0),
+    (2.4418906, -1.2764040, 0.0),
+    (2.2230472, -0.9630650, 0.0),
+)
+
 
 class Rational(NamedTuple):
     """One odd rational step x -> scale * x * (1 + sum_j weights[j] / (x^2 + shifts[j]))."""

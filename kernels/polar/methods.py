@@ -23,6 +23,9 @@ method                  1 / i         geometric 1e-7  rank 64+noise  time
 ``cubic``               1.000 0.1410  1.000 0.0197    1.000 0.0433   1.66  2.13
 ``taylor5``             1.000 0.1219  1.000 0.0167    1.000 0.0417   1.66  1.59
 ``turbo``               1.050 0.1357  1.050 0.0504    1.014 0.0411   0.84  0.81
+``deepseekv4``          1.001 0.0004  1.002 0.0019    1.002 0.0020   2.04  2.24
+``cans``                1.113 0.1115  1.113 0.1055    1.113 0.1535   1.07  1.02
+``cubic5``              1.300 0.2865  1.300 0.2244    1.294 0.0487   0.69  0.98
 ======================  ============  ==============  =============  ==========
 """
 
@@ -83,6 +86,9 @@ def polar_factor(
     ``taylor5``             Taylor's quintic; 0.15..1, 0.94..1                            8
     ``turbo``               rows scaled first, so the factor of another matrix and not    4
                             left equivariant; then 0.15..1.05, 0.94..1.05
+    ``deepseekv4``          eight quintics of ``ns5``, two that settle; 1.0000..1.0005    10
+    ``cans``                five tuned quintics; 0.88..1.12; in float32 only              5
+    ``cubic5``              five tuned cubics; 0.12..1.30, 0.77..1.30                     5
     ``auto``                ``auto_method`` chooses by shape, device and dtype
     ``low_rank``            that of ``inner`` inside a random sketch of the range, see
                             ``low_rank``: zero beside it, and far cheaper
@@ -106,7 +112,8 @@ def polar_factor(
         eps: least norm to divide by.
         **options: ``dtype``, the dtype of the iteration; None means float64 for float64, else
             float32 on the CPU, and on an accelerator bfloat16 for polynomial methods (float16 for
-            ``gram``, which refuses bfloat16) and float32 for the others. ``method="ns5",
+            ``gram``, which refuses bfloat16; float32 for ``cans``, which refuses both, and there
+            TF32 is as coarse) and float32 for the others. ``method="ns5",
             dtype=torch.bfloat16`` has the bits of torch.optim.Muon on the CPU. For polynomial
             methods ``exact``, True to take torch's own products, one matrix after the other,
             whatever back end there is (False), and ``norm``, what X is divided by before the first
@@ -129,8 +136,10 @@ def polar_factor(
 
     Source: ``ns5`` Jordan et al., Muon, 2024; ``polar_express`` Amsel et al., arXiv 2505.16932;
     ``gram`` Gram Newton-Schulz, Dao-AILab/gram-newton-schulz; ``cheb_cubic`` after CANS, arXiv
-    2506.10935; ``turbo`` Turbo-Muon, arXiv 2512.04632; ``zolo`` after Nakatsukasa and Freund, SIAM
-    Review 58(3), 2016; ``qdwh`` Nakatsukasa, Bai and Gygi, SIAM J. Matrix Anal. Appl. 31(5), 2010.
+    2506.10935; ``turbo`` Turbo-Muon, arXiv 2512.04632; ``cans`` of CANS, ``cubic5`` arXiv
+    2606.00371, with ``deepseekv4`` as NVIDIA-NeMo/Emerging-Optimizers has them; ``zolo`` after
+    Nakatsukasa and Freund, SIAM Review 58(3), 2016; ``qdwh`` Nakatsukasa, Bai and Gygi, SIAM J.
+    Matrix Anal. Appl. 31(5), 2010.
     """
     _check_input(X)
     if method == "low_rank":
@@ -208,6 +217,7 @@ class _Method(NamedTuple):
     norm: str = "frobenius"
     options: tuple[str, ...] = ("norm", "exact")
     fast: torch.dtype = torch.bfloat16  # dtype of the iteration on an accelerator
+    half_margin: float = 1.0  # margin of an iteration in bfloat16 or float16, where it is greater
 
 
 POLAR_METHODS: dict[str, _Method] = {
@@ -224,6 +234,9 @@ POLAR_METHODS: dict[str, _Method] = {
     "cubic": _Method(polynomial, schedules.CUBIC, 12),
     "taylor5": _Method(polynomial, schedules.TAYLOR5, 8),
     "turbo": _Method(polynomial, schedules.TURBO, 4, norm="aol"),
+    "deepseekv4": _Method(polynomial, schedules.DEEPSEEKV4, 10),
+    "cans": _Method(polynomial, schedules.CANS, 5, 1.01, fast=torch.float32),
+    "cubic5": _Method(polynomial, schedules.CUBIC5, 5, half_margin=1.01),
 }
 
 
@@ -290,15 +303,16 @@ def _bind(
         length = len(schedule) if coefficients is not None and len(schedule) > 1 else entry.steps
         schedule = at_step(schedule, _steps(steps, length))
         norm = check_norm(options.get("norm", entry.norm))
+        margin = max(entry.margin, entry.half_margin) if dtype in _HALF else entry.margin
         exact = options.get("exact", False)
         if not isinstance(exact, bool):
             raise ValueError(f"exact={exact!r} must be True or False")
-        run = partial(entry.run, schedule=schedule, norm=norm, margin=entry.margin, exact=exact)
+        run = partial(entry.run, schedule=schedule, norm=norm, margin=margin, exact=exact)
         if method == "gram":
             run = partial(run, restarts=gram_restarts(schedule))
         # the norm comes with the first product, but in float16 that would overflow
         free = method != "gram" and norm == "frobenius" and dtype != torch.float16
-        return PolarCall(run, dtype, entry.margin, dtype not in _HALF, not exact, free, exact)
+        return PolarCall(run, dtype, margin, dtype not in _HALF, not exact, free, exact)
     if coefficients is not None or _steps(steps, 1) != 1:
         raise ValueError(
             f"steps and coefficients mean nothing to method={method!r}: leave both None"
@@ -348,5 +362,10 @@ def _iteration_dtype(requested: object, method: str, entry: _Method, X: Tensor) 
         raise ValueError(
             "dtype=torch.bfloat16 is too coarse for the Gram matrices of method='gram': pass "
             "float16, or take polar_express"
+        )
+    if requested in _HALF and method == "cans":
+        raise ValueError(
+            f"dtype={requested} is too coarse for method='cans', which has no room above 1: pass "
+            "float32, or take polar_express"
         )
     return requested

@@ -11,7 +11,7 @@ import math
 import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,14 @@ def shown(x: Any) -> str:
         return "a nested tensor" if x.is_nested else f"a {x.dtype} tensor of size {x.numel()}"
     text = " ".join(repr(x).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def function_name(x: Any) -> str:
+    """The name of a function by module, that of its class for any other callable."""
+    if isinstance(x, partial):
+        return f"partial({function_name(x.func)})"
+    named = x if hasattr(x, "__qualname__") else type(x)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def is_number(x: Any, kind: type = numbers.Real) -> bool:

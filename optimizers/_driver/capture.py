@@ -18,6 +18,7 @@ from .._core.rule import Rule
 from .._core.validation import check
 from .adamw import Work, decay_of
 from .buckets import Bucket, StepPlan
+from .decay import Decay
 from .units import State, Unit
 from .write import Run
 
@@ -25,6 +26,7 @@ Groups = Sequence[Mapping[str, Any]]
 WAITING = ("raise", "skip_step")
 """Values of ``nonfinite`` under which the host reads flags within the step."""
 AGAIN = "capture the step again"
+_HELD = ("cautious", "decay_schedule", "decay_lr", "weight_radius")
 _ADAMW = ("adamw_lr_ratio", "adamw_betas", "adamw_eps", "foreach", "fused")
 
 
@@ -143,7 +145,7 @@ class Numbers:
                 runs[-1] = runs[-1]._replace(ks=slice(runs[-1].ks.start, stop))
                 continue
             last = _decay_key(unit)
-            decay = self._read(device, last)
+            decay = Decay.of(groups[unit.group], self._read(device, last))
             runs.append(Run(slice(j, stop), self.lr(unit.group, groups, device), decay))
         return runs
 
@@ -216,7 +218,7 @@ def held_settings(plan: StepPlan, groups: Groups) -> list[dict[str, Any]]:
     """Per group the values that a graph holds: all but lr and the decay of matrices."""
     found = []
     for group, settings, positions in zip(groups, plan.settings, plan.adamw_positions, strict=True):
-        held = dict(settings)
+        held = {**settings, **{key: group.get(key) for key in _HELD}}
         if positions:
             held.update((key, group.get(key)) for key in _ADAMW)
         if positions and any(group.get("decays") or [1.0]):

@@ -38,7 +38,7 @@ from .role_table import (
     shape_of,
 )
 
-__all__ = ["Assignment", "Row", "classify", "guessed_shape", "route", "route_all"]
+__all__ = ["Assignment", "Row", "classify", "guessed_shape", "route", "route_all", "sites_of"]
 
 
 @dataclass(frozen=True)
@@ -459,6 +459,12 @@ def _param_sites(model: nn.Module) -> dict[int, list[ParamSite]]:
             site = replace(site, is_lazy=is_lazy(p))
             sites.setdefault(id(p), []).append(site)
     return _with_tables(model, sites)
+
+
+def sites_of(model: nn.Module) -> dict[str, list[ParamSite]]:
+    """All places of each parameter, by the first of its names."""
+    sites = _param_sites(model)
+    return {name: sites.get(id(p), []) for name, p in model.named_parameters()}
 
 
 def _with_tables(model: nn.Module, sites: dict[int, list[ParamSite]]) -> dict[int, list[ParamSite]]:

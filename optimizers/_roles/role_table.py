@@ -510,7 +510,8 @@ _QUERIES = r"q|w_?q|q_proj|query|c_attn|w?qkv|W_?qkv|qkv_proj|to_q|k|c_q|query_k
 # Part, its words (or the last components), and what must be registered beside it where the word
 # alone could mean anything.
 PART_TABLE: tuple[tuple[str, str, str], ...] = (
-    ("qkv", r"qkv(_proj)?|w_?qkv|Wqkv|to_qkv|c_attn|in_proj_weight|query_key_value", ""),
+    ("qkv", r"qkv(_proj)?|w_?qkv|Wqkv|to_qkv|c_attn|in_proj_weight", ""),
+    ("qkv", r"query_key_value|linear_qkv", ""),
     ("query", r"(q|query)_proj(_weight)?|query|w_?q|W_Q|to_q|q_lin|c_q", ""),
     ("key", r"(k|key)_proj(_weight)?|w_?k|W_K|to_k|k_lin|c_k", ""),
     ("value", r"(v|value)_proj(_weight)?|w_?v|W_V|to_v|v_lin|c_v", ""),
@@ -535,8 +536,8 @@ PART_TABLE: tuple[tuple[str, str, str], ...] = (
 _PARTNERS = {"gate": "up", "up": "gate"}
 WRITERS = {"out", "down", "patch"}
 """Parts that write to the residual stream: its width is the rows of (out, in). Others read it."""
-# Query, key and value of a head beside each other: no run of rows is all queries.
-_BY_HEAD = re.compile("query_key_value")
+# Query, key and value of a head, or of a group, beside each other: no run of rows is all queries.
+BY_HEAD = re.compile("query_key_value|linear_qkv")
 _INTERLEAVED = re.compile("^GptOss")
 _HALVES = re.compile(r"^(Qwen|Mixtral|Olmoe|Deepseek|Glm4|Llama4|Phi|Ernie|Jamba)\w*Experts$")
 _TRANSPOSED_EXPERTS = re.compile("^(GptOss|Llama4Text)")
@@ -612,7 +613,7 @@ def is_stored_transposed(s: ParamSite, part: str) -> bool | None:
 
 def fused_view(s: ParamSite, part: str, m: int, n: int) -> str:
     """The view that cuts a fused weight m x n (out, in) into what it is made of, "" if none."""
-    if part == "qkv" and not _BY_HEAD.fullmatch(s.word):
+    if part == "qkv" and not BY_HEAD.fullmatch(s.word):
         heads, size = s.count("heads"), s.count("head_dim")
         size = size or (n // heads if heads else None)
         kv = s.count("kv_heads") or heads

@@ -28,6 +28,10 @@ STEPS = 9
 CASES = {
     "muon": (Muon, {"polar": "ns5"}),
     "muon-adamuon": (Muon, {"polar": "ns5", "second_moment": "adamuon", "cautious": True}),
+    "muon-steered": (Muon, {"polar": "ns5", "weight_norm": "sphere"}),
+    "muon-floor": (Muon, {"polar": "ns5", "weight_norm": "floor"}),
+    "auon-corrected": (optimizers.AuON, {"decay_schedule": "corrected", "cautious": True}),
+    "rownorm-independent": (RowNorm, {"decay_schedule": "independent"}),
     "muon-guards": (Muon, {"polar": "gram", "spike_ratio": 1.5, "decay_schedule": "lr2"}),
     "galore": (GaLore, {"rank": 3, "update_proj_gap": 4}),
     "galore-reset": (GaLore, {"rank": 3, "update_proj_gap": 4, "moments": "reset"}),
@@ -36,6 +40,8 @@ CASES = {
     "galore-topk": (GaLore, {"rank": 3, "update_proj_gap": 4, "projection": "topk"}),
     "fira": (optimizers.Fira, {"rank": 3, "update_proj_gap": 4}),
     "fira-paper": (optimizers.Fira, {"rank": 3, "update_proj_gap": 4, "variant": "paper"}),
+    "apollo": (optimizers.APOLLO, {"rank": 3, "update_proj_gap": 4}),
+    "apollo-tensor": (optimizers.APOLLO, {"rank": 3, "update_proj_gap": 4, "scaling": "tensor"}),
     "auon": (optimizers.AuON, {}),
     "rownorm": (RowNorm, {}),
     "rownorm-columns": (RowNorm, {"axis": "cols", "centred": True}),
@@ -43,6 +49,9 @@ CASES = {
     "hybrid": (optimizers.Hybrid, {"polar": "ns5"}),
     "trion": (optimizers.Trion, {"rank": 3}),
 }
+
+READS_ONCE = ("muon-steered",)
+"""The host looks once, at the first step, whether a weight whose norm is kept is zero."""
 
 
 class Graph(TorchDispatchMode):
@@ -57,6 +66,7 @@ class Graph(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
+    @torch.no_grad()
     def replay(self):
         now = {}
 
@@ -116,8 +126,8 @@ def captured(optimizer, params, turn):
 
 def prepared(cls, options, dtype, **more):
     params = [weight(shape, i, dtype) for i, shape in enumerate(SHAPES)]
-    groups = [{"params": params[:3]}, {"params": params[3:], "weight_decay": 0.3}]
-    optimizer = cls(groups, lr=0.02, weight_decay=0.1, **options, **more)
+    groups = [{"params": params[:3]}, {"params": params[3:], "weight_decay": 0.003}]
+    optimizer = cls(groups, lr=0.02, weight_decay=0.001, **options, **more)
     optimizer._wait = False  # as on an accelerator
     for p in params:
         p.grad = torch.zeros_like(p)
@@ -128,7 +138,8 @@ def set_values(optimizer, step):
     """A schedule of everything that may change between replays."""
     for i, group in enumerate(optimizer.param_groups):
         group["lr"] = 0.02 / (1 + step) * (1 + i)
-        group["weight_decay"] = 0.05 * (step + i)
+        share = 0.01 if group["decay_schedule"] == "independent" else 1.0
+        group["weight_decay"] = 0.05 * (step + i) * share
 
 
 def fill(params, series, step):
@@ -186,7 +197,8 @@ def fake_calls(cls, options, clock, lr, decay, turn):
         params = [torch.nn.Parameter(torch.empty(s, device="cuda").bfloat16()) for s in shapes]
         params.append(torch.nn.Parameter(torch.empty(50, device="cuda")))
         groups = [{"params": params[:2], "lr": lr / 2}, {"params": params[2:4]}]
-        groups.append({"params": params[4:], "rule": "adamw", "adamw_weight_decay": 0.05})
+        groups.append({"params": params[4:], "rule": "adamw", "adamw_weight_decay": 0.005})
+        options = {**options, "decay_lr": 0.05}
         optimizer = cls(groups, lr=lr, weight_decay=decay, capturable=True, **options)
         rarely(optimizer).init_state()
         for p in params:
@@ -206,14 +218,14 @@ def fake_calls(cls, options, clock, lr, decay, turn):
     return graph.text(), calls
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in READS_ONCE])
 def test_a_captured_step_holds_no_number_of_the_host(name, capturing, monkeypatch):
     pytest.importorskip("triton", reason="there is no triton on this platform")
     monkeypatch.setattr(finite, "LateFlags", Arrived)
     monkeypatch.setattr(dispatch, "is_supported_gpu", lambda index: True)
     cls, options = CASES[name]
-    one, calls = fake_calls(cls, options, 7, 0.01, 0.1, capturing)
-    two, _ = fake_calls(cls, options, 23, 0.3, 0.7, capturing)
+    one, calls = fake_calls(cls, options, 7, 0.01, 0.0001, capturing)
+    two, _ = fake_calls(cls, options, 23, 0.3, 0.0007, capturing)
     assert calls.ours and not calls.moves and "_local_scalar_dense" not in " ".join(one)
     differing = [(a, b) for a, b in zip(one, two, strict=True) if a != b]
     assert not differing, differing[:3]

@@ -336,7 +336,8 @@ def test_zero_rank_one_row_and_nan(polar):
     elif polar == "turbo":  # scaled along v first
         torch.testing.assert_close(torch.outer(u, u) @ p.detach(), p.detach(), rtol=0, atol=1e-4)
     else:
-        torch.testing.assert_close(-p.detach(), along * torch.outer(u, v), rtol=0, atol=2e-4)
+        atol = 5e-3 if polar == "deepseekv4" else 2e-4  # its slope at 0 is 79263
+        torch.testing.assert_close(-p.detach(), along * torch.outer(u, v), rtol=0, atol=atol)
     for shape in (ROW, COLUMN):
         p = torch.nn.Parameter(torch.zeros(shape))
         p.grad = gradients(shape, 1)[0]

@@ -1,0 +1,211 @@
+"""QK-clip: scale the queries and keys of attention heads whose logits have grown too large."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .._core.validation import check, number, shown
+from .._roles.attention_heads import Attention, HeadRows, attention_of, attentions_in
+from .layout import is_sharded, layout_of, local, memory
+
+__all__ = ["qk_clip_"]
+
+RADIUS = "weight_radius"
+"""State that keeps the norm of a weight; -1 there means that it is measured at the next update."""
+
+
+@torch.no_grad()
+def qk_clip_(
+    model: nn.Module,
+    max_logits: Mapping[str, Tensor],
+    *,
+    threshold: float = 100.0,
+    alpha: float = 0.5,
+    optimizer: Optimizer | None = None,
+    group: Any = None,
+) -> dict[str, Tensor]:
+    """Scale queries and keys so that no attention logit of the step would exceed a threshold.
+
+    To be called after ``optimizer.step()``, with the largest logit S of each head in all passes of
+    that step (:class:`MaxLogits` records them). With gamma = threshold / max(S, threshold)::
+
+        queries of the head <- gamma ^ alpha * queries           rows of the weight, and bias
+        keys of the head    <- gamma ^ (1 - alpha) * keys        values stay as they are
+
+    Heads that share a key (GQA, MQA) take the smallest gamma among them, queries too. In multi-head
+    latent attention this holds for the parts of content, and the rotary part of the queries takes
+    gamma, as the rotary key is shared by all heads and stays. Weights of their own, fused ones
+    (rows of all queries first, or group by group), ``Conv1D``, ``nn.MultiheadAttention``, stacks
+    (heads, in, out) and DTensors of any layout are understood; heads are counted by ``max_logits``.
+
+    Without other terms in the logits the largest becomes the threshold. A head below it keeps its
+    bits. S is taken before the softmax and before a soft cap, after the scale. What makes the size
+    of queries or keys meaningless (a norm in the code and in no module, cosines) is not seen here.
+
+    Args:
+        model: The model, wrapped or not.
+        max_logits: Name of an attention module in the model -> S (heads,), on any device. Modules
+            that are not named stay as they are.
+        threshold: The largest logit that is left alone, positive (default: 100).
+        alpha: The share of the queries, in [0, 1] (default: 0.5).
+        optimizer: None (default), or the optimizer of the model: a norm of a scaled weight that it
+            keeps is measured anew at its next update, which otherwise would undo the scaling.
+        group: None (default), or a process group over which S is reduced by its maximum first, in
+            one call. All replicas must scale by the same S.
+
+    Returns:
+        gamma (heads,) of every named module, float32; 1 where nothing was done.
+
+    Raises:
+        ValueError: If a name is unknown, heads do not fit, a value is not finite (on devices such
+            a head keeps gamma 1 instead, as the host does not wait), or weights cannot be scaled
+            to scale the logits: q/k norms, adapters, shared or quantized or parametrized weights.
+            Nothing has changed then.
+
+    Source: Kimi Team, Kimi K2, arXiv 2507.20534; GQA and latent attention as in Megatron-LM.
+
+    Example:
+        >>> import torch
+        >>> from stiefel.optimizers import qk_clip_
+        >>> model = torch.nn.TransformerEncoderLayer(8, nhead=2, batch_first=True)
+        >>> gamma = qk_clip_(model, {"self_attn": torch.tensor([50.0, 400.0])})
+        >>> gamma["self_attn"]
+        tensor([1.0000, 0.2500])
+    """
+    check(isinstance(model, nn.Module), f"model must be a module, got {shown(model)}")
+    check(
+        isinstance(max_logits, Mapping),
+        f"max_logits must map names of modules to tensors, got {shown(max_logits)}",
+    )
+    tau, share = number("threshold", threshold, "(0, inf)"), number("alpha", alpha, "[0, 1]")
+    assert tau is not None and share is not None
+    names = sorted(max_logits)
+    values = [_values(name, max_logits[name]) for name in names]
+    known = attentions_in(model) if names else {}
+    found = [attention_of(model, known, x, len(S)) for x, S in zip(names, values, strict=True)]
+    _refuse_twice([rows for attention in found for rows in attention.parameters])
+    spans = [[_range(rows) for rows in attention.parameters] for attention in found]
+    gammas = _factors(names, values, tau, group) if names else []
+    for attention, ranges, gamma in zip(found, spans, gammas, strict=True):
+        _scale(attention, ranges, gamma, share, optimizer)
+    by_name = dict(zip(names, gammas, strict=True))
+    return {name: by_name[name] for name in max_logits}
+
+
+class _Range(NamedTuple):
+    """Rows that this process holds, and their memory."""
+
+    held: Tensor
+    start: int
+    end: int
+
+
+def _values(name: str, S: Any) -> Tensor:
+    """The largest logits of a module as a plain vector of float32."""
+    is_vector = isinstance(S, Tensor) and S.ndim == 1 and len(S) > 0 and S.is_floating_point()
+    check(
+        is_vector,
+        f"max_logits[{name!r}] must be a floating tensor (heads,), got "
+        f"{tuple(S.shape) if isinstance(S, Tensor) else shown(S)}",
+    )
+    whole: Tensor = S.full_tensor() if is_sharded(S) else S
+    return whole.detach().to(torch.float32)
+
+
+def _refuse_twice(parameters: Sequence[HeadRows]) -> None:
+    """Raise for a weight that two names of modules mean."""
+    seen: dict[int, str] = {}
+    for rows in parameters:
+        check(
+            id(rows.param) not in seen,
+            f"{rows.name} belongs to two of the modules in max_logits; name each attention once",
+        )
+        seen[id(rows.param)] = rows.name
+
+
+def _range(rows: HeadRows) -> _Range:
+    """What this process holds of a parameter, whose rows are all accounted for."""
+    p, dim = rows.param, rows.dim
+    count = rows.groups * sum(heads * size for _, heads, size in rows.pieces)
+    check(
+        p.shape[dim] == count,
+        f"{rows.name} of shape {tuple(p.shape)} has not the {count} rows of the weight that its "
+        "heads belong to",
+    )
+    layout = layout_of(p, rows.name)
+    if layout is None:
+        return _Range(p, 0, count)
+    return _Range(memory(p), *layout.box[dim])
+
+
+def _factors(
+    names: Sequence[str], values: Sequence[Tensor], tau: float, group: Any
+) -> list[Tensor]:
+    """Factors gamma of all modules, by one reduction over the group."""
+    device = next((S.device for S in values if S.device.type != "cpu"), values[0].device)
+    S = torch.cat([x.to(device) for x in values])
+    bad = ~S.isfinite()
+    if group is not None:
+        import torch.distributed as dist
+
+        # flags go along, so that a bad value is known to all
+        packed = torch.cat([S.masked_fill(bad, -torch.inf), bad.to(S.dtype)])
+        dist.all_reduce(packed, dist.ReduceOp.MAX, group=group)
+        S, bad = packed[: len(S)], packed[len(S) :] > 0
+    gamma = torch.where(bad, 1.0, tau / S.clamp(min=tau))
+    sizes = [len(x) for x in values]
+    if device.type == "cpu":
+        for name, flags in zip(names, torch.split(bad, sizes), strict=True):
+            heads = flags.nonzero().flatten().tolist()
+            check(
+                not heads,
+                f"max_logits[{name!r}] is not finite for the heads {heads}; leave such a step out",
+            )
+    return list(torch.split(gamma, sizes))
+
+
+def _scale(
+    attention: Attention,
+    ranges: Sequence[_Range],
+    gamma: Tensor,
+    alpha: float,
+    optimizer: Optimizer | None,
+) -> None:
+    """Scale what a module holds, each weight by one multiplication; rounded once."""
+    kv = attention.kv_heads
+    least = gamma.view(kv, -1).amin(1)  # (kv,), of the queries that share a key
+    if gamma.device.type == "cpu" and bool((least == 1).all()):
+        return
+    tables = {
+        "query": (least**alpha).repeat_interleave(attention.heads // kv),
+        "key": least ** (1 - alpha),
+        "rotary": gamma,
+    }
+    for rows, (held, start, end) in zip(attention.parameters, ranges, strict=True):
+        by = _row_factors(rows, tables)[start:end].to(held.device)
+        by = by.view([-1 if i == rows.dim else 1 for i in range(held.ndim)])
+        wide = torch.promote_types(held.dtype, torch.float32)
+        held.copy_(held.to(wide) * by)
+        _forget_norm(optimizer, rows.param, (least < 1).any())
+
+
+def _row_factors(rows: HeadRows, tables: Mapping[str, Tensor]) -> Tensor:
+    """The factor of every row of a parameter."""
+    columns = []
+    for kind, heads, size in rows.pieces:
+        by = tables[kind] if kind in tables else tables["key"].new_ones(rows.groups * heads)
+        columns.append(by.view(rows.groups, heads).repeat_interleave(size, 1))
+    return torch.cat(columns, 1).flatten()
+
+
+def _forget_norm(optimizer: Optimizer | None, p: Tensor, is_scaled: Tensor) -> None:
+    """Have an optimizer measure anew the norm at which it keeps a scaled weight."""
+    state = {} if optimizer is None else optimizer.state.get(p, {})
+    for key, norm in state.items():
+        if key.partition(".")[0] == RADIUS:
+            local(norm).masked_fill_(is_scaled.to(norm.device), -1.0)
