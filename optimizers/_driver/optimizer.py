@@ -155,7 +155,7 @@ class StackedOptimizer(Optimizer):
             False). Clocks, learning rates and weight decays of matrices are then read from the
             device; for AdamW parameters it is the flag of ``torch.optim.AdamW``. ``Muon``,
             ``GaLore``, ``Fira``, ``APOLLO``, ``AuON``, ``RowNorm``, ``Spectral``, ``Hybrid`` and
-            ``Trion`` take it but for options that draw random numbers or wait at each step, which are refused. A
+            ``Trion`` take it; options that draw random numbers or wait at each step are refused. A
             skipped update then counts: weight and state stay, the clock goes on.
         differentiable: Must be False (default); the key is there because torch reads it.
         nonfinite: What a NaN or infinite gradient does, of a matrix or of an AdamW parameter.
@@ -924,7 +924,8 @@ class StackedOptimizer(Optimizer):
         Example::
 
             optimizer = GaLore(model, lr=1e-3, capturable=True)
-            train(batch)  # forward, backward into the same gradients, step: makes state and bases
+            for _ in range(3):  # makes state and bases, compiles kernels
+                train(batch)  # forward, backward into the same gradients, step
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 train(batch)
