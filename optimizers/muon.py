@@ -48,6 +48,7 @@ from ._driver.optimizer import StackedOptimizer
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
 from ._toolkit.norm_floor import norm_floor
+from ._toolkit.polar_waits import polar_obstacle
 from ._toolkit.random_keys import StackRNG
 
 if TYPE_CHECKING:
@@ -293,6 +294,16 @@ class MuonRule(Rule):
             "renormalize=True, whose step has no fixed scale": self.renormalize,
         }
         return next((text for text, is_so in obstacles.items() if is_so), None)
+
+    @override
+    def capture_obstacle(self) -> str | None:
+        obstacles = {
+            f"compat={self.compat!r}, whose step has torch's own scalars": self.compat,
+            "polar='low_rank', which draws by the number of the update": self.polar == "low_rank",
+            f"report_steps={self.report_steps}, which reads results": self.report_steps,
+        }
+        found = next((text for text, is_so in obstacles.items() if is_so), None)
+        return found or polar_obstacle(self.polar)
 
     @property
     def splits(self) -> frozenset[str]:  # type: ignore[override]

@@ -89,8 +89,8 @@ def _write_(
         terms = [term.scaled(lr.to(W.device)) for term in terms]
     else:  # torch multiplies a tensor by the scale in the tensor's own dtype
         alpha = float(lr * alpha)
-    is_cautious = decay.is_cautious and decay.weight_decay != 0.0
-    if decay.weight_decay != 0.0:
+    is_cautious = decay.is_cautious and decay.is_on
+    if decay.is_on:
         decay_factor = masked_factor(W, decay_factor, step.decay, flags)
     if flags is not None:
         terms = [_masked(term, flags) for term in terms]
@@ -217,7 +217,7 @@ def _try_fused_write_(
     """Write all terms at once where the back end has a kernel that does it."""
     if step.torch_bits or step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
         return False
-    if decay.is_cautious and decay.weight_decay != 0.0:  # the mask needs a pass of its own
+    if decay.is_cautious and decay.is_on:  # the mask needs a pass of its own
         return False
     if not fuses_passes(W) or (rounding is None and _adds_in_weight_dtype(W[0], terms)):
         return False
