@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._core.validation import check, number, shown
-from .._roles.attention_heads import Attention, HeadRows, attention_of, attentions_in
+from .._roles.attention_heads import Attention, Attentions, HeadRows
 from .layout import is_sharded, layout_of, local, memory
 
 __all__ = ["qk_clip_"]
@@ -86,10 +88,11 @@ def qk_clip_(
     assert tau is not None and share is not None
     names = sorted(max_logits)
     values = [_values(name, max_logits[name]) for name in names]
-    known = attentions_in(model) if names else {}
-    found = [attention_of(model, known, x, len(S)) for x, S in zip(names, values, strict=True)]
-    _refuse_twice([rows for attention in found for rows in attention.parameters])
-    spans = [[_range(rows) for rows in attention.parameters] for attention in found]
+    params = dict(model.named_parameters(remove_duplicate=False))
+    heads = [(name, len(S)) for name, S in zip(names, values, strict=True)]
+    found = _attentions(model, params, heads) if names else []
+    _refuse_twice([rows.name for attention in found for rows in attention.parameters])
+    spans = [[_range(rows, params[rows.name]) for rows in x.parameters] for x in found]
     gammas = _factors(names, values, tau, group) if names else []
     for attention, ranges, gamma in zip(found, spans, gammas, strict=True):
         _scale(attention, ranges, gamma, share, optimizer)
@@ -98,8 +101,9 @@ def qk_clip_(
 
 
 class _Range(NamedTuple):
-    """Rows that this process holds, and their memory."""
+    """The rows of a parameter that this process holds, and their memory."""
 
+    param: Tensor
     held: Tensor
     start: int
     end: int
@@ -117,30 +121,51 @@ def _values(name: str, S: Any) -> Tensor:
     return whole.detach().to(torch.float32)
 
 
-def _refuse_twice(parameters: Sequence[HeadRows]) -> None:
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[object, dict[tuple[str, int], Attention]]]
+_KNOWN = WeakKeyDictionary()
+"""Layouts of the attentions of a model, as long as its parameters and modules stay the same."""
+
+
+def _attentions(
+    model: nn.Module, params: Mapping[str, Tensor], wanted: Sequence[tuple[str, int]]
+) -> list[Attention]:
+    """The layouts of modules by (name, heads), looked up once: roles of all parameters cost time.
+
+    They hold names, neither weights nor modules, which would keep the model alive.
+    """
+    tensors = tuple((name, id(p), tuple(p.shape)) for name, p in params.items())
+    modules = tuple((name, type(x)) for name, x in model.named_modules(remove_duplicate=False))
+    seen, known = _KNOWN.get(model, (None, {}))
+    known = dict(known) if seen == (tensors, modules) else {}
+    missing = [key for key in wanted if key not in known]
+    if missing:
+        attentions = Attentions(model)
+        known |= {key: attentions.find(*key) for key in missing}
+        _KNOWN[model] = (tensors, modules), known
+    return [known[key] for key in wanted]
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
     """Raise for a weight that two names of modules mean."""
-    seen: dict[int, str] = {}
-    for rows in parameters:
+    for name, count in Counter(names).items():
         check(
-            id(rows.param) not in seen,
-            f"{rows.name} belongs to two of the modules in max_logits; name each attention once",
+            count == 1,
+            f"{name} belongs to two of the modules in max_logits; name each attention once",
         )
-        seen[id(rows.param)] = rows.name
 
 
-def _range(rows: HeadRows) -> _Range:
+def _range(rows: HeadRows, p: Tensor) -> _Range:
     """What this process holds of a parameter, whose rows are all accounted for."""
-    p, dim = rows.param, rows.dim
     count = rows.groups * sum(heads * size for _, heads, size in rows.pieces)
     check(
-        p.shape[dim] == count,
+        p.shape[rows.dim] == count,
         f"{rows.name} of shape {tuple(p.shape)} has not the {count} rows of the weight that its "
         "heads belong to",
     )
     layout = layout_of(p, rows.name)
     if layout is None:
-        return _Range(p, 0, count)
-    return _Range(memory(p), *layout.box[dim])
+        return _Range(p, p, 0, count)
+    return _Range(p, memory(p), *layout.box[rows.dim])
 
 
 def _factors(
@@ -186,12 +211,12 @@ def _scale(
         "key": least ** (1 - alpha),
         "rotary": gamma,
     }
-    for rows, (held, start, end) in zip(attention.parameters, ranges, strict=True):
+    for rows, (p, held, start, end) in zip(attention.parameters, ranges, strict=True):
         by = _row_factors(rows, tables)[start:end].to(held.device)
         by = by.view([-1 if i == rows.dim else 1 for i in range(held.ndim)])
         wide = torch.promote_types(held.dtype, torch.float32)
         held.copy_(held.to(wide) * by)
-        _forget_norm(optimizer, rows.param, (least < 1).any())
+        _forget_norm(optimizer, p, (least < 1).any())
 
 
 def _row_factors(rows: HeadRows, tables: Mapping[str, Tensor]) -> Tensor:
