@@ -93,6 +93,7 @@ def qk_clip_(
     found = _attentions(model, params, heads) if names else []
     _refuse_twice([rows.name for attention in found for rows in attention.parameters])
     spans = [[_range(rows, params[rows.name]) for rows in x.parameters] for x in found]
+    _refuse_given_norms(optimizer, [(x.name, params[x.name]) for y in found for x in y.parameters])
     gammas = _factors(names, values, tau, group) if names else []
     for attention, ranges, gamma in zip(found, spans, gammas, strict=True):
         _scale(attention, ranges, gamma, share, optimizer)
@@ -151,6 +152,20 @@ def _refuse_twice(names: Sequence[str]) -> None:
         check(
             count == 1,
             f"{name} belongs to two of the modules in max_logits; name each attention once",
+        )
+
+
+def _refuse_given_norms(
+    optimizer: Optimizer | None, parameters: Sequence[tuple[str, Tensor]]
+) -> None:
+    """Raise if an optimizer keeps a weight at a norm that was given, and so would undo all."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    given = {id(p) for group in groups if group.get(RADIUS) is not None for p in group["params"]}
+    for name, p in parameters:
+        check(
+            id(p) not in given,
+            f"{name} is kept at the norm that its group gives by {RADIUS}, which undoes the "
+            f"clipping; leave {RADIUS} out, so that the norm is measured",
         )
 
 

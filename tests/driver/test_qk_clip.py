@@ -346,6 +346,17 @@ def test_a_stored_norm_of_a_scaled_weight_is_measured_anew():
             assert (optimizer.state[p][key] == (-1.0 if is_scaled else 3.0)).all(), name
 
 
+def test_a_norm_that_is_given_and_not_measured_is_refused():
+    model = model_of("mha", dtype=torch.float32)
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "weight_radius": 0.1}], lr=0.1)
+    before = copied(model)
+    with pytest.raises(
+        ValueError, match=r"q_proj\.weight is kept at the norm.*leave weight_radius"
+    ):
+        qk_clip_(model, LARGE, optimizer=optimizer)
+    assert unchanged(model, before)
+
+
 # ranks --------------------------------------------------------------------------------------------
 
 
