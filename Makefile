@@ -8,7 +8,7 @@
 #   make lint    ruff and mypy
 #   make package  build wheel and source distribution, install both into an empty environment
 #   make bench   time every optimizer against its limit and its peers
-#   make gpu-check  on a GPU: are the kernels right, and are they fast enough
+#   make gpu-check  on a GPU, with the torch and triton of PYTHON: is all right, and fast enough
 # TORCH chooses the torch to install, for example TORCH=torch==2.13.0.
 
 PYTHON ?= python3
@@ -61,10 +61,8 @@ package:
 bench: $(VENV)/.examples
 	$(BIN)/python bench/run.py --out runs/bench
 
-gpu-check: $(VENV)/.test
-	@$(BIN)/python bench/kernels.py --probe
-	STIEFEL_DEVICE=cuda TRITON_DEFAULT_FP_FUSION=1 $(BIN)/pytest -q tests/kernels/interpreted
-	$(BIN)/python bench/kernels.py --out runs/kernels
+gpu-check:
+	$(PYTHON) bench/gpu.py --out runs/gpu
 
 clean:
 	rm -rf build dist *.egg-info runs

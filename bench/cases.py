@@ -16,6 +16,7 @@ from contests import (
     LIMITS,
     MUONS,
     NEVER,
+    SOAPS,
     Backward,
     Call,
     Case,
@@ -68,6 +69,7 @@ from stiefel.optimizers import (
     Trion,
     pairs_to_groups,
 )
+from stiefel.optimizers._driver.decay import Decay
 from stiefel.optimizers._driver.write import write_
 from stiefel.optimizers._lora.pair_groups import PairOptimizer
 from stiefel.optimizers._toolkit.projectors import top_basis
@@ -518,7 +520,7 @@ class Write:
         """One write of every weight, with decay."""
         for W, U, rounding in zip(self.weights, self.terms, self.roundings, strict=True):
             member = Member(None, lambda W=W: W, {}, t=1, refreshed=0, m=1, n=1, indices=(0,))  # type: ignore[misc]
-            write_(W, member.step(Dense(U)), 1e-4, 0.1, None, rounding)
+            write_(W, member.step(Dense(U)), 1e-4, Decay(0.1), None, rounding)
 
 
 def writes(setting: Setting) -> Iterator[Contest]:
@@ -671,6 +673,12 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "row norm": Variant({"base": "row_norm"}, "Gram and apply"),
         "eigh": Variant({"rotation": "eigh"}, "Gram and apply"),
     },
+    "SOAP": {
+        "": Variant(limit="Gram and apply", peers=SOAPS),
+        "short": Variant({"sides": "short"}, "Gram and apply"),
+        "kl": Variant({"factors": "kl"}, "Gram and apply"),
+    },
+    "SOAPMuon": {"": Variant(limit="Gram and apply")},
     "RowNorm": {
         "": Variant(limit="W += a G"),
         "columns": Variant({"axis": "cols"}, "W += a G"),

@@ -467,6 +467,12 @@ def pytorch_optimizer_muon(rank: int = 0) -> tuple[Maker, Swap]:
     )
 
 
+def pytorch_optimizer_soap(rank: int = 0, every: int = NEVER) -> tuple[Maker, Swap]:
+    """pytorch_optimizer's SOAP."""
+    cls = peer("pytorch_optimizer", "SOAP")
+    return lambda params: cls(params, precondition_frequency=every), contextlib.nullcontext
+
+
 def optimuon_muon(rank: int = 0) -> tuple[Maker, Swap]:
     """optimuon's Muon; ns_dtype=None iterates in the weights' dtype."""
     cls = peer("optimuon", "Muon")
@@ -483,6 +489,7 @@ FIRAS: dict[str, Callable[..., tuple[Maker, Swap]]] = {
     "fira": published_fira,
     "pytorch_optimizer": pytorch_optimizer_fira,
 }
+SOAPS: Peers = {"pytorch_optimizer": pytorch_optimizer_soap}
 MUONS: Peers = {"pytorch_optimizer": pytorch_optimizer_muon, "optimuon": optimuon_muon}
 
 

@@ -49,7 +49,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from stiefel.kernels import polar_factor, reference
-from stiefel.kernels.dispatch import PRODUCT_FROM, triton_backend
+from stiefel.kernels.dispatch import GATES, triton_backend
 
 SIDES, QUICK_SIDES = (512, 1024, 2048, 4096, 8192), (4096,)
 ASPECTS, BATCHES = (1, 4), (1, 8, 32)
@@ -414,7 +414,8 @@ def judged(figure: Figure, job: Job) -> Figure:
     """With what it misses."""
     kind = job.operation.kind
     gain = GAIN if job.m >= LARGE else LOSS
-    short = kind == "symmetric" and job.m > PRODUCT_FROM and figure.ratio < gain
+    is_used = kind == "symmetric" and job.m >= GATES["symmetric"].least
+    short = is_used and figure.ratio < gain
     slow = kind == "pass" and job.m * job.n >= ENTRIES and figure.share < SHARE
     found = {
         f"differs from torch by {figure.error:.1e}": not figure.error <= WRONG,

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from stiefel.kernels import polar_factor
 from stiefel.optimizers import (
+    APOLLO,
     ARO,
     FRUGAL,
+    SOAP,
     AuON,
     DCTAdamW,
     Fira,
@@ -27,6 +29,8 @@ from stiefel.optimizers import (
     Hybrid,
     Muon,
     RowNorm,
+    SinkGD,
+    SOAPMuon,
     Spectral,
     Trion,
 )
@@ -44,11 +48,15 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "muon": (Muon, {}),
     "galore": (GaLore, {"rank": 12}),
     "fira": (Fira, {"rank": 12}),
+    "apollo": (APOLLO, {"rank": 12}),
     "frugal": (FRUGAL, {"density": 0.25}),
     "dctadamw": (DCTAdamW, {"rank": 12}),
     "trion": (Trion, {"rank": 12}),
     "auon": (AuON, {}),
     "aro": (ARO, {}),
+    "sinkgd": (SinkGD, {}),
+    "soap": (SOAP, {}),
+    "soapmuon": (SOAPMuon, {}),
     "rownorm": (RowNorm, {}),
     "spectral": (Spectral, {}),
     "hybrid": (Hybrid, {}),

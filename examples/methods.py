@@ -47,6 +47,8 @@ METHODS = {
     "trion": Method(5e-3, {}),
     "auon": Method(1e-3, {}),
     "aro": Method(1e-2, {}),
+    "soap": Method(3e-3, {}),
+    "soapmuon": Method(1e-2, {}),
     "galore": Method(2e-2, {"scale": 0.25}),
     # its residual moves by the whole lr, not by lr times alpha (published form)
     "fira": Method(5e-3, {"alpha": 0.25}),

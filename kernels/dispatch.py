@@ -10,7 +10,8 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -18,10 +19,33 @@ from torch import Tensor
 
 from . import reference
 
-PRODUCT_FROM = 256
-"""Shorter side up to which torch's own (batched) products are faster than tuned kernels."""
-PASS_FROM = 2**12
-"""Entries of a matrix below which a pass over memory is all launch, whichever kernel does it."""
+
+@dataclass(frozen=True)
+class Gate:
+    """From which size of one matrix on kernels take over from torch's own operations.
+
+    Attributes:
+        measure: ``"side"``, the shorter one, or ``"entries"``.
+        least: The smallest size that kernels take.
+        source: The measurement that has set it, or "unmeasured" and what it goes by.
+    """
+
+    measure: str
+    least: int
+    source: str
+
+
+GATES: Mapping[str, Gate] = {
+    "symmetric": Gate(
+        "side",
+        2048,
+        "unmeasured here; others report 0.31 of the speed of torch's product at a side of 512, "
+        "0.78 at 1024, and a gain from 2048 on",
+    ),
+    "product": Gate("side", 257, "unmeasured; published kernels are used above a side of 256"),
+    "pass": Gate("entries", 2**12, "unmeasured; below it a pass over memory is all launch"),
+}
+"""By the kind of work. The rule is never to be slower than torch; ``bench/gpu.py`` measures it."""
 MAX_MATRICES = 65535
 """How many matrices one launch can have: they are the second axis of its grid."""
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,7 +79,9 @@ def backend_for(X: Tensor | Sequence[Tensor], work: str = "product") -> ModuleTy
     Args:
         X: (m, n) or (K, m, n), the largest tensor that is to be worked on; or a list of equal
             matrices, of which the first is looked at.
-        work: ``"product"`` (default) for products of matrices, ``"pass"`` for passes over memory.
+        work: Key of :data:`GATES`: ``"product"`` (default) for products of matrices,
+            ``"symmetric"`` for those with a symmetric result and iterations made of them,
+            ``"pass"`` for passes over memory.
 
     Returns:
         ``stiefel.kernels.reference`` or ``stiefel.kernels.triton``.
@@ -85,8 +111,8 @@ def is_worthwhile(X: Tensor, work: str) -> bool:
     """Whether kernels are expected to be faster than torch's own operations on X."""
     if not _is_supported(X):
         return False
-    sides = X.shape[-2:]
-    return sides.numel() >= PASS_FROM if work == "pass" else min(sides) > PRODUCT_FROM
+    gate, sides = GATES[work], X.shape[-2:]
+    return (min(sides) if gate.measure == "side" else sides.numel()) >= gate.least
 
 
 def _is_supported(X: Tensor) -> bool:

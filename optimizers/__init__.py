@@ -25,6 +25,7 @@ from ._roles.classify import Assignment, classify
 from ._toolkit.max_logits import MaxLogits
 from .adaprelora import AdaPreLoRA
 from .altlora import AltLoRA
+from .apollo import APOLLO
 from .aro import ARO
 from .auon import AuON
 from .dctadamw import DCTAdamW
@@ -34,6 +35,8 @@ from .galore import GaLore
 from .hybrid import Hybrid
 from .muon import Muon, heavy_tail_schedule
 from .rownorm import RowNorm
+from .sinkgd import SinkGD
+from .soap import SOAP, SOAPMuon
 from .spectral import Spectral
 from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
@@ -42,8 +45,10 @@ from .trion import Trion
 __version__ = "0.2.0"
 
 __all__ = [
+    "APOLLO",
     "ARO",
     "FRUGAL",
+    "SOAP",
     "AdaPreLoRA",
     "AltLoRA",
     "Assignment",
@@ -63,8 +68,10 @@ __all__ = [
     "PanelTerm",
     "RowNorm",
     "Rule",
+    "SOAPMuon",
     "Scaled",
     "Selected",
+    "SinkGD",
     "Slot",
     "Spectral",
     "StackedOptimizer",

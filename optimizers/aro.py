@@ -39,7 +39,15 @@ from ._driver.optimizer import StackedOptimizer
 from ._driver.param_groups import parts_of, rule_of
 from ._driver.units import units_of
 from ._toolkit.adjust_lr import adjust_lr
-from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
+from ._toolkit.moments import (
+    column_squares,
+    ema_where_safe,
+    max_safe_value,
+    momentum_slots,
+    momentum_step,
+    safe_square_scale,
+    total,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -145,7 +153,7 @@ class RotationRule(Rule, abstract=True):
 
     def member_slots(self, first: bool) -> dict[str, Slot]:
         """Slots of one member; the rotation lies with the first."""
-        slots = {"momentum_buffer": Slot("mn")}
+        slots: dict[str, Slot] = {}
         if first and self.rotation != "none":
             # full precision, since its rounding would enter M and the step
             slots["rotation"] = Slot("mm", "full", fill="eye")
@@ -160,8 +168,7 @@ class RotationRule(Rule, abstract=True):
     def updated_gram(self, gram: Tensor, S: Tensor) -> Tensor:
         """The average of G G^T moved towards S (K, m, m), or left where S is too large to add."""
         assert self.gram_beta is not None
-        largest = torch.maximum(-S.amin((-2, -1)), S.amax((-2, -1))).view(-1, 1, 1)
-        return ema(gram, torch.where(largest <= max_safe_value(gram, S), S, gram), self.gram_beta)
+        return ema_where_safe(gram, S, self.gram_beta)
 
     def next_rotation(self, A: Tensor, R: Tensor) -> Tensor:
         """The rotation R(A) (K, m, m); in directions that a singular A leaves open, the old R."""
@@ -199,13 +206,18 @@ class ARORule(RotationRule):
 
     def member_slots(self, first: bool) -> dict[str, Slot]:
         """Slots of one member; Adam's second moment stays as it is when the frame rotates."""
-        return super().member_slots(first) | (
-            {"exp_avg_sq": Slot("mn")} if self.base == "adam" else {}
-        )
+        second = {"exp_avg_sq": Slot("mn")} if self.base == "adam" else {}
+        return momentum_slots(self.momentum) | super().member_slots(first) | second
+
+    @property
+    def spare_state(self) -> frozenset[str]:  # type: ignore[override]
+        """The buffer that files of version 0.2 hold where momentum is 0."""
+        return frozenset(() if self.momentum else ("momentum_buffer",))
 
     def update(self, *members: Member) -> Iterator[Direction]:
         """One step of K equal units; a member without a gradient is left out."""
-        check_equal_stacks([len(w.state["momentum_buffer"]) for w in members])
+        known = (next(iter(w.state.values()), w.grad) for w in members)  # (K, ...) each
+        check_equal_stacks([len(X) for X in known if X is not None])
         ws = [w for w in members if w.grad is not None]
         Ms = [self.momentum_of(w) for w in ws]  # (K, m, n) each
         R, cs = None, [M.new_ones(()) for M in Ms]
@@ -224,6 +236,8 @@ class ARORule(RotationRule):
     def momentum_of(self, w: Member) -> Tensor:
         """The momentum M (K, m, n) of this step."""
         assert w.grad is not None
+        if not self.momentum:  # M is G, so there is no buffer
+            return w.grad.to(torch.promote_types(w.grad.dtype, torch.float32))
         return momentum_step(
             w.state["momentum_buffer"], w.grad, self.momentum, self.nesterov, finite=w.finite
         )
@@ -307,11 +321,6 @@ def check_equal_stacks(counts: Sequence[int]) -> None:
     )
 
 
-def max_safe_value(*Xs: Tensor) -> float:
-    """A quarter of the smallest dtype maximum: sums and differences cannot overflow."""
-    return min(torch.finfo(X.dtype).max for X in Xs) / 4
-
-
 class ARO(StackedOptimizer):
     """ARO: a cheap map in a rotated frame, which the map itself rotates.
 
@@ -327,7 +336,8 @@ class ARO(StackedOptimizer):
     summaries: the idea, A and R, ``"adam"``, the RMS, sharing, sides. Maps, momentum and the order
     of steps are those of a third-party implementation (``microsoft/dion``), whose recorded steps
     are tested; Sinkhorn, arXiv 2502.06742. Relative clamps, the treatment of a singular A, ``init``
-    and ``gram_beta`` are additions.
+    and ``gram_beta`` are additions. ``base="adam", rotation="eigh", gram_beta=...`` is a one-sided
+    relative of :class:`SOAP`, which turns its moments with the bases.
 
     Args:
         params: A module, (named) parameters or groups; see :class:`StackedOptimizer`.
@@ -364,9 +374,10 @@ class ARO(StackedOptimizer):
             weights of a unit share no side to rotate; the text names it.
         TypeError: If a keyword is unknown.
 
-    State: ``momentum_buffer`` (like W), ``rotation`` (m x m; with the first weight that shares it),
-    for ``"adam"`` ``exp_avg_sq`` (like W, in the rotated frame), with ``gram_beta`` ``gram``
-    (m x m), and ``step``; float32. Peak temporary memory: two m x n and three m x m matrices.
+    State: ``momentum_buffer`` (like W; none at ``momentum=0``), ``rotation`` (m x m; with the first
+    weight that shares it), for ``"adam"`` ``exp_avg_sq`` (like W, in the rotated frame), with
+    ``gram_beta`` ``gram`` (m x m), and ``step``; float32. Peak temporary memory: two m x n and
+    three m x m matrices.
 
     Caveat: <M, D> may fall from step to step. On a steady M ``"polar"`` keeps it from falling for
     an exact f (all but ``"adam"``), ``"qr"`` often lets it fall; with ``"row_norm"`` R tends to

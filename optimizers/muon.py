@@ -88,12 +88,10 @@ class MuonRule(Rule):
     inner: str = "polar_express"
     rank_compensate: bool = False
     seed: int = 0
-    # second moment, scale and decay
+    # second moment and scale
     second_moment: str | None = None
     beta2: float | None = None
     adjust_lr_fn: str | None = "auto"
-    cautious: bool = False
-    decay_schedule: str = "lr"
     # guards of the gradient, reports of the factor
     clip_grad_rms: float | None = None
     normalize_grad: bool = False
@@ -123,13 +121,9 @@ class MuonRule(Rule):
         U = self.momentum_of(w, B)
         O = self.polar_step(w, U.sign() if self.second_moment == "adamuon" else U)
         O, term = self.second_moment_step(w, O)
-        # the second moment multiplies O by positive numbers, so O has the signs of the step
-        decay = O * w.value.to(O.dtype) >= 0 if self.cautious else None
         return w.step(
             term,
             lr_factor=self.lr_factor(w.m, w.n),
-            decay=decay,
-            decay_power=2 if self.decay_schedule == "lr2" else 1,
             torch_bits=self.compat == "torch",
             carry=self.carry_of(w, B, U, O) if w.carries_errors else None,
         )
@@ -421,15 +415,14 @@ class MuonRule(Rule):
         )
 
     def _check_second_moment(self) -> None:
-        """Check the kinds of momentum, second moment and decay."""
+        """Check the kinds of momentum and second moment."""
         check_choices(
             self,
             momentum_kind=("ema", "sum"),
             second_moment=(None, "normuon", "adamuon"),
-            decay_schedule=("lr", "lr2"),
         )
         check_numbers(self, beta2="[0, 1) or None")
-        check_flags(self, "rank_compensate", "cautious")
+        check_flags(self, "rank_compensate")
         decay = self.second_moment_decay
         check(0.0 <= decay < 1.0, f"beta2 must be in [0, 1), got {decay}; it follows momentum")
         check(
@@ -514,8 +507,6 @@ class Muon(StackedOptimizer):
             (default: None).
         beta2: Decay of the second moment (default: None, which is 0.95 for NorMuon and
             ``momentum`` for AdaMuon).
-        cautious: Whether decay touches only entries where O * W >= 0 (default: False).
-        decay_schedule: ``"lr"`` (default), or ``"lr2"``: W <- (1 - lr^2 * weight_decay) W.
         clip_grad_rms: Limit of the RMS of G, which guards B against heavy tails (default: None).
         normalize_grad: Whether G / ||G||_F takes the place of G (default: False).
         spike_ratio: Limit of ||G||_F relative to its running average of decay 0.9 (default: None).
@@ -585,8 +576,6 @@ class Muon(StackedOptimizer):
         momentum_kind: str = "ema",
         second_moment: str | None = None,
         beta2: float | None = None,
-        cautious: bool = False,
-        decay_schedule: str = "lr",
         clip_grad_rms: float | None = None,
         normalize_grad: bool = False,
         spike_ratio: float | None = None,
@@ -619,8 +608,6 @@ class Muon(StackedOptimizer):
             second_moment=second_moment,
             beta2=beta2,
             adjust_lr_fn=adjust_lr_fn,
-            cautious=cautious,
-            decay_schedule=decay_schedule,
             clip_grad_rms=clip_grad_rms,
             normalize_grad=normalize_grad,
             spike_ratio=spike_ratio,

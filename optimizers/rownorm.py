@@ -27,6 +27,7 @@ from ._driver.optimizer import StackedOptimizer
 from ._toolkit.row_rules import (
     ROW_MODES,
     RowRule,
+    averaged,
     in_range,
     join_pairs,
     kernel_eps,
@@ -60,7 +61,7 @@ class RowNormRule(RowRule):
     def update(self, *members: Member) -> tuple[Direction, ...]:
         """One step for a stack, by one kernel where rows do not depend on each other."""
         w = members[0]
-        G, M = w.grad, w.state["momentum_buffer"]  # (K, m, n)
+        G, M = w.grad, w.state.get("momentum_buffer")  # (K, m, n)
         if not (self.rows_are_independent and w.reductions.has_whole_rows) or G is None:
             return super().update(*members)
         matches_rms = self.adjust_lr_fn == "match_rms_adamw"
@@ -194,8 +195,8 @@ class RowNorm(StackedOptimizer):
             or a parameter that is no matrix under ``rule="RowNorm"``.
         TypeError: For an unknown keyword.
 
-    State: ``momentum_buffer`` (like W, float32) and ``step``. Peak temporary memory: half a matrix,
-    two if centred, three if centred pairs.
+    State: ``momentum_buffer`` (like W, float32; none at ``momentum=0``) and ``step``. Peak
+    temporary memory: half a matrix, two if centred, three if centred pairs.
 
     Caveat: rows are scaled each by itself, so rows that all point one way stay alike. A zero row
     stays; every other row moves by the same length, however small its gradient. On an accelerator
@@ -245,7 +246,7 @@ class RowStep(Deferred):
     """Rows of the momentum at one length, computed only when the weight is written; M moves then.
 
     Attributes:
-        M: (K, m, n), the buffer.
+        M: (K, m, n), the buffer, or None where momentum is 0.
         G: (K, m, n), the gradient.
         momentum: Decay of M.
         eps: See :func:`row_factors`.
@@ -255,7 +256,7 @@ class RowStep(Deferred):
     """
 
     accepts_list: ClassVar[bool] = True
-    M: Tensor
+    M: Tensor | None
     G: Tensor
     momentum: float
     eps: float | None
@@ -270,9 +271,8 @@ class RowStep(Deferred):
 
     def unit_rows(self) -> tuple[Tensor, Tensor]:
         """The new momentum U (K, m, n), and the factors (K, m, 1) that bring its rows to norm 1."""
-        U, squares = kernels.momentum_step_(
-            self.M, self.G, self.momentum, squares="rows", finite=self.finite
-        )
+        U, squares = averaged(self.M, self.G, self.momentum, "rows", self.finite)
+        assert squares is not None
         if self.eps is None and squares.device.type == "cpu":
             tiny = torch.finfo(squares.dtype).tiny
             if in_range(squares, *exact_squares(squares.dtype)):  # no row is zero, tiny or huge
@@ -288,8 +288,9 @@ class RowStep(Deferred):
         """
         if other is not None:
             return False
-        is_column_major = self.G.stride(-1) != 1 or self.M.stride(-1) != 1
-        if is_column_major or not isinstance(W, Tensor):
+        M = self.M
+        is_column_major = self.G.stride(-1) != 1 or (M is not None and M.stride(-1) != 1)
+        if M is None or is_column_major or not isinstance(W, Tensor):
             return self.materialized.fused_write_(W, by)
         keep, alpha, control, rounding = by.scale_alpha(self.length)
         if self.eps is None and not kernels.fuses_passes(W):
@@ -299,7 +300,7 @@ class RowStep(Deferred):
         eps = kernel_eps(self.eps)
         kernels.row_step_(
             W,
-            self.M,
+            M,
             self.G,
             self.momentum,
             eps,

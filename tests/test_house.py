@@ -110,6 +110,7 @@ VALUES = {
     "eps_rel": 1e-3,
     "equilibrate": "rows",
     "error_feedback": "int8",
+    "factors": "kl",
     "first": "A",
     "floor": 0.1,
     "freeze_steps": 3,
@@ -125,6 +126,7 @@ VALUES = {
     "limiter_floor": 1e-6,
     "lr_ratio_b": 4.0,
     "matrix_view": "flatten",
+    "max_precond_dim": 4,
     "max_rel_step": 0.1,
     "moments": "reset",
     "momentum": 0.8,
@@ -132,6 +134,7 @@ VALUES = {
     "nesterov": True,
     "norm": "l2",
     "normalize_grad": True,
+    "normalize_update": True,
     "ns_coefficients": (2.0, -1.5, 0.5),
     "ns_steps": 3,
     "num_heads": 2,
@@ -142,6 +145,7 @@ VALUES = {
     "polar_dtype": "float32",
     "polar_norm": "schatten4",
     "power": 2,
+    "precondition_frequency": 3,
     "proj_lr_scale": 0.5,
     "proj_type": "left",
     "projection": "random",
@@ -162,11 +166,14 @@ VALUES = {
     "save_pools": False,
     "scale": 0.5,
     "scale_aware": False,
+    "scale_front": True,
     "scaling": "matrix",
     "schedule": "alternate",
     "second_moment": "normuon",
     "seed": 7,
+    "shampoo_beta": 0.8,
     "side": "left",
+    "sides": "short",
     "sign_threshold": 0.1,
     "sketch": "gaussian",
     "spike_ratio": 2.0,
@@ -181,6 +188,8 @@ VALUES = {
     "update_gap": 50,
     "update_proj_gap": 50,
     "variant": "paper",
+    "APOLLO.eps": 1e-4,
+    "APOLLO.projection": "gaussian",
     "ARO.adjust_lr_fn": ("match_rms_adamw", {"rms_target": None}),
     "ARO.side": "rows",
     "AdaPreLoRA.variant": "sgd",
@@ -192,6 +201,12 @@ VALUES = {
     "Muon.compat": "torch",
     "Muon.inner": "ns5",
     "Muon.nesterov": False,
+    "SOAP.basis": "eigh",
+    "SOAP.moments": "rotate",
+    "SOAPMuon.basis": "eigh",
+    "SOAPMuon.beta2": 0.8,
+    "SOAPMuon.moments": "rotate",
+    "SOAPMuon.nesterov": False,
     "SwitchLoRA.ratio": (None, {}),
     "Trion.polar": "polar_express",
 }
@@ -201,6 +216,7 @@ OTHER_KEYS = {
     "matrix_view": lambda value: {"view": value},
     "split_sizes": lambda value: {"view": "rows:" + ",".join(map(str, value))},
     "num_heads": lambda value: {"view": f"heads:{value}"},
+    "sides": lambda value: {"precondition_sides": value},
 }
 """Options that stand in a group under another key, as their docstrings say."""
 SHARED = {"lr", "weight_decay", *COMMON}
@@ -397,7 +413,9 @@ TORCH_MUON = [
 ADAM_LIKE = ["params", "lr", "betas", "eps", "weight_decay"]
 POSITIONAL = {
     "Muon": TORCH_MUON,
-    **dict.fromkeys(("GaLore", "Fira", "FRUGAL", "DCTAdamW", "SwitchLoRA"), ADAM_LIKE),
+    **dict.fromkeys(
+        ("APOLLO", "GaLore", "Fira", "FRUGAL", "DCTAdamW", "SOAP", "SwitchLoRA"), ADAM_LIKE
+    ),
 }
 """Class: its positional parameters. All other classes have ``params`` and ``lr``."""
 

@@ -14,6 +14,7 @@ from .qdwh import qdwh_schedule
 from .report import PolarReport, polar_report
 from .rotation import (
     cholesky_qr,
+    completed_eigenbasis,
     eigenbasis,
     householder_qr,
     left_basis,
@@ -27,6 +28,7 @@ __all__ = [
     "PolarReport",
     "auto_method",
     "cholesky_qr",
+    "completed_eigenbasis",
     "composite_map",
     "eigenbasis",
     "gram_polar",

@@ -42,7 +42,7 @@ def run_stack(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
     batched even when alone, large ones run alone even in a stack.
     """
     if call.allows_kernels and call.dtype in SUPPORTED_DTYPES:
-        ops = backend_for(stack)
+        ops = backend_for(stack, "symmetric")
         if ops is not reference:
             return _run_kernels(stack, call, eps, ops)
     if stack.device.type != "cpu" and not call.exact:

@@ -26,7 +26,7 @@ def eigh(X: Tensor) -> Tensor:
     The damping is a few times the rounding of S. A cut in its place would lose the directions whose
     square lies below that rounding, or blow up what is left of them.
     """
-    S, bad = masked(backend_for(X).gram(X))
+    S, bad = masked(backend_for(X, "symmetric").gram(X))
     values, V = torch.linalg.eigh(S)
     del S
     damping = 16 * torch.finfo(X.dtype).eps * values[..., -1:]
@@ -41,7 +41,7 @@ def zolo(X: Tensor, step: Rational) -> Tensor:
 
     The inverses are summed first, so that the long side is touched by two products only.
     """
-    T: Tensor = backend_for(X).gram(X)
+    T: Tensor = backend_for(X, "symmetric").gram(X)
     norm = torch.linalg.matrix_norm(T, keepdim=True)
     # X of norm one has norm >= m^(-1/2), so this acts only where eps did.
     norm = norm.clamp(min=0.5 * X.shape[-2] ** -0.5)

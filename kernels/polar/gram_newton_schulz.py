@@ -56,7 +56,7 @@ def gram_iteration(
     """
     if X.shape[-1] < _MIN_ASPECT * X.shape[-2]:
         return polynomial(X, schedule, norm, margin, exact=exact)
-    ops = reference if exact else backend_for(X)
+    ops = reference if exact else backend_for(X, "symmetric")
     on_kernels = ops is not reference
     R: Tensor | None = rescale_(X, norm, margin, ops)
     start = X

@@ -66,7 +66,7 @@ def polynomial(
     come from the first A and are divided out in the first step, max(margin ||X||_F, eps) each. With
     ``only`` (K,) a matrix whose flag is 0 may be left undefined.
     """
-    ops = reference if exact else backend_for(X)
+    ops = reference if exact else backend_for(X, "symmetric")
     A: Tensor | None = rescale_(X, norm, margin, ops) if eps is None else ops.gram(X)
     trace = None if A is None or eps is None else _square(A, margin, eps)
     for a, b, c in schedule:

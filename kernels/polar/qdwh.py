@@ -39,7 +39,7 @@ def lower_bound(X: Tensor) -> float:
     """
     m, n = X.shape[-2:]
     eps = torch.finfo(X.dtype).eps
-    inverse, factorized = inverse_(backend_for(X).gram(X))
+    inverse, factorized = inverse_(backend_for(X, "symmetric").gram(X))
     square = 0.9 / torch.linalg.matrix_norm(inverse) - 2 * (m + n) * eps
     # a norm that is not a number fails the comparison, and leaves the floor
     square = torch.where(factorized & (square > eps * eps / m), square, eps * eps / m)
@@ -99,7 +99,7 @@ def _qr_step(X: Tensor, a: float, b: float, c: float) -> Tensor:
 
 def _cholesky_step(X: Tensor, a: float, b: float, c: float) -> Tensor:
     """((b / c) I + (a - b / c) (I + c X X^T)^(-1)) X."""
-    T: Tensor = backend_for(X).gram(X)
+    T: Tensor = backend_for(X, "symmetric").gram(X)
     T.mul_(c).diagonal(dim1=-2, dim2=-1).add_(1)
     T, _ = inverse_(T)  # its eigenvalues lie in [1, 1 + c], so it cannot fail
     T.mul_(a - b / c).diagonal(dim1=-2, dim2=-1).add_(b / c)

@@ -18,6 +18,8 @@ _SHIFT = 1e-7
 """What the first Cholesky factorization adds to the Gram matrix, relative to its trace."""
 _DAMPING = 8
 """Share of the old factor in units of the dtype's eps: 1e-6 in float32, just above rounding."""
+_NULL = 32
+"""Largest eigenvalue that is taken for 0, in units of eps times the largest one."""
 _SLACK = 1e-3
 """Largest entry of Q^T Q - I that is still taken for a rotation."""
 
@@ -161,6 +163,47 @@ def eigenbasis(S: Tensor, old: Tensor) -> Tensor:
     V = _each(lambda X: torch.linalg.eigh(X)[1], (S / scale).masked_fill_(~usable, 0.0)).flip(-1)
     peak = V.gather(-2, V.abs().argmax(-2, keepdim=True))
     return torch.where(usable, torch.where(peak < 0, -V, V), old)
+
+
+def completed_eigenbasis(S: Tensor, old: Tensor, rank: int | None = None) -> Tensor:
+    """Eigenvectors of a positive S as :func:`eigenbasis` has them, but for those of eigenvalue 0.
+
+    LAPACK chooses in the null space, by rounding. Here what is orthogonal to the other eigenvectors
+    is taken from the old basis by the reflections that make those its first columns: a fixed rule.
+
+    Args:
+        S: (K, m, m), fp32 or fp64, without negative eigenvalues but for rounding.
+        old: (K, m, m), orthogonal.
+        rank: the largest number of positive eigenvalues that S can have (default: None, m).
+
+    Returns:
+        (K, m, m), orthogonal; a copy of the old basis where S is zero or not finite. The host waits
+            for the device.
+    """
+    m = S.shape[-1]
+    rank = m if rank is None else min(rank, m)
+    scale, usable = _scale(S)
+    bases = []
+    for X, Q, is_usable in zip(S / scale, old, usable.flatten().tolist(), strict=True):
+        if not is_usable:
+            bases.append(Q.clone())
+            continue
+        values, V = torch.linalg.eigh(X)
+        values, V = values.flip(-1), V.flip(-1)
+        peak = V.gather(-2, V.abs().argmax(-2, keepdim=True))
+        V = torch.where(peak < 0, -V, V)
+        tiny = _NULL * torch.finfo(S.dtype).eps * values[0]
+        r = min(rank, int((values > tiny).sum()))
+        bases.append(V if r == m else _completed_columns(V[:, :r], Q))
+    return bases[0].unsqueeze(0) if len(bases) == 1 else torch.stack(bases)
+
+
+def _completed_columns(V: Tensor, old: Tensor) -> Tensor:
+    """V (m, r) of orthonormal columns, and m - r more, reflections of the last of the old basis."""
+    m, r = V.shape
+    H, tau = torch.geqrf(product(old.mT.unsqueeze(0), V.unsqueeze(0))[0])
+    rest = torch.linalg.householder_product(torch.cat([H, H.new_zeros(m, m - r)], -1), tau)[:, r:]
+    return torch.cat([V, product(old.unsqueeze(0), rest.unsqueeze(0))[0]], -1)
 
 
 def left_basis(X: Tensor) -> Tensor:

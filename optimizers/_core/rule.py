@@ -209,7 +209,7 @@ class Carry(NamedTuple):
 class Direction:
     """W <- decay_factor * W - lr * lr_factor * sum(terms).
 
-    decay_factor is 1 - lr ** decay_power * weight_decay where ``decay`` is 1, else 1.
+    decay_factor is 1 where ``decay`` is 0, and else what the group says, 1 - lr * weight_decay.
 
     Attributes:
         member: The member whose weight is written.
@@ -218,7 +218,6 @@ class Direction:
         decay: None, or a 0/1 tensor that broadcasts against (K, m, n): where decay applies.
         decay_last: Whether decay comes after the step, as in some published codes.
         max_rel_norm: Limit of the step's Frobenius norm relative to the weight's; Dense terms only.
-        decay_power: The power of lr in decay_factor; 2 lets decay vanish with the schedule.
         torch_bits: Whether the write must round as torch's own operations, one after the other.
         carry: None, or the momentum that takes rounding errors where ``write`` is ``"eco"``.
     """
@@ -229,7 +228,6 @@ class Direction:
     decay: Tensor | None = None
     decay_last: bool = False
     max_rel_norm: float | None = None
-    decay_power: int = 1
     torch_bits: bool = False
     carry: Carry | None = None
 
@@ -360,14 +358,11 @@ class Member:
         decay: Tensor | None = None,
         decay_last: bool = False,
         max_rel_norm: float | None = None,
-        decay_power: int = 1,
         torch_bits: bool = False,
         carry: Carry | None = None,
     ) -> Direction:
         """Return a :class:`Direction` for this member; the arguments are its attributes."""
-        return Direction(
-            self, terms, lr_factor, decay, decay_last, max_rel_norm, decay_power, torch_bits, carry
-        )
+        return Direction(self, terms, lr_factor, decay, decay_last, max_rel_norm, torch_bits, carry)
 
 
 @dataclass(frozen=True)
@@ -429,6 +424,8 @@ class Rule:
     """
     optional_state: ClassVar[frozenset[str]] = frozenset()
     """Names of slots that a checkpoint may lack: the optimizer fills them after the load."""
+    spare_state: ClassVar[frozenset[str]] = frozenset()
+    """Names of state that older files hold though nothing reads it: a load leaves it out."""
     bases: ClassVar[frozenset[str]] = frozenset()
     """Names of slots (m, r) of orthonormal columns that ``refresh`` alone changes.
 
@@ -559,6 +556,18 @@ class Rule:
         The words follow "does not go with".
         """
         return f"{self.method()}, whose state holds no momentum of the weight itself"
+
+    def weight_norm_obstacle(self) -> str | None:
+        """Why ``weight_norm`` cannot steer the weights of this rule; None if it can.
+
+        The words follow "does not go with".
+        """
+        if {"A", "B"} <= {*self.members}:
+            return f"{self.method()}, whose factors are not the weight"
+        if self.writes_in_refresh:
+            return f"{self.method()}, which writes weights at a refresh too"
+        compat = getattr(self, "compat", None)
+        return f"compat={compat!r}, which repeats published arithmetic" if compat else None
 
     @classmethod
     def complete_saved(cls, group: dict[str, Any]) -> None:

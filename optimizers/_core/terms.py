@@ -18,7 +18,7 @@ from ... import kernels
 from ...kernels import Rounding, Stack, add_product_
 
 
-def _slice_rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
+def slice_rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
     """Slice matrices and rows of x (K or 1, m or 1, n); broadcast axes stay."""
     x = x if x.shape[0] == 1 else x[ks]
     return x if x.shape[-2] == 1 else x[:, rows]
@@ -359,7 +359,7 @@ class Scaled(Term):
     @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         X = self.X[ks, rows].to(panel.dtype)  # an unmasked gradient may be narrower
-        panel.addcmul_(X, _slice_rows(self.by, ks, rows), value=alpha)
+        panel.addcmul_(X, slice_rows(self.by, ks, rows), value=alpha)
 
     def lift_kwargs(self) -> dict[str, Any]:
         """The same as arguments of ``lift_``."""
@@ -423,7 +423,7 @@ class PanelTerm(Term):
     @override
     def scaled(self, c: Tensor) -> PanelTerm:
         c = c.reshape(1, 1, 1) if c.dim() == 0 else c
-        return PanelTerm(lambda k, i, j: self.fn(k, i, j) * _slice_rows(c, k, i))
+        return PanelTerm(lambda k, i, j: self.fn(k, i, j) * slice_rows(c, k, i))
 
     @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:

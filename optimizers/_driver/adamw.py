@@ -21,7 +21,15 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from ...kernels import LOW_PRECISION_DTYPES, update_weight_
-from .adamw_write import Stepper, Values, Writer, has_device_clock, signature_of
+from .adamw_write import (
+    Stepper,
+    Values,
+    Writer,
+    has_device_clock,
+    max_chunk_numel,
+    signature_of,
+)
+from .decay import Decay, masked_factor, opposes_not
 from .layout import PLAIN, Layout, layout_of, local
 from .param_groups import listed
 from .saved_state import adamw_entry, check_layout, check_tensor, moment_dtype
@@ -443,7 +451,8 @@ def step(
         flags = None
         if not kind.is_known and finite is not None:
             flags = [flag for i in chosen if (flag := finite[i]) is not None]
-        values = Values(lr, betas, group["adamw_eps"], decay * kind.decay, order)
+        own_decay = Decay.of(group, decay * kind.decay, group.get("adamw_lr_ratio"))
+        values = Values(lr, betas, group["adamw_eps"], own_decay, order)
         if kind.is_rounded and writer is not None:
             where = [positions[i] for i in chosen]
             _step_rounded(group, *lists, values, flags, writer, where)
@@ -548,6 +557,9 @@ def _step_fused_unread(
 ) -> None:
     """Torch's fused kernel, which leaves a parameter alone where its own ``found_inf`` is 1."""
     steps, lr = [entry["step"] for entry in entries], values.lr
+    decay = _torch_decay(values)
+    if decay is None:
+        _decay_first(group, params, grads, entries, values, finite)
     bad = [flag.logical_not().float() for flag in finite]
     torch._foreach_add_(steps, 1)
     for p, grad, entry, found_inf in zip(params, grads, entries, bad, strict=True):
@@ -555,7 +567,7 @@ def _step_fused_unread(
             lr = lr.to(p.device, non_blocking=True)
         state = [[X] for X in _tensors_of(entry)]
         _fused_kernel(
-            group, [p], [grad], state, lr, values.betas, values.eps, values.decay, found_inf
+            group, [p], [grad], state, lr, values.betas, values.eps, decay or 0.0, found_inf
         )
     torch._foreach_sub_(steps, bad)
 
@@ -671,8 +683,12 @@ def _step(
     """Step lists of parameters in torch's order, or in that of GaLore's published code."""
     lr, betas, order = values.lr, values.betas, values.order
     if order is None:
-        _torch(group, params, grads, entries, lr, betas, values.eps, values.decay)
+        decay = _torch_decay(values)
+        if decay is None:
+            _decay_first(group, params, grads, entries, values)
+        _torch(group, params, grads, entries, lr, betas, values.eps, decay or 0.0)
         return
+    masks = _masks(group, params, grads, entries, values)  # of the weights as they are now
     # M / (sqrt(V) + eps) * sqrt(c2) / c1 is torch's step with eps / sqrt(c2), c = 1 - beta^t
     correct_bias, eps = order
     clocks = [int(entry["step"]) + 1 for entry in entries]  # read before any step changes them
@@ -691,15 +707,99 @@ def _step(
             eps / math.sqrt(c2),
             0.0,
         )
-        if values.decay:
-            factor = 1.0 - float(lr) * values.decay
-            for p in params_at_t:
-                update_weight_(p, partial(_decay_, factor=factor), p.dtype)
+        if values.decay.weight_decay:
+            factor = float(values.decay.factor(float(lr)))
+            for i in indices:
+                change = partial(_decay_, factor=factor, mask=masks[i])
+                update_weight_(params[i], change, params[i].dtype)
 
 
-def _decay_(p: Tensor, factor: float) -> None:
+def _decay_(p: Tensor, factor: float, mask: Tensor | None) -> None:
     """Multiply by torch's operation on lists, which rounds the factor as published."""
-    torch._foreach_mul_([p], factor)
+    if mask is None:
+        torch._foreach_mul_([p], factor)
+    else:
+        _real(p).mul_(masked_factor(_real(p), factor, mask))
+
+
+def _torch_decay(values: Values) -> float | None:
+    """The weight decay with which torch's AdamW decays as it is wanted; None if there is none."""
+    decay, lr = values.decay, values.lr
+    if decay.weight_decay == 0.0 or (decay.schedule == "lr" and not decay.is_cautious):
+        return decay.weight_decay
+    if decay.is_cautious or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        return None
+    return float(decay.scaled_by(float(lr)))
+
+
+def _decay_first(
+    group: Mapping[str, Any],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    entries: Entries,
+    values: Values,
+    finite: Sequence[Tensor] | None = None,
+) -> None:
+    """Decay parameters before torch steps them without decay.
+
+    Args:
+        group: The group.
+        params: Parameters.
+        grads: Their gradients.
+        entries: Their state.
+        values: Settings of the step.
+        finite: None, or a flag for each; one whose flag is False stays as it is.
+    """
+    lr = values.lr.reshape(()) if isinstance(values.lr, Tensor) else values.lr
+    factor = values.decay.factor(lr)
+    for i, (p, grad, entry) in enumerate(zip(params, grads, entries, strict=True)):
+        for W, G, M in _panels(p, grad, entry["exp_avg"]):
+            mask = None
+            if values.decay.is_cautious:
+                mask = _mask(W, G, M, values.betas[0], group["maximize"])
+            flag = None if finite is None else finite[i]
+            own = masked_factor(W, factor, mask, flag)
+            update_weight_(W, partial(torch.Tensor.mul_, other=own), W.dtype)
+
+
+def _masks(
+    group: Mapping[str, Any],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    entries: Entries,
+    values: Values,
+) -> Sequence[Tensor | None]:
+    """Where each parameter decays, by its value before the step; None: everywhere."""
+    if not values.decay.is_cautious or not values.decay.weight_decay:
+        return [None] * len(params)
+    return [
+        _mask(_real(p), _real(grad), _real(entry["exp_avg"]), values.betas[0], group["maximize"])
+        for p, grad, entry in zip(params, grads, entries, strict=True)
+    ]
+
+
+def _mask(W: Tensor, G: Tensor, M: Tensor, beta1: float, maximize: bool) -> Tensor:
+    """Where W does not oppose the step, which has the sign of the new first moment."""
+    return opposes_not(torch.lerp(M, -G if maximize else G, 1 - beta1), W)
+
+
+def _real(X: Tensor) -> Tensor:
+    """X itself, or a complex one as pairs of real numbers, as torch's AdamW takes it."""
+    return torch.view_as_real(X.resolve_conj()) if X.is_complex() else X
+
+
+def _panels(p: Tensor, grad: Tensor, M: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of a parameter, its gradient and first moment that meet in the cache."""
+    tensors = [_real(X.detach()) for X in (p, grad, M)]
+    if all(X.is_contiguous() for X in tensors):
+        tensors = [X.view(-1) for X in tensors]
+    rows, count = tensors[0].shape[0] if tensors[0].dim() else 1, tensors[0].numel()
+    height = max(1, max_chunk_numel(p.device) * rows // max(1, count))
+    if height >= rows:
+        yield (*tensors,)
+        return
+    for start in range(0, rows, height):
+        yield tuple(X[start : start + height] for X in tensors)
 
 
 def _torch(

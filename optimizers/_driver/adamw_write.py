@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import Rounding, parameter_keys, rounding_keys, update_weight_
+from .decay import Decay
 from .layout import Box, Layout, numel
 from .param_groups import listed
 from .units import parameter_index
@@ -38,7 +39,7 @@ class Values(NamedTuple):
     lr: float | Tensor
     betas: tuple[float, float]
     eps: float
-    decay: float
+    decay: Decay
     order: tuple[bool, float] | None
 
 
@@ -444,7 +445,7 @@ def carry_errors_(
     """
     lr = values.lr.reshape(()) if isinstance(values.lr, Tensor) else values.lr
     is_published = values.order is not None
-    decay_factor = 1.0 if is_published else 1 - lr * values.decay
+    decay_factor = 1.0 if is_published else values.decay.factor(lr)
     c = carry_coefficient(lr, decay_factor, values.betas[0])
     if not isinstance(c, Tensor) and c == 0.0:
         return

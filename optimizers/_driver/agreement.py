@@ -16,9 +16,11 @@ from torch import Tensor
 from .exchange import FAILED_ELSEWHERE, RankError, Team
 from .finite import largest
 from .layout import Layout, is_sharded, layout_of, local
+from .norms import zero_weight
 
-BAD, NONZERO, PRESENT, ABSENT = range(4)
-"""Flags of one parameter."""
+BAD, NONZERO, PRESENT, ABSENT, FILLED = range(5)
+"""Flags of one parameter; the last one is of the weight, all others are of the gradient."""
+PARAMETER_FLAGS = 5
 FAILED, REFUSED, STOPPED, MOVES, SOUND, LEARNS = range(6)
 """Flags of the step: an exception, a bad gradient that raises, one that stops, any that is not
 zero, a rank without an exception, and one that cannot tell what its buckets are going to ask."""
@@ -89,6 +91,7 @@ def agree(
     describe: Callable[[int], str],
     mode_of: Callable[[int], str],
     clocks_of: Callable[[Team], int] = lambda _: NO_CLOCKS,
+    empty: Set[int] = frozenset(),
 ) -> Agreement:
     """Reduce the flags of a step.
 
@@ -100,21 +103,24 @@ def agree(
         describe: Makes words for a message of a position.
         mode_of: The group's ``nonfinite`` of a position.
         clocks_of: A number that differs where the clocks of a team's units do.
+        empty: Positions of weights whose norm is to be kept, and that are zero here.
 
     Raises:
         RankError: If another rank has failed.
-        RuntimeError: For a gradient that is there on some ranks only, and where an exception or a
-            checkpoint has left the ranks at different steps.
+        RuntimeError: For a gradient that is there on some ranks only, a zero weight whose norm is
+            to be kept, and where an exception or a checkpoint has left the ranks at different
+            steps.
     """
-    found, flags = Agreement(step=list(step_flags)), _local_flags(grads)
+    found, flags = Agreement(step=list(step_flags)), _local_flags(grads, empty)
     for position, row in flags.items():
         found.step[MOVES] |= bool(row[NONZERO])
         if position not in team_of:  # whole on this process, and on every other that has it
             _record(found, position, row, mode_of(position))
-    missing, parted = [], False
+    missing, parted = list[int](), False
+    zeros = [i for i in empty if i not in team_of and grads.get(i) is not None]
     for team in teams:
         positions = [i for i, other in team_of.items() if other is team]
-        rows = [flags.get(i, [0, 0, 0, 0]) for i in positions]
+        rows = [flags.get(i, [0] * PARAMETER_FLAGS) for i in positions]
         numbers = [x for row in rows for x in row] + [int(x) for x in found.step]
         clocks = clocks_of(team)
         reduced = _reduce(team, [clocks, NO_CLOCKS if clocks == NO_CLOCKS else -clocks, *numbers])
@@ -122,13 +128,15 @@ def agree(
         del reduced[:2]
         found.step = [bool(x) for x in reduced[-STEP_FLAGS:]]
         for k, i in enumerate(positions):
-            row = reduced[4 * k : 4 * k + 4]
+            row = reduced[PARAMETER_FLAGS * k : PARAMETER_FLAGS * (k + 1)]
             _record(found, i, row, mode_of(i))
             if row[PRESENT] and row[ABSENT]:
                 missing.append(i)
+            elif row[PRESENT] and not row[FILLED]:
+                zeros.append(i)
     if len(teams) > 1:
         for team in teams:
-            wrong = bool(missing or parted)
+            wrong = bool(missing or parted or zeros)
             reduced = _reduce(team, [int(x) for x in found.step] + [int(wrong)])
             found.step = [bool(x) for x in reduced[:STEP_FLAGS]]
             found.step[FAILED] |= bool(reduced[STEP_FLAGS]) and not wrong
@@ -140,6 +148,8 @@ def agree(
         )
     if found.step[FAILED] and not step_flags[FAILED]:
         raise RankError(FAILED_ELSEWHERE)
+    if zeros and not found.step[FAILED]:
+        raise RuntimeError(zero_weight(describe(zeros[0])))
     if parted and not found.step[FAILED]:
         raise RuntimeError(
             "the ranks are at different steps, after an exception or a checkpoint that some of "
@@ -157,9 +167,11 @@ def _record(found: Agreement, position: int, row: Sequence[int], mode: str) -> N
         found.nonzero.add(position)
 
 
-def _local_flags(grads: Mapping[int, Tensor | None]) -> dict[int, list[int]]:
+def _local_flags(grads: Mapping[int, Tensor | None], empty: Set[int]) -> dict[int, list[int]]:
     """Flags of what this process holds of each gradient, with one wait per device."""
-    flags = {i: [0, 0, 0, 1] if G is None else [0, 0, 1, 0] for i, G in grads.items()}
+    flags = {
+        i: [0, 0, int(G is not None), int(G is None), int(i not in empty)] for i, G in grads.items()
+    }
     by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for i, G in grads.items():
         if G is not None and G.numel():

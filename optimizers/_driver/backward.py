@@ -31,6 +31,7 @@ from .buckets import StepPlan, buckets_of
 from .checks import check_gradient, check_ready
 from .finite import Findings, Unread, copied_to_host, group_indices, inspect_grads, refuse
 from .layout import is_sharded
+from .norm_write import refuse_zero_weights
 from .param_groups import describe, names_of, warn_user
 from .saved_state import refuse_unsound_state
 from .sharded_backward import ShardedSteps, refuse_what_sends
@@ -409,6 +410,7 @@ class BackwardHandle:
                 found = inspect_grads(plan, grads, groups, optimizer._waits)
             if found.bad:
                 refuse(found, groups)
+            refuse_zero_weights(plan.buckets, groups, found.bad, optimizer._describe)
         except BaseException:
             plan.mask = None
             _restore_entries(unit_plan.params, state, before)

@@ -27,9 +27,10 @@ from ...kernels import (
 )
 from .._core.rule import LOCAL_REDUCTIONS, Member, Reductions, Rule
 from .adamw import EntryCache
+from .norms import DRIVER_SLOTS, driver_slots
 from .units import State, Unit, hash63, is_slab_row, scale_of, slab_rows
 from .windows import block_labels_of, drops_state
-from .write_modes import REFRESH_WRITE, RESIDUAL, takes_flags, with_residuals
+from .write_modes import REFRESH_WRITE, RESIDUAL, takes_flags
 
 if TYPE_CHECKING:
     from .shards import Shards
@@ -74,6 +75,7 @@ class Bucket:
             part; None where it holds all.
         nonzero_positions: Positions of parameters whose gradient is somewhere not 0, where this
             process sees parts of gradients; None where it sees all.
+        has_radius: Whether all radii that are kept are known to be measured, or measurable.
     """
 
     units: list[Unit]
@@ -87,6 +89,7 @@ class Bucket:
     clock_dicts: list[dict[str, Any]] = field(default_factory=list)
     reductions: Sequence[Reductions] | None = None
     nonzero_positions: Set[int] | None = None
+    has_radius: bool = False
 
     def __post_init__(self) -> None:
         unit = self.units[0]
@@ -107,7 +110,7 @@ class Bucket:
             member_state: dict[str, Tensor] = {}
             quantized: dict[str, tuple[Tensor, Tensor]] = {}
             entries = [state[p] for p in self.params_by_member[i]] if slots else []
-            for name in slots if self.state_since else slots.keys() & {RESIDUAL}:
+            for name in slots if self.state_since else slots.keys() & DRIVER_SLOTS:
                 key = self.unit.key_of(i, name)
                 stored = self._bind_slot(key, entries)
                 if self.unit.scales_shape(i, name) is None:
@@ -409,7 +412,7 @@ class Bucket:
             m, n = self.unit.sides(i)
             load = partial(self.load, i)
             K = len(self.indices)  # all matrices of one parameter share its flag
-            state = {name: X for name, X in self.states[i].items() if name != RESIDUAL}
+            state = {name: X for name, X in self.states[i].items() if name not in DRIVER_SLOTS}
             state.update((name, self._rule_view(i, name, X)) for name, X in dequantized[i].items())
             members.append(
                 Member(
@@ -621,7 +624,7 @@ class StepPlan:
                 continue
             sides = tuple(unit.sides(i) for i in range(len(unit.params)))
             transposed = rule.transposed_members([(v.m, v.n) for v in unit.views])
-            slots = with_residuals(rule.slots(sides), unit.writes)
+            slots = driver_slots(rule.slots(sides), unit.writes, unit.control, transposed)
             if transposed != unit.transposed or slots != unit.slots:
                 return False
         return True

@@ -20,8 +20,10 @@ from .._core.rule import RULE_CLASSES, Rule, defaults_of
 from .._core.validation import function_name, is_number, shown
 from . import adamw
 from .checks import check_lists, check_values
+from .decay import check_decay, store_decay_lr
 from .layout import is_sharded, local
 from .matching import Place, grouped_as, match, realigned, regroup
+from .norms import DRIVER_SLOTS, NOT_MEASURED, RADIUS, check_weight_norm
 from .old_codes import recoded
 from .param_groups import (
     COMMON,
@@ -37,7 +39,6 @@ from .saved_state import (
     Entry,
     Expected,
     adamw_entry,
-    base_of,
     check_clocks,
     check_tensor,
     check_values_of,
@@ -46,7 +47,7 @@ from .saved_state import (
     is_clock,
     missing_key,
 )
-from .units import Unit, pinned, units_of
+from .units import Unit, base_of, pinned, units_of
 from .windows import assign_block_positions, drops_state
 from .write_modes import RESIDUAL, check_eco, mode_of
 
@@ -256,6 +257,8 @@ def complete(
         rule.complete_saved(values)
         own = {} if rule is default_rule else defaults_of(rule)
         common = {key: value for key, value in COMMON.items() if key != "adamw_lr"}
+        if values is not defaults and "decay_lr" not in values:
+            store_decay_lr(values, values)
         for key, value in (own | defaults | common | defaults_of(default_rule)).items():
             values.setdefault(key, defaults.get(key, value) if key not in own else own[key])
     for group in old:
@@ -328,7 +331,10 @@ def _check_settings(default_rule: type[Rule], new_groups: Sequence[dict[str, Any
     for i, new in enumerate(new_groups):
         try:
             check_values(new)
-            check_eco(new, rule_of(new, default_rule), adamw.betas_of(new))
+            rule = rule_of(new, default_rule)
+            check_eco(new, rule, adamw.betas_of(new))
+            check_decay(new)
+            check_weight_norm(new, rule)
             _check_numbers(new)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _bad_settings(f"group {i} of the checkpoint", error) from error
@@ -392,7 +398,8 @@ def _check_state(
     }
     by_param = {p: state.get(key, {}) for p, key in keys.items()}
     for p, entry in entries.items():
-        by_param[p] = recoded(by_param[p], entry, texts[p])
+        recoded_state = recoded(entry.needed(by_param[p]), entry, texts[p])
+        by_param[p] = _without_radius(recoded_state, entry)
     started: dict[Tensor, set[str]] = {}
     for unit in units:
         first = unit.params[0]
@@ -408,6 +415,14 @@ def _check_state(
         _check_entry(by_param[p], entry, p, text, method, started.get(p, set()))
         by_param[p] = _cut(by_param[p], entry)
     return {**state, **{key: by_param[p] for p, key in keys.items() if key in state}}
+
+
+def _without_radius(found: Any, entry: Entry) -> Any:
+    """Saved state without a radius where none is kept."""
+    if not isinstance(found, Mapping):
+        return found
+    unused = {k for k in found if base_of(str(k)) == RADIUS and k not in entry.tensors}
+    return {key: x for key, x in found.items() if key not in unused} if unused else found
 
 
 def _cut(found: Mapping[str, Any], entry: Entry) -> Mapping[str, Any]:
@@ -471,7 +486,8 @@ def _check_entry(
     moved = check_clocks(found, expected, text)
     lacks = missing_key(found, expected)
     # between windows a rule keeps nothing, but what rounding has cut off
-    is_empty = not tensors.keys() - ({RESIDUAL} if expected.may_be_empty else set())
+    own = {key for key in tensors if base_of(key) in DRIVER_SLOTS}
+    is_empty = not tensors.keys() - (own if expected.may_be_empty else set())
     if lacks is not None and not (is_empty and (expected.may_be_empty or not moved)):
         raise ValueError(f"checkpoint lacks {lacks!r} for {text}, which {method} needs; {advice}")
     if method == "AdamW" and tensors and "step" not in found:
@@ -531,10 +547,11 @@ def restore(
     }
     for p, key in missing:
         x = entries[p].tensors[key]
+        fill = NOT_MEASURED if base_of(key) == RADIUS else 0.0
         if x.layout is not None:
-            state[p][key] = x.layout.full(0.0, x.dtype, p.device)
+            state[p][key] = x.layout.full(fill, x.dtype, p.device)
             continue
-        value = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        value = torch.full(x.shape, fill, dtype=x.dtype, device=x.device)
         state[p][key] = pinned(value, p.device)
     return missing
 

@@ -34,6 +34,8 @@ from .._core.validation import (
 from .._core.views import VIEW_KINDS, split_view
 from .adamw import betas_of
 from .buckets import StepPlan
+from .decay import DECAY_SCHEDULES, check_decay
+from .norms import check_weight_norm, weight_norm_value
 from .param_groups import (
     LISTS,
     describe,
@@ -47,7 +49,7 @@ from .param_groups import (
     warn_user,
 )
 from .saved_state import moment_dtype
-from .units import State, Unit, refuse_vector, views_of
+from .units import State, Unit, refuse_parts, refuse_vector, views_of
 from .write_modes import WRITE_MODES, check_eco, mode_of
 
 NONFINITE_POLICIES = ("skip", "skip_step", "raise", "ignore")
@@ -94,6 +96,13 @@ def _check_tensor_lr(name: str, x: Tensor) -> None:
 
 def _decay(name: str, x: Any) -> Any:
     return number(name, x, "[0, inf)", f"Invalid {name} value")
+
+
+def _decay_lr(name: str, x: Any) -> Any:
+    """The learning rate to which decay refers, as a plain number; a tensor is read."""
+    if isinstance(x, Tensor):
+        x = float(_learning_rate(name, x))
+    return number(name, x, "(0, inf)")
 
 
 def _view(name: str, x: Any) -> Any:
@@ -195,6 +204,9 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "adamw_betas": _or_none(_adamw_betas),
     "adamw_eps": _decay,
     "adamw_weight_decay": _or_none(_decay),
+    "cautious": flag,
+    "decay_schedule": partial(choice, known=DECAY_SCHEDULES),
+    "decay_lr": _or_none(_decay_lr),
     "maximize": flag,
     "foreach": partial(flag, may_be_none=True),
     "fused": partial(flag, may_be_none=True),
@@ -204,6 +216,8 @@ VALUE_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "view": _view,
     "state_dtype": _state_dtype,
     "write": partial(choice, known=WRITE_MODES),
+    "weight_norm": weight_norm_value,
+    "weight_radius": _or_none(partial(number, allowed="(0, inf)")),
     "stagger": flag,
     "plan": partial(choice, known=PLANS),
     "comm_dtype": _comm_dtype,
@@ -310,7 +324,8 @@ def check_written_values(
             old["lr"] = lr
         elif isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.numel() == 1:
             _check_tensor_lr("lr", lr)  # written in place; a device is not waited for
-        if type(decay) is float and 0.0 <= decay < math.inf:
+        is_any = group.get("decay_schedule") != "independent"  # which takes small ones only
+        if is_any and type(decay) is float and 0.0 <= decay < math.inf:
             old["weight_decay"] = decay
     written = [
         i for i, group in enumerate(groups) if i >= len(seen) or not _is_unchanged(group, seen[i])
@@ -342,6 +357,9 @@ def _plain(
     store_adamw_lr(dict(copy))  # refuses it where lr is 0
     if copy.get("write") == "eco":
         check_eco(copy, rule_of(copy, default_rule), betas_of(copy))
+    check_decay(copy)
+    if copy.get("weight_norm") is not None or copy.get("weight_radius") is not None:
+        check_weight_norm(copy, rule_of(copy, default_rule))
     return copy
 
 
@@ -435,6 +453,8 @@ def check_group(
     check_values(group)
     rule = _check_rule(group, default_rule)
     check_eco(group, rule, betas_of(group))
+    check_decay(group)
+    check_weight_norm(group, rule)
     params, names = parameters_of(group)
     check_lists([{**group, "params": params}])
     if any(not isinstance(p, Tensor) for p in params):
@@ -464,7 +484,7 @@ def _check_rule_parameters(
         text = describe(name, p, i)
         if row.rule == "matrix":
             check_matrix(p, text, method)
-            _check_shape(p, text, view_of(group, i, row), rule, method)
+            _check_shape(p, text, view_of(group, i, row), rule, group)
         elif is_marked:
             moved_to_adamw.append(text)
         elif group.get("rule") is not None and listed(group, "rules", i) is None:
@@ -491,13 +511,14 @@ def _refuse_capturable(group: Mapping[str, Any], method: str) -> None:
     )
 
 
-def _check_shape(p: Tensor, text: str, view: Any, rule: Rule, method: str) -> None:
+def _check_shape(p: Tensor, text: str, view: Any, rule: Rule, group: Mapping[str, Any]) -> None:
     """Raise if the view does not fit."""
     if p.ndim < 2 or p.numel() == 0:
-        refuse_vector(p, text, method)
+        refuse_vector(p, text, rule.method())
     if len(rule.members) == 1:
         with naming(text):
-            split_view(views_of(view, rule)[0], tuple(p.shape))
+            count = len(split_view(views_of(view, rule)[0], tuple(p.shape)))
+        refuse_parts(group, [count], [text])
 
 
 def warn_without_matrix(groups: Sequence[Mapping[str, Any]], default_rule: type[Rule]) -> None:

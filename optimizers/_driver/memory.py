@@ -18,10 +18,10 @@ from .._core.validation import choice, whole_number
 from . import adamw
 from .buckets import StepPlan
 from .layout import box_of, layout_of
+from .norms import DRIVER_SLOTS
 from .optimizer import StackedOptimizer
 from .placement import dim_to_shard
-from .units import Unit
-from .write_modes import RESIDUAL
+from .units import Unit, base_of
 
 __all__ = ["MemoryReport", "MemoryRow", "memory_report"]
 
@@ -339,7 +339,7 @@ def _slot_bytes(plan: StepPlan, unit: Unit, i: int) -> dict[str, int]:
     has_state = plan.rule(unit).state_since_at(unit.block_position, 1)
     sizes = {}
     for key, (_, shape, dtype) in unit.expected_state(i).items():
-        if has_state or key == RESIDUAL:
+        if has_state or base_of(key) in DRIVER_SLOTS:
             layout = unit.state_layout(i, key)
             count = torch.Size(shape).numel() if layout is None else layout.largest
             sizes[key] = count * dtype.itemsize

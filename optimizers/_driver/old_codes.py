@@ -23,8 +23,8 @@ from ...kernels import (
 )
 from .held_codes import NO_SCALE
 from .layout import is_sharded, local
-from .saved_state import Entry, Expected, base_of, check_values_of
-from .units import QUANTIZED_DTYPES, scale_of
+from .saved_state import Entry, Expected, check_values_of
+from .units import QUANTIZED_DTYPES, base_of, scale_of
 
 
 def recoded(found: Any, expected: Entry, text: str) -> Any:

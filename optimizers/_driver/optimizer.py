@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import cache
 from operator import is_
 from typing import Any, ClassVar, overload
 
@@ -40,6 +41,7 @@ from .checks import (
     refuse_stagger,
     warn_without_matrix,
 )
+from .decay import Decay, large_decay, store_decay_lr
 from .finite import (
     Findings,
     LateFlags,
@@ -54,6 +56,8 @@ from .finite import (
 )
 from .layout import is_sharded
 from .model_roles import ModelRoles, complete_names, lists_of, refuse_replaced, rows_for
+from .norm_write import Steering, refuse_zero_weights, write_steered_
+from .norms import RADIUS
 from .param_groups import (
     COMMON,
     FOREIGN_KEYS,
@@ -84,10 +88,16 @@ from .write import Run, write_, write_list_, write_runs_
 
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
-    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
+    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed", "weight_norm"),
     *("plan", "comm_dtype", "spread_replicas"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
+
+
+@cache
+def _setting_defaults(cls: type[Rule]) -> dict[str, Any]:
+    """Group keys that decide the rule and the units of a group, with their defaults."""
+    return {**dict.fromkeys((*UNIT_SETTINGS, *STACK_SETTINGS)), **defaults_of(cls)}
 
 
 class StackedOptimizer(Optimizer):
@@ -104,7 +114,7 @@ class StackedOptimizer(Optimizer):
             are kept; a key that is an option with one wrong letter is refused.
         rule: The method and its hyper-parameters.
         lr: Learning rate, a float or a 1-element tensor.
-        weight_decay: Decoupled weight decay (default: 0).
+        weight_decay: Decoupled weight decay, of AdamW parameters too (default: 0).
         model: The module whose parameters ``params`` are, in any form, so that roles come from it;
             it is held weakly. None (default): names and shapes decide.
         process_group: A ``ProcessGroup``, or a ``DeviceMesh`` of one axis, over which the plain
@@ -119,6 +129,18 @@ class StackedOptimizer(Optimizer):
             (0.9, 0.95).
         adamw_eps: Eps of the AdamW parameters (default: 1e-8).
         adamw_weight_decay: Weight decay of the AdamW parameters; None (default): ``weight_decay``.
+        cautious: Whether weight decay touches only entries that the step does not oppose: W <-
+            W - lr * weight_decay * W [U * W >= 0] - lr * U, entry by entry, with W before the step
+            and U all that the step subtracts; for AdamW parameters the sign of U is that of the new
+            first moment (default: False). With it a write takes one more pass and no fused kernel.
+        decay_schedule: What a weight is multiplied by. ``"lr"`` (default): 1 - lr * weight_decay.
+            ``"lr2"``: 1 - lr^2 * weight_decay. ``"independent"``: 1 - (lr / decay_lr) *
+            weight_decay, which follows schedules of ``lr`` but not its size; a step then removes
+            this share, so pass about 1e-4; above 0.01 is refused, from 1e-3 on it warns.
+            ``"corrected"``: 1 - (lr^2 / decay_lr) * weight_decay, as AdamC does.
+        decay_lr: The learning rate to which the last two refer, kept as a group key. None
+            (default): the ``lr`` with which the group is made, before any scheduler changes it.
+            AdamW parameters with ``adamw_lr`` refer to the same multiple of it.
         maximize: Ascend instead of descend (default: False).
         foreach: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
         fused: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
@@ -148,6 +170,18 @@ class StackedOptimizer(Optimizer):
             off put into the momentum (AdamW parameters and Muon only; Muon's bounded step follows
             only while it is no smaller than a weight's last digit). AdamW parameters have float32
             moments under all but ``"nearest"``.
+        weight_norm: How the norms of matrices are steered, in words joined by ``+``; see
+            ``docs/weight-control.md``. Of the step: ``"relative"``: as large as the weight, so that
+            lr is a ratio; ``"floor:k"`` or ``"rowfloor:k"``: at least k (0.35, 0.3825) times as
+            large as the weight, or row by row. Of the weight: ``"sphere"``: its norm stays,
+            and plain decay has no effect; ``"brake:out,in"``: its norm changes by these shares
+            (0.5, 1) of what the step would have it; ``"pin:out,in"``: only the radial part of the
+            step, damped by them, changes it. ``"hyperball"`` is ``"relative+sphere"``.
+            ``":rows"`` takes each row, ``":whole"`` the parameter instead of each matrix. AdamW
+            parameters, published arithmetic (``compat``) and LoRA factors have none. None
+            (default): norms go where steps lead.
+        weight_radius: Root mean square of the entries that a ``"sphere"`` keeps, at any shape; None
+            (default): that of the weight at its first update, kept as state ``weight_radius``.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.
         plan: How a sharded weight (a DTensor) is stepped, see ``docs/sharding.md``. ``"auto"``
@@ -187,6 +221,7 @@ class StackedOptimizer(Optimizer):
     """Ranks that share the work for plain weights; no copy and no pickle has it."""
     _is_built = False
     _has_warned_of_shapes = False
+    _has_warned_of_decay = False
     _skipped: dict[Tensor, int] | None = None
     _seen: Sequence[dict[str, Any]] = ()
     """Groups as the last step has checked them; of a new one only the rule."""
@@ -242,6 +277,7 @@ class StackedOptimizer(Optimizer):
         self._set_draws()
         self._is_built = True
         self._warn_of_shapes()
+        self._warn_of_decay()
         warn_without_matrix(self.param_groups, type(rule))
 
     # groups ---------------------------------------------------------------------------------------
@@ -279,6 +315,7 @@ class StackedOptimizer(Optimizer):
         if self._is_built:
             self.param_groups[-1].setdefault("draws", self.param_groups[0]["draws"])
             self._warn_of_shapes()
+            self._warn_of_decay()
         if self._in_backward is not None:
             self._in_backward.attach()
 
@@ -307,6 +344,7 @@ class StackedOptimizer(Optimizer):
         full_group = {**self.defaults, **other_defaults, **group}
         check_values(full_group)
         store_adamw_lr(group, full_group["lr"])
+        store_decay_lr(group, full_group)
         self._add_roles(group, full_group)
         full_group.update(group)
         check_group(full_group, self._default_rule, is_marked=is_marked)
@@ -401,6 +439,13 @@ class StackedOptimizer(Optimizer):
                 "rule='adamw'"
             )
 
+    def _warn_of_decay(self) -> None:
+        """Warn once of a decay that removes much of a weight at every step."""
+        text = None if self._has_warned_of_decay else large_decay(self.param_groups)
+        if text is not None:
+            self._has_warned_of_decay = True
+            warn_user(text)
+
     def assignment(self) -> OptimizerAssignment:
         """Return a table of every parameter's rule, learning rate and decay, and why; it prints."""
         self._refuse_written()
@@ -440,10 +485,8 @@ class StackedOptimizer(Optimizer):
     def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
         """Values that decide a group's rule and units, with defaults for missing keys."""
         cls = self._default_rule if group["rule"] in (None, "adamw") else rule_class(group["rule"])
-        return {
-            **{name: group.get(name) for name in (*UNIT_SETTINGS, *STACK_SETTINGS)},
-            **{field.name: group.get(field.name, field.default) for field in fields(cls)},
-        }
+        defaults = _setting_defaults(cls)  # type: ignore[arg-type]  # mypy: no hash of a class
+        return {name: group.get(name, default) for name, default in defaults.items()}
 
     def _get_plan(self) -> StepPlan:
         """The plan, with rules and units made anew only if groups changed.
@@ -472,13 +515,15 @@ class StackedOptimizer(Optimizer):
             for group, values in zip(groups, written, strict=True):
                 group.update(values)
             self._seen = written
-            return self._current_plan()
+            plan = self._current_plan()
         except Exception:
             self._seen = seen
             for group, values in zip(groups, before, strict=True):
                 group.clear()
                 group.update(values)
             raise
+        self._warn_of_decay()
+        return plan
 
     def _written_rules(self) -> str:
         """Words for the groups whose rule was written since the last step; "" for none."""
@@ -831,6 +876,7 @@ class StackedOptimizer(Optimizer):
                 agree(found)
             if found.bad:
                 refuse(found, self.param_groups)
+            refuse_zero_weights(plan.buckets, self.param_groups, found.bad, self._describe)
             stops = stops_step(found, self.param_groups)
         finally:
             if stops and before is not None:
@@ -996,15 +1042,26 @@ class StackedOptimizer(Optimizer):
                 _, lr, decay = runs[0]
             rounding = bucket.rounding(i, t, written[i])
             written[i] += 1
-            Ws = bucket.weight_list(i) if len(runs) == 1 else []
-            if len(runs) == 1 and write_list_(Ws, step, lr, decay, write_mask, rounding):
+            fuses = len(runs) == 1 and bucket.unit.control is None
+            Ws = bucket.weight_list(i) if fuses else []
+            if fuses and write_list_(Ws, step, lr, decay, write_mask, rounding):
                 continue
             W = bucket.load(i)
-            if len(runs) == 1:
+            if bucket.unit.control is not None:
+                write_steered_(W, step, runs, self._steering(bucket, i), write_mask, rounding)
+            elif len(runs) == 1:
                 write_(W, step, lr, decay, write_mask, rounding)
             else:
                 write_runs_(W, step, runs, write_mask, rounding)
             bucket.store(i, W)
+
+    def _steering(self, bucket: Bucket, i: int) -> Steering:
+        """How the norms of member i are steered."""
+        control, groups = bucket.unit.control, self.param_groups
+        assert control is not None
+        given = [groups[unit.group].get(RADIUS) for unit in bucket.units]
+        cautious, radius = bool(groups[bucket.group].get("cautious")), bucket.states[i].get(RADIUS)
+        return Steering(control, radius, given, cautious, bucket.stacked)
 
     def _runs(self, bucket: Bucket, as_given: bool = False) -> list[Run]:
         """Learning rate and decay of the units of a bucket, equal neighbours together.
@@ -1015,10 +1072,11 @@ class StackedOptimizer(Optimizer):
         for j, unit in enumerate(bucket.units if bucket.spans else bucket.units[:1]):
             group = self.param_groups[unit.group]
             lr = group["lr"] if as_given else self._lr_value(group["lr"])
-            decay = group["weight_decay"]
-            decay = decay if unit.decay == 1.0 else decay * unit.decay
+            weight_decay = group["weight_decay"]
+            weight_decay = weight_decay if unit.decay == 1.0 else weight_decay * unit.decay
+            decay = Decay.of(group, weight_decay)
             previous = runs[-1] if runs else None
-            if previous is not None and _same(previous.lr, lr) and previous.weight_decay == decay:
+            if previous is not None and _same(previous.lr, lr) and previous.decay == decay:
                 runs[-1] = previous._replace(ks=slice(previous.ks.start, j + 1))
             else:
                 stop = j + 1 if bucket.spans else len(bucket.units)

@@ -19,6 +19,7 @@ from .._core.validation import function_name
 from .._roles.assignment import AssignedRow
 from .._roles.classify import Row, route
 from .._roles.role_table import RULE_OF_ROLE
+from .norms import decays, norm_text
 from .write_modes import mode_of
 
 
@@ -31,6 +32,9 @@ class Common(TypedDict, total=False):
     adamw_betas: tuple[float, float] | None
     adamw_eps: float
     adamw_weight_decay: float | None
+    cautious: bool
+    decay_schedule: str
+    decay_lr: float | None
     maximize: bool
     foreach: bool | None
     fused: bool | None
@@ -40,6 +44,8 @@ class Common(TypedDict, total=False):
     view: str | Sequence[str]
     state_dtype: str | torch.dtype | None
     write: str
+    weight_norm: str | None
+    weight_radius: float | None
     stagger: bool
     plan: str
     comm_dtype: str | torch.dtype | None
@@ -51,6 +57,9 @@ COMMON: dict[str, Any] = {
     "adamw_betas": None,
     "adamw_eps": 1e-8,
     "adamw_weight_decay": None,
+    "cautious": False,
+    "decay_schedule": "lr",
+    "decay_lr": None,
     "maximize": False,
     "foreach": None,
     "fused": None,
@@ -60,6 +69,8 @@ COMMON: dict[str, Any] = {
     "view": "auto",
     "state_dtype": None,
     "write": "auto",
+    "weight_norm": None,
+    "weight_radius": None,
     "stagger": False,
     "plan": "auto",
     "comm_dtype": None,
@@ -251,6 +262,8 @@ def assigned_rows(group: Mapping[str, Any], default_rule: type[Rule]) -> list[As
             layout += [f"{key}={function_name(f)}" for key, f in functions_of(rule).items()]
         decay = group["weight_decay"] if matrix or own_decay is None else own_decay
         factor = listed(group, "decays", i)
+        if matrix and not decays(group):
+            factor = 0.0
         view = view_of(group, i, row)
         values = {f.name: getattr(row, f.name) for f in fields(row)}
         values |= {
@@ -259,8 +272,9 @@ def assigned_rows(group: Mapping[str, Any], default_rule: type[Rule]) -> list[As
             "centred": bool(matrix and group.get("centred")),
             "layout": " ".join(x for x in layout if x not in (None, "rows")),
             "lr": lr if matrix or ratio is None else lr * ratio,
-            "decay": decay if factor is None else decay * factor,
+            "decay": decay * (1.0 if factor is None else factor),
             "write": mode_of(group, group["params"][i]),
+            "norm": norm_text(group) if matrix else "",
         }
         rows.append(AssignedRow(**values))
     return rows

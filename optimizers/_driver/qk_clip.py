@@ -14,11 +14,9 @@ from torch.optim import Optimizer
 from .._core.validation import check, number, shown
 from .._roles.attention_heads import Attention, Attentions, HeadRows
 from .layout import is_sharded, layout_of, local, memory
+from .norms import NOT_MEASURED, RADIUS
 
 __all__ = ["qk_clip_"]
-
-RADIUS = "weight_radius"
-"""State that keeps the norm of a weight; -1 there means that it is measured at the next update."""
 
 
 @torch.no_grad()
@@ -248,4 +246,4 @@ def _forget_norm(optimizer: Optimizer | None, p: Tensor, is_scaled: Tensor) -> N
     state = {} if optimizer is None else optimizer.state.get(p, {})
     for key, norm in state.items():
         if key.partition(".")[0] == RADIUS:
-            local(norm).masked_fill_(is_scaled.to(norm.device), -1.0)
+            local(norm).masked_fill_(is_scaled.to(norm.device), NOT_MEASURED)

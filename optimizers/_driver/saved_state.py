@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .._core.rule import Rule
 from .layout import PLAIN, Layout, is_sharded, layout_of, local
-from .units import Unit
+from .norms import DRIVER_SLOTS
+from .units import Unit, base_of
 from .windows import drops_state
 from .write_modes import RESIDUAL
 
@@ -70,6 +71,7 @@ class Entry(NamedTuple):
         may_be_empty: Whether the rule keeps state in some windows only.
         optional: Keys of tensors that a checkpoint may lack.
         bases: Names of bases, see :attr:`Rule.bases`.
+        spare: Names of state that a load leaves out, see :attr:`Rule.spare_state`.
     """
 
     tensors: Table
@@ -77,11 +79,16 @@ class Entry(NamedTuple):
     may_be_empty: bool
     optional: set[str]
     bases: frozenset[str] = frozenset()
+    spare: frozenset[str] = frozenset()
 
-
-def base_of(key: str) -> str:
-    """A state key without the tag of a view."""
-    return key.partition(".")[0]
+    def needed(self, found: Mapping[str, Any]) -> Mapping[str, Any]:
+        """State without what is spare."""
+        spare = {
+            key
+            for key in found
+            if isinstance(key, str) and base_of(key).removesuffix("_scale") in self.spare
+        }
+        return {key: x for key, x in found.items() if key not in spare} if spare else found
 
 
 def is_clock(key: str) -> bool:
@@ -102,7 +109,8 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
         sides = tuple(unit.sides(i) for i in range(len(unit.params)))
         counts = rule.index_counts(sides)
         for i, p in enumerate(unit.params):
-            entry = entries.setdefault(p, Entry({}, set(), drops_state(rule), set(), rule.bases))
+            fresh = Entry({}, set(), drops_state(rule), set(), rule.bases, rule.spare_state)
+            entry = entries.setdefault(p, fresh)
             for key, (slot, shape, dtype) in unit.expected_state(i).items():
                 name = base_of(key)
                 is_positive = name in NONNEGATIVE or name.endswith("_scale")
@@ -114,7 +122,7 @@ def entries_of(units: Sequence[Unit], rules: Sequence[Rule]) -> dict[Tensor, Ent
                 entry.tensors[key] = Expected(
                     shape, dtype, device, low, count, fill, bool(slot.axes), layout
                 )
-                if name in rule.optional_state or name == RESIDUAL:
+                if name in rule.optional_state or name in DRIVER_SLOTS:
                     entry.optional.add(key)
         entries[unit.params[0]].clocks.update(unit.clock_keys)
     return entries

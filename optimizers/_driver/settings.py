@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .norms import DRIVER_SLOTS
 from .saved_state import adamw_entry
-from .units import State, Unit
+from .units import State, Unit, base_of
 from .write_modes import RESIDUAL
 
 
@@ -106,7 +107,8 @@ def refuse_unfit_state(
         if "step" in stored:  # AdamW's clock is a tensor, a rule's a number
             raise _refusal("the settings", HAND_OVER)
         # not stepped yet, or between windows, where only what rounding has cut off is kept
-        if not stored.keys() - ({RESIDUAL} & needed.keys()):
+        kept = {key for key in needed if base_of(key) in DRIVER_SLOTS}
+        if not stored.keys() - kept:
             continue
         after = {key: entry for key, entry in needed.items() if entry is not None}
         before = {

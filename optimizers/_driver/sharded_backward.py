@@ -108,8 +108,9 @@ class ShardedSteps:
         flags[FAILED], flags[SOUND], flags[MOVES] = failed, not failed, True
         groups = self._optimizer.param_groups
         modes = [str(group["nonfinite"]) for group in groups for _ in group["params"]]
-        describe = self._optimizer._describe
-        return agree(shards.teams, shards.team_of, grads, flags, describe, lambda i: modes[i])
+        describe, empty = self._optimizer._describe, shards.empty_weights(grads)
+        args = grads, flags, describe, modes.__getitem__
+        return agree(shards.teams, shards.team_of, *args, empty=empty)
 
     def tell_of_failure(self, shards: Shards) -> None:
         """Let other ranks know of an exception that is on its way here."""

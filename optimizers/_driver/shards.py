@@ -23,6 +23,8 @@ from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, RankError, Team
 from .finite import Findings
 from .layout import Box, Layout, is_sharded, memory
+from .norm_write import refuse_zero_weights
+from .norms import RADIUS
 from .rendezvous import WHOLE, Rendezvous, Run, ShardReductions
 from .replicas import Replicas
 from .shard_plan import work_of
@@ -257,6 +259,7 @@ class Shards:
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
         self._requests = dict[Hashable, list[Sent]]()
+        self._filled = set[int]()
         self.held_tensors: dict[int, Tensor] = {}
         self.untold = self._is_known = False
         self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
@@ -376,6 +379,26 @@ class Shards:
     def plain_gradients(self, grads: Sequence[Tensor | None]) -> dict[int, Tensor | None]:
         """Gradients of plain parameters on which ranks agree."""
         return {} if self.replicas is None else self.replicas.gradients(grads)
+
+    def empty_weights(self, grads: Mapping[int, Tensor | None]) -> set[int]:
+        """Positions of weights with a gradient whose norm is to be kept, and that are zero here.
+
+        Looked at before the first update, and whenever their radius is to be measured anew.
+        """
+        found = set[int]()
+        for unit in self._units:
+            given = self._groups[unit.group].get(RADIUS)
+            if unit.control is None or not unit.control.keeps_radius or given is not None:
+                continue
+            for i, position in enumerate(unit.positions):
+                if position in self._filled or grads.get(position) is None:
+                    continue
+                stored = self._state.get(unit.params[i], {}).get(unit.key_of(i, RADIUS))
+                if stored is not None and bool((memory(stored) >= 0).all()):
+                    self._filled.add(position)
+                elif not bool(self.held_tensors[position].any()):
+                    found.add(position)
+        return found
 
     # the step -------------------------------------------------------------------------------------
 
@@ -534,6 +557,7 @@ class Shards:
         if failure is not None:
             return
         bucket.nonzero_positions = agreed.nonzero
+        refuse_zero_weights([bucket], self._groups, agreed.bad, optimizer._describe)
         if bucket.indices:
             run_bucket(optimizer, self.held_plan, bucket, grads, agreed.bad)
         else:
@@ -709,6 +733,7 @@ class Shards:
         own = StepPlan([], plan.settings, [], [], plan.rules, plan.groups_of_rules, units)
         own.stack_keys = plan.stack_keys
         own.rebuild(mask, state)
+        refuse_zero_weights(own.buckets, self._groups, set(), optimizer._describe)
         count = len(own.buckets)
         optimizer._step_matrices(own, flat, Findings(stacks=[None] * count, unread=[None] * count))
         for parcel, whole in here:  # a slab has replaced the tensors of small state

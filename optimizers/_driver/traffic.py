@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._core.rule import BatchedCall, Member, Reductions, Rule
+from .._core.rule import BatchedCall, Direction, Member, Reductions, Rule
 from .batched_calls import DirectionIterator
+from .decay import Decay
+from .norm_write import Steering, write_steered_
+from .norms import DRIVER_SLOTS, RADIUS
 from .rendezvous import MAX, SUM, WHOLE
 from .units import Unit
-from .write import write_
-from .write_modes import RESIDUAL
+from .write import Run, write_
 
 STRIP = 2
 """Rows or columns of the cut side."""
@@ -110,9 +112,20 @@ def traffic_of(
     for step in steps:
         if isinstance(step, BatchedCall):
             steps.answer = step.fn(*step.args)
+        elif unit.control is not None:
+            _write_steered(unit, step)
         elif step.max_rel_norm is not None:  # such a write asks for norms
-            write_(step.member.value, step, 0.0, 0.0)
+            write_(step.member.value, step, 0.0, Decay(0.0))
     return sent
+
+
+def _write_steered(unit: Unit, step: Direction) -> None:
+    """A write that asks for sums, since it steers norms."""
+    assert unit.control is not None
+    W, slot = step.member.value, unit.slots[step.member.number].get(RADIUS)
+    radius = None if slot is None else W.new_ones(1, *slot.shape(*W.shape[1:]))
+    run = Run(slice(0, 1), 0.0, Decay(0.0))
+    write_steered_(W, step, [run], Steering(unit.control, radius, [None], is_stack=True))
 
 
 @torch.no_grad()
@@ -175,7 +188,7 @@ def _members(
         state = {
             name: torch.zeros(1, *slot.shape(*sides), dtype=unit.dtype_of(i, name), device="cpu")
             for name, slot in unit.slots[i].items()
-            if name != RESIDUAL
+            if name not in DRIVER_SLOTS
         }
         # a rule may ask more of a weight that is zero, or whose squares leave its dtype
         W = torch.ones(1, *sides, dtype=p.dtype, device="cpu")

@@ -19,14 +19,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...kernels import basis_scales, blockwise_shape
 from .._core.rule import BlockPosition, Rule, Slot, Slots
-from .._core.validation import naming, shown
+from .._core.validation import check, naming, shown
 from .._core.views import MatrixView, split_view
 from .held_codes import NO_SCALE, place_of, scales_layout
 from .layout import Layout, is_sharded, longest_dim, numel, part, resting_layout
+from .norms import DRIVER_SLOTS, NormControl, control_of, driver_slots
 from .param_groups import Part, Weight, describe, listed, plain_name
 from .shard_plan import Placed, place, travelling
 from .windows import drops_state
-from .write_modes import RESIDUAL, mode_of, seed_of, with_residuals
+from .write_modes import mode_of, seed_of
 
 MAX_STACKED_NUMEL = {"cpu": 2**15}
 """Largest matrix, in elements, that is stacked: for smaller ones fewer calls outweigh the copies.
@@ -111,6 +112,7 @@ class Unit:
         writes: Per member, how its weight is written, see ``write_modes.py``.
         write_indices: Per member, the key of its weight's random bits.
         seed: Seed of these bits.
+        control: How the norm of the weights is steered; None: it is not.
         placed: How sharded weights are stepped; None for plain ones.
         held: Per member, what it is a part of, for a unit of what one process holds; else empty.
         float_slots: (member, slot) of state that stays in floats, because ranks cut its blocks.
@@ -137,6 +139,7 @@ class Unit:
     seed: int = 0
     bases: frozenset[str] = frozenset()
     stochastic_squares: bool = False
+    control: NormControl | None = None
     placed: Placed | None = None
     held: tuple[HeldMember, ...] = ()
     float_slots: frozenset[tuple[int, str]] = frozenset()
@@ -160,7 +163,7 @@ class Unit:
             self.state_dtype,
             (
                 *(self.quantized, self.float_slots, self.stochastic_squares),
-                *(self.writes, self.seed, self._placing()),
+                *(self.writes, self.seed, self.control, self._placing()),
             ),
             *(
                 (p.shape, p.dtype, p.device, v.k, v.m, v.n)
@@ -357,7 +360,7 @@ class Unit:
             table = self.expected_state(i)
             entry = state[p] if table else {}
             for key, (slot, shape, dtype) in table.items():
-                if not state_since and key != RESIDUAL:
+                if not state_since and base_of(key) not in DRIVER_SLOTS:
                     entry.pop(key, None)
                 elif key not in entry:
                     entry[key] = self._initial(i, key, slot, shape, dtype)
@@ -398,13 +401,13 @@ class Unit:
         return any(
             self.key_of(i, name) in state.get(p, {})
             for i, p in enumerate(self.params)
-            for name in self.slots[i].keys() - {RESIDUAL}
+            for name in self.slots[i].keys() - DRIVER_SLOTS
         )
 
     @cached_property
     def _has_slots(self) -> bool:
         """Whether the rule itself keeps state, beside what rounding cuts off."""
-        return any(slots.keys() - {RESIDUAL} for slots in self.slots)
+        return any(slots.keys() - DRIVER_SLOTS for slots in self.slots)
 
     def state_since_at(self, rule: Rule, state_since: int, t: int) -> int:
         """The value at update t of ``state_since`` (0: no state), given the present one."""
@@ -453,6 +456,11 @@ class Unit:
             X = view.to_matrices(tensor)
             return X.mT if self.transposed[i] else X
         return tensor if self._whole_view(i).k > 1 else tensor.unsqueeze(0)
+
+
+def base_of(key: str) -> str:
+    """A state key without the tag of a view."""
+    return key.partition(".")[0]
 
 
 def scale_of(key: str) -> str:
@@ -533,6 +541,7 @@ def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Uni
                 views_of_params.append(split_view(view, tuple(w.param.shape)))
         if size > 1 and any(len(cut) > 1 for cut in views_of_params):
             raise ValueError(f"view {views} cuts a parameter, which {size} members cannot follow")
+        refuse_parts(group, [len(cut) for cut in views_of_params], texts)
         for number, unit_views in enumerate(zip(*views_of_params, strict=True)):
             if size > 1:
                 with naming(f"view {shown(part.view)} of {' and '.join(texts)}"):
@@ -542,12 +551,27 @@ def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Uni
             count = len(views_of_params[0])
             choice, spread = group.get("plan", "auto"), bool(group.get("spread_replicas"))
             placed = [place(u, rule, texts, views, count, choice, spread) for u in units[-count:]]
-            if any(x.held is None for x in placed):  # a parameter travels whole, or not at all
+            control = units[-1].control
+            spans = control is not None and control.is_whole
+            divided = spans and any("k" in letters for x in placed for letters in x.cut)
+            # a parameter travels whole, or not at all
+            if divided or any(x.held is None for x in placed):
                 placed = [travelling(x) for x in placed]
             for unit, x in zip(units[-count:], placed, strict=True):
                 unit.placed = x
                 unit.float_slots = unit.crossed_slots()
     return units
+
+
+def refuse_parts(group: Mapping[str, Any], counts: Sequence[int], texts: Sequence[str]) -> None:
+    """Raise where one norm of a whole parameter is wanted, and a view cuts it into parts."""
+    control = control_of(group)
+    for count, text in zip(counts, texts, strict=True):
+        check(
+            count == 1 or control is None or not control.is_whole,
+            f"{text} is cut into {count} parts by its view, which are stepped one by one; leave "
+            f"':whole' out of weight_norm={shown(group.get('weight_norm'))}",
+        )
 
 
 def _unit(
@@ -564,6 +588,7 @@ def _unit(
         (v.n, v.m) if is_transposed else (v.m, v.n)
         for v, is_transposed in zip(views, transposed, strict=True)
     )
+    control = control_of(group)
     name, quantized = group["state_dtype"], group["state_dtype"] == "int8"
     first, writes = run[0], tuple(mode_of(group, w.param) for w in run)
     order = listed(group, "positions", first.place)
@@ -575,7 +600,7 @@ def _unit(
         views,
         transposed,
         number,
-        with_residuals(rule.slots(sides), writes),
+        driver_slots(rule.slots(sides), writes, control, transposed),
         None if name is None or quantized else getattr(torch, name),
         quantized,
         name=plain_name(first.name or "") if draws_by_name else None,
@@ -586,6 +611,7 @@ def _unit(
         seed=seed_of(group),
         bases=rule.bases,
         stochastic_squares=not group.get("compat"),
+        control=control,
     )
 
 

@@ -23,8 +23,10 @@ from ...kernels import (
     unflagged_stay,
     update_weight_,
 )
-from .._core.rule import LOCAL_REDUCTIONS, Carry, Dense, Direction, Term, WriteScalars
+from .._core.rule import LOCAL_REDUCTIONS, Carry, Dense, Direction, Scaled, Term, WriteScalars
+from .._core.terms import slice_rows
 from .._core.validation import check
+from .decay import Decay, masked_factor, opposes_not
 from .write_modes import carry_error_
 
 WRITE_PANEL = 2**17
@@ -42,7 +44,7 @@ def write_(
     W: Tensor,
     step: Direction,
     lr: float | Tensor,
-    weight_decay: float,
+    decay: Decay,
     finite: Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> None:
@@ -52,22 +54,22 @@ def write_(
         W: Weights (K, m, n), any strides.
         step: What to write.
         lr: A float, or a 1-element tensor on W's device.
-        weight_decay: Decoupled decay; decay_factor = 1 - lr * weight_decay where it applies.
+        decay: What decay_factor is, and where it applies.
         finite: None, or flags (K, 1, 1): a matrix whose flag is 0 stays as it is, decay included.
         rounding: How W is rounded where its precision is low; None (default): to nearest.
     """
     with unflagged_stay(W, finite, rounding):
-        _write_(W, step, lr, weight_decay, finite, rounding)
+        _write_(W, step, lr, decay, finite, rounding)
     if step.carry is not None and rounding is not None and rounding.error is not None:
-        run = Run(slice(0, len(W)), lr, weight_decay)
-        _carry_errors_(step, step.carry, rounding.error, [run])
+        run = Run(slice(0, len(W)), lr, decay)
+        _carry_errors_(step.carry, rounding.error, [run])
 
 
 def _write_(
     W: Tensor,
     step: Direction,
     lr: float | Tensor,
-    weight_decay: float,
+    decay: Decay,
     finite: Tensor | None,
     rounding: Rounding | None,
 ) -> None:
@@ -75,20 +77,21 @@ def _write_(
     terms = list(step.terms)
     if step.max_rel_norm is not None:
         terms = _limit_rel_norm(W, terms, step, lr)
-    if _try_fused_write_(W, step, terms, lr, weight_decay, finite, rounding):
+    if _try_fused_write_(W, step, terms, lr, decay, finite, rounding):
         return
     # a rule that takes flags itself leaves NaN in the terms of a bad matrix, which no factor of 0
     # removes: the old values of such a matrix are put back
     puts_back = finite is not None and step.member.finite is not None
     flags = None if puts_back else finite
     lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-    alpha, decay_factor = -step.lr_factor, 1.0 - lr**step.decay_power * weight_decay
+    alpha, decay_factor = -step.lr_factor, decay.factor(lr)
     if isinstance(lr, Tensor) and not (step.torch_bits and lr.device.type == "cpu"):
         terms = [term.scaled(lr.to(W.device)) for term in terms]
     else:  # torch multiplies a tensor by the scale in the tensor's own dtype
         alpha = float(lr * alpha)
-    if weight_decay != 0.0:
-        decay_factor = _masked_decay(W, decay_factor, step.decay, flags)
+    is_cautious = decay.is_cautious and decay.weight_decay != 0.0
+    if decay.weight_decay != 0.0:
+        decay_factor = masked_factor(W, decay_factor, step.decay, flags)
     if flags is not None:
         terms = [_masked(term, flags) for term in terms]
     if W.stride(-1) != 1 and W.stride(-2) == 1:
@@ -102,10 +105,27 @@ def _write_(
     in_weight_dtype = is_nearest and (step.torch_bits or _adds_in_weight_dtype(W, terms))
     dtype = W.dtype if in_weight_dtype else _accumulation_dtype(W)
     panels = _panels(W, not all(term.supports_row_panels for term in terms), step.torch_bits)
-    for panel, change in _changes(W, dtype, terms, alpha, decay_factor, step.decay_last, panels):
+    keep = Keep(decay_factor, step.decay_last, is_cautious, step.lr_factor)
+    for panel, change in _changes(W, dtype, terms, alpha, keep, panels):
         if puts_back and finite is not None:
             change = _where_finite(change, finite if len(finite) == 1 else finite[panel[0]])
         update_weight_(W, change, dtype, panel, rounding)
+
+
+class Keep(NamedTuple):
+    """What multiplies a weight in a write.
+
+    Attributes:
+        factor: A number, or what broadcasts against (K, m, n).
+        is_last: Whether it comes after the terms.
+        is_cautious: Whether it counts only where the sum of the terms does not oppose the weight.
+        sign: A number with the sign of the multiple of this sum that is subtracted.
+    """
+
+    factor: float | Tensor
+    is_last: bool
+    is_cautious: bool
+    sign: float
 
 
 class Run(NamedTuple):
@@ -114,12 +134,12 @@ class Run(NamedTuple):
     Attributes:
         ks: Which matrices, a slice with both ends.
         lr: Their learning rate.
-        weight_decay: Their decoupled weight decay.
+        decay: Their weight decay.
     """
 
     ks: slice
     lr: float | Tensor
-    weight_decay: float
+    decay: Decay
 
 
 def write_runs_(
@@ -138,36 +158,35 @@ def write_runs_(
         finite: None, or flags (K, 1, 1).
         rounding: How W is rounded where its precision is low; None (default): to nearest.
     """
-    terms, decay, error = step.terms, step.decay, None if rounding is None else rounding.error
+    terms, mask, error = step.terms, step.decay, None if rounding is None else rounding.error
     if W.stride(-1) != 1 and W.stride(-2) == 1:  # as in write_, but once for all runs
         W, terms = W.mT, tuple(term.mT for term in terms)
         rounding = None if rounding is None else rounding.mT
-        decay = None if decay is None else decay.mT
-    for ks, lr, weight_decay in runs:
+        mask = None if mask is None else mask.mT
+    for ks, lr, decay in runs:
         part = replace(
             step,
             terms=tuple(term.matrices(ks) for term in terms),
-            decay=decay if decay is None or len(decay) == 1 else decay[ks],
+            decay=mask if mask is None or len(mask) == 1 else mask[ks],
             carry=None,
         )
         own = None if rounding is None else rounding.part((ks,))
-        write_(W[ks], part, lr, weight_decay, None if finite is None else finite[ks], own)
+        write_(W[ks], part, lr, decay, None if finite is None else finite[ks], own)
     if step.carry is not None and error is not None:
-        _carry_errors_(step, step.carry, error, runs)
+        _carry_errors_(step.carry, error, runs)
 
 
-def _carry_errors_(step: Direction, carry: Carry, error: Tensor, runs: Sequence[Run]) -> None:
+def _carry_errors_(carry: Carry, error: Tensor, runs: Sequence[Run]) -> None:
     """Put what rounding has cut off from all matrices into the momentum, run by run."""
-    for ks, lr, weight_decay in runs:
-        decay_factor = 1.0 - lr**step.decay_power * weight_decay
-        carry_error_(carry, error, lr, decay_factor, ks)
+    for ks, lr, decay in runs:
+        carry_error_(carry, error, lr, decay.factor(lr), ks)
 
 
 def write_list_(
     Ws: Sequence[Tensor],
     step: Direction,
     lr: float | Tensor,
-    weight_decay: float,
+    decay: Decay,
     finite: Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> bool:
@@ -183,7 +202,7 @@ def write_list_(
         or not all(term.accepts_list for term in terms)
     ):
         return False
-    return _try_fused_write_(Ws, step, terms, lr, weight_decay, finite, rounding)
+    return _try_fused_write_(Ws, step, terms, lr, decay, finite, rounding)
 
 
 def _try_fused_write_(
@@ -191,18 +210,20 @@ def _try_fused_write_(
     step: Direction,
     terms: list[Term],
     lr: float | Tensor,
-    weight_decay: float,
+    decay: Decay,
     finite: Tensor | None,
     rounding: Rounding | None,
 ) -> bool:
     """Write all terms at once where the back end has a kernel that does it."""
     if step.torch_bits or step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
         return False
+    if decay.is_cautious and decay.weight_decay != 0.0:  # the mask needs a pass of its own
+        return False
     if not fuses_passes(W) or (rounding is None and _adds_in_weight_dtype(W[0], terms)):
         return False
     if rounding is not None and (rounding.residual is not None or rounding.error is not None):
         return False
-    alpha, decay_factor = -step.lr_factor * lr, 1.0 - lr**step.decay_power * weight_decay
+    alpha, decay_factor = -step.lr_factor * lr, decay.factor(lr)
     control = None
     if finite is not None or isinstance(alpha, Tensor):
         control = W[0].new_ones(len(W), 3, dtype=torch.float32)
@@ -214,22 +235,6 @@ def _try_fused_write_(
     first, *others = sorted(terms, key=lambda term: not term.fuses_decay)
     scalars = WriteScalars(decay_factor, alpha, control, rounding)
     return first.fused_write_(W, scalars, *others)
-
-
-def _masked_decay(W: Tensor, decay_factor: float | Tensor, *masks: Tensor | None) -> float | Tensor:
-    """The decay factor, and 1 where a mask is 0.
-
-    Selected by ``where``, not computed, in the accumulation dtype: same bits as a plain number.
-    """
-    for mask in masks:
-        if mask is not None:
-            if not isinstance(decay_factor, Tensor):  # filled there: a copy would wait
-                decay_factor = torch.full(
-                    (), decay_factor, dtype=_accumulation_dtype(W), device=W.device
-                )
-            decay_factor = decay_factor.to(W.device, _accumulation_dtype(W))
-            decay_factor = torch.where(mask != 0, decay_factor, torch.ones_like(decay_factor))
-    return decay_factor
 
 
 def _masked(term: Term, finite: Tensor) -> Term:
@@ -288,12 +293,15 @@ def _changes(
     dtype: torch.dtype,
     terms: list[Term],
     alpha: float,
-    decay_factor: float | Tensor,
-    decay_last: bool,
+    keep: Keep,
     panels: Iterable[tuple[slice, slice]],
 ) -> Iterator[tuple[Panel, Change]]:
     """Each panel of W, and the change of its values, made in the accumulation dtype."""
-    decay_before, decay_after = (1.0, decay_factor) if decay_last else (decay_factor, 1.0)
+    if keep.is_cautious:
+        for ks, rows in panels:
+            yield (ks, rows), partial(_write_cautiously, terms, ks, rows, alpha, keep)
+        return
+    decay_before, decay_after = (1.0, keep.factor) if keep.is_last else (keep.factor, 1.0)
     in_place = W.dtype == dtype
     if in_place and terms and terms[0].fuses_decay and not isinstance(decay_before, Tensor):
         # in one go over the whole matrix, with the decay inside
@@ -335,6 +343,31 @@ def _write_terms(
     _decay_(X, decay_after, ks, rows)
 
 
+def _write_cautiously(
+    terms: list[Term], ks: slice, rows: slice, alpha: float, keep: Keep, X: Tensor
+) -> None:
+    """X <- keep * X + alpha * D for one panel, D = sum(terms); keep counts where D opposes not."""
+    term = terms[0] if len(terms) == 1 else None
+    if isinstance(term, Dense):  # there already, and nothing moves as it is added
+        D = term.U[ks, rows]
+    elif isinstance(term, Scaled):
+        D = term.X[ks, rows] * slice_rows(term.by, ks, rows)
+    else:
+        D, term = torch.zeros_like(X), None
+        for part in terms:
+            part.add_(D, ks, rows, 1.0)
+    factor = _part_of(keep.factor, ks, rows)
+    factor = masked_factor(X, factor, opposes_not(D, X, keep.sign))
+    if not keep.is_last:
+        X.mul_(factor)
+    if term is None:
+        X.add_(D, alpha=alpha)
+    else:
+        term.add_(X, ks, rows, alpha)
+    if keep.is_last:
+        X.mul_(factor)
+
+
 def _where_finite(change: Change, finite: Tensor) -> Change:
     """The change, of those matrices only whose flag (K, 1, 1) is not 0."""
 
@@ -350,10 +383,15 @@ def _is_one(decay_factor: float | Tensor) -> bool:
     return not isinstance(decay_factor, Tensor) and decay_factor == 1.0
 
 
-def _decay_(X: Tensor, decay_factor: float | Tensor, ks: slice, rows: slice) -> None:
-    """X <- decay_factor * X, for rows of matrices; nothing is done for the number 1."""
+def _part_of(decay_factor: float | Tensor, ks: slice, rows: slice) -> float | Tensor:
+    """The decay factor of rows of matrices."""
     if isinstance(decay_factor, Tensor) and decay_factor.dim() > 1:
         decay_factor = decay_factor if decay_factor.shape[0] == 1 else decay_factor[ks]
         decay_factor = decay_factor if decay_factor.shape[-2] == 1 else decay_factor[:, rows]
+    return decay_factor
+
+
+def _decay_(X: Tensor, decay_factor: float | Tensor, ks: slice, rows: slice) -> None:
+    """X <- decay_factor * X, for rows of matrices; nothing is done for the number 1."""
     if not _is_one(decay_factor):
-        X.mul_(decay_factor)
+        X.mul_(_part_of(decay_factor, ks, rows))

@@ -16,6 +16,7 @@ from ...kernels import Rounding, update_weight_
 from .._core.rule import Factored, Member
 from .._core.validation import check
 from .._core.views import split_view
+from .._driver.decay import Decay
 from .._driver.param_groups import describe, parameters_of
 from .._driver.write import write_
 from .pair_groups import refuse_quantized
@@ -78,7 +79,8 @@ def fold_into_weight_(
     """W (m, n) <- W + s P N, panel by panel in at least float32 and rounded once."""
     m, n = W.shape
     w = Member(None, lambda: W, {}, t=0, refreshed=0, m=m, n=n, indices=(0,))
-    write_(W[None], w.step(Factored(P[None], N[None]), lr_factor=-s), 1.0, 0.0, None, rounding)
+    step = w.step(Factored(P[None], N[None]), lr_factor=-s)
+    write_(W[None], step, 1.0, Decay(0.0), None, rounding)
 
 
 def reset_vectors_(w: Member, j: int, at: Tensor, freeze: int) -> None:

@@ -21,6 +21,7 @@ class AssignedRow(Row):
         lr: Learning rate of the parameter.
         decay: Weight decay of the parameter.
         write: How the parameter is rounded, ``"nearest"`` or another mode.
+        norm: Words that steer its norm, ``weight_norm``, where they act; else "".
         plan: How the parameter is stepped over ranks, ``"local"`` if nothing is sent for it.
         bytes_per_step: Bytes that this rank sends for it in a step without a refresh.
         state: ``"float32"`` where ``state_dtype="int8"`` keeps floats, as ranks cut the blocks of
@@ -31,6 +32,7 @@ class AssignedRow(Row):
     lr: float = 0.0
     decay: float = 0.0
     write: str = "nearest"
+    norm: str = ""
     plan: str = "local"
     bytes_per_step: int = 0
     state: str = ""
@@ -43,6 +45,7 @@ class AssignedRow(Row):
             "lr": f"{self.lr:g}",
             "decay": f"{self.decay:g}",
             "write": "" if self.write == "nearest" else self.write,
+            "norm": self.norm,
             "plan": "" if self.plan == "local" else self.plan,
             "bytes": str(self.bytes_per_step or ""),
             "state": self.state,
@@ -70,12 +73,13 @@ class OptimizerAssignment(Assignment):
         "lr",
         "decay",
         "write",
+        "norm",
         "plan",
         "bytes",
         "state",
         "why",
     )
-    _optional = ("view", "layout", "centred", "write", "plan", "bytes", "state")
+    _optional = ("view", "layout", "centred", "write", "norm", "plan", "bytes", "state")
 
     @override
     def __str__(self) -> str:

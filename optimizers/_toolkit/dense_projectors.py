@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,8 @@ class Projector:
     """Names of the state tensors, in the order of ``slots``."""
     permutes: ClassVar[bool] = False
     """Whether a new basis only permutes coordinates (see :class:`BasisChange`)."""
+    is_orthonormal: ClassVar[bool] = True
+    """Whether P has orthonormal columns, so that P N lifts N and P_new^T P_old is a change."""
 
     def slots(self, m: int, r: int) -> dict[str, Slot]:
         """State tensors of one matrix with m rows."""
@@ -234,3 +237,43 @@ class RandomProjector(DenseProjector):
         self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
         return random_bases(G, old[0].shape[-1], rng, old)
+
+    @override
+    def find_on_shards(
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool, reductions: Reductions
+    ) -> tuple[Tensor, ...]:
+        """One rank draws for all, as QR may differ in its last bits; no gradient travels."""
+        if self.both:  # the right side of G may be cut
+            return super().find_on_shards(
+                G, *old, rng=rng, transposed=transposed, reductions=reductions
+            )
+        found: tuple[Tensor, ...] = reductions.on_one_rank(partial(self.find, G, rng=rng), *old)
+        return found
+
+
+@dataclass(frozen=True)
+class GaussianProjector(DenseProjector):
+    """Entries N(0, 1/r), independent of G: E|P^T g|^2 = |g|^2. It projects down and nothing else.
+
+    Source: APOLLO, arXiv 2412.05270.
+    """
+
+    is_orthonormal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check(not self.both, "'gaussian' has no second side; use one side of it")
+
+    @override
+    def find(
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
+    ) -> tuple[Tensor, ...]:
+        m, r = G.shape[-2], old[0].shape[-1]
+        draws = [rng.gaussian(k, X, (m, r))[0] for k, X in enumerate(G)]
+        return (torch.stack(draws).div_(math.sqrt(r)).to(G.device),)
+
+    @override
+    def find_on_shards(
+        self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool, reductions: Reductions
+    ) -> tuple[Tensor, ...]:
+        """Every rank draws the same numbers."""
+        return self.find(G, *old, rng=rng, transposed=transposed)

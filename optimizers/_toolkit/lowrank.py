@@ -1,9 +1,10 @@
-"""Base rule of GaLore and Fira: Adam inside a subspace of the gradient."""
+"""Base rule of GaLore, Fira and APOLLO: Adam inside a subspace of the gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -45,6 +46,14 @@ class LowRankRule(Rule, abstract=True):
     compat: str | None = None
     seed: int = 0
 
+    lifts: ClassVar[bool] = True
+    """Whether the method lifts coordinates; set to False where it only measures them."""
+    published_projections: ClassVar[tuple[tuple[str, ...], str]] = (
+        ("svd", "svd_full"),
+        "an exact SVD",
+    )
+    """Values of ``projection`` that the published code has, and the words for them."""
+
     def __post_init__(self) -> None:
         check_adam(self, eps_may_be_none=True)
         check_count_or_share(self, "rank")
@@ -57,10 +66,16 @@ class LowRankRule(Rule, abstract=True):
             isinstance(self.projection, str),
             f"projection must be the name of a subspace, got {shown(self.projection)}",
         )
+        kinds, words = self.published_projections
+        check(
+            not self.published or self.projection in kinds,
+            f"compat='reference' has {words}, not projection={self.projection!r}",
+        )
         check_moment_policy(self.moments, self.projector.permutes)
         check(
-            not self.published or self.projection in ("svd", "svd_full"),
-            f"compat='reference' has an exact SVD, not projection={self.projection!r}",
+            self.projector.is_orthonormal or self.moments in ("keep", "reset"),
+            f"moments={self.moments!r} needs orthonormal bases, which projection="
+            f"{self.projection!r} has not; use moments='keep' or 'reset'",
         )
         check(
             self.correct_bias or self.published,
@@ -126,9 +141,15 @@ class LowRankRule(Rule, abstract=True):
     @property
     def projector(self) -> Projector:
         """The projector that finds, stores and applies P."""
-        kind = "svd_full" if self.published else self.projection
         both = self.proj_type == "full"
-        return make_projector(kind, both=both, lapack_signs=self.published)
+        kind = self.projector_kind
+        lapack_signs = self.published and kind == "svd_full"
+        return make_projector(kind, both=both, lapack_signs=lapack_signs, lifts=self.lifts)
+
+    @property
+    def projector_kind(self) -> str:
+        """Name of the projector; the published code has the thin SVD."""
+        return "svd_full" if self.published else self.projection
 
     def adam_step(self, w: Member) -> int:
         """Adam's t: moments that were reset count from their refresh."""
@@ -153,7 +174,8 @@ class LowRankRule(Rule, abstract=True):
     @override
     def bases(self) -> frozenset[str]:  # type: ignore[override]
         """P, and Q of two sides; none in the published code, which keeps them in full precision."""
-        return frozenset() if self.published else frozenset(("basis", "basis_right"))
+        has_codes = self.projector.is_orthonormal and not self.published
+        return frozenset(("basis", "basis_right") if has_codes else ())
 
     @property
     @override

@@ -17,7 +17,7 @@ from ... import kernels
 from ...kernels import product
 from ...kernels import row_total as total
 from ...kernels import update_moments_ as average
-from .._core.rule import LOCAL_REDUCTIONS, Reductions
+from .._core.rule import LOCAL_REDUCTIONS, Reductions, Slot
 
 __all__ = [
     "MOMENT_POLICIES",
@@ -31,7 +31,10 @@ __all__ = [
     "check_moment_policy",
     "column_squares",
     "ema",
+    "ema_where_safe",
     "largest_entries",
+    "max_safe_value",
+    "momentum_slots",
     "momentum_step",
     "safe_square_scale",
     "total",
@@ -266,6 +269,26 @@ def ema(buffer: Tensor, grad: Tensor, momentum: float, finite: Tensor | None = N
     is as in :func:`momentum_step`.
     """
     return momentum_step(buffer, grad, momentum, finite=finite)
+
+
+def momentum_slots(momentum: float) -> dict[str, Slot]:
+    """The slot of a momentum buffer shaped like the weight; none at 0, where it would be G."""
+    return {"momentum_buffer": Slot("mn")} if momentum else {}
+
+
+def ema_where_safe(
+    average: Tensor, S: Tensor, decay: float, finite: Tensor | None = None
+) -> Tensor:
+    """As :func:`ema`, for every matrix of S (K, m, n) that is not too large to be added."""
+    largest = torch.maximum(-S.amin((-2, -1)), S.amax((-2, -1))).view(-1, 1, 1)
+    return ema(
+        average, torch.where(largest <= max_safe_value(average, S), S, average), decay, finite
+    )
+
+
+def max_safe_value(*Xs: Tensor) -> float:
+    """A quarter of the smallest dtype maximum: sums and differences cannot overflow."""
+    return min(torch.finfo(X.dtype).max for X in Xs) / 4
 
 
 def momentum_step(

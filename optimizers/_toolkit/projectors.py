@@ -10,6 +10,7 @@ its slots declare. A rule gets one from :func:`make_projector` and needs nothing
 | ``"range"``, ``"range:8,1"`` | randomized range finder | 4 m r | 0.079 |
 | ``"power"``, ``"power:8"`` | one warm step of subspace iteration | 4 m r | 0.042 |
 | ``"random"`` | Haar, blind to G | 4 m r | 0.0056 |
+| ``"gaussian"`` | entries N(0, 1/r), blind to G; down only | 4 m r | 0.004 |
 | ``"randk"`` | random rows, blind to G | 4 r | 0.0001 |
 | ``"topk"`` | rows of largest norm | 4 r | 0.0025 |
 | ``"dct"``, ``"dct:l1"`` | cosines of largest coefficients | 4 r | 0.014 |
@@ -21,7 +22,8 @@ sigma_i = i^-0.5 and singular vectors are random: svd, svd_full and (warm) power
 range gains little over svd on a CPU, and power pays only while gradients change slowly between
 refreshes. Rows and cosines are cheap to store but capture little, unless single rows or
 neighbouring rows matter. dct shares one basis of 4 m^2 bytes among all matrices with m rows, and
-gathers m x r of it in every step.
+gathers m x r of it in every step. gaussian has no orthonormal columns: it is for rules that measure
+R and lift nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from typing import Any
 from .._core.validation import check
 from .dense_projectors import (
     DenseProjector,
+    GaussianProjector,
     PowerProjector,
     Projector,
     RandomProjector,
@@ -50,6 +53,7 @@ from .random_keys import StackRNG
 from .svd import fix_signs, top_bases, top_basis
 
 __all__ = [
+    "DOWN_KINDS",
     "PROJECTION_KINDS",
     "DctProjector",
     "DenseProjector",
@@ -74,8 +78,12 @@ _PROJECTORS: dict[str, tuple[Projector, tuple[str, ...]]] = {
     "randk": (RandKProjector(), ()),
     "topk": (TopKProjector(), ()),
     "dct": (DctProjector(), ("norm",)),
+    "gaussian": (GaussianProjector(), ()),
 }
-PROJECTION_KINDS = tuple(_PROJECTORS)
+DOWN_KINDS = tuple(_PROJECTORS)
+"""All kinds, for rules that only project down."""
+PROJECTION_KINDS = tuple(name for name, (P, _) in _PROJECTORS.items() if P.is_orthonormal)
+"""The kinds that lift too."""
 
 
 def projects_columns(proj_type: str, m: int, n: int) -> bool:
@@ -85,7 +93,9 @@ def projects_columns(proj_type: str, m: int, n: int) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def make_projector(projection: str, *, both: bool = False, lapack_signs: bool = False) -> Projector:
+def make_projector(
+    projection: str, *, both: bool = False, lapack_signs: bool = False, lifts: bool = True
+) -> Projector:
     """Make the projector that a user names in ``projection=``.
 
     Args:
@@ -95,16 +105,23 @@ def make_projector(projection: str, *, both: bool = False, lapack_signs: bool = 
         both: Whether both sides get a basis, dense kinds only (default: False).
         lapack_signs: Whether signs stay as LAPACK gives them, ``"svd"`` and ``"svd_full"`` only
             (default: False).
+        lifts: Whether the rule lifts what it has projected (default: True), for which columns must
+            be orthonormal.
 
     Raises:
-        ValueError: For an unknown kind or option, or both sides of a kind that has only one.
+        ValueError: For an unknown kind or option, both sides of a kind that has only one, or a kind
+            that cannot lift.
     """
     name, colon, text = str(projection).partition(":")
     if name not in _PROJECTORS:
-        raise ValueError(
-            f"projection must be one of {', '.join(PROJECTION_KINDS)}, got {projection!r}"
-        )
+        known = PROJECTION_KINDS if lifts else DOWN_KINDS
+        raise ValueError(f"projection must be one of {', '.join(known)}, got {projection!r}")
     default, options = _PROJECTORS[name]
+    check(
+        default.is_orthonormal or not lifts,
+        f"projection {projection!r} has no orthonormal columns, so nothing can be lifted by it; "
+        "use projection='random'",
+    )
     values = text.split(",") if colon else []
     check(
         len(values) <= len(options),

@@ -36,7 +36,7 @@ from .._core.validation import (
     naming,
     shown,
 )
-from .moments import largest_entries, total
+from .moments import largest_entries, momentum_slots, total
 
 PAIR_LAYOUTS = (None, "members", "halves", "interleaved")
 
@@ -90,7 +90,12 @@ class RowRule(Rule, abstract=True):
             f"pair={self.pair!r} needs an even number of rows, got {m}",
         )
         check(len(set(sides)) == 1, f"gate and up must have one shape, got {sides}")
-        return tuple({"momentum_buffer": Slot("mn")} for _ in sides)
+        return tuple(momentum_slots(self.momentum) for _ in sides)
+
+    @property
+    def spare_state(self) -> frozenset[str]:  # type: ignore[override]
+        """The buffer that files of version 0.2 hold where momentum is 0."""
+        return frozenset(() if self.momentum else ("momentum_buffer",))
 
     @override
     def update(self, *members: Member) -> tuple[Direction, ...]:
@@ -98,9 +103,8 @@ class RowRule(Rule, abstract=True):
         ws, Ms, squares_found = [], [], []
         for w in members:
             if w.grad is not None:
-                M = w.state["momentum_buffer"]
-                U, squares = kernels.momentum_step_(
-                    M, w.grad, self.momentum, squares=self.squares, finite=w.finite
+                U, squares = averaged(
+                    w.state.get("momentum_buffer"), w.grad, self.momentum, self.squares, w.finite
                 )
                 ws.append(w)
                 Ms.append(U)  # (K, m, n), the new momentum
@@ -217,6 +221,28 @@ class RowPolarRule(RowRule, abstract=True):
         # a negative power of the floor may be more than a float holds, and 0 times it no number
         largest = torch.finfo(nu.dtype).max / 1024
         return (nu.clamp_(min=floor) ** self.alpha).clamp_(max=largest)
+
+
+# momentum -----------------------------------------------------------------------------------------
+
+
+def averaged(
+    M: Tensor | None, G: Tensor, momentum: float, squares: str | None, finite: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The new momentum (K, m, n), G itself without a buffer, and the squared norms of its rows.
+
+    Args:
+        M: The buffer, or None where momentum is 0.
+        G: (K, m, n), the gradient, not changed.
+        momentum: Decay of M.
+        squares: ``"rows"`` where the squares are wanted, else None.
+        finite: None, or flags (K,): where one is 0, M stays.
+    """
+    if M is not None:
+        U, found = kernels.momentum_step_(M, G, momentum, squares=squares, finite=finite)
+        return U, found
+    U = G.to(torch.promote_types(G.dtype, torch.float32))
+    return U, None if squares is None else kernels.squares(U, -1)
 
 
 # rows ---------------------------------------------------------------------------------------------

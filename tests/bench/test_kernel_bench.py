@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.paths import BENCH, ROOT
+from helpers.paths import BENCH
 
 from stiefel.kernels import reference
 
@@ -149,12 +149,3 @@ def test_without_a_gpu_the_static_report_is_printed():
     lines = done.stdout.splitlines()
     assert lines[0].startswith("| case / target") and lines[-1].startswith("No GPU was found, so")
     assert any("sm_90" in line for line in lines)
-
-
-def test_make_checks_for_a_gpu_first():
-    text = (ROOT / "Makefile").read_text()
-    recipe = text.split("\ngpu-check:")[1].split("\n\n")[0]
-    steps = [line.strip() for line in recipe.splitlines()[1:]]
-    assert [any(word in step for word in words) for step, words in zip(
-        steps, (["--probe"], ["tests/kernels/interpreted"], ["bench/kernels.py --out"]), strict=True
-    )] == [True] * 3  # fmt: skip

@@ -14,10 +14,10 @@ TAU, SHARE = 5.0, 0.6
 pytestmark = pytest.mark.filterwarnings("ignore:.* matrices ")
 
 
-def made(cls, seed=0):
+def made(cls, seed=0, **more):
     """A module that holds a class's small problem, and its optimizer."""
     groups, options, tensors = problem(cls, seed)
-    return nn.ParameterList(tensors), cls(groups, lr=0.05, **options)
+    return nn.ParameterList(tensors), cls(groups, lr=0.05, **options, **more)
 
 
 def step(params, optimizer, t):
@@ -48,7 +48,15 @@ def test_torchs_average_is_the_formula(cls):
 
 @EVERY
 def test_blend_and_copy_back_leave_the_next_steps_as_they_would_be(cls):
-    (module, optimizer), (other, undisturbed) = made(cls), made(cls)
+    check_blend(made(cls), made(cls))
+
+
+def test_a_norm_that_is_kept_is_not_measured_on_the_blend():
+    check_blend(*(made(Muon, weight_norm="hyperball") for _ in range(2)))
+
+
+def check_blend(disturbed, reference):
+    (module, optimizer), (other, undisturbed) = disturbed, reference
     average = average_of(module)
     for t in range(6):
         step(module, optimizer, t)

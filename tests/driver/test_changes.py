@@ -16,7 +16,19 @@ from helpers.fuzz_values import PLAIN
 from helpers.problems import gradients, refreshes, run, same, tensors, weight
 
 from stiefel import optimizers
-from stiefel.optimizers import ARO, FRUGAL, AuON, DCTAdamW, Fira, GaLore, Muon, RowNorm, Trion
+from stiefel.optimizers import (
+    APOLLO,
+    ARO,
+    FRUGAL,
+    AuON,
+    DCTAdamW,
+    Fira,
+    GaLore,
+    Muon,
+    RowNorm,
+    SinkGD,
+    Trion,
+)
 from stiefel.optimizers._driver import units
 
 SHAPE = (80, 64)
@@ -33,6 +45,8 @@ REFUSED = {
     "galore-projection": (GaLore, LOW, {"projection": "topk"}, "drop state 'basis'"),
     "galore-inner": (GaLore, LOW, {"inner": "lion"}, "drop state 'exp_avg_sq'"),
     "fira-limiter": (Fira, LOW, {"limiter": False}, "drop state 'limiter_norm'"),
+    "apollo-limiter": (APOLLO, LOW, {"limiter": False}, "drop state 'limiter_norm'"),
+    "rownorm-momentum": (RowNorm, {}, {"momentum": 0.0}, "drop state 'momentum_buffer'"),
     "dct-feedback": (DCTAdamW, LOW, {"error_feedback": "int8"}, "add state 'error'"),
     "dct-age": (DCTAdamW, LOW, {"bias_correction": "global"}, "drop state 'age'"),
     "frugal-density": (FRUGAL, SPLIT, {"density": 0.0}, "drop state 'exp_avg'"),
@@ -50,6 +64,8 @@ ACCEPTED = {
     "galore": (GaLore, LOW, {"update_proj_gap": 2, "scale": 0.5, "moments": "rotate"}),
     "galore-svd-to-range": (GaLore, LOW, {"projection": "range", "betas": (0.8, 0.9)}),
     "fira": (Fira, LOW, {"alpha": 0.5, "scaling": "matrix"}),
+    "apollo": (APOLLO, LOW, {"scaling": "tensor", "projection": "gaussian", "scale": "auto"}),
+    "sinkgd": (SinkGD, {}, {"iterations": 1}),
     "dct": (DCTAdamW, LOW, {"update_proj_gap": 2, "norm": "l2"}),
     "trion": (Trion, {}, {"rank": 0.5, "momentum": 0.5}),
     "auon": (AuON, {}, {"gamma": 2.0, "ns_steps": 1}),
@@ -280,7 +296,7 @@ def test_a_copy_refuses_what_the_optimizer_itself_refuses(name, reopen):
 
 
 @pytest.mark.parametrize(
-    "make", [GaLore, Fira, FRUGAL, DCTAdamW, ARO, partial(Muon, second_moment="normuon")]
+    "make", [GaLore, Fira, APOLLO, FRUGAL, DCTAdamW, ARO, partial(Muon, second_moment="normuon")]
 )
 def test_a_view_that_gives_state_to_the_other_side_is_refused(make):
     p = weight((24, 24))
@@ -297,6 +313,8 @@ MISFITS = {
     "Muon": ("GaLore", "DCTAdamW", "AuON", "RowNorm", "Hybrid", "AltLoRA"),
     "GaLore": ("Muon", "FRUGAL", "ARO"),
     "Fira": ("AuON", "Spectral", "AdaPreLoRA"),
+    "APOLLO": ("Fira", "FRUGAL", "DCTAdamW"),
+    "SinkGD": ("AltLoRA", "SwitchLoRA"),
     "FRUGAL": ("Muon", "GaLore", "Fira"),
     "DCTAdamW": ("GaLore", "Spectral", "SwitchLoRA"),
     "Trion": ("DCTAdamW", "AuON", "ARO"),

@@ -18,6 +18,7 @@ from helpers.problems import gradients, same, tensors, weight
 from stiefel import kernels
 from stiefel.kernels.polar.low_rank import SKETCHES
 from stiefel.optimizers import (
+    APOLLO,
     ARO,
     FRUGAL,
     DCTAdamW,
@@ -25,6 +26,7 @@ from stiefel.optimizers import (
     GaLore,
     Muon,
     RowNorm,
+    SinkGD,
     SwitchLoRA,
     SymmetryStack,
     Trion,
@@ -63,6 +65,8 @@ CASES = {
     "muon-reports": by(Muon, report_steps=1),
     **{f"galore-{kind}": by_rank(GaLore, projection=kind) for kind in PROJECTION_KINDS},
     **{f"fira-{kind}": by_rank(Fira, projection=kind) for kind in PROJECTION_KINDS},
+    **{f"apollo-{kind}": by_rank(APOLLO, projection=kind) for kind in ("random", "gaussian")},
+    "sinkgd": by(SinkGD, momentum=0.5),
     **{
         f"galore-{moments}": by_rank(GaLore, moments=moments, projection="power")
         for moments in ("keep", "rotate", "ldadam", "reset")

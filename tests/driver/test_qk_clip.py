@@ -346,6 +346,33 @@ def test_a_stored_norm_of_a_scaled_weight_is_measured_anew():
             assert (optimizer.state[p][key] == (-1.0 if is_scaled else 3.0)).all(), name
 
 
+@pytest.mark.parametrize("words", ["hyperball", "sphere:rows"])
+@pytest.mark.parametrize("kind", ["mha", "fused gqa", "torch"])
+def test_a_sphere_takes_the_norm_of_the_scaled_weight(words, kind):
+    """Told, the next step keeps the clipped norm; not told, it undoes the clipping."""
+    sizes = {}
+    for told in (True, False):
+        model = model_of(kind, dtype=torch.float32)
+        optimizer = Muon(model, lr=1e-4, weight_norm=words)
+        for t in range(2):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+            optimizer.step()
+            if t == 0:
+                before = copied(model)
+                S = {"blocks.0.attn": torch.full((4,), 400.0)}
+                qk_clip_(model, S, optimizer=optimizer if told else None)
+        sizes[told] = {
+            n: float(p.detach().norm() / before[n].norm()) for n, p in model.named_parameters()
+        }
+    name = {"mha": "q_proj.weight", "fused gqa": "c_attn.weight", "torch": "in_proj_weight"}[kind]
+    told, not_told = (sizes[x][f"blocks.0.attn.{name}"] for x in (True, False))
+    assert told < 0.9 and not_told == pytest.approx(1.0, abs=1e-3)
+    for n, ratio in sizes[True].items():
+        if "blocks.1" in n and n.endswith("weight"):
+            assert ratio == pytest.approx(1.0, abs=1e-2)
+
+
 def test_a_norm_that_is_given_and_not_measured_is_refused():
     model = model_of("mha", dtype=torch.float32)
     optimizer = torch.optim.SGD([{"params": model.parameters(), "weight_radius": 0.1}], lr=0.1)

@@ -21,6 +21,7 @@ from helpers.simulated_ranks import (
 from stiefel.optimizers import Dense, Rule, Slot
 from stiefel.optimizers._core.rule import RULE_CLASSES, Reductions
 from stiefel.optimizers._toolkit.moments import safe_square_scale
+from stiefel.optimizers.apollo import APOLLORule
 from stiefel.optimizers.aro import ARORule
 from stiefel.optimizers.auon import AuONRule
 from stiefel.optimizers.dctadamw import DCTAdamWRule
@@ -30,6 +31,8 @@ from stiefel.optimizers.galore import GaLoreRule
 from stiefel.optimizers.hybrid import HybridRule
 from stiefel.optimizers.muon import MuonRule
 from stiefel.optimizers.rownorm import RowNormRule
+from stiefel.optimizers.sinkgd import SinkGDRule
+from stiefel.optimizers.soap import SOAPMuonRule, SOAPRule
 from stiefel.optimizers.spectral import SpectralRule
 from stiefel.optimizers.trion import TrionRule
 
@@ -113,6 +116,24 @@ CASES = {
         {"cols": {"most", "cols", ONE}},
     ),
     "aro, svd": (ARORule(init="svd"), {"cols": {"most", "cols", "both", FULL, ONE, FROM}}),
+    "soap, short": (
+        SOAPRule(precondition_sides="short", precondition_frequency=2),
+        {"cols": {"most", "cols", ONE}},
+    ),
+    "soap, short, rotate, normalized": (
+        SOAPRule(
+            precondition_sides="short",
+            precondition_frequency=2,
+            basis="eigh",
+            moments="rotate",
+            normalize_update=True,
+        ),
+        {"cols": {"most", "cols", "both", ONE}},
+    ),
+    "soapmuon, short": (
+        SOAPMuonRule(precondition_sides="short"),
+        {"cols": {"most", "cols", FULL, ONE}},
+    ),
     "galore": (GaLoreRule(**LOW_RANK), {"cols": {FROM}}),
     "galore, rotate": (GaLoreRule(**LOW_RANK, moments="rotate"), {"cols": {FROM}}),
     "galore, dct": (GaLoreRule(**LOW_RANK, projection="dct"), {"cols": {"most", "cols"}}),
@@ -133,6 +154,13 @@ CASES = {
         FiraRule(**LOW_RANK, scaling="matrix", variant="paper"),
         {"cols": {"cols", FROM}},
     ),
+    "apollo": (APOLLORule(**LOW_RANK), {"cols": {"cols", ONE}}),
+    "apollo, mini": (
+        APOLLORule(update_proj_gap=2, rank=1, scaling="tensor", projection="gaussian"),
+        {"cols": {"cols"}},
+    ),
+    "apollo, svd": (APOLLORule(**LOW_RANK, projection="svd"), {"cols": {"cols", FROM}}),
+    "sinkgd": (SinkGDRule(), {"rows": {FULL}, "cols": {FULL}}),
     "frugal, columns": (FRUGALRule(density=0.4, update_gap=2), {"rows": set()}),
     "frugal, columns, threshold": (
         FRUGALRule(density=0.4, update_gap=2, sign_threshold=0.5),
@@ -141,7 +169,7 @@ CASES = {
     "frugal, blocks": (FRUGALRule(density=1.0, split="block"), {"rows": set(), "cols": set()}),
     "frugal, random, sgd": (
         FRUGALRule(density=0.5, update_gap=2, split="random", state_free="sgd", inner="lion"),
-        {"cols": {FROM}},
+        {"cols": {ONE}},
     ),
     "frugal, rows": (FRUGALRule(density=0.4, update_gap=2, split="rows"), {"cols": set()}),
     "frugal, svd": (FRUGALRule(density=0.3, update_gap=2, split="svd"), {"cols": {"both", FROM}}),
@@ -165,20 +193,21 @@ RUNS = [
 ]  # fmt: skip
 AT_EXTREMES = {"frugal, columns, threshold": {"most"}, "frugal, svd": {"most"}}
 """What a rule calls only where reduced squares leave the range of their dtype."""
-SAME_ANYWAY = {ARORule: {ONE}}
+SAME_ANYWAY = {rule: {ONE} for rule in (ARORule, APOLLORule, FRUGALRule, SOAPRule, SOAPMuonRule)}
 """Equal small matrices have equal results on all ranks of one machine, if not of several."""
 GUARDS_ONLY = {
     ("fira", "cols", "cols"): {0, 1, 2, 4},
     ("fira, matrix", "cols", "cols"): {2, 4},
-    ("frugal, random, sgd", "cols", FROM): {0},
+    ("apollo", "cols", "cols"): {0},
+    ("apollo, svd", "cols", "cols"): {0},
     ("galore, adafactor", "cols", "most"): {0},
     ("hybrid", "rows", "most"): {0},
     ("hybrid, centred", "rows", "most"): {0},
     ("hybrid of columns, polar first, centred", "rows", "most"): {0},
 }
 """Calls that decide only for columns that the basis misses, for residuals of round-off, for steps
-whose squares leave their range, for a basis that is drawn and not found, for the scale of whole
-rows, which each are normalized, and for that of a centred polar factor, which is near 1."""
+whose squares leave their range, for the scale of whole rows, which each are normalized, and for
+that of a centred polar factor, which is near 1."""
 K, M, N, STEPS = 2, 7, 11, 5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}
 """Relative to the largest number of a shard; polar factors of centred matrices are the worst."""

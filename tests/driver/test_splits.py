@@ -24,6 +24,7 @@ from stiefel.optimizers.dctadamw import DCTAdamWRule
 from stiefel.optimizers.hybrid import HybridRule
 from stiefel.optimizers.muon import ADJUST_LR_FNS, MuonRule
 from stiefel.optimizers.rownorm import RowNormRule
+from stiefel.optimizers.sinkgd import SinkGDRule
 from stiefel.optimizers.spectral import SpectralRule
 from stiefel.optimizers.trion import TrionRule
 
@@ -86,7 +87,10 @@ SETTINGS = {
         *({"row_mode": mode} for mode in ("inverse", "unit", "relative")),
         {"row_mode": "relative", "momentum": 0.5, "axis": "cols"},
         {"eps": 1e-2, "row_mode": "unit"},
+        {"momentum": 0.0},
+        {"momentum": 0.0, "row_mode": "relative", "centred": True},
     ],
+    SinkGDRule: [{}, {"momentum": 0.5, "iterations": 2}],
     AuONRule: [
         *COMMON,
         {"nesterov": False},
@@ -101,6 +105,7 @@ WHOLE_ONLY = {
     SpectralRule: {"pair": "halves"},
     HybridRule: {"pair": "halves"},
     RowNormRule: {"pair": "halves"},
+    SinkGDRule: {},
     AuONRule: {},
 }
 """Options with which they may not."""
@@ -183,7 +188,7 @@ def test_only_these_rules_may_be_cut():
     assert Rule.splits == NONE
     declared = {name for name, cls in RULE_CLASSES.items() if cls.splits != NONE}
     # of the others one side may be cut, and tests/driver/test_reductions.py runs them
-    one_side = {"DCTAdamW", "FRUGAL", "Fira", "GaLore", "Trion"}
+    one_side = {"APOLLO", "DCTAdamW", "FRUGAL", "Fira", "GaLore", "Trion"}
     assert declared - one_side == {cls.method() for cls in SETTINGS}
 
 

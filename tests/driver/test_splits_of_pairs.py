@@ -14,6 +14,7 @@ from helpers.simulated_ranks import Lockstep, MissingRanks, UnequalMatrices, err
 from stiefel.optimizers import AdaPreLoRA, AltLoRA, Member, pairs_to_groups
 from stiefel.optimizers._core.rule import Reductions
 from stiefel.optimizers._driver.batched_calls import DirectionIterator
+from stiefel.optimizers._driver.decay import Decay
 from stiefel.optimizers._driver.write import write_
 
 K, M, N, R = 2, 11, 13, 3
@@ -160,7 +161,7 @@ class Pairs:
             if hasattr(step, "fn"):
                 steps.answer = step.fn(*step.args)
             else:
-                write_(self.weights[rank][step.member.number], step, LR, DECAY)
+                write_(self.weights[rank][step.member.number], step, LR, Decay(DECAY))
 
     def ask(self, rank, kind, parts):
         number = self._numbers[rank]

@@ -14,7 +14,7 @@ from stiefel.optimizers._driver.param_groups import LISTS
 LORA = ("AltLoRA", "AdaPreLoRA", "SwitchLoRA")
 PLAIN = (
     "Muon", "GaLore", "Fira", "FRUGAL", "DCTAdamW", "Trion", "AuON", "ARO", "RowNorm", "Spectral",
-    "Hybrid", "SymmetryStack",
+    "Hybrid", "SOAP", "SOAPMuon", "SymmetryStack", "APOLLO", "SinkGD",
 )  # fmt: skip
 CLASSES = PLAIN + LORA
 KINDS = ("keyword", "group key", "parameter", "gradient", "checkpoint", "write")
@@ -102,6 +102,15 @@ VALID: dict[str, dict[str, tuple[str, ...]]] = {
         "limiter": ("False",),
         "gamma": ("1.2",),
     },
+    "APOLLO": {
+        **_LOW_RANK,
+        "projection": ("'random'", "'gaussian'", "'svd'", "'topk'"),
+        "scaling": ("'tensor'", "'column'"),
+        "scale": ("'auto'", "128.0"),
+        "scale_front": ("True",),
+        "limiter": ("False",),
+    },
+    "SinkGD": {"iterations": ("1", "3"), "momentum": ("0.9",)},
     "FRUGAL": {
         "density": ("0.0", "0.5", "1.0"),
         "split": tuple(
@@ -158,6 +167,29 @@ VALID: dict[str, dict[str, tuple[str, ...]]] = {
         "init": ("'svd'",),
         "iterations": ("2",),
         "beta2": ("0.9",),
+    },
+    "SOAP": {
+        "betas": ("(0.8, 0.9)", "(0.0, 0.5)"),
+        "eps": ("1e-6", "1e-4"),
+        "shampoo_beta": ("0.5",),
+        "precondition_frequency": ("1", "2"),
+        "sides": ("'short'",),
+        "max_precond_dim": ("0", "4"),
+        "factors": ("'kl'",),
+        "basis": ("'eigh'",),
+        "moments": ("'rotate'",),
+        "correct_bias": ("False",),
+        "normalize_update": ("True",),
+        "compat": ("'reference'",),
+    },
+    "SOAPMuon": {
+        "momentum": ("0.0", "0.8"),
+        "nesterov": ("False",),
+        "beta2": ("0.5",),
+        "precondition_frequency": ("2",),
+        "sides": ("'short'",),
+        "moments": ("'rotate'",),
+        "polar": _POLAR,
     },
     "RowNorm": {
         **_ROW,

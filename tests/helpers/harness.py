@@ -27,8 +27,10 @@ from torch.testing._internal.common_optimizers import (
 
 from stiefel.kernels import POLAR_METHODS
 from stiefel.optimizers import (
+    APOLLO,
     ARO,
     FRUGAL,
+    SOAP,
     AuON,
     DCTAdamW,
     Fira,
@@ -36,6 +38,8 @@ from stiefel.optimizers import (
     Hybrid,
     Muon,
     RowNorm,
+    SinkGD,
+    SOAPMuon,
     Spectral,
     SymmetryStack,
     Trion,
@@ -157,6 +161,76 @@ def entry(cls, inputs, errors, gap=None, says=None):
 
 
 INFOS = [
+    entry(
+        APOLLO,
+        {
+            "rank, refreshes": {"rank": 2, "update_proj_gap": 2},
+            "betas, eps": {"betas": (0.8, 0.95), "eps": 1e-6, "rank": 3},
+            "reverse_std": {"rank": 2, "proj_type": "reverse_std"},
+            "Mini": {"rank": 1, "scaling": "tensor", "projection": "gaussian", "scale": "auto"},
+            "no limiter": {"rank": 2, "limiter": False, "moments": "reset", "update_proj_gap": 2},
+            "limiter's settings": {"rank": 2, "gamma": 1.1, "limiter_floor": 1e-6},
+            "svd": {"rank": 2, "projection": "svd", "scale": 0.25, "scale_front": True},
+            # without bounds a column may move by more than tests to first order in lr allow
+            "as published": {"rank": 2, "compat": "reference", "update_proj_gap": 3, "lr": 1e-4},
+        },
+        [
+            refused("beta 1", "Invalid beta parameter at index 0: 1.0", betas=(1.0, 0.9)),
+            refused("eps", "Invalid epsilon value: -1", eps=-1),
+            refused("rank", "rank", rank=0),
+            refused("gap", "update_proj_gap must be", update_proj_gap=0),
+            refused("scaling", "scaling must be one of", scaling="row"),
+            refused("scale", "scale must be 'auto' or", scale="full"),
+            refused("rotation", "use moments='keep' or 'reset'", projection="gaussian",
+                    moments="rotate"),
+        ],
+        gap="update_proj_gap",
+    ),
+    entry(
+        SinkGD,
+        {
+            "momentum": {"momentum": 0.8},
+            "one round": {"iterations": 1},
+        },
+        [
+            refused("momentum", "momentum must be in", momentum=1.0),
+            refused("iterations", "iterations must be an int", iterations=0),
+        ],
+    ),
+    entry(
+        SOAP,
+        {
+            "betas": {"betas": (0.8, 0.9), "shampoo_beta": 0.7},
+            "every third": {"precondition_frequency": 3},
+            "one side": {"sides": "short", "basis": "eigh"},
+            "no side": {"max_precond_dim": 0},
+            "kl": {"factors": "kl", "moments": "rotate"},
+            "no bias correction": {"correct_bias": False},
+            "normalized": {"normalize_update": True},
+            "as published": {"compat": "reference"},
+        },
+        [
+            refused("betas", "betas must be", betas=(1.0, 0.9)),
+            refused("shampoo_beta", "shampoo_beta must be in", shampoo_beta=1.0),
+            refused("a frequency of 0", "precondition_frequency must be", precondition_frequency=0),
+            refused("sides", "sides must be one of both, short", sides="left"),
+            refused("kl of one side", "set sides='both'", sides="short", factors="kl"),
+        ],
+        gap="precondition_frequency",
+    ),
+    entry(
+        SOAPMuon,
+        {
+            "no momentum": {"momentum": 0.0, "nesterov": False},
+            "every third": {"precondition_frequency": 3, "beta2": 0.8},
+            "one side": {"sides": "short", "polar": "svd"},
+        },
+        [
+            refused("momentum", "momentum must be in", momentum=1.0),
+            refused("a polar method nobody knows", "polar must be one of", polar="low_rank"),
+        ],
+        gap="precondition_frequency",
+    ),
     entry(
         ARO,
         {

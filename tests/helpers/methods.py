@@ -2,8 +2,10 @@
 
 from helpers.rules import PickRule, RowsRule
 from stiefel.optimizers import (
+    APOLLO,
     ARO,
     FRUGAL,
+    SOAP,
     AuON,
     DCTAdamW,
     Fira,
@@ -11,6 +13,8 @@ from stiefel.optimizers import (
     Hybrid,
     Muon,
     RowNorm,
+    SinkGD,
+    SOAPMuon,
     Spectral,
     StackedOptimizer,
     SymmetryStack,
@@ -66,6 +70,14 @@ METHODS = {
         params,
         **{"lr": 0.02, "rank": 3, "update_proj_gap": 3, "variant": "paper", "scaling": "matrix",
            **kw},
+    ),
+    "apollo": lambda params, **kw: APOLLO(
+        params, **{"lr": 0.02, "rank": 3, "update_proj_gap": 3, "weight_decay": 0.1, **kw}
+    ),
+    "apollo-mini": lambda params, **kw: APOLLO(
+        params,
+        **{"lr": 0.02, "rank": 1, "update_proj_gap": 3, "scaling": "tensor",
+           "projection": "gaussian", "scale": "auto", **kw},
     ),
     "auon": lambda params, **kw: AuON(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
     "auon-repo2026": lambda params, **kw: AuON(
@@ -141,12 +153,31 @@ METHODS = {
     "aro-polar": lambda params, **kw: ARO(
         params, **{"lr": 0.02, "base": "sign", "rotation": "polar", "init": "svd", **kw}
     ),
+    "soap": lambda params, **kw: SOAP(params, **{"lr": 0.02, "precondition_frequency": 2, **kw}),
+    "soap-short": lambda params, **kw: SOAP(
+        params,
+        **{"lr": 0.02, "precondition_frequency": 3, "sides": "short", "basis": "eigh",
+           "moments": "rotate", "normalize_update": True, **kw},
+    ),
+    "soap-kl": lambda params, **kw: SOAP(
+        params,
+        **{"lr": 0.02, "factors": "kl", "precondition_frequency": 1, "correct_bias": False, **kw},
+    ),
+    "soap-reference": lambda params, **kw: SOAP(
+        params, **{"lr": 0.02, "compat": "reference", "precondition_frequency": 3, **kw}
+    ),
+    "soapmuon": lambda params, **kw: SOAPMuon(params, **{"lr": 0.02, **kw}),
     "rownorm": lambda params, **kw: RowNorm(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
     "rownorm-columns": lambda params, **kw: RowNorm(
         params, **{"lr": 0.02, "axis": "cols", "row_mode": "relative", **kw}
     ),
     "rownorm-centred": lambda params, **kw: RowNorm(
         params, **{"lr": 0.02, "weight_decay": 0.1, "centred": True, **kw}
+    ),
+    "rownorm-plain": lambda params, **kw: RowNorm(params, **{"lr": 0.02, "momentum": 0.0, **kw}),
+    "sinkgd": lambda params, **kw: SinkGD(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
+    "sinkgd-momentum": lambda params, **kw: SinkGD(
+        params, **{"lr": 0.02, "momentum": 0.9, "iterations": 2, **kw}
     ),
     "spectral": lambda params, **kw: Spectral(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
     "spectral-published": lambda params, **kw: Spectral(

@@ -25,6 +25,7 @@ EXACT = frozenset(
     (
         *("muon", "muon-ns5", "muon-plain", "muon-low-rank", "muon-kaczmarz", "rows", "pick"),
         *("galore-full", "frugal-randk", "aro", "aro-adam", "aro-eigh", "aro-polar", "AdamW"),
+        *("soap", "soap-kl", "soap-reference", "soapmuon"),
     )
 )
 """Methods whose formulas see whole matrices, on one process as on ranks."""

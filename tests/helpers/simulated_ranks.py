@@ -13,6 +13,7 @@ import torch
 from stiefel.optimizers import Member, StackedOptimizer
 from stiefel.optimizers._core.rule import Reductions
 from stiefel.optimizers._driver.batched_calls import DirectionIterator
+from stiefel.optimizers._driver.decay import Decay
 from stiefel.optimizers._driver.write import write_
 
 PATIENCE = 60.0
@@ -257,7 +258,7 @@ class SimulatedRanks:
             member.refreshed, member.is_first_refresh = self.t, self.refreshed == 0
             self.rule.refresh(member)
         for direction in DirectionIterator(self.rule.update(member)):
-            write_(W, direction, self.lr, self.weight_decay)
+            write_(W, direction, self.lr, Decay(self.weight_decay))
 
     def _answer(self, requests):
         """The answers of one exchange, a tensor of its own for every rank."""

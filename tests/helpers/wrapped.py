@@ -19,6 +19,7 @@ NAMES = [cls.__name__ for cls in CLASSES if cls.__name__ != "SwitchLoRA"]
 BY_NAME = {cls.__name__: cls for cls in CLASSES}
 OPTIONS: dict[str, dict[str, Any]] = {
     "GaLore": {"rank": 2, "update_proj_gap": 2},
+    "APOLLO": {"rank": 2, "update_proj_gap": 2},
     "Fira": {"rank": 2, "update_proj_gap": 2},
     "FRUGAL": {"density": 0.5, "update_gap": 2},
     "DCTAdamW": {"rank": 2, "update_proj_gap": 2},

@@ -49,6 +49,7 @@ CALLS = {
     "dct_project": lambda: kernels.dct_project(X, INDEX, -2),
     "dct_take": lambda: kernels.dct_take(X, INDEX, -2),
     "sized_dct": lambda: kernels.sized_dct(X, -2, norm="l2"),
+    "completed_eigenbasis": lambda: kernels.completed_eigenbasis(SPD, EYE, 1),
     "eigenbasis": lambda: kernels.eigenbasis(SPD, EYE),
     "equal_rows": lambda: kernels.equal_rows(X.clone()),
     "gram": lambda: kernels.gram(X),

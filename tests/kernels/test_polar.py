@@ -976,6 +976,12 @@ def test_dispatch(monkeypatch):
         polar_factor(X)
 
 
+def test_every_gate_says_what_has_set_it():
+    for kind, gate in dispatch.GATES.items():
+        assert gate.measure in ("side", "entries") and gate.least > 0, kind
+        assert gate.source.startswith("unmeasured") or any(map(str.isdigit, gate.source)), kind
+
+
 def test_dispatch_by_size(monkeypatch):
     """What ``auto`` says of tensors on a GPU that need not be there."""
     monkeypatch.setenv("STIEFEL_KERNELS", "auto")
@@ -991,6 +997,8 @@ def test_dispatch_by_size(monkeypatch):
         assert kernels(257, 300) and kernels(8, 300, 257, dtype=torch.bfloat16)
         assert not kernels(256, 4096) and not kernels(64, 256, 300)
         assert not kernels(300, 300, dtype=torch.float64)
+        assert kernels(2048, 2048, work="symmetric") and kernels(2, 2049, 9000, work="symmetric")
+        assert not kernels(2047, 9000, work="symmetric")
         assert kernels(64, 64, work="pass") and not kernels(60, 60, work="pass")
         # as many as there are, so that a stack has the bits of its matrices
         assert not kernels(9, 60, 60, work="pass") and kernels(65535, 64, 64, work="pass")

@@ -21,6 +21,7 @@ from helpers.problems import gradients, permutation, replay, rotation, run, same
 from torch import nn
 
 from stiefel.optimizers import (
+    APOLLO,
     ARO,
     FRUGAL,
     AuON,
@@ -30,6 +31,7 @@ from stiefel.optimizers import (
     Hybrid,
     Muon,
     RowNorm,
+    SinkGD,
     Spectral,
     SymmetryStack,
     Trion,
@@ -397,6 +399,8 @@ RULES = {
     "Muon": (Muon, {"nesterov": False}),
     "GaLore": (GaLore, {"rank": 2, "update_proj_gap": 2}),
     "Fira": (Fira, {"rank": 2, "update_proj_gap": 2}),
+    "APOLLO": (APOLLO, {"rank": 2, "update_proj_gap": 2}),
+    "SinkGD": (SinkGD, {}),
     "FRUGAL": (FRUGAL, {"density": 0.5, "update_gap": 2}),
     "DCTAdamW": (DCTAdamW, {"rank": 2, "update_proj_gap": 2}),
     "Trion": (Trion, {"rank": 2}),

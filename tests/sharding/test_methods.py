@@ -34,8 +34,9 @@ from stiefel import optimizers
 from stiefel.kernels import POLAR_METHODS
 
 MAIN = [
-    *("muon", "muon-normuon", "muon-adamuon", "galore", "fira", "auon", "trion", "dctadamw"),
-    *("frugal-columns", "frugal-randk", "frugal-block", "aro", "rownorm", "spectral", "hybrid"),
+    *("muon", "muon-normuon", "muon-adamuon", "galore", "fira", "apollo", "auon", "trion"),
+    *("dctadamw", "frugal-columns", "frugal-randk", "frugal-block", "aro", "rownorm", "sinkgd"),
+    *("spectral", "hybrid"),
 ]
 """One entry of every class, and of its forms that are sharded in another way."""
 

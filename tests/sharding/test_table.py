@@ -27,6 +27,8 @@ GUARDED = (("MAX", 1), ONE, MEET)
 BASIS, MOMENTS = M * R, 2 * R * N // RANKS
 LARGE = M * M // 2  # a basis of half of the rows
 FOUND, LARGER = (("there", MN), ("back", BASIS)), (("there", MN), ("back", LARGE))
+DRAWN = (("back", BASIS),)
+MINI = {"rank": 1, "scaling": "tensor", "projection": "gaussian", "update_proj_gap": 5}
 SCORES = (("MAX", 1), ("SUM", M))
 ADAFACTOR = {**LOW, "inner": "adafactor"}
 FEEDBACK = {**LOW, "error_feedback": "full"}
@@ -86,6 +88,10 @@ TABLE = [
     Row("Fira", LOW, 1, "reduce", (ONE,) * 5, MOMENTS + BASIS + 1, FOUND),
     Row("Fira", {**LOW, "projection": "dct"}, 1, "reduce", (ONE,) * 5, MOMENTS + R + 1, SCORES),
     Row("Fira", {**LOW, "compat": "reference"}, 1, "owner", (RIDE,), MOMENTS + BASIS // RANKS + 1),
+    Row("APOLLO", LOW, 0, "owner", (RIDE,), MOMENTS + BASIS // RANKS + 1),
+    Row("APOLLO", LOW, 1, "reduce", (("SUM", 3), ONE), MOMENTS + BASIS + 1, DRAWN),
+    Row("APOLLO", MINI, 1, "reduce", (("SUM", 3),), 2 * N // RANKS + M + 1),
+    *(Row("SinkGD", {}, dim, "owner", (MEET,), 0) for dim in (0, 1)),
     Row("FRUGAL", HALF, 0, "reduce", (), MN // RANKS + N // 2),
     Row("FRUGAL", HALF, 1, "owner", (RIDE,), MN // RANKS + N // 2 // RANKS),
     Row("FRUGAL", {**HALF, "split": "rows"}, 0, "owner", (RIDE,), MN // RANKS + M // 2),
@@ -107,7 +113,7 @@ TABLE = [
         "reduce",
         (),
         SHARE + LARGE,
-        LARGER,
+        (("back", LARGE),),
     ),
     Row("DCTAdamW", LOW, 0, "owner", (RIDE,), MOMENTS + 2 * R),
     Row("DCTAdamW", LOW, 1, "reduce", (), MOMENTS + 2 * R, SCORES),

@@ -1,0 +1,404 @@
+"""The write of a step under ``weight_norm``: sums over W and U, then W <- A W - B U in panels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import Rounding, fuses_passes, unflagged_stay, update_weight_
+from .._core.rule import LOCAL_REDUCTIONS, Dense, Direction, Term, WriteScalars
+from .._core.validation import check
+from .norms import (
+    MATRIX,
+    RADIUS,
+    ROWS,
+    SMALLEST_SQUARE,
+    WHOLE,
+    Multipliers,
+    NormControl,
+    Number,
+    RowSums,
+    multipliers,
+    zero_weight,
+)
+from .write import Run, _accumulation_dtype, _panels, _where_finite
+
+if TYPE_CHECKING:
+    from .buckets import Bucket
+    from .units import Unit
+
+Panels = list[tuple[slice, slice]]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How the norms of K matrices are steered.
+
+    Attributes:
+        control: The words.
+        radius: None, or the stored radii, (K, 1, 1) or those of the rows, changed in place.
+        given: The group's ``weight_radius`` of each matrix, or one for all.
+        cautious: Whether decay touches only entries that the step makes smaller.
+        is_stack: Whether each matrix is a parameter of its own.
+    """
+
+    control: NormControl
+    radius: Tensor | None
+    given: Sequence[float | None]
+    cautious: bool = False
+    is_stack: bool = False
+
+
+def write_steered_(
+    W: Tensor,
+    step: Direction,
+    runs: Sequence[Run],
+    steering: Steering,
+    finite: Tensor | None = None,
+    rounding: Rounding | None = None,
+) -> None:
+    """``write_runs_`` with norms that are steered.
+
+    Args:
+        W: Weights (K, m, n) as the rule sees them, any strides.
+        step: What to write.
+        runs: Learning rate and decay of all matrices, run after run.
+        steering: How.
+        finite: None, or flags (K, 1, 1).
+        rounding: How W is rounded where its precision is low; None (default): to nearest.
+    """
+    check(
+        not step.decay_last and step.max_rel_norm is None and not step.torch_bits,
+        "weight_norm steers plain steps, without decay_last, max_rel_norm and torch_bits",
+    )
+    with unflagged_stay(W, finite, rounding):
+        write = _Write(W, step, runs, steering, finite, rounding)
+        found = write.multipliers()
+        write.write_(found)
+    if step.carry is not None and rounding is not None and rounding.error is not None:
+        write.carry_(found)
+
+
+class _Write:
+    """One write; arguments as :func:`write_steered_`.
+
+    Attributes:
+        W: The weights, rows along their memory.
+        U: The whole step, laid out alike, without ``scale``.
+        rows_dim: The dimension of W that numbers rows of the parameter's own matrices.
+    """
+
+    def __init__(
+        self,
+        W: Tensor,
+        step: Direction,
+        runs: Sequence[Run],
+        steering: Steering,
+        finite: Tensor | None,
+        rounding: Rounding | None,
+    ) -> None:
+        terms, decay = list(step.terms), step.decay
+        self.rows_dim = -1 if step.member.transposed else -2
+        self.is_turned = W.stride(-1) != 1 and W.stride(-2) == 1
+        if self.is_turned:  # panels run along the memory
+            W, terms, self.rows_dim = W.mT, [term.mT for term in terms], -3 - self.rows_dim
+            rounding = None if rounding is None else rounding.mT
+            decay = None if decay is None else decay.mT
+        self.W, self.step, self.steering, self.finite = W, step, steering, finite
+        self.rounding, self.decay = rounding, decay
+        self.dtype, self.scale = _accumulation_dtype(W), step.lr_factor
+        self.lr = self._per_matrix(runs, lambda run: run.lr)
+        self.keep = self._per_matrix(runs, lambda run: run.decay.factor(run.lr))
+        control = steering.control
+        # a mask of decay says which entries decay before the step, unless the radius is steered:
+        # then they decay after it, or the radius would undo them
+        self.masks_after = steering.cautious and control.radius is not None
+        self.masks_before = not self.masks_after and (decay is not None or steering.cautious)
+        self.masks_before &= not control.keeps_radius
+        if isinstance(self.keep, float) and self.keep == 1.0:
+            self.masks_before = self.masks_after = False
+        is_whole = not all(term.supports_row_panels for term in terms)
+        self.panels: Panels = list(_panels(W, is_whole, False))
+        self.U = self._dense(terms)
+
+    def _per_matrix(self, runs: Sequence[Run], value: Callable[[Run], Number]) -> Number:
+        """A number of all matrices, or (K, 1, 1)."""
+        values = [value(run) for run in runs]
+        if len(runs) == 1:
+            x = values[0]
+            return x.reshape(1, 1, 1).to(self.W.device) if isinstance(x, Tensor) else x
+        found = self.W.new_empty(len(self.W), 1, 1, dtype=self.dtype)
+        for run, x in zip(runs, values, strict=True):
+            found[run.ks] = x.reshape(()).to(self.W.device) if isinstance(x, Tensor) else x
+        return found
+
+    def _dense(self, terms: Sequence[Term]) -> Tensor:
+        """The sum of all terms."""
+        first = terms[0] if terms else None
+        if len(terms) == 1 and isinstance(first, Dense):
+            return first.U
+        U = torch.zeros(self.W.shape, dtype=self.dtype, device=self.W.device)
+        for ks, rows in self.panels:
+            for term in terms:
+                term.add_(U[ks, rows], ks, rows, 1.0)
+        return U
+
+    # sums -----------------------------------------------------------------------------------------
+
+    def multipliers(self) -> Multipliers:
+        """A, B and h, and the radius that is stored."""
+        control = self.steering.control
+        keep = 1.0 if self.masks_before or self.masks_after or control.keeps_radius else self.keep
+        found = self._multipliers(keep, self.dtype)
+        suspect = found.cancels
+        is_here = self.W.device.type == "cpu" and self.step.member.reductions is LOCAL_REDUCTIONS
+        if suspect is not None and is_here and bool(suspect.any()):
+            exact = self._multipliers(keep, torch.float64)
+            suspect = suspect.any(-2, keepdim=True)
+            A, B = (torch.where(suspect, x, y) for x, y in zip(exact[:2], found[:2], strict=True))
+            found = found._replace(A=A, B=B)
+        return self._laid_out(found)
+
+    def _multipliers(self, keep: Number, dtype: torch.dtype) -> Multipliers:
+        """The closed form from sums taken in a dtype, (K, rows, 1)."""
+        sums, lr = self._sums(dtype), self.lr
+        if isinstance(lr, Tensor):
+            lr = lr.to(sums.WW.dtype)
+        if isinstance(keep, Tensor):
+            keep = keep.to(sums.WW.dtype)
+        return multipliers(self.steering.control, sums, lr, keep, self._radius(sums))
+
+    def _sums(self, dtype: torch.dtype) -> RowSums:
+        """Row sums, or those of matrices where that is enough; complete over shards."""
+        X, reductions = self._local_sums(dtype), self.step.member.reductions
+        along = self.step.member.transposed
+        if not self.steering.control.has_rows:
+            X = reductions.both(X)
+        else:
+            X = reductions.rows(X) if along else reductions.cols(X)
+        WW, UW, UU = (X[..., j : j + 1] for j in range(3))
+        return RowSums(WW, UW * self.scale, UU * (self.scale * self.scale), self._over)
+
+    def _local_sums(self, dtype: torch.dtype) -> Tensor:
+        """RowSums of W^2, U W and U^2 (K, rows or 1, 3), in an order that one matrix fixes."""
+        (K, m, n), has_rows = self.W.shape, self.steering.control.has_rows
+        shape = (K, m, 1) if self.rows_dim == -2 else (K, 1, n)
+        # sums of one matrix are added up on the host where that costs nothing
+        wide = torch.float64 if self.W.device.type == "cpu" else dtype
+        found = torch.zeros(
+            3, *(shape if has_rows else (K, 1, 1)), dtype=wide, device=self.W.device
+        )
+        for ks, rows in self.panels:
+            X, Y = self._values(ks, rows).to(dtype), self.U[ks, rows].to(dtype)
+            product = torch.empty(X.shape, dtype=dtype, device=X.device)
+            for j, (a, b) in enumerate(((X, X), (Y, X), (Y, Y))):
+                torch.mul(a, b, out=product)
+                if has_rows and self.rows_dim == -1:
+                    found[j, ks] += product.sum(-2, keepdim=True)
+                elif has_rows:
+                    found[j, ks, rows] = product.sum(-1, keepdim=True).to(wide)
+                else:
+                    found[j, ks] += product.sum(-1, keepdim=True).to(wide).sum(-2, keepdim=True)
+        found = found.mT if self.rows_dim == -1 else found
+        return found.squeeze(-1).movedim(0, -1)
+
+    def _values(self, ks: slice, rows: slice) -> Tensor:
+        """Values of a panel of the weight from which the step starts."""
+        X = self.W[ks, rows].to(self.dtype)
+        if self.rounding is not None and self.rounding.residual is not None:
+            X = X + self.rounding.residual[ks, rows]
+        if self.masks_before:
+            X = X * self._masked_keep(X, 0.0, ks, rows)
+        return X
+
+    def _over(self, scope: str, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Add up sums of rows, or of matrices, to what a scope needs."""
+        control, member = self.steering.control, self.step.member
+        if scope == ROWS:
+            return sums
+        if control.has_rows:
+            local = torch.cat(sums, -1).sum(-2, keepdim=True)
+            reductions = member.reductions
+            total = reductions.cols(local) if member.transposed else reductions.rows(local)
+            sums = tuple(total[..., j : j + 1] for j in range(len(sums)))
+        if scope == WHOLE and not self.steering.is_stack:
+            sums = tuple(x.sum(0, keepdim=True) for x in sums)
+        return sums
+
+    def _radius(self, sums: RowSums) -> Tensor | None:
+        """The radii of this step (K, rows or 1, 1), which are stored."""
+        slot, control = self.steering.radius, self.steering.control
+        if slot is None or not control.keeps_radius:
+            return None
+        slot = slot.mT if self.step.member.transposed else slot
+        stored = slot.to(sums.WW.dtype)
+        norms = sums.over(control.radius_scope, sums.WW)[0].sqrt()
+        radius = torch.where(stored < 0, norms, stored)
+        given = self.steering.given
+        if any(rho is not None for rho in given):
+            each = [math.nan if rho is None else rho * self._root_of_count() for rho in given]
+            if len({*each}) == 1:
+                radius = torch.full_like(radius, each[0])
+            else:
+                fixed = torch.tensor(each, dtype=radius.dtype, device="cpu").to(radius.device)
+                radius = torch.where(fixed.isnan().view(-1, 1, 1), radius, fixed.view(-1, 1, 1))
+        keeps = radius * radius > SMALLEST_SQUARE
+        if self.step.member.reductions is not LOCAL_REDUCTIONS and not bool(keeps.all()):
+            raise RuntimeError(zero_weight("a matrix of a sharded parameter"))
+        if self.finite is not None:
+            keeps = keeps & (self.finite != 0)
+        slot.copy_(torch.where(keeps, radius, stored))
+        return radius
+
+    def _root_of_count(self) -> float:
+        """The root of the number of entries that have one radius."""
+        member, scope = self.step.member, self.steering.control.radius_scope
+        count = member.m * member.n
+        if scope == ROWS:
+            count = member.m if member.transposed else member.n
+        elif scope == WHOLE and not self.steering.is_stack:
+            count *= len(self.W)
+        return math.sqrt(count)
+
+    # the write ------------------------------------------------------------------------------------
+
+    def _laid_out(self, found: Multipliers) -> Multipliers:
+        """Multipliers as W lies, 1 and 0 where the flag is 0."""
+        A, B = (
+            x.to(self.dtype).mT if self.rows_dim == -1 else x.to(self.dtype)
+            for x in (found.A, found.B * self.scale)
+        )
+        h = found.h
+        if isinstance(h, Tensor):
+            h = h.to(self.dtype).mT if self.rows_dim == -1 else h.to(self.dtype)
+        if self.finite is not None:
+            A, B = torch.where(self.finite != 0, A, 1.0), torch.where(self.finite != 0, B, 0.0)
+        return Multipliers(A, B, h)
+
+    def write_(self, found: Multipliers) -> None:
+        """W <- A W - B U."""
+        if self._try_fused_(found):
+            return
+        puts_back = self.finite is not None and self.step.member.finite is not None
+        for ks, rows in self.panels:
+            change: Callable[[Tensor], object] = partial(self._change_, found, ks, rows)
+            if puts_back and self.finite is not None:
+                change = _where_finite(change, _part(self.finite, ks, slice(None)))
+            update_weight_(self.W, change, self.dtype, (ks, rows), self.rounding)
+
+    def _change_(self, found: Multipliers, ks: slice, rows: slice, X: Tensor) -> None:
+        """The same of a panel, in place."""
+        A, B, h = found.A, found.B, found.h
+        after = None
+        if self.masks_before:
+            X.mul_(self._masked_keep(X, 0.0, ks, rows))
+        elif self.masks_after:
+            after = self._masked_keep(X, h, ks, rows)
+        X.mul_(_part(A, ks, rows))
+        X.addcmul_(self.U[ks, rows].to(X.dtype), _part(B, ks, rows), value=-1.0)
+        if after is not None:
+            X.mul_(after)
+
+    def _masked_keep(self, X: Tensor, h: Number, ks: slice, rows: slice) -> Tensor:
+        """What decay leaves of a panel with the values X: 1 where a mask is 0, or the flag is."""
+        keep = torch.as_tensor(self.keep, dtype=X.dtype, device=X.device)
+        keep = keep if keep.dim() == 0 else _part(keep, ks, rows)
+        one = torch.ones((), dtype=X.dtype, device=X.device)
+        if self.decay is not None:
+            keep = torch.where(_part(self.decay, ks, rows) != 0, keep, one)
+        if self.steering.cautious:
+            D = self.U[ks, rows].to(X.dtype) * self.scale
+            if isinstance(h, Tensor):
+                D = D - _part(h, ks, rows) * X
+            keep = torch.where(D * X >= 0, keep, one)
+        if self.finite is not None:
+            keep = torch.where(_part(self.finite, ks, rows) != 0, keep, one)
+        return keep
+
+    def _try_fused_(self, found: Multipliers) -> bool:
+        """Write by one kernel where the back end has one, for numbers of whole matrices."""
+        rounding, A, B = self.rounding, found.A, found.B
+        if self.masks_before or self.masks_after or self.steering.control.has_rows:
+            return False
+        if not fuses_passes(self.W) or (
+            rounding is not None and (rounding.residual is not None or rounding.error is not None)
+        ):
+            return False
+        control = self.W.new_ones(len(self.W), 3, dtype=torch.float32)
+        for i, x in enumerate((self.finite, A, -B)):
+            if x is not None:
+                control[:, i] = x.flatten()
+        return Dense(self.U).fused_write_(self.W, WriteScalars(1.0, 1.0, control, rounding))
+
+    def carry_(self, found: Multipliers) -> None:
+        """Put what rounding has cut off into the momentum, so that the next step undoes it."""
+        carry, rounding = self.step.carry, self.rounding
+        assert carry is not None and rounding is not None and rounding.error is not None
+        lr = found.B / self.scale if self.scale else found.B
+        c = torch.where(lr == 0, 0.0, found.A / lr) * (1 - 1 / carry.beta)
+        E = rounding.error * c
+        E = E.mT if self.is_turned else E
+        everything = slice(0, len(E))
+        carry.M.add_(carry.inverse(E, everything).to(carry.M.dtype))
+
+
+def _part(x: Tensor, ks: slice, rows: slice) -> Tensor:
+    """Matrices and rows of x (K or 1, m or 1, n or 1); axes that broadcast stay."""
+    x = x if x.shape[0] == 1 else x[ks]
+    return x if x.shape[-2] == 1 else x[:, rows]
+
+
+# zero weights -------------------------------------------------------------------------------------
+
+
+def refuse_zero_weights(
+    buckets: Iterable[Bucket],
+    groups: Sequence[Mapping[str, Any]],
+    bad: set[int],
+    describe: Callable[[int], str],
+) -> None:
+    """Raise for a weight whose norm is to be kept, and is zero; the host waits for it once.
+
+    Args:
+        buckets: What is about to be stepped.
+        groups: The groups.
+        bad: Flat positions of parameters that stay as they are.
+        describe: Makes words for a message of a position.
+
+    Raises:
+        RuntimeError: With the first such weight; nothing has changed.
+    """
+    for bucket in buckets:
+        control = bucket.unit.control
+        if bucket.has_radius or control is None or not control.keeps_radius:
+            continue
+        has_radius = True
+        for i, has_grad in enumerate(bucket.present):
+            if not has_grad:
+                continue
+            unset = (bucket.states[i][RADIUS] < 0).flatten(1).any(1).tolist()
+            for unit, is_unset in zip(
+                bucket.units, unset if bucket.stacked else [any(unset)], strict=True
+            ):
+                position, given = unit.positions[i], groups[unit.group].get(RADIUS)
+                if not is_unset or given is not None:
+                    continue
+                if position in bad:
+                    has_radius = False
+                elif is_zero(unit, i, control.radius_scope):
+                    raise RuntimeError(zero_weight(describe(position)))
+        bucket.has_radius = has_radius
+
+
+def is_zero(unit: Unit, i: int, scope: str) -> bool:
+    """Whether a norm that ``sphere`` would keep is zero, of a weight that is whole here."""
+    X = unit.views[i].to_matrices(unit.params[i].detach())
+    squares = X.to(torch.promote_types(X.dtype, torch.float32)).square()
+    dims = {ROWS: (-1,), MATRIX: (-2, -1), WHOLE: (-3, -2, -1)}[scope]
+    return bool((squares.sum(dims) <= SMALLEST_SQUARE).any())
