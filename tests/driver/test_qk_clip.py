@@ -349,9 +349,9 @@ def test_a_stored_norm_of_a_scaled_weight_is_measured_anew():
 @pytest.mark.parametrize("words", ["hyperball", "sphere:rows"])
 @pytest.mark.parametrize("kind", ["mha", "fused gqa", "torch"])
 def test_a_sphere_takes_the_norm_of_the_scaled_weight(words, kind):
-    """Told, the next step keeps the clipped norm; not told, it undoes the clipping."""
+    """Informed, the next step keeps the clipped norm; uninformed, it undoes the clipping."""
     sizes = {}
-    for told in (True, False):
+    for informed in (True, False):
         model = model_of(kind, dtype=torch.float32)
         optimizer = Muon(model, lr=1e-4, weight_norm=words)
         for t in range(2):
@@ -361,13 +361,13 @@ def test_a_sphere_takes_the_norm_of_the_scaled_weight(words, kind):
             if t == 0:
                 before = copied(model)
                 S = {"blocks.0.attn": torch.full((4,), 400.0)}
-                qk_clip_(model, S, optimizer=optimizer if told else None)
-        sizes[told] = {
+                qk_clip_(model, S, optimizer=optimizer if informed else None)
+        sizes[informed] = {
             n: float(p.detach().norm() / before[n].norm()) for n, p in model.named_parameters()
         }
     name = {"mha": "q_proj.weight", "fused gqa": "c_attn.weight", "torch": "in_proj_weight"}[kind]
-    told, not_told = (sizes[x][f"blocks.0.attn.{name}"] for x in (True, False))
-    assert told < 0.9 and not_told == pytest.approx(1.0, abs=1e-3)
+    informed, uninformed = (sizes[x][f"blocks.0.attn.{name}"] for x in (True, False))
+    assert informed < 0.9 and uninformed == pytest.approx(1.0, abs=1e-3)
     for n, ratio in sizes[True].items():
         if "blocks.1" in n and n.endswith("weight"):
             assert ratio == pytest.approx(1.0, abs=1e-2)
