@@ -187,7 +187,8 @@ class MuonRule(Rule):
         is_low_rank = self.polar == "low_rank"
         rank = low_rank_size(m, n, self.rank, self.oversample) if is_low_rank else min(m, n)
         norm = total(column_squares(O)).sqrt()  # (K, 1, 1)
-        return O * (math.sqrt(rank) / norm.clamp(min=torch.finfo(norm.dtype).tiny)).to(O.dtype)
+        scale = (math.sqrt(rank) / norm.clamp(min=torch.finfo(norm.dtype).tiny)).to(O.dtype)
+        return O.mul_(scale) if isinstance(self.polar, str) else O * scale
 
     def factor_of_user(self, U: Tensor) -> Tensor:
         """What the user's function makes of U (K, m, n), refused if it cannot be a factor of U."""
@@ -528,7 +529,8 @@ class Muon(StackedOptimizer):
     State: ``momentum_buffer`` (like W, float32) and ``step``; ``row_second_moment`` (m x 1) or
     ``second_moment`` (like W), ``grad_norm`` (1 x 1), ``polar_report`` (5) where asked for.
     Checkpoints of ``torch.optim.Muon`` load. Peak temporary memory: five matrices of the largest
-    weight, one more each under AdaMuon and the guards of G; half of it for ``"low_rank"``.
+    weight, one more each under AdaMuon, ``equilibrate`` and the guards of G; half of it for
+    ``"low_rank"``.
 
     Caveat: O is orthogonal up to the band that :func:`stiefel.kernels.polar_factor` states:
     singular values 0.87 to 1.13 for ``"zolo"`` (0.94 to 1.06 above a shorter side of 256), falling
