@@ -228,7 +228,10 @@ def _scale(
         by = _row_factors(rows, tables)[start:end].to(held.device)
         by = by.view([-1 if i == rows.dim else 1 for i in range(held.ndim)])
         wide = torch.promote_types(held.dtype, torch.float32)
-        held.copy_(held.to(wide) * by)
+        if held.dtype == wide:
+            held.mul_(by)
+        else:
+            held.copy_(held.to(wide) * by)
         _forget_norm(optimizer, p, (least < 1).any())
 
 

@@ -137,6 +137,17 @@ def test_presets_are_the_published_triples(polar, triples):
             torch.testing.assert_close(update_of(G, polar=polar), theirs, rtol=0, atol=1e-12)
 
 
+def test_the_quintic_that_settles_needs_no_name():
+    """Twelve times 2 x - 1.5 x^3 + 0.5 x^5 over the Schatten-4 norm: all near 1, slope 2^12."""
+    s = torch.logspace(-3, 0, 40, dtype=torch.float64)
+    options = {"ns_coefficients": (2, -1.5, 0.5), "ns_steps": 12, "polar_norm": "schatten4"}
+    found = update_of(torch.diag(s), polar="ns5", **options).diagonal()
+    assert float((found - 1).abs().max()) < 5e-5
+    tiny = torch.diag(torch.tensor([1.0, 1e-12], dtype=torch.float64))
+    slope = float(update_of(tiny, polar="ns5", **options)[1, 1]) / 1e-12
+    assert slope == pytest.approx(4096, rel=1e-3)
+
+
 # functions ----------------------------------------------------------------------------------------
 
 
