@@ -82,6 +82,10 @@ def qk_clip_(
         isinstance(max_logits, Mapping),
         f"max_logits must map names of modules to tensors, got {shown(max_logits)}",
     )
+    check(
+        optimizer is None or (hasattr(optimizer, "state") and hasattr(optimizer, "param_groups")),
+        f"optimizer must be that of the model, got {shown(optimizer)}",
+    )
     tau, share = number("threshold", threshold, "(0, inf)"), number("alpha", alpha, "[0, 1]")
     assert tau is not None and share is not None
     names = sorted(max_logits)

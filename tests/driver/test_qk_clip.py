@@ -316,6 +316,7 @@ def test_a_fused_weight_of_unknown_order_is_refused():
         ({"threshold": math.nan}, "threshold must be"),
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\]"),
         ({"alpha": None}, "alpha must be"),
+        ({"optimizer": 3}, "optimizer must be that of the model"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, text):
