@@ -185,6 +185,11 @@ def _range(rows: HeadRows, p: Tensor) -> _Range:
     return _Range(p, memory(p), *layout.box[rows.dim])
 
 
+def waits_for(device: torch.device) -> bool:
+    """Whether the host may read numbers of a device: those of an accelerator come late."""
+    return device.type == "cpu"
+
+
 def _factors(
     names: Sequence[str], values: Sequence[Tensor], tau: float, group: Any
 ) -> list[Tensor]:
@@ -201,7 +206,7 @@ def _factors(
         S, bad = packed[: len(S)], packed[len(S) :] > 0
     gamma = torch.where(bad, 1.0, tau / S.clamp(min=tau))
     sizes = [len(x) for x in values]
-    if device.type == "cpu":
+    if waits_for(device):
         for name, flags in zip(names, torch.split(bad, sizes), strict=True):
             heads = flags.nonzero().flatten().tolist()
             check(
@@ -221,7 +226,7 @@ def _scale(
     """Scale what a module holds, each weight by one multiplication; rounded once."""
     kv = attention.kv_heads
     least = gamma.view(kv, -1).amin(1)  # (kv,), of the queries that share a key
-    if gamma.device.type == "cpu" and bool((least == 1).all()):
+    if waits_for(gamma.device) and bool((least == 1).all()):
         return
     tables = {
         "query": (least**alpha).repeat_interleave(attention.heads // kv),

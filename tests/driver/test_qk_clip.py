@@ -13,6 +13,7 @@ from helpers.ranks import mesh_of, pool
 from torch import nn
 
 from stiefel.optimizers import MaxLogits, Muon, classify, qk_clip_
+from stiefel.optimizers._driver import qk_clip as module
 
 SHARED_KEYS = ("gqa", "mqa", "fused gqa", "conv1d gqa", "by group", "megatron", "per head",
                "one key by group")  # fmt: skip
@@ -324,6 +325,21 @@ def test_numbers_out_of_range_are_refused(options, text):
         qk_clip_(model_of("mha"), LARGE, **options)
 
 
+def test_where_the_host_does_not_wait_a_bad_value_leaves_its_head_alone(monkeypatch):
+    monkeypatch.setattr(module, "waits_for", lambda device: False)
+    model = model_of("mha", dtype=torch.float32)
+    before = copied(model)
+    S = {"blocks.0.attn": torch.tensor([math.nan, 400.0, math.inf, -math.inf])}
+    gamma = qk_clip_(model, S)["blocks.0.attn"]
+    assert gamma.tolist() == [1.0, 0.25, 1.0, 1.0]
+    W, old = model["blocks"][0].attn.q_proj.weight, before["blocks.0.attn.q_proj.weight"]
+    assert torch.equal(W[6:12], 0.5 * old[6:12])
+    assert torch.equal(W[:6], old[:6]) and torch.equal(W[12:], old[12:])
+    before = copied(model)
+    qk_clip_(model, {name: S / 3 for name, S in LARGE.items()})
+    assert unchanged(model, before)
+
+
 # optimizers ---------------------------------------------------------------------------------------
 
 
@@ -394,12 +410,12 @@ def sharded_clip(rank, world, kind, dim):
 
     mesh, model = mesh_of(world), model_of(kind, dtype=torch.float32)
     whole = model_of(kind, dtype=torch.float32)
-    for module in model.modules():
-        for name, p in list(module._parameters.items()):
+    for layer in model.modules():
+        for name, p in list(layer._parameters.items()):
             if p is not None:
                 cut = min(dim, p.ndim - 1)
                 placed = distribute_tensor(p.detach(), mesh, [Shard(cut)])
-                module._parameters[name] = nn.Parameter(placed)
+                layer._parameters[name] = nn.Parameter(placed)
     S = {name: s.float() for name, s in maxima(whole, inputs(dtype=torch.float32)).items()}
     own = {name: s.clone() for name, s in S.items()}
     for i, s in enumerate(own.values()):  # each rank has seen one head's largest logit
