@@ -7,6 +7,7 @@ a number on the host fails, and copies between the host and the device can be co
 
 import pytest
 import torch
+from helpers.attentions import model_of
 from helpers.fake_device import Arrived, Calls, device, rarely
 from helpers.methods import METHODS
 from helpers.pair_problems import PAIRS
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 pytest.importorskip("triton", reason="there is no triton on this platform")
 
 from stiefel.kernels import dispatch
+from stiefel.optimizers import MaxLogits, qk_clip_
 from stiefel.optimizers._driver import finite
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -55,6 +57,27 @@ def accelerator(monkeypatch):
 def test_a_step_waits_for_nothing(name):
     calls = steady(METHODS[name])
     assert calls.ours and not calls.moves
+
+
+@pytest.mark.parametrize("kind", ["gqa", "by group", "latent"])
+def test_clipping_logits_waits_for_nothing(kind):
+    model = model_of(kind, dtype=torch.bfloat16)
+    heads = 3 if kind == "latent" else 4
+    with device():
+        for layer in model.modules():
+            for name, p in layer._parameters.items():
+                if p is not None:
+                    made = torch.empty(p.shape, device="cuda").bfloat16()
+                    layer._parameters[name] = torch.nn.Parameter(made)
+        optimizer = METHODS["muon"](list(model.parameters()))
+        optimizer.init_state()
+        for p in optimizer.state:
+            optimizer.state[p]["weight_radius"] = torch.ones(1, 1, device="cuda")
+        record = MaxLogits()
+        record("blocks.0.attn", torch.ones(2, heads, 5, 5, device="cuda"))
+        with Calls() as calls:
+            gamma = qk_clip_(model, record.take(), optimizer=optimizer)
+    assert gamma["blocks.0.attn"].device.type == "cuda" and not calls.moves
 
 
 @pytest.mark.parametrize("name", PAIRS)
