@@ -11,8 +11,9 @@ _FUSED_DEVICES = ("cpu", "cuda")
 # The CPU kernel rounds the last few entries of a tensor differently from the others (fused
 # multiply-adds in the vector part only). A matrix of whole 64-byte lines has no such entries.
 _LINE_ENTRIES = 16
-# Rows with clocks of their own go to that kernel one by one where they are at least so long.
-_MIN_CLOCKED_ROW = 64
+# Rows with clocks of their own go to that kernel one by one where they are at least so long: a call
+# for a row takes as long as some two thousand entries do in plain passes.
+_MIN_CLOCKED_ROW = 2048
 
 
 def adam(
