@@ -131,7 +131,8 @@ class StackedOptimizer(Optimizer):
             nothing is sent for plain weights.
         adamw_lr: Learning rate of the AdamW parameters; None (default): ``lr``. Kept as the group
             key ``adamw_lr_ratio``, so that schedulers scale both; ``group["adamw_lr"] = x`` sets it
-            anew. An AdamW group with ``lr`` of its own has that.
+            anew, as a ratio to the current ``lr``, or to the ``initial_lr`` of a scheduler that is
+            made before the next step. An AdamW group with ``lr`` of its own has that.
         adamw_betas: Betas of the AdamW parameters; None (default): the method's ``betas``, else
             (0.9, 0.95).
         adamw_eps: Eps of the AdamW parameters (default: 1e-8).
@@ -452,9 +453,9 @@ class StackedOptimizer(Optimizer):
             self._has_warned_of_shapes = True
             method = self._default_rule.method()
             warn_user(
-                f"{count} matrices without names go to {method} by their shape alone, embeddings "
-                f"and heads among them; pass model=model, or give groups rule={method!r} and "
-                "rule='adamw'"
+                f"{count} matrices without names, or with numbers for names, go to {method} by "
+                "their shape alone, embeddings and heads among them; pass model=model, or give "
+                f"groups rule={method!r} and rule='adamw'"
             )
 
     def _warn_of_decay(self) -> None:
