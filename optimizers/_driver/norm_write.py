@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ...kernels import Rounding, fuses_passes, unflagged_stay, update_weight_
-from .._core.rule import LOCAL_REDUCTIONS, Dense, Direction, Term, WriteScalars
+from .._core.rule import Dense, Direction, Term, WriteScalars
 from .._core.terms import slice_rows
 from .._core.validation import check
 from .decay import decays_at
+from .finite import is_capturing
 from .norms import (
     MATRIX,
     RADIUS,
@@ -159,7 +160,7 @@ class _Write:
         keep = 1.0 if self.masks_before or self.masks_after or control.keeps_radius else self.keep
         found = self._multipliers(keep, self.dtype)
         suspect = found.cancels
-        is_here = self.W.device.type == "cpu" and self.step.member.reductions is LOCAL_REDUCTIONS
+        is_here = self.W.device.type == "cpu" and self.step.member.reductions.is_whole
         if suspect is not None and is_here and bool(suspect.any()):
             exact = self._multipliers(keep, torch.float64)
             suspect = suspect.any(-2, keepdim=True)
@@ -248,7 +249,7 @@ class _Write:
                 if rho is not None:  # filled there: a copy from the host would wait
                     radius[j if len(given) > 1 else ...] = rho * self._root_of_count()
         keeps = radius * radius > SMALLEST_SQUARE
-        if self.step.member.reductions is not LOCAL_REDUCTIONS and not bool(keeps.all()):
+        if not self.step.member.reductions.is_whole and not bool(keeps.all()):
             raise RuntimeError(zero_weight("a matrix of a sharded parameter"))
         if self.finite is not None:
             keeps = keeps & (self.finite != 0)
@@ -369,7 +370,7 @@ def refuse_zero_weights(
     Raises:
         RuntimeError: With the first such weight; nothing has changed.
     """
-    for bucket in buckets:
+    for bucket in () if is_capturing() else buckets:
         control = bucket.unit.control
         if bucket.has_radius or control is None or not control.keeps_radius:
             continue
