@@ -131,11 +131,13 @@ class _Write:
         self.U = self._dense(terms)
 
     def _per_matrix(self, runs: Sequence[Run], value: Callable[[Run], Number]) -> Number:
-        """A number of all matrices, or (K, 1, 1)."""
+        """A number of all matrices, or (K, 1, 1), of the precision of the weight in both forms."""
         values = [value(run) for run in runs]
         if len(runs) == 1:
             x = values[0]
-            return x.reshape(1, 1, 1).to(self.W.device) if isinstance(x, Tensor) else x
+            if isinstance(x, Tensor):
+                return x.reshape(1, 1, 1).to(self.W.device, self.dtype)
+            return float(torch.tensor(x, dtype=self.dtype, device="cpu"))
         found = self.W.new_empty(len(self.W), 1, 1, dtype=self.dtype)
         for run, x in zip(runs, values, strict=True):
             found[run.ks] = x.reshape(()).to(self.W.device) if isinstance(x, Tensor) else x
