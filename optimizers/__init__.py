@@ -42,6 +42,7 @@ from .spectral import Spectral
 from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
 from .trion import Trion
+from .width import PowerLR, width_groups
 
 __version__ = "0.2.0"
 
@@ -68,6 +69,7 @@ __all__ = [
     "Muon",
     "Muown",
     "PanelTerm",
+    "PowerLR",
     "RowNorm",
     "Rule",
     "SOAPMuon",
@@ -90,6 +92,7 @@ __all__ = [
     "polar_report",
     "qk_clip_",
     "switchlora_init_",
+    "width_groups",
 ]
 
 _aliases.register()

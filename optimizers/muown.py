@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from ..kernels import POLAR_METHODS, polar_factor
 from ._core.rule import Dense, Direction, Member, RowNorms, Rule, Slot
-from ._core.validation import check_adam, check_choices, check_ints, check_numbers, naming
+from ._core.validation import check_choices, check_ints, check_numbers, naming, two_decays
 from ._driver.optimizer import StackedOptimizer
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import adam, momentum_step
@@ -31,8 +31,8 @@ class MuownRule(Rule):
     """W = g v / |v| by rows: Muon moves v, Adam moves g."""
 
     momentum: float = 0.95
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    norm_betas: tuple[float, float] = (0.9, 0.95)
+    norm_eps: float = 1e-8
     polar: str = "auto"
     ns_steps: int | None = None
     adjust_lr_fn: str = "match_rms_adamw"
@@ -41,7 +41,9 @@ class MuownRule(Rule):
 
     def __post_init__(self) -> None:
         check_numbers(self, momentum="[0, 1)")
-        check_adam(self)
+        betas = two_decays("norm_betas", self.norm_betas, "Invalid norm_betas parameter")
+        object.__setattr__(self, "norm_betas", betas)
+        check_numbers(self, norm_eps="[0, inf)")
         check_ints(self, ns_steps="[1, 99] or None")
         check_choices(
             self,
@@ -76,9 +78,9 @@ class MuownRule(Rule):
         G_v = (g / v) * (G - R * along)
         B = momentum_step(w.state["momentum_buffer"], G_v, self.momentum, nesterov=False)
         O = w.reductions.on_full_matrix(self.orthogonalize, B)
-        beta1, beta2 = self.betas
+        beta1, beta2 = self.norm_betas
         moments = w.state["exp_avg"], w.state["exp_avg_sq"]
-        change = adam(along, *moments, w.t, beta1=beta1, beta2=beta2, eps=self.eps)
+        change = adam(along, *moments, w.t, beta1=beta1, beta2=beta2, eps=self.norm_eps)
         factor = adjust_lr(self.adjust_lr_fn, w.m, w.n, min(w.m, w.n))
         return w.step(Dense(O), lr_factor=factor, row_norms=RowNorms(g, v, change))
 
@@ -125,8 +127,8 @@ class Muown(StackedOptimizer):
         lr: Learning rate (default: 1e-3).
         weight_decay: Decoupled weight decay of g, and so of W (default: 0.0).
         momentum: Decay of the momentum average (default: 0.95).
-        betas: Decays of Adam's moments of g, and of AdamW parameters (default: (0.9, 0.95)).
-        eps: Added to the root of the second moment of g (default: 1e-8).
+        norm_betas: Decays of Adam's moments of g (default: (0.9, 0.95)).
+        norm_eps: Added to the root of the second moment of g (default: 1e-8).
         polar: Method of the polar factor, a name of :func:`stiefel.kernels.polar_factor`
             (default: ``"auto"``).
         ns_steps: Iterations of a polynomial method (default: None, the method's own number).
@@ -161,8 +163,8 @@ class Muown(StackedOptimizer):
         *,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        norm_betas: tuple[float, float] = (0.9, 0.95),
+        norm_eps: float = 1e-8,
         polar: str = "auto",
         ns_steps: int | None = None,
         adjust_lr_fn: str = "match_rms_adamw",
@@ -170,8 +172,8 @@ class Muown(StackedOptimizer):
     ) -> None:
         rule = MuownRule(
             momentum=momentum,
-            betas=betas,
-            eps=eps,
+            norm_betas=norm_betas,
+            norm_eps=norm_eps,
             polar=polar,
             ns_steps=ns_steps,
             adjust_lr_fn=adjust_lr_fn,

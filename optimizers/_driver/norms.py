@@ -409,5 +409,7 @@ def reparametrized(
     moves, x = square > SMALLEST_SQUARE, square.clamp(min=0.0).sqrt()
     decays = (change * g >= 0) | (torch.zeros_like(g) + cautious == 0)
     new = (g - lr * change) * torch.where(decays, torch.ones_like(g) * keep, 1.0)
-    A, B = torch.where(moves, new * a / x, 1.0), torch.where(moves, new * lr / x, 0.0)
-    return NewNorms(A, B, new, torch.where(moves, x, v))
+    # a row that v leaves where it is keeps its bits, unless g moves
+    moves &= lr * lr * UU > 0
+    A = torch.where(moves, new * a / x, torch.where(g == 0, 1.0, new / g))
+    return NewNorms(A, torch.where(moves, new * lr / x, 0.0), new, torch.where(moves, x, v))

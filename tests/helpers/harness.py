@@ -107,7 +107,8 @@ def shared_errors(name, says):
         refused("Tensor lr and foreach", "Tensor is not supported", lr=torch.tensor(0.1),
                 foreach=True),
         refused("differentiable", "differentiable=True is not supported", differentiable=True),
-        refused("capturable matrices", "capturable=True is not supported", capturable=True),
+        refused("capturable matrices", "capturable=True is not supported", capturable=True,
+                nonfinite="raise"),
         refused("nonfinite", "nonfinite must be 'skip', 'skip_step',", nonfinite="maybe"),
         refused("state of integers", "state_dtype must be None,", state_dtype="int32"),
         refused("a view nobody knows", "unknown", view="sideways"),
@@ -191,7 +192,7 @@ INFOS = [
         Muown,
         {"published scale": {"adjust_lr_fn": "none", "weight_decay": 0.1}},
         [
-            refused("beta 1", "Invalid beta parameter at index 0: 1.0", betas=(1.0, 0.9)),
+            refused("beta 1", "Invalid norm_betas parameter at index 0", norm_betas=(1.0, 0.9)),
             refused("momentum", "momentum must be in", momentum=1.0),
             refused("polar", "polar must be one of", polar="low_rank"),
         ],

@@ -15,7 +15,8 @@ SHAPES = [(9, 6), (6, 9), (3, 4, 5)]
 def test_recorded_trajectories(shape):
     data = fixture(f"muown-{shape}")
     settings = dict(data["settings"]["optimizer"])
-    settings["eps"], settings["betas"] = settings.pop("adam_eps"), tuple(settings["betas"])
+    settings["norm_eps"] = settings.pop("adam_eps")
+    settings["norm_betas"] = tuple(settings.pop("betas"))
     p = nn.Parameter(data["W0"].clone())
     optimizer = Muown([p], polar="svd", **settings)
     found = torch.stack([W for (W,) in run(optimizer, [p], [data["grads"]])])
