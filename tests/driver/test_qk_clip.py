@@ -480,16 +480,18 @@ def test_maxima_over_micro_batches_are_those_of_one_batch():
     assert low.dtype == torch.bfloat16 and record.take()["a"].dtype == torch.float32
 
 
-def test_max_scores_of_flex_attention_are_asked_for():
+def test_max_scores_of_flex_attention_are_asked_for(monkeypatch):
     """By a stub: torch has none on a CPU."""
-    from torch.nn.attention.flex_attention import AuxOutput
+    from torch.nn.attention import flex_attention as module
 
+    if not hasattr(module, "AuxRequest"):
+        pytest.skip("this torch has no AuxRequest")
     asked = []
 
     def flex(q, k, v, *, return_aux, scale):
         asked.append((return_aux.max_scores, scale))
         scores = q @ k.mT * scale
-        return scores.softmax(-1) @ v, AuxOutput(max_scores=scores.amax(-1))
+        return scores.softmax(-1) @ v, module.AuxOutput(max_scores=scores.amax(-1))
 
     record = MaxLogits()
     q, k, v = torch.randn(3, 2, 4, 5, 6).unbind(0)
@@ -497,6 +499,9 @@ def test_max_scores_of_flex_attention_are_asked_for():
     torch.testing.assert_close(out, (q @ k.mT * 0.5).softmax(-1) @ v)
     assert asked == [(True, 0.5)]
     assert torch.equal(record.take()["attn"], (q @ k.mT * 0.5).amax((0, 2, 3)))
+    monkeypatch.delattr(module, "AuxRequest")
+    with pytest.raises(ValueError, match="returns no max_scores"):
+        record.flex_attention("attn", q, k, v, function=flex)
 
 
 def test_what_cannot_be_recorded_is_refused():
