@@ -181,6 +181,7 @@ def test_wrapped_models_and_names_in_them():
     gamma = qk_clip_(single, {"": torch.full((4,), 200.0)})
     assert gamma[""].tolist() == [0.5] * 4
     assert qk_clip_(plain, {}) == {}
+    assert qk_clip_(single, {"": torch.tensor([400] * 4)})[""].tolist() == [0.25] * 4
 
 
 def unknown_name(model):
@@ -203,8 +204,8 @@ def no_vector(model):
     return {"blocks.0.attn": torch.full((1, 4), 300.0)}
 
 
-def whole_numbers(model):
-    return {"blocks.0.attn": torch.full((4,), 300)}
+def no_numbers(model):
+    return {"blocks.0.attn": torch.ones(4, dtype=torch.bool)}
 
 
 def query_norm(model):
@@ -266,8 +267,8 @@ REFUSALS = [
     (two_attentions, "several weights for query: blocks.0.attn.q_proj.weight, blocks.1"),
     (both_names, "belongs to two of the modules"),
     (wrong_heads, r"2 values, one per query head, but blocks\.0\.attn\.q_proj\.weight has 4 heads"),
-    (no_vector, r"must be a floating tensor \(heads,\), got \(1, 4\)"),
-    (whole_numbers, "must be a floating tensor"),
+    (no_vector, r"must be a tensor of real numbers \(heads,\), got \(1, 4\)"),
+    (no_numbers, "must be a tensor of real numbers"),
     (query_norm, r"blocks\.0\.attn\.q_norm normalizes queries or keys"),
     (key_layernorm, r"blocks\.1\.attn\.k_layernorm normalizes"),
     (adapter, r"q_proj\.weight has an adapter \(blocks\.1\.attn\.q_proj\.lora_A\.weight\)"),
