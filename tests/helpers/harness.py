@@ -284,7 +284,7 @@ INFOS = [
             refused("eps", "Invalid epsilon value: -1", eps=-1),
             refused("adjust_lr_fn", "Adjust learning rate function arbitrary is not supported",
                     adjust_lr_fn="arbitrary"),
-            refused("polar", "polar must be 'auto' or one of", polar="qr"),
+            refused("polar", "polar must be", polar="qr"),
             refused("ns_steps", "Number of steps must be less than 100", ns_steps=100),
             refused("compat", "compat must be None or 'torch'", compat="reference"),
             refused("rank", "rank must be a positive int", rank=0, polar="low_rank"),
