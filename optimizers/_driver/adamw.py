@@ -725,6 +725,7 @@ def _decay_(p: Tensor, factor: float, mask: Tensor | None) -> None:
 def _torch_decay(values: Values) -> float | None:
     """The weight decay with which torch's AdamW decays as it is wanted; None if there is none."""
     decay, lr = values.decay, values.lr
+    assert not isinstance(decay.weight_decay, Tensor)  # tensors are for rules
     if decay.weight_decay == 0.0 or (decay.schedule == "lr" and not decay.is_cautious):
         return decay.weight_decay
     if decay.is_cautious or (isinstance(lr, Tensor) and lr.device.type != "cpu"):

@@ -61,6 +61,8 @@ SETTINGS = {
         *({"second_moment": name} for name in ("normuon", "adamuon")),
         *({"second_moment": name, "beta2": 0.5, **LOW_RANK} for name in ("normuon", "adamuon")),
         *({"adjust_lr_fn": name} for name in ADJUST_LR_FNS),
+        {"equilibrate": "rows"},
+        {"equilibrate": "both", "renormalize": True},
         {"clip_grad_rms": 0.1},
         {"normalize_grad": True},
         {"spike_ratio": 1.01},

@@ -74,7 +74,9 @@ VALID: dict[str, dict[str, tuple[str, ...]]] = {
     "Muon": {
         "momentum": ("0.0", "0.8"),
         "nesterov": ("False",),
-        "polar": (*_POLAR, "'low_rank'"),
+        "polar": (*_POLAR, "'low_rank'", "'deepseekv4'", "'cubic5'"),
+        "equilibrate": ("'rows'", "'both'"),
+        "renormalize": ("True",),
         "adjust_lr_fn": ("'original'", "'match_rms_adamw'", "'spectral'", "'none'", "None"),
         "compat": ("'torch'",),
         "polar_norm": ("'schatten4'", "'power:2'"),

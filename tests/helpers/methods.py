@@ -163,7 +163,7 @@ METHODS = {
     ),
     "soap-kl": lambda params, **kw: SOAP(
         params,
-        **{"lr": 0.02, "factors": "kl", "precondition_frequency": 1, "correct_bias": False, **kw},
+        **{"lr": 0.02, "factors": "kl", "precondition_frequency": 2, "correct_bias": False, **kw},
     ),
     "soap-reference": lambda params, **kw: SOAP(
         params, **{"lr": 0.02, "compat": "reference", "precondition_frequency": 3, **kw}
@@ -207,3 +207,6 @@ METHODS = {
         **{"lr": 0.02, "weight_decay": 0.1, "cautious": True, **kw},
     ),
 }  # fmt: skip
+
+STARTS_LATE = ("soap", "soap-short", "soap-kl", "soap-reference")
+"""Methods whose first gradient finds bases and moves no weight."""
