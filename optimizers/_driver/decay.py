@@ -1,8 +1,7 @@
 """Weight decay: the group keys ``cautious``, ``decay_schedule`` and ``decay_lr``.
 
 A weight is multiplied by :meth:`Decay.factor`, everywhere or where the step does not move it away
-from zero.
-``write.py`` does so for rules, ``adamw.py`` for AdamW.
+from zero: in ``write.py`` for rules, in ``adamw.py`` for AdamW.
 """
 
 from __future__ import annotations
