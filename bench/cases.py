@@ -420,6 +420,30 @@ def aro_step(setting: Setting) -> Iterator[Contest]:
         yield contest
 
 
+# --- SOAP ---
+
+
+def soap_step(setting: Setting) -> Iterator[Contest]:
+    """Steps that keep their bases, steps that change them, and their mean at every tenth."""
+    for model in setting.models("1024x1024 1024x4096", "32x48"):
+        contest = Contest({})
+        for every in (NEVER, 1):
+            name = "kept" if every == NEVER else "new"
+            ours = partial(optimizers.SOAP, precondition_frequency=every)
+            contest.competitors[f"ours, {name}"] = partial(Step, ours, model)
+            with contextlib.suppress(Missing):
+                theirs, _ = SOAPS["pytorch_optimizer"](0, every)  # type: ignore[call-arg]
+                contest.competitors[f"theirs, {name}"] = partial(Step, theirs, model)
+        for name in ("kept", "new"):
+            title = f"{label(model)} {name} bases, ours / pytorch_optimizer"
+            contest.ratio(title, f"ours, {name}", f"theirs, {name}", 0.7)
+        if "theirs, new" in contest.competitors:
+            ours, theirs = ({f"{who}, kept": 0.9, f"{who}, new": 0.1} for who in ("ours", "theirs"))
+            title = f"{label(model)} new bases every 10 steps, ours / pytorch_optimizer"
+            contest.ratios.append(Ratio(title, ours, theirs, 0.7))
+        yield contest
+
+
 # --- AdamW and overhead ---
 
 FLAGS: dict[str, dict[str, bool]] = {
@@ -910,6 +934,7 @@ CASES: dict[str, Case] = {
     "auon-step": Case("AuON and its hybrid on one matrix", auon_step, floor=9, seconds=20.0),
     "trion-step": Case("Trion on one matrix", trion_step, floor=7, seconds=20.0),
     "pairs-step": Case("LoRA pairs", pairs_step, floor=7, seconds=20.0, shaped=False),
+    "soap-step": Case("SOAP", soap_step, floor=3, seconds=30.0),
     "aro-step": Case("ARO on squares", aro_step, floor=7, seconds=30.0),
     "adamw-parity": Case(
         "AdamW parameters against torch.optim.AdamW", adamw_parity, seconds=2.0, builds=9
