@@ -326,6 +326,7 @@ def test_runs_are_equal_with_the_same_seed_only():
         ({"update_proj_gap": 0}, "update_proj_gap must be an int of at least 1"),
         ({"seed": -1}, "seed must be an int"),
         ({"proj_type": "full"}, "proj_type must be one of"),
+        ({"proj_type": "full", "compat": "reference"}, "proj_type must be one of"),
         ({"scaling": "row"}, "scaling must be one of"),
         ({"compat": "torch"}, "compat must be one of"),
         ({"gamma": 0.999}, "gamma must be at least 1"),
