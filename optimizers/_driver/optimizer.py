@@ -155,10 +155,10 @@ class StackedOptimizer(Optimizer):
         fused: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
         capturable: Whether a CUDA graph may replay the step, see :meth:`prepare_replay` (default:
             False). Clocks, learning rates and weight decays of matrices are then read from the
-            device; for AdamW parameters it is the flag of ``torch.optim.AdamW``. ``Muon``,
-            ``GaLore``, ``Fira``, ``APOLLO``, ``AuON``, ``RowNorm``, ``Spectral``, ``Hybrid`` and
-            ``Trion`` take it; options that draw random numbers or wait at each step are refused. A
-            skipped update then counts: weight and state stay, the clock goes on.
+            device; for AdamW parameters it is the flag of ``torch.optim.AdamW``. ``ARO``, ``SOAP``,
+            ``SOAPMuon`` and classes for LoRA factors refuse it, and so do options that draw random
+            numbers or wait at each step. A skipped update then counts: weight and state stay, the
+            clock goes on.
         differentiable: Must be False (default); the key is there because torch reads it.
         nonfinite: What a NaN or infinite gradient does, of a matrix or of an AdamW parameter.
             ``"skip"`` (default): weight, state and clock of that parameter (of its whole pair, for
