@@ -115,9 +115,11 @@ class Reductions:
     Attributes:
         has_whole_rows: Whether every row lies whole on one process, so that what is done to rows
             one by one needs no others.
+        is_whole: Whether all of the weight lies on one process.
     """
 
     has_whole_rows: bool = True
+    is_whole: bool = True
 
     def rows(self, x: Tensor) -> Tensor:
         """Complete a partial sum over the rows of the weight."""
