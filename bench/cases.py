@@ -52,6 +52,7 @@ from stiefel.kernels import (
     rounding_keys,
 )
 from stiefel.optimizers import (
+    APOLLO,
     FRUGAL,
     AdaPreLoRA,
     AltLoRA,
@@ -166,6 +167,25 @@ def fira_step(setting: Setting) -> Iterator[Contest]:
             except Missing as why:
                 contest.skipped.append(f"{other}: {why}")
             contest.ratio(f"{name} ours / {other}", "ours", other, target)
+        yield contest
+
+
+# --- APOLLO ---
+
+
+def apollo_step(setting: Setting) -> Iterator[Contest]:
+    """Steps between draws against the product and the pass that no step can do without."""
+    for model in setting.models("1024x1024 1024x4096 4096x1024", "32x64 64x32"):
+        name, rank = label(model), rank_for(model)
+        contest = Contest(
+            {
+                "ours": partial(Step, partial(APOLLO, rank=rank, update_proj_gap=NEVER), model),
+                "Fira": partial(Step, partial(Fira, rank=rank, update_proj_gap=NEVER), model),
+                "product and pass": limit("product and pass", model),
+            }
+        )
+        contest.ratio(f"{name} ours / product and pass", "ours", "product and pass", 1.15)
+        contest.ratio(f"{name} ours / our Fira", "ours", "Fira")
         yield contest
 
 
@@ -397,6 +417,30 @@ def aro_step(setting: Setting) -> Iterator[Contest]:
         )
         contest.ratio(f"{name} ours / Muon with ns5", "ours", "Muon, ns5", 0.65)
         contest.ratio(f"{name} rotation kept / Muon with ns5", "ours, rotation kept", "Muon, ns5")
+        yield contest
+
+
+# --- SOAP ---
+
+
+def soap_step(setting: Setting) -> Iterator[Contest]:
+    """Steps that keep their bases, steps that change them, and their mean at every tenth."""
+    for model in setting.models("1024x1024 1024x4096", "32x48"):
+        contest = Contest({})
+        for every in (NEVER, 1):
+            name = "kept" if every == NEVER else "new"
+            ours = partial(optimizers.SOAP, precondition_frequency=every)
+            contest.competitors[f"ours, {name}"] = partial(Step, ours, model)
+            with contextlib.suppress(Missing):
+                theirs, _ = SOAPS["pytorch_optimizer"](0, every)  # type: ignore[call-arg]
+                contest.competitors[f"theirs, {name}"] = partial(Step, theirs, model)
+        for name in ("kept", "new"):
+            title = f"{label(model)} {name} bases, ours / pytorch_optimizer"
+            contest.ratio(title, f"ours, {name}", f"theirs, {name}", 0.7)
+        if "theirs, new" in contest.competitors:
+            ours, theirs = ({f"{who}, kept": 0.9, f"{who}, new": 0.1} for who in ("ours", "theirs"))
+            title = f"{label(model)} new bases every 10 steps, ours / pytorch_optimizer"
+            contest.ratios.append(Ratio(title, ours, theirs, 0.7))
         yield contest
 
 
@@ -657,6 +701,11 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         **kinds("randk topk", "W += a G"),
     },
     "Fira": {"": Variant(limit="two products", peers=FIRAS)},
+    "APOLLO": {
+        "": Variant(limit="product and pass"),
+        "Mini": Variant({"rank": 1, "scaling": "tensor", "projection": "gaussian"}, "W += a G"),
+    },
+    "SinkGD": {"": Variant(limit="W += a G")},
     "DCTAdamW": {
         "": Variant(limit="two products"),
         "int8": Variant({"error_feedback": "int8", "moments": "slot"}, "two products"),
@@ -867,6 +916,9 @@ CASES: dict[str, Case] = {
         "a new basis, rank a quarter of the shorter side", galore_refresh, floor=5, seconds=30.0
     ),
     "fira-step": Case("Fira between refreshes, rank a quarter of the shorter side", fira_step),
+    "apollo-step": Case(
+        "APOLLO between draws, rank a quarter of the shorter side", apollo_step, seconds=8.0
+    ),
     "dct-step": Case(
         "DCT-AdamW, rank a quarter of the shorter side", dct_step, seconds=15.0, builds=3
     ),
@@ -882,6 +934,7 @@ CASES: dict[str, Case] = {
     "auon-step": Case("AuON and its hybrid on one matrix", auon_step, floor=9, seconds=20.0),
     "trion-step": Case("Trion on one matrix", trion_step, floor=7, seconds=20.0),
     "pairs-step": Case("LoRA pairs", pairs_step, floor=7, seconds=20.0, shaped=False),
+    "soap-step": Case("SOAP", soap_step, floor=3, seconds=30.0),
     "aro-step": Case("ARO on squares", aro_step, floor=7, seconds=30.0),
     "adamw-parity": Case(
         "AdamW parameters against torch.optim.AdamW", adamw_parity, seconds=2.0, builds=9

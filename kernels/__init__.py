@@ -73,6 +73,7 @@ from .reference.matmul import add_product_, product
 from .reference.reductions import row_total
 from .reference.rounding import LOW_PRECISION_DTYPES, Rounding, parameter_keys, rounding_keys
 from .reference.row_norm import ROW_MODES, row_factors
+from .reference.symmetric import gram_stack
 from .reference.write import unflagged_stay, update_weight_
 
 __all__ = [
@@ -112,6 +113,7 @@ __all__ = [
     "gram",
     "gram_polar",
     "gram_restarts",
+    "gram_stack",
     "householder_qr",
     "idct",
     "inverse_root",

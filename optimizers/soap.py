@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..kernels import POLAR_METHODS, completed_eigenbasis, polar_factor, product, rotated
+from ..kernels import (
+    POLAR_METHODS,
+    completed_eigenbasis,
+    gram_stack,
+    polar_factor,
+    product,
+    rotated,
+)
 from ._core.rule import Dense, Direction, Factored, Member, Rule, Slot, Term
 from ._core.validation import (
     check,
@@ -178,8 +185,8 @@ class EigenbasisRule(Rule, abstract=True):
     def gram_of(self, w: Member, G: Tensor, end: str) -> Tensor:
         """G G^T (K, m, m), or G^T G (K, n, n) for the right side."""
         if end:
-            return w.reductions.rows(product(G.mT, G))
-        return w.reductions.cols(product(G, G.mT))
+            return w.reductions.rows(gram_stack(G.mT))
+        return w.reductions.cols(gram_stack(G))
 
     def next_basis(self, w: Member, end: str) -> tuple[Tensor, Tensor]:
         """The new basis of a side, and (K, 1, side) which old column each column follows."""
@@ -189,16 +196,17 @@ class EigenbasisRule(Rule, abstract=True):
 
     def power_step(self, S: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
         """Q of S Q, or eigenvectors of S (K, m, m), and the order that the old columns take."""
-        P, (K, m, _) = product(S, Q), S.shape
+        # S is symmetric: this is (S Q)^T, whose columns LAPACK finds as it wants them
+        P, (K, m, _) = product(Q.mT, S), S.shape
         if self.sorts:
-            sizes = product(S.new_ones(K, 1, m), Q * P)  # the diagonal of Q^T S Q
-            order = sizes.argsort(dim=-1, descending=True, stable=True)
-            P, Q = P.take_along_dim(order, -1), Q.take_along_dim(order, -1)
+            sizes = product(Q.mT * P, S.new_ones(K, m, 1))  # the diagonal of Q^T S Q
+            order = sizes.argsort(dim=-2, descending=True, stable=True).mT
+            P, Q = permuted_rows(P, order), permuted_rows(Q.mT, order).mT
         else:
             order = torch.arange(m, dtype=torch.int64, device=S.device).expand(K, 1, m)
         if self.basis == "eigh":
             return completed_eigenbasis(S, Q), order
-        return rotated(P, Q), order
+        return rotated(P.mT, Q), order
 
     def carry(self, w: Member, bases: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Turn the moments from the old bases into the new ones."""
@@ -219,7 +227,7 @@ class EigenbasisRule(Rule, abstract=True):
                     C = product(Q.mT, old[end]).square_()
                     Y = product(Y, C.mT) if end else product(C, Y)
                 elif self.sorts:
-                    Y = Y.take_along_dim(order if end else order.mT, -1 if end else -2)
+                    Y = permuted_rows(Y.mT, order).mT if end else permuted_rows(Y, order)
             X.copy_(Y)
 
     def squares(self, w: Member) -> tuple[str, ...]:
@@ -276,6 +284,13 @@ def turn(X: Tensor, old: Tensor, new: Tensor, end: str) -> Tensor:
     return product(product(new.mT, old), X)
 
 
+def permuted_rows(X: Tensor, order: Tensor) -> Tensor:
+    """Rows of every matrix of X (K, m, n) in its order (K, 1, m)."""
+    if len(X) == 1:  # several times as fast
+        return X[0].index_select(0, order.flatten()).unsqueeze(0)
+    return X.gather(-2, order.mT.expand_as(X))
+
+
 def whitening(eigenvalues: Tensor) -> Tensor:
     """1 / sqrt(eigenvalues), bounded."""
     return eigenvalues.rsqrt().clamp_(max=LARGEST_WHITENING)
@@ -312,18 +327,19 @@ class SOAPRule(EigenbasisRule):
         return slots
 
     def update(self, w: Member) -> Iterator[Direction]:
-        """One step of K equal weights (m, n); none for the first gradient."""
+        """One step of K equal weights (m, n); none for the first gradient that is not zero."""
         assert w.grad is not None
         G = w.grad.to(torch.promote_types(w.grad.dtype, torch.float32))
-        if not self.has_bases(w):
-            if self.begins(w):
-                self.start_grams(w, G)
+        if self.begins(w):
+            self.start_grams(w, G)
+            return
+        if not self.has_bases(w):  # gradients of zeros so far: decay alone
+            yield w.step(Dense(torch.zeros_like(G)))
             return
         N = self.project(w, G)
         D, lr_factor = self.direction(w, N)
-        if self.normalize_update:  # the bases are orthogonal: D has the RMS of the step
-            rms = w.reductions.both(total(column_squares(D))).div_(w.m * w.n).sqrt_()
-            D = D.div_(rms.add_(1e-30))
+        if self.normalize_update:
+            D = normalized(w, D)
         yield w.step(self.lifted_term(w, D), lr_factor=lr_factor, decay_last=self.published)
         if self.whitens(w.m, w.n):
             self.move_whitened_grams(w, G, N)
@@ -403,6 +419,14 @@ class SOAPRule(EigenbasisRule):
     @override
     def adamw_order(self) -> tuple[bool, float] | None:
         return (self.correct_bias, self.eps) if self.published else None
+
+
+def normalized(w: Member, D: Tensor) -> Tensor:
+    """D (K, m, n) over its root mean square, which is that of the step: bases are orthogonal."""
+    c = safe_square_scale(D, w.reductions)
+    D = D * c
+    rms = w.reductions.both(total(column_squares(D))).div_(w.m * w.n).sqrt_()
+    return D.div_(rms.add_(1e-30 * c))
 
 
 def row_means(X: Tensor) -> Tensor:
@@ -548,8 +572,8 @@ class SOAP(EigenbasisOptimizer):
     memory: two m x n and two square matrices.
 
     Caveat: The first gradient of a matrix makes no step, as published: in its own bases it is
-    diagonal, and Adam would make steps of full size of the rounding beside the diagonal. So it is
-    for a gradient of zeros before it. Vectors step at once, in torch's AdamW. A step costs
+    diagonal, and Adam would make steps of full size of the rounding beside the diagonal. Gradients
+    of zeros before it leave decay alone. Vectors step at once, in torch's AdamW. A step costs
     6 m n (m + n) multiplications and additions, those of Muon's five polynomials 30 n^3 where
     m = n; a change of bases about 5 (m^3 + n^3) more.
 

@@ -33,38 +33,34 @@ def householder_qr(A: Tensor) -> Tensor:
     Returns:
         (K, m, m), orthogonal whatever the rank of A.
     """
-    return _householder(A)[0]
+    return _each(_reflections, A)
 
 
-def _householder(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Q (K, m, m) and the diagonal of T (K, m), of every matrix by itself on a CPU."""
-    if A.device.type != "cpu":
-        return _reflections(A)
-    Qs, diagonals = zip(*map(_reflections, A), strict=True)
-    if len(Qs) == 1:
-        return Qs[0].unsqueeze(0).contiguous(), diagonals[0].unsqueeze(0)
-    return torch.stack(Qs), torch.stack(diagonals)
-
-
-def _reflections(A: Tensor) -> tuple[Tensor, Tensor]:
+def _reflections(A: Tensor) -> Tensor:
     H, tau = torch.geqrf(A)
-    diagonal = H.diagonal(dim1=-2, dim2=-1)
-    signs = 1 - 2 * (diagonal < 0).to(A.dtype)
+    signs = 1 - 2 * (H.diagonal(dim1=-2, dim2=-1) < 0).to(A.dtype)
     Q: Tensor = torch.linalg.householder_product(H, tau).mul_(signs.unsqueeze(-2))
-    return Q, diagonal.abs()
+    return Q
 
 
 def _completed_householder(B: Tensor, old: Tensor) -> Tensor:
-    """Q of B (K, m, m) of norm 1; columns that add no direction of their own are the old ones.
+    """Q of B (K, m, m) of norm 1; columns that add no direction of their own are the old ones."""
+    parts = [_completed_reflections(X, Q) for X, Q in zip(B, old, strict=True)]
+    return parts[0].unsqueeze(0).contiguous() if len(parts) == 1 else torch.stack(parts)
 
-    B is overwritten.
-    """
-    Q, sizes = _householder(B)
-    completion = _DAMPING * torch.finfo(B.dtype).eps
-    is_open = sizes <= completion
-    for k in is_open.any(-1).nonzero().flatten().tolist():  # only the open columns change
-        share = is_open[k].to(B.dtype) * completion
-        Q[k].copy_(_reflections(B[k].addcmul_(old[k], share))[0])
+
+def _completed_reflections(B: Tensor, old: Tensor) -> Tensor:
+    """Q of one matrix; reflections are found anew only from the first column that is replaced."""
+    H, tau = torch.geqrf(B)
+    is_open = H.diagonal().abs() <= _DAMPING * torch.finfo(B.dtype).eps
+    if bool(is_open.any()):
+        j = int(is_open.nonzero()[0])
+        rest = torch.where(is_open[j:], old[:, j:], B[:, j:])
+        if j > 0:
+            rest = torch.ormqr(H[:, :j], tau[:j], rest, left=True, transpose=True)
+        H[j:, j:], tau[j:] = torch.geqrf(rest[j:])
+    signs = 1 - 2 * (H.diagonal() < 0).to(B.dtype)
+    Q: Tensor = torch.linalg.householder_product(H, tau).mul_(signs)
     return Q
 
 
@@ -102,11 +98,11 @@ def cholesky_qr(A: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
 def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None = None) -> Tensor:
     """The Q factor of A; directions that A leaves open are those of the old factor.
 
-    8 eps ||A||_F times the old factor is added, which settles a singular A: on a CPU, where
-    Householder reflections tell, to those columns alone that add no direction to the ones before,
-    so that any other A keeps the accuracy of plain QR; on an accelerator to all, which turns the
-    result by 8 eps times the condition number. There two Cholesky passes serve; a matrix that these
-    do not make orthogonal is done again by reflections, or, where nothing may wait for the device,
+    On a CPU, where Householder reflections tell which columns add less than 8 eps ||A||_F to the
+    span of those before, the old factor's take their place, so that any other A keeps the accuracy
+    of plain QR. On an accelerator 8 eps ||A||_F times the old factor is added to all, which turns
+    the result by 8 eps times the condition number. There two Cholesky passes serve; a matrix that
+    these do not make orthogonal is done again by reflections, or, where nothing may wait for it,
     by a third pass, and if that fails it keeps the old factor.
 
     Args:

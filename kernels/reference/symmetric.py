@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._stacks import per_matrix
+from .matmul import product
 
 GRAM_PANEL_ROWS = 128
 """Rows of a panel of a symmetric product on the CPU; up to twice as many, one product is faster."""
@@ -31,6 +32,20 @@ def gram(X: Tensor, only: Tensor | None = None) -> Tensor:
         torch.mm(X[i:j], X[:j].mT, out=S[i:j, :j])
         S[:i, i:j] = S[i:j, :i].mT
     return S
+
+
+def gram_stack(X: Tensor) -> Tensor:
+    """X X^T for every matrix of a stack; a stack has the bits of its matrices one by one.
+
+    Args:
+        X: (K, m, n), any strides.
+
+    Returns:
+        (K, m, m), in X's dtype.
+    """
+    if len(X) == 0 or not _in_panels(X[0]):
+        return product(X, X.mT)
+    return gram(X[0]).unsqueeze(0) if len(X) == 1 else torch.stack([gram(x) for x in X])
 
 
 def symmetric_poly(

@@ -51,7 +51,8 @@ def refusals():
         ("decay", [{"params": [p], "weight_decay": -0.1}], ValueError, "Invalid weight_decay"),
         ("nonfinite", [{"params": [p], "nonfinite": "drop"}], ValueError, "nonfinite must be"),
         ("dtype", [{"params": [p], "state_dtype": "int32"}], ValueError, "state_dtype must be"),
-        ("capturable", [{"params": [p], "capturable": True}], ValueError, "capturable=True"),
+        ("capturable", [{"params": [p], "capturable": True, "nonfinite": "raise"}], ValueError,
+         "capturable=True"),
         ("through", [{"params": [p], "differentiable": True}], ValueError, "differentiable"),
         ("both", [{"params": [p], "fused": True, "foreach": True}], RuntimeError, "cannot be"),
         ("tensor foreach", [{"params": [p], "lr": torch.tensor(0.1), "foreach": True}], ValueError,
@@ -492,7 +493,7 @@ def test_late_group_trains_beside_the_old_ones(cls):
     assert same([W[1] for W in out], [W[0] for W in b])
 
 
-def test_capturable_is_fine_for_adamw_groups_only():
+def test_capturable_is_fine_for_adamw_groups():
     group = {"params": [weight((3,))], "rule": "adamw", "capturable": True}
     assert Muon([group]).param_groups[0]["capturable"]
     assert Muon([weight(SQUARE)], fused=False, foreach=None).defaults["fused"] is False

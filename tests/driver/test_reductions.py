@@ -131,7 +131,7 @@ CASES = {
         {"cols": {"most", "cols", "both", ONE}},
     ),
     "soapmuon, short": (
-        SOAPMuonRule(precondition_sides="short"),
+        SOAPMuonRule(precondition_sides="short", eps=1e-3),
         {"cols": {"most", "cols", FULL, ONE}},
     ),
     "galore": (GaLoreRule(**LOW_RANK), {"cols": {FROM}}),

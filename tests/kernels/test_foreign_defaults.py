@@ -54,6 +54,7 @@ CALLS = {
     "equal_rows": lambda: kernels.equal_rows(X.clone()),
     "gram": lambda: kernels.gram(X),
     "gram_polar": lambda: kernels.gram_polar(X, True),
+    "gram_stack": lambda: kernels.gram_stack(X),
     "householder_qr": lambda: kernels.householder_qr(SMALL),
     "inverse_root": lambda: kernels.inverse_root(SPD),
     "left_basis": lambda: kernels.left_basis(X),
