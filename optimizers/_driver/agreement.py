@@ -140,13 +140,27 @@ def agree(
             reduced = _reduce(team, [int(x) for x in found.step] + [int(wrong)])
             found.step = [bool(x) for x in reduced[:STEP_FLAGS]]
             found.step[FAILED] |= bool(reduced[STEP_FLAGS]) and not wrong
+    failed_elsewhere = found.step[FAILED] and not step_flags[FAILED]
+    _raise_first(found, describe, missing, failed_elsewhere, zeros, parted)
+    return found
+
+
+def _raise_first(
+    found: Agreement,
+    describe: Callable[[int], str],
+    missing: Sequence[int],
+    failed_elsewhere: bool,
+    zeros: Sequence[int],
+    parted: bool,
+) -> None:
+    """Raise what ends the step on all ranks, the same everywhere; nothing if they agree."""
     if missing:
         raise RuntimeError(
             f"the gradient of {describe(missing[0])} is there on some ranks only; call "
             "set_reduce_scatter_unused_params(True) on the FSDP module, or use every weight on "
             "every rank"
         )
-    if found.step[FAILED] and not step_flags[FAILED]:
+    if failed_elsewhere:
         raise RankError(FAILED_ELSEWHERE)
     if zeros and not found.step[FAILED]:
         raise RuntimeError(zero_weight(describe(zeros[0])))
@@ -155,7 +169,6 @@ def agree(
             "the ranks are at different steps, after an exception or a checkpoint that some of "
             "them have not loaded; load one checkpoint on all ranks"
         )
-    return found
 
 
 def _record(found: Agreement, position: int, row: Sequence[int], mode: str) -> None:

@@ -264,12 +264,12 @@ def test_names_that_are_numbers_warn_as_no_names_do():
     assert len(seen) == 1 and seen[0].filename == __file__
     with pytest.warns(UserWarning, match="by their shape alone"):
         Muon([(f"module.{name}", p) for name, p in net.named_parameters()])
-    spoken = nn.ModuleDict({"layers": net})
+    named = nn.ModuleDict({"layers": net})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Muon(net)
         Muon(net.named_parameters(), model=net)
-        Muon(spoken.named_parameters())
+        Muon(named.named_parameters())
         Muon([(name, p) for name, p in net.named_parameters() if p.ndim == 2])
         Muon(nn.Linear(4, 4).named_parameters())  # "weight", "bias"
 
