@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import Rounding, fuses_passes, unflagged_stay, update_weight_
-from .._core.rule import Dense, Direction, Term, WriteScalars
+from .._core.rule import Dense, Direction, RowNorms, Term, WriteScalars
 from .._core.terms import slice_rows
 from .._core.validation import check
 from .decay import decays_at, factor_at
@@ -28,6 +28,7 @@ from .norms import (
     Number,
     RowSums,
     multipliers,
+    reparametrized,
     zero_weight,
 )
 from .write import Run, accumulation_dtype, panels_of, where_finite
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from .units import Unit
 
 Panels = list[tuple[slice, slice]]
+BY_ROWS = NormControl(size_scope=ROWS)
+"""What has sums taken by rows, for norms that a rule keeps itself."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,12 @@ class _Write:
         self.W, self.step, self.steering, self.finite = W, step, steering, finite
         self.rounding, self.decay = rounding, decay
         # units of one stack agree on it
-        self.is_cautious = runs[0].decay.is_cautious
+        self.is_cautious = runs[0].decay.is_cautious and step.row_norms is None
         self.dtype, self.scale = accumulation_dtype(W), step.lr_factor
         self.lr = self._per_matrix(runs, lambda run: run.lr)
         self.keep = self._per_matrix(runs, lambda run: run.decay.factor(run.lr))
         control = steering.control
+        self.cautious = self._per_matrix(runs, lambda run: float(run.decay.is_cautious))
         # a mask of decay says which entries decay before the step, unless the radius is steered:
         # then they decay after it, or the radius would undo them
         self.masks_after = self.is_cautious and control.radius is not None
@@ -158,6 +162,8 @@ class _Write:
 
     def multipliers(self) -> Multipliers:
         """A, B and h, and the radius that is stored."""
+        if self.step.row_norms is not None:
+            return self._laid_out(self._of_rows(self.step.row_norms))
         control = self.steering.control
         keep = 1.0 if self.masks_before or self.masks_after or control.keeps_radius else self.keep
         found = self._multipliers(keep, self.dtype)
@@ -178,6 +184,17 @@ class _Write:
         if isinstance(keep, Tensor):
             keep = keep.to(sums.WW.dtype)
         return multipliers(self.steering.control, sums, lr, keep, self._radius(sums))
+
+    def _of_rows(self, norms: RowNorms) -> Multipliers:
+        """A and B of rows whose norms lie beside their directions, and these norms, stored."""
+        sums = self._sums(self.dtype)
+        lr, keep = (
+            x.to(sums.WW.dtype) if isinstance(x, Tensor) else x for x in (self.lr, self.keep)
+        )
+        found = reparametrized(sums, norms, lr, keep, self.cautious)
+        norms.g.copy_(found.g)
+        norms.v.copy_(found.v)
+        return Multipliers(found.A, found.B, 0.0)
 
     def _sums(self, dtype: torch.dtype) -> RowSums:
         """Row sums, or those of matrices where that is enough; complete over shards."""

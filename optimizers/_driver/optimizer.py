@@ -63,7 +63,7 @@ from .finite import (
 )
 from .layout import is_sharded
 from .model_roles import ModelRoles, complete_names, lists_of, refuse_replaced, rows_for
-from .norm_write import Steering, refuse_zero_weights, write_steered_
+from .norm_write import BY_ROWS, Steering, refuse_zero_weights, write_steered_
 from .norms import RADIUS
 from .param_groups import (
     COMMON,
@@ -1155,12 +1155,13 @@ class StackedOptimizer(Optimizer):
                 _, lr, decay = runs[0]
             rounding = bucket.rounding(i, t, written[i])
             written[i] += 1
-            fuses = len(runs) == 1 and bucket.unit.control is None
+            is_steered = bucket.unit.control is not None or step.row_norms is not None
+            fuses = len(runs) == 1 and not is_steered
             Ws = bucket.weight_list(i) if fuses else []
             if fuses and write_list_(Ws, step, lr, decay, write_mask, rounding):
                 continue
             W = bucket.load(i)
-            if bucket.unit.control is not None:
+            if is_steered:
                 write_steered_(W, step, runs, self._steering(bucket, i), write_mask, rounding)
             elif len(runs) == 1:
                 write_(W, step, lr, decay, write_mask, rounding)
@@ -1170,8 +1171,7 @@ class StackedOptimizer(Optimizer):
 
     def _steering(self, bucket: Bucket, i: int) -> Steering:
         """How the norms of member i are steered."""
-        control, groups = bucket.unit.control, self.param_groups
-        assert control is not None
+        control, groups = bucket.unit.control or BY_ROWS, self.param_groups
         given = [groups[unit.group].get(RADIUS) for unit in bucket.units]
         return Steering(control, bucket.states[i].get(RADIUS), given, bucket.stacked)
 

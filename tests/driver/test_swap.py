@@ -37,6 +37,7 @@ CLASSES = {
     "Fira": {"rank": 2, "update_proj_gap": 2},
     "APOLLO": {"rank": 2, "update_proj_gap": 2},
     "SinkGD": {},
+    "Muown": {},
     "FRUGAL": {"density": 0.5, "update_gap": 2},
     "DCTAdamW": {"rank": 2},
     "Trion": {"rank": 2},

@@ -37,6 +37,7 @@ from stiefel.optimizers import (
     GaLore,
     Hybrid,
     Muon,
+    Muown,
     RowNorm,
     SinkGD,
     SOAPMuon,
@@ -186,6 +187,15 @@ INFOS = [
                     moments="rotate"),
         ],
         gap="update_proj_gap",
+    ),
+    entry(
+        Muown,
+        {"published scale": {"adjust_lr_fn": "none", "weight_decay": 0.1}},
+        [
+            refused("beta 1", "Invalid norm_betas parameter at index 0", norm_betas=(1.0, 0.9)),
+            refused("momentum", "momentum must be in", momentum=1.0),
+            refused("polar", "polar must be one of", polar="low_rank"),
+        ],
     ),
     entry(
         SinkGD,

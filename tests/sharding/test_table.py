@@ -91,6 +91,7 @@ TABLE = [
     Row("APOLLO", LOW, 0, "owner", (RIDE,), MOMENTS + BASIS // RANKS + 1),
     Row("APOLLO", LOW, 1, "reduce", (("SUM", 3), ONE), MOMENTS + BASIS + 1, DRAWN),
     Row("APOLLO", MINI, 1, "reduce", (("SUM", 3),), 2 * N // RANKS + M + 1),
+    *(Row("Muown", {}, dim, "owner", (RIDE,), (MN + 4 * M) // RANKS) for dim in (0, 1)),
     *(Row("SinkGD", {}, dim, "owner", (MEET,), 0) for dim in (0, 1)),
     Row("FRUGAL", HALF, 0, "reduce", (), MN // RANKS + N // 2),
     Row("FRUGAL", HALF, 1, "owner", (RIDE,), MN // RANKS + N // 2 // RANKS),
