@@ -52,6 +52,7 @@ from stiefel.kernels import (
     rounding_keys,
 )
 from stiefel.optimizers import (
+    APOLLO,
     FRUGAL,
     AdaPreLoRA,
     AltLoRA,
@@ -166,6 +167,25 @@ def fira_step(setting: Setting) -> Iterator[Contest]:
             except Missing as why:
                 contest.skipped.append(f"{other}: {why}")
             contest.ratio(f"{name} ours / {other}", "ours", other, target)
+        yield contest
+
+
+# --- APOLLO ---
+
+
+def apollo_step(setting: Setting) -> Iterator[Contest]:
+    """Steps between draws against the product and the pass that no step can do without."""
+    for model in setting.models("1024x1024 1024x4096 4096x1024", "32x64 64x32"):
+        name, rank = label(model), rank_for(model)
+        contest = Contest(
+            {
+                "ours": partial(Step, partial(APOLLO, rank=rank, update_proj_gap=NEVER), model),
+                "Fira": partial(Step, partial(Fira, rank=rank, update_proj_gap=NEVER), model),
+                "product and pass": limit("product and pass", model),
+            }
+        )
+        contest.ratio(f"{name} ours / product and pass", "ours", "product and pass", 1.15)
+        contest.ratio(f"{name} ours / our Fira", "ours", "Fira")
         yield contest
 
 
@@ -681,6 +701,11 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         **kinds("randk topk", "W += a G"),
     },
     "Fira": {"": Variant(limit="two products", peers=FIRAS)},
+    "APOLLO": {
+        "": Variant(limit="product and pass"),
+        "Mini": Variant({"rank": 1, "scaling": "tensor", "projection": "gaussian"}, "W += a G"),
+    },
+    "SinkGD": {"": Variant(limit="W += a G")},
     "DCTAdamW": {
         "": Variant(limit="two products"),
         "int8": Variant({"error_feedback": "int8", "moments": "slot"}, "two products"),
@@ -891,6 +916,9 @@ CASES: dict[str, Case] = {
         "a new basis, rank a quarter of the shorter side", galore_refresh, floor=5, seconds=30.0
     ),
     "fira-step": Case("Fira between refreshes, rank a quarter of the shorter side", fira_step),
+    "apollo-step": Case(
+        "APOLLO between draws, rank a quarter of the shorter side", apollo_step, seconds=8.0
+    ),
     "dct-step": Case(
         "DCT-AdamW, rank a quarter of the shorter side", dct_step, seconds=15.0, builds=3
     ),

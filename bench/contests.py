@@ -308,6 +308,23 @@ class TwoProducts:
                 W.addmm_(N, P.mT, beta=0.9999, alpha=-1e-4)
 
 
+class ProductAndPass:
+    """APOLLO's: project, and one pass over the weight."""
+
+    def __init__(self, model: Model) -> None:
+        self.rank, self.add = rank_for(model), AddGradient(model)
+        self.bases = [torch.linalg.qr(torch.randn(min(s), self.rank)).Q.contiguous() for s in model]
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        """One step's worth."""
+        for G, P in zip(grads, self.bases, strict=True):
+            if G.shape[0] < G.shape[1]:
+                torch.mm(P.mT, G)
+            else:
+                torch.mm(G, P)
+        self.add(grads)
+
+
 class GramApply:
     """Muon's: the Gram matrix of the short side, and a square matrix times the momentum."""
 
@@ -351,6 +368,7 @@ class AdamPass(AddGradient):
 
 LIMITS: dict[str, Callable[[Model], Callable[[list[Tensor]], Any]]] = {
     "two products": TwoProducts,
+    "product and pass": ProductAndPass,
     "Gram and apply": GramApply,
     "W += a G": AddGradient,
     "passes of AdamW": AdamPass,

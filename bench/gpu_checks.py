@@ -374,12 +374,14 @@ def no_waits(place: Place) -> Iterator[None]:
 
 
 def graphs(place: Place) -> list[Job]:
-    """Every kernel inside a graph, and polar factors."""
+    """Every kernel inside a graph, polar factors, and steps that are replayed."""
     m, n = (9, 20) if place.dry else (512, 1024)
     names = list(sweep().OPERATIONS)[:: 9 if place.dry else 1]
     jobs = [(name, partial(_graph, place, name, m, n)) for name in names]
     methods = ("ns5", "gram") if not place.dry else ("ns5",)
-    return jobs + [(f"polar {x}", partial(_polar_graph, place, x, m, n)) for x in methods]
+    jobs += [(f"polar {x}", partial(_polar_graph, place, x, m, n)) for x in methods]
+    names = CAPTURED[:1] if place.dry else CAPTURED
+    return jobs + [(f"steps of {x}", partial(_captured_steps, place, x)) for x in names]
 
 
 def replayed(place: Place, run: Any) -> Any:
@@ -431,6 +433,42 @@ def _polar_graph(place: Place, method: str, m: int, n: int) -> list[Row]:
         expected = polar_factor(X, method)
         found = replayed(place, partial(polar_factor, X, method))
     return [compared(f"polar {method}", [found.clone()], [expected])]
+
+
+CAPTURED = ("GaLore", "Muon", "Muon gram", "GaLore power", "Fira", "AuON", "RowNorm", "Trion")
+
+
+def _captured_steps(place: Place, name: str) -> list[Row]:
+    with back_end("triton" if place.dry else "auto"):
+        plain, replayed = (_scheduled(place, CASES[name], flag) for flag in (False, True))
+    return [compared(f"steps of {name}", replayed, plain)]
+
+
+def _scheduled(place: Place, case: Case, capturable: bool) -> list[Tensor]:
+    """Weights after steps at a falling learning rate, over a refresh; replayed if capturable."""
+    place.kernels()
+    shapes = shapes_of(place, case)
+    params = [nn.Parameter(W.to(place.device)) for W in drawn(shapes, 0)]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    more = {"polar": "ns5"} if case.options.get("polar") == "svd" else {}
+    optimizer: Any = case.make(params, min(map(min, shapes)), capturable=capturable, **more)
+    graph = None
+    for step in range(3 if place.dry else 8):
+        for p, G in zip(params, drawn(shapes, 100 + step), strict=True):
+            assert p.grad is not None
+            p.grad.copy_(G)
+        optimizer.param_groups[0]["lr"] = 0.02 / (1 + step)
+        if graph is not None and optimizer.prepare_replay():
+            graph.replay()
+        else:
+            optimizer.step()
+        if capturable and step == 1 and not place.dry:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+    place.wait()
+    return [p.detach() for p in params]
 
 
 # the tests of the kernels -------------------------------------------------------------------------

@@ -52,6 +52,8 @@ METHODS = {
     "galore": Method(2e-2, {"scale": 0.25}),
     # its residual moves by the whole lr, not by lr times alpha (published form)
     "fira": Method(5e-3, {"alpha": 0.25}),
+    "apollo": Method(2e-3, {}),  # of 0.0005 to 0.004
+    "sinkgd": Method(1e-3, {}),  # of three
     "dctadamw": Method(2e-3, {}),  # 0.002 to 0.01 differ by 0.02
     "frugal": Method(1e-3, {}),
     "rownorm": Method(1e-3, {}),  # the lowest of four; others of this family: of three

@@ -224,7 +224,8 @@ def adam(
             and rounded when it is stored.
         V: (K, m, n) second moment, likewise.
         t: number of this update, from 1; or a tensor of such numbers that broadcasts against R,
-            where entries have clocks of their own: (K, m, 1), (K, 1, n) or (K, m, n).
+            where entries have clocks of their own: (K, m, 1), (K, 1, n) or (K, m, n), or where the
+            host does not know the number: (1, 1, 1).
         beta1: decay of M.
         beta2: decay of V.
         eps: added to the bias-corrected root.

@@ -41,6 +41,7 @@ from .spectral import Spectral
 from .switchlora import SwitchLoRA
 from .symmetry import SymmetryStack
 from .trion import Trion
+from .width import PowerLR, width_groups
 
 __version__ = "0.2.0"
 
@@ -66,6 +67,7 @@ __all__ = [
     "MemoryReport",
     "Muon",
     "PanelTerm",
+    "PowerLR",
     "RowNorm",
     "Rule",
     "SOAPMuon",
@@ -88,6 +90,7 @@ __all__ = [
     "polar_report",
     "qk_clip_",
     "switchlora_init_",
+    "width_groups",
 ]
 
 _aliases.register()

@@ -107,10 +107,9 @@ class APOLLORule(LowRankRule):
             norm: (K, 1, 1).
         """
         squares = N_squares, R_squares, G_squares
-        # (K, 1, 3), in one call
-        totals = w.reductions.cols(torch.cat([total(x) for x in squares], -1))
-        N_total, R_total, G_total = totals.unbind(-1)
-        N_total, R_total, G_total = N_total[..., None], R_total[..., None], G_total[..., None]
+        # (K, 1, 3): one sum, and one call of other ranks
+        totals = w.reductions.cols(total(torch.cat(squares)).view(3, 1, -1).permute(2, 1, 0))
+        N_total, R_total, G_total = torch.split(totals, 1, -1)
         by_column, gain = self.scaling in BY_COLUMN, self.gain(w.m, r)
         if self.published:
             N_sums, R_sums = (N_squares, R_squares) if by_column else (N_total, R_total)

@@ -88,6 +88,10 @@ class AuONRule(Rule):
         """Newton-Schulz steps of the hybrid are products of whole matrices."""
         return self.ns_steps > 0
 
+    @override
+    def capture_obstacle(self) -> str | None:
+        return None
+
     def state(self, m: int, n: int) -> dict[str, Slot]:
         """The momentum buffer."""
         return {"momentum_buffer": Slot("mn")}

@@ -120,6 +120,8 @@ class DCTAdamWRule(Rule):
         old = state["index"]
         r = old.shape[-1]
         new = w.where_finite(D.choose(S, r, old, w.reductions, row_scores), old)
+        if old.device.type == "cpu" and self.moments != "reset" and _is_unchanged(old, new):
+            return  # nothing moves, which other devices would not say without a wait
         if self.moments != "slot":
             change = IndexBasisChange(old, new)
             common = (change.source >= 0).sum(-1)
@@ -185,6 +187,11 @@ class DCTAdamWRule(Rule):
     @override
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         return self.cosines.shared(m)
+
+
+def _is_unchanged(old: Tensor, new: Tensor) -> bool:
+    """Whether every matrix had chosen rows before and chooses the same ones again."""
+    return torch.equal(old, new) and bool((old >= 0).all())
 
 
 class DCTAdamW(StackedOptimizer):

@@ -121,7 +121,7 @@ class GaLore(StackedOptimizer):
     but for the loss |P^T P - I|, 0.004 for random bases and at most 0.015 for any that was tried.
     Peak temporary memory: buffers of r x n elements, and panels; with 8 bits one m r more, the
     decoded basis (two with ``"full"``), and the decoded moments. A refresh adds, in elements and
-    with m <= n, 2 m^2 for ``"svd"``, m n + m^2 for ``"svd_full"``, and for all but the random kinds
+    with m <= n, m^2 for ``"svd"``, m n + m^2 for ``"svd_full"``, and for all but the random kinds
     two panels of 2^20, ``"range"`` four, ``"dct"`` five. A bfloat16 or float16 weight adds one
     float32 matrix, its gradient.
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ from ._driver.optimizer import StackedOptimizer
 from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.moments import column_squares, ema, momentum_step, safe_square_scale, total
 from ._toolkit.norm_floor import norm_floor
+from ._toolkit.polar_waits import polar_obstacle
 from ._toolkit.random_keys import StackRNG
 
 if TYPE_CHECKING:
@@ -180,26 +182,16 @@ class MuonRule(Rule):
         """
         if self.equilibrate is not None:  # of equal norms up to one factor, which the factor loses
             U = equal_rows(U) if self.equilibrate == "rows" else sinkhorn(U, 2)
-        O = self.factor(U, keys) if isinstance(self.polar, str) else self.factor_of_user(U)
+        is_named = isinstance(self.polar, str)
+        O = self.factor(U, keys) if is_named else factor_by(self.polar, U)  # type: ignore[arg-type]
         if not self.renormalize:
             return O
         m, n = U.shape[-2:]
         is_low_rank = self.polar == "low_rank"
         rank = low_rank_size(m, n, self.rank, self.oversample) if is_low_rank else min(m, n)
         norm = total(column_squares(O)).sqrt()  # (K, 1, 1)
-        return O * (math.sqrt(rank) / norm.clamp(min=torch.finfo(norm.dtype).tiny)).to(O.dtype)
-
-    def factor_of_user(self, U: Tensor) -> Tensor:
-        """What the user's function makes of U (K, m, n), refused if it cannot be a factor of U."""
-        assert not isinstance(self.polar, str)
-        O = self.polar(U)
-        if not isinstance(O, Tensor) or O.shape != U.shape or O.device != U.device:
-            got = f"{tuple(O.shape)} on {O.device}" if isinstance(O, Tensor) else shown(O)
-            raise ValueError(
-                f"polar={function_name(self.polar)} must return a tensor of the shape "
-                f"{tuple(U.shape)} that it got on {U.device}, but returned {got}"
-            )
-        return O.detach().to(U.dtype)
+        scale = (math.sqrt(rank) / norm.clamp(min=torch.finfo(norm.dtype).tiny)).to(O.dtype)
+        return O.mul_(scale) if is_named else O * scale
 
     def factor(self, U: Tensor, keys: Sequence[int] = ()) -> Tensor:
         """The polar factor of every matrix of U (K, m, n) by the method that ``polar`` names."""
@@ -294,6 +286,16 @@ class MuonRule(Rule):
         }
         return next((text for text, is_so in obstacles.items() if is_so), None)
 
+    @override
+    def capture_obstacle(self) -> str | None:
+        obstacles = {
+            f"compat={self.compat!r}, whose step has torch's own scalars": self.compat,
+            "polar='low_rank', which draws by the number of the update": self.polar == "low_rank",
+            f"report_steps={self.report_steps}, which reads results": self.report_steps,
+        }
+        found = next((text for text, is_so in obstacles.items() if is_so), None)
+        return found or polar_obstacle(self.polar)
+
     @property
     def splits(self) -> frozenset[str]:  # type: ignore[override]
         """None under ``compat``, and where a report takes the whole of U."""
@@ -318,6 +320,8 @@ class MuonRule(Rule):
         self._check_second_moment()
         self._check_guards()
         if callable(self.polar):
+            is_hashable = isinstance(self.polar, Hashable)
+            (try_function if is_hashable else try_function.__wrapped__)(self.polar)
             return
         with naming("ns_steps", "ns_coefficients", "polar_norm", "polar_dtype", "inner"):
             # raises here for what the kernel refuses
@@ -528,7 +532,8 @@ class Muon(StackedOptimizer):
     State: ``momentum_buffer`` (like W, float32) and ``step``; ``row_second_moment`` (m x 1) or
     ``second_moment`` (like W), ``grad_norm`` (1 x 1), ``polar_report`` (5) where asked for.
     Checkpoints of ``torch.optim.Muon`` load. Peak temporary memory: five matrices of the largest
-    weight, one more each under AdaMuon and the guards of G; half of it for ``"low_rank"``.
+    weight, one more each under AdaMuon, ``equilibrate`` and the guards of G; half of it for
+    ``"low_rank"``.
 
     Caveat: O is orthogonal up to the band that :func:`stiefel.kernels.polar_factor` states:
     singular values 0.87 to 1.13 for ``"zolo"`` (0.94 to 1.06 above a shorter side of 256), falling
@@ -628,6 +633,37 @@ class Muon(StackedOptimizer):
         A parameter without a name is called by its position; a matrix that was zero has None.
         """
         return collect_reports(self.param_groups, self.state)
+
+
+def factor_by(function: Callable[[Tensor], Tensor], U: Tensor) -> Tensor:
+    """What a user's function makes of U (K, m, n), refused if it cannot be a factor of U."""
+    return _checked_factor(function, U, function(U))
+
+
+def _checked_factor(function: Callable[[Tensor], Tensor], U: Tensor, O: Any) -> Tensor:
+    """A factor O that a function made of U, in U's dtype."""
+    if not isinstance(O, Tensor) or O.shape != U.shape or O.device != U.device:
+        got = f"{tuple(O.shape)} on {O.device}" if isinstance(O, Tensor) else shown(O)
+        raise ValueError(
+            f"polar={function_name(function)} must return a tensor of the shape {tuple(U.shape)} "
+            f"that it got on {U.device}, but returned {got}"
+        )
+    return O.detach().to(U.dtype)
+
+
+@lru_cache(maxsize=64)
+def try_function(function: Callable[[Tensor], Tensor]) -> None:
+    """Refuse a function by what it makes of small stacks, before a step has moved a momentum.
+
+    One that fails here may be written for a device or for larger sides: that is no refusal.
+    """
+    for m, n in ((2, 3), (3, 2)):
+        U = torch.eye(m, n, dtype=torch.float32, device="cpu").repeat(2, 1, 1)
+        try:
+            O: Any = function(U)
+        except Exception:
+            continue
+        _checked_factor(function, U, O)
 
 
 def spike_factor(

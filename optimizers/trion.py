@@ -25,6 +25,7 @@ from ._toolkit.adjust_lr import adjust_lr
 from ._toolkit.index_projectors import DCT_BASES
 from ._toolkit.moments import momentum_step
 from ._toolkit.norm_floor import norm_floor
+from ._toolkit.polar_waits import polar_obstacle
 from ._toolkit.projectors import DctProjector, take_rows
 
 if TYPE_CHECKING:
@@ -79,6 +80,10 @@ class TrionRule(Rule):
     def state(self, m: int, n: int) -> dict[str, Slot]:
         """The buffer alone: D follows from the size, ``norm`` and ``basis``."""
         return {"momentum_buffer": Slot("mn")}
+
+    def capture_obstacle(self) -> str | None:
+        """None but for a polar method that waits."""
+        return polar_obstacle(self.polar)
 
     def shared(self, m: int, n: int) -> Mapping[Hashable, int]:
         """Bytes of the cosines."""

@@ -11,8 +11,9 @@ _FUSED_DEVICES = ("cpu", "cuda")
 # The CPU kernel rounds the last few entries of a tensor differently from the others (fused
 # multiply-adds in the vector part only). A matrix of whole 64-byte lines has no such entries.
 _LINE_ENTRIES = 16
-# Rows with clocks of their own go to that kernel one by one where they are at least so long.
-_MIN_CLOCKED_ROW = 64
+# Rows with clocks of their own go to that kernel one by one where they are at least so long: a call
+# for a row takes as long as some two thousand entries do in plain passes.
+_MIN_CLOCKED_ROW = 2048
 
 
 def adam(
@@ -30,7 +31,8 @@ def adam(
             and rounded when it is stored.
         V: (K, m, n) second moment, likewise.
         t: number of this update, from 1; or a tensor of such numbers that broadcasts against R,
-            where entries have clocks of their own: (K, m, 1), (K, 1, n) or (K, m, n).
+            where entries have clocks of their own: (K, m, 1), (K, 1, n) or (K, m, n), or where the
+            host does not know the number: (1, 1, 1).
         beta1: decay of M.
         beta2: decay of V.
         eps: added to the bias-corrected root.
@@ -52,8 +54,10 @@ def adam(
         return N.mT
     same = M.dtype == V.dtype == R.dtype
     dense = M.is_contiguous() and V.is_contiguous()
-    by_row = not isinstance(t, Tensor) or (
-        t.shape == (*R.shape[:2], 1) and R.shape[2] >= _MIN_CLOCKED_ROW
+    by_row = (
+        not isinstance(t, Tensor)
+        or t.numel() == 1
+        or (t.shape == (*R.shape[:2], 1) and R.shape[2] >= _MIN_CLOCKED_ROW)
     )
     if same and dense and by_row and R.device.type in _FUSED_DEVICES:
         return _adam_fused(R, M, V, t, beta1, beta2, eps)
@@ -72,12 +76,14 @@ def _adam_fused(
     R = R.contiguous()
     N = torch.zeros_like(R)
     tensors: Iterable[Tensor] = (N, R, M, V)
-    if isinstance(t, Tensor):  # every row is a parameter with a clock of its own
+    if isinstance(t, Tensor) and t.numel() > 1:  # every row is a parameter with its own clock
         clocks = list(t.float().flatten().unbind())
         params, grads, Ms, Vs = (list(x.flatten(0, 1).unbind()) for x in tensors)
     else:
-        # A fill, not a copy from the host: on a GPU nothing waits.
-        clock = torch.full((), float(t), dtype=torch.float32, device=R.device)
+        if isinstance(t, Tensor):
+            clock = t.reshape(()).float()
+        else:  # a fill, not a copy from the host: on a GPU nothing waits
+            clock = torch.full((), float(t), dtype=torch.float32, device=R.device)
         flat = R.shape[0] == 1 or R.device.type != "cpu" or R[0].numel() % _LINE_ENTRIES == 0
         params, grads, Ms, Vs = ([x] if flat else list(x.unbind(0)) for x in tensors)
         clocks = [clock] * len(params)

@@ -143,9 +143,12 @@ def dct_take(S: Tensor, index: Tensor, dim: int) -> Tensor:
     if S.stride(-1) != 1 and S.stride(-2) == 1:  # read along the memory, then transpose the few
         where = index.long().unsqueeze(-2).expand(len(S), S.shape[-1], -1)
         return S.mT.gather(-1, where).mT.contiguous()
-    if len(S) == 1:
-        return S[0].index_select(0, index[0]).unsqueeze(0)  # rows are copied whole
-    return S.take_along_dim(index.long().expand(len(S), -1).unsqueeze(-1), -2)
+    K, m, n = S.shape
+    if K > 1 and not S.is_contiguous():
+        return S.take_along_dim(index.long().expand(K, -1).unsqueeze(-1), -2)
+    # rows are copied whole
+    starts = torch.arange(0, K * m, m, dtype=torch.int64, device=S.device).unsqueeze(-1)
+    return S.reshape(K * m, n).index_select(0, (index + starts).flatten()).view(K, -1, n)
 
 
 def dct_project(G: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -106,9 +106,11 @@ def column_squares(X: Tensor) -> Tensor:
         return torch.cat([X[..., j : j + width].square().sum(-2, keepdim=True) for j in starts], -1)
     rows = min(m, _SUM_PANEL_ROWS)
     sums = X[:, :rows].square()
+    panel = torch.empty_like(sums) if m > rows else sums  # new memory for each costs a third more
     for i in range(rows, m, rows):
-        part = X[:, i : i + rows].square()
-        sums[:, : part.shape[1]].add_(part)
+        part = X[:, i : i + rows]
+        product = torch.mul(part, part, out=panel[:, : part.shape[1]])
+        sums[:, : part.shape[1]].add_(product)
     return _pairwise_sum(sums)
 
 

@@ -276,12 +276,14 @@ class Member:
             rules with ``handles_nonfinite`` see flags. State of such a matrix must stay as it is.
         rounding: How ``refresh`` rounds weights that it writes; None: to nearest.
         carries_errors: Whether ``write`` is ``"eco"``, so that a Direction needs a :class:`Carry`.
+        clocks: None, or under ``capturable`` what :meth:`count` returns: t, and age + 1.
     """
 
     __slots__ = (
         "_load",
         "_store",
         "carries_errors",
+        "clocks",
         "finite",
         "grad",
         "indices",
@@ -317,7 +319,9 @@ class Member:
         finite: Tensor | None = None,
         rounding: Rounding | None = None,
         carries_errors: bool = False,
+        clocks: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        self.clocks = clocks
         self.finite, self.rounding, self.carries_errors = finite, rounding, carries_errors
         self.grad, self._load, self._store, self.state = grad, load, store, state
         self.t, self.refreshed, self.is_first_refresh = t, refreshed, False
@@ -350,6 +354,16 @@ class Member:
     def age(self) -> int:
         """Updates since the last refresh, 0 in the refreshing step."""
         return self.t - self.refreshed
+
+    def count(self, since_refresh: bool = False) -> int | Tensor:
+        """Number of this update for formulas: t, or age + 1; (1, 1, 1) float32 on the device.
+
+        It is a tensor under ``capturable``, where a graph replays the step: see
+        :meth:`Rule.capture_obstacle`.
+        """
+        if self.clocks is not None:
+            return self.clocks[since_refresh]
+        return self.age + 1 if since_refresh else self.t
 
     def step(
         self,
@@ -556,6 +570,14 @@ class Rule:
         The words follow "does not go with".
         """
         return f"{self.method()}, whose state holds no momentum of the weight itself"
+
+    def capture_obstacle(self) -> str | None:
+        """Why no CUDA graph can replay an update without a refresh; None if one can.
+
+        Then ``update`` takes its number from :meth:`Member.count` and nowhere else, and decides
+        nothing by it. The words follow "is not supported by".
+        """
+        return f"{self.method()}, whose update depends on its number"
 
     def weight_norm_obstacle(self) -> str | None:
         """Why ``weight_norm`` cannot steer the weights of this rule; None if it can.

@@ -401,6 +401,10 @@ class Selected(Term):
         return Selected(self.dim, self.index, self.values * c)
 
     @override
+    def matrices(self, ks: slice) -> Selected:
+        return Selected(self.dim, self.index[ks], self.values[ks])
+
+    @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         values = self.values[ks, rows] if self.dim == -1 else self.values[ks]
         # gather and scatter take int64 only; the stored index is int32

@@ -29,7 +29,7 @@ from .adamw_write import (
     max_chunk_numel,
     signature_of,
 )
-from .decay import Decay, masked_factor, opposes_not
+from .decay import Decay, decays_at, masked_factor
 from .layout import PLAIN, Layout, layout_of, local
 from .param_groups import listed
 from .saved_state import adamw_entry, check_layout, check_tensor, moment_dtype
@@ -725,6 +725,7 @@ def _decay_(p: Tensor, factor: float, mask: Tensor | None) -> None:
 def _torch_decay(values: Values) -> float | None:
     """The weight decay with which torch's AdamW decays as it is wanted; None if there is none."""
     decay, lr = values.decay, values.lr
+    assert not isinstance(decay.weight_decay, Tensor)  # tensors are for rules
     if decay.weight_decay == 0.0 or (decay.schedule == "lr" and not decay.is_cautious):
         return decay.weight_decay
     if decay.is_cautious or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
@@ -779,8 +780,8 @@ def _masks(
 
 
 def _mask(W: Tensor, G: Tensor, M: Tensor, beta1: float, maximize: bool) -> Tensor:
-    """Where W does not oppose the step, which has the sign of the new first moment."""
-    return opposes_not(torch.lerp(M, -G if maximize else G, 1 - beta1), W)
+    """Where W decays: the step has the sign of the new first moment."""
+    return decays_at(torch.lerp(M, -G if maximize else G, 1 - beta1), W)
 
 
 def _real(X: Tensor) -> Tensor:

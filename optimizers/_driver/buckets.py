@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 MAX_STACK_BYTES = {"cpu": 64 * 2**20}
 """Largest stack of weights in bytes: a stack is a copy, and must not cost what low rank saves."""
 MAX_STACK_BYTES_ACCELERATOR = 512 * 2**20
-STACK_SETTINGS = ("maximize", "nonfinite")
+STACK_SETTINGS = ("maximize", "nonfinite", "capturable")
 """Group keys, beside rule and state, in which units of one stack agree."""
 
 
@@ -190,12 +190,12 @@ class Bucket:
         for unit, entry in zip(self.units, self.clock_dicts, strict=True):
             entry[unit.refreshed_key] = t
 
-    def rounding(self, i: int, t: int, number: int) -> Rounding | None:
+    def rounding(self, i: int, t: int | Tensor, number: int) -> Rounding | None:
         """How member i is rounded; None: to nearest.
 
         Args:
             i: The member.
-            t: Number of the update.
+            t: Number of the update; a tensor with one element on the device serves too.
             number: Number of the write within the update.
         """
         mode = self.unit.writes[i]
@@ -203,6 +203,8 @@ class Bucket:
             return None
         offset, strides = self.unit.positions_in_parameter[i]
         strides = (0, *strides[1:]) if self.stacked else strides
+        if isinstance(t, Tensor):
+            t = t.reshape(1).to(torch.int64)
         keys = rounding_keys(self._parameter_keys[i], t, number)
         residual = self.states[i][RESIDUAL] if mode == "kahan" else None
         error = None
@@ -396,6 +398,7 @@ class Bucket:
         refreshed: int,
         finite: Tensor | None = None,
         writes: bool = False,
+        clocks: tuple[Tensor, Tensor] | None = None,
     ) -> list[Member]:
         """The arguments of ``refresh`` and ``update``.
 
@@ -406,6 +409,7 @@ class Bucket:
             refreshed: Number of the last refresh, 0 if there was none.
             finite: None, or flags of the units for a rule that takes them itself.
             writes: Whether ``refresh`` writes weights.
+            clocks: None, or the clocks of :meth:`Member.count`.
         """
         members, reductions = [], self.reductions
         for i, G in enumerate(grads):
@@ -432,6 +436,7 @@ class Bucket:
                     finite=finite if finite is None else finite.expand(K),
                     rounding=self.rounding(i, t, REFRESH_WRITE) if writes else None,
                     carries_errors=self.unit.writes[i] == "eco",
+                    clocks=clocks,
                 )
             )
         return members

@@ -333,8 +333,8 @@ def _check_settings(default_rule: type[Rule], new_groups: Sequence[dict[str, Any
             check_values(new)
             rule = rule_of(new, default_rule)
             check_eco(new, rule, adamw.betas_of(new))
-            check_decay(new)
             check_weight_norm(new, rule)
+            check_decay(new)
             _check_numbers(new)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _bad_settings(f"group {i} of the checkpoint", error) from error
@@ -398,8 +398,7 @@ def _check_state(
     }
     by_param = {p: state.get(key, {}) for p, key in keys.items()}
     for p, entry in entries.items():
-        recoded_state = recoded(entry.needed(by_param[p]), entry, texts[p])
-        by_param[p] = _without_radius(recoded_state, entry)
+        by_param[p] = recoded(entry.needed(by_param[p]), entry, texts[p])
     started: dict[Tensor, set[str]] = {}
     for unit in units:
         first = unit.params[0]
@@ -415,14 +414,6 @@ def _check_state(
         _check_entry(by_param[p], entry, p, text, method, started.get(p, set()))
         by_param[p] = _cut(by_param[p], entry)
     return {**state, **{key: by_param[p] for p, key in keys.items() if key in state}}
-
-
-def _without_radius(found: Any, entry: Entry) -> Any:
-    """Saved state without a radius where none is kept."""
-    if not isinstance(found, Mapping):
-        return found
-    unused = {k for k in found if base_of(str(k)) == RADIUS and k not in entry.tensors}
-    return {key: x for key, x in found.items() if key not in unused} if unused else found
 
 
 def _cut(found: Mapping[str, Any], entry: Entry) -> Mapping[str, Any]:

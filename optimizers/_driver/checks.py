@@ -34,6 +34,7 @@ from .._core.validation import (
 from .._core.views import VIEW_KINDS, split_view
 from .adamw import betas_of
 from .buckets import StepPlan
+from .capture import refuse_capturable
 from .decay import DECAY_SCHEDULES, check_decay
 from .norms import check_weight_norm, weight_norm_value
 from .param_groups import (
@@ -324,8 +325,9 @@ def check_written_values(
             old["lr"] = lr
         elif isinstance(lr, Tensor) and lr.device.type == "cpu" and lr.numel() == 1:
             _check_tensor_lr("lr", lr)  # written in place; a device is not waited for
-        is_any = group.get("decay_schedule") != "independent"  # which takes small ones only
-        if is_any and type(decay) is float and 0.0 <= decay < math.inf:
+        schedule = group.get("decay_schedule")  # "independent" takes small decays only
+        is_free = isinstance(schedule, str) and schedule != "independent"
+        if is_free and type(decay) is float and 0.0 <= decay < math.inf:
             old["weight_decay"] = decay
     written = [
         i for i, group in enumerate(groups) if i >= len(seen) or not _is_unchanged(group, seen[i])
@@ -357,9 +359,9 @@ def _plain(
     store_adamw_lr(dict(copy))  # refuses it where lr is 0
     if copy.get("write") == "eco":
         check_eco(copy, rule_of(copy, default_rule), betas_of(copy))
-    check_decay(copy)
     if copy.get("weight_norm") is not None or copy.get("weight_radius") is not None:
         check_weight_norm(copy, rule_of(copy, default_rule))
+    check_decay(copy)
     return copy
 
 
@@ -453,8 +455,8 @@ def check_group(
     check_values(group)
     rule = _check_rule(group, default_rule)
     check_eco(group, rule, betas_of(group))
-    check_decay(group)
     check_weight_norm(group, rule)
+    check_decay(group)
     params, names = parameters_of(group)
     check_lists([{**group, "params": params}])
     if any(not isinstance(p, Tensor) for p in params):
@@ -490,7 +492,7 @@ def _check_rule_parameters(
         elif group.get("rule") is not None and listed(group, "rules", i) is None:
             refuse_vector(p, text, method)
     if any(row.rule == "matrix" for row in rows):
-        _refuse_capturable(group, method)
+        refuse_capturable(group, rule)
     if moved_to_adamw:
         warn_user(f"{', '.join(moved_to_adamw)}: no matrix, so AdamW trains it instead of {method}")
 
@@ -501,13 +503,6 @@ def refuse_stagger(group: Mapping[str, Any], rule: Rule | None) -> None:
         rule is None or not (group["stagger"] and rule.refresh_in_lockstep),
         f"stagger=True does not go with {'' if rule is None else rule.method()} as set here, whose "
         "windows begin for all weights at once; leave stagger out",
-    )
-
-
-def _refuse_capturable(group: Mapping[str, Any], method: str) -> None:
-    check(
-        not group.get("capturable"),
-        f"capturable=True is not supported by {method}; set it on AdamW groups only",
     )
 
 
@@ -597,7 +592,7 @@ def check_ready(
             check_gradient(p, grad, state.get(p, {}), adamw.get(i), text, method)
     fits = True
     for unit in plan.units:
-        _refuse_capturable(groups[unit.group], plan.rules[unit.rule].method())
+        refuse_capturable(groups[unit.group], plan.rules[unit.rule])
         for j, (i, p) in enumerate(zip(unit.positions, unit.params, strict=True)):
             if (p.shape, p.dtype, p.device) != unit.key[j - len(unit.params)][:3]:
                 _check_state(unit, j, p, state.get(p, {}), describe(names[i], p, i))

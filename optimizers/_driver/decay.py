@@ -1,6 +1,7 @@
 """Weight decay: the group keys ``cautious``, ``decay_schedule`` and ``decay_lr``.
 
-A weight is multiplied by :meth:`Decay.factor`, everywhere or where the step does not oppose it.
+A weight is multiplied by :meth:`Decay.factor`, everywhere or where the step does not move it away
+from zero.
 ``write.py`` does so for rules, ``adamw.py`` for AdamW.
 """
 
@@ -22,19 +23,21 @@ class Decay(NamedTuple):
     """How weights decay.
 
     Attributes:
-        weight_decay: The decoupled weight decay.
+        weight_decay: The decoupled weight decay; a tensor () where a graph replays the step.
         schedule: How it follows the learning rate, a name of ``DECAY_SCHEDULES``.
         lr0: The learning rate to which ``"independent"`` and ``"corrected"`` refer.
         is_cautious: Whether only entries decay which the step does not move away from zero.
     """
 
-    weight_decay: float
+    weight_decay: float | Tensor
     schedule: str = "lr"
     lr0: float = 1.0
     is_cautious: bool = False
 
     @classmethod
-    def of(cls, group: Mapping[str, Any], weight_decay: float, ratio: float | None = None) -> Decay:
+    def of(
+        cls, group: Mapping[str, Any], weight_decay: float | Tensor, ratio: float | None = None
+    ) -> Decay:
         """The decay that a group asks for.
 
         Args:
@@ -50,9 +53,14 @@ class Decay(NamedTuple):
             bool(group.get("cautious")),
         )
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it can be other than 0; the host does not read a tensor."""
+        return isinstance(self.weight_decay, Tensor) or self.weight_decay != 0.0
+
     def scaled_by(self, lr: float | Tensor) -> float | Tensor:
         """What torch would have as weight decay at this learning rate, for the same factor."""
-        if self.schedule == "lr" or self.weight_decay == 0.0:
+        if self.schedule == "lr" or not self.is_on:
             return self.weight_decay
         if self.schedule == "lr2":
             return lr * self.weight_decay
@@ -72,7 +80,7 @@ class Decay(NamedTuple):
         return 1.0 - lr * self.scaled_by(lr)
 
 
-def opposes_not(D: Tensor, W: Tensor, sign: float = 1.0) -> Tensor:
+def decays_at(D: Tensor, W: Tensor, sign: float = 1.0) -> Tensor:
     """Where W decays under ``cautious``: D and W do not differ in sign; a zero agrees with both.
 
     The sign of D is taken first, as a product of two small numbers may be 0.

@@ -138,6 +138,7 @@ class Findings:
             group_of: Per flat position, the index of its group.
         """
         for bucket, members in zip(plan.buckets, self.unread, strict=True):
+            counts_on = groups[bucket.group].get("capturable")  # else clocks of a stack would part
             for i, number in enumerate(members or ()):
                 if number is not None:
                     tensors, owners = parts.setdefault(number.device, ([], []))
@@ -145,7 +146,7 @@ class Findings:
                     owners += [
                         Owner(
                             unit.params[i] if unit.number == 0 else None,
-                            (unit.params[0], unit.step_key),
+                            None if counts_on else (unit.params[0], unit.step_key),
                         )
                         for unit in bucket.units
                     ]

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ...kernels import Rounding, fuses_passes, unflagged_stay, update_weight_
 from .._core.rule import LOCAL_REDUCTIONS, Dense, Direction, Term, WriteScalars
+from .._core.terms import slice_rows
 from .._core.validation import check
+from .decay import decays_at
 from .norms import (
     MATRIX,
     RADIUS,
@@ -27,7 +29,7 @@ from .norms import (
     multipliers,
     zero_weight,
 )
-from .write import Run, _accumulation_dtype, _panels, _where_finite
+from .write import Run, accumulation_dtype, panels_of, where_finite
 
 if TYPE_CHECKING:
     from .buckets import Bucket
@@ -44,14 +46,12 @@ class Steering:
         control: The words.
         radius: None, or the stored radii, (K, 1, 1) or those of the rows, changed in place.
         given: The group's ``weight_radius`` of each matrix, or one for all.
-        cautious: Whether decay touches only entries that the step makes smaller.
         is_stack: Whether each matrix is a parameter of its own.
     """
 
     control: NormControl
     radius: Tensor | None
     given: Sequence[float | None]
-    cautious: bool = False
     is_stack: bool = False
 
 
@@ -112,19 +112,21 @@ class _Write:
             decay = None if decay is None else decay.mT
         self.W, self.step, self.steering, self.finite = W, step, steering, finite
         self.rounding, self.decay = rounding, decay
-        self.dtype, self.scale = _accumulation_dtype(W), step.lr_factor
+        # units of one stack agree on it
+        self.is_cautious = runs[0].decay.is_cautious
+        self.dtype, self.scale = accumulation_dtype(W), step.lr_factor
         self.lr = self._per_matrix(runs, lambda run: run.lr)
         self.keep = self._per_matrix(runs, lambda run: run.decay.factor(run.lr))
         control = steering.control
         # a mask of decay says which entries decay before the step, unless the radius is steered:
         # then they decay after it, or the radius would undo them
-        self.masks_after = steering.cautious and control.radius is not None
-        self.masks_before = not self.masks_after and (decay is not None or steering.cautious)
+        self.masks_after = self.is_cautious and control.radius is not None
+        self.masks_before = not self.masks_after and (decay is not None or self.is_cautious)
         self.masks_before &= not control.keeps_radius
         if isinstance(self.keep, float) and self.keep == 1.0:
             self.masks_before = self.masks_after = False
         is_whole = not all(term.supports_row_panels for term in terms)
-        self.panels: Panels = list(_panels(W, is_whole, False))
+        self.panels: Panels = list(panels_of(W, is_whole, False))
         self.U = self._dense(terms)
 
     def _per_matrix(self, runs: Sequence[Run], value: Callable[[Run], Number]) -> Number:
@@ -186,7 +188,7 @@ class _Write:
         return RowSums(WW, UW * self.scale, UU * (self.scale * self.scale), self._over)
 
     def _local_sums(self, dtype: torch.dtype) -> Tensor:
-        """RowSums of W^2, U W and U^2 (K, rows or 1, 3), in an order that one matrix fixes."""
+        """Row sums of W^2, U W and U^2 (K, rows or 1, 3), in an order that one matrix fixes."""
         (K, m, n), has_rows = self.W.shape, self.steering.control.has_rows
         shape = (K, m, 1) if self.rows_dim == -2 else (K, 1, n)
         # sums of one matrix are added up on the host where that costs nothing
@@ -242,12 +244,9 @@ class _Write:
         radius = torch.where(stored < 0, norms, stored)
         given = self.steering.given
         if any(rho is not None for rho in given):
-            each = [math.nan if rho is None else rho * self._root_of_count() for rho in given]
-            if len({*each}) == 1:
-                radius = torch.full_like(radius, each[0])
-            else:
-                fixed = torch.tensor(each, dtype=radius.dtype, device="cpu").to(radius.device)
-                radius = torch.where(fixed.isnan().view(-1, 1, 1), radius, fixed.view(-1, 1, 1))
+            for j, rho in enumerate(given):
+                if rho is not None:  # filled there: a copy from the host would wait
+                    radius[j if len(given) > 1 else ...] = rho * self._root_of_count()
         keeps = radius * radius > SMALLEST_SQUARE
         if self.step.member.reductions is not LOCAL_REDUCTIONS and not bool(keeps.all()):
             raise RuntimeError(zero_weight("a matrix of a sharded parameter"))
@@ -289,7 +288,7 @@ class _Write:
         for ks, rows in self.panels:
             change: Callable[[Tensor], object] = partial(self._change_, found, ks, rows)
             if puts_back and self.finite is not None:
-                change = _where_finite(change, _part(self.finite, ks, slice(None)))
+                change = where_finite(change, slice_rows(self.finite, ks, slice(None)))
             update_weight_(self.W, change, self.dtype, (ks, rows), self.rounding)
 
     def _change_(self, found: Multipliers, ks: slice, rows: slice, X: Tensor) -> None:
@@ -300,25 +299,27 @@ class _Write:
             X.mul_(self._masked_keep(X, 0.0, ks, rows))
         elif self.masks_after:
             after = self._masked_keep(X, h, ks, rows)
-        X.mul_(_part(A, ks, rows))
-        X.addcmul_(self.U[ks, rows].to(X.dtype), _part(B, ks, rows), value=-1.0)
+        X.mul_(slice_rows(A, ks, rows))
+        X.addcmul_(self.U[ks, rows].to(X.dtype), slice_rows(B, ks, rows), value=-1.0)
         if after is not None:
             X.mul_(after)
 
     def _masked_keep(self, X: Tensor, h: Number, ks: slice, rows: slice) -> Tensor:
         """What decay leaves of a panel with the values X: 1 where a mask is 0, or the flag is."""
-        keep = torch.as_tensor(self.keep, dtype=X.dtype, device=X.device)
-        keep = keep if keep.dim() == 0 else _part(keep, ks, rows)
+        if isinstance(self.keep, Tensor):
+            keep = slice_rows(self.keep.to(X.dtype), ks, rows)
+        else:
+            keep = torch.full((), self.keep, dtype=X.dtype, device=X.device)
         one = torch.ones((), dtype=X.dtype, device=X.device)
         if self.decay is not None:
-            keep = torch.where(_part(self.decay, ks, rows) != 0, keep, one)
-        if self.steering.cautious:
+            keep = torch.where(slice_rows(self.decay, ks, rows) != 0, keep, one)
+        if self.is_cautious:
             D = self.U[ks, rows].to(X.dtype) * self.scale
             if isinstance(h, Tensor):
-                D = D - _part(h, ks, rows) * X
-            keep = torch.where(D * X >= 0, keep, one)
+                D = D - slice_rows(h, ks, rows) * X
+            keep = torch.where(decays_at(D, X), keep, one)
         if self.finite is not None:
-            keep = torch.where(_part(self.finite, ks, rows) != 0, keep, one)
+            keep = torch.where(slice_rows(self.finite, ks, rows) != 0, keep, one)
         return keep
 
     def _try_fused_(self, found: Multipliers) -> bool:
@@ -346,12 +347,6 @@ class _Write:
         E = E.mT if self.is_turned else E
         everything = slice(0, len(E))
         carry.M.add_(carry.inverse(E, everything).to(carry.M.dtype))
-
-
-def _part(x: Tensor, ks: slice, rows: slice) -> Tensor:
-    """Matrices and rows of x (K or 1, m or 1, n or 1); axes that broadcast stay."""
-    x = x if x.shape[0] == 1 else x[ks]
-    return x if x.shape[-2] == 1 else x[:, rows]
 
 
 # zero weights -------------------------------------------------------------------------------------

@@ -264,12 +264,12 @@ def zero_weight(text: str) -> str:
 
 
 class RowSums(NamedTuple):
-    """RowSums over rows, or over whole matrices where no norm of a row is needed.
+    """Row sums, or over whole matrices where no norm of a row is needed.
 
     Attributes:
-        WW: RowSums of W^2, (K, m, 1) or (K, 1, 1).
-        UW: RowSums of U W.
-        UU: RowSums of U^2.
+        WW: Those of W^2, (K, m, 1) or (K, 1, 1).
+        UW: Those of U W.
+        UU: Those of U^2.
         over: Takes a scope and such sums, and adds them up for it.
     """
 
@@ -302,7 +302,7 @@ def multipliers(
 
     Args:
         control: The words.
-        sums: RowSums of W before the step, and of U with all its scale factors.
+        sums: Those of W before the step, and of U with all its scale factors.
         lr: Learning rate, a number or (K, 1, 1).
         keep: What plain decay leaves of W, likewise.
         radius: Radius of the sphere, in the scope of the radius; None for other words.

@@ -29,6 +29,13 @@ from . import adamw, checkpoint, sharded_update
 from .backward import BackwardHandle, checked_every
 from .batched_calls import CallBatcher, DirectionIterator, UpdateGenerator
 from .buckets import STACK_SETTINGS, Bucket, StepPlan
+from .capture import (
+    Captured,
+    Numbers,
+    check_capture,
+    held_settings,
+    is_capturable,
+)
 from .checks import (
     check_group,
     check_lists,
@@ -88,8 +95,8 @@ from .write import Run, write_, write_list_, write_runs_
 
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
-    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed", "weight_norm"),
-    *("plan", "comm_dtype", "spread_replicas"),
+    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
+    *("weight_norm", "cautious", "plan", "comm_dtype", "spread_replicas"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
 
@@ -124,15 +131,17 @@ class StackedOptimizer(Optimizer):
             nothing is sent for plain weights.
         adamw_lr: Learning rate of the AdamW parameters; None (default): ``lr``. Kept as the group
             key ``adamw_lr_ratio``, so that schedulers scale both; ``group["adamw_lr"] = x`` sets it
-            anew. An AdamW group with ``lr`` of its own has that.
+            anew, as a ratio to the current ``lr``, or to the ``initial_lr`` of a scheduler that is
+            made before the next step. An AdamW group with ``lr`` of its own has that.
         adamw_betas: Betas of the AdamW parameters; None (default): the method's ``betas``, else
             (0.9, 0.95).
         adamw_eps: Eps of the AdamW parameters (default: 1e-8).
         adamw_weight_decay: Weight decay of the AdamW parameters; None (default): ``weight_decay``.
-        cautious: Whether weight decay touches only entries that the step does not oppose: W <-
+        cautious: Whether only entries decay that the step does not move away from zero: W <-
             W - lr * weight_decay * W [U * W >= 0] - lr * U, entry by entry, with W before the step
             and U all that the step subtracts; for AdamW parameters the sign of U is that of the new
             first moment (default: False). With it a write takes one more pass and no fused kernel.
+            Nothing refuses it: under ``compat`` the order is the published one, with this mask.
         decay_schedule: What a weight is multiplied by. ``"lr"`` (default): 1 - lr * weight_decay.
             ``"lr2"``: 1 - lr^2 * weight_decay. ``"independent"``: 1 - (lr / decay_lr) *
             weight_decay, which follows schedules of ``lr`` but not its size; a step then removes
@@ -144,7 +153,12 @@ class StackedOptimizer(Optimizer):
         maximize: Ascend instead of descend (default: False).
         foreach: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
         fused: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
-        capturable: As in ``torch.optim.AdamW``, for groups without matrices (default: False).
+        capturable: Whether a CUDA graph may replay the step, see :meth:`prepare_replay` (default:
+            False). Clocks, learning rates and weight decays of matrices are then read from the
+            device; for AdamW parameters it is the flag of ``torch.optim.AdamW``. ``Muon``,
+            ``GaLore``, ``Fira``, ``APOLLO``, ``AuON``, ``RowNorm``, ``Spectral``, ``Hybrid`` and
+            ``Trion`` take it; options that draw random numbers or wait at each step are refused. A
+            skipped update then counts: weight and state stay, the clock goes on.
         differentiable: Must be False (default); the key is there because torch reads it.
         nonfinite: What a NaN or infinite gradient does, of a matrix or of an AdamW parameter.
             ``"skip"`` (default): weight, state and clock of that parameter (of its whole pair, for
@@ -226,6 +240,11 @@ class StackedOptimizer(Optimizer):
     _seen: Sequence[dict[str, Any]] = ()
     """Groups as the last step has checked them; of a new one only the rule."""
     _pending: Sequence[LateFlags] = ()
+    _numbers: Numbers | None = None
+    """What buckets of groups with ``capturable`` read on the device."""
+    _captured: Captured | None = None
+    """The step that :meth:`prepare_replay` prepares."""
+    _is_in_capture = False
     _in_backward: BackwardHandle | None = None
     """What steps inside of the backward pass, if it does."""
     _step_supports_amp_scaling: bool
@@ -434,9 +453,9 @@ class StackedOptimizer(Optimizer):
             self._has_warned_of_shapes = True
             method = self._default_rule.method()
             warn_user(
-                f"{count} matrices without names go to {method} by their shape alone, embeddings "
-                f"and heads among them; pass model=model, or give groups rule={method!r} and "
-                "rule='adamw'"
+                f"{count} matrices without names, or with numbers for names, go to {method} by "
+                "their shape alone, embeddings and heads among them; pass model=model, or give "
+                f"groups rule={method!r} and rule='adamw'"
             )
 
     def _warn_of_decay(self) -> None:
@@ -792,6 +811,11 @@ class StackedOptimizer(Optimizer):
         """
         self._refuse_written()
         count = checked_every(every, max_norm, self)
+        check(
+            not any(self.param_groups[u.group].get("capturable") for u in self._get_plan().units),
+            "step_in_backward() steps each weight by the host's clock, which no graph replays; "
+            "leave capturable out",
+        )
         self._in_backward = BackwardHandle(self, count)
         return self._in_backward
 
@@ -814,7 +838,11 @@ class StackedOptimizer(Optimizer):
         except Exception:
             sharded_update.tell_of_failure(self)
             raise
+        self._is_in_capture = is_capturable(self.param_groups) and is_capturing()
         if plan.shards is not None:
+            if self._is_in_capture:
+                check_capture(plan, (), (), self.param_groups, self.state)
+            self._numbers = None
             sharded_update.update(self, plan)
             return
         grads = [p.grad for p in plan.flat_params]
@@ -823,7 +851,9 @@ class StackedOptimizer(Optimizer):
             self._plan = None  # weights have another dtype now, and their state fits
             plan = self._get_plan()
         adamw_steps = self._adamw_steps(plan, grads)  # may raise, so before any change
-        if self._is_dry_step(grads):
+        if self._is_in_capture:
+            check_capture(plan, grads, adamw_steps, self.param_groups, self.state)
+        if not self._is_in_capture and self._is_dry_step(grads):
             self.init_state()
             for work in adamw_steps:
                 work.allocate(self.state)
@@ -832,6 +862,7 @@ class StackedOptimizer(Optimizer):
             found = self._inspect(plan, grads, adamw_steps)
             if found.bad and self._count_skipped(found):
                 return
+            self._prepare_numbers(plan, grads, adamw_steps)
             self._step_matrices(plan, grads, found)
         for work in adamw_steps:
             work.step(found.bad, found.adamw_flags)
@@ -839,6 +870,81 @@ class StackedOptimizer(Optimizer):
             self._keep_unread(plan, found)
         if not (plan.buckets or adamw_steps):
             self._refuse_replaced(plan.flat_params)
+
+    def _prepare_numbers(
+        self,
+        plan: StepPlan,
+        grads: Sequence[Tensor | None],
+        adamw_steps: Sequence[adamw.Work],
+    ) -> None:
+        """What groups with ``capturable`` read on the device: filled in, or left to a replay."""
+        groups = self.param_groups
+        if not is_capturable(groups):
+            self._numbers = None
+            return
+        if self._numbers is None or not self._numbers.serves(plan, groups):
+            self._numbers = Numbers(plan, groups)
+        numbers = self._numbers
+        if self._is_in_capture:
+            mask = [grad is not None for grad in grads]
+            self._captured = Captured(numbers, plan, mask, held_settings(plan, groups))
+        else:
+            numbers.fill(groups)
+        for work in adamw_steps:
+            if work.group.get("capturable"):
+                index = next(i for i, group in enumerate(groups) if group is work.group)
+                lr = numbers.lr(index, groups, work.params[0].device)
+                work.group = {**work.group, "lr": lr.float()}
+
+    def _numbers_of(self, bucket: Bucket) -> Numbers | None:
+        """What a bucket reads on the device; None where the host's numbers serve."""
+        numbers = self._numbers
+        return numbers if numbers is not None and numbers.has(bucket) else None
+
+    def _device_clocks(self, bucket: Bucket) -> tuple[Tensor, Tensor] | None:
+        """The clocks of :meth:`Member.count`; None where the host's serve."""
+        numbers = self._numbers_of(bucket)
+        return None if numbers is None else numbers.clocks(bucket)
+
+    def prepare_replay(self) -> bool:
+        """Prepare the next replay of a CUDA graph that holds ``step()``, and count its update.
+
+        The host writes clocks, and learning rate and weight decay of each group as they are now,
+        to where the graph reads them, so schedulers work as without a graph. Nothing waits. Other
+        settings, and the weight decay of AdamW parameters, are those of the capture. ``skipped``
+        knows nothing of replays.
+
+        Returns:
+            True: replay the graph, once. False: this update makes a new basis, which no graph
+            holds, and nothing was counted: compute the gradients into the same tensors and call
+            ``step()``.
+
+        Raises:
+            RuntimeError: If no step with ``capturable=True`` was captured, or something has changed
+                since that the graph holds; nothing has changed then.
+
+        Example::
+
+            optimizer = GaLore(model, lr=1e-3, capturable=True)
+            for _ in range(3):  # makes state and bases, compiles kernels
+                train(batch)  # forward, backward into the same gradients, step
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                train(batch)
+            for data in batches:
+                batch.copy_(data)
+                graph.replay() if optimizer.prepare_replay() else train(batch)
+        """
+        if self._captured is None:
+            raise RuntimeError(
+                "no step was captured with capturable=True; call step() inside torch.cuda.graph()"
+            )
+        self._apply_late_flags()
+        self._captured.refuse_changes(self._get_plan(), self.param_groups, self.state)
+        if self._captured.refresh_due():
+            return False
+        self._captured.advance(self.param_groups)
+        return True
 
     def _keep_unread(self, plan: StepPlan, found: Findings) -> None:
         """Keep flags that the host has not read for the next step."""
@@ -986,6 +1092,8 @@ class StackedOptimizer(Optimizer):
             plan.mask = None  # clocks differ now: sort again at the next step
             return
         if finite is not None and not finite[0]:
+            if self.param_groups[bucket.group].get("capturable"):  # clocks of a stack do not part
+                bucket.set_step(t)
             return
         device_finite = None if flag is None else flag.isfinite()
         # the rule itself keeps bad gradients out of its state: no mask, no backup
@@ -998,7 +1106,9 @@ class StackedOptimizer(Optimizer):
         dequantized = bucket.dequantized()
         member_finite = device_finite.float() if device_finite is not None and unmasked else None
         writes = rule.writes_in_refresh and refresh_due
-        members = bucket.members(Gs, dequantized, t, refreshed, member_finite, writes)
+        # a refresh is eager, and begins a count that the numbers do not know
+        clocks = None if refresh_due else self._device_clocks(bucket)
+        members = bucket.members(Gs, dequantized, t, refreshed, member_finite, writes, clocks)
         if refresh_due and nonzero[0]:
             for member in members:
                 member.refreshed, member.is_first_refresh = t, refreshed == 0
@@ -1006,7 +1116,8 @@ class StackedOptimizer(Optimizer):
             bucket.quantize_bases(dequantized)
         yield from self._write_directions(bucket, rule.update(*members), device_finite)
         bucket.quantize(dequantized, t)
-        bucket.set_step(t)
+        if not self._is_in_capture:  # nothing runs in a capture, and replays count themselves
+            bucket.set_step(t)
         if refresh_due and nonzero[0]:  # with the other clock, lest an exception part them
             bucket.set_refreshed(t)
         if device_finite is not None and not unmasked:
@@ -1025,7 +1136,8 @@ class StackedOptimizer(Optimizer):
             update: What the rule's ``update`` returned.
             device_finite: None, or flags (K,): weights whose flag is False stay as they are.
         """
-        runs, t = self._runs(bucket), bucket.clocks()[0]
+        runs = self._runs(bucket)
+        t = (self._device_clocks(bucket) or bucket.clocks())[0]
         _, lr, decay = runs[0]
         written = [0] * len(bucket.present)
         write_mask = None
@@ -1060,14 +1172,16 @@ class StackedOptimizer(Optimizer):
         control, groups = bucket.unit.control, self.param_groups
         assert control is not None
         given = [groups[unit.group].get(RADIUS) for unit in bucket.units]
-        cautious, radius = bool(groups[bucket.group].get("cautious")), bucket.states[i].get(RADIUS)
-        return Steering(control, radius, given, cautious, bucket.stacked)
+        return Steering(control, bucket.states[i].get(RADIUS), given, bucket.stacked)
 
     def _runs(self, bucket: Bucket, as_given: bool = False) -> list[Run]:
         """Learning rate and decay of the units of a bucket, equal neighbours together.
 
         ``as_given`` leaves tensors in their own dtype, which torch's bits depend on.
         """
+        numbers = self._numbers_of(bucket)
+        if numbers is not None:
+            return numbers.runs(bucket, self.param_groups)
         runs: list[Run] = []
         for j, unit in enumerate(bucket.units if bucket.spans else bucket.units[:1]):
             group = self.param_groups[unit.group]
@@ -1199,6 +1313,7 @@ class StackedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan, self._pending, self._is_built = None, (), True
+        self._numbers = self._captured = None
         checkpoint.complete(self.param_groups, self.defaults, self.state)
         self._seen = [{"rule": group.get("rule")} for group in self.param_groups]
 

@@ -207,14 +207,15 @@ def store_adamw_lr(group: dict[str, Any], lr: float | Tensor | None = None) -> N
 
     Args:
         group: Settings of a group, changed in place.
-        lr: The learning rate of the group; None (default): its own.
+        lr: The learning rate of the group; None (default): the one that ``adamw_lr`` was written
+            beside, see :func:`_lr_beside`.
 
     Raises:
         ValueError: If lr is 0, which has no ratio; the group is unchanged.
     """
     if "adamw_lr" not in group:
         return
-    adamw_lr, lr = group["adamw_lr"], group["lr"] if lr is None else lr
+    adamw_lr, lr = group["adamw_lr"], _lr_beside(group) if lr is None else lr
     if adamw_lr is None:
         group.pop("adamw_lr")
         group.setdefault("adamw_lr_ratio", None)
@@ -225,6 +226,18 @@ def store_adamw_lr(group: dict[str, Any], lr: float | Tensor | None = None) -> N
     group["adamw_lr_ratio"] = exact_ratio(float(adamw_lr), float(lr))
 
 
+def _lr_beside(group: Mapping[str, Any]) -> float | Tensor:
+    """The ``lr`` to which an ``adamw_lr`` that was written into a group has its ratio.
+
+    A scheduler keeps the ``lr`` that it finds as ``initial_lr`` and then scales ``lr``. The order
+    of the keys tells whether ``adamw_lr`` was there before the scheduler.
+    """
+    keys = [*group]
+    is_scheduled = "initial_lr" in group and keys.index("initial_lr") > keys.index("adamw_lr")
+    lr: float | Tensor = group["initial_lr" if is_scheduled else "lr"]
+    return lr
+
+
 def exact_ratio(x: float, y: float) -> float:
     """X / y, or a neighbour of it whose product with y is exactly x."""
     ratio = x / y
@@ -232,15 +245,24 @@ def exact_ratio(x: float, y: float) -> float:
     return next((c for c in neighbours if y * c == x), ratio)
 
 
+def _is_numbered(name: str | None) -> bool:
+    """Whether a name says no more than a place, as "0.weight" of an ``nn.Sequential``."""
+    *path, _ = plain_name(name or "").split(".")
+    return bool(path) and all(part.isdigit() for part in path)
+
+
 def count_routed_by_shape(groups: Iterable[Mapping[str, Any]], default_rule: type[Rule]) -> int:
     """Number of matrices that only their shape gives to the rule; 0 without unmarked vectors.
 
     Names, ``rule``, the model and the keys of published packages mark parameters, and so does
-    ``compat``. Matrices without vectors are what ``torch.optim.Muon`` takes.
+    ``compat``; names that are all numbers do not. Matrices without vectors are what
+    ``torch.optim.Muon`` takes.
     """
     matrices = vectors = 0
     for group in groups:
-        is_told = group.get("rule") is not None or group.get("param_names") or group.get("rules")
+        names = group.get("param_names") or ()
+        is_named = bool(names) and not all(map(_is_numbered, names))
+        is_told = group.get("rule") is not None or is_named or group.get("rules")
         rule = rule_of(group, default_rule)
         if is_told or rule is None or len(rule.members) > 1 or group.get("compat") is not None:
             continue
@@ -252,6 +274,8 @@ def count_routed_by_shape(groups: Iterable[Mapping[str, Any]], default_rule: typ
 
 def assigned_rows(group: Mapping[str, Any], default_rule: type[Rule]) -> list[AssignedRow]:
     """The group's part of :meth:`StackedOptimizer.assignment`."""
+    group = dict(group)
+    store_adamw_lr(group)  # one that was written since the last step
     rule, lr = rule_of(group, default_rule), float(group["lr"])
     ratio, own_decay = group.get("adamw_lr_ratio"), group["adamw_weight_decay"]
     rows = []

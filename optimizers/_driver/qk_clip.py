@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._core.validation import check, number, shown
-from .._roles.attention_heads import Attention, HeadRows, attention_of, attentions_in
+from .._roles.attention_heads import Attention, Attentions, HeadRows
 from .layout import is_sharded, layout_of, local, memory
+from .norms import NOT_MEASURED, RADIUS
 
 __all__ = ["qk_clip_"]
-
-RADIUS = "weight_radius"
-"""State that keeps the norm of a weight; -1 there means that it is measured at the next update."""
 
 
 @torch.no_grad()
@@ -82,14 +82,20 @@ def qk_clip_(
         isinstance(max_logits, Mapping),
         f"max_logits must map names of modules to tensors, got {shown(max_logits)}",
     )
+    check(
+        optimizer is None or (hasattr(optimizer, "state") and hasattr(optimizer, "param_groups")),
+        f"optimizer must be that of the model, got {shown(optimizer)}",
+    )
     tau, share = number("threshold", threshold, "(0, inf)"), number("alpha", alpha, "[0, 1]")
     assert tau is not None and share is not None
     names = sorted(max_logits)
     values = [_values(name, max_logits[name]) for name in names]
-    known = attentions_in(model) if names else {}
-    found = [attention_of(model, known, x, len(S)) for x, S in zip(names, values, strict=True)]
-    _refuse_twice([rows for attention in found for rows in attention.parameters])
-    spans = [[_range(rows) for rows in attention.parameters] for attention in found]
+    params = dict(model.named_parameters(remove_duplicate=False))
+    heads = [(name, len(S)) for name, S in zip(names, values, strict=True)]
+    found = _attentions(model, params, heads) if names else []
+    _refuse_twice([rows.name for attention in found for rows in attention.parameters])
+    spans = [[_range(rows, params[rows.name]) for rows in x.parameters] for x in found]
+    _refuse_given_norms(optimizer, [(x.name, params[x.name]) for y in found for x in y.parameters])
     gammas = _factors(names, values, tau, group) if names else []
     for attention, ranges, gamma in zip(found, spans, gammas, strict=True):
         _scale(attention, ranges, gamma, share, optimizer)
@@ -98,8 +104,9 @@ def qk_clip_(
 
 
 class _Range(NamedTuple):
-    """Rows that this process holds, and their memory."""
+    """The rows of a parameter that this process holds, and their memory."""
 
+    param: Tensor
     held: Tensor
     start: int
     end: int
@@ -117,30 +124,70 @@ def _values(name: str, S: Any) -> Tensor:
     return whole.detach().to(torch.float32)
 
 
-def _refuse_twice(parameters: Sequence[HeadRows]) -> None:
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[object, dict[tuple[str, int], Attention]]]
+_KNOWN = WeakKeyDictionary()
+"""Layouts of the attentions of a model, as long as its parameters and modules stay the same."""
+
+
+def _attentions(
+    model: nn.Module, params: Mapping[str, Tensor], wanted: Sequence[tuple[str, int]]
+) -> list[Attention]:
+    """The layouts of modules by (name, heads), looked up once: roles of all parameters cost time.
+
+    They hold names, neither weights nor modules, which would keep the model alive.
+    """
+    tensors = tuple((name, id(p), tuple(p.shape)) for name, p in params.items())
+    modules = tuple((name, type(x)) for name, x in model.named_modules(remove_duplicate=False))
+    seen, known = _KNOWN.get(model, (None, {}))
+    known = dict(known) if seen == (tensors, modules) else {}
+    missing = [key for key in wanted if key not in known]
+    if missing:
+        attentions = Attentions(model)
+        known |= {key: attentions.find(*key) for key in missing}
+        _KNOWN[model] = (tensors, modules), known
+    return [known[key] for key in wanted]
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
     """Raise for a weight that two names of modules mean."""
-    seen: dict[int, str] = {}
-    for rows in parameters:
+    for name, count in Counter(names).items():
         check(
-            id(rows.param) not in seen,
-            f"{rows.name} belongs to two of the modules in max_logits; name each attention once",
+            count == 1,
+            f"{name} belongs to two of the modules in max_logits; name each attention once",
         )
-        seen[id(rows.param)] = rows.name
 
 
-def _range(rows: HeadRows) -> _Range:
+def _refuse_given_norms(
+    optimizer: Optimizer | None, parameters: Sequence[tuple[str, Tensor]]
+) -> None:
+    """Raise if an optimizer keeps a weight at a norm that was given, and so would undo all."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    given = {id(p) for group in groups if group.get(RADIUS) is not None for p in group["params"]}
+    for name, p in parameters:
+        check(
+            id(p) not in given,
+            f"{name} is kept at the norm that its group gives by {RADIUS}, which undoes the "
+            f"clipping; leave {RADIUS} out, so that the norm is measured",
+        )
+
+
+def _range(rows: HeadRows, p: Tensor) -> _Range:
     """What this process holds of a parameter, whose rows are all accounted for."""
-    p, dim = rows.param, rows.dim
     count = rows.groups * sum(heads * size for _, heads, size in rows.pieces)
     check(
-        p.shape[dim] == count,
+        p.shape[rows.dim] == count,
         f"{rows.name} of shape {tuple(p.shape)} has not the {count} rows of the weight that its "
         "heads belong to",
     )
     layout = layout_of(p, rows.name)
     if layout is None:
-        return _Range(p, 0, count)
-    return _Range(memory(p), *layout.box[dim])
+        return _Range(p, p, 0, count)
+    return _Range(p, memory(p), *layout.box[rows.dim])
+
+
+def waits_for(device: torch.device) -> bool:
+    """Whether the host may read numbers of a device: those of an accelerator come late."""
+    return device.type == "cpu"
 
 
 def _factors(
@@ -159,7 +206,7 @@ def _factors(
         S, bad = packed[: len(S)], packed[len(S) :] > 0
     gamma = torch.where(bad, 1.0, tau / S.clamp(min=tau))
     sizes = [len(x) for x in values]
-    if device.type == "cpu":
+    if waits_for(device):
         for name, flags in zip(names, torch.split(bad, sizes), strict=True):
             heads = flags.nonzero().flatten().tolist()
             check(
@@ -179,19 +226,22 @@ def _scale(
     """Scale what a module holds, each weight by one multiplication; rounded once."""
     kv = attention.kv_heads
     least = gamma.view(kv, -1).amin(1)  # (kv,), of the queries that share a key
-    if gamma.device.type == "cpu" and bool((least == 1).all()):
+    if waits_for(gamma.device) and bool((least == 1).all()):
         return
     tables = {
         "query": (least**alpha).repeat_interleave(attention.heads // kv),
         "key": least ** (1 - alpha),
         "rotary": gamma,
     }
-    for rows, (held, start, end) in zip(attention.parameters, ranges, strict=True):
+    for rows, (p, held, start, end) in zip(attention.parameters, ranges, strict=True):
         by = _row_factors(rows, tables)[start:end].to(held.device)
         by = by.view([-1 if i == rows.dim else 1 for i in range(held.ndim)])
         wide = torch.promote_types(held.dtype, torch.float32)
-        held.copy_(held.to(wide) * by)
-        _forget_norm(optimizer, rows.param, (least < 1).any())
+        if held.dtype == wide:
+            held.mul_(by)
+        else:
+            held.copy_(held.to(wide) * by)
+        _forget_norm(optimizer, p, (least < 1).any())
 
 
 def _row_factors(rows: HeadRows, tables: Mapping[str, Tensor]) -> Tensor:
@@ -208,4 +258,4 @@ def _forget_norm(optimizer: Optimizer | None, p: Tensor, is_scaled: Tensor) -> N
     state = {} if optimizer is None else optimizer.state.get(p, {})
     for key, norm in state.items():
         if key.partition(".")[0] == RADIUS:
-            local(norm).masked_fill_(is_scaled.to(norm.device), -1.0)
+            local(norm).masked_fill_(is_scaled.to(norm.device), NOT_MEASURED)

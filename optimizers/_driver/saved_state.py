@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._core.rule import Rule
 from .layout import PLAIN, Layout, is_sharded, layout_of, local
-from .norms import DRIVER_SLOTS
+from .norms import DRIVER_SLOTS, RADIUS
 from .units import Unit, base_of
 from .windows import drops_state
 from .write_modes import RESIDUAL
@@ -82,12 +82,13 @@ class Entry(NamedTuple):
     spare: frozenset[str] = frozenset()
 
     def needed(self, found: Mapping[str, Any]) -> Mapping[str, Any]:
-        """State without what is spare."""
+        """State without what is spare, and without a radius where none is kept."""
         spare = {
             key
             for key in found
             if isinstance(key, str) and base_of(key).removesuffix("_scale") in self.spare
         }
+        spare |= {key for key in found if base_of(str(key)) == RADIUS and key not in self.tensors}
         return {key: x for key, x in found.items() if key not in spare} if spare else found
 
 

@@ -113,6 +113,7 @@ class Unit:
         write_indices: Per member, the key of its weight's random bits.
         seed: Seed of these bits.
         control: How the norm of the weights is steered; None: it is not.
+        is_cautious: Whether they are, and decay cautiously.
         placed: How sharded weights are stepped; None for plain ones.
         held: Per member, what it is a part of, for a unit of what one process holds; else empty.
         float_slots: (member, slot) of state that stays in floats, because ranks cut its blocks.
@@ -140,6 +141,7 @@ class Unit:
     bases: frozenset[str] = frozenset()
     stochastic_squares: bool = False
     control: NormControl | None = None
+    is_cautious: bool = False
     placed: Placed | None = None
     held: tuple[HeldMember, ...] = ()
     float_slots: frozenset[tuple[int, str]] = frozenset()
@@ -163,7 +165,7 @@ class Unit:
             self.state_dtype,
             (
                 *(self.quantized, self.float_slots, self.stochastic_squares),
-                *(self.writes, self.seed, self.control, self._placing()),
+                *(self.writes, self.seed, self.control, self.is_cautious, self._placing()),
             ),
             *(
                 (p.shape, p.dtype, p.device, v.k, v.m, v.n)
@@ -612,6 +614,7 @@ def _unit(
         bases=rule.bases,
         stochastic_squares=not group.get("compat"),
         control=control,
+        is_cautious=control is not None and bool(group.get("cautious")),
     )
 
 

@@ -24,9 +24,9 @@ from ...kernels import (
     update_weight_,
 )
 from .._core.rule import LOCAL_REDUCTIONS, Carry, Dense, Direction, Scaled, Term, WriteScalars
-from .._core.terms import slice_rows
+from .._core.terms import Deferred, slice_rows
 from .._core.validation import check
-from .decay import Decay, masked_factor, opposes_not
+from .decay import Decay, decays_at, masked_factor
 from .write_modes import carry_error_
 
 WRITE_PANEL = 2**17
@@ -89,8 +89,8 @@ def _write_(
         terms = [term.scaled(lr.to(W.device)) for term in terms]
     else:  # torch multiplies a tensor by the scale in the tensor's own dtype
         alpha = float(lr * alpha)
-    is_cautious = decay.is_cautious and decay.weight_decay != 0.0
-    if decay.weight_decay != 0.0:
+    is_cautious = decay.is_cautious and decay.is_on
+    if decay.is_on:
         decay_factor = masked_factor(W, decay_factor, step.decay, flags)
     if flags is not None:
         terms = [_masked(term, flags) for term in terms]
@@ -103,12 +103,12 @@ def _write_(
     terms.sort(key=lambda term: not term.fuses_decay)
     is_nearest = rounding is None
     in_weight_dtype = is_nearest and (step.torch_bits or _adds_in_weight_dtype(W, terms))
-    dtype = W.dtype if in_weight_dtype else _accumulation_dtype(W)
-    panels = _panels(W, not all(term.supports_row_panels for term in terms), step.torch_bits)
+    dtype = W.dtype if in_weight_dtype else accumulation_dtype(W)
+    panels = panels_of(W, not all(term.supports_row_panels for term in terms), step.torch_bits)
     keep = Keep(decay_factor, step.decay_last, is_cautious, step.lr_factor)
     for panel, change in _changes(W, dtype, terms, alpha, keep, panels):
         if puts_back and finite is not None:
-            change = _where_finite(change, finite if len(finite) == 1 else finite[panel[0]])
+            change = where_finite(change, finite if len(finite) == 1 else finite[panel[0]])
         update_weight_(W, change, dtype, panel, rounding)
 
 
@@ -118,7 +118,7 @@ class Keep(NamedTuple):
     Attributes:
         factor: A number, or what broadcasts against (K, m, n).
         is_last: Whether it comes after the terms.
-        is_cautious: Whether it counts only where the sum of the terms does not oppose the weight.
+        is_cautious: Whether it counts only where the terms do not move the weight away from zero.
         sign: A number with the sign of the multiple of this sum that is subtracted.
     """
 
@@ -217,7 +217,7 @@ def _try_fused_write_(
     """Write all terms at once where the back end has a kernel that does it."""
     if step.torch_bits or step.decay is not None or step.decay_last or not 1 <= len(terms) <= 2:
         return False
-    if decay.is_cautious and decay.weight_decay != 0.0:  # the mask needs a pass of its own
+    if decay.is_cautious and decay.is_on:  # the mask needs a pass of its own
         return False
     if not fuses_passes(W) or (rounding is None and _adds_in_weight_dtype(W[0], terms)):
         return False
@@ -251,7 +251,7 @@ def _adds_in_weight_dtype(W: Tensor, terms: list[Term]) -> bool:
     )
 
 
-def _accumulation_dtype(W: Tensor) -> torch.dtype:
+def accumulation_dtype(W: Tensor) -> torch.dtype:
     return torch.float32 if W.dtype in LOW_PRECISION_DTYPES else W.dtype
 
 
@@ -272,7 +272,7 @@ def _limit_rel_norm(
     return [term.scaled(shrink) for term in terms]
 
 
-def _panels(W: Tensor, all_rows: bool, alone: bool) -> Iterator[tuple[slice, slice]]:
+def panels_of(W: Tensor, all_rows: bool, alone: bool) -> Iterator[tuple[slice, slice]]:
     """Matrices and rows of each panel: several small matrices at once, or rows of a large one.
 
     ``alone`` makes every matrix one panel, as torch writes it: on a CPU what is left over at the
@@ -346,8 +346,10 @@ def _write_terms(
 def _write_cautiously(
     terms: list[Term], ks: slice, rows: slice, alpha: float, keep: Keep, X: Tensor
 ) -> None:
-    """X <- keep * X + alpha * D for one panel, D = sum(terms); keep counts where D opposes not."""
+    """X <- keep * X + alpha * D for one panel, D = sum(terms); keep counts as D tells."""
     term = terms[0] if len(terms) == 1 else None
+    if isinstance(term, Deferred):  # its matrices, in a stack of several groups, are made too
+        term = term.materialized
     if isinstance(term, Dense):  # there already, and nothing moves as it is added
         D = term.U[ks, rows]
     elif isinstance(term, Scaled):
@@ -357,7 +359,7 @@ def _write_cautiously(
         for part in terms:
             part.add_(D, ks, rows, 1.0)
     factor = _part_of(keep.factor, ks, rows)
-    factor = masked_factor(X, factor, opposes_not(D, X, keep.sign))
+    factor = masked_factor(X, factor, decays_at(D, X, keep.sign))
     if not keep.is_last:
         X.mul_(factor)
     if term is None:
@@ -368,7 +370,7 @@ def _write_cautiously(
         X.mul_(factor)
 
 
-def _where_finite(change: Change, finite: Tensor) -> Change:
+def where_finite(change: Change, finite: Tensor) -> Change:
     """The change, of those matrices only whose flag (K, 1, 1) is not 0."""
 
     def masked(X: Tensor) -> None:

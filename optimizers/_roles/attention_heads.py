@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from .classify import Row, classify, sites_of
 from .role_table import BY_HEAD, LORA_FACTOR, ParamSite
 
-__all__ = ["Attention", "HeadRows", "attention_of", "attentions_in"]
+__all__ = ["Attention", "Attentions", "HeadRows"]
 
 _QUERY_UP = re.compile(r"q_b_proj|wq_b|q_up(_proj)?|linear_q_up_proj|linear_q_proj|w_?uq|W_UQ")
 _KEY_VALUE_UP = re.compile(r"kv_b_proj|wkv_b|kv_up(_proj)?|linear_kv_up_proj|w_?ukv|W_UKV")
@@ -39,15 +38,13 @@ class HeadRows:
     """The rows of a parameter (or its columns, stored (in, out)) in runs of heads.
 
     Attributes:
-        name: Name of the parameter.
-        param: The parameter.
+        name: Name of the parameter in the model.
         dim: Its dimension along which the rows lie.
         groups: How often the pieces follow each other.
         pieces: What one group is made of, in order.
     """
 
     name: str
-    param: Tensor
     dim: int
     groups: int
     pieces: tuple[Piece, ...]
@@ -68,12 +65,60 @@ class Attention:
     parameters: tuple[HeadRows, ...]
 
 
-class _Found:
-    """The rows of a table below one module, and what the module has beside them."""
+class Attentions:
+    """All attention modules of a model, as far as they hold weights of queries and keys."""
 
-    def __init__(self, model: nn.Module, name: str, rows: list[tuple[Row, ParamSite]]) -> None:
-        self.model, self.name, self.rows = model, name, rows
+    def __init__(self, model: nn.Module) -> None:
         self.params = dict(model.named_parameters(remove_duplicate=False))
+        self.norms = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if _HEAD_NORM.fullmatch(name.rpartition(".")[2])
+            and "Identity" not in type(module).__name__
+        }
+        sites = sites_of(model)
+        self.by_place: dict[str, list[tuple[Row, ParamSite]]] = {}
+        for row in classify(model).rows:
+            for site in sites.get(row.name or "", []):
+                if _part(row, site):
+                    place = ".".join(_plain(site.name).removesuffix(".weight").split(".")[:-1])
+                    self.by_place.setdefault(place, []).append((row, site))
+
+    def find(self, name: str, heads: int) -> Attention:
+        """The queries and keys of one attention module.
+
+        Args:
+            name: Name of the module in the model.
+            heads: Number of its query heads.
+
+        Raises:
+            ValueError: If the module is unknown, holds no or several attentions, has other heads,
+                or if scaling its weights would not scale its logits.
+        """
+        place = _plain(name)
+        inside = [x for at, rows in self.by_place.items() if _is_in(at, place) for x in rows]
+        if not inside:
+            known = sorted(self.by_place)
+            names = ", ".join(known[:4]) or "none"
+            raise ValueError(
+                f"max_logits names {name!r}, below which the model has no weights of queries and "
+                f"keys; its attention modules are {names}{', ...' if len(known) > 4 else ''}"
+            )
+        return _attention(_Found(self, name, place, inside), heads)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What there is below the module of a name."""
+
+    model: Attentions
+    name: str
+    place: str
+    rows: list[tuple[Row, ParamSite]]
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        return self.model.params
 
     def refuse(self, text: str) -> NoReturn:
         raise ValueError(f"attention module {self.name!r}: {text}")
@@ -95,44 +140,9 @@ class _Found:
         return next(found, None)
 
 
-def attentions_in(model: nn.Module) -> dict[str, list[tuple[Row, ParamSite]]]:
-    """The weights of queries and keys below every module that holds some directly, by its name."""
-    sites = sites_of(model)
-    found: dict[str, list[tuple[Row, ParamSite]]] = {}
-    for row in classify(model).rows:
-        for site in sites.get(row.name or "", []):
-            if _part(row, site):
-                place = ".".join(_plain(site.name).removesuffix(".weight").split(".")[:-1])
-                found.setdefault(place, []).append((row, site))
-    return found
-
-
-def attention_of(
-    model: nn.Module, known: Mapping[str, list[tuple[Row, ParamSite]]], name: str, heads: int
-) -> Attention:
-    """The queries and keys of one attention module.
-
-    Args:
-        model: The model.
-        known: What :func:`attentions_in` says of it.
-        name: Name of the module in the model.
-        heads: Number of its query heads.
-
-    Raises:
-        ValueError: If the module is unknown, holds no or several attentions, has other heads, or
-            if scaling its weights would not scale its logits.
-    """
-    place = _plain(name)
-    inside = [x for at, rows in known.items() if f"{at}.".startswith(f"{place}.") for x in rows]
-    inside = [x for rows in known.values() for x in rows] if not place else inside
-    if not inside:
-        names = ", ".join(sorted(known)[:4]) or "none"
-        raise ValueError(
-            f"max_logits names {name!r}, below which the model has no weights of queries and keys; "
-            f"its attention modules are {names}{', ...' if len(known) > 4 else ''}"
-        )
-    at = _Found(model, name, inside)
-    for row, site in inside:
+def _attention(at: _Found, heads: int) -> Attention:
+    """The layout of the weights that were found."""
+    for row, site in at.rows:
         _refuse_weight(at, row, site)
     latent = at.one("key_value_up")
     parts = {part: at.one(part) for part in ("query", "key", "qkv", "query_up")}
@@ -143,10 +153,15 @@ def attention_of(
     elif parts["query"] is not None and parts["key"] is not None and parts["qkv"] is None:
         found = _apart(at, parts["query"], parts["key"], heads)
     else:
-        names = ", ".join(str(row.name) for row, _ in inside)
+        names = ", ".join(str(row.name) for row, _ in at.rows)
         at.refuse(f"needs one weight of queries and one of keys, or one of both, and has {names}")
-    _refuse_norms(at, inside, latent is not None)
+    _refuse_norms(at, latent is not None)
     return found
+
+
+def _is_in(name: str, place: str) -> bool:
+    """Whether a name is that of a place or of what is below it."""
+    return not place or f"{name}.".startswith(f"{place}.")
 
 
 def _plain(name: str) -> str:
@@ -189,26 +204,21 @@ def _refuse_weight(at: _Found, row: Row, site: ParamSite) -> None:
         at.refuse(f"{row.name} has an adapter ({(factors or ['base_layer'])[0]}); merge it first")
 
 
-def _refuse_norms(at: _Found, inside: Iterable[tuple[Row, ParamSite]], is_latent: bool) -> None:
+def _refuse_norms(at: _Found, is_latent: bool) -> None:
     """Raise for a norm between projection and logits, after which scaled weights change nothing.
 
     In a latent attention norms of these names may lie before the projections, on the latent.
     """
-    latents = {row.shape[-1] for row, _ in inside} if is_latent else set()
-    place = _plain(at.name)
-    for name, module in at.model.named_modules():
-        above, _, leaf = _plain(name).rpartition(".")
-        if not (above == place or f"{above}.".startswith(f"{place}.") or not place):
-            continue
-        is_norm = _HEAD_NORM.fullmatch(leaf) and not re.search("Identity", type(module).__name__)
+    latents = {row.shape[-1] for row, _ in at.rows} if is_latent else set()
+    for name, module in at.model.norms.items():
         sizes = {p.numel() for p in module.parameters()} or {_norm_size(module)}
-        if is_norm and not (latents and sizes <= latents):
+        is_before = bool(latents) and sizes <= latents
+        if _is_in(_plain(name).rpartition(".")[0], at.place) and not is_before:
             at.refuse(f"{name} normalizes queries or keys, so that scaled weights change no logit")
-    for row, site in inside:
-        owner = next((x for x in site.owners if site.word in {*x._modules, *x._parameters}), None)
-        for leaf in owner._parameters if owner is not None else ():
-            if _HEAD_NORM.fullmatch(leaf.removesuffix("_weight")):
-                at.refuse(f"{leaf} beside {row.name} normalizes queries or keys")
+    for name in at.params:
+        above, _, leaf = _plain(name).rpartition(".")
+        if above == at.place and _HEAD_NORM.fullmatch(leaf.removesuffix("_weight")):
+            at.refuse(f"{name} normalizes queries or keys, so that scaled weights change no logit")
 
 
 def _norm_size(module: nn.Module) -> int:
@@ -242,7 +252,7 @@ def _with_bias(
     """A weight and its biases, which have the rows of the weight."""
     name, p = site.name, at.params[site.name]
     dim = 1 if row.view.startswith("transposed") and p.ndim == 2 else 0
-    found = [HeadRows(name, p, dim, groups, pieces)]
+    found = [HeadRows(name, dim, groups, pieces)]
     above, _, leaf = name.rpartition(".")
     beside = f"{above}." if above else ""
     near = {"weight": ["bias"], "in_proj_weight": ["in_proj_bias"]}.get(leaf, [f"{leaf}_bias"])
@@ -251,9 +261,8 @@ def _with_bias(
     short = {"query": ("q_bias", "query_bias"), "key": ("k_bias", "key_bias"), "qkv": ("qkv_bias",)}
     others = [f"{outer}.{x}".lstrip(".") for x in short.get(_part(row, site), ())]
     for other in (*(beside + x for x in near), *others):
-        bias = at.params.get(other)
-        if bias is not None and other != name:
-            found.append(HeadRows(other, bias, 0, groups, pieces))
+        if other in at.params and other != name:
+            found.append(HeadRows(other, 0, groups, pieces))
     return found
 
 
@@ -282,7 +291,7 @@ def _apart(
         pieces: tuple[Piece, ...] = (("query", heads, size), ("key", kv, size))
         if bias in at.params:
             rest = at.params[bias].numel() - (heads + kv) * size
-            found.append(HeadRows(bias, at.params[bias], 0, 1, (*pieces, ("rest", 1, rest))))
+            found.append(HeadRows(bias, 0, 1, (*pieces, ("rest", 1, rest))))
     return Attention(heads, kv, (*found, *_appended_keys(at, site, kv, size)))
 
 
@@ -290,7 +299,7 @@ def _appended_keys(at: _Found, site: ParamSite, kv: int, size: int) -> list[Head
     """The key that ``nn.MultiheadAttention(add_bias_kv=True)`` appends."""
     name = f"{site.name.rpartition('.')[0]}.bias_k".lstrip(".")
     p = at.params.get(name)
-    return [] if p is None else [HeadRows(name, p, p.ndim - 1, 1, (("key", kv, size),))]
+    return [] if p is None else [HeadRows(name, p.ndim - 1, 1, (("key", kv, size),))]
 
 
 def _fused(at: _Found, row: Row, site: ParamSite, heads: int) -> Attention:
@@ -361,11 +370,7 @@ def _split_biases(at: _Found, above: str, heads: int, kv: int, size: int) -> lis
     """Biases of queries and of keys by themselves, beside a weight of all."""
     pieces: dict[str, Piece] = {"q_bias": ("query", heads, size), "k_bias": ("key", kv, size)}
     names = {x: f"{above}.{x}".lstrip(".") for x in pieces}
-    return [
-        HeadRows(name, at.params[name], 0, 1, (pieces[x],))
-        for x, name in names.items()
-        if name in at.params
-    ]
+    return [HeadRows(name, 0, 1, (pieces[x],)) for x, name in names.items() if name in at.params]
 
 
 def _latent(

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -113,6 +113,13 @@ class Assignment:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
+    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
+        return self.rows[index]
 
     def __str__(self) -> str:
         table = self._table(_PRINTED, "view", *_PRINTED[5:-1])

@@ -130,6 +130,7 @@ class LowRankRule(Rule, abstract=True):
         M = w.state["exp_avg"]
         V = w.state["exp_avg_sq"]
         beta1, beta2 = self.betas
+        assert not isinstance(t, Tensor)  # refused under capturable
         N, factor = adam_reference(R, M, V, t, beta1=beta1, beta2=beta2, eps=self.adam_eps())
         return N, factor if self.correct_bias else 1.0
 
@@ -151,13 +152,21 @@ class LowRankRule(Rule, abstract=True):
         """Name of the projector; the published code has the thin SVD."""
         return "svd_full" if self.published else self.projection
 
-    def adam_step(self, w: Member) -> int:
+    def adam_step(self, w: Member) -> int | Tensor:
         """Adam's t: moments that were reset count from their refresh."""
-        return w.age + 1 if self.moments == "reset" else w.t
+        return w.count(since_refresh=self.moments == "reset")
 
-    def bias_factor(self, w: Member) -> float:
+    def bias_factor(self, w: Member) -> float | Tensor:
         """sqrt(1 - beta2^t) / (1 - beta1^t), or 1 without bias correction."""
         return bias_correction(self.adam_step(w), *self.betas) if self.correct_bias else 1.0
+
+    @override
+    def capture_obstacle(self) -> str | None:
+        if self.published:
+            return "compat='reference', whose step has the bias correction of the host's clock"
+        if getattr(self, "inner", "adamw") == "adafactor":
+            return "inner='adafactor', whose decay depends on the number of the update"
+        return None
 
     def adam_eps(self) -> float:
         """Adam's eps; None is torch's 1e-8, or the published code's 1e-6."""

@@ -7,7 +7,7 @@ gives the bits of its matrices taken one at a time.
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -81,8 +81,15 @@ def adam_reference(
     return M / V.sqrt().add_(eps), bias_correction(t, beta1, beta2)
 
 
-def bias_correction(t: int, beta1: float, beta2: float) -> float:
+@overload
+def bias_correction(t: int, beta1: float, beta2: float) -> float: ...
+@overload
+def bias_correction(t: int | Tensor, beta1: float, beta2: float) -> float | Tensor: ...
+def bias_correction(t: int | Tensor, beta1: float, beta2: float) -> float | Tensor:
     """sqrt(1 - beta2^t) / (1 - beta1^t), the bias correction of M / sqrt(V) after t updates."""
+    if isinstance(t, Tensor):  # one number on the device; () widens nothing
+        t = t.reshape(()).double()
+        return (1 - beta2**t).sqrt() / (1 - beta1**t)
     return math.sqrt(1 - beta2**t) / (1 - beta1**t)
 
 

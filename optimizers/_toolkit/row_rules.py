@@ -37,6 +37,7 @@ from .._core.validation import (
     shown,
 )
 from .moments import largest_entries, momentum_slots, total
+from .polar_waits import polar_obstacle
 
 PAIR_LAYOUTS = (None, "members", "halves", "interleaved")
 
@@ -81,6 +82,10 @@ class RowRule(Rule, abstract=True):
     @override
     def transpose(self, m: int, n: int) -> bool:
         return self.axis == "cols"
+
+    @override
+    def capture_obstacle(self) -> str | None:
+        return polar_obstacle(getattr(self, "polar", "auto"))
 
     @override
     def slots(self, sides: tuple[tuple[int, int], ...]) -> tuple[dict[str, Slot], ...]:

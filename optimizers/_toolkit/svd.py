@@ -212,8 +212,25 @@ def _gram_eigenvectors(G: Tensor, r: int, dtype: torch.dtype, both: bool) -> Bas
         for i in range(0, m, _GRAM_ROWS):  # only the lower triangle, which is all that eigh reads
             j = min(i + _GRAM_ROWS, m)
             K[i:j, :j].addmm_(X[i:j], X[:j].mT)
-    P = torch.linalg.eigh(K).eigenvectors[:, -r:].flip(-1)  # eigh's order is rising
+    P = _eigenvectors_in_place(K)[:, -r:].flip(-1)  # eigh's order is rising
     return P, right_basis(G, P) if both else P[:0]
+
+
+def _eigenvectors_in_place(K: Tensor) -> Tensor:
+    """Eigenvectors of K (m, m), whose lower triangle counts, in the memory of K.
+
+    Column by column, as LAPACK has them; row by row eigh would copy K, which is as large as a
+    square gradient. So the lower triangle goes to the upper one, which is the lower one of K^T.
+    """
+    m = len(K)
+    for i in range(0, m, _GRAM_ROWS):
+        j = min(i + _GRAM_ROWS, m)
+        K[:i, i:j] = K[i:j, :i].mT
+        square = K[i:j, i:j].tril()
+        K[i:j, i:j] = square + square.tril(-1).mT
+    V = K.mT
+    vectors: Tensor = torch.linalg.eigh(V, out=(K.new_empty(m), V)).eigenvectors
+    return vectors
 
 
 def right_basis(G: Tensor, P: Tensor) -> Tensor:

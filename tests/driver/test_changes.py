@@ -386,7 +386,7 @@ def test_what_a_method_does_not_support_is_refused_when_it_is_written_too(after)
     for cls in (getattr(optimizers, name) for name in PLAIN):
         optimizer = cls([W])
         run(optimizer, [W], [gradients((8, 6), after)])
-        optimizer.param_groups[0]["capturable"] = True
+        optimizer.param_groups[0].update(capturable=True, nonfinite="skip_step")
         with pytest.raises(ValueError, match="capturable=True is not supported"):
             run(optimizer, [W], [gradients((8, 6), 1)])
     optimizer = FRUGAL([W], split="block", density=0.5)

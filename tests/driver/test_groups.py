@@ -51,7 +51,8 @@ def refusals():
         ("decay", [{"params": [p], "weight_decay": -0.1}], ValueError, "Invalid weight_decay"),
         ("nonfinite", [{"params": [p], "nonfinite": "drop"}], ValueError, "nonfinite must be"),
         ("dtype", [{"params": [p], "state_dtype": "int32"}], ValueError, "state_dtype must be"),
-        ("capturable", [{"params": [p], "capturable": True}], ValueError, "capturable=True"),
+        ("capturable", [{"params": [p], "capturable": True, "nonfinite": "raise"}], ValueError,
+         "capturable=True"),
         ("through", [{"params": [p], "differentiable": True}], ValueError, "differentiable"),
         ("both", [{"params": [p], "fused": True, "foreach": True}], RuntimeError, "cannot be"),
         ("tensor foreach", [{"params": [p], "lr": torch.tensor(0.1), "foreach": True}], ValueError,
@@ -256,6 +257,23 @@ def test_names_route_as_far_as_they_go(cls):
     assert rules(cls([p for _, p in named])) == [cls.__name__, cls.__name__, "adamw", cls.__name__]
 
 
+def test_names_that_are_numbers_warn_as_no_names_do():
+    net = model()
+    with pytest.warns(UserWarning, match="3 matrices .* numbers for names.*model=model") as seen:
+        Muon(net.named_parameters())
+    assert len(seen) == 1 and seen[0].filename == __file__
+    with pytest.warns(UserWarning, match="by their shape alone"):
+        Muon([(f"module.{name}", p) for name, p in net.named_parameters()])
+    told = nn.ModuleDict({"layers": net})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Muon(net)
+        Muon(net.named_parameters(), model=net)
+        Muon(told.named_parameters())
+        Muon([(name, p) for name, p in net.named_parameters() if p.ndim == 2])
+        Muon(nn.Linear(4, 4).named_parameters())  # "weight", "bias"
+
+
 @BOTH
 def test_matrices_routed_by_shape_beside_unmarked_vectors_give_one_warning(cls):
     W, b, other = weight((8, 4), 0), weight((8,), 1), weight((4, 8), 2)
@@ -360,6 +378,32 @@ def test_adamw_lr_is_a_ratio_but_for_groups_with_an_lr_of_their_own(cls):
 
 
 @BOTH
+@pytest.mark.parametrize("warm_up", [0.1, 0.0])
+def test_an_adamw_lr_written_before_a_scheduler_refers_to_the_lr_before_warm_up(cls, warm_up):
+    def rates(optimizer):
+        return {(row.rule == "adamw", round(row.lr, 9)) for row in optimizer.assignment()}
+
+    def scheduler(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, warm_up + t))
+
+    optimizer = cls(model(), lr=0.1)
+    optimizer.param_groups[0]["adamw_lr"] = 0.01
+    assert rates(optimizer) == {(False, 0.1), (True, 0.01)}
+    schedule = scheduler(optimizer)
+    assert rates(optimizer) == {(False, round(0.1 * warm_up, 9)), (True, 0.01 * warm_up)}
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    schedule.step()
+    assert rates(optimizer) == {(False, 0.1), (True, 0.01)}
+    optimizer.param_groups[0]["lr"] = 0.05
+    optimizer.param_groups[0]["adamw_lr"] = 0.01  # after the scheduler: of the lr at this moment
+    assert rates(optimizer) == {(False, 0.05), (True, 0.01)}
+    optimizer.step()
+    assert optimizer.param_groups[0]["adamw_lr_ratio"] == pytest.approx(0.2)
+
+
+@BOTH
 def test_adamw_lr_keeps_the_groups_of_the_user(cls):
     optimizer = cls(model(), lr=0.02, adamw_lr=0.003)
     named = cls(model().named_parameters(), lr=0.02, adamw_lr=0.003)
@@ -403,6 +447,8 @@ def test_assignment_prints_one_row_per_parameter(cls):
     table = cls(model()).assignment()
     text = str(table)
     assert all(row.name in text for row in table) and cls.__name__ in text.splitlines()[-1]
+    assert table[0] == table.rows[0] and table[-1] == table.rows[-1]
+    assert table[1:3] == table.rows[1:3]
     unnamed = cls([weight(SQUARE), weight((3,))]).assignment()
     assert [row.name for row in unnamed] == [None, None] and str(unnamed)
 
@@ -447,7 +493,7 @@ def test_late_group_trains_beside_the_old_ones(cls):
     assert same([W[1] for W in out], [W[0] for W in b])
 
 
-def test_capturable_is_fine_for_adamw_groups_only():
+def test_capturable_is_fine_for_adamw_groups():
     group = {"params": [weight((3,))], "rule": "adamw", "capturable": True}
     assert Muon([group]).param_groups[0]["capturable"]
     assert Muon([weight(SQUARE)], fused=False, foreach=None).defaults["fused"] is False

@@ -13,6 +13,7 @@ from helpers.ranks import mesh_of, pool
 from torch import nn
 
 from stiefel.optimizers import MaxLogits, Muon, classify, qk_clip_
+from stiefel.optimizers._driver import qk_clip as module
 
 SHARED_KEYS = ("gqa", "mqa", "fused gqa", "conv1d gqa", "by group", "megatron", "per head",
                "one key by group")  # fmt: skip
@@ -316,11 +317,27 @@ def test_a_fused_weight_of_unknown_order_is_refused():
         ({"threshold": math.nan}, "threshold must be"),
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\]"),
         ({"alpha": None}, "alpha must be"),
+        ({"optimizer": 3}, "optimizer must be that of the model"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
         qk_clip_(model_of("mha"), LARGE, **options)
+
+
+def test_where_the_host_does_not_wait_a_bad_value_leaves_its_head_alone(monkeypatch):
+    monkeypatch.setattr(module, "waits_for", lambda device: False)
+    model = model_of("mha", dtype=torch.float32)
+    before = copied(model)
+    S = {"blocks.0.attn": torch.tensor([math.nan, 400.0, math.inf, -math.inf])}
+    gamma = qk_clip_(model, S)["blocks.0.attn"]
+    assert gamma.tolist() == [1.0, 0.25, 1.0, 1.0]
+    W, old = model["blocks"][0].attn.q_proj.weight, before["blocks.0.attn.q_proj.weight"]
+    assert torch.equal(W[6:12], 0.5 * old[6:12])
+    assert torch.equal(W[:6], old[:6]) and torch.equal(W[12:], old[12:])
+    before = copied(model)
+    qk_clip_(model, {name: S / 3 for name, S in LARGE.items()})
+    assert unchanged(model, before)
 
 
 # optimizers ---------------------------------------------------------------------------------------
@@ -346,6 +363,44 @@ def test_a_stored_norm_of_a_scaled_weight_is_measured_anew():
             assert (optimizer.state[p][key] == (-1.0 if is_scaled else 3.0)).all(), name
 
 
+@pytest.mark.parametrize("words", ["hyperball", "sphere:rows"])
+@pytest.mark.parametrize("kind", ["mha", "fused gqa", "torch"])
+def test_a_sphere_takes_the_norm_of_the_scaled_weight(words, kind):
+    """Informed, the next step keeps the clipped norm; uninformed, it undoes the clipping."""
+    sizes = {}
+    for informed in (True, False):
+        model = model_of(kind, dtype=torch.float32)
+        optimizer = Muon(model, lr=1e-4, weight_norm=words)
+        for t in range(2):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+            optimizer.step()
+            if t == 0:
+                before = copied(model)
+                S = {"blocks.0.attn": torch.full((4,), 400.0)}
+                qk_clip_(model, S, optimizer=optimizer if informed else None)
+        sizes[informed] = {
+            n: float(p.detach().norm() / before[n].norm()) for n, p in model.named_parameters()
+        }
+    name = {"mha": "q_proj.weight", "fused gqa": "c_attn.weight", "torch": "in_proj_weight"}[kind]
+    informed, uninformed = (sizes[x][f"blocks.0.attn.{name}"] for x in (True, False))
+    assert informed < 0.9 and uninformed == pytest.approx(1.0, abs=1e-3)
+    for n, ratio in sizes[True].items():
+        if "blocks.1" in n and n.endswith("weight"):
+            assert ratio == pytest.approx(1.0, abs=1e-2)
+
+
+def test_a_norm_that_is_given_and_not_measured_is_refused():
+    model = model_of("mha", dtype=torch.float32)
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "weight_radius": 0.1}], lr=0.1)
+    before = copied(model)
+    with pytest.raises(
+        ValueError, match=r"q_proj\.weight is kept at the norm.*leave weight_radius"
+    ):
+        qk_clip_(model, LARGE, optimizer=optimizer)
+    assert unchanged(model, before)
+
+
 # ranks --------------------------------------------------------------------------------------------
 
 
@@ -355,12 +410,12 @@ def sharded_clip(rank, world, kind, dim):
 
     mesh, model = mesh_of(world), model_of(kind, dtype=torch.float32)
     whole = model_of(kind, dtype=torch.float32)
-    for module in model.modules():
-        for name, p in list(module._parameters.items()):
+    for layer in model.modules():
+        for name, p in list(layer._parameters.items()):
             if p is not None:
                 cut = min(dim, p.ndim - 1)
                 placed = distribute_tensor(p.detach(), mesh, [Shard(cut)])
-                module._parameters[name] = nn.Parameter(placed)
+                layer._parameters[name] = nn.Parameter(placed)
     S = {name: s.float() for name, s in maxima(whole, inputs(dtype=torch.float32)).items()}
     own = {name: s.clone() for name, s in S.items()}
     for i, s in enumerate(own.values()):  # each rank has seen one head's largest logit

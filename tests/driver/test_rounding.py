@@ -26,6 +26,8 @@ FIRST = {name.partition("-")[0]: name for name in reversed(MATRICES)}
 """Of every class its first entry."""
 OPTIONS = {
     "cautious decay": ("muon", {"cautious": True, "weight_decay": 0.1}),
+    "cautious, factored": ("galore", {"cautious": True, "weight_decay": 0.1}),
+    "cautious, panels": ("frugal-svd", {"cautious": True, "weight_decay": 0.1}),
     "as torch": ("muon", {"compat": "torch"}),
     "tensor lr": ("muon", {"lr": torch.tensor(0.02)}),
     "decay last": ("galore", {"compat": "reference"}),

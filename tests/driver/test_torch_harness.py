@@ -457,10 +457,12 @@ class TestOptimizers(TestCase):
 
     @every
     def test_capturable_matches_not_capturable(self, device, dtype, optim_info):
-        """For AdamW's parameters only; matrices say so and the group is not added."""
+        """For AdamW's parameters; for matrices see test_capture.py."""
         optimizer = optim_info.optim_cls([matrix(device=device)])
         with self.assertRaisesRegex(ValueError, "capturable=True is not supported"):
-            optimizer.add_param_group({"params": [matrix(device=device)], "capturable": True})
+            optimizer.add_param_group(
+                {"params": [matrix(device=device)], "capturable": True, "nonfinite": "raise"}
+            )
         self.assertEqual(len(optimizer.param_groups), 1)
         needs_cuda(self, device)
         for kwargs in inputs(optim_info, device):

@@ -52,7 +52,9 @@ METHODS = {
         **{"lr": 0.02, "rank": 0.5, "update_proj_gap": 3, "proj_type": "full", **kw},
     ),
     "galore-rotate": lambda params, **kw: GaLore(
-        params, **{"lr": 0.02, "rank": 2, "update_proj_gap": 2, "moments": "rotate", **kw}
+        params,
+        **{"lr": 0.02, "rank": 2, "update_proj_gap": 2, "moments": "rotate", "weight_decay": 0.1,
+           "cautious": True, **kw},
     ),
     "galore-reset": lambda params, **kw: GaLore(
         params,
@@ -90,7 +92,7 @@ METHODS = {
     "trion-l2": lambda params, **kw: Trion(
         params,
         **{"lr": 0.02, "rank": 0.5, "norm": "l2", "basis": "dct3", "polar": "auto",
-           "adjust_lr_fn": "kimi", **kw},
+           "adjust_lr_fn": "kimi", "weight_decay": 0.1, "cautious": True, **kw},
     ),
     "dctadamw": lambda params, **kw: DCTAdamW(
         params, **{"lr": 0.02, "rank": 3, "update_proj_gap": 3, "weight_decay": 0.1, **kw}
@@ -121,7 +123,7 @@ METHODS = {
     "frugal-rows": lambda params, **kw: FRUGAL(
         params,
         **{"lr": 0.02, "density": 0.5, "update_gap": 3, "split": "rows", "reset": "changed",
-           **kw},
+           "weight_decay": 0.1, "cautious": True, **kw},
     ),
     "frugal-randk": lambda params, **kw: FRUGAL(
         params,
@@ -144,7 +146,7 @@ METHODS = {
     ),
     "aro": lambda params, **kw: ARO(params, **{"lr": 0.02, **kw}),
     "aro-adam": lambda params, **kw: ARO(
-        params, **{"lr": 0.02, "base": "adam", "rotation_every": 3, **kw}
+        params, **{"lr": 0.02, "base": "adam", "rotation_every": 3, "cautious": True, **kw}
     ),
     "aro-eigh": lambda params, **kw: ARO(
         params,
@@ -169,7 +171,9 @@ METHODS = {
     "soapmuon": lambda params, **kw: SOAPMuon(params, **{"lr": 0.02, **kw}),
     "rownorm": lambda params, **kw: RowNorm(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
     "rownorm-columns": lambda params, **kw: RowNorm(
-        params, **{"lr": 0.02, "axis": "cols", "row_mode": "relative", **kw}
+        params,
+        **{"lr": 0.02, "axis": "cols", "row_mode": "relative", "weight_decay": 0.1,
+           "cautious": True, **kw},
     ),
     "rownorm-centred": lambda params, **kw: RowNorm(
         params, **{"lr": 0.02, "weight_decay": 0.1, "centred": True, **kw}
@@ -199,7 +203,8 @@ METHODS = {
     ),
     "pick": lambda params, **kw: StackedOptimizer(params, PickRule(), **{"lr": 0.02, **kw}),
     "pick-rows": lambda params, **kw: StackedOptimizer(
-        params, PickRule(dim=-2, order=1, gap=3), **{"lr": 0.02, "weight_decay": 0.1, **kw}
+        params, PickRule(dim=-2, order=1, gap=3),
+        **{"lr": 0.02, "weight_decay": 0.1, "cautious": True, **kw},
     ),
 }  # fmt: skip
 

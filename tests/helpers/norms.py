@@ -1,5 +1,7 @@
 """The published forms of weight control, one step after the other, in float64."""
 
+import torch
+
 from stiefel.optimizers._driver.norms import parse
 
 
@@ -35,7 +37,7 @@ def oracle_step(words, W, U, lr, decay, radii, cautious=False):
     steered = control.radius is not None
     if not (control.radius == "sphere" or (cautious and steered)):
         keep = 1 - lr * decay
-        W = W.where(U * W < 0, keep * W) if cautious else keep * W
+        W = torch.where(U * W < 0, W, keep * W) if cautious else keep * W
     scope = control.radius_scope
     if control.radius == "sphere":
         radii = _norm(W, scope) if radii is None else radii
@@ -46,10 +48,10 @@ def oracle_step(words, W, U, lr, decay, radii, cautious=False):
     undamped = U
     w, u = _norm(W, control.size_scope), _norm(U, control.size_scope)
     if control.size == "floor":
-        U = U * (control.kappa * w / u).clamp(min=1)
+        U = torch.where(u > 0, U * (control.kappa * w / u).clamp(min=1), U)
     if control.size == "relative":
         same = control.radius == "sphere" and control.size_scope == scope
-        U = U * (radii if same else w) / u
+        U = torch.where(u > 0, U * (radii if same else w) / u, U)
     X = W - lr * U
     x, a = _norm(X, scope), _norm(W, scope)
     if control.radius == "sphere":
@@ -60,5 +62,5 @@ def oracle_step(words, W, U, lr, decay, radii, cautious=False):
     if control.radius == "pin":
         X = X * (a - lr * _dot(U, old, scope) / _norm(old, scope)) / x
     if cautious and steered:
-        X = X * (1 - lr * decay * (undamped * old >= 0))
+        X = torch.where(undamped * old >= 0, (1 - lr * decay) * X, X)
     return X, radii

@@ -108,12 +108,12 @@ PAIRS = {
     "altlora": by_altlora(),
     "altlora-plus": by_altlora(second_moment="elementwise", max_rel_step=0.1),
     "altlora-alternate": by_altlora(schedule="alternate", switch_every=2),
-    "altlora-compact": by_altlora(compact_alignment=True, delta_mode="relative"),
+    "altlora-compact": by_altlora(compact_alignment=True, delta_mode="relative", cautious=True),
     "altlora-reference": by_altlora(compat="reference"),
     "altlora-plus-reference": by_altlora(second_moment="elementwise", compat="reference"),
     "adaprelora": by_adaprelora(),
     "adaprelora-sgd": by_adaprelora(variant="sgd", max_rel_step=0.1),
     "adaprelora-adamw": by_adaprelora(variant="adamw", lr_ratio_b=2.0),
-    "adaprelora-none": by_adaprelora(stats="none"),
+    "adaprelora-none": by_adaprelora(stats="none", cautious=True),
 }
 """Makers of optimizers from [(A, B), ...]: one entry makes a method take part in test_pairs.py."""

@@ -137,6 +137,17 @@ def test_presets_are_the_published_triples(polar, triples):
             torch.testing.assert_close(update_of(G, polar=polar), theirs, rtol=0, atol=1e-12)
 
 
+def test_the_quintic_that_settles_needs_no_name():
+    """Twelve times 2 x - 1.5 x^3 + 0.5 x^5 over the Schatten-4 norm: all near 1, slope 2^12."""
+    s = torch.logspace(-2, 0, 40, dtype=torch.float64)
+    options = {"ns_coefficients": (2, -1.5, 0.5), "ns_steps": 12, "polar_norm": "schatten4"}
+    found = update_of(torch.diag(s), polar="ns5", **options).diagonal()
+    assert float((found - 1).abs().max()) < 5e-5
+    tiny = torch.diag(torch.tensor([1.0, 1e-12], dtype=torch.float64))
+    slope = float(update_of(tiny, polar="ns5", **options)[1, 1]) / 1e-12
+    assert slope == pytest.approx(4096, rel=1e-3)
+
+
 # functions ----------------------------------------------------------------------------------------
 
 
@@ -152,6 +163,7 @@ def test_a_function_is_given_stacks_and_named():
     optimizer = Muon(params, lr=0.1, polar=factor)
     ours = run(optimizer, params, grads)
     assert all(len(shape) == 3 and dtype == torch.float32 for shape, dtype in seen)
+    assert {shape[0] for shape, _ in seen} >= {2, 3}
     text = str(optimizer.assignment())
     assert "test_muon_options.test_a_function_is_given" in text and "factor" in text
     others = [weight(WIDE, seed=i) for i in range(2)] + [weight((3, *TALL))]
@@ -207,12 +219,23 @@ def test_a_file_of_another_function_is_refused_with_nothing_changed():
 @pytest.mark.parametrize(
     "polar", [lambda X: X[0], lambda X: X.mT, lambda X: None, lambda X: X.to("meta")]
 )
-def test_what_is_no_factor_is_refused_with_nothing_changed(polar):
-    p = weight((3, 5))
-    before, p.grad = p.detach().clone(), torch.ones(3, 5)
-    with pytest.raises(ValueError, match=r"polar=.*<lambda> must return a tensor of the shape"):
-        Muon([p], polar=polar).step()
-    assert torch.equal(p, before)
+def test_what_is_no_factor_is_refused_before_anything_moves(polar):
+    p, G = weight((3, 5)), gradients((3, 5), 2)
+    optimizer = Muon([p], polar="svd")
+    run(optimizer, [p], [G[:1]])
+    before = copy.deepcopy((p.detach(), optimizer.state[p]["momentum_buffer"]))
+    text = r"polar=.*<lambda> must return a tensor of the shape"
+    with pytest.raises(ValueError, match=text):
+        Muon([weight((3, 5))], polar=polar)
+    optimizer.param_groups[0]["polar"] = polar
+    p.grad = G[1]
+    with pytest.raises(ValueError, match=text):
+        optimizer.step()
+    assert torch.equal(p, before[0])
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], before[1])
+    optimizer.param_groups[0]["polar"] = by_svd
+    optimizer.step()
+    assert not torch.equal(p, before[0])
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,13 @@ def test_decays_differ_by_parameter(sizes, cuts, mode):
     on_ranks(follows_one_process, sizes, cuts, SHAPES, dtype, mode, options, 64)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "stochastic"])
+def test_decay_is_masked_and_scheduled_alike(mode):
+    own = {"cautious": True, "decay_schedule": "corrected", "decay_lr": 2e-3, "foreach": False}
+    dtype = torch.float32 if mode == "nearest" else torch.bfloat16
+    on_ranks(follows_one_process, (2,), "1", SHAPES, dtype, mode, own, 64)
+
+
 def follows_galore(rank, world, sizes, cuts, dtype, mode, correct_bias):
     def train(params, gradient_of):
         optimizer = GaLore(

@@ -178,6 +178,17 @@ def test_strides_do_not_matter(m, n, r, kind):
     assert torch.equal(top_basis(sparse, r, kind), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("m", [1, 5, 256, 257, 600])
+def test_eigenvectors_in_place_have_the_bits_of_those_elsewhere(m, dtype):
+    A = gaussian(m, 2 * m, dtype=dtype)
+    lower = (A @ A.mT).tril()
+    expected = torch.linalg.eigh(lower).eigenvectors
+    K = lower.clone()
+    found = factor._eigenvectors_in_place(K)
+    assert torch.equal(found, expected) and found.data_ptr() == K.data_ptr()
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_gram_makes_no_copy_of_the_gradient(both):
     G = gaussian(1, 40, 4000)
@@ -342,12 +353,12 @@ def real_eigh():
 def spoiled(real, how):
     """eigh that goes wrong in fp32 only."""
 
-    def eigh(K):
+    def eigh(K, **out):
         if K.dtype == torch.float64:
-            return real(K)
+            return real(K, **out)
         if how == "raises":
             raiser()
-        w, V = real(K)
+        w, V = real(K, **out)
         spoil = {"nan": V * math.nan, "skewed": V + 0.01}[how]
         return torch.return_types.linalg_eigh((w, spoil))
 
@@ -370,7 +381,9 @@ def test_fallback_to_the_fp64_gram(monkeypatch, real_eigh, how):
 def test_near_deficiency_needs_no_fallback(monkeypatch, real_eigh, m, n, dtype):
     """G^T P / sigma is not orthonormal here; its QR is, at the first attempt."""
     calls = []
-    monkeypatch.setattr(torch.linalg, "eigh", lambda K: calls.append(1) or real_eigh(K))
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda K, **out: calls.append(1) or real_eigh(K, **out)
+    )
     for sigma in ([1.0, 1e-2, 1e-3, 1e-4, 1e-5], [1.0, 0.5]):
         calls.clear()
         for P in top_bases(planted(m, n, sigma, dtype), 5):
@@ -417,11 +430,11 @@ def test_one_failure_leaves_the_others(monkeypatch, real_eigh):
     expected = top_basis(G, 3)
     calls = []
 
-    def eigh(K):
+    def eigh(K, **out):
         calls.append(K.dtype)
         if len(calls) in (2, 3):  # both Gram attempts at the second matrix
             raiser()
-        return real_eigh(K)
+        return real_eigh(K, **out)
 
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     monkeypatch.setattr(torch.linalg, "svd", raiser)
