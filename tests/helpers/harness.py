@@ -214,7 +214,7 @@ INFOS = [
             "betas": {"betas": (0.8, 0.9), "shampoo_beta": 0.7},
             "every third": {"precondition_frequency": 3},
             "one side": {"sides": "short", "basis": "eigh"},
-            "no side": {"max_precond_dim": 0},
+            "no longer side": {"max_precond_dim": 6},
             "kl": {"factors": "kl", "moments": "rotate"},
             "no bias correction": {"correct_bias": False},
             "normalized": {"normalize_update": True},
@@ -232,6 +232,8 @@ INFOS = [
     entry(
         SOAPMuon,
         {
+            # whitened steps climb less than decay as large as that of the others takes
+            "maximize, weight_decay": {"maximize": True, "weight_decay": 0.05},
             "no momentum": {"momentum": 0.0, "nesterov": False},
             "every third": {"precondition_frequency": 3, "beta2": 0.8},
             "one side": {"sides": "short", "polar": "svd"},
