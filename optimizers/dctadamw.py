@@ -137,9 +137,13 @@ class DCTAdamWRule(Rule):
     def adam_step(self, w: Member) -> int | Tensor:
         """Adam's t: the ages of the rows, counted here, or the number of the update."""
         if self.bias_correction == "global":
-            return w.t
+            return w.count()
         counted = 1 if w.finite is None else w.finite.to(torch.int32).view(-1, 1, 1)
         return w.state["age"].add_(counted)
+
+    @override
+    def capture_obstacle(self) -> str | None:
+        return None
 
     @property
     def cosines(self) -> DctProjector:

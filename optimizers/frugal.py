@@ -147,11 +147,17 @@ class FRUGALRule(Rule):
         )
         terms: tuple[Term, ...] = ()
         if w.state:
-            t = w.age + 1 if self.reset == "all" else w.t  # after a reset Adam counts from 1
+            t = w.count(since_refresh=self.reset == "all")  # after a reset Adam counts from 1
             terms = self.gradient_split.terms(w, self.base_optimizer, t, state_free)
         elif state_free.kind != "no":  # an inactive block, or density 0
             terms = (PanelTerm(lambda k, i, j: state_free(G[k, i, j], k)),)
         return w.step(*terms, lr_factor=self.proj_lr_scale)
+
+    @override
+    def capture_obstacle(self) -> str | None:
+        if self.compat is not None:
+            return f"compat={self.compat!r}, whose step has the bias correction of the host's clock"
+        return "split='block', whose state comes and goes" if self.split == "block" else None
 
     @property
     def gradient_split(self) -> GradientSplit:

@@ -42,6 +42,10 @@ class SinkGDRule(Rule):
         return momentum_slots(self.momentum)
 
     @override
+    def capture_obstacle(self) -> str | None:
+        return None
+
+    @override
     def update(self, w: Member) -> Direction:
         """M <- momentum M + (1 - momentum) G, or G; step along S(M)."""
         M = w.grad  # (K, m, n)

@@ -81,6 +81,17 @@ class Term:
         """The part of the matrices `ks`, for a write of these alone."""
         return _Matrices(self, ks)
 
+    def scaled_matrices(self, ks: slice, c: Tensor) -> Term:
+        """The matrices ``ks`` times c: (), or (k, ...) for each of them.
+
+        A term that moves state as it is made overrides it, and makes these matrices alone.
+        """
+        if c.dim() == 3:  # the whole term wants a factor for every matrix
+            full = c.new_ones(ks.stop, 1, 1)
+            full[ks] = c
+            c = full
+        return _Matrices(self.scaled(c), ks)
+
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
         """Add alpha times rows `rows` of matrices `ks` to panel, in place."""
         raise NotImplementedError
@@ -128,11 +139,7 @@ class _Matrices(Term):
 
     @override
     def scaled(self, c: Tensor) -> Term:
-        if c.dim() == 3:  # the whole term wants a factor for every matrix
-            full = c.new_ones(self.ks.stop, 1, 1)
-            full[self.ks] = c
-            c = full
-        return _Matrices(self.whole.scaled(c), self.ks)
+        return self.whole.scaled_matrices(self.ks, c)
 
     def _of_whole(self, ks: slice) -> slice:
         start, stop, _ = ks.indices(self.ks.stop - self.ks.start)

@@ -15,7 +15,7 @@ from ...kernels import Rounding, fuses_passes, unflagged_stay, update_weight_
 from .._core.rule import Dense, Direction, RowNorms, Term, WriteScalars
 from .._core.terms import slice_rows
 from .._core.validation import check
-from .decay import decays_at
+from .decay import decays_at, factor_at
 from .finite import is_capturing
 from .norms import (
     MATRIX,
@@ -337,7 +337,7 @@ class _Write:
             D = self.U[ks, rows].to(X.dtype) * self.scale
             if isinstance(h, Tensor):
                 D = D - slice_rows(h, ks, rows) * X
-            keep = torch.where(decays_at(D, X), keep, one)
+            keep = factor_at(decays_at(D, X), keep)
         if self.finite is not None:
             keep = torch.where(slice_rows(self.finite, ks, rows) != 0, keep, one)
         return keep

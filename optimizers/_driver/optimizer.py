@@ -115,10 +115,11 @@ class StackedOptimizer(Optimizer):
     Args:
         params: A module (roles are found by :func:`classify`; its vectors have no weight decay,
             its frozen parameters train once they are unfrozen), named parameters (names route
-            embeddings and heads to AdamW), parameters (shape alone decides), or groups: dicts with
-            ``params``, any field of the rule, any keyword below, and ``rule``: ``"adamw"``, or the
-            name of a method. Groups stay as many as they are, a module is one. Keys of other code
-            are kept; a key that is an option with one wrong letter is refused.
+            embeddings and heads to AdamW, unless they are numbers), parameters (shape alone
+            decides), or groups: dicts with ``params``, any field of the rule, any keyword below,
+            and ``rule``: ``"adamw"``, or the name of a method. Groups stay as many as they are, a
+            module is one. Keys of other code are kept; a key that is an option with one wrong
+            letter is refused.
         rule: The method and its hyper-parameters.
         lr: Learning rate, a float or a 1-element tensor.
         weight_decay: Decoupled weight decay, of AdamW parameters too (default: 0).
@@ -134,7 +135,7 @@ class StackedOptimizer(Optimizer):
             anew, as a ratio to the current ``lr``, or to the ``initial_lr`` of a scheduler that is
             made before the next step. An AdamW group with ``lr`` of its own has that.
         adamw_betas: Betas of the AdamW parameters; None (default): the method's ``betas``, else
-            (0.9, 0.95).
+            (0.9, 0.95). Where the method has no ``betas``, as Muon, that name means these.
         adamw_eps: Eps of the AdamW parameters (default: 1e-8).
         adamw_weight_decay: Weight decay of the AdamW parameters; None (default): ``weight_decay``.
         cautious: Whether only entries decay that the step does not move away from zero: W <-
@@ -155,10 +156,10 @@ class StackedOptimizer(Optimizer):
         fused: As in ``torch.optim.AdamW``, for the AdamW parameters (default: None).
         capturable: Whether a CUDA graph may replay the step, see :meth:`prepare_replay` (default:
             False). Clocks, learning rates and weight decays of matrices are then read from the
-            device; for AdamW parameters it is the flag of ``torch.optim.AdamW``. ``Muon``,
-            ``GaLore``, ``Fira``, ``APOLLO``, ``AuON``, ``RowNorm``, ``Spectral``, ``Hybrid`` and
-            ``Trion`` take it; options that draw random numbers or wait at each step are refused. A
-            skipped update then counts: weight and state stay, the clock goes on.
+            device; for AdamW parameters it is the flag of ``torch.optim.AdamW``. ``ARO``, ``SOAP``,
+            ``SOAPMuon`` and classes for LoRA factors refuse it, and so do options that draw random
+            numbers or wait at each step. A skipped update then counts: weight and state stay, the
+            clock goes on.
         differentiable: Must be False (default); the key is there because torch reads it.
         nonfinite: What a NaN or infinite gradient does, of a matrix or of an AdamW parameter.
             ``"skip"`` (default): weight, state and clock of that parameter (of its whole pair, for

@@ -53,7 +53,7 @@ class BlockSchedule(GradientSplit):
 
     @override
     def terms(
-        self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
+        self, w: Member, base_optimizer: BaseOptimizer, t: int | Tensor, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
         """One term for all of an active block; moments and clock begin in its first step."""
         assert w.grad is not None

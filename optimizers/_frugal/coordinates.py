@@ -116,11 +116,14 @@ class CoordinateSplit(GradientSplit):
 
     @override
     def terms(
-        self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
+        self, w: Member, base_optimizer: BaseOptimizer, t: int | Tensor, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
         """One term that writes both parts."""
         assert w.grad is not None
         adam_step: int | Tensor = t
+        if isinstance(t, Tensor):  # as ages lie, one for each chosen coordinate
+            index = w.state["index"]
+            adam_step = t.view(1, 1).expand_as(index).unsqueeze(-1 if self.kind == "rows" else -2)
         if "age" in w.state:
             counted = 1 if w.finite is None else w.finite.to(torch.int32).view(-1, 1)
             adam_step = w.state["age"].add_(counted).unsqueeze(-1 if self.kind == "rows" else -2)
@@ -218,6 +221,12 @@ class SplitTerm(Term):
     @override
     def scaled(self, c: Tensor) -> Term:
         return Dense(self.whole().mul_(c))
+
+    @override
+    def scaled_matrices(self, ks: slice, c: Tensor) -> Term:
+        U = torch.empty_like(self.G[ks], memory_format=torch.contiguous_format)
+        self._fill_rows(U, ks, ALL)
+        return Dense(U.mul_(c))
 
     def whole(self) -> Tensor:
         """Both parts as one tensor (K, m, n)."""

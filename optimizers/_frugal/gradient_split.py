@@ -98,7 +98,7 @@ class GradientSplit:
         """Choose another part, and carry the base optimizer's state by ``policy``."""
 
     def terms(
-        self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
+        self, w: Member, base_optimizer: BaseOptimizer, t: int | Tensor, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
         """The base optimizer's direction of the chosen part at its update t, and the rest's."""
         raise NotImplementedError

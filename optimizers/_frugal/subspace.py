@@ -93,7 +93,7 @@ class SubspaceSplit(GradientSplit):
 
     @override
     def terms(
-        self, w: Member, base_optimizer: BaseOptimizer, t: int, state_free: StateFreeUpdate
+        self, w: Member, base_optimizer: BaseOptimizer, t: int | Tensor, state_free: StateFreeUpdate
     ) -> tuple[Term, ...]:
         """P N beside the state-free update of the residual G - P R; SGD has one lift for both."""
         assert w.grad is not None
@@ -128,7 +128,12 @@ class SubspaceSplit(GradientSplit):
         return self.projector.shared(m)
 
     def lifted_term(
-        self, w: Member, base_optimizer: BaseOptimizer, R: Tensor, t: int, P: Tensor | None
+        self,
+        w: Member,
+        base_optimizer: BaseOptimizer,
+        R: Tensor,
+        t: int | Tensor,
+        P: Tensor | None,
     ) -> Term:
         """The term P N (or P N Q^T) of the base optimizer's direction N of R."""
         state = w.state

