@@ -790,7 +790,7 @@ def entrants(rank: int) -> dict[str, Entrant]:
         common = {k: v for k, v in {"weight_decay": 0.1, "rank": rank}.items() if k in keys}
         gap = next((key for key in keys if key.rpartition("_")[2] in GAPS), None)
         for suffix, variant in VARIANTS.get(name, {"": Variant()}).items():
-            make = partial(cls, **common, **variant.options)
+            make = partial(cls, **{**common, **variant.options})
             rest = ("polar" in keys, variant.limit, variant.peers)
             found[f"{name} {suffix}".strip()] = (
                 Entrant(make, None, 1, *rest)

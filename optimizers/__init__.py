@@ -34,6 +34,7 @@ from .frugal import FRUGAL
 from .galore import GaLore
 from .hybrid import Hybrid
 from .muon import Muon, heavy_tail_schedule
+from .muown import Muown
 from .rownorm import RowNorm
 from .sinkgd import SinkGD
 from .soap import SOAP, SOAPMuon
@@ -66,6 +67,7 @@ __all__ = [
     "Member",
     "MemoryReport",
     "Muon",
+    "Muown",
     "PanelTerm",
     "PowerLR",
     "RowNorm",

@@ -48,12 +48,9 @@ class APOLLORule(LowRankRule):
     )
 
     def __post_init__(self) -> None:
+        check_choices(self, proj_type=("std", "reverse_std", "right", "left"))
         super().__post_init__()
-        check_choices(
-            self,
-            proj_type=("std", "reverse_std", "right", "left"),
-            scaling=(*BY_COLUMN, *BY_MATRIX),
-        )
+        check_choices(self, scaling=(*BY_COLUMN, *BY_MATRIX))
         if isinstance(self.scale, str):
             known = self.scale == "auto"
             check(known, f"scale must be 'auto' or a number from 0, got {shown(self.scale)}")

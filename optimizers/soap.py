@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class EigenbasisRule(Rule, abstract=True):
     The fields are arguments of :class:`SOAP`, whose docstring explains them.
     """
 
+    refresh_offset: ClassVar[int] = -1
+
     eps: float = 1e-8
     shampoo_beta: float | None = None
     precondition_frequency: int = 10
@@ -112,11 +114,6 @@ class EigenbasisRule(Rule, abstract=True):
         """Whether a refresh sorts the columns of a basis by eigenvalue."""
         return True
 
-    @property
-    def counts_zeros(self) -> bool:
-        """Whether a first gradient of zeros gives the first bases, which are the identity."""
-        return False
-
     # what the driver asks -------------------------------------------------------------------------
 
     @property
@@ -130,12 +127,11 @@ class EigenbasisRule(Rule, abstract=True):
 
         A refresh that met a gradient of zeros is made up for.
         """
-        if refreshed == 0 and not self.counts_zeros:
-            return True
-        if t == 1:
+        if refreshed == 0:
             return True
         f = self.precondition_frequency
-        return (t - 2 + shift) // f > (max(refreshed, 2) - 2 + shift) // f
+        since = shift + self.refresh_offset - 1
+        return (t + since) // f > (max(refreshed, 2) + since) // f
 
     @property
     @override
@@ -169,7 +165,7 @@ class EigenbasisRule(Rule, abstract=True):
     def refresh(self, w: Member) -> None:
         """Q <- eigenvectors: of the first gradient, afterwards one power step; moments follow."""
         ends = self.sided(w.m, w.n)
-        if self.begins(w):
+        if w.is_first_refresh:
             assert w.grad is not None
             G = w.grad * safe_square_scale(w.grad, w.reductions)
             for end in ends:
@@ -252,13 +248,9 @@ class EigenbasisRule(Rule, abstract=True):
             D = product(D, w.state["basis_right"].mT)
         return Factored(w.state["basis"], D) if "basis" in w.state else Dense(D)
 
-    def begins(self, w: Member) -> bool:
-        """Whether the gradient of this update gives the first bases."""
-        return w.t == 1 if self.counts_zeros else w.is_first_refresh
-
     def has_bases(self, w: Member) -> bool:
         """Whether this update works in bases: those of the first gradient serve the next one."""
-        return w.t > 1 if self.counts_zeros else w.refreshed > 0 and not w.is_first_refresh
+        return w.refreshed > 0 and not w.is_first_refresh
 
     def start_grams(self, w: Member, G: Tensor) -> None:
         """L and R <- their start, from the first gradient."""
@@ -330,7 +322,7 @@ class SOAPRule(EigenbasisRule):
         """One step of K equal weights (m, n); none for the first gradient that is not zero."""
         assert w.grad is not None
         G = w.grad.to(torch.promote_types(w.grad.dtype, torch.float32))
-        if self.begins(w):
+        if w.is_first_refresh:
             self.start_grams(w, G)
             return
         if not self.has_bases(w):  # gradients of zeros so far: decay alone
@@ -380,11 +372,6 @@ class SOAPRule(EigenbasisRule):
     def published(self) -> bool:
         """Whether the order of the published code is asked for."""
         return self.compat == "reference"
-
-    @property
-    @override
-    def counts_zeros(self) -> bool:
-        return self.published
 
     @property
     @override
@@ -470,7 +457,7 @@ class SOAPMuonRule(EigenbasisRule):
         factor = partial(polar_factor, method=self.polar, eps=norm_floor(None, U.dtype))
         O = w.reductions.on_full_matrix(factor, U)
         yield w.step(Dense(O), lr_factor=self.lr_factor(w.m, w.n))
-        if self.begins(w):
+        if w.is_first_refresh:
             self.start_grams(w, G)
         elif self.has_bases(w):
             self.move_grams(w, G)
@@ -558,8 +545,8 @@ class SOAP(EigenbasisOptimizer):
         correct_bias: Bias correction of both moments (default: True).
         normalize_update: Divide the direction by its root mean square (default: False). Published
             for a ``precondition_frequency`` near 100.
-        compat: ``"reference"`` has the published order: eps on the uncorrected root, decay last,
-            a first gradient of zeros counts (default: None).
+        compat: ``"reference"`` has the published order: eps on the uncorrected root, and decay
+            last (default: None).
         **options: Keywords of every optimizer, see :class:`StackedOptimizer`.
 
     Raises:

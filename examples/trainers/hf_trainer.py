@@ -29,15 +29,17 @@ def trainer(model, folder, **how):
 
 
 with tempfile.TemporaryDirectory() as folder:
-    # 1: an optimizer that you have built; the Trainer still makes the schedule
+    # 1: an optimizer that you have built; the Trainer still makes the schedule.
+    # An lr of 0.01 is for a tiny model
     model = tiny.hub_llama()
     optimizer = Muon(model, lr=1e-2, weight_decay=0.1)
     tiny.show(optimizer)
     before = tiny.loss(model)
     trainer(model, folder, optimizers=(optimizer, None)).train()
 
-    # 2: a class and its keywords. "model" tells embeddings from matrices; lr has to be among them,
-    # since the Trainer hands over no learning rate of its own
+    # 2: a class and its keywords. "model" tells embeddings from matrices; the Trainer takes it out
+    # of the dict, so each run needs a new one. lr has to be among them, since the Trainer hands
+    # over no learning rate of its own
     other = tiny.hub_llama()
     keywords = {"model": other, "lr": 1e-2, "weight_decay": 0.1}
     trainer(other, folder + "/other", optimizer_cls_and_kwargs=(Muon, keywords)).train()

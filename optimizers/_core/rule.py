@@ -43,6 +43,7 @@ __all__ = [
     "PanelTerm",
     "Reductions",
     "Residual",
+    "RowNorms",
     "Rule",
     "Scalar",
     "Scaled",
@@ -115,9 +116,11 @@ class Reductions:
     Attributes:
         has_whole_rows: Whether every row lies whole on one process, so that what is done to rows
             one by one needs no others.
+        is_whole: Whether all of the weight lies on one process.
     """
 
     has_whole_rows: bool = True
+    is_whole: bool = True
 
     def rows(self, x: Tensor) -> Tensor:
         """Complete a partial sum over the rows of the weight."""
@@ -205,6 +208,20 @@ class Carry(NamedTuple):
     inverse: Callable[[Tensor, slice], Tensor]
 
 
+class RowNorms(NamedTuple):
+    """W = g v / |v|, row by row: the step moves v, and g is moved beside it.
+
+    Attributes:
+        g: (K, m, 1), norms of the rows of W, changed in place as the step is written.
+        v: (K, m, 1), norms of the rows of v, likewise.
+        change: (K, m, 1), what lr times is subtracted from g before decay.
+    """
+
+    g: Tensor
+    v: Tensor
+    change: Tensor
+
+
 @dataclass(frozen=True)
 class Direction:
     """W <- decay_factor * W - lr * lr_factor * sum(terms).
@@ -220,6 +237,7 @@ class Direction:
         max_rel_norm: Limit of the step's Frobenius norm relative to the weight's; Dense terms only.
         torch_bits: Whether the write must round as torch's own operations, one after the other.
         carry: None, or the momentum that takes rounding errors where ``write`` is ``"eco"``.
+        row_norms: None, or norms that W has beside its directions: decay is theirs then.
     """
 
     member: Member
@@ -230,6 +248,7 @@ class Direction:
     max_rel_norm: float | None = None
     torch_bits: bool = False
     carry: Carry | None = None
+    row_norms: RowNorms | None = None
 
     @property
     def mT(self) -> Direction:
@@ -374,9 +393,11 @@ class Member:
         max_rel_norm: float | None = None,
         torch_bits: bool = False,
         carry: Carry | None = None,
+        row_norms: RowNorms | None = None,
     ) -> Direction:
         """Return a :class:`Direction` for this member; the arguments are its attributes."""
-        return Direction(self, terms, lr_factor, decay, decay_last, max_rel_norm, torch_bits, carry)
+        last = (torch_bits, carry, row_norms)
+        return Direction(self, terms, lr_factor, decay, decay_last, max_rel_norm, *last)
 
 
 @dataclass(frozen=True)

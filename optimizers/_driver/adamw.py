@@ -29,7 +29,7 @@ from .adamw_write import (
     max_chunk_numel,
     signature_of,
 )
-from .decay import Decay, decays_at, masked_factor
+from .decay import Decay, decays_at, factor_at, masked_factor
 from .layout import PLAIN, Layout, layout_of, local
 from .param_groups import listed
 from .saved_state import adamw_entry, check_layout, check_tensor, moment_dtype
@@ -755,11 +755,9 @@ def _decay_first(
     factor = values.decay.factor(lr)
     for i, (p, grad, entry) in enumerate(zip(params, grads, entries, strict=True)):
         for W, G, M in _panels(p, grad, entry["exp_avg"]):
-            mask = None
+            own = masked_factor(W, factor, None if finite is None else finite[i])
             if values.decay.is_cautious:
-                mask = _mask(W, G, M, values.betas[0], group["maximize"])
-            flag = None if finite is None else finite[i]
-            own = masked_factor(W, factor, mask, flag)
+                own = factor_at(_mask(W, G, M, values.betas[0], group["maximize"]), own)
             update_weight_(W, partial(torch.Tensor.mul_, other=own), W.dtype)
 
 
@@ -774,7 +772,9 @@ def _masks(
     if not values.decay.is_cautious or not values.decay.weight_decay:
         return [None] * len(params)
     return [
-        _mask(_real(p), _real(grad), _real(entry["exp_avg"]), values.betas[0], group["maximize"])
+        _mask(
+            _real(p), _real(grad), _real(entry["exp_avg"]), values.betas[0], group["maximize"]
+        ).bool()
         for p, grad, entry in zip(params, grads, entries, strict=True)
     ]
 

@@ -1,8 +1,7 @@
 """Weight decay: the group keys ``cautious``, ``decay_schedule`` and ``decay_lr``.
 
 A weight is multiplied by :meth:`Decay.factor`, everywhere or where the step does not move it away
-from zero.
-``write.py`` does so for rules, ``adamw.py`` for AdamW.
+from zero: in ``write.py`` for rules, in ``adamw.py`` for AdamW.
 """
 
 from __future__ import annotations
@@ -86,14 +85,32 @@ def decays_at(D: Tensor, W: Tensor, sign: float = 1.0) -> Tensor:
     The sign of D is taken first, as a product of two small numbers may be 0.
 
     Args:
-        D: The direction, from which a step subtracts a multiple.
+        D: The direction, from which a step subtracts a multiple; not changed.
         W: The weights, of the same shape.
         sign: A number with the sign of that multiple (default: 1).
+
+    Returns:
+        A new tensor of 0 and 1, numbers as comparisons in place are many times faster on a CPU.
     """
-    agreement = torch.sign(D) * W
+    agreement = torch.sign(D)
+    agreement = agreement.mul_(W) if agreement.dtype == W.dtype else agreement * W
     if sign > 0.0:
-        return agreement >= 0
-    return agreement <= 0 if sign < 0.0 else torch.ones_like(agreement, dtype=torch.bool)
+        return agreement.ge_(0)
+    return agreement.le_(0) if sign < 0.0 else agreement.fill_(1)
+
+
+def factor_at(mask: Tensor, factor: float | Tensor) -> Tensor:
+    """The decay factor where a mask of 0 and 1 is 1, else 1: exactly, and faster than ``where``.
+
+    Args:
+        mask: What :func:`decays_at` returned, which is used up.
+        factor: A number, or a tensor that broadcasts against it.
+    """
+    dtype = torch.float32 if mask.dtype in LOW_PRECISION_DTYPES else mask.dtype
+    if not isinstance(factor, Tensor):  # filled there: a copy would wait
+        factor = torch.full((), factor, dtype=dtype, device=mask.device)
+    others = 1 - mask
+    return mask.to(dtype).mul_(factor.to(mask.device, dtype)).add_(others)
 
 
 def masked_factor(W: Tensor, factor: float | Tensor, *masks: Tensor | None) -> float | Tensor:

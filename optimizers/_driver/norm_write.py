@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ...kernels import Rounding, fuses_passes, unflagged_stay, update_weight_
-from .._core.rule import LOCAL_REDUCTIONS, Dense, Direction, Term, WriteScalars
+from .._core.rule import Dense, Direction, RowNorms, Term, WriteScalars
 from .._core.terms import slice_rows
 from .._core.validation import check
-from .decay import decays_at
+from .decay import decays_at, factor_at
+from .finite import is_capturing
 from .norms import (
     MATRIX,
     RADIUS,
@@ -27,6 +28,7 @@ from .norms import (
     Number,
     RowSums,
     multipliers,
+    reparametrized,
     zero_weight,
 )
 from .write import Run, accumulation_dtype, panels_of, where_finite
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from .units import Unit
 
 Panels = list[tuple[slice, slice]]
+BY_ROWS = NormControl(size_scope=ROWS)
+"""What has sums taken by rows, for norms that a rule keeps itself."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,12 @@ class _Write:
         self.W, self.step, self.steering, self.finite = W, step, steering, finite
         self.rounding, self.decay = rounding, decay
         # units of one stack agree on it
-        self.is_cautious = runs[0].decay.is_cautious
+        self.is_cautious = runs[0].decay.is_cautious and step.row_norms is None
         self.dtype, self.scale = accumulation_dtype(W), step.lr_factor
         self.lr = self._per_matrix(runs, lambda run: run.lr)
         self.keep = self._per_matrix(runs, lambda run: run.decay.factor(run.lr))
         control = steering.control
+        self.cautious = self._per_matrix(runs, lambda run: float(run.decay.is_cautious))
         # a mask of decay says which entries decay before the step, unless the radius is steered:
         # then they decay after it, or the radius would undo them
         self.masks_after = self.is_cautious and control.radius is not None
@@ -130,11 +135,13 @@ class _Write:
         self.U = self._dense(terms)
 
     def _per_matrix(self, runs: Sequence[Run], value: Callable[[Run], Number]) -> Number:
-        """A number of all matrices, or (K, 1, 1)."""
+        """A number of all matrices, or (K, 1, 1), of the precision of the weight in both forms."""
         values = [value(run) for run in runs]
         if len(runs) == 1:
             x = values[0]
-            return x.reshape(1, 1, 1).to(self.W.device) if isinstance(x, Tensor) else x
+            if isinstance(x, Tensor):
+                return x.reshape(1, 1, 1).to(self.W.device, self.dtype)
+            return float(torch.tensor(x, dtype=self.dtype, device="cpu"))
         found = self.W.new_empty(len(self.W), 1, 1, dtype=self.dtype)
         for run, x in zip(runs, values, strict=True):
             found[run.ks] = x.reshape(()).to(self.W.device) if isinstance(x, Tensor) else x
@@ -155,11 +162,13 @@ class _Write:
 
     def multipliers(self) -> Multipliers:
         """A, B and h, and the radius that is stored."""
+        if self.step.row_norms is not None:
+            return self._laid_out(self._of_rows(self.step.row_norms))
         control = self.steering.control
         keep = 1.0 if self.masks_before or self.masks_after or control.keeps_radius else self.keep
         found = self._multipliers(keep, self.dtype)
         suspect = found.cancels
-        is_here = self.W.device.type == "cpu" and self.step.member.reductions is LOCAL_REDUCTIONS
+        is_here = self.W.device.type == "cpu" and self.step.member.reductions.is_whole
         if suspect is not None and is_here and bool(suspect.any()):
             exact = self._multipliers(keep, torch.float64)
             suspect = suspect.any(-2, keepdim=True)
@@ -175,6 +184,17 @@ class _Write:
         if isinstance(keep, Tensor):
             keep = keep.to(sums.WW.dtype)
         return multipliers(self.steering.control, sums, lr, keep, self._radius(sums))
+
+    def _of_rows(self, norms: RowNorms) -> Multipliers:
+        """A and B of rows whose norms lie beside their directions, and these norms, stored."""
+        sums = self._sums(self.dtype)
+        lr, keep = (
+            x.to(sums.WW.dtype) if isinstance(x, Tensor) else x for x in (self.lr, self.keep)
+        )
+        found = reparametrized(sums, norms, lr, keep, self.cautious)
+        norms.g.copy_(found.g)
+        norms.v.copy_(found.v)
+        return Multipliers(found.A, found.B, 0.0)
 
     def _sums(self, dtype: torch.dtype) -> RowSums:
         """Row sums, or those of matrices where that is enough; complete over shards."""
@@ -248,7 +268,7 @@ class _Write:
                 if rho is not None:  # filled there: a copy from the host would wait
                     radius[j if len(given) > 1 else ...] = rho * self._root_of_count()
         keeps = radius * radius > SMALLEST_SQUARE
-        if self.step.member.reductions is not LOCAL_REDUCTIONS and not bool(keeps.all()):
+        if not self.step.member.reductions.is_whole and not bool(keeps.all()):
             raise RuntimeError(zero_weight("a matrix of a sharded parameter"))
         if self.finite is not None:
             keeps = keeps & (self.finite != 0)
@@ -317,7 +337,7 @@ class _Write:
             D = self.U[ks, rows].to(X.dtype) * self.scale
             if isinstance(h, Tensor):
                 D = D - slice_rows(h, ks, rows) * X
-            keep = torch.where(decays_at(D, X), keep, one)
+            keep = factor_at(decays_at(D, X), keep)
         if self.finite is not None:
             keep = torch.where(slice_rows(self.finite, ks, rows) != 0, keep, one)
         return keep
@@ -369,7 +389,7 @@ def refuse_zero_weights(
     Raises:
         RuntimeError: With the first such weight; nothing has changed.
     """
-    for bucket in buckets:
+    for bucket in () if is_capturing() else buckets:
         control = bucket.unit.control
         if bucket.has_radius or control is None or not control.keeps_radius:
             continue

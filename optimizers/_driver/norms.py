@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._core.rule import Rule, Slot, Slots
+from .._core.rule import RowNorms, Rule, Slot, Slots
 from .._core.validation import check, number, shown
 from .write_modes import RESIDUAL, with_residuals
 
@@ -371,3 +371,45 @@ def _projection(
 def _share(is_outward: Tensor, control: NormControl, like: Tensor) -> Tensor:
     """The share of a radial movement that is left, by its direction."""
     return torch.full_like(like, control.inward).masked_fill(is_outward, control.outward)
+
+
+class NewNorms(NamedTuple):
+    """What a step along directions of rows makes of W = g v / |v|.
+
+    Attributes:
+        A: (K, m, 1), of W <- A W - B U.
+        B: Likewise.
+        g: The new norms of the rows of W.
+        v: The new norms of the rows of v.
+    """
+
+    A: Tensor
+    B: Tensor
+    g: Tensor
+    v: Tensor
+
+
+def reparametrized(
+    sums: RowSums, norms: RowNorms, lr: Number, keep: Number, cautious: Number
+) -> NewNorms:
+    """V <- v - lr U, g <- keep (g - lr change), and W <- g v / |v|, by rows.
+
+    Args:
+        sums: Row sums of W before the step, and of U with all its scale factors.
+        norms: g, |v| and the change of g.
+        lr: Learning rate, a number or (K, 1, 1).
+        keep: What decay leaves of g, likewise.
+        cautious: 1 where g decays only where its change does not oppose it, else 0, likewise.
+    """
+    WW, UW, UU, _ = sums
+    g, v, change = (x.to(WW.dtype) for x in norms)
+    has_row = WW > SMALLEST_SQUARE
+    a = torch.where(has_row, v / WW.sqrt(), 0.0)  # v = a W
+    square = torch.where(has_row, v * v, 0.0) - 2 * lr * a * UW + lr * lr * UU
+    moves, x = square > SMALLEST_SQUARE, square.clamp(min=0.0).sqrt()
+    decays = (change * g >= 0) | (torch.zeros_like(g) + cautious == 0)
+    new = (g - lr * change) * torch.where(decays, torch.ones_like(g) * keep, 1.0)
+    # a row that v leaves where it is keeps its bits, unless g moves
+    moves &= lr * lr * UU > 0
+    A = torch.where(moves, new * a / x, torch.where(g == 0, 1.0, new / g))
+    return NewNorms(A, torch.where(moves, new * lr / x, 0.0), new, torch.where(moves, x, v))

@@ -63,7 +63,7 @@ from .finite import (
 )
 from .layout import is_sharded
 from .model_roles import ModelRoles, complete_names, lists_of, refuse_replaced, rows_for
-from .norm_write import Steering, refuse_zero_weights, write_steered_
+from .norm_write import BY_ROWS, Steering, refuse_zero_weights, write_steered_
 from .norms import RADIUS
 from .param_groups import (
     COMMON,
@@ -115,10 +115,11 @@ class StackedOptimizer(Optimizer):
     Args:
         params: A module (roles are found by :func:`classify`; its vectors have no weight decay,
             its frozen parameters train once they are unfrozen), named parameters (names route
-            embeddings and heads to AdamW), parameters (shape alone decides), or groups: dicts with
-            ``params``, any field of the rule, any keyword below, and ``rule``: ``"adamw"``, or the
-            name of a method. Groups stay as many as they are, a module is one. Keys of other code
-            are kept; a key that is an option with one wrong letter is refused.
+            embeddings and heads to AdamW, unless they are numbers), parameters (shape alone
+            decides), or groups: dicts with ``params``, any field of the rule, any keyword below,
+            and ``rule``: ``"adamw"``, or the name of a method. Groups stay as many as they are, a
+            module is one. Keys of other code are kept; a key that is an option with one wrong
+            letter is refused.
         rule: The method and its hyper-parameters.
         lr: Learning rate, a float or a 1-element tensor.
         weight_decay: Decoupled weight decay, of AdamW parameters too (default: 0).
@@ -134,7 +135,7 @@ class StackedOptimizer(Optimizer):
             anew, as a ratio to the current ``lr``, or to the ``initial_lr`` of a scheduler that is
             made before the next step. An AdamW group with ``lr`` of its own has that.
         adamw_betas: Betas of the AdamW parameters; None (default): the method's ``betas``, else
-            (0.9, 0.95).
+            (0.9, 0.95). Where the method has no ``betas``, as Muon, that name means these.
         adamw_eps: Eps of the AdamW parameters (default: 1e-8).
         adamw_weight_decay: Weight decay of the AdamW parameters; None (default): ``weight_decay``.
         cautious: Whether only entries decay that the step does not move away from zero: W <-
@@ -1154,12 +1155,13 @@ class StackedOptimizer(Optimizer):
                 _, lr, decay = runs[0]
             rounding = bucket.rounding(i, t, written[i])
             written[i] += 1
-            fuses = len(runs) == 1 and bucket.unit.control is None
+            is_steered = bucket.unit.control is not None or step.row_norms is not None
+            fuses = len(runs) == 1 and not is_steered
             Ws = bucket.weight_list(i) if fuses else []
             if fuses and write_list_(Ws, step, lr, decay, write_mask, rounding):
                 continue
             W = bucket.load(i)
-            if bucket.unit.control is not None:
+            if is_steered:
                 write_steered_(W, step, runs, self._steering(bucket, i), write_mask, rounding)
             elif len(runs) == 1:
                 write_(W, step, lr, decay, write_mask, rounding)
@@ -1169,8 +1171,7 @@ class StackedOptimizer(Optimizer):
 
     def _steering(self, bucket: Bucket, i: int) -> Steering:
         """How the norms of member i are steered."""
-        control, groups = bucket.unit.control, self.param_groups
-        assert control is not None
+        control, groups = bucket.unit.control or BY_ROWS, self.param_groups
         given = [groups[unit.group].get(RADIUS) for unit in bucket.units]
         return Steering(control, bucket.states[i].get(RADIUS), given, bucket.stacked)
 

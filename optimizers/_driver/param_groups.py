@@ -272,12 +272,17 @@ def count_routed_by_shape(groups: Iterable[Mapping[str, Any]], default_rule: typ
     return matrices if vectors else 0
 
 
+def _adamw_lr_ratio(group: Mapping[str, Any]) -> float | None:
+    """The ratio of AdamW's learning rate, also of one that was written since the last step."""
+    copy = dict(group)
+    store_adamw_lr(copy)
+    return copy.get("adamw_lr_ratio")
+
+
 def assigned_rows(group: Mapping[str, Any], default_rule: type[Rule]) -> list[AssignedRow]:
     """The group's part of :meth:`StackedOptimizer.assignment`."""
-    group = dict(group)
-    store_adamw_lr(group)  # one that was written since the last step
     rule, lr = rule_of(group, default_rule), float(group["lr"])
-    ratio, own_decay = group.get("adamw_lr_ratio"), group["adamw_weight_decay"]
+    ratio, own_decay = _adamw_lr_ratio(group), group["adamw_weight_decay"]
     rows = []
     for i, row in enumerate(roles_of(group, rule)):
         matrix = rule is not None and row.rule == "matrix"

@@ -114,10 +114,10 @@ class _Range(NamedTuple):
 
 def _values(name: str, S: Any) -> Tensor:
     """The largest logits of a module as a plain vector of float32."""
-    is_vector = isinstance(S, Tensor) and S.ndim == 1 and len(S) > 0 and S.is_floating_point()
+    is_vector = isinstance(S, Tensor) and S.ndim == 1 and len(S) > 0
     check(
-        is_vector,
-        f"max_logits[{name!r}] must be a floating tensor (heads,), got "
+        is_vector and S.dtype != torch.bool and not S.is_complex(),
+        f"max_logits[{name!r}] must be a tensor of real numbers (heads,), got "
         f"{tuple(S.shape) if isinstance(S, Tensor) else shown(S)}",
     )
     whole: Tensor = S.full_tensor() if is_sharded(S) else S

@@ -83,7 +83,7 @@ class ShardReductions(Reductions):
     ) -> None:
         self._rendezvous, self._bucket, self._number = rendezvous, bucket, number
         self._cut, self._shares, self._is_counted = cut & {"m", "n"}, shares, is_counted
-        self.has_whole_rows = "n" not in cut
+        self.has_whole_rows, self.is_whole = "n" not in cut, not self._cut
 
     def _ask(self, kind: str, x: Tensor, *args: Any) -> Any:
         answer = self._rendezvous.ask(Request(self._bucket, self._number, kind, x, *args))

@@ -82,7 +82,12 @@ class Entry(NamedTuple):
     spare: frozenset[str] = frozenset()
 
     def needed(self, found: Mapping[str, Any]) -> Mapping[str, Any]:
-        """State without what is spare, and without a radius where none is kept."""
+        """State without what is spare, and without a radius where none is kept.
+
+        What is no state at all stays, for others to refuse.
+        """
+        if not isinstance(found, Mapping):
+            return found
         spare = {
             key
             for key in found

@@ -46,7 +46,7 @@ class _Recorder(Reductions):
 
     def __init__(self, number: int, cut: frozenset[str], shares: bool, sent: list[Sent]) -> None:
         self._number, self._cut, self._shares, self._sent = number, cut, shares, sent
-        self.has_whole_rows = "n" not in cut
+        self.has_whole_rows, self.is_whole = "n" not in cut, not cut
 
     def _record(self, kind: str, x: Tensor, needed: bool) -> Tensor:
         if needed:

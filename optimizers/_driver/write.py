@@ -26,7 +26,7 @@ from ...kernels import (
 from .._core.rule import LOCAL_REDUCTIONS, Carry, Dense, Direction, Scaled, Term, WriteScalars
 from .._core.terms import Deferred, slice_rows
 from .._core.validation import check
-from .decay import Decay, decays_at, masked_factor
+from .decay import Decay, decays_at, factor_at, masked_factor
 from .write_modes import carry_error_
 
 WRITE_PANEL = 2**17
@@ -358,8 +358,7 @@ def _write_cautiously(
         D, term = torch.zeros_like(X), None
         for part in terms:
             part.add_(D, ks, rows, 1.0)
-    factor = _part_of(keep.factor, ks, rows)
-    factor = masked_factor(X, factor, decays_at(D, X, keep.sign))
+    factor = factor_at(decays_at(D, X, keep.sign), _part_of(keep.factor, ks, rows))
     if not keep.is_last:
         X.mul_(factor)
     if term is None:

@@ -86,9 +86,14 @@ class MaxLogits:
         """
         from torch.nn.attention import flex_attention as flex
 
+        request: Any = getattr(flex, "AuxRequest", None)  # torch below 2.10 may lack it
+        check(
+            request is not None,
+            f"flex_attention of torch {torch.__version__} returns no max_scores; record the "
+            "logits of eager attention, or take a newer torch",
+        )
         function = options.pop("function", flex.flex_attention)
-        aux = flex.AuxRequest(max_scores=True)
-        out, found = function(query, key, value, return_aux=aux, **options)
+        out, found = function(query, key, value, return_aux=request(max_scores=True), **options)
         self(module, found.max_scores)
         result: Tensor = out
         return result

@@ -25,6 +25,7 @@ from stiefel.optimizers import (
     Fira,
     GaLore,
     Muon,
+    Muown,
     RowNorm,
     SinkGD,
     SwitchLoRA,
@@ -67,6 +68,7 @@ CASES = {
     **{f"fira-{kind}": by_rank(Fira, projection=kind) for kind in PROJECTION_KINDS},
     **{f"apollo-{kind}": by_rank(APOLLO, projection=kind) for kind in ("random", "gaussian")},
     "sinkgd": by(SinkGD, momentum=0.5),
+    "muown": by(Muown, momentum=0.5),
     **{
         f"galore-{moments}": by_rank(GaLore, moments=moments, projection="power")
         for moments in ("keep", "rotate", "ldadam", "reset")

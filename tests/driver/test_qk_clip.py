@@ -181,6 +181,7 @@ def test_wrapped_models_and_names_in_them():
     gamma = qk_clip_(single, {"": torch.full((4,), 200.0)})
     assert gamma[""].tolist() == [0.5] * 4
     assert qk_clip_(plain, {}) == {}
+    assert qk_clip_(single, {"": torch.tensor([400] * 4)})[""].tolist() == [0.25] * 4
 
 
 def unknown_name(model):
@@ -203,8 +204,8 @@ def no_vector(model):
     return {"blocks.0.attn": torch.full((1, 4), 300.0)}
 
 
-def whole_numbers(model):
-    return {"blocks.0.attn": torch.full((4,), 300)}
+def no_numbers(model):
+    return {"blocks.0.attn": torch.ones(4, dtype=torch.bool)}
 
 
 def query_norm(model):
@@ -266,8 +267,8 @@ REFUSALS = [
     (two_attentions, "several weights for query: blocks.0.attn.q_proj.weight, blocks.1"),
     (both_names, "belongs to two of the modules"),
     (wrong_heads, r"2 values, one per query head, but blocks\.0\.attn\.q_proj\.weight has 4 heads"),
-    (no_vector, r"must be a floating tensor \(heads,\), got \(1, 4\)"),
-    (whole_numbers, "must be a floating tensor"),
+    (no_vector, r"must be a tensor of real numbers \(heads,\), got \(1, 4\)"),
+    (no_numbers, "must be a tensor of real numbers"),
     (query_norm, r"blocks\.0\.attn\.q_norm normalizes queries or keys"),
     (key_layernorm, r"blocks\.1\.attn\.k_layernorm normalizes"),
     (adapter, r"q_proj\.weight has an adapter \(blocks\.1\.attn\.q_proj\.lora_A\.weight\)"),
@@ -480,16 +481,18 @@ def test_maxima_over_micro_batches_are_those_of_one_batch():
     assert low.dtype == torch.bfloat16 and record.take()["a"].dtype == torch.float32
 
 
-def test_max_scores_of_flex_attention_are_asked_for():
+def test_max_scores_of_flex_attention_are_asked_for(monkeypatch):
     """By a stub: torch has none on a CPU."""
-    from torch.nn.attention.flex_attention import AuxOutput
+    from torch.nn.attention import flex_attention as module
 
+    if not hasattr(module, "AuxRequest"):
+        pytest.skip("this torch has no AuxRequest")
     asked = []
 
     def flex(q, k, v, *, return_aux, scale):
         asked.append((return_aux.max_scores, scale))
         scores = q @ k.mT * scale
-        return scores.softmax(-1) @ v, AuxOutput(max_scores=scores.amax(-1))
+        return scores.softmax(-1) @ v, module.AuxOutput(max_scores=scores.amax(-1))
 
     record = MaxLogits()
     q, k, v = torch.randn(3, 2, 4, 5, 6).unbind(0)
@@ -497,6 +500,9 @@ def test_max_scores_of_flex_attention_are_asked_for():
     torch.testing.assert_close(out, (q @ k.mT * 0.5).softmax(-1) @ v)
     assert asked == [(True, 0.5)]
     assert torch.equal(record.take()["attn"], (q @ k.mT * 0.5).amax((0, 2, 3)))
+    monkeypatch.delattr(module, "AuxRequest")
+    with pytest.raises(ValueError, match="returns no max_scores"):
+        record.flex_attention("attn", q, k, v, function=flex)
 
 
 def test_what_cannot_be_recorded_is_refused():

@@ -14,7 +14,7 @@ from stiefel.optimizers._driver.param_groups import LISTS
 LORA = ("AltLoRA", "AdaPreLoRA", "SwitchLoRA")
 PLAIN = (
     "Muon", "GaLore", "Fira", "FRUGAL", "DCTAdamW", "Trion", "AuON", "ARO", "RowNorm", "Spectral",
-    "Hybrid", "SOAP", "SOAPMuon", "SymmetryStack", "APOLLO", "SinkGD",
+    "Muown", "Hybrid", "SOAP", "SOAPMuon", "SymmetryStack", "APOLLO", "SinkGD",
 )  # fmt: skip
 CLASSES = PLAIN + LORA
 KINDS = ("keyword", "group key", "parameter", "gradient", "checkpoint", "write")
@@ -107,6 +107,12 @@ VALID: dict[str, dict[str, tuple[str, ...]]] = {
         "scale": ("'auto'", "128.0"),
         "scale_front": ("True",),
         "limiter": ("False",),
+    },
+    "Muown": {
+        "momentum": ("0.9",),
+        "adjust_lr_fn": ("'original'", "'none'"),
+        "ns_steps": ("3",),
+        "polar": ("'svd'", "'ns5'"),
     },
     "SinkGD": {"iterations": ("1", "3"), "momentum": ("0.9",)},
     "FRUGAL": {

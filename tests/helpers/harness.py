@@ -37,6 +37,7 @@ from stiefel.optimizers import (
     GaLore,
     Hybrid,
     Muon,
+    Muown,
     RowNorm,
     SinkGD,
     SOAPMuon,
@@ -188,6 +189,15 @@ INFOS = [
         gap="update_proj_gap",
     ),
     entry(
+        Muown,
+        {"published scale": {"adjust_lr_fn": "none", "weight_decay": 0.1}},
+        [
+            refused("beta 1", "Invalid norm_betas parameter at index 0", norm_betas=(1.0, 0.9)),
+            refused("momentum", "momentum must be in", momentum=1.0),
+            refused("polar", "polar must be one of", polar="low_rank"),
+        ],
+    ),
+    entry(
         SinkGD,
         {
             "momentum": {"momentum": 0.8},
@@ -204,7 +214,7 @@ INFOS = [
             "betas": {"betas": (0.8, 0.9), "shampoo_beta": 0.7},
             "every third": {"precondition_frequency": 3},
             "one side": {"sides": "short", "basis": "eigh"},
-            "no side": {"max_precond_dim": 0},
+            "no longer side": {"max_precond_dim": 6},
             "kl": {"factors": "kl", "moments": "rotate"},
             "no bias correction": {"correct_bias": False},
             "normalized": {"normalize_update": True},
@@ -222,6 +232,8 @@ INFOS = [
     entry(
         SOAPMuon,
         {
+            # whitened steps climb less than decay as large as that of the others takes
+            "maximize, weight_decay": {"maximize": True, "weight_decay": 0.05},
             "no momentum": {"momentum": 0.0, "nesterov": False},
             "every third": {"precondition_frequency": 3, "beta2": 0.8},
             "one side": {"sides": "short", "polar": "svd"},
@@ -284,7 +296,7 @@ INFOS = [
             refused("eps", "Invalid epsilon value: -1", eps=-1),
             refused("adjust_lr_fn", "Adjust learning rate function arbitrary is not supported",
                     adjust_lr_fn="arbitrary"),
-            refused("polar", "polar must be 'auto' or one of", polar="qr"),
+            refused("polar", "polar must be", polar="qr"),
             refused("ns_steps", "Number of steps must be less than 100", ns_steps=100),
             refused("compat", "compat must be None or 'torch'", compat="reference"),
             refused("rank", "rank must be a positive int", rank=0, polar="low_rank"),

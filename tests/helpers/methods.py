@@ -12,6 +12,7 @@ from stiefel.optimizers import (
     GaLore,
     Hybrid,
     Muon,
+    Muown,
     RowNorm,
     SinkGD,
     SOAPMuon,
@@ -44,6 +45,7 @@ METHODS = {
         **{"lr": 0.02, "polar": "low_rank", "rank": 2, "oversample": 1, "power": 2,
            "sketch": "kaczmarz", **kw},
     ),
+    "muown": lambda params, **kw: Muown(params, **{"lr": 0.02, "weight_decay": 0.1, **kw}),
     "galore": lambda params, **kw: GaLore(
         params, **{"lr": 0.02, "rank": 3, "update_proj_gap": 3, "weight_decay": 0.1, **kw}
     ),

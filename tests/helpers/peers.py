@@ -34,10 +34,10 @@ def _imported(package: str, pip: str, needs: dict[str, dict[str, Any]]) -> Any:
     """
     if importlib.util.find_spec(package) is None:
         raise Missing(f"{pip} is not installed")
+    absent = [name for name in needs if importlib.util.find_spec(name.split(".")[0]) is None]
     added: list[str] = []
-    for name, attributes in needs.items():
-        if importlib.util.find_spec(name.split(".")[0]) is None:
-            added += _stub(name, **attributes)
+    for name in absent:
+        added += _stub(name, **needs[name])
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -64,3 +64,10 @@ def galore_torch_adamw() -> Any:
 def fira_adamw() -> Any:
     """The published FiraAdamW."""
     return _imported("fira", "fira", _VERSIONS).FiraAdamW
+
+
+def apollo_adamw() -> Any:
+    """The published APOLLOAdamW; bitsandbytes is for its 8-bit variant."""
+    stub = {"bitsandbytes.optim.optimizer": {"Optimizer2State": object}}
+    needs = {**_VERSIONS, **stub, "bitsandbytes.functional": {}}
+    return _imported("apollo_torch", "apollo-torch", needs).APOLLOAdamW

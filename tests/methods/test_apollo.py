@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.checkpoints import check_resume
 from helpers.paths import FIXTURES
+from helpers.peers import Missing, apollo_adamw
 from helpers.problems import check_refusal, doubles, gradients, run, same, tensors, unsolved, weight
 from helpers.recordings import fixture, tolerance
 from helpers.shapes import COLUMN, ODD, ROW, SQUARE, TALL, WIDE
@@ -55,6 +56,34 @@ def test_recorded_trajectory(name, monkeypatch):
         X = torch.tensor(moment)
         X = X if X.shape == optimizer.state[p][key].shape else X.mT
         torch.testing.assert_close(optimizer.state[p][key], X, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("proj", ["random", "svd"])
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_equals_the_published_package(proj, scale_type, monkeypatch):
+    """The installed package, step by step over two windows, its draws handed on; a vector too."""
+    try:
+        theirs = apollo_adamw()
+    except Missing as why:
+        pytest.skip(str(why))
+    for shape in (TALL, WIDE, SQUARE):
+        p, q, v, u = weight(shape), weight(shape), weight((5,)), weight((5,))
+        keys = {"rank": 3, "update_proj_gap": 4, "scale": 16.0, "proj": proj, "proj_type": "std",
+                "scale_type": scale_type}  # fmt: skip
+        given = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-6}
+        other = theirs([{"params": [q], **keys}, {"params": [u]}], **given)
+        own = APOLLO([{"params": [p], **keys}, {"params": [v]}], compat="reference", **given)
+
+        def find(self, G, *old, rng, transposed=False, of=q, made_by=other):
+            P = made_by.state[of]["projector"].ortho_matrix
+            return ((P.mT if transposed else P)[None],)
+
+        monkeypatch.setattr(dense_projectors.GaussianProjector, "find", find)
+        for G, g in zip(gradients(shape, 9), gradients((5,), 9), strict=True):
+            run(other, [q, u], [[G], [g]])
+            run(own, [p, v], [[G], [g]])
+            torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
+            torch.testing.assert_close(v, u, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +326,7 @@ def test_runs_are_equal_with_the_same_seed_only():
         ({"update_proj_gap": 0}, "update_proj_gap must be an int of at least 1"),
         ({"seed": -1}, "seed must be an int"),
         ({"proj_type": "full"}, "proj_type must be one of"),
+        ({"proj_type": "full", "compat": "reference"}, "proj_type must be one of"),
         ({"scaling": "row"}, "scaling must be one of"),
         ({"compat": "torch"}, "compat must be one of"),
         ({"gamma": 0.999}, "gamma must be at least 1"),

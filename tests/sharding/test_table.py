@@ -31,6 +31,9 @@ DRAWN = (("back", BASIS),)
 MINI = {"rank": 1, "scaling": "tensor", "projection": "gaussian", "update_proj_gap": 5}
 SCORES = (("MAX", 1), ("SUM", M))
 ADAFACTOR = {**LOW, "inner": "adafactor"}
+SHORT, GRAM = {"sides": "short", "precondition_frequency": 5}, ("SUM", M * M)
+FIRST_BASIS = (("MAX", 1), GRAM, ("back", M * M))
+TWO_BASES = (2 * M * M + 2 * N * N) // RANKS
 FEEDBACK = {**LOW, "error_feedback": "full"}
 TABLE = [
     *(Row("Muon", {"rule": "adamw"}, dim, "local", (), 2 * SHARE) for dim in (0, 1)),
@@ -91,6 +94,7 @@ TABLE = [
     Row("APOLLO", LOW, 0, "owner", (RIDE,), MOMENTS + BASIS // RANKS + 1),
     Row("APOLLO", LOW, 1, "reduce", (("SUM", 3), ONE), MOMENTS + BASIS + 1, DRAWN),
     Row("APOLLO", MINI, 1, "reduce", (("SUM", 3),), 2 * N // RANKS + M + 1),
+    *(Row("Muown", {}, dim, "owner", (RIDE,), (MN + 4 * M) // RANKS) for dim in (0, 1)),
     *(Row("SinkGD", {}, dim, "owner", (MEET,), 0) for dim in (0, 1)),
     Row("FRUGAL", HALF, 0, "reduce", (), MN // RANKS + N // 2),
     Row("FRUGAL", HALF, 1, "owner", (RIDE,), MN // RANKS + N // 2 // RANKS),
@@ -122,6 +126,14 @@ TABLE = [
     Row("Trion", {"rank": R}, 0, "owner", (RIDE,), SHARE),
     Row("Trion", {"rank": R}, 1, "owner", (("MAX", 1), ("SUM", M), FACTOR), SHARE),
     *(Row("ARO", {}, dim, "owner", (RIDE,), (MN + M * M) // RANKS) for dim in (0, 1)),
+    *(
+        Row(name, {"precondition_frequency": 5}, dim, "owner", (RIDE,), 2 * SHARE + TWO_BASES)
+        for name in ("SOAP", "SOAPMuon")
+        for dim in (0, 1)
+    ),
+    Row("SOAP", SHORT, 0, "owner", (RIDE,), 2 * SHARE + 2 * M * M // RANKS),
+    Row("SOAP", SHORT, 1, "reduce", (GRAM,), 2 * SHARE + 2 * M * M, FIRST_BASIS),
+    Row("SOAPMuon", SHORT, 1, "owner", (MEET, GRAM), 2 * SHARE + 2 * M * M),
 ]
 """Pairs and experts have other tests, SymmetryStack has these rules, and SwitchLoRA is refused."""
 IDS = [f"{row.name}-{'-'.join(map(str, row.options.values()))}-{row.dim}" for row in TABLE]
