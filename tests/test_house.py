@@ -131,6 +131,8 @@ VALUES = {
     "momentum_kind": "sum",
     "nesterov": True,
     "norm": "l2",
+    "norm_betas": (0.8, 0.99),
+    "norm_eps": 1e-4,
     "normalize_grad": True,
     "normalize_update": True,
     "ns_coefficients": (2.0, -1.5, 0.5),

@@ -36,7 +36,7 @@ jobs = [
     ("fails", fails), ("dies", lambda: os._exit(7)), ("good", job("good")),
     ("hangs", lambda: time.sleep(60)), ("late", job("late")), ("later", job("later")),
 ]
-record.run(gpu.Stage("trial", 2, jobs), time.monotonic() + 60)
+record.run(gpu.Stage("trial", 8, jobs), time.monotonic() + 60)
 print("VERDICT", *record.verdict("trial"))
 record.run(gpu.Stage("over", 60, jobs), time.monotonic() - 1)
 print("VERDICT", *record.verdict("over"))
@@ -52,7 +52,7 @@ def dry(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu")
     done = subprocess.run(
         [*COMMAND, "-c", SCRIPT, str(BENCH), str(out)], capture_output=True, text=True, check=False,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=out, timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=out, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     _, clean, wrong, slow, trial, over = done.stdout.split("VERDICT ")

@@ -61,6 +61,8 @@ CASES = {
     "trion": (optimizers.Trion, {"rank": 3}),
 }
 
+ROUNDED = ("muon", "galore-reset", "fira", "frugal-columns", "rownorm", "dctadamw-global")
+"""Also with weights whose random bits are drawn by the clock."""
 READS_ONCE = ("muon-steered",)
 """The host looks once, at the first step, whether a weight whose norm is kept is zero."""
 
@@ -158,8 +160,11 @@ def fill(params, series, step):
         p.grad.copy_(grads[step])
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in CASES] + [(name, torch.bfloat16) for name in ROUNDED],
+    ids=str,
+)
 def test_replays_are_steps(name, dtype, capturing):
     cls, options = CASES[name]
     series = [gradients(shape, STEPS, i) for i, shape in enumerate(SHAPES)]
