@@ -51,8 +51,12 @@ def _completed_householder(B: Tensor, old: Tensor) -> Tensor:
 
 def _completed_reflections(B: Tensor, old: Tensor) -> Tensor:
     """Q of one matrix; reflections are found anew only from the first column that is replaced."""
+    completion = _DAMPING * torch.finfo(B.dtype).eps
+    is_nothing = torch.linalg.vector_norm(B, dim=0) <= completion  # seen without reflections
+    if bool(is_nothing.any()):
+        B = torch.where(is_nothing, old, B)
     H, tau = torch.geqrf(B)
-    is_open = H.diagonal().abs() <= _DAMPING * torch.finfo(B.dtype).eps
+    is_open = H.diagonal().abs() <= completion
     if bool(is_open.any()):
         j = int(is_open.nonzero()[0])
         rest = torch.where(is_open[j:], old[:, j:], B[:, j:])

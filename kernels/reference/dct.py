@@ -147,8 +147,9 @@ def dct_take(S: Tensor, index: Tensor, dim: int) -> Tensor:
     if K > 1 and not S.is_contiguous():
         return S.take_along_dim(index.long().expand(K, -1).unsqueeze(-1), -2)
     # rows are copied whole
-    starts = torch.arange(0, K * m, m, dtype=torch.int64, device=S.device).unsqueeze(-1)
-    return S.reshape(K * m, n).index_select(0, (index + starts).flatten()).view(K, -1, n)
+    starts = m * torch.arange(K, dtype=torch.int64, device=S.device).unsqueeze(-1)
+    rows = (index + starts).flatten()
+    return S.reshape(K * m, n).index_select(0, rows).view(K, index.shape[-1], n)
 
 
 def dct_project(G: Tensor, index: Tensor, dim: int) -> Tensor:

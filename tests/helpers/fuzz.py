@@ -131,10 +131,12 @@ def _refused_plainly(error: BaseException, case: Case) -> str:
 def is_tame(optimizer: StackedOptimizer) -> bool:
     """Whether all sizes of the groups are such that finite gradients give finite weights.
 
-    An eps of 0 is not, as in ``torch.optim.AdamW``, unless the class itself has it as its default.
+    An eps of 0 is not, as in ``torch.optim.AdamW``, unless the class itself has it as its default;
+    what ``adamw_eps`` does is compared with torch.
     """
     signature = inspect.signature(type(optimizer)).parameters
     defaults = {key: parameter.default for key, parameter in signature.items()}
+    defaults["adamw_eps"] = optimizer.defaults.get("adamw_eps")
     for group in optimizer.param_groups:
         for key, value in group.items():
             if isinstance(value, Tensor):
