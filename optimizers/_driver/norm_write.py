@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ class _Write:
             x = values[0]
             if isinstance(x, Tensor):
                 return x.reshape(1, 1, 1).to(self.W.device, self.dtype)
-            return float(torch.tensor(x, dtype=self.dtype, device="cpu"))
+            return x if self.dtype == torch.float64 else ctypes.c_float(x).value
         found = self.W.new_empty(len(self.W), 1, 1, dtype=self.dtype)
         for run, x in zip(runs, values, strict=True):
             found[run.ks] = x.reshape(()).to(self.W.device) if isinstance(x, Tensor) else x
