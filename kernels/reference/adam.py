@@ -54,11 +54,9 @@ def adam(
         return N.mT
     same = M.dtype == V.dtype == R.dtype
     dense = M.is_contiguous() and V.is_contiguous()
-    by_row = (
-        not isinstance(t, Tensor)
-        or t.numel() == 1
-        or (t.shape == (*R.shape[:2], 1) and R.shape[2] >= _MIN_CLOCKED_ROW)
-    )
+    by_row = not isinstance(t, Tensor) or t.numel() == 1
+    if isinstance(t, Tensor) and t.shape == (*R.shape[:2], 1):  # a clock for each row, or for one
+        by_row = R.shape[2] >= _MIN_CLOCKED_ROW
     if same and dense and by_row and R.device.type in _FUSED_DEVICES:
         return _adam_fused(R, M, V, t, beta1, beta2, eps)
     M, V = update_moments_(R, M, V, beta1, beta2)
