@@ -125,7 +125,7 @@ METHODS = {
     "frugal-rows": lambda params, **kw: FRUGAL(
         params,
         **{"lr": 0.02, "density": 0.5, "update_gap": 3, "split": "rows", "reset": "changed",
-           "weight_decay": 0.1, "cautious": True, **kw},
+           "weight_decay": 0.1, **kw},
     ),
     "frugal-randk": lambda params, **kw: FRUGAL(
         params,
@@ -175,7 +175,7 @@ METHODS = {
     "rownorm-columns": lambda params, **kw: RowNorm(
         params,
         **{"lr": 0.02, "axis": "cols", "row_mode": "relative", "weight_decay": 0.1,
-           "cautious": True, **kw},
+           **kw},
     ),
     "rownorm-centred": lambda params, **kw: RowNorm(
         params, **{"lr": 0.02, "weight_decay": 0.1, "centred": True, **kw}
