@@ -32,7 +32,7 @@ OPERATIONS = {
 SPREAD = {"galore-full": {"eps": 1e-3}}
 """Options without which Adam gives round-off a full step: P^T G Q is diagonal in a fresh basis."""
 AMPLIFIED = {"soap-kl": 0.05}
-"""Largest differences, in parts of the step, where the rule divides by roots of small eigenvalues."""
+"""Largest differences, in parts of the step, of what divides by roots of small eigenvalues."""
 SKETCHED = ["muon-low-rank", "muon-kaczmarz"]
 """Tiny sketches draw a column twice: then one unit of round-off decides the rest of their range."""
 HANDLES_NONFINITE = [
@@ -111,7 +111,11 @@ def test_a_method_is_the_same_on_kernels(name, dtype, monkeypatch):
         off = (a.float() - b.float()).detach().abs()
         # bfloat16 weights are rounded once where torch rounds after each operation
         least = 2**-7 * a.float().abs().max() if dtype == torch.bfloat16 else 0.0
-        assert off.max() <= AMPLIFIED.get(name, 1e-3) * moved + least, (name, float(off.max()), float(moved))
+        assert off.max() <= AMPLIFIED.get(name, 1e-3) * moved + least, (
+            name,
+            float(off.max()),
+            float(moved),
+        )
 
 
 @pytest.mark.parametrize("form", [{}, {"scaling": "matrix"}, {"proj_type": "full"}], ids=str)
