@@ -35,6 +35,7 @@ from stiefel import optimizers
 MAIN = [
     *("muon", "muon-normuon", "galore", "fira", "auon", "trion", "dctadamw", "frugal-columns"),
     *("aro", "rownorm", "spectral", "hybrid", "symmetrystack", "altlora", "adaprelora"),
+    *("apollo", "sinkgd", "soap", "soapmuon", "muown"),
 ]
 main = pytest.mark.parametrize("method", MAIN)
 
