@@ -54,7 +54,8 @@ def adam(
         return N.mT
     same = M.dtype == V.dtype == R.dtype
     dense = M.is_contiguous() and V.is_contiguous()
-    by_row = not isinstance(t, Tensor) or t.numel() == 1
+    # with a side of 1, one number may also be the clock of a row or a column
+    by_row = not isinstance(t, Tensor) or (t.numel() == 1 and min(R.shape[1:]) > 1)
     if isinstance(t, Tensor) and t.shape == (*R.shape[:2], 1):  # a clock for each row, or for one
         by_row = R.shape[2] >= _MIN_CLOCKED_ROW
     if same and dense and by_row and R.device.type in _FUSED_DEVICES:

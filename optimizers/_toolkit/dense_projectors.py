@@ -247,7 +247,9 @@ class RandomProjector(DenseProjector):
             return super().find_on_shards(
                 G, *old, rng=rng, transposed=transposed, reductions=reductions
             )
-        found: tuple[Tensor, ...] = reductions.on_one_rank(partial(self.find, G, rng=rng), *old)
+        found: tuple[Tensor, ...] = reductions.on_one_rank(
+            partial(self.find, G, rng=rng, transposed=transposed), *old
+        )
         return found
 
 
