@@ -294,6 +294,10 @@ def _go_on(use: Use, k: int, undo: list[Any]) -> None:
             del group[key]
         else:
             group[key] = old
+    group = use.optimizer.param_groups[-1]
+    for at, key, _ in use.case.writes:  # what was written while nothing could be stepped
+        if at < k and key in use.optimizer.defaults:
+            group[key] = use.optimizer.defaults[key]
     use.set_gradients(k, drop_odd=True)
     try:
         use.optimizer.step()
@@ -387,8 +391,8 @@ def _check_moved(use: Use, moved: set[int]) -> None:
     for i, p in enumerate(use.params):
         row = {kinds[i] for kinds in case.grads}
         spec = spec_of(case, use, p)
-        if case.cls == "SOAP" and len(case.grads) == 1:
-            continue  # the first gradient gives the bases, and moves no matrix
+        if case.cls == "SOAP" and (len(case.grads) == 1 or case.event):
+            continue  # the first gradient, also that after an event, gives bases and moves nothing
         short = spec.shape[-1:] if options.get("axis") == "'cols'" else spec.shape[:1]
         if options.get("centred") == "True" and short == (1,):
             continue  # one row less its mean is zero
