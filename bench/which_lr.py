@@ -1,6 +1,6 @@
 """Which learning rate: the best one for every optimizer, at three widths of a small model.
 
-    python bench/which_lr.py                                   about ten minutes on one core
+    python bench/which_lr.py                                   half an hour on one core
     python bench/which_lr.py --methods muon,galore --widths 32,64
 
 The byte model of examples/ with two layers, 100 steps, one seed. The rate of the hidden matrices is

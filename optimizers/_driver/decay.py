@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels import LOW_PRECISION_DTYPES
 from .._core.validation import check
+from .write_modes import accumulation_dtype
 
 DECAY_SCHEDULES = ("lr", "lr2", "independent", "corrected")
 
@@ -106,7 +106,7 @@ def factor_at(mask: Tensor, factor: float | Tensor) -> Tensor:
         mask: What :func:`decays_at` returned, which is used up.
         factor: A number, or a tensor that broadcasts against it.
     """
-    dtype = torch.float32 if mask.dtype in LOW_PRECISION_DTYPES else mask.dtype
+    dtype = accumulation_dtype(mask)
     if not isinstance(factor, Tensor):  # filled there: a copy would wait
         factor = torch.full((), factor, dtype=dtype, device=mask.device)
     others = 1 - mask
@@ -123,7 +123,7 @@ def masked_factor(W: Tensor, factor: float | Tensor, *masks: Tensor | None) -> f
         factor: A number or a tensor that broadcasts against W.
         *masks: What broadcasts against W; None masks nothing.
     """
-    dtype = torch.float32 if W.dtype in LOW_PRECISION_DTYPES else W.dtype
+    dtype = accumulation_dtype(W)
     for mask in masks:
         if mask is not None:
             if not isinstance(factor, Tensor):  # filled there: a copy would wait

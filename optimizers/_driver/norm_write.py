@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...kernels import Rounding, fuses_passes, unflagged_stay, update_weight_
+from ...kernels import Rounding, unflagged_stay, update_weight_
 from .._core.rule import Dense, Direction, RowNorms, Term, WriteScalars
 from .._core.terms import slice_rows
 from .._core.validation import check
@@ -32,7 +32,8 @@ from .norms import (
     reparametrized,
     zero_weight,
 )
-from .write import Run, accumulation_dtype, panels_of, where_finite
+from .write import Run, has_kernel, panels_of, where_finite
+from .write_modes import accumulation_dtype
 
 if TYPE_CHECKING:
     from .buckets import Bucket
@@ -117,13 +118,13 @@ class _Write:
             decay = None if decay is None else decay.mT
         self.W, self.step, self.steering, self.finite = W, step, steering, finite
         self.rounding, self.decay = rounding, decay
-        # units of one stack agree on it
+        # a stack whose norms are steered agrees on it, one that keeps norms of rows need not
         self.is_cautious = runs[0].decay.is_cautious and step.row_norms is None
         self.dtype, self.scale = accumulation_dtype(W), step.lr_factor
         self.lr = self._per_matrix(runs, lambda run: run.lr)
         self.keep = self._per_matrix(runs, lambda run: run.decay.factor(run.lr))
+        self.cautious_rows = self._per_matrix(runs, lambda run: float(run.decay.is_cautious))
         control = steering.control
-        self.cautious = self._per_matrix(runs, lambda run: float(run.decay.is_cautious))
         # a mask of decay says which entries decay before the step, unless the radius is steered:
         # then they decay after it, or the radius would undo them
         self.masks_after = self.is_cautious and control.radius is not None
@@ -142,6 +143,7 @@ class _Write:
             x = values[0]
             if isinstance(x, Tensor):
                 return x.reshape(1, 1, 1).to(self.W.device, self.dtype)
+            # rounded without a tensor, which the host would read and a capture could not hold
             return x if self.dtype == torch.float64 else ctypes.c_float(x).value
         found = self.W.new_empty(len(self.W), 1, 1, dtype=self.dtype)
         for run, x in zip(runs, values, strict=True):
@@ -192,7 +194,7 @@ class _Write:
         lr, keep = (
             x.to(sums.WW.dtype) if isinstance(x, Tensor) else x for x in (self.lr, self.keep)
         )
-        found = reparametrized(sums, norms, lr, keep, self.cautious)
+        found = reparametrized(sums, norms, lr, keep, self.cautious_rows)
         norms.g.copy_(found.g)
         norms.v.copy_(found.v)
         return Multipliers(found.A, found.B, 0.0)
@@ -348,9 +350,7 @@ class _Write:
         rounding, A, B = self.rounding, found.A, found.B
         if self.masks_before or self.masks_after or self.steering.control.has_rows:
             return False
-        if not fuses_passes(self.W) or (
-            rounding is not None and (rounding.residual is not None or rounding.error is not None)
-        ):
+        if not has_kernel(self.W, rounding):
             return False
         control = self.W.new_ones(len(self.W), 3, dtype=torch.float32)
         for i, x in enumerate((self.finite, A, -B)):

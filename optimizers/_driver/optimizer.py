@@ -1086,11 +1086,7 @@ class StackedOptimizer(Optimizer):
         count = len(bucket.units)
         nonzero = [bucket.nonzero(Gs, j) for j in range(count)] if refresh_due else [True] * count
         if bucket.stacked and finite is not None and not (all(finite) and all(nonzero)):
-            # a stack with a unit to leave out runs unit by unit: same bits, no second code path
-            for j in range(len(bucket.units)):
-                parts = [None if G is None else G[j : j + 1] for G in Gs]
-                yield from self._step_bucket(plan, bucket.single(j), parts, finite[j : j + 1])
-            plan.mask = None  # clocks differ now: sort again at the next step
+            yield from self._step_units(plan, bucket, Gs, finite)
             return
         if finite is not None and not finite[0]:
             if self.param_groups[bucket.group].get("capturable"):  # clocks of a stack do not part
@@ -1123,6 +1119,15 @@ class StackedOptimizer(Optimizer):
             bucket.set_refreshed(t)
         if device_finite is not None and not unmasked:
             bucket.restore(state_backup, device_finite)
+
+    def _step_units(
+        self, plan: StepPlan, bucket: Bucket, Gs: Sequence[Tensor | None], finite: list[bool]
+    ) -> UpdateGenerator:
+        """Step a stack with a unit to leave out unit by unit: same bits, no second code path."""
+        for j in range(len(bucket.units)):
+            parts = [None if G is None else G[j : j + 1] for G in Gs]
+            yield from self._step_bucket(plan, bucket.single(j), parts, finite[j : j + 1])
+        plan.mask = None  # clocks differ now: sort again at the next step
 
     def _write_directions(
         self,

@@ -27,7 +27,7 @@ from .._core.rule import LOCAL_REDUCTIONS, Carry, Dense, Direction, Scaled, Term
 from .._core.terms import Deferred, slice_rows
 from .._core.validation import check
 from .decay import Decay, decays_at, factor_at, masked_factor
-from .write_modes import carry_error_
+from .write_modes import accumulation_dtype, carry_error_
 
 WRITE_PANEL = 2**17
 """Elements of a row panel on CPU: the passes of one write then meet in the cache."""
@@ -205,6 +205,12 @@ def write_list_(
     return _try_fused_write_(Ws, step, terms, lr, decay, finite, rounding)
 
 
+def has_kernel(W: Stack, rounding: Rounding | None) -> bool:
+    """Whether the back end writes W by kernels, which keep nothing of what rounding cuts off."""
+    keeps = rounding is not None and (rounding.residual is not None or rounding.error is not None)
+    return fuses_passes(W) and not keeps
+
+
 def _try_fused_write_(
     W: Stack,
     step: Direction,
@@ -219,9 +225,7 @@ def _try_fused_write_(
         return False
     if decay.is_cautious and decay.is_on:  # the mask needs a pass of its own
         return False
-    if not fuses_passes(W) or (rounding is None and _adds_in_weight_dtype(W[0], terms)):
-        return False
-    if rounding is not None and (rounding.residual is not None or rounding.error is not None):
+    if not has_kernel(W, rounding) or (rounding is None and _adds_in_weight_dtype(W[0], terms)):
         return False
     alpha, decay_factor = -step.lr_factor * lr, decay.factor(lr)
     control = None
@@ -249,10 +253,6 @@ def _adds_in_weight_dtype(W: Tensor, terms: list[Term]) -> bool:
     return W.dtype in LOW_PRECISION_DTYPES and all(
         isinstance(t, Dense) and t.U.dtype == W.dtype for t in terms
     )
-
-
-def accumulation_dtype(W: Tensor) -> torch.dtype:
-    return torch.float32 if W.dtype in LOW_PRECISION_DTYPES else W.dtype
 
 
 def _limit_rel_norm(
@@ -385,10 +385,9 @@ def _is_one(decay_factor: float | Tensor) -> bool:
 
 
 def _part_of(decay_factor: float | Tensor, ks: slice, rows: slice) -> float | Tensor:
-    """The decay factor of rows of matrices."""
+    """The decay factor of rows of matrices; one number is that of all."""
     if isinstance(decay_factor, Tensor) and decay_factor.dim() > 1:
-        decay_factor = decay_factor if decay_factor.shape[0] == 1 else decay_factor[ks]
-        decay_factor = decay_factor if decay_factor.shape[-2] == 1 else decay_factor[:, rows]
+        return slice_rows(decay_factor, ks, rows)
     return decay_factor
 
 

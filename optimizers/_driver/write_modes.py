@@ -25,6 +25,11 @@ REFRESH_WRITE = 255
 """Number of the write that a refresh makes, after which those of the update are counted from 0."""
 
 
+def accumulation_dtype(X: Tensor) -> torch.dtype:
+    """The dtype in which a weight is changed before it is rounded: at least float32."""
+    return torch.float32 if X.dtype in LOW_PRECISION_DTYPES else X.dtype
+
+
 def mode_of(group: Mapping[str, Any], p: Tensor) -> str:
     """How a parameter is written: ``"nearest"``, ``"stochastic"``, ``"kahan"`` or ``"eco"``."""
     mode: str = group.get("write") or "auto"

@@ -34,11 +34,7 @@ def test_a_run_that_diverges_counts_as_the_worst(which_lr):
     assert which_lr.sweep(lambda lr: lr if lr < 0.01 else float("inf"), 0.3)[0] <= 0.3
 
 
-def test_the_page_has_every_method_of_the_sweep():
-    path = EXAMPLES / "methods.py"
-    spec = importlib.util.spec_from_file_location("methods_of_the_page", path)
-    methods = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(methods)
+def test_the_page_has_every_method_of_the_sweep(which_lr):
     page = (ROOT / "docs" / "which-lr.md").read_text()
     rows = {name.split(".")[-1].lower() for name in re.findall(r"^\| `([\w.]+)` \|", page, re.M)}
-    assert rows == set(methods.available_methods())
+    assert rows == set(which_lr.available_methods())

@@ -62,6 +62,19 @@ def test_a_refresh_takes_what_the_docstring_says(kind, shape, cls):
     assert count_step(optimizer).peak <= 4 * (bound + 8 * r * n + 2 * WRITE_PANEL) * 1.02
 
 
+@pytest.mark.parametrize("cls", [GaLore, Fira])
+def test_eigenvectors_take_the_place_of_the_gram_matrix(cls, monkeypatch):
+    """With small panels little else is there: a second square would be seen."""
+    monkeypatch.setattr("stiefel.optimizers._toolkit.svd._GRAM_PANEL", 2**14)
+    m, r = 512, 8
+    p = weight((m, m))
+    optimizer = cls([p], rank=r, update_proj_gap=1)
+    p.grad = torch.randn(m, m, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    monkeypatch.setattr("stiefel.optimizers._driver.write.WRITE_PANEL", 2**14)
+    assert count_step(optimizer).peak <= 1.9 * 4 * m * m
+
+
 def test_switchlora_draws_its_pools_in_panels():
     """The first step takes four factors beside its state, as any other, not copies of the pools."""
     m, n, r = 512, 1024, 32

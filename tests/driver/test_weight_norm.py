@@ -15,7 +15,7 @@ from helpers.rules import FoldRule, PairRule, PlainRule, RowsRule, WindowRule
 from torch import nn
 
 from stiefel.optimizers import GaLore, Muon, Muown, RowNorm, StackedOptimizer, memory_report
-from stiefel.optimizers._driver import buckets, norm_write
+from stiefel.optimizers._driver import buckets, write
 from stiefel.optimizers._driver.memory import MemoryReport
 from stiefel.optimizers._driver.norms import NormControl, parse
 from stiefel.optimizers._lora.pair_groups import PairOptimizer
@@ -713,7 +713,7 @@ def test_a_kernel_writes_the_same(words, monkeypatch):
             found = []
             for kernels in (False, True):
                 if kernels:
-                    for module in (norm_write, buckets):
+                    for module in (write, buckets):
                         monkeypatch.setattr(module, "fuses_passes", lambda X: True)
                 params = [nn.Parameter(weight((8, 6), i).detach().to(dtype)) for i in range(3)]
                 optimizer = METHODS[name](params, weight_norm=words, weight_decay=0.1)
