@@ -573,7 +573,7 @@ class StackedOptimizer(Optimizer):
         plan = self._build_plan(flat_params, settings)
         adamw_modes = adamw.modes_of(flat_params, settings, plan.adamw_positions)
         if old is None:  # a new optimizer, or one that was loaded or copied
-            refuse_unfit_state(plan.units, adamw_modes, self.state, settings)
+            refuse_unfit_state(plan.units, plan.rules, adamw_modes, self.state, settings)
             self._refuse_unsound_state(plan)
         else:  # settings changed, or a group came
             refuse_state_changes(
