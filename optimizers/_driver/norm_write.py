@@ -20,6 +20,7 @@ from .decay import decays_at, factor_at
 from .finite import is_capturing
 from .norms import (
     MATRIX,
+    NOT_MEASURED,
     RADIUS,
     ROWS,
     SMALLEST_SQUARE,
@@ -28,6 +29,7 @@ from .norms import (
     NormControl,
     Number,
     RowSums,
+    is_to_measure,
     multipliers,
     reparametrized,
     zero_weight,
@@ -266,10 +268,12 @@ class _Write:
         norms = sums.over(control.radius_scope, sums.WW)[0].sqrt()
         radius = torch.where(stored < 0, norms, stored)
         given = self.steering.given
-        if any(rho is not None for rho in given):
-            for j, rho in enumerate(given):
-                if rho is not None:  # filled there: a copy from the host would wait
-                    radius[j if len(given) > 1 else ...] = rho * self._root_of_count()
+        for j, rho in enumerate(given):
+            if rho is not None:  # filled there: a copy from the host would wait
+                at = j if len(given) > 1 else ...
+                radius[at] = radius[at].masked_fill(
+                    stored[at] == NOT_MEASURED, rho * self._root_of_count()
+                )
         keeps = radius * radius > SMALLEST_SQUARE
         if not self.step.member.reductions.is_whole and not bool(keeps.all()):
             raise RuntimeError(zero_weight("a matrix of a sharded parameter"))
@@ -398,12 +402,11 @@ def refuse_zero_weights(
         for i, has_grad in enumerate(bucket.present):
             if not has_grad:
                 continue
-            unset = (bucket.states[i][RADIUS] < 0).flatten(1).any(1).tolist()
-            for unit, is_unset in zip(
-                bucket.units, unset if bucket.stacked else [any(unset)], strict=True
-            ):
+            stored = bucket.states[i][RADIUS]
+            for j, unit in enumerate(bucket.units):
                 position, given = unit.positions[i], groups[unit.group].get(RADIUS)
-                if not is_unset or given is not None:
+                own = stored[j] if bucket.stacked else stored
+                if not bool(is_to_measure(own, given).any()):
                     continue
                 if position in bad:
                     has_radius = False

@@ -166,6 +166,7 @@ class _Step:
         assert self.agreed is not None and plan.shards is not None
         if (found.bad or found.stopped) and optimizer._count_skipped(found):
             return
+        optimizer._follow_radii()
         if not self.agreed.step[MOVES]:  # a checkpointer's probing step
             optimizer.init_state()
             for work in self._adamw_steps:

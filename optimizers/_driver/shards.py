@@ -388,7 +388,7 @@ class Shards:
         found = set[int]()
         for unit in self._units:
             given = self._groups[unit.group].get(RADIUS)
-            if unit.control is None or not unit.control.keeps_radius or given is not None:
+            if unit.control is None or not unit.control.keeps_radius:
                 continue
             for i, position in enumerate(unit.positions):
                 if position in self._filled or grads.get(position) is None:
