@@ -298,6 +298,11 @@ def follow_radii(
     return now
 
 
+def has_zero(squares: Tensor) -> bool:
+    """Whether one of some squares of norms counts as zero; the host reads it."""
+    return bool((squares <= SMALLEST_SQUARE).any())
+
+
 def zero_weight(text: str) -> str:
     """The refusal of a weight that words name."""
     return (

@@ -137,7 +137,7 @@ class _Step:
             optimizer._describe,
             lambda i: str(groups[group_of[i]]["nonfinite"]),
             plan.shards.clocks_of,
-            plan.shards.empty_weights(self._held),
+            plan.shards.unmeasured(self._held),
         )
         if flags[FAILED] and self.agreed.step[SOUND]:  # where all have failed alike, none is ahead
             raise RankError(
