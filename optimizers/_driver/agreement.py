@@ -22,10 +22,11 @@ from .norms import has_zero, zero_weight
 BAD, NONZERO, PRESENT, ABSENT, MEASURED = range(5)
 """Flags of one parameter: of its gradient, and whether norms of it are about to be measured."""
 PARAMETER_FLAGS = 5
-FAILED, REFUSED, STOPPED, MOVES, SOUND, LEARNS = range(6)
+FAILED, REFUSED, STOPPED, MOVES, SOUND, LEARNS, MAKES = range(7)
 """Flags of the step: an exception, a bad gradient that raises, one that stops, any that is not
-zero, a rank without an exception, and one that cannot tell what its buckets are going to ask."""
-STEP_FLAGS = 6
+zero, a rank without an exception, one that cannot tell what its buckets are going to ask, and one
+that is about to make state."""
+STEP_FLAGS = 7
 NO_CLOCKS = -(2**31) + 1
 """Stands for the clocks of a rank that has failed."""
 
@@ -161,6 +162,23 @@ def agree(
     failed_elsewhere = found.step[FAILED] and not step_flags[FAILED]
     _raise_first(found, describe, missing, failed_elsewhere, zeros, parted)
     return found
+
+
+def tell(teams: Sequence[Team], failure: Exception | None) -> Exception | None:
+    """Let all ranks know whether one of them has failed, where all ask at the same place.
+
+    Args:
+        teams: All teams of this process.
+        failure: The exception of this process.
+
+    Returns:
+        It, or one that says that another rank has failed; None if none has.
+    """
+    for _ in range(min(2, len(teams))):  # ranks of several teams pass on what they hear
+        for team in teams:
+            if _reduce(team, [int(failure is not None)])[0] and failure is None:
+                failure = RankError(FAILED_ELSEWHERE)
+    return failure
 
 
 def _zeros(team: Team, positions: Sequence[int], unmeasured: Unmeasured) -> list[int]:

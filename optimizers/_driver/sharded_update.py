@@ -15,6 +15,7 @@ from torch import Tensor
 from .agreement import (
     FAILED,
     LEARNS,
+    MAKES,
     MOVES,
     REFUSED,
     SOUND,
@@ -122,6 +123,7 @@ class _Step:
         flags[FAILED], plan.shards.untold = plan.shards.untold, False
         flags[SOUND] = not flags[FAILED]
         flags[LEARNS] = plan.shards.learns(self._held)
+        flags[MAKES] = plan.shards.makes_state(self._held)
         flags[REFUSED], flags[STOPPED] = "raise" in modes, "skip_step" in modes
         flags[MOVES] = not self._lrs_are_zero() or any(
             G is not None and bool(G.any())

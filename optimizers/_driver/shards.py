@@ -17,11 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .agreement import LEARNS, Agreement, Unmeasured, held_gradient, layouts_of, teams_of
+from .agreement import (
+    LEARNS,
+    MAKES,
+    Agreement,
+    Unmeasured,
+    held_gradient,
+    layouts_of,
+    teams_of,
+    tell,
+)
 from .bucket_runs import MAX_WAVE_BYTES, bucket_waves, refreshes_now, run_bucket, share_out
 from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, RankError, Team
-from .finite import Findings
+from .finite import Findings, roll_back, snapshot
 from .layout import Box, Layout, is_sharded, memory
 from .norm_write import held_squares, refuse_zero_weights
 from .norms import RADIUS, is_to_measure
@@ -439,6 +448,18 @@ class Shards:
             for bucket in plan.buckets
         )
 
+    def makes_state(self, grads: Mapping[int, Tensor | None]) -> bool:
+        """Whether a weight has a gradient and no state yet.
+
+        Args:
+            grads: What ``gradients`` returned.
+        """
+        return any(
+            not self._state.get(unit.params[0]) and any(grads.get(i) is not None for i in places)
+            for unit in self._units
+            for places in (unit.positions,)
+        )
+
     def clocks_of(self, team: Team) -> int:
         """A number that differs where the clocks of units that ask other ranks of a team do."""
         asking = (
@@ -472,7 +493,7 @@ class Shards:
             Exception: What a rule has raised here, after the others know of it.
         """
         mask = [grads.get(i) is not None for i in range(len(self._plan.flat_params))]
-        self._prepare(mask, grads)
+        self._prepare_together(mask, grads, agreed)
         failure: Exception | None = None
         informed = set[Team | None]()
         for team, stage in self._stages(optimizer, grads, agreed, mask, plain):
@@ -525,6 +546,24 @@ class Shards:
             for loads_of_wave in _waves(present, self._state, self._plan.flat_params):
                 args = team, loads_of_wave, grads, agreed, mask
                 yield team, partial(self._travel, optimizer, *args)
+
+    def _prepare_together(
+        self, mask: list[bool], grads: Mapping[int, Tensor | None], agreed: Agreement
+    ) -> None:
+        """Prepare; where a rank makes state, and may lack the memory, all hear how it went."""
+        if not agreed.step[MAKES]:
+            self._prepare(mask, grads)
+            return
+        before, failure = snapshot(self._state), None
+        try:
+            self._prepare(mask, grads)
+        except Exception as error:
+            failure = error
+        found = tell(self.teams, failure)
+        if found is not None:
+            self.held_plan.mask = None
+            roll_back(self._state, before)
+            raise found
 
     def _prepare(self, mask: list[bool], grads: Mapping[int, Tensor | None]) -> None:
         """Allocate state as DTensors, put strange layouts right, and sort what runs on parts."""

@@ -66,7 +66,8 @@ ALL = slice(None)
         (GaLore, (4, 6, 5), 0, ALL, "hyperball", "auto"),
         *((cls, (4, 6, 5), dim, 3, "sphere", "auto")
           for cls in (Muon, RowNorm, GaLore) for dim in (0, 1, 2)),
-        *((cls, (7, 6), dim, 3, "sphere:rows", "auto") for cls in (Muon, RowNorm) for dim in (0, 1)),
+        *((cls, (7, 6), dim, 3, "sphere:rows", "auto")
+          for cls in (Muon, RowNorm) for dim in (0, 1)),
         (Muon, (3, 5, 6), 0, ALL, "sphere:whole", "auto"),
         (RowNorm, (12, 5), 0, slice(4, 8), "sphere", "heads:3"),
         (Muon, (10, 5), 1, slice(6, 10), "sphere", "rows:6,4"),
