@@ -57,8 +57,8 @@ def qk_clip_(
         optimizer: None (default), or the optimizer of the model: a norm of a scaled weight that it
             keeps, measured or given by ``weight_radius``, is measured anew at its next update,
             which otherwise would undo the scaling.
-        group: None (default), or a process group (or mesh of one axis) over which S is reduced by its maximum first, in
-            one call. All replicas must scale by the same S.
+        group: None (default), or a process group, or mesh of one axis, over which S is reduced by
+            its maximum first, in one call. All replicas must scale by the same S.
 
     Returns:
         gamma (heads,) of every named module, float32; 1 where nothing was done.
