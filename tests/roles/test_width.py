@@ -123,6 +123,7 @@ def test_groups_are_plain_and_keep_order_and_names():
 
 @PLAIN
 def test_every_class_takes_the_groups(cls):
+    torch.manual_seed(0)
     model = mlp(8)
     groups = width_groups(model, base_width=4, step="rms", lr=0.01)
     optimizer = cls(groups, model=model)
