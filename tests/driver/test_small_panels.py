@@ -115,6 +115,7 @@ def both(make, made, grads, monkeypatch, quantized=()):
             assert difference(cut_state[key], Y) <= tolerance, key
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_does_in_panels_what_it_does_on_a_whole_weight(name, dtype, monkeypatch):

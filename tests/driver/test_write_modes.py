@@ -49,6 +49,7 @@ def trained(name, mode, *, dtype=torch.bfloat16, lr=1e-3, shapes=SHAPES, **optio
 # which mode ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @ALL_METHODS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_of_full_precision_are_written_to_nearest(name, dtype):
@@ -59,6 +60,7 @@ def test_weights_of_full_precision_are_written_to_nearest(name, dtype):
         assert not any("residual" in entry for entry in optimizer.state.values())
 
 
+@pytest.mark.covering
 @ALL_METHODS
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_auto_is_stochastic_for_low_precision_but_under_compat(name, dtype):
@@ -140,6 +142,7 @@ def test_every_view_rounds_with_the_bits_of_the_plain_weight(view, dtype, monkey
     assert not torch.equal(found[0], decayed)
 
 
+@pytest.mark.covering
 @ALL_METHODS
 @pytest.mark.parametrize("mode", ["stochastic", "kahan"])
 def test_a_stack_has_the_bits_of_its_weights_alone(name, mode):
@@ -188,6 +191,7 @@ def reloaded(optimizer, make, params):
     return other
 
 
+@pytest.mark.covering
 @ALL_METHODS
 @pytest.mark.parametrize("mode", [*MODES, "eco"])
 def test_a_run_resumes_in_equal_bits(name, mode):
@@ -289,6 +293,7 @@ def test_an_unknown_mode_is_refused(cls):
 # bad gradients ------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @ALL_METHODS
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wait", [True, False])

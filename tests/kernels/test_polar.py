@@ -112,6 +112,7 @@ def test_scale_invariance(method, scale):
     assert relative(polar_factor(M * scale, method), polar_factor(M, method)) < 1e-5
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("method", POLAR_METHODS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_transposed_matrix_has_the_transposed_factor(method, shape):
@@ -287,6 +288,7 @@ def test_weights_of_qdwh():
     assert qdwh_schedule(1.0) == ((3.0, 1.0, 3.0),)  # Halley's own
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(48, 48), (17, 5), (5, 3), (1, 7), (2, 2), (33, 70), (130, 260)])
 @pytest.mark.parametrize("method", POLAR_METHODS)
