@@ -67,6 +67,7 @@ from stiefel.optimizers import (
     RowNorm,
     Rule,
     StackedOptimizer,
+    SwitchLoRA,
     Trion,
     pairs_to_groups,
 )
@@ -902,6 +903,75 @@ def every_memory(setting: Setting) -> Iterator[Figure]:
                 yield Figure(title, value / total, cell=(panel, name, column))
 
 
+# --- The mean step of every class: a column of the README's table ---
+
+COPIES = 3
+"""AdamWs that a class is compared with: where their tensors lie makes 15 % of their time."""
+MEAN = "mean step"
+"""The column of the case and of the README: refreshes at the gap that a class comes with."""
+
+
+def every_mean(setting: Setting) -> Iterator[Contest]:
+    """Every class in its first variant on one weight; those for LoRA on 16 pairs of such."""
+    (model,) = setting.models("1024x4096", "32x48")
+    found = entrants(rank_for(model))
+    for name in classes():
+        suffix = next(iter(VARIANTS.get(name, {"": None})))
+        entrant = found[f"{name} {suffix}".strip()]
+        parts = {name: (entrant.step, 1.0)}
+        if entrant.refresh is not None:
+            share = 1 / entrant.gap
+            parts = {name: (entrant.step, 1 - share), f"{name}, refresh": (entrant.refresh, share)}
+        yield mean_contest(name, parts, model, "fused")
+    (m, n), count, rank = model[0], 2 if setting.quick else 16, 16
+    for name, parts in pair_parts(m, n, rank).items():
+        yield mean_contest(name, parts, ((rank, n), (m, rank)) * count, "foreach")
+
+
+def pair_parts(m: int, n: int, rank: int) -> dict[str, dict[str, tuple[Maker, float]]]:
+    """The classes for LoRA; SwitchLoRA at the rate with which it begins to exchange vectors."""
+
+    def made(
+        params: list[Tensor], cls: type[PairOptimizer], has_base: bool = False, **options: Any
+    ) -> PairOptimizer:
+        base = (torch.nn.Parameter(torch.randn(m, n), requires_grad=False) for _ in params)
+        factors = params[::2], params[1::2], *([base] if has_base else [])
+        groups = pairs_to_groups(zip(*factors, strict=False), scale=2.0)
+        return cls(groups, lr=1e-3, weight_decay=0.1, **options)
+
+    # k vectors are due at a step, k = rank / interval0: none, or one at every step
+    switch = partial(made, cls=SwitchLoRA, has_base=True, ratio=None)
+    share = rank / inspect.signature(SwitchLoRA).parameters["interval0"].default
+    return {
+        "AltLoRA": {"AltLoRA": (partial(made, cls=AltLoRA), 1.0)},
+        "AdaPreLoRA": {"AdaPreLoRA": (partial(made, cls=AdaPreLoRA), 1.0)},
+        "SwitchLoRA": {
+            "SwitchLoRA": (partial(switch, interval0=float("inf")), 1 - share),
+            "SwitchLoRA, refresh": (partial(switch, interval0=float(rank)), share),
+        },
+    }
+
+
+def mean_contest(
+    name: str, parts: Mapping[str, tuple[Maker, float]], model: Model, flag: str
+) -> Contest:
+    """Steps of several kinds, each with its share of all steps, against torch's AdamW."""
+    adamw = partial(torch.optim.AdamW, weight_decay=0.1, **{flag: True})
+    rivals = [f"AdamW {flag} {i + 1}" for i in range(COPIES)]
+    parts = {part: (maker, share) for part, (maker, share) in parts.items() if share}
+    contest = Contest({rival: partial(Step, adamw, model) for rival in rivals})
+    contest.competitors |= {part: partial(Step, maker, model) for part, (maker, _) in parts.items()}
+    bottom = {rival: 1 / COPIES for rival in rivals}
+    for part in parts:
+        column = part.removeprefix(name).strip(" ,") or "step"
+        cell = ("time / AdamW", name, column)
+        contest.ratios.append(Ratio(f"{part} / AdamW {flag}", {part: 1.0}, bottom, cell=cell))
+    cell = ("time / AdamW", name, MEAN)
+    top = {part: share for part, (_, share) in parts.items()}
+    contest.ratios.append(Ratio(f"{name}: {MEAN} / AdamW {flag}", top, bottom, cell=cell))
+    return contest
+
+
 USUAL = "1024x4096 4096x1024 96x96x16+256x96x8+96x256x4"
 TINY = "16x32+32x16"
 
@@ -955,5 +1025,12 @@ CASES: dict[str, Case] = {
         floor=4,
         seconds=10.0,
         builds=2,
+    ),
+    "amortised": Case(
+        "mean step of every class, refreshes at their default gap; the README's column",
+        every_mean,
+        floor=3,
+        seconds=5.0,
+        shaped=False,
     ),
 }

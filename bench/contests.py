@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ NEVER = 10**9
 """Steps between refreshes, for cases that time the steps between them."""
 POOL = 3
 """Gradients made beforehand and cycled."""
+LARGE = 2**24
+"""Entries above which a gradient is Gaussian: its product would take longer than the steps."""
 
 
 # --- Shapes ---
@@ -190,7 +193,7 @@ class Case:
 
 def decaying(shape: Shape, generator: torch.Generator) -> Tensor:
     """A gradient whose singular values fall like 1/i: A diag(1/i) B with Gaussian A and B."""
-    if len(shape) == 1:
+    if len(shape) == 1 or math.prod(shape) > LARGE:
         return torch.randn(shape, generator=generator)
     k = min(shape)
     w = 1.0 / torch.arange(1, k + 1)

@@ -64,7 +64,8 @@ def width_groups(
     of this package takes them, ours best with ``model=model`` beside. Print them.
 
     Sources: weight decay, arXiv 2510.15262 (its abstract); ``"mup"``, ``MuAdamW`` of microsoft/mup;
-    the column ``"rms"`` is derived: such a step has the spectral norm lr sqrt(d).
+    the column ``"rms"`` is derived: such a step has the spectral norm lr sqrt(d). Which methods
+    belong to it was measured: how far hidden matrices move the output from width 64 to 512.
 
     Args:
         model: The wide model; the meta device will do.
@@ -77,9 +78,12 @@ def width_groups(
         weight_decay: Its decay (default: 0.01).
         wd_rule: ``"sqrt"``, ``"mup"`` or ``"none"`` (default: ``"sqrt"``).
         step: Size of a step of hidden matrices (default: ``"adam"``). ``"adam"``: entries of size
-            lr (AdamW, GaLore, Fira, APOLLO, FRUGAL, SinkGD); ``"rms"``: orthogonal, at a fixed root
-            mean square (Muon, ARO, SymmetryStack by default); ``"spectral"``: orthogonal, with
-            ``adjust_lr_fn="spectral"`` or ``"spectral_unclamped"``.
+            lr, in the coordinates of the weight (AdamW, APOLLO, FRUGAL, SinkGD, DCTAdamW, AuON,
+            RowNorm, GaLore with ``projection="random"``, ``"topk"``, ``"dct"``; Fira is near it);
+            ``"rms"``: spectral norm lr d^(1/2), where steps are orthogonal at a fixed root mean
+            square (Muon, ARO, Trion, SymmetryStack by default), or entries of size lr in singular
+            directions (GaLore by default, SOAP), each of which moves alone; ``"spectral"``:
+            orthogonal, with ``adjust_lr_fn="spectral"`` or ``"spectral_unclamped"``.
         width: Width of the model, for ``base_width`` (default: None, that of the embedding, else
             the size that most weights read).
 

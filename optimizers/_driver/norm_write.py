@@ -18,8 +18,10 @@ from .._core.terms import slice_rows
 from .._core.validation import check
 from .decay import decays_at, factor_at
 from .finite import is_capturing
+from .layout import part
 from .norms import (
     MATRIX,
+    NOT_MEASURED,
     RADIUS,
     ROWS,
     SMALLEST_SQUARE,
@@ -28,6 +30,8 @@ from .norms import (
     NormControl,
     Number,
     RowSums,
+    has_zero,
+    is_to_measure,
     multipliers,
     reparametrized,
     zero_weight,
@@ -36,7 +40,9 @@ from .write import Run, has_kernel, panels_of, where_finite
 from .write_modes import accumulation_dtype
 
 if TYPE_CHECKING:
+    from .._core.views import MatrixView
     from .buckets import Bucket
+    from .layout import Layout
     from .units import Unit
 
 Panels = list[tuple[slice, slice]]
@@ -266,10 +272,12 @@ class _Write:
         norms = sums.over(control.radius_scope, sums.WW)[0].sqrt()
         radius = torch.where(stored < 0, norms, stored)
         given = self.steering.given
-        if any(rho is not None for rho in given):
-            for j, rho in enumerate(given):
-                if rho is not None:  # filled there: a copy from the host would wait
-                    radius[j if len(given) > 1 else ...] = rho * self._root_of_count()
+        for j, rho in enumerate(given):
+            if rho is not None:  # filled there: a copy from the host would wait
+                at = j if len(given) > 1 else ...
+                radius[at] = radius[at].masked_fill(
+                    stored[at] == NOT_MEASURED, rho * self._root_of_count()
+                )
         keeps = radius * radius > SMALLEST_SQUARE
         if not self.step.member.reductions.is_whole and not bool(keeps.all()):
             raise RuntimeError(zero_weight("a matrix of a sharded parameter"))
@@ -398,12 +406,11 @@ def refuse_zero_weights(
         for i, has_grad in enumerate(bucket.present):
             if not has_grad:
                 continue
-            unset = (bucket.states[i][RADIUS] < 0).flatten(1).any(1).tolist()
-            for unit, is_unset in zip(
-                bucket.units, unset if bucket.stacked else [any(unset)], strict=True
-            ):
+            stored = bucket.states[i][RADIUS]
+            for j, unit in enumerate(bucket.units):
                 position, given = unit.positions[i], groups[unit.group].get(RADIUS)
-                if not is_unset or given is not None:
+                own = stored[j] if bucket.stacked else stored
+                if not bool(is_to_measure(own, given).any()):
                     continue
                 if position in bad:
                     has_radius = False
@@ -414,7 +421,51 @@ def refuse_zero_weights(
 
 def is_zero(unit: Unit, i: int, scope: str) -> bool:
     """Whether a norm that ``sphere`` would keep is zero, of a weight that is whole here."""
-    X = unit.views[i].to_matrices(unit.params[i].detach())
-    squares = X.to(torch.promote_types(X.dtype, torch.float32)).square()
-    dims = {ROWS: (-1,), MATRIX: (-2, -1), WHOLE: (-3, -2, -1)}[scope]
-    return bool((squares.sum(dims) <= SMALLEST_SQUARE).any())
+    return has_zero(_in_scope(_row_squares(unit.views[i].to_matrices(unit.params[i])), scope))
+
+
+def held_squares(unit: Unit, i: int, held: Tensor, scope: str) -> Tensor:
+    """Squares of all norms that ``sphere`` would keep, of what this process holds of a weight.
+
+    Args:
+        unit: A unit of sharded weights.
+        i: The member.
+        held: What this process holds of its parameter.
+        scope: Of what norms are taken.
+
+    Returns:
+        One number for each norm of the whole weight, float32 (float64), in one order on all ranks.
+    """
+    placed, view = unit.placed, unit.views[i]
+    assert placed is not None
+    if placed.held is None:  # cut as no view can follow
+        return _in_scope(_row_squares_of_box(held, view, placed.layouts[i]), scope)
+    part_of = placed.held[i]
+    squares = _row_squares(part_of.view.to_matrices(held))
+    found = squares.new_zeros(view.k, view.m)
+    ks = slice(part_of.first, part_of.first + len(squares))
+    found[ks, part_of.start[0] : part_of.start[0] + squares.shape[1]] = squares
+    return _in_scope(found, scope)
+
+
+def _row_squares(X: Tensor) -> Tensor:
+    """Sums of squares (k, m) of the rows of matrices (k, m, n)."""
+    return X.detach().to(torch.promote_types(X.dtype, torch.float32)).square().sum(-1)
+
+
+def _row_squares_of_box(held: Tensor, view: MatrixView, layout: Layout) -> Tensor:
+    """The same of the whole matrices of a view, from a box of their parameter; zero elsewhere."""
+    number_of = torch.zeros(layout.shape, dtype=torch.int32, device=held.device)
+    numbers = torch.arange(1, view.k * view.m + 1, dtype=torch.int32, device=held.device)
+    view.to_matrices(number_of).copy_(numbers.view(view.k, view.m, 1))  # 0: of another view
+    squares = held.detach().to(torch.promote_types(held.dtype, torch.float32)).square()
+    found = squares.new_zeros(view.k * view.m + 1)
+    found.index_add_(0, part(number_of, layout.box).flatten(), squares.flatten())
+    return found[1:].view(view.k, view.m)
+
+
+def _in_scope(squares: Tensor, scope: str) -> Tensor:
+    """Sums of squares of rows (k, m), added up to what a scope takes norms of, as a vector."""
+    if scope == ROWS:
+        return squares.flatten()
+    return squares.sum(1) if scope == MATRIX else squares.sum().view(1)

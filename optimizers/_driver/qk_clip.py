@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .._core.validation import check, number, shown
 from .._roles.attention_heads import Attention, Attentions, HeadRows
 from .layout import is_sharded, layout_of, local, memory
-from .norms import NOT_MEASURED, RADIUS
+from .norms import RADIUS, RESCALED
 
 __all__ = ["qk_clip_"]
 
@@ -54,7 +54,8 @@ def qk_clip_(
         threshold: The largest logit that is left alone, positive (default: 100).
         alpha: The share of the queries, in [0, 1] (default: 0.5).
         optimizer: None (default), or the optimizer of the model: a norm of a scaled weight that it
-            keeps is measured anew at its next update, which otherwise would undo the scaling.
+            keeps, measured or given by ``weight_radius``, is measured anew at its next update,
+            which otherwise would undo the scaling.
         group: None (default), or a process group over which S is reduced by its maximum first, in
             one call. All replicas must scale by the same S.
 
@@ -95,7 +96,6 @@ def qk_clip_(
     found = _attentions(model, params, heads) if names else []
     _refuse_twice([rows.name for attention in found for rows in attention.parameters])
     spans = [[_range(rows, params[rows.name]) for rows in x.parameters] for x in found]
-    _refuse_given_norms(optimizer, [(x.name, params[x.name]) for y in found for x in y.parameters])
     gammas = _factors(names, values, tau, group) if names else []
     for attention, ranges, gamma in zip(found, spans, gammas, strict=True):
         _scale(attention, ranges, gamma, share, optimizer)
@@ -154,20 +154,6 @@ def _refuse_twice(names: Sequence[str]) -> None:
         check(
             count == 1,
             f"{name} belongs to two of the modules in max_logits; name each attention once",
-        )
-
-
-def _refuse_given_norms(
-    optimizer: Optimizer | None, parameters: Sequence[tuple[str, Tensor]]
-) -> None:
-    """Raise if an optimizer keeps a weight at a norm that was given, and so would undo all."""
-    groups = [] if optimizer is None else optimizer.param_groups
-    given = {id(p) for group in groups if group.get(RADIUS) is not None for p in group["params"]}
-    for name, p in parameters:
-        check(
-            id(p) not in given,
-            f"{name} is kept at the norm that its group gives by {RADIUS}, which undoes the "
-            f"clipping; leave {RADIUS} out, so that the norm is measured",
         )
 
 
@@ -258,4 +244,4 @@ def _forget_norm(optimizer: Optimizer | None, p: Tensor, is_scaled: Tensor) -> N
     state = {} if optimizer is None else optimizer.state.get(p, {})
     for key, norm in state.items():
         if key.partition(".")[0] == RADIUS:
-            local(norm).masked_fill_(is_scaled.to(norm.device), NOT_MEASURED)
+            local(norm).masked_fill_(is_scaled.to(norm.device), RESCALED)

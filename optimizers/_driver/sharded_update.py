@@ -15,6 +15,7 @@ from torch import Tensor
 from .agreement import (
     FAILED,
     LEARNS,
+    MAKES,
     MOVES,
     REFUSED,
     SOUND,
@@ -122,6 +123,7 @@ class _Step:
         flags[FAILED], plan.shards.untold = plan.shards.untold, False
         flags[SOUND] = not flags[FAILED]
         flags[LEARNS] = plan.shards.learns(self._held)
+        flags[MAKES] = plan.shards.makes_state(self._held)
         flags[REFUSED], flags[STOPPED] = "raise" in modes, "skip_step" in modes
         flags[MOVES] = not self._lrs_are_zero() or any(
             G is not None and bool(G.any())
@@ -137,7 +139,7 @@ class _Step:
             optimizer._describe,
             lambda i: str(groups[group_of[i]]["nonfinite"]),
             plan.shards.clocks_of,
-            plan.shards.empty_weights(self._held),
+            plan.shards.unmeasured(self._held),
         )
         if flags[FAILED] and self.agreed.step[SOUND]:  # where all have failed alike, none is ahead
             raise RankError(
@@ -166,6 +168,7 @@ class _Step:
         assert self.agreed is not None and plan.shards is not None
         if (found.bad or found.stopped) and optimizer._count_skipped(found):
             return
+        optimizer._follow_radii()
         if not self.agreed.step[MOVES]:  # a checkpointer's probing step
             optimizer.init_state()
             for work in self._adamw_steps:

@@ -29,7 +29,7 @@ from .._core.validation import check
 from .decay import Decay, decays_at, factor_at, masked_factor
 from .write_modes import accumulation_dtype, carry_error_
 
-WRITE_PANEL = 2**17
+WRITE_PANEL = 2**18
 """Elements of a row panel on CPU: the passes of one write then meet in the cache."""
 WRITE_PANEL_ACCELERATOR = 2**26
 """The same on accelerators, where it only bounds the float32 copy of a low-precision weight."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -361,7 +362,7 @@ def test_a_stored_norm_of_a_scaled_weight_is_measured_anew():
     for name, p in model.named_parameters():
         is_scaled = name.startswith(("blocks.0.attn.q_proj", "blocks.0.attn.k_proj"))
         for key in ("weight_radius", "weight_radius.1"):
-            assert (optimizer.state[p][key] == (-1.0 if is_scaled else 3.0)).all(), name
+            assert (optimizer.state[p][key] == (-2.0 if is_scaled else 3.0)).all(), name
 
 
 @pytest.mark.parametrize("words", ["hyperball", "sphere:rows"])
@@ -391,15 +392,49 @@ def test_a_sphere_takes_the_norm_of_the_scaled_weight(words, kind):
             assert ratio == pytest.approx(1.0, abs=1e-2)
 
 
-def test_a_norm_that_is_given_and_not_measured_is_refused():
+REOPENED = {
+    "itself": lambda optimizer: optimizer,
+    "copy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+}
+
+
+@pytest.mark.parametrize("words", ["hyperball", "sphere:rows", "sphere:whole"])
+@pytest.mark.parametrize("reopen", REOPENED.values(), ids=REOPENED)
+def test_a_given_norm_yields_to_the_clipping_and_comes_back_when_it_changes(words, reopen):
     model = model_of("mha", dtype=torch.float32)
-    optimizer = torch.optim.SGD([{"params": model.parameters(), "weight_radius": 0.1}], lr=0.1)
-    before = copied(model)
-    with pytest.raises(
-        ValueError, match=r"q_proj\.weight is kept at the norm.*leave weight_radius"
-    ):
-        qk_clip_(model, LARGE, optimizer=optimizer)
-    assert unchanged(model, before)
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
+    optimizer = Muon(matrices.items(), lr=1e-4, weight_norm=words, weight_radius=0.1)
+    step_along_noise(optimizer)
+    assert all(rms(p) == pytest.approx(0.1, rel=1e-5) for p in matrices.values())
+    qk_clip_(model, {"blocks.0.attn": torch.full((4,), 400.0)}, optimizer=optimizer)
+    clipped = {n for n in matrices if n.startswith(("blocks.0.attn.q_", "blocks.0.attn.k_"))}
+    optimizer = reopen(optimizer)
+    matrices = dict(zip(matrices, optimizer.param_groups[0]["params"], strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        step_along_noise(optimizer)
+        for n, p in matrices.items():
+            assert rms(p) == pytest.approx(0.05 if n in clipped else 0.1, rel=1e-3), n
+    optimizer.param_groups[0]["weight_radius"] = 0.2  # to all, with a gradient or without
+    optimizer = reopen(optimizer)
+    left, *others = optimizer.param_groups[0]["params"]
+    step_along_noise(optimizer, others)
+    assert all(rms(p) == pytest.approx(0.2, rel=1e-5) for p in others)
+    step_along_noise(optimizer, [left])
+    assert rms(left) == pytest.approx(0.2, rel=1e-5)
+
+
+def step_along_noise(optimizer, params=None):
+    """A step along gradients of all parameters, or of some."""
+    optimizer.zero_grad()
+    for p in optimizer.param_groups[0]["params"] if params is None else params:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    optimizer.step()
+
+
+def rms(p):
+    return float(p.detach().square().mean().sqrt())
 
 
 # ranks --------------------------------------------------------------------------------------------
