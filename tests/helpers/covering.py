@@ -28,7 +28,7 @@ def does_all():
 def in_turn(*positions, of=3):
     """Whether one in ``of`` cases runs, by its positions along the axes of a loop.
 
-    Any two axes of which one has at least ``of`` values meet in all pairs.
+    Two axes meet in all pairs if another one has at least ``of`` values.
     """
     return does_all() or sum(positions) % of == 0
 
