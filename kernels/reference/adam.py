@@ -8,6 +8,8 @@ from torch import Tensor
 
 # Devices on which torch has a fused Adam: one pass over memory.
 _FUSED_DEVICES = ("cpu", "cuda")
+# Devices of which the host reads clocks without waiting, to see whether those of a matrix agree.
+_READ_DEVICES = ("cpu",)
 # The CPU kernel rounds the last few entries of a tensor differently from the others (fused
 # multiply-adds in the vector part only). A matrix of whole 64-byte lines has no such entries.
 _LINE_ENTRIES = 16
@@ -48,7 +50,7 @@ def adam(
         for moved, old in zip((M, V), before, strict=True):
             moved.copy_(torch.where(is_finite, moved, old))
         return N
-    if isinstance(t, Tensor) and len(t) < t.numel() < R.numel() and R.device.type == "cpu":
+    if isinstance(t, Tensor) and R.device.type in _READ_DEVICES and len(t) < t.numel() < R.numel():
         return _adam_clocked(R, M, V, t, beta1, beta2, eps)
     return _adam(R, M, V, t, beta1, beta2, eps)
 
@@ -107,8 +109,8 @@ def _adam_fused(
     R = R.contiguous()
     N = torch.zeros_like(R)
     tensors: Iterable[Tensor] = (N, R, M, V)
-    if isinstance(t, Tensor) and t.device.type == "cpu" and bool((t == t.flatten()[0]).all()):
-        t = t.flatten()[:1]
+    if isinstance(t, Tensor) and t.numel() > 1 and t.device.type in _READ_DEVICES:
+        t = t.flatten()[:1] if bool((t == t.flatten()[0]).all()) else t
     if isinstance(t, Tensor) and t.numel() > 1:  # each row or matrix, a parameter with its clock
         by_matrix = t.shape[1] < R.shape[1]
         clocks = list(t.float().flatten().unbind())

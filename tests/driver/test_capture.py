@@ -6,6 +6,7 @@ no tensor stays as it was in the capture. On fake tensors of a device that is no
 captures at other clocks, learning rates and decays must be the same operations.
 """
 
+import importlib
 import re
 import warnings
 
@@ -109,6 +110,8 @@ def capturing(monkeypatch):
     is_on = [False]
     for module in (driver, finite):
         monkeypatch.setattr(module, "is_capturing", lambda: is_on[0])
+    adam = importlib.import_module("stiefel.kernels.reference.adam")
+    monkeypatch.setattr(adam, "_READ_DEVICES", ())  # as on a device, whose clocks no host reads
 
     def turn(on):
         is_on[0] = on
