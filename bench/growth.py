@@ -197,6 +197,8 @@ def rounds(steps: Mapping[str, Paced], limits: Limits, clock: int) -> dict[str, 
     if not steps:
         return {}
     contest = Contest({name: partial(lambda step: step, step) for name, step in steps.items()})
+    for name in steps:  # rounds go on until these are known
+        contest.ratio(name, name, next(iter(steps)))
     return {name: [t[clock] for t in times] for name, times in timed(contest, limits, 0).items()}
 
 

@@ -10,6 +10,7 @@ from helpers.paths import BENCH
 sys.path.insert(0, str(BENCH))
 
 import growth
+from contests import NEVER
 from run import CPU, WALL
 
 NAMES = ["AdamW fused", "Muon", "AuON", "FRUGAL", "Fira", "GaLore", "SOAP"]
@@ -96,7 +97,7 @@ def test_a_refresh_is_timed_where_bases_are_kept_else(name):
     step = growth.Paced(growth.curves()[name].make, ((12, 16),), CPU)
     (state,) = step.optimizer.state.values()
     found = []
-    for gap in (growth.NEVER, 1):
+    for gap in (NEVER, 1):
         step.refresh_every(gap)
         for i in range(2):
             step.prepare(i)
