@@ -235,21 +235,21 @@ def test_a_step_that_nearly_cancels_the_weight_keeps_its_promise(words):
 @pytest.mark.parametrize(
     "words", ["hyperball", "sphere:rows", "relative", "brake", "rowfloor:2+pin"]
 )
-@pytest.mark.parametrize("turns", [False, True])
-def test_squares_that_overflow_are_no_obstacle(words, turns):
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_squares_that_overflow_are_no_obstacle(words, is_turned):
     """A gradient, or a weight, whose square no float32 holds, beside one of usual size."""
     for large, G in ((1e24, 1.0), (1.0, 1e24), (1e24, 1e24)):
         params = [nn.Parameter(gaussian(9, 6, seed=i) * (large if i else 1)) for i in range(2)]
         expected = []
         for i, p in enumerate(params):
             p.grad = gaussian(9, 6, seed=i + 5) * (G if i else 1)
-            U = (p.grad.mT if turns else p.grad).double()[None]
-            W = (p.detach().mT if turns else p.detach()).double()[None]
+            U = (p.grad.mT if is_turned else p.grad).double()[None]
+            W = (p.detach().mT if is_turned else p.detach()).double()[None]
             expected.append(oracle_step(words, W, U, 0.1, 0.0, None)[0][0])
-        view = {"view": "transposed"} if turns else {}
+        view = {"view": "transposed"} if is_turned else {}
         plain([{"params": params, **view}], words, 0.1).step()
         for p, W in zip(params, expected, strict=True):
-            W = W.mT if turns else W
+            W = W.mT if is_turned else W
             assert gap(p.detach() / W.abs().max(), W / W.abs().max()) < 3e-6
 
 
