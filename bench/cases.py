@@ -458,13 +458,20 @@ def soap_step(setting: Setting) -> Iterator[Contest]:
             with contextlib.suppress(Missing):
                 theirs, _ = SOAPS["pytorch_optimizer"](0, every)  # type: ignore[call-arg]
                 contest.competitors[f"theirs, {name}"] = partial(Step, theirs, model)
+        contest.competitors["limit, kept"] = limit("SOAP's products", model)
+        contest.competitors["limit, new"] = limit("SOAP's products, new", model)
         for name in ("kept", "new"):
             title = f"{label(model)} {name} bases, ours / pytorch_optimizer"
             contest.ratio(title, f"ours, {name}", f"theirs, {name}", 0.7)
+        ours, least, theirs = (
+            {f"{who}, kept": 0.9, f"{who}, new": 0.1} for who in ("ours", "limit", "theirs")
+        )
+        title = f"{label(model)} new bases every 10 steps,"
+        contest.ratios.append(Ratio(f"{title} ours / its products", ours, least))
         if "theirs, new" in contest.competitors:
-            ours, theirs = ({f"{who}, kept": 0.9, f"{who}, new": 0.1} for who in ("ours", "theirs"))
-            title = f"{label(model)} new bases every 10 steps, ours / pytorch_optimizer"
-            contest.ratios.append(Ratio(title, ours, theirs, 0.7))
+            contest.ratios.append(Ratio(f"{title} ours / pytorch_optimizer", ours, theirs, 0.7))
+            name = f"{title} our products / pytorch_optimizer"
+            contest.ratios.append(Ratio(name, least, theirs))
         yield contest
 
 

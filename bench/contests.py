@@ -19,6 +19,7 @@ import torch.optim._muon as torch_muon
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stiefel.kernels import gram_stack
 from stiefel.optimizers import GaLore
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -376,6 +377,31 @@ class GramApply:
                 torch.mm(G, T)
 
 
+class SoapProducts:
+    """SOAP's: into the bases and back, two Gram matrices; at new bases the moment turned, two QR.
+
+    Of those only the turn of the moment is ours: others project it at every step.
+    """
+
+    def __init__(self, model: Model, is_new: bool) -> None:
+        self.is_new, self.work = is_new, []
+        for m, n in model:
+            self.work.append((torch.randn(m, m), torch.randn(n, n), torch.randn(m, n)))
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        """One step's worth."""
+        for G, (Q_L, Q_R, M) in zip(grads, self.work, strict=True):
+            if self.is_new:
+                for Q, X in ((Q_L, M), (Q_R, M.mT)):
+                    new = torch.linalg.householder_product(*torch.geqrf(Q @ Q))
+                    if len(X) > X.shape[1]:
+                        new.mT @ (Q @ X)
+                    else:
+                        (new.mT @ Q) @ X
+            M.addmm_(Q_L @ (Q_L.mT @ (G @ Q_R)), Q_R.mT, beta=0.9999, alpha=-1e-9)
+            gram_stack(G[None]), gram_stack(G.mT[None])
+
+
 class AddGradient:
     """The pass of a step without state: W += a G."""
 
@@ -406,6 +432,8 @@ LIMITS: dict[str, Callable[[Model], Callable[[list[Tensor]], Any]]] = {
     "product and pass": ProductAndPass,
     "product, squares and pass": ProductSquaresAndPass,
     "Gram and apply": GramApply,
+    "SOAP's products": partial(SoapProducts, is_new=False),
+    "SOAP's products, new": partial(SoapProducts, is_new=True),
     "W += a G": AddGradient,
     "passes of AdamW": AdamPass,
 }

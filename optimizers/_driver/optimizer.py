@@ -1067,7 +1067,8 @@ class StackedOptimizer(Optimizer):
             key = (own_stack, device) if rule.yields_batched_calls else None
             size = sum(G.nbytes for G in Gs if G is not None)
             finite = found.finite_units(j, bucket)
-            batcher.add(self._step_bucket(plan, bucket, Gs, finite, found.flag(j)), key, size)
+            known = finite, found.flag(j), found.squares.get(j)
+            batcher.add(self._step_bucket(plan, bucket, Gs, *known), key, size)
         batcher.flush()
 
     def _waits(self, device: torch.device) -> bool:
@@ -1082,6 +1083,7 @@ class StackedOptimizer(Optimizer):
         Gs: Sequence[Tensor | None],
         finite: list[bool] | None,
         flag: Tensor | None = None,
+        squares: Tensor | None = None,
     ) -> UpdateGenerator:
         """Step one bucket, as a generator that stops where the rule asks for a batched call.
 
@@ -1091,6 +1093,7 @@ class StackedOptimizer(Optimizer):
             Gs: Per member its gradients (K, m, n) as they were given, None if it has none.
             finite: Per unit, whether its gradients are finite; None if the host does not know yet.
             flag: If the host does not know, (K,) on the device, finite where the gradients are.
+            squares: None, or those of the first member's columns.
         """
         rule = plan.rule(bucket)
         t, refreshed = bucket.clocks()
@@ -1118,6 +1121,7 @@ class StackedOptimizer(Optimizer):
         # a refresh is eager, and begins a count that the numbers do not know
         clocks = None if refresh_due else self._device_clocks(bucket)
         members = bucket.members(Gs, dequantized, t, refreshed, member_finite, writes, clocks)
+        members[0].squares = squares
         if refresh_due and nonzero[0]:
             for member in members:
                 member.refreshed, member.is_first_refresh = t, refreshed == 0
