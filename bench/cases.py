@@ -158,9 +158,11 @@ def fira_step(setting: Setting) -> Iterator[Contest]:
             {
                 "ours": partial(Step, ours, model),
                 "GaLore": partial(Step, ours_galore(rank, NEVER), model),
+                "two products and pass": limit("two products and pass", model),
             }
         )
         contest.ratio(f"{name} ours / our GaLore", "ours", "GaLore", 1.20)
+        contest.ratio(f"{name} ours / its limit", "ours", "two products and pass", 1.10)
         for other, target in (("fira", 0.50), ("pytorch_optimizer", 0.60)):
             try:
                 maker, swap = FIRAS[other](rank)
@@ -178,14 +180,17 @@ def apollo_step(setting: Setting) -> Iterator[Contest]:
     """Steps between draws against the product and the pass that no step can do without."""
     for model in setting.models("1024x1024 1024x4096 4096x1024", "32x64 64x32"):
         name, rank = label(model), rank_for(model)
+        given: dict[str, Any] = {"rank": rank, "update_proj_gap": NEVER, "weight_decay": 0.1}
         contest = Contest(
             {
-                "ours": partial(Step, partial(APOLLO, rank=rank, update_proj_gap=NEVER), model),
-                "Fira": partial(Step, partial(Fira, rank=rank, update_proj_gap=NEVER), model),
+                "ours": partial(Step, partial(APOLLO, **given), model),
+                "Fira": partial(Step, partial(Fira, **given), model),
                 "product and pass": limit("product and pass", model),
+                "product, squares and pass": limit("product, squares and pass", model),
             }
         )
-        contest.ratio(f"{name} ours / product and pass", "ours", "product and pass", 1.15)
+        for bottom in ("product and pass", "product, squares and pass"):
+            contest.ratio(f"{name} ours / {bottom}", "ours", bottom, 1.15)
         contest.ratio(f"{name} ours / our Fira", "ours", "Fira")
         yield contest
 
@@ -209,6 +214,24 @@ def dct_step(setting: Setting) -> Iterator[Contest]:
             contest.competitors[form] = partial(Step, make, model)
             limit = 1.10 if form == "between choices" else None
             contest.ratio(f"{name} {form} / GaLore between bases", form, "GaLore", limit)
+        yield contest
+
+
+def dct_stack(setting: Setting) -> Iterator[Contest]:
+    """A stack of small matrices (experts) at the default rank, which takes all cosines."""
+    side, count = (8, 4) if setting.quick else (64, 512)
+    for rank, target in ((128, 12.0), (side // 4, None)):
+        model = ((count, side, side),)
+        contest = Contest(
+            {
+                "ours": partial(Step, partial(DCTAdamW, rank=rank, weight_decay=0.1), model),
+                "AdamW fused": partial(
+                    Step, partial(torch.optim.AdamW, weight_decay=0.1, fused=True), model
+                ),
+            }
+        )
+        name = f"{count} of {side}x{side}, rank {rank}: ours / AdamW fused"
+        contest.ratio(name, "ours", "AdamW fused", target)
         yield contest
 
 
@@ -992,6 +1015,7 @@ CASES: dict[str, Case] = {
     "dct-step": Case(
         "DCT-AdamW, rank a quarter of the shorter side", dct_step, seconds=15.0, builds=3
     ),
+    "dct-stack": Case("DCT-AdamW on a stack", dct_stack, seconds=5.0, shaped=False),
     "muon-step": Case(
         "Muon on a transformer's matrices", muon_step, muon_quality, floor=7, seconds=60.0
     ),

@@ -87,7 +87,7 @@ class Row:
 SHOWN = [name for name in Row.__dataclass_fields__ if name not in ("loads", "stores", "program")]
 
 
-class Known(Exception):
+class KnownProgram(Exception):
     """Compiling has ended early, at the program whose digest the text is."""
 
 
@@ -108,7 +108,7 @@ class Program(ASTSource):
         text = f"{self.choice}\n{module.str_nodebug()}"
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         if self.stop(self.digest):
-            raise Known(self.digest)
+            raise KnownProgram(self.digest)
         return module
 
 
@@ -162,7 +162,7 @@ def build(
     """The compiled kernel, what ptxas said, and the program's digest. Never from a cache.
 
     Raises:
-        Known: If ``stop`` says so of the digest.
+        KnownProgram: If ``stop`` says so of the digest.
     """
     config = config or case.config(arch)
     fixed = constants(case, arch, config)
@@ -206,7 +206,7 @@ def measure(case: Case, arch: str, config: Config | None = None, known: Row | No
         kernel, log, program = build(
             case, arch, config, lambda x: known is not None and x == known.program
         )
-    except Known:
+    except KnownProgram:
         assert known is not None
         return known
     read = _amd(kernel.asm["amdgcn"]) if arch == "gfx942" else _nvidia(kernel.asm["ptx"], log)

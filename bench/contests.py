@@ -192,13 +192,14 @@ class Case:
 
 
 def decaying(shape: Shape, generator: torch.Generator) -> Tensor:
-    """A gradient whose singular values fall like 1/i: A diag(1/i) B with Gaussian A and B."""
+    """A gradient, or a stack, of singular values like 1/i: A diag(1/i) B with Gaussian A and B."""
     if len(shape) == 1 or math.prod(shape) > LARGE:
         return torch.randn(shape, generator=generator)
-    k = min(shape)
+    *stack, m, n = shape
+    k = min(m, n)
     w = 1.0 / torch.arange(1, k + 1)
-    A, B = (torch.randn(side, generator=generator) for side in ((shape[0], k), (k, shape[1])))
-    G: Tensor = (A * w) @ B / shape[1] ** 0.5
+    A, B = (torch.randn(*stack, *side, generator=generator) for side in ((m, k), (k, n)))
+    G: Tensor = (A * w) @ B / n**0.5
     return G
 
 
@@ -328,6 +329,36 @@ class ProductAndPass:
         self.add(grads)
 
 
+class TwoProductsAndPass(TwoProducts):
+    """Fira's: project and lift, and one pass over gradient and weight for what is not lifted."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self.add = AddGradient(model)
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        """One step's worth."""
+        super().__call__(grads)
+        self.add.weights = [W for W, _, _ in self.work]
+        self.add(grads)
+
+
+class ProductSquaresAndPass(ProductAndPass):
+    """The same and the squares of G's columns, which phi and the limiter need: a second read."""
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        """One step's worth."""
+        super().__call__(grads)
+        for G in grads:
+            if G.shape[0] <= G.shape[1]:
+                sums = G[:64].square()
+                for part in G[64:].split(64):
+                    sums[: len(part)].addcmul_(part, part)
+                sums.sum(0)
+            else:
+                torch.linalg.vector_norm(G, dim=-1)
+
+
 class GramApply:
     """Muon's: the Gram matrix of the short side, and a square matrix times the momentum."""
 
@@ -371,7 +402,9 @@ class AdamPass(AddGradient):
 
 LIMITS: dict[str, Callable[[Model], Callable[[list[Tensor]], Any]]] = {
     "two products": TwoProducts,
+    "two products and pass": TwoProductsAndPass,
     "product and pass": ProductAndPass,
+    "product, squares and pass": ProductSquaresAndPass,
     "Gram and apply": GramApply,
     "W += a G": AddGradient,
     "passes of AdamW": AdamPass,

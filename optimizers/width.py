@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from ._core.validation import check, choice, number, whole_number
+from ._core.validation import check, choice, number, shown, whole_number
 from ._roles.classify import Row, classify
 
 WD_RULES = ("sqrt", "mup", "none")
@@ -179,6 +179,10 @@ def _growth_by_shapes(
     rows: Sequence[Row], base: nn.Module | Mapping[str, Sequence[int]]
 ) -> list[tuple[float, float | None]]:
     """Growth of fan-in and fan-out of every parameter against the small model's."""
+    check(
+        isinstance(base, (nn.Module, Mapping)),
+        f"base_shapes must be the small model, or map names to shapes, got {shown(base)}",
+    )
     if isinstance(base, nn.Module):
         base = {name: tuple(p.shape) for name, p in base.named_parameters()}
     names = {row.name for row in rows}
@@ -187,7 +191,12 @@ def _growth_by_shapes(
         raise ValueError(f"{where} has no parameter {name!r}; base_shapes must name the same ones")
     growth: list[tuple[float, float | None]] = []
     for row in rows:
-        shape, small = row.shape, tuple(base[row.name or ""])
+        shape, small = row.shape, base[row.name or ""]
+        check(
+            isinstance(small, Sequence) and all(isinstance(s, int) for s in small),
+            f"base_shapes must map names to shapes, got {shown(small)} for {row.name!r}",
+        )
+        small = tuple(small)
         check(
             len(shape) == len(small) and all(s > 0 for s in small),
             f"base_shapes has shape {small} for parameter {row.name!r} of shape {shape}; give it "
@@ -315,6 +324,7 @@ class PowerLR(LRScheduler):
             self.total is None or self.warmup + self.decay <= self.total,
             f"total must be at least warmup + decay = {self.warmup + self.decay}, got {total}",
         )
+        last_epoch = _count("last_epoch", last_epoch, "[-1, inf)")
         super().__init__(optimizer, last_epoch)
 
     def curve(self, step: float) -> float:

@@ -16,10 +16,20 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the fuzzer's cases")
 
 
+BREADTH = ("sharding", "driver/test_torch_harness.py", "driver/test_values.py")
+"""Folders and files below tests that guard breadth alone: no part of the core suite."""
+
+
 def pytest_configure(config):
     """Processes that tests start know it too."""
     if config.getoption("--full-grids"):
         os.environ["STIEFEL_FULL_GRIDS"] = "1"
+
+
+def pytest_itemcollected(item):
+    """Whole folders are slow."""
+    if item.nodeid.partition("tests/")[2].startswith(BREADTH):
+        item.add_marker("slow")
 
 
 @pytest.hookimpl(trylast=True)

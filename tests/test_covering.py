@@ -26,13 +26,14 @@ GRIDS = {
 
 
 @pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("strength", [2, 3])
 @pytest.mark.parametrize("whole", [(), ("method",)], ids=str)
-def test_what_runs_covers_what_the_whole_grid_does(name, whole):
-    cases = GRIDS[name]
-    kept = chosen(cases, whole)
-    covered = set().union(*(wanted(cases[i], whole) for i in kept))
-    assert covered == set().union(*(wanted(case, whole) for case in cases))
-    assert kept == sorted({*kept}) and kept == chosen(cases, whole)
+def test_what_runs_covers_what_the_whole_grid_does(name, whole, strength):
+    cases, given = GRIDS[name], (whole, strength)
+    kept = chosen(cases, *given)
+    covered = set().union(*(wanted(cases[i], *given) for i in kept))
+    assert covered == set().union(*(wanted(case, *given) for case in cases))
+    assert kept == sorted({*kept}) and kept == chosen(cases, *given)
     for axis in cases[0]:
         assert {cases[i][axis] for i in kept} == {case[axis] for case in cases}
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import SUPPORTED_DTYPES, backend_for
 
-# On the CPU: entries of a small matrix, entries of a batch of them (4 MiB in float32, so that its
-# temporaries stay near the cache), and the multiple that sides are padded to.
+# On the CPU: entries of a small matrix, entries of a batch of them (512 KiB in float32, so that its
+# temporaries stay in the cache and in memory that is kept), and the multiple that sides are padded
+# to.
 _SMALL = 2**14
-_BATCH = 2**20
+_BATCH = 2**17
 _PAD_MULTIPLE = 16
 # The least eps whose square is still far above the underflow of float32.
 _SQUARED = 1e-15

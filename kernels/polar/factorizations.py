@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..dispatch import backend_for
 from .coefficients import Rational
+from .inverse_sums import sum_of_inverses, uses_blocks
 
 
 def svd(X: Tensor) -> Tensor:
@@ -45,8 +46,11 @@ def zolo(X: Tensor, step: Rational) -> Tensor:
     norm = torch.linalg.matrix_norm(T, keepdim=True)
     # X of norm one has norm >= m^(-1/2), so this acts only where eps did.
     norm = norm.clamp(min=0.5 * X.shape[-2] ** -0.5)
-    T, factorized = _sum_of_inverses(T.div_(norm), step)
-    T.mul_(step.scale * norm.rsqrt())
+    if uses_blocks(T):
+        T, factorized = sum_of_inverses(T, step, norm)
+    else:
+        T, factorized = _sum_of_inverses(T.div_(norm), step)
+        T.mul_(step.scale * norm.rsqrt())
     O = product_like(T, X)
     if bool(factorized.all()):
         return O

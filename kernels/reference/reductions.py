@@ -98,7 +98,7 @@ def column_squares(X: Tensor) -> Tensor:
     Returns:
         (K, 1, n), at least fp32.
     """
-    K, m, n = X.shape
+    m = X.shape[-2]
     if X.device.type not in _PANEL_DEVICES:
         norms: Tensor = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
         return norms.square()
@@ -108,7 +108,7 @@ def column_squares(X: Tensor) -> Tensor:
     sums = X[:, :rows].square()
     for i in range(rows, m, rows):
         part = X[:, i : i + rows]
-        # with the factor 1 every entry is one multiply-add, wherever it lies; with another it is not
+        # with a factor of 1 every entry is one multiply-add, wherever it lies
         sums[:, : part.shape[1]].addcmul_(part, part)
     return _pairwise_sum(sums)
 

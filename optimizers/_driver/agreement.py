@@ -143,16 +143,16 @@ def agree(
         parted |= NO_CLOCKS not in reduced[:2] and reduced[0] != -reduced[1]
         del reduced[:2]
         found.step = [bool(x) for x in reduced[-STEP_FLAGS:]]
-        measured = list[int]()
+        unsure = list[int]()
         for k, i in enumerate(positions):
             row = reduced[PARAMETER_FLAGS * k : PARAMETER_FLAGS * (k + 1)]
             _record(found, i, row, mode_of(i))
             if row[PRESENT] and row[ABSENT]:
                 missing.append(i)
             elif row[MEASURED] and i not in found.bad:
-                measured.append(i)
-        if measured and not found.step[FAILED]:
-            zeros += _zeros(team, measured, unmeasured)
+                unsure.append(i)
+        if unsure and not found.step[FAILED]:
+            zeros += _zeros(team, unsure, unmeasured)
     if len(teams) > 1:
         for team in teams:
             wrong = bool(missing or parted or zeros)
@@ -224,10 +224,10 @@ def _record(found: Agreement, position: int, row: Sequence[int], mode: str) -> N
         found.nonzero.add(position)
 
 
-def _local_flags(grads: Mapping[int, Tensor | None], measured: Set[int]) -> dict[int, list[int]]:
+def _local_flags(grads: Mapping[int, Tensor | None], unsure: Set[int]) -> dict[int, list[int]]:
     """Flags of what this process holds of each gradient, with one wait per device."""
     flags = {
-        i: [0, 0, int(G is not None), int(G is None), int(i in measured)] for i, G in grads.items()
+        i: [0, 0, int(G is not None), int(G is None), int(i in unsure)] for i, G in grads.items()
     }
     by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for i, G in grads.items():

@@ -95,7 +95,8 @@ from .write import Run, write_, write_list_, write_runs_
 
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
-    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
+    *("rules", "views", "sides", "roles", "param_names", "decays", "positions"),
+    *("write", "compat", "seed"),
     *("weight_norm", "cautious", "plan", "comm_dtype", "spread_replicas"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""

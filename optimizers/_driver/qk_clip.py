@@ -15,6 +15,7 @@ from .._core.validation import check, number, shown
 from .._roles.attention_heads import Attention, Attentions, HeadRows
 from .layout import is_sharded, layout_of, local, memory
 from .norms import RADIUS, RESCALED
+from .replicas import checked_group
 
 __all__ = ["qk_clip_"]
 
@@ -56,8 +57,8 @@ def qk_clip_(
         optimizer: None (default), or the optimizer of the model: a norm of a scaled weight that it
             keeps, measured or given by ``weight_radius``, is measured anew at its next update,
             which otherwise would undo the scaling.
-        group: None (default), or a process group over which S is reduced by its maximum first, in
-            one call. All replicas must scale by the same S.
+        group: None (default), or a process group, or mesh of one axis, over which S is reduced by
+            its maximum first, in one call. All replicas must scale by the same S.
 
     Returns:
         gamma (heads,) of every named module, float32; 1 where nothing was done.
@@ -89,7 +90,9 @@ def qk_clip_(
     )
     tau, share = number("threshold", threshold, "(0, inf)"), number("alpha", alpha, "[0, 1]")
     assert tau is not None and share is not None
-    names = sorted(max_logits)
+    for name in max_logits:
+        check(isinstance(name, str), f"max_logits must map names of modules, got {shown(name)}")
+    group, names = checked_group(group, "group"), sorted(max_logits)
     values = [_values(name, max_logits[name]) for name in names]
     params = dict(model.named_parameters(remove_duplicate=False))
     heads = [(name, len(S)) for name, S in zip(names, values, strict=True)]

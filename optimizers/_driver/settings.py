@@ -104,7 +104,7 @@ def refuse_unfit_state(
     for p, (i, mode) in adamw_modes.items():
         found = state.get(p, {})
         if found.keys() - ADAMW_KEYS:
-            raise _refusal("the settings", HAND_OVER)
+            raise _refusal(f"the settings of parameter group {i}", HAND_OVER)
         _refuse_unfit_moments(p, found, mode, f"write={groups[i].get('write')!r}", i)
     stepped = {
         p
@@ -112,10 +112,12 @@ def refuse_unfit_state(
         if not drops_state(rules[unit.rule]) and _is_started(unit, state)
         for p in unit.params
     }
+    index_of = {p: unit.group for unit in units for p in unit.params}
     for p, needed in _entries(units).items():
+        said = f"the settings of parameter group {index_of[p]}"
         stored = {k: X for k, X in state.get(p, {}).items() if isinstance(X, Tensor)}
         if "step" in stored:  # AdamW's clock is a tensor, a rule's a number
-            raise _refusal("the settings", HAND_OVER)
+            raise _refusal(said, HAND_OVER)
         # not stepped yet, or between windows, where only what rounding has cut off is kept
         kept = {key for key in needed if base_of(key) in DRIVER_SLOTS}
         if p not in stepped and not stored.keys() - kept:
@@ -128,7 +130,7 @@ def refuse_unfit_state(
             for key, X in stored.items()
         }
         if before != after:
-            raise _refusal("the settings", _difference(before, after))
+            raise _refusal(said, _difference(before, after))
 
 
 def _is_started(unit: Unit, state: State) -> bool:

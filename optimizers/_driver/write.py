@@ -316,10 +316,11 @@ def _changes(
 
 
 def _matrices(W: Tensor) -> list[slice]:
-    """Slices of the matrices: as many at once as a panel holds, but whole ones."""
-    K, m, n = W.shape
-    count = max(1, WRITE_PANEL // max(1, m * n))
-    return [ALL] if count >= K else [slice(k, k + count) for k in range(0, K, count)]
+    """Slices of the matrices: as many at once as a panel has entries for, at least one."""
+    if W.numel() <= WRITE_PANEL:
+        return [ALL]
+    count = max(1, WRITE_PANEL * len(W) // W.numel())
+    return [slice(k, k + count) for k in range(0, len(W), count)]
 
 
 def _write_term(term: Term, ks: slice, decay_factor: float, alpha: float, X: Tensor) -> None:

@@ -320,11 +320,13 @@ def test_a_fused_weight_of_unknown_order_is_refused():
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\]"),
         ({"alpha": None}, "alpha must be"),
         ({"optimizer": 3}, "optimizer must be that of the model"),
+        ({"group": "data"}, "group must be a ProcessGroup of this process or a 1-D DeviceMesh"),
+        ({"max_logits": {2: torch.ones(4)}}, "max_logits must map names of modules, got 2"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
-        qk_clip_(model_of("mha"), LARGE, **options)
+        qk_clip_(model_of("mha"), **{"max_logits": LARGE, **options})
 
 
 def test_where_the_host_does_not_wait_a_bad_value_leaves_its_head_alone(monkeypatch):

@@ -328,7 +328,7 @@ class TestOptimizers(TestCase):
         if (optim_info.name, scheduler, tensor) == ("SymmetryStack", "ReduceLROnPlateau", True):
             self.skipTest("torch scales a tensor once for each group; groups of a stack share it")
         W = Parameter(torch.eye(6, 4, device=device))
-        for kwargs in all_inputs(optim_info, device)[: len(SHARED)]:  # settings of matrices apart
+        for kwargs in some_of(all_inputs(optim_info, device)[: len(SHARED)]):  # not of matrices
             lrs = [torch.tensor(lr) if tensor else lr for lr in (0.002, 0.001)]
             problem = Problem(device, dtype)
             groups = [{"params": problem.params}, {"params": [W], "lr": lrs[1]}]

@@ -291,7 +291,7 @@ def test_a_value_written_into_a_group_is_right_or_refused_by_name_at_every_call(
     for i in range(len(optimizer.param_groups)):
         for at in itertools.product(*(enumerate(axis) for axis in (keys, WRITTEN, CALLS.items()))):
             (a, name), (b, value), (c, (what, call)) = at
-            if in_turn(a, b, c):
+            if in_turn(a, b, c, reopen, of=5):
                 find(f"group {i} {name}", what, lambda: write(i, name, value, call))  # noqa: B023
     find.done()
 

@@ -5,7 +5,8 @@ shows where two values meet, whatever the others are. Of its cases those run in 
 values appears that appears in the whole grid, and every value. Entries of ``helpers/methods.py``
 and ``helpers/pair_problems.py`` that make the same class count as one value in pairs, and take
 turns: every class meets every value, every entry runs. ``covering(whole=["method"])`` lets every
-entry meet every value. ``--full-grids`` runs all cases, and so do tests that are named.
+entry meet every value, ``covering(strength=3)`` every three values of three axes meet.
+``--full-grids`` runs all cases, and so do tests that are named.
 """
 
 import heapq
@@ -27,7 +28,7 @@ def does_all():
 def in_turn(*positions, of=3):
     """Whether one in ``of`` cases runs, by its positions along the axes of a loop.
 
-    Any two axes of which one has at least ``of`` values meet in all pairs.
+    Two axes meet in all pairs if another one has at least ``of`` values.
     """
     return does_all() or sum(positions) % of == 0
 
@@ -42,15 +43,15 @@ def class_of(value):
     return value.partition("-")[0] if value.partition("-")[0] in NAMES else value
 
 
-def wanted(case, whole=()):
-    """What a case ({axis: value}) covers: its values, and its pairs of values."""
+def wanted(case, whole=(), strength=2):
+    """What a case ({axis: value}) covers: its values, and its pairs of values, or more of them."""
     met = {axis: value if axis in whole else class_of(value) for axis, value in case.items()}
-    return {*case.items(), *itertools.combinations(sorted(met.items()), 2)}
+    return {*case.items(), *itertools.combinations(sorted(met.items()), strength)}
 
 
-def chosen(cases, whole=()):
+def chosen(cases, whole=(), strength=2):
     """Positions of cases that together cover what all of them do: always one that adds most."""
-    parts, covered = [wanted(case, whole) for case in cases], set()
+    parts, covered = [wanted(case, whole, strength) for case in cases], set()
     # Of two that add as much, the one whose values were taken less often: entries take turns.
     taken, kept = defaultdict(int), []
     heap = [(-len(part), 0, i) for i, part in enumerate(parts)]
@@ -80,5 +81,5 @@ def left_out(items):
             grids[item.nodeid.partition("[")[0]].append((item, mark))
     for grid in grids.values():
         cases = [{k: value_of(x) for k, x in item.callspec.params.items()} for item, _ in grid]
-        kept = {*chosen(cases, grid[0][1].kwargs.get("whole", ()))}
+        kept = {*chosen(cases, **grid[0][1].kwargs)}
         yield from (item for i, (item, _) in enumerate(grid) if i not in kept)

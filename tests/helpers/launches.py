@@ -93,7 +93,7 @@ def compiled(module, kernel, arguments, choice, target, accepted=None):
     """None, or why a launch cannot be compiled; the folder has the programs that were accepted."""
     sys.path[:0] = [] if str(BENCH) in sys.path else [str(BENCH)]
     import triton
-    from compiled import Known, Program
+    from compiled import KnownProgram, Program
     from triton import language
 
     dtypes = {"fp32": language.float32, "fp16": language.float16, "bf16": language.bfloat16}
@@ -116,7 +116,7 @@ def compiled(module, kernel, arguments, choice, target, accepted=None):
             triton.compile(source, target=target, options={**choice, "enable_fp_fusion": True})
         if accepted is not None:
             (accepted / source.digest).touch()
-    except Known:
+    except KnownProgram:
         return None
     except Exception as error:  # whatever a compiler says
         return f"{module}.{kernel} with {constants}: {error}"

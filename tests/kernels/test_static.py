@@ -110,7 +110,7 @@ def test_a_program_that_is_known_is_not_compiled_again(monkeypatch):
         (CASES["gram fp16"], "sm_90", config),
         (dataclasses.replace(case, loose=tuple(case.types)), "sm_90", config),
     ):
-        with pytest.raises(compiled.Known) as known:
+        with pytest.raises(compiled.KnownProgram) as known:
             compiled.build(changed, arch, tiles, stop=lambda digest: True)
         assert str(known.value) != row.program
 

@@ -139,7 +139,7 @@ def test_equals_the_published_package(shape, kind):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=3)
 @pytest.mark.parametrize("kind", SIDES)
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD, ROW, COLUMN])
 @pytest.mark.parametrize("scaling", ["column", "matrix"])
@@ -652,6 +652,9 @@ def test_sums_of_squares_do_not_depend_on_stacking(shape, dtype, transposed, mon
         alone = X[k].mT.clone().mT if transposed else X[k].clone()
         assert torch.equal(column_squares(alone[None])[0], out[k])
         assert torch.equal(total(out[k : k + 1].clone())[0], total(out)[k])
+        wide = torch.zeros(before.shape[1] + 5, before.shape[2] + 3, dtype=dtype)
+        placed = wide[2:-3, 1:-2].copy_(before[k])  # starts on no line, and its rows lie apart
+        assert torch.equal(column_squares((placed.mT if transposed else placed)[None])[0], out[k])
     assert torch.equal(before, X.mT if transposed else X)
     monkeypatch.setattr(sums, "_PANEL_DEVICES", ())  # the way of accelerators
     torch.testing.assert_close(column_squares(X), out)

@@ -208,7 +208,7 @@ def test_recorded_groups(monkeypatch):
 # the oracle
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=3)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("reset", ["all", "changed", "none"])
 @pytest.mark.parametrize("inner", ["adamw", "lion", "sgdm"])
@@ -559,7 +559,7 @@ def test_draws_depend_on_the_seed_alone(split, reset):
         assert not same(first[0], made(False, seed=1)[0])
 
 
-@pytest.mark.covering
+@pytest.mark.covering(strength=3)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("reset", ["all", "changed", "none"])
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])

@@ -176,7 +176,7 @@ def test_pairs_take_finite_and_bounded_steps(name):
         assert largest(pair_steps(name, c)[1]) <= bound, c
 
 
-@pytest.mark.covering
+@pytest.mark.covering(whole=["name"])
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("sides", ["AB", "A", "B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -123,6 +123,7 @@ def test_groups_are_plain_and_keep_order_and_names():
 
 @PLAIN
 def test_every_class_takes_the_groups(cls):
+    torch.manual_seed(0)
     model = mlp(8)
     groups = width_groups(model, base_width=4, step="rms", lr=0.01)
     optimizer = cls(groups, model=model)
@@ -156,6 +157,11 @@ def test_convolutions_count_their_inputs():
         ({"base_width": 8, "lr": -1.0}, "lr must be at least 0"),
         ({"base_width": 8, "width": 0}, "width must be an int"),
         ({"base_shapes": mlp(8), "width": 8}, "width belongs to base_width"),
+        ({"base_shapes": "small"}, "base_shapes must be the small model, or map names to shapes"),
+        (
+            {"base_shapes": {n: 8 for n, _ in mlp(8).named_parameters()}},
+            "base_shapes must map names to shapes, got 8",
+        ),
         ({"base_shapes": {"0.weight": (8, 12)}}, "base_shapes has no parameter '0.bias'"),
         ({"base_shapes": nn.Sequential(*mlp(8), nn.Linear(5, 5))}, "the model has no parameter"),
         (
