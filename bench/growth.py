@@ -308,8 +308,8 @@ def draw_axis(ax: Any, axis: Axis, records: Mapping[str, Any]) -> None:
     ax.legend(frameon=False, fontsize=9, loc="upper left")
     note = "filled: the points that an exponent was fitted to"
     gone = "; ".join(line.removeprefix("left out: ") for line in missing(records))
-    text = textwrap.fill(note + ("; left out: " + gone if gone else ""), 105)
-    ax.text(0, -0.12, text, transform=ax.transAxes, fontsize=7, va="top")
+    text = textwrap.fill(note + ("; left out: " + gone if gone else ""), 98)
+    ax.text(0, -0.12, text, transform=ax.transAxes, fontsize=7.5, va="top")
 
 
 # --- Command line ---

@@ -16,8 +16,10 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the fuzzer's cases")
 
 
-BREADTH = ("sharding", "driver/test_torch_harness.py", "driver/test_values.py")
-"""Folders and files below tests that guard breadth alone: no part of the core suite."""
+BREADTH = ("bench", "sharding", "driver/test_torch_harness.py", "driver/test_values.py")
+"""Folders and files below tests that guard breadth, or run commands: no part of the core suite."""
+CORE = ("bench/test_docs.py", "bench/test_readme.py", "bench/test_site.py")
+"""Files of these that are a part."""
 
 
 def pytest_configure(config):
@@ -28,7 +30,8 @@ def pytest_configure(config):
 
 def pytest_itemcollected(item):
     """Whole folders are slow."""
-    if item.nodeid.partition("tests/")[2].startswith(BREADTH):
+    path = item.nodeid.partition("tests/")[2]
+    if path.startswith(BREADTH) and not path.startswith(CORE):
         item.add_marker("slow")
 
 

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 Panels = list[tuple[slice, slice]]
 BY_ROWS = NormControl(size_scope=ROWS)
 """What has sums taken by rows, for norms that a rule keeps itself."""
+LOOKED_AT = ("cpu",)
+"""Devices whose sums the host looks at, to take those anew in float64 that are too coarse."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class _Write:
         W: The weights, rows along their memory.
         U: The whole step, laid out alike, without ``scale``.
         rows_dim: The dimension of W that numbers rows of the parameter's own matrices.
+        overflows: Where the square of a norm has overflown.
+        new_radius: Where radii are stored, as the rule sees them, and what is to be stored there.
     """
 
     def __init__(
@@ -140,6 +144,8 @@ class _Write:
             self.masks_before = self.masks_after = False
         is_whole = not all(term.supports_row_panels for term in terms)
         self.panels: Panels = list(panels_of(W, is_whole, False))
+        self.overflows = torch.zeros(1, 1, 1, dtype=torch.bool, device=W.device)
+        self.new_radius: tuple[Tensor, Tensor] | None = None
         self.U = self._dense(terms)
 
     def _per_matrix(self, runs: Sequence[Run], value: Callable[[Run], Number]) -> Number:
@@ -176,18 +182,47 @@ class _Write:
         control = self.steering.control
         keep = 1.0 if self.masks_before or self.masks_after or control.keeps_radius else self.keep
         found = self._multipliers(keep, self.dtype)
-        suspect = found.cancels
-        is_here = self.W.device.type == "cpu" and self.step.member.reductions.is_whole
-        if suspect is not None and is_here and bool(suspect.any()):
-            exact = self._multipliers(keep, torch.float64)
-            suspect = suspect.any(-2, keepdim=True)
-            A, B = (torch.where(suspect, x, y) for x, y in zip(exact[:2], found[:2], strict=True))
-            found = found._replace(A=A, B=B)
+        is_here = self.W.device.type in LOOKED_AT and self.step.member.reductions.is_whole
+        found = self._refined(found, keep) if is_here else self._left_out(found)
+        if self.new_radius is not None:
+            slot, radius = self.new_radius
+            slot.copy_(radius)
         return self._laid_out(found)
+
+    def _refined(self, found: Multipliers, keep: Number) -> Multipliers:
+        """Multipliers of sums in float64, where others are too coarse, or squares overflow."""
+        suspect = self.overflows
+        if found.cancels is not None:
+            suspect = suspect | found.cancels
+        if self.dtype == torch.float64 or not bool(suspect.any()):
+            return found
+        rough, exact = self.new_radius, self._multipliers(keep, torch.float64)
+        suspect = self._by_matrix(suspect)
+        if rough is not None and self.new_radius is not None:
+            self.new_radius = rough[0], torch.where(suspect, self.new_radius[1], rough[1])
+        A, B = (torch.where(suspect, x, y) for x, y in zip(exact[:2], found[:2], strict=True))
+        h = torch.where(suspect, exact.h, found.h) if isinstance(exact.h, Tensor) else exact.h
+        return Multipliers(A, B, h)
+
+    def _left_out(self, found: Multipliers) -> Multipliers:
+        """Multipliers that leave matrices as they are of which the square of a norm overflows."""
+        at = self._by_matrix(self.overflows)
+        if self.new_radius is not None:
+            slot, radius = self.new_radius
+            self.new_radius = slot, torch.where(at, slot.to(radius.dtype), radius)
+        A, B = torch.where(at, 1.0, found.A), torch.where(at, 0.0, found.B)
+        return Multipliers(A, B, found.h)
+
+    def _by_matrix(self, flags: Tensor) -> Tensor:
+        """Flags of rows or matrices, for all that have a norm in common: (K, 1, 1) or (1, 1, 1)."""
+        flags = flags.any(-2, keepdim=True)
+        is_joint = self.steering.control.is_whole and not self.steering.is_stack
+        return flags.any(0, keepdim=True) if is_joint else flags
 
     def _multipliers(self, keep: Number, dtype: torch.dtype) -> Multipliers:
         """The closed form from sums taken in a dtype, (K, rows, 1)."""
         sums, lr = self._sums(dtype), self.lr
+        self.overflows = ~(sums.WW + sums.UU).isfinite()
         if isinstance(lr, Tensor):
             lr = lr.to(sums.WW.dtype)
         if isinstance(keep, Tensor):
@@ -263,7 +298,7 @@ class _Write:
         return sums
 
     def _radius(self, sums: RowSums) -> Tensor | None:
-        """The radii of this step (K, rows or 1, 1), which are stored."""
+        """The radii of this step (K, rows or 1, 1), which are to be stored."""
         slot, control = self.steering.radius, self.steering.control
         if slot is None or not control.keeps_radius:
             return None
@@ -283,7 +318,7 @@ class _Write:
             raise RuntimeError(zero_weight("a matrix of a sharded parameter"))
         if self.finite is not None:
             keeps = keeps & (self.finite != 0)
-        slot.copy_(torch.where(keeps, radius, stored))
+        self.new_radius = slot, torch.where(keeps, radius, stored)
         return radius
 
     def _root_of_count(self) -> float:

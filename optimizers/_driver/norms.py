@@ -27,6 +27,8 @@ NOT_MEASURED = -1.0
 """A stored radius that the next update sets to what the group gives, else measures."""
 RESCALED = -2.0
 """A stored radius that the next update measures, whatever the group gives."""
+RESET_BY = {RADIUS: RESCALED, "row_norm": NOT_MEASURED}
+"""State keys of norms of a weight, and what has the next update measure them anew."""
 SMALLEST_SQUARE = 1e-30
 """Squares of norms up to this count as zero."""
 ROWS, MATRIX, WHOLE = "rows", "matrix", "whole"

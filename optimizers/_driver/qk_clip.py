@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from .._core.validation import check, number, shown
 from .._roles.attention_heads import Attention, Attentions, HeadRows
 from .layout import is_sharded, layout_of, local, memory
-from .norms import RADIUS, RESCALED
+from .norms import RESET_BY
 from .replicas import checked_group
+from .write_modes import RESIDUAL
 
 __all__ = ["qk_clip_"]
 
@@ -225,12 +226,9 @@ def _scale(
     for rows, (p, held, start, end) in zip(attention.parameters, ranges, strict=True):
         by = _row_factors(rows, tables)[start:end].to(held.device)
         by = by.view([-1 if i == rows.dim else 1 for i in range(held.ndim)])
-        wide = torch.promote_types(held.dtype, torch.float32)
-        if held.dtype == wide:
-            held.mul_(by)
-        else:
-            held.copy_(held.to(wide) * by)
-        _forget_norm(optimizer, p, (least < 1).any())
+        state = {} if optimizer is None else optimizer.state.get(p, {})
+        _scale_held(held, by, state.get(RESIDUAL))
+        _forget_norms(state, (least < 1).any())
 
 
 def _row_factors(rows: HeadRows, tables: Mapping[str, Tensor]) -> Tensor:
@@ -242,9 +240,31 @@ def _row_factors(rows: HeadRows, tables: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(columns, 1).flatten()
 
 
-def _forget_norm(optimizer: Optimizer | None, p: Tensor, is_scaled: Tensor) -> None:
-    """Have an optimizer measure anew the norm at which it keeps a scaled weight."""
-    state = {} if optimizer is None else optimizer.state.get(p, {})
+def _scale_held(held: Tensor, by: Tensor, residual: Any) -> None:
+    """Multiply a weight once; what rounding has cut off from it, under ``"kahan"``, is part of it.
+
+    Args:
+        held: What this process holds of the weight, changed in place.
+        by: Factors that broadcast against it.
+        residual: Its residual, changed in place, or None.
+    """
+    wide = torch.promote_types(held.dtype, torch.float32)
+    if held.dtype == wide:
+        held.mul_(by)
+        return
+    X, R = held.to(wide), None if residual is None else local(residual)
+    X = X * by if R is None else (X + R) * by
+    if R is None:
+        held.copy_(X)
+        return
+    stays = by == 1  # in bits
+    held.copy_(torch.where(stays, held.to(wide), X))
+    R.copy_(torch.where(stays, R.to(wide), X - held))
+
+
+def _forget_norms(state: Mapping[str, Any], is_scaled: Tensor) -> None:
+    """Have an optimizer measure anew the norms that it keeps of a scaled weight."""
     for key, norm in state.items():
-        if key.partition(".")[0] == RADIUS:
-            local(norm).masked_fill_(is_scaled.to(norm.device), RESCALED)
+        marker = RESET_BY.get(str(key).partition(".")[0])
+        if marker is not None:
+            local(norm).masked_fill_(is_scaled.to(norm.device), marker)

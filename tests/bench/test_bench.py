@@ -121,6 +121,19 @@ def test_mean_steps_are_there_for_every_class_and_lie_between_their_parts(result
     assert all("step" not in rows[row] for row in ("ARO", "SOAPMuon", "DCTAdamW"))
 
 
+def test_the_column_of_the_readme_is_that_of_a_run(results, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import run
+
+    page = tmp_path / "README.md"
+    page.write_text((BENCH.parent / "README.md").read_text())
+    case = results["cases"]["amortised"]
+    run.write_column(case, page)
+    means = {r["cell"][1]: r["cpu"] for c in case["contests"] for r in c["ratios"][-1:]}
+    written = dict(re.findall(r"^\| `(\w+)` \| .*? \| .*? \| (.*?) \|", page.read_text(), re.M))
+    assert written == {name: run.short(mean) for name, mean in means.items()}
+
+
 def test_thread_counts_run_one_after_the_other(flagged):
     printed, runs = flagged
     assert printed.index("threads: 1 ===") < printed.index("threads: 2 ===")

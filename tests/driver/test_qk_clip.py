@@ -13,7 +13,7 @@ from helpers.paths import FIXTURES
 from helpers.ranks import mesh_of, pool
 from torch import nn
 
-from stiefel.optimizers import MaxLogits, Muon, classify, qk_clip_
+from stiefel.optimizers import MaxLogits, Muon, Muown, classify, qk_clip_
 from stiefel.optimizers._driver import qk_clip as module
 
 SHARED_KEYS = ("gqa", "mqa", "fused gqa", "conv1d gqa", "by group", "megatron", "per head",
@@ -394,6 +394,37 @@ def test_a_sphere_takes_the_norm_of_the_scaled_weight(words, kind):
             assert ratio == pytest.approx(1.0, abs=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_small_clipping_stays_where_a_rule_keeps_norms_itself(dtype):
+    """By less than the drift that rounding may cause, which Muown overlooks otherwise."""
+    model = model_of("mha", dtype=torch.float32).to(dtype)
+    optimizer = Muown(model, lr=1e-5)
+    params = [p for p in model.parameters() if p.ndim == 2]
+    sizes = []
+    for _ in range(8):
+        step_along_noise(optimizer, params)
+        sizes.append(rms(model["blocks"][0].attn.q_proj.weight.float()))
+        qk_clip_(model, {"blocks.0.attn": torch.full((4,), 101.0)}, optimizer=optimizer)
+    rel = 2e-3 if dtype == torch.float32 else 1e-2  # of the rounding to nearest
+    assert sizes[-1] / sizes[0] == pytest.approx(1.01**-3.5, rel=rel)
+
+
+def test_what_kahan_has_cut_off_is_scaled_with_the_weight():
+    model = model_of("mha", dtype=torch.bfloat16)
+    optimizer = Muon(model, lr=1e-3, write="kahan")
+    step_along_noise(optimizer, [p for p in model.parameters() if p.ndim == 2])
+    name = "blocks.0.attn.q_proj.weight"
+    p = dict(model.named_parameters())[name]
+    state = optimizer.state[p]
+    before, old = p.detach().float() + state["residual"].float(), p.detach().clone()
+    S = {"blocks.0.attn": torch.tensor([50.0, 400.0, 50.0, 300.0])}
+    qk_clip_(model, S, optimizer=optimizer)
+    by = torch.tensor([1.0, 0.5, 1.0, 3**-0.5]).repeat_interleave(6).view(-1, 1)
+    after = p.detach().float() + state["residual"].float()
+    assert float((after - by * before).abs().max()) < 2.0**-16
+    assert torch.equal(p.detach()[:6], old[:6]) and not torch.equal(p.detach()[6:12], old[6:12])
+
+
 REOPENED = {
     "itself": lambda optimizer: optimizer,
     "copy": copy.deepcopy,
@@ -431,7 +462,8 @@ def step_along_noise(optimizer, params=None):
     """A step along gradients of all parameters, or of some."""
     optimizer.zero_grad()
     for p in optimizer.param_groups[0]["params"] if params is None else params:
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        draw = torch.Generator().manual_seed(p.numel())
+        p.grad = torch.randn(p.shape, generator=draw).to(p.dtype)
     optimizer.step()
 
 

@@ -33,7 +33,6 @@ def problem(dtype=torch.float32):
     return params, grads
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_groups_of_one_run_as_stacks_with_the_bits_of_single_steps(method, dtype):

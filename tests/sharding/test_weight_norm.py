@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from helpers.methods import METHODS
 from helpers.problems import gradients, weight
 from helpers.ranks import mesh_of, pool
 from helpers.sharded import Case, Piece, check, lay, whole
 from torch import nn
 
 from stiefel.optimizers import GaLore, Muon, RowNorm
+from stiefel.optimizers._driver.layout import local
 
 PIECES = (
     *(Piece((12, 8), 0), Piece((7, 9), 1), Piece((6, 11), 0), Piece((10, 6), None)),
@@ -80,3 +82,33 @@ def test_a_zero_norm_is_refused_on_all_ranks_before_anything_moves(
     for text, same in pool(2).run(zeros, cls, shape, dim, zero, words, view):
         assert "parameter 1 of shape" in text and "give weight_radius" in text
         assert "RuntimeError" in text and same == [True] * 4
+
+
+def rescaled(rank, world, name, shape, dim, words):
+    """Norms of a weight after steps between which it was scaled, and its radius changed."""
+    mesh, found = mesh_of(world), []
+    for sharded in (True, False):
+        p = nn.Parameter(lay(weight(shape).detach(), mesh, dim) if sharded else weight(shape))
+        optimizer = METHODS[name]([p], weight_norm=words, weight_radius=0.1)
+        for step, G in enumerate(gradients(shape, 5)):
+            if step == 2:  # as qk_clip_ does
+                with torch.no_grad():
+                    p.mul_(0.5)
+                local(optimizer.state[p]["weight_radius"]).fill_(-2.0)
+            if step == 4:
+                optimizer.param_groups[0]["weight_radius"] = 0.3
+            p.grad = lay(G, mesh, dim) if sharded else G
+            optimizer.step()
+            found.append(whole(p) if sharded else p.detach().clone())
+    return found[:5], found[5:]
+
+
+@pytest.mark.parametrize("name", ["muon", "rownorm", "galore", "soap", "apollo"])
+def test_a_scaled_shard_keeps_its_norm_until_the_radius_changes(name):
+    for words, shape, dim in (("sphere", (4, 6, 5), 0), ("sphere:rows", (9, 6), 1)):
+        for ours, one in pool(2).run(rescaled, name, shape, dim, words):
+            # the first update of SOAP moves nothing
+            rms = [float(x.square().mean().sqrt()) for x in ours[1:]]
+            assert rms == pytest.approx([0.1, 0.05, 0.05, 0.3], rel=1e-4)
+            for a, b in zip(ours, one, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
