@@ -16,6 +16,7 @@ from helpers.paths import ROOT
 from helpers.problems import gradients, run, tensors, weight
 
 from stiefel.kernels import quantize
+from stiefel.kernels.polar import inverse_sums
 from stiefel.kernels.reference import reductions, symmetric
 from stiefel.optimizers import FRUGAL, DCTAdamW, Fira, GaLore, Muon, dctadamw
 from stiefel.optimizers._driver import units, write
@@ -37,6 +38,8 @@ PANELS = {
     (coordinates, "SPLIT_PANEL"): 45,
     (quantize, "_QUANTIZE_PANEL"): 256,
     (quantize_basis, "_PANEL"): 256,
+    (inverse_sums, "_PANEL"): 5,
+    (inverse_sums, "_PANELS_FROM"): 8,
     (symmetric, "GRAM_PANEL_ROWS"): 4,
     (reductions, "_SUM_PANEL_ROWS"): 3,
     (reductions, "_SUM_PANEL_ENTRIES"): 16,
