@@ -70,6 +70,7 @@ from stiefel.optimizers import (
     RowNorm,
     Rule,
     StackedOptimizer,
+    SwitchLoRA,
     Trion,
     pairs_to_groups,
 )
@@ -160,9 +161,11 @@ def fira_step(setting: Setting) -> Iterator[Contest]:
             {
                 "ours": partial(Step, ours, model),
                 "GaLore": partial(Step, ours_galore(rank, NEVER), model),
+                "two products and pass": limit("two products and pass", model),
             }
         )
         contest.ratio(f"{name} ours / our GaLore", "ours", "GaLore", 1.20)
+        contest.ratio(f"{name} ours / its limit", "ours", "two products and pass", 1.10)
         for other, target in (("fira", 0.50), ("pytorch_optimizer", 0.60)):
             try:
                 maker, swap = FIRAS[other](rank)
@@ -180,14 +183,17 @@ def apollo_step(setting: Setting) -> Iterator[Contest]:
     """Steps between draws against the product and the pass that no step can do without."""
     for model in setting.models("1024x1024 1024x4096 4096x1024", "32x64 64x32"):
         name, rank = label(model), rank_for(model)
+        given: dict[str, Any] = {"rank": rank, "update_proj_gap": NEVER, "weight_decay": 0.1}
         contest = Contest(
             {
-                "ours": partial(Step, partial(APOLLO, rank=rank, update_proj_gap=NEVER), model),
-                "Fira": partial(Step, partial(Fira, rank=rank, update_proj_gap=NEVER), model),
+                "ours": partial(Step, partial(APOLLO, **given), model),
+                "Fira": partial(Step, partial(Fira, **given), model),
                 "product and pass": limit("product and pass", model),
+                "product, squares and pass": limit("product, squares and pass", model),
             }
         )
-        contest.ratio(f"{name} ours / product and pass", "ours", "product and pass", 1.15)
+        for bottom in ("product and pass", "product, squares and pass"):
+            contest.ratio(f"{name} ours / {bottom}", "ours", bottom, 1.15)
         contest.ratio(f"{name} ours / our Fira", "ours", "Fira")
         yield contest
 
@@ -211,6 +217,24 @@ def dct_step(setting: Setting) -> Iterator[Contest]:
             contest.competitors[form] = partial(Step, make, model)
             limit = 1.10 if form == "between choices" else None
             contest.ratio(f"{name} {form} / GaLore between bases", form, "GaLore", limit)
+        yield contest
+
+
+def dct_stack(setting: Setting) -> Iterator[Contest]:
+    """A stack of small matrices (experts) at the default rank, which takes all cosines."""
+    side, count = (8, 4) if setting.quick else (64, 512)
+    for rank, target in ((128, 12.0), (side // 4, None)):
+        model = ((count, side, side),)
+        contest = Contest(
+            {
+                "ours": partial(Step, partial(DCTAdamW, rank=rank, weight_decay=0.1), model),
+                "AdamW fused": partial(
+                    Step, partial(torch.optim.AdamW, weight_decay=0.1, fused=True), model
+                ),
+            }
+        )
+        name = f"{count} of {side}x{side}, rank {rank}: ours / AdamW fused"
+        contest.ratio(name, "ours", "AdamW fused", target)
         yield contest
 
 
@@ -437,13 +461,20 @@ def soap_step(setting: Setting) -> Iterator[Contest]:
             with contextlib.suppress(Missing):
                 theirs, _ = SOAPS["pytorch_optimizer"](0, every)  # type: ignore[call-arg]
                 contest.competitors[f"theirs, {name}"] = partial(Step, theirs, model)
+        contest.competitors["limit, kept"] = limit("SOAP's products", model)
+        contest.competitors["limit, new"] = limit("SOAP's products, new", model)
         for name in ("kept", "new"):
             title = f"{label(model)} {name} bases, ours / pytorch_optimizer"
             contest.ratio(title, f"ours, {name}", f"theirs, {name}", 0.7)
+        ours, least, theirs = (
+            {f"{who}, kept": 0.9, f"{who}, new": 0.1} for who in ("ours", "limit", "theirs")
+        )
+        title = f"{label(model)} new bases every 10 steps,"
+        contest.ratios.append(Ratio(f"{title} ours / its products", ours, least))
         if "theirs, new" in contest.competitors:
-            ours, theirs = ({f"{who}, kept": 0.9, f"{who}, new": 0.1} for who in ("ours", "theirs"))
-            title = f"{label(model)} new bases every 10 steps, ours / pytorch_optimizer"
-            contest.ratios.append(Ratio(title, ours, theirs, 0.7))
+            contest.ratios.append(Ratio(f"{title} ours / pytorch_optimizer", ours, theirs, 0.7))
+            name = f"{title} our products / pytorch_optimizer"
+            contest.ratios.append(Ratio(name, least, theirs))
         yield contest
 
 
@@ -979,6 +1010,75 @@ def every_memory(setting: Setting) -> Iterator[Figure]:
                 yield Figure(title, value / total, cell=(panel, name, column))
 
 
+# --- The mean step of every class: a column of the README's table ---
+
+COPIES = 3
+"""AdamWs that a class is compared with: where their tensors lie makes 15 % of their time."""
+MEAN = "mean step"
+"""The column of the case and of the README: refreshes at the gap that a class comes with."""
+
+
+def every_mean(setting: Setting) -> Iterator[Contest]:
+    """Every class in its first variant on one weight; those for LoRA on 16 pairs of such."""
+    (model,) = setting.models("1024x4096", "32x48")
+    found = entrants(rank_for(model))
+    for name in classes():
+        suffix = next(iter(VARIANTS.get(name, {"": None})))
+        entrant = found[f"{name} {suffix}".strip()]
+        parts = {name: (entrant.step, 1.0)}
+        if entrant.refresh is not None:
+            share = 1 / entrant.gap
+            parts = {name: (entrant.step, 1 - share), f"{name}, refresh": (entrant.refresh, share)}
+        yield mean_contest(name, parts, model, "fused")
+    (m, n), count, rank = model[0], 2 if setting.quick else 16, 16
+    for name, parts in pair_parts(m, n, rank).items():
+        yield mean_contest(name, parts, ((rank, n), (m, rank)) * count, "foreach")
+
+
+def pair_parts(m: int, n: int, rank: int) -> dict[str, dict[str, tuple[Maker, float]]]:
+    """The classes for LoRA; SwitchLoRA at the rate with which it begins to exchange vectors."""
+
+    def made(
+        params: list[Tensor], cls: type[PairOptimizer], has_base: bool = False, **options: Any
+    ) -> PairOptimizer:
+        base = (torch.nn.Parameter(torch.randn(m, n), requires_grad=False) for _ in params)
+        factors = params[::2], params[1::2], *([base] if has_base else [])
+        groups = pairs_to_groups(zip(*factors, strict=False), scale=2.0)
+        return cls(groups, lr=1e-3, weight_decay=0.1, **options)
+
+    # k vectors are due at a step, k = rank / interval0: none, or one at every step
+    switch = partial(made, cls=SwitchLoRA, has_base=True, ratio=None)
+    share = rank / inspect.signature(SwitchLoRA).parameters["interval0"].default
+    return {
+        "AltLoRA": {"AltLoRA": (partial(made, cls=AltLoRA), 1.0)},
+        "AdaPreLoRA": {"AdaPreLoRA": (partial(made, cls=AdaPreLoRA), 1.0)},
+        "SwitchLoRA": {
+            "SwitchLoRA": (partial(switch, interval0=float("inf")), 1 - share),
+            "SwitchLoRA, refresh": (partial(switch, interval0=float(rank)), share),
+        },
+    }
+
+
+def mean_contest(
+    name: str, parts: Mapping[str, tuple[Maker, float]], model: Model, flag: str
+) -> Contest:
+    """Steps of several kinds, each with its share of all steps, against torch's AdamW."""
+    adamw = partial(torch.optim.AdamW, weight_decay=0.1, **{flag: True})
+    rivals = [f"AdamW {flag} {i + 1}" for i in range(COPIES)]
+    parts = {part: (maker, share) for part, (maker, share) in parts.items() if share}
+    contest = Contest({rival: partial(Step, adamw, model) for rival in rivals})
+    contest.competitors |= {part: partial(Step, maker, model) for part, (maker, _) in parts.items()}
+    bottom = {rival: 1 / COPIES for rival in rivals}
+    for part in parts:
+        column = part.removeprefix(name).strip(" ,") or "step"
+        cell = ("time / AdamW", name, column)
+        contest.ratios.append(Ratio(f"{part} / AdamW {flag}", {part: 1.0}, bottom, cell=cell))
+    cell = ("time / AdamW", name, MEAN)
+    top = {part: share for part, (_, share) in parts.items()}
+    contest.ratios.append(Ratio(f"{name}: {MEAN} / AdamW {flag}", top, bottom, cell=cell))
+    return contest
+
+
 USUAL = "1024x4096 4096x1024 96x96x16+256x96x8+96x256x4"
 TINY = "16x32+32x16"
 
@@ -999,6 +1099,7 @@ CASES: dict[str, Case] = {
     "dct-step": Case(
         "DCT-AdamW, rank a quarter of the shorter side", dct_step, seconds=15.0, builds=3
     ),
+    "dct-stack": Case("DCT-AdamW on a stack", dct_stack, seconds=5.0, shaped=False),
     "muon-step": Case(
         "Muon on a transformer's matrices", muon_step, muon_quality, floor=7, seconds=60.0
     ),
@@ -1035,5 +1136,12 @@ CASES: dict[str, Case] = {
         floor=4,
         seconds=10.0,
         builds=2,
+    ),
+    "amortised": Case(
+        "mean step of every class, refreshes at their default gap; the README's column",
+        every_mean,
+        floor=3,
+        seconds=5.0,
+        shaped=False,
     ),
 }

@@ -9,7 +9,9 @@ A case says how a kernel is launched on large matrices whose pointers, sizes and
 multiples of 16. Columns: registers of a thread; spilled bytes (NVIDIA) or registers (AMD); bytes of
 stack; shared memory of a block in bytes; matrix instructions by kind and operand; global loads of
 less than four bytes; bytes of the widest load and store; asynchronous copies; blocks that fit on
-a multiprocessor at once. tests/kernels/test_static.py compares with kernels/static.json.
+a multiprocessor at once. tests/kernels/test_static.py compares with kernels/static.json. Beside it
+programs.json has a digest of the program that a row was compiled from, in triton's first form: the
+same program becomes the same row, so it is compiled again only where the tests are to do all.
 
 How many blocks fit: on NVIDIA 65536 registers, given to warps by 256, 64 warps, 32 blocks, 164 KiB
 of shared memory (sm_80) or 228, of which each block takes one more, and 512 columns of tensor
@@ -22,6 +24,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
 import json
@@ -32,8 +35,8 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,8 @@ from stiefel.kernels.triton._launch import ARCHITECTURES, SHARED, Case
 from stiefel.kernels.triton._tables import Config
 
 TABLE = Path(__file__).resolve().parent.parent / "kernels" / "static.json"
+PROGRAMS = "programs.json"
+"""File beside the table that says from which program each row was compiled."""
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -58,7 +63,11 @@ VERSION: str = triton.__version__
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel became on one target; see the top of this file."""
+    """What one kernel became on one target; see the top of this file.
+
+    The last three are not printed and stored in a file of their own: accesses to global memory by
+    their bytes, and the digest of the program.
+    """
 
     registers: int
     spills: int
@@ -70,6 +79,37 @@ class Row:
     store: int
     copies: int
     blocks: int
+    loads: Mapping[str, int] = field(default_factory=dict)
+    stores: Mapping[str, int] = field(default_factory=dict)
+    program: str = ""
+
+
+SHOWN = [name for name in Row.__dataclass_fields__ if name not in ("loads", "stores", "program")]
+
+
+class KnownProgram(Exception):
+    """Compiling has ended early, at the program whose digest the text is."""
+
+
+class Program(ASTSource):
+    """A kernel whose compilation may end with triton's first form of it."""
+
+    choice = ""
+    digest = ""
+
+    @staticmethod
+    def stop(digest: str) -> bool:
+        """Whether it ends there."""
+        return False
+
+    def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+        """The first form; its digest has no names of files and lines, but what it is built for."""
+        module = super().make_ir(*args, **kwargs)
+        text = f"{self.choice}\n{module.str_nodebug()}"
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        if self.stop(self.digest):
+            raise KnownProgram(self.digest)
+        return module
 
 
 # what is compiled ---------------------------------------------------------------------------------
@@ -113,8 +153,17 @@ def constants(case: Case, arch: str, config: Config) -> dict[str, Any]:
     return {**fixed, **dict.fromkeys(exact, "ieee")}  # what launch.precision says there
 
 
-def build(case: Case, arch: str, config: Config | None = None) -> tuple[Any, str]:
-    """The compiled kernel, and what ptxas said. Never from a cache."""
+def build(
+    case: Case,
+    arch: str,
+    config: Config | None = None,
+    stop: Callable[[str], bool] = Program.stop,
+) -> tuple[Any, str, str]:
+    """The compiled kernel, what ptxas said, and the program's digest. Never from a cache.
+
+    Raises:
+        KnownProgram: If ``stop`` says so of the digest.
+    """
     config = config or case.config(arch)
     fixed = constants(case, arch, config)
     names = case.kernel.arg_names
@@ -128,29 +177,43 @@ def build(case: Case, arch: str, config: Config | None = None) -> tuple[Any, str
     }
     signature = {name: "constexpr" if name in fixed else case.types[name] for name in names}
     fixed = {name: fixed[name] for name in names if name in fixed}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    source = Program(fn=case.kernel, signature=signature, constexprs=fixed, attrs=aligned)
     choice = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    source.choice, source.stop = f"{arch} {choice}", stop  # type: ignore[method-assign]
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         triton.knobs.cache.dir = cache
         with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
             triton.knobs.nvidia.dump_ptxas_log = True
             kernel = triton.compile(source, target=TARGETS[arch], options=choice)
-    return kernel, log.getvalue()
+    return kernel, log.getvalue(), source.digest
 
 
 # what is read from it -----------------------------------------------------------------------------
 
 
-def measure(case: Case, arch: str, config: Config | None = None) -> Row:
-    """Compile a case, with the Config of its table or another one, and read the result."""
+def measure(case: Case, arch: str, config: Config | None = None, known: Row | None = None) -> Row:
+    """Compile a case, with the Config of its table or another one, and read the result.
+
+    Args:
+        case: What is compiled.
+        arch: The target.
+        config: Tiles, warps and stages.
+        known: A row that is taken without compiling where it is of this very program.
+    """
     config = config or case.config(arch)
-    kernel, log = build(case, arch, config)
+    try:
+        kernel, log, program = build(
+            case, arch, config, lambda x: known is not None and x == known.program
+        )
+    except KnownProgram:
+        assert known is not None
+        return known
     read = _amd(kernel.asm["amdgcn"]) if arch == "gfx942" else _nvidia(kernel.asm["ptx"], log)
     shared = kernel.metadata.shared
     tensor = getattr(kernel.metadata, "tmem_size", 0) or 0
     blocks = fitting(arch, read["registers"], config.warps, shared, tensor)
-    return Row(**read, shared=shared, blocks=blocks)
+    return Row(**read, shared=shared, blocks=blocks, program=program)
 
 
 def _nvidia(ptx: str, log: str) -> dict[str, Any]:
@@ -159,11 +222,12 @@ def _nvidia(ptx: str, log: str) -> dict[str, Any]:
         raise RuntimeError("ptxas gave no register count: look at its log for what it refused")
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     kinds = [
-        *(("mma.sync", x) for x in re.findall(r"mma\.sync\.aligned\.\S*?\.f32\.(\w+)", ptx)),
-        *(("wgmma", x) for x in re.findall(r"wgmma\.mma_async\.\S*?\.f32\.(\w+)", ptx)),
-        *(("tcgen05", x) for x in re.findall(r"tcgen05\.mma\S*?kind::(\w+)", ptx)),
+        *(f"mma.sync {x}" for x in re.findall(r"mma\.sync\.aligned\.\S*?\.f32\.(\w+)", ptx)),
+        *(f"wgmma {x}" for x in re.findall(r"wgmma\.mma_async\.\S*?\.f32\.(\w+)", ptx)),
+        *(f"tcgen05 {x}" for x in re.findall(r"tcgen05\.mma\S*?kind::(\w+)", ptx)),
     ]
     loads = _widths(ptx, r"(?:@\S+ )?ld\.global((?:\.\w+(?:::\w+)*)*)")
+    stores = _widths(ptx, r"(?:@\S+ )?st\.global((?:\.\w+(?:::\w+)*)*)")
     bulk = len(re.findall(r"cp\.async\.bulk\.tensor", ptx))
     copied = [
         int(x, 0) for x in re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\w+|\d+)", ptx)
@@ -175,8 +239,10 @@ def _nvidia(ptx: str, log: str) -> dict[str, Any]:
         "products": _count(kinds),
         "narrow": sum(width < 4 for width in loads),
         "load": max([*loads, *copied, 16 if bulk else 0]),
-        "store": max(_widths(ptx, r"(?:@\S+ )?st\.global((?:\.\w+(?:::\w+)*)*)"), default=0),
+        "store": max(stores, default=0),
         "copies": len(copied) + bulk,
+        "loads": _count(map(str, loads)),
+        "stores": _count(map(str, stores)),
     }
 
 
@@ -190,17 +256,6 @@ def _widths(ptx: str, pattern: str) -> list[int]:
     return found
 
 
-def accesses(case: Case, arch: str) -> tuple[list[int], list[int]]:
-    """Bytes of every instruction that loads from global memory, and of every one that stores."""
-    kernel, _ = build(case, arch)
-    if arch == "gfx942":
-        text = kernel.asm["amdgcn"]
-        return sorted(_amd_widths(text, "load")), sorted(_amd_widths(text, "store"))
-    ptx = kernel.asm["ptx"]
-    loads = _widths(ptx, r"(?:@\S+ )?ld\.global((?:\.\w+(?:::\w+)*)*)")
-    return sorted(loads), sorted(_widths(ptx, r"(?:@\S+ )?st\.global((?:\.\w+(?:::\w+)*)*)"))
-
-
 def _amd_widths(text: str, kind: str) -> list[int]:
     bytes_of = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
     names = re.findall(rf"(?:global|buffer|flat)_{kind}_[us]?(byte|short|dword(?:x\d)?)", text)
@@ -211,22 +266,24 @@ def _amd(text: str) -> dict[str, Any]:
     def said(name: str) -> int:
         return max(map(int, re.findall(rf"\.{name}:\s*(\d+)", text)), default=0)
 
-    loads = _amd_widths(text, "load")
+    loads, stores = _amd_widths(text, "load"), _amd_widths(text, "store")
     products = re.findall(r"v_mfma_f32_\d+x\d+x\d+_?\w*?_?(bf16|f16|xf32|f32|f64)", text)
     return {
         "registers": said("vgpr_count"),
         "spills": said("vgpr_spill_count") + said("sgpr_spill_count"),
         "stack": said("private_segment_fixed_size"),
-        "products": _count(("v_mfma", operand) for operand in products),
+        "products": _count(f"v_mfma {operand}" for operand in products),
         "narrow": sum(width < 4 for width in loads),
         "load": max(loads, default=0),
-        "store": max(_amd_widths(text, "store"), default=0),
+        "store": max(stores, default=0),
         "copies": len(re.findall(r"(?:global|buffer)_load_(?:lds_|\w+ .*\blds\b)", text)),
+        "loads": _count(map(str, loads)),
+        "stores": _count(map(str, stores)),
     }
 
 
-def _count(kinds: Iterable[tuple[str, str]]) -> dict[str, int]:
-    return dict(sorted(Counter(" ".join(pair) for pair in kinds).items()))
+def _count(kinds: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(kinds).items()))
 
 
 def fitting(arch: str, registers: int, warps: int, shared: int, tensor: int = 0) -> int:
@@ -321,19 +378,36 @@ def measured(
 
 
 def stored(path: Path = TABLE) -> dict[str, Row] | None:
-    """The rows of this version of triton, None where there are none."""
-    versions = json.loads(path.read_text()) if path.exists() else {}
-    table = versions.get(VERSION)
-    return None if table is None else {name: Row(**row) for name, row in table.items()}
+    """The rows of this version of triton with their programs, None where there are none."""
+    table, more = (_tables(x).get(VERSION) for x in (path, path.with_name(PROGRAMS)))
+    if table is None:
+        return None
+    return {name: Row(**row, **(more or {}).get(name, {})) for name, row in table.items()}
 
 
 def write(rows: Mapping[str, Row], path: Path = TABLE) -> None:
     """Store rows; rows of cases that are gone go too, other versions of triton stay."""
-    versions = json.loads(path.read_text()) if path.exists() else {}
     known = {key(name, arch) for name in cases() for arch in ARCHITECTURES}
-    table = {name: row for name, row in versions.get(VERSION, {}).items() if name in known}
-    table.update({name: asdict(row) for name, row in rows.items()})
-    versions[VERSION] = dict(sorted(table.items()))
+    for file, is_shown in ((path, True), (path.with_name(PROGRAMS), False)):
+        versions = _tables(file)
+        table = {name: row for name, row in versions.get(VERSION, {}).items() if name in known}
+        table.update(
+            {
+                name: {k: x for k, x in asdict(row).items() if (k in SHOWN) is is_shown}
+                for name, row in rows.items()
+            }
+        )
+        versions[VERSION] = dict(sorted(table.items()))
+        _save(versions, file)
+
+
+def _tables(path: Path) -> dict[str, dict[str, Any]]:
+    """Version of triton -> name of a row -> what is stored of it."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _save(versions: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """One row a line."""
     lines = [
         json.dumps(version) + ": {\n" + ",\n".join(
             f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()
@@ -345,7 +419,7 @@ def write(rows: Mapping[str, Row], path: Path = TABLE) -> None:
 
 def markdown(rows: Mapping[str, Row | str]) -> str:
     """The table."""
-    names = ["case / target", *Row.__dataclass_fields__]
+    names = ["case / target", *SHOWN]
     lines = [names]
     for name, row in rows.items():
         if isinstance(row, str):
@@ -364,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD")
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
-    parser.add_argument("--write", action="store_true", help=f"update {TABLE.name}")
+    parser.add_argument("--write", action="store_true", help=f"update {TABLE.name} and {PROGRAMS}")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     args = parser.parse_args(argv)
     if package.INTERPRETED:

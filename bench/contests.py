@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch.optim._muon as torch_muon
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stiefel.kernels import gram_stack
 from stiefel.optimizers import GaLore
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -35,6 +37,8 @@ NEVER = 10**9
 """Steps between refreshes, for cases that time the steps between them."""
 POOL = 3
 """Gradients made beforehand and cycled."""
+LARGE = 2**24
+"""Entries above which a gradient is Gaussian: its product would take longer than the steps."""
 
 
 # --- Shapes ---
@@ -189,13 +193,14 @@ class Case:
 
 
 def decaying(shape: Shape, generator: torch.Generator) -> Tensor:
-    """A gradient whose singular values fall like 1/i: A diag(1/i) B with Gaussian A and B."""
-    if len(shape) == 1:
+    """A gradient, or a stack, of singular values like 1/i: A diag(1/i) B with Gaussian A and B."""
+    if len(shape) == 1 or math.prod(shape) > LARGE:
         return torch.randn(shape, generator=generator)
-    k = min(shape)
+    *stack, m, n = shape
+    k = min(m, n)
     w = 1.0 / torch.arange(1, k + 1)
-    A, B = (torch.randn(side, generator=generator) for side in ((shape[0], k), (k, shape[1])))
-    G: Tensor = (A * w) @ B / shape[1] ** 0.5
+    A, B = (torch.randn(*stack, *side, generator=generator) for side in ((m, k), (k, n)))
+    G: Tensor = (A * w) @ B / n**0.5
     return G
 
 
@@ -325,6 +330,36 @@ class ProductAndPass:
         self.add(grads)
 
 
+class TwoProductsAndPass(TwoProducts):
+    """Fira's: project and lift, and one pass over gradient and weight for what is not lifted."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self.add = AddGradient(model)
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        """One step's worth."""
+        super().__call__(grads)
+        self.add.weights = [W for W, _, _ in self.work]
+        self.add(grads)
+
+
+class ProductSquaresAndPass(ProductAndPass):
+    """The same and the squares of G's columns, which phi and the limiter need: a second read."""
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        """One step's worth."""
+        super().__call__(grads)
+        for G in grads:
+            if G.shape[0] <= G.shape[1]:
+                sums = G[:64].square()
+                for part in G[64:].split(64):
+                    sums[: len(part)].addcmul_(part, part)
+                sums.sum(0)
+            else:
+                torch.linalg.vector_norm(G, dim=-1)
+
+
 class GramApply:
     """Muon's: the Gram matrix of the short side, and a square matrix times the momentum."""
 
@@ -340,6 +375,31 @@ class GramApply:
             else:
                 torch.mm(G.mT, G)
                 torch.mm(G, T)
+
+
+class SoapProducts:
+    """SOAP's: into the bases and back, two Gram matrices; at new bases the moment turned, two QR.
+
+    Of those only the turn of the moment is ours: others project it at every step.
+    """
+
+    def __init__(self, model: Model, is_new: bool) -> None:
+        self.is_new, self.work = is_new, []
+        for m, n in model:
+            self.work.append((torch.randn(m, m), torch.randn(n, n), torch.randn(m, n)))
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        """One step's worth."""
+        for G, (Q_L, Q_R, M) in zip(grads, self.work, strict=True):
+            if self.is_new:
+                for Q, X in ((Q_L, M), (Q_R, M.mT)):
+                    new = torch.linalg.householder_product(*torch.geqrf(Q @ Q))
+                    if len(X) > X.shape[1]:
+                        new.mT @ (Q @ X)
+                    else:
+                        (new.mT @ Q) @ X
+            M.addmm_(Q_L @ (Q_L.mT @ (G @ Q_R)), Q_R.mT, beta=0.9999, alpha=-1e-9)
+            gram_stack(G[None]), gram_stack(G.mT[None])
 
 
 class AddGradient:
@@ -368,8 +428,12 @@ class AdamPass(AddGradient):
 
 LIMITS: dict[str, Callable[[Model], Callable[[list[Tensor]], Any]]] = {
     "two products": TwoProducts,
+    "two products and pass": TwoProductsAndPass,
     "product and pass": ProductAndPass,
+    "product, squares and pass": ProductSquaresAndPass,
     "Gram and apply": GramApply,
+    "SOAP's products": partial(SoapProducts, is_new=False),
+    "SOAP's products, new": partial(SoapProducts, is_new=True),
     "W += a G": AddGradient,
     "passes of AdamW": AdamPass,
 }

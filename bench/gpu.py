@@ -44,6 +44,10 @@ TOTAL = 470
 """Seconds for everything: the command is to end within eight minutes."""
 PATIENCE = 10
 """How many times as long everything may take in a dry run."""
+STAGES = (
+    *("numerics", "optimizers", "waits", "graphs", "products", "polar", "steps", "layers"),
+    *("cosines", "tests"),
+)
 SHOWN = 12
 """How many wrong or slow figures the verdict lists; all are in the files."""
 
@@ -198,6 +202,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--plant", choices=("wrong", "slow"), default="", help="spoil a kernel: is it noticed?"
     )
     args = parser.parse_args(argv)
+    unknown = sorted({*args.only} - {*STAGES})
+    if unknown:
+        parser.error(f"no stage {', '.join(unknown)}; --only takes {', '.join(STAGES)}")
+    if not args.seconds > 0:
+        parser.error(f"--seconds must be positive, got {args.seconds:g}")
+    try:
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a folder that can be made: {error}")
     if args.dry:
         os.environ["TRITON_INTERPRET"] = "1"
         args.seconds *= PATIENCE
@@ -210,9 +224,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("No GPU was found: run this where torch.cuda.is_available() is true.")
         return 2
     found = stages(args.dry, args.plant, args.out, begun + args.seconds)
-    unknown = {*args.only} - {stage.name for stage in found}
-    if unknown:
-        parser.error(f"no stage {', '.join(sorted(unknown))}")
     chosen = [stage for stage in found if not args.only or stage.name in args.only]
     text, status = record.verdict(run_all(chosen, record, begun, args.seconds))
     print(f"\nVERDICT {text}")

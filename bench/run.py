@@ -4,6 +4,7 @@
     python bench/run.py --threads 1,2                one run after the other, each in its process
     python bench/run.py --only optimizers,overhead   some of them
     python bench/run.py --shapes 768x3072,96x96x16+256x96x8
+    python bench/run.py --only amortised --readme    write the column of the README's table
     python bench/run.py --quick                      tiny shapes, no target judged: does it run
 
 A shape is mxn, or mxnxk for k weights; + joins shapes into one model, a comma begins another one.
@@ -33,10 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES
+from cases import CASES, MEAN
 from contests import Case, Contest, Figure, Model, Ratio, Setting, parse_model
+from tables import short, with_column
 
 PEERS = ("torch", "galore-torch", "pytorch-optimizer", "optimuon")
+README = Path(__file__).resolve().parent.parent / "README.md"
 SETTLED = 0.01
 """Rounds end once the median of every judged ratio is known to about this share of itself."""
 WALL, CPU = 0, 1
@@ -283,6 +286,14 @@ def summary(cases: Mapping[str, Any]) -> str:
     return text + "".join(f"\n  not met: {name}" for name in missed)
 
 
+def write_column(case: Mapping[str, Any], path: Path) -> None:
+    """Put the figures of the case ``amortised``, processor time, into the table of methods."""
+    cells = ((r["cell"], r["cpu"]) for contest in case["contests"] for r in contest["ratios"])
+    means = {row: short(value) for (_, row, column), value in cells if column == MEAN}
+    page = path.read_text(encoding="utf-8")
+    path.write_text(with_column(page, MEAN, means), encoding="utf-8")
+
+
 def draw(cases: Mapping[str, Any], path: Path) -> None:
     """Every time ratio as a bar, its target as a mark; a panel's columns side by side."""
     import matplotlib
@@ -389,8 +400,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, nothing judged")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for results")
     parser.add_argument("--repeats", type=int, help="this many rounds, neither more nor fewer")
+    parser.add_argument("--readme", action="store_true", help="case amortised: write its column")
     args = parser.parse_args(argv)
     args.only = [name for part in args.only or [] for name in part] or list(CASES)
+    if args.readme and (args.quick or args.threads != [1] or "amortised" not in args.only):
+        parser.error("--readme needs the case amortised, one thread, not --quick")
     args.shapes = tuple(model for part in args.shapes or [] for model in part)
     return args
 
@@ -422,6 +436,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(lines(name, results["cases"][name])), flush=True)
         # after every case, so that a run that is cut short leaves what it has
         (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    if args.readme:
+        write_column(results["cases"]["amortised"], README)
     print(summary(results["cases"]))
     if importlib.util.find_spec("matplotlib") is not None:
         draw(results["cases"], args.out / "bench.png")

@@ -33,12 +33,13 @@ def read(path: str) -> str:
 
 
 def facts(name: str, at: str) -> str:
-    """Idea, state, paper and caveat of a class, as a table."""
+    """Idea, state, cost, paper and caveat of a class, as a table."""
     row = re.search(rf"^\| `{name}` \|(.*)\|$", read("README.md"), re.MULTILINE)
     if row is None:
         raise ValueError(f"the README has no row for {name}")
-    idea, state, paper, caveat = (cell.strip() for cell in row[1].split(" | "))
-    cells = {"Idea": idea, "State": state, "Paper": paper, "Caveat": caveat}
+    idea, state, step, paper, caveat = (cell.strip() for cell in row[1].split(" | "))
+    step = f"{step} times that of AdamW ([measured](../choose.md#all-methods) on a CPU)"
+    cells = {"Idea": idea, "State": state, "Mean step": step, "Paper": paper, "Caveat": caveat}
     rows = (f"| **{k}** | {relink(v, 'README.md', at)} |" for k, v in cells.items())
     return "\n".join(["| | |", "|---|---|", *rows])
 

@@ -44,6 +44,7 @@ class Method(NamedTuple):
 METHODS = {
     "adamw": Method(1e-3, {}),
     "muon": Method(1e-2, {}),
+    "muown": Method(1e-2, {}),
     "trion": Method(5e-3, {}),
     "auon": Method(1e-3, {}),
     "aro": Method(1e-2, {}),

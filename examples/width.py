@@ -53,7 +53,7 @@ CONTENDERS = {
     ),
     "GaLore": Contender(
         lambda model, groups: GaLore(groups, model=model, rank=0.25, update_proj_gap=10),
-        "adam",
+        "rms",
         2**-4,
     ),
     "SymmetryStack": Contender(

@@ -42,6 +42,7 @@ class APOLLORule(LowRankRule):
     limiter_floor: float = NORM_EPS
 
     lifts: ClassVar[bool] = False
+    reads_squares: ClassVar[bool] = True
     published_projections: ClassVar[tuple[tuple[str, ...], str]] = (
         (*BLIND, "svd", "svd_full"),
         "a Gaussian projection or an exact SVD",
@@ -73,7 +74,7 @@ class APOLLORule(LowRankRule):
         assert w.grad is not None
         G = w.grad
         # (K, r, n) and (K, 1, n), from one read of G
-        R, G_squares = self.projector.project_with_squares(w.state, G, w.reductions)
+        R, G_squares = self.projector.project_with_squares(w.state, G, w.reductions, w.squares)
         N, factor = self.direction(w, R)
         r = N.shape[-2]
         phi, norm = self.scale_factors(w, column_squares(N), column_squares(R), G_squares, r)

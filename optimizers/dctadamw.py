@@ -91,6 +91,8 @@ class DCTAdamWRule(Rule):
         D = self.cosines
         feedback = self.feedback
         choose_now = self.refresh_interval == 0 or w.age == 0
+        if not (choose_now and self.moments in ("slot", "reset")) and self.takes_all(w):
+            return self.full_step(w)
 
         S = None  # (K, m, n)
         row_scores = None
@@ -109,9 +111,26 @@ class DCTAdamWRule(Rule):
         P = D.selected_columns(index, w.m, R.dtype)  # (K, m, r)
         if feedback is not None and S is not None:
             feedback.store(state, clear_rows_(S, index))
+        return self.step_along(w, P, R)
 
-        M = state["exp_avg"]
-        V = state["exp_avg_sq"]
+    def takes_all(self, w: Member) -> bool:
+        """Whether every matrix has all cosines, in order, which the CPU alone says at once."""
+        index = w.state["index"]
+        if self.feedback is not None or index.shape[-1] < w.m or index.device.type != "cpu":
+            return False
+        return bool((index == torch.arange(w.m, dtype=index.dtype, device="cpu")).all())
+
+    def full_step(self, w: Member) -> Direction:
+        """The step along D N in which nothing is left to choose: R = D^T G."""
+        assert w.grad is not None
+        D = self.cosines
+        R = w.reductions.rows(D.transform(w.grad))
+        P = D.columns(w.m, R.dtype, R.device).expand(len(R), -1, -1)
+        return self.step_along(w, P, R)
+
+    def step_along(self, w: Member, P: Tensor, R: Tensor) -> Direction:
+        """The step along P N with N = adam(R), each row at its own age."""
+        M, V = w.state["exp_avg"], w.state["exp_avg_sq"]
         return w.step(AdamFactored(P, R, M, V, self.adam_step(w), self.betas, self.eps, w.finite))
 
     def choose(self, w: Member, D: DctProjector, S: Tensor, row_scores: Tensor | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class FiraRule(LowRankRule):
     gamma: float = 1.01
     limiter_floor: float = NORM_EPS
 
+    reads_squares: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self, variant=("reference", "paper"), scaling=("column", "matrix"))
@@ -54,7 +56,7 @@ class FiraRule(LowRankRule):
         P = self.projector
         G = w.grad
         # (K, r, n) and (K, 1, n); with a basis on both sides R = P^T G Q is (K, r, r)
-        R, G_squares = P.project_with_squares(w.state, G, w.reductions)
+        R, G_squares = P.project_with_squares(w.state, G, w.reductions, w.squares)
         N, factor = self.direction(w, R)
         if factor != 1.0:
             N.mul_(factor)

@@ -192,17 +192,17 @@ class EigenbasisRule(Rule, abstract=True):
 
     def power_step(self, S: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
         """Q of S Q, or eigenvectors of S (K, m, m), and the order that the old columns take."""
-        # S is symmetric: this is (S Q)^T, whose columns LAPACK finds as it wants them
-        P, (K, m, _) = product(Q.mT, S), S.shape
+        # by columns, though LAPACK works on rows: its own transposed copy is the cheapest one
+        P, (K, m, _) = product(S, Q), S.shape
         if self.sorts:
-            sizes = product(Q.mT * P, S.new_ones(K, m, 1))  # the diagonal of Q^T S Q
-            order = sizes.argsort(dim=-2, descending=True, stable=True).mT
-            P, Q = permuted_rows(P, order), permuted_rows(Q.mT, order).mT
+            sizes = product(S.new_ones(K, 1, m), Q * P)  # the diagonal of Q^T S Q
+            order = sizes.argsort(dim=-1, descending=True, stable=True)
+            P, Q = permuted_columns(P, order), permuted_columns(Q, order)
         else:
             order = torch.arange(m, dtype=torch.int64, device=S.device).expand(K, 1, m)
         if self.basis == "eigh":
             return completed_eigenbasis(S, Q), order
-        return rotated(P.mT, Q), order
+        return rotated(P, Q), order
 
     def carry(self, w: Member, bases: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Turn the moments from the old bases into the new ones."""
@@ -223,7 +223,7 @@ class EigenbasisRule(Rule, abstract=True):
                     C = product(Q.mT, old[end]).square_()
                     Y = product(Y, C.mT) if end else product(C, Y)
                 elif self.sorts:
-                    Y = permuted_rows(Y.mT, order).mT if end else permuted_rows(Y, order)
+                    Y = permuted_columns(Y, order) if end else permuted_rows(Y, order)
             X.copy_(Y)
 
     def squares(self, w: Member) -> tuple[str, ...]:
@@ -281,6 +281,13 @@ def permuted_rows(X: Tensor, order: Tensor) -> Tensor:
     if len(X) == 1:  # several times as fast
         return X[0].index_select(0, order.flatten()).unsqueeze(0)
     return X.gather(-2, order.mT.expand_as(X))
+
+
+def permuted_columns(X: Tensor, order: Tensor) -> Tensor:
+    """Columns of every matrix of X (K, m, n) in its order (K, 1, n)."""
+    if len(X) == 1:
+        return X[0].index_select(1, order.flatten()).unsqueeze(0)
+    return X.gather(-1, order.expand_as(X))
 
 
 def whitening(eigenvalues: Tensor) -> Tensor:

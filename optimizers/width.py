@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from ._core.validation import check, choice, number, whole_number
+from ._core.validation import check, choice, number, shown, whole_number
 from ._roles.classify import Row, classify
 
 WD_RULES = ("sqrt", "mup", "none")
@@ -64,7 +64,8 @@ def width_groups(
     of this package takes them, ours best with ``model=model`` beside. Print them.
 
     Sources: weight decay, arXiv 2510.15262 (its abstract); ``"mup"``, ``MuAdamW`` of microsoft/mup;
-    the column ``"rms"`` is derived: such a step has the spectral norm lr sqrt(d).
+    the column ``"rms"`` is derived: such a step has the spectral norm lr sqrt(d). Which methods
+    belong to it was measured: how far hidden matrices move the output from width 64 to 512.
 
     Args:
         model: The wide model; the meta device will do.
@@ -77,9 +78,12 @@ def width_groups(
         weight_decay: Its decay (default: 0.01).
         wd_rule: ``"sqrt"``, ``"mup"`` or ``"none"`` (default: ``"sqrt"``).
         step: Size of a step of hidden matrices (default: ``"adam"``). ``"adam"``: entries of size
-            lr (AdamW, GaLore, Fira, APOLLO, FRUGAL, SinkGD); ``"rms"``: orthogonal, at a fixed root
-            mean square (Muon, ARO, SymmetryStack by default); ``"spectral"``: orthogonal, with
-            ``adjust_lr_fn="spectral"`` or ``"spectral_unclamped"``.
+            lr, in the coordinates of the weight (AdamW, APOLLO, FRUGAL, SinkGD, DCTAdamW, AuON,
+            RowNorm, GaLore with ``projection="random"``, ``"topk"``, ``"dct"``; Fira is near it);
+            ``"rms"``: spectral norm lr d^(1/2), where steps are orthogonal at a fixed root mean
+            square (Muon, ARO, Trion, SymmetryStack by default), or entries of size lr in singular
+            directions (GaLore by default, SOAP), each of which moves alone; ``"spectral"``:
+            orthogonal, with ``adjust_lr_fn="spectral"`` or ``"spectral_unclamped"``.
         width: Width of the model, for ``base_width`` (default: None, that of the embedding, else
             the size that most weights read).
 
@@ -175,6 +179,10 @@ def _growth_by_shapes(
     rows: Sequence[Row], base: nn.Module | Mapping[str, Sequence[int]]
 ) -> list[tuple[float, float | None]]:
     """Growth of fan-in and fan-out of every parameter against the small model's."""
+    check(
+        isinstance(base, (nn.Module, Mapping)),
+        f"base_shapes must be the small model, or map names to shapes, got {shown(base)}",
+    )
     if isinstance(base, nn.Module):
         base = {name: tuple(p.shape) for name, p in base.named_parameters()}
     names = {row.name for row in rows}
@@ -183,7 +191,12 @@ def _growth_by_shapes(
         raise ValueError(f"{where} has no parameter {name!r}; base_shapes must name the same ones")
     growth: list[tuple[float, float | None]] = []
     for row in rows:
-        shape, small = row.shape, tuple(base[row.name or ""])
+        shape, small = row.shape, base[row.name or ""]
+        check(
+            isinstance(small, Sequence) and all(isinstance(s, int) for s in small),
+            f"base_shapes must map names to shapes, got {shown(small)} for {row.name!r}",
+        )
+        small = tuple(small)
         check(
             len(shape) == len(small) and all(s > 0 for s in small),
             f"base_shapes has shape {small} for parameter {row.name!r} of shape {shape}; give it "
@@ -311,6 +324,7 @@ class PowerLR(LRScheduler):
             self.total is None or self.warmup + self.decay <= self.total,
             f"total must be at least warmup + decay = {self.warmup + self.decay}, got {total}",
         )
+        last_epoch = _count("last_epoch", last_epoch, "[-1, inf)")
         super().__init__(optimizer, last_epoch)
 
     def curve(self, step: float) -> float:

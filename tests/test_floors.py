@@ -1,6 +1,8 @@
 """Which folder may import which, read from the sources, so that nothing has to be imported."""
 
 import ast
+import json
+import subprocess
 import sys
 
 import pytest
@@ -67,6 +69,26 @@ def test_only_triton_files_import_triton_and_nothing_heavy_is_imported():
         _, outside = imports(path)
         assert "triton" not in outside or path.parent.name == "triton", path
         assert outside <= {*THIRD_PARTY, *sys.stdlib_module_names}, path
+
+
+def test_an_import_after_torch_brings_nothing_but_the_package():
+    """No compiled kernel, part of torch or package that torch has not imported itself.
+
+    Times depend on the machine, so names stand for them; bench/NOTES.md has what an import takes.
+    """
+    code = (
+        "import json, sys, torch; before = set(sys.modules); import stiefel.optimizers; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    new = json.loads(done.stdout)
+    assert "stiefel.optimizers.muon" in new and "stiefel.kernels.ops" in new
+    others = {name for name in new if name.split(".")[0] != "stiefel"}
+    assert not {name for name in others if name.split(".")[0] not in sys.stdlib_module_names}
+    assert not others & {"multiprocessing", "unittest", "asyncio", "http", "xml", "sqlite3"}
+    assert not [name for name in new if name.startswith("stiefel.kernels.triton")]
 
 
 def test_no_optimizer_chooses_or_names_a_back_end():

@@ -48,14 +48,46 @@ def adam(
         for moved, old in zip((M, V), before, strict=True):
             moved.copy_(torch.where(is_finite, moved, old))
         return N
+    if isinstance(t, Tensor) and len(t) < t.numel() < R.numel() and R.device.type == "cpu":
+        return _adam_clocked(R, M, V, t, beta1, beta2, eps)
+    return _adam(R, M, V, t, beta1, beta2, eps)
+
+
+def _adam_clocked(
+    R: Tensor, M: Tensor, V: Tensor, t: Tensor, beta1: float, beta2: float, eps: float
+) -> Tensor:
+    """:func:`adam` with clocks of rows or columns, most of which are often those of a matrix.
+
+    Each matrix takes the way that its own clocks allow, whatever the others of the stack do.
+    """
+    if not M.is_contiguous() and M.mT.is_contiguous():
+        return _adam_clocked(R.mT, M.mT, V.mT, t.mT, beta1, beta2, eps).mT
+    R, first = R.contiguous(), t.flatten(1)[:, :1]
+    is_equal = (t.flatten(1) == first).all(1).expand(len(R))
+    if bool(is_equal.all()):
+        return _adam(R, M, V, first.unsqueeze(-1), beta1, beta2, eps)
+    if not bool(is_equal.any()):
+        return _adam(R, M, V, t, beta1, beta2, eps)
+    N, t = torch.empty_like(R), t.expand(len(R), -1, -1)
+    for chosen, clock in ((is_equal, t[:, :1, :1]), (~is_equal, t)):
+        k = chosen.nonzero().flatten()
+        m, v = M[k], V[k]
+        N[k] = _adam(R[k], m, v, clock[k], beta1, beta2, eps)
+        M[k], V[k] = m, v
+    return N
+
+
+def _adam(
+    R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, beta1: float, beta2: float, eps: float
+) -> Tensor:
+    """:func:`adam` without flags: torch's fused kernel where it can be had, else plain passes."""
     if not M.is_contiguous() and M.mT.is_contiguous():  # moments of a transposed weight
         clock = t.mT if isinstance(t, Tensor) else t
-        N = adam(R.mT, M.mT, V.mT, clock, beta1=beta1, beta2=beta2, eps=eps)
-        return N.mT
+        return _adam(R.mT, M.mT, V.mT, clock, beta1, beta2, eps).mT
     same = M.dtype == V.dtype == R.dtype
     dense = M.is_contiguous() and V.is_contiguous()
     # with a side of 1, one number may also be the clock of a row or a column
-    by_row = not isinstance(t, Tensor) or (t.numel() == 1 and min(R.shape[1:]) > 1)
+    by_row = not isinstance(t, Tensor) or (t.shape[1:].numel() == 1 and min(R.shape[1:]) > 1)
     if isinstance(t, Tensor) and t.shape == (*R.shape[:2], 1):  # a clock for each row, or for one
         by_row = R.shape[2] >= _MIN_CLOCKED_ROW
     if same and dense and by_row and R.device.type in _FUSED_DEVICES:
@@ -75,9 +107,14 @@ def _adam_fused(
     R = R.contiguous()
     N = torch.zeros_like(R)
     tensors: Iterable[Tensor] = (N, R, M, V)
-    if isinstance(t, Tensor) and t.numel() > 1:  # every row is a parameter with its own clock
+    if isinstance(t, Tensor) and t.device.type == "cpu" and bool((t == t.flatten()[0]).all()):
+        t = t.flatten()[:1]
+    if isinstance(t, Tensor) and t.numel() > 1:  # each row or matrix, a parameter with its clock
+        by_matrix = t.shape[1] < R.shape[1]
         clocks = list(t.float().flatten().unbind())
-        params, grads, Ms, Vs = (list(x.flatten(0, 1).unbind()) for x in tensors)
+        params, grads, Ms, Vs = (
+            list((x if by_matrix else x.flatten(0, 1)).unbind()) for x in tensors
+        )
     else:
         if isinstance(t, Tensor):
             clock = t.reshape(()).float()

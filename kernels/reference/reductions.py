@@ -14,8 +14,10 @@ SUM_SIDES = (None, "rows", "cols", "all")
 # Where sums are taken in panels, of so many rows, or entries of a column-major matrix: they stay in
 # the cache. Elsewhere one kernel sums without a temporary.
 _PANEL_DEVICES = ("cpu",)
-_SUM_PANEL_ROWS = 32
+_SUM_PANEL_ROWS = 64
 _SUM_PANEL_ENTRIES = 2**17
+# From so many entries on torch divides a sum among threads, in an order that goes by the stack.
+_SHARED_SUM_ENTRIES = 2**15
 
 
 def squares(X: Stack, dim: int | None) -> Tensor:
@@ -87,8 +89,8 @@ def _powers(X: Tensor, count: int) -> list[Tensor]:
 def column_squares(X: Tensor) -> Tensor:
     """Sum of the squares of every column, without a copy of X: panels along the memory.
 
-    Products are rounded before they are added, and rows are added elementwise and pairwise, so that
-    nothing depends on how many matrices there are.
+    Rows are added elementwise and pairwise, or columns one by one, so that nothing depends on how
+    many matrices there are.
 
     Args:
         X: (K, m, n), any strides.
@@ -96,33 +98,44 @@ def column_squares(X: Tensor) -> Tensor:
     Returns:
         (K, 1, n), at least fp32.
     """
-    K, m, n = X.shape
+    m = X.shape[-2]
     if X.device.type not in _PANEL_DEVICES:
         norms: Tensor = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
         return norms.square()
     if X.stride(-1) != 1 and X.stride(-2) == 1:  # columns along memory
-        width = max(1, _SUM_PANEL_ENTRIES // max(1, K * m))
-        starts = range(0, max(1, n), width)  # one panel of nothing where there are no columns
-        return torch.cat([X[..., j : j + width].square().sum(-2, keepdim=True) for j in starts], -1)
+        return _squares_along_memory(X)
     rows = min(m, _SUM_PANEL_ROWS)
     sums = X[:, :rows].square()
-    panel = torch.empty_like(sums) if m > rows else sums  # new memory for each costs a third more
     for i in range(rows, m, rows):
         part = X[:, i : i + rows]
-        product = torch.mul(part, part, out=panel[:, : part.shape[1]])
-        sums[:, : part.shape[1]].add_(product)
+        # with a factor of 1 every entry is one multiply-add, wherever it lies
+        sums[:, : part.shape[1]].addcmul_(part, part)
     return _pairwise_sum(sums)
 
 
+def _squares_along_memory(X: Tensor) -> Tensor:
+    """Sums of squares of columns (K, m, n) that lie along the memory, as (K, 1, n)."""
+    K, m, n = X.shape
+    if X.dtype == torch.float32 and n > 1:  # torch has a loop for each column then, of one order
+        norms: Tensor = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
+        return norms.square_()
+    width = max(1, _SUM_PANEL_ENTRIES // max(1, K * m))
+    starts = range(0, max(1, n), width)  # one panel of nothing where there are no columns
+    return torch.cat([X[..., j : j + width].square().sum(-2, keepdim=True) for j in starts], -1)
+
+
 def row_total(X: Tensor) -> Tensor:
-    """Sum of a row as (K, 1, 1), pairwise like :func:`column_squares`.
+    """Sum of a row as (K, 1, 1), in an order that does not depend on how many rows there are.
 
     Args:
         X: (K, 1, n).
     """
-    if X.device.type in _PANEL_DEVICES:
-        return _pairwise_sum(X.mT.clone())
-    return X.sum(-1, keepdim=True)
+    K, _, n = X.shape
+    X = X.contiguous()
+    at_once = max(1, (_SHARED_SUM_ENTRIES - 1) // max(1, n))
+    if X.device.type not in _PANEL_DEVICES or K <= at_once:
+        return X.sum(-1, keepdim=True)
+    return torch.cat([X[k : k + at_once].sum(-1, keepdim=True) for k in range(0, K, at_once)])
 
 
 def _pairwise_sum(X: Tensor) -> Tensor:

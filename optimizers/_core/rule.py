@@ -296,6 +296,8 @@ class Member:
         rounding: How ``refresh`` rounds weights that it writes; None: to nearest.
         carries_errors: Whether ``write`` is ``"eco"``, so that a Direction needs a :class:`Carry`.
         clocks: None, or under ``capturable`` what :meth:`count` returns: t, and age + 1.
+        squares: None, or the squared norms (K, 1, n) of the columns of ``grad``, where the driver
+            has them.
     """
 
     __slots__ = (
@@ -313,6 +315,7 @@ class Member:
         "reductions",
         "refreshed",
         "rounding",
+        "squares",
         "state",
         "state_since",
         "t",
@@ -341,6 +344,7 @@ class Member:
         clocks: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.clocks = clocks
+        self.squares: Tensor | None = None
         self.finite, self.rounding, self.carries_errors = finite, rounding, carries_errors
         self.grad, self._load, self._store, self.state = grad, load, store, state
         self.t, self.refreshed, self.is_first_refresh = t, refreshed, False
@@ -456,6 +460,11 @@ class Rule:
 
     The driver then need not back up state on devices, and the gradient that ``update`` sees may be
     narrower than float32 and not finite.
+    """
+    reads_squares: ClassVar[bool] = False
+    """Set True if ``update`` reads ``Member.squares``, of a rule with one member.
+
+    On a CPU they are then what tells whether a gradient is finite, so that it is read once.
     """
     optional_state: ClassVar[frozenset[str]] = frozenset()
     """Names of slots that a checkpoint may lack: the optimizer fills them after the load."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +17,16 @@ from torch import Tensor
 from .exchange import FAILED_ELSEWHERE, RankError, Team
 from .finite import largest
 from .layout import Layout, is_sharded, layout_of, local
-from .norms import zero_weight
+from .norms import has_zero, zero_weight
 
-BAD, NONZERO, PRESENT, ABSENT, FILLED = range(5)
-"""Flags of one parameter; the last one is of the weight, all others are of the gradient."""
+BAD, NONZERO, PRESENT, ABSENT, MEASURED = range(5)
+"""Flags of one parameter: of its gradient, and whether norms of it are about to be measured."""
 PARAMETER_FLAGS = 5
-FAILED, REFUSED, STOPPED, MOVES, SOUND, LEARNS = range(6)
+FAILED, REFUSED, STOPPED, MOVES, SOUND, LEARNS, MAKES = range(7)
 """Flags of the step: an exception, a bad gradient that raises, one that stops, any that is not
-zero, a rank without an exception, and one that cannot tell what its buckets are going to ask."""
-STEP_FLAGS = 6
+zero, a rank without an exception, one that cannot tell what its buckets are going to ask, and one
+that is about to make state."""
+STEP_FLAGS = 7
 NO_CLOCKS = -(2**31) + 1
 """Stands for the clocks of a rank that has failed."""
 
@@ -68,6 +70,19 @@ def teams_of(
     return list(teams.values()), team_of
 
 
+class Unmeasured(NamedTuple):
+    """Weights whose norms are to be kept from this step on.
+
+    Attributes:
+        positions: Their flat positions.
+        squares: Takes a position, and gives the squares of these norms, as many as the whole weight
+            has, of what this process holds.
+    """
+
+    positions: Set[int] = frozenset()
+    squares: Callable[[int], Tensor] = torch.empty
+
+
 @dataclass
 class Agreement:
     """What is known of the gradients of sharded parameters, equal on all ranks.
@@ -91,7 +106,7 @@ def agree(
     describe: Callable[[int], str],
     mode_of: Callable[[int], str],
     clocks_of: Callable[[Team], int] = lambda _: NO_CLOCKS,
-    empty: Set[int] = frozenset(),
+    unmeasured: Unmeasured = Unmeasured(),  # noqa: B008
 ) -> Agreement:
     """Reduce the flags of a step.
 
@@ -103,7 +118,7 @@ def agree(
         describe: Makes words for a message of a position.
         mode_of: The group's ``nonfinite`` of a position.
         clocks_of: A number that differs where the clocks of a team's units do.
-        empty: Positions of weights whose norm is to be kept, and that are zero here.
+        unmeasured: Weights whose norms are to be kept, and must not be zero.
 
     Raises:
         RankError: If another rank has failed.
@@ -111,13 +126,14 @@ def agree(
             to be kept, and where an exception or a checkpoint has left the ranks at different
             steps.
     """
-    found, flags = Agreement(step=list(step_flags)), _local_flags(grads, empty)
+    found, flags = Agreement(step=list(step_flags)), _local_flags(grads, unmeasured.positions)
     for position, row in flags.items():
         found.step[MOVES] |= bool(row[NONZERO])
         if position not in team_of:  # whole on this process, and on every other that has it
             _record(found, position, row, mode_of(position))
     missing, parted = list[int](), False
-    zeros = [i for i in empty if i not in team_of and grads.get(i) is not None]
+    own = (i for i in unmeasured.positions if i not in team_of and i not in found.bad)
+    zeros = [i for i in own if has_zero(unmeasured.squares(i))]
     for team in teams:
         positions = [i for i, other in team_of.items() if other is team]
         rows = [flags.get(i, [0] * PARAMETER_FLAGS) for i in positions]
@@ -127,13 +143,16 @@ def agree(
         parted |= NO_CLOCKS not in reduced[:2] and reduced[0] != -reduced[1]
         del reduced[:2]
         found.step = [bool(x) for x in reduced[-STEP_FLAGS:]]
+        unsure = list[int]()
         for k, i in enumerate(positions):
             row = reduced[PARAMETER_FLAGS * k : PARAMETER_FLAGS * (k + 1)]
             _record(found, i, row, mode_of(i))
             if row[PRESENT] and row[ABSENT]:
                 missing.append(i)
-            elif row[PRESENT] and not row[FILLED]:
-                zeros.append(i)
+            elif row[MEASURED] and i not in found.bad:
+                unsure.append(i)
+        if unsure and not found.step[FAILED]:
+            zeros += _zeros(team, unsure, unmeasured)
     if len(teams) > 1:
         for team in teams:
             wrong = bool(missing or parted or zeros)
@@ -143,6 +162,31 @@ def agree(
     failed_elsewhere = found.step[FAILED] and not step_flags[FAILED]
     _raise_first(found, describe, missing, failed_elsewhere, zeros, parted)
     return found
+
+
+def tell(teams: Sequence[Team], failure: Exception | None) -> Exception | None:
+    """Let all ranks know whether one of them has failed, where all ask at the same place.
+
+    Args:
+        teams: All teams of this process.
+        failure: The exception of this process.
+
+    Returns:
+        It, or one that says that another rank has failed; None if none has.
+    """
+    for _ in range(min(2, len(teams))):  # ranks of several teams pass on what they hear
+        for team in teams:
+            if _reduce(team, [int(failure is not None)])[0] and failure is None:
+                failure = RankError(FAILED_ELSEWHERE)
+    return failure
+
+
+def _zeros(team: Team, positions: Sequence[int], unmeasured: Unmeasured) -> list[int]:
+    """Positions of weights of which a norm is zero on all ranks together."""
+    parts = [unmeasured.squares(i).to(team.device) for i in positions]
+    sums = team.reduce(torch.cat(parts), "SUM")
+    split = torch.split(sums, [len(x) for x in parts])
+    return [i for i, x in zip(positions, split, strict=True) if has_zero(x)]
 
 
 def _raise_first(
@@ -180,10 +224,10 @@ def _record(found: Agreement, position: int, row: Sequence[int], mode: str) -> N
         found.nonzero.add(position)
 
 
-def _local_flags(grads: Mapping[int, Tensor | None], empty: Set[int]) -> dict[int, list[int]]:
+def _local_flags(grads: Mapping[int, Tensor | None], unsure: Set[int]) -> dict[int, list[int]]:
     """Flags of what this process holds of each gradient, with one wait per device."""
     flags = {
-        i: [0, 0, int(G is not None), int(G is None), int(i not in empty)] for i, G in grads.items()
+        i: [0, 0, int(G is not None), int(G is None), int(i in unsure)] for i, G in grads.items()
     }
     by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     for i, G in grads.items():

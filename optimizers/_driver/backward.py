@@ -268,6 +268,7 @@ class BackwardHandle:
         optimizer._before_backward()
         plan = self._current_plan()
         self._known_states = len(optimizer.state)
+        optimizer._follow_radii()
         if plan is not self._plan:
             self._refuse_parameters()
             self._build(plan)

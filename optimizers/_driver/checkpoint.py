@@ -474,7 +474,7 @@ def _check_entry(
         raise ValueError(
             f"checkpoint holds {key!r} for {text}, which {method} does not know; {advice}"
         )
-    moved = check_clocks(found, expected, text)
+    moved = check_clocks(found, expected, text) or bool(started)  # clocks lie at a first member
     lacks = missing_key(found, expected)
     # between windows a rule keeps nothing, but what rounding has cut off
     own = {key for key in tensors if base_of(key) in DRIVER_SLOTS}
@@ -534,7 +534,7 @@ def restore(
         (p, key)
         for p, entry in entries.items()
         for key in entry.optional
-        if state.get(p, {}).keys() & entry.tensors.keys() and key not in state[p]
+        if _is_in_use(state.get(p, {}), entry) and key not in state[p]
     }
     for p, key in missing:
         x = entries[p].tensors[key]
@@ -545,6 +545,12 @@ def restore(
         value = torch.full(x.shape, fill, dtype=x.dtype, device=x.device)
         state[p][key] = pinned(value, p.device)
     return missing
+
+
+def _is_in_use(found: Mapping[str, Any], entry: Entry) -> bool:
+    """Whether a parameter has state, or was updated by a rule that needs none."""
+    moved = not entry.may_be_empty and any(found.get(key) for key in entry.clocks)
+    return moved or bool(found.keys() & entry.tensors.keys())
 
 
 def _fill_beginnings(

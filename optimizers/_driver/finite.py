@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels import LOW_PRECISION_DTYPES, cast_stack, fuses_passes
+from ...kernels import LOW_PRECISION_DTYPES, cast_stack, fuses_passes, squares
+from .._core.rule import Rule
 from .adamw_write import has_device_clock
 from .buckets import Bucket, StepPlan, max_abs, max_stack_bytes
 from .param_groups import names_of
@@ -95,6 +96,7 @@ class Findings:
             stack, was not looked at, or all stacks so far exceed the byte budget of one.
         unread: Per bucket, per member (K,) numbers that are finite exactly if the gradients are,
             None for a member without gradient; None where the host has read them.
+        squares: By bucket, what ``Member.squares`` is.
         adamw_flags: By position, the unread flags () of AdamW parameters.
         joined: Per device, the unread flags of all its AdamW parameters.
         stopped: Whether a gradient that another rank holds stops the whole step.
@@ -103,6 +105,7 @@ class Findings:
     bad: set[int] = field(default_factory=set)
     stacks: list[list[Tensor | None] | None] = field(default_factory=list)
     unread: list[list[Tensor | None] | None] = field(default_factory=list)
+    squares: dict[int, Tensor] = field(default_factory=dict)
     adamw_flags: dict[int, Tensor] = field(default_factory=dict)
     joined: list[tuple[list[int], Tensor]] = field(default_factory=list)
     stopped: bool = False
@@ -253,6 +256,9 @@ def _inspect_buckets(
                 stack[i], numbers[i] = _stack_and_flag(unit_grads, waits(device), read)
                 if read:
                     sums.add(numbers[i], positions)
+            elif read and (sizes := _squares_of(bucket, rule, unit_grads[0])) is not None:
+                found.squares[len(found.stacks)] = sizes
+                sums.add(sizes.sum(), positions)
             elif read:
                 sums.add_one(positions[0])
             else:
@@ -263,6 +269,20 @@ def _inspect_buckets(
         fits = bucket.stacked and used <= max_stack_bytes(device)
         found.stacks.append(stack if fits else None)
         found.unread.append(None if read else numbers)
+
+
+def _squares_of(bucket: Bucket, rule: Rule, G: Tensor) -> Tensor | None:
+    """Squares of the columns (K, 1, n) of a gradient as a rule sees it, if that reads them.
+
+    As a sum they are not finite where G is not, and need no further read of a large one.
+    """
+    if not rule.reads_squares or G.device.type != "cpu" or G.numel() <= MAX_JOINED_NUMEL:
+        return None
+    X = bucket.unit.views[0].to_matrices(G)
+    if G.dtype != bucket.dtype or X.numel() != G.numel():  # other units have the rest
+        return None
+    found: Tensor = squares(X.mT if bucket.unit.transposed[0] else X, -2)
+    return found
 
 
 def _stack_and_flag(unit_grads: list[Tensor], waits: bool, read: bool) -> tuple[Tensor, Tensor]:

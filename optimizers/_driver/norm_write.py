@@ -18,8 +18,10 @@ from .._core.terms import slice_rows
 from .._core.validation import check
 from .decay import decays_at, factor_at
 from .finite import is_capturing
+from .layout import part
 from .norms import (
     MATRIX,
+    NOT_MEASURED,
     RADIUS,
     ROWS,
     SMALLEST_SQUARE,
@@ -28,6 +30,8 @@ from .norms import (
     NormControl,
     Number,
     RowSums,
+    has_zero,
+    is_to_measure,
     multipliers,
     reparametrized,
     zero_weight,
@@ -36,12 +40,16 @@ from .write import Run, has_kernel, panels_of, where_finite
 from .write_modes import accumulation_dtype
 
 if TYPE_CHECKING:
+    from .._core.views import MatrixView
     from .buckets import Bucket
+    from .layout import Layout
     from .units import Unit
 
 Panels = list[tuple[slice, slice]]
 BY_ROWS = NormControl(size_scope=ROWS)
 """What has sums taken by rows, for norms that a rule keeps itself."""
+LOOKED_AT = ("cpu",)
+"""Devices whose sums the host looks at, to take those anew in float64 that are too coarse."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,8 @@ class _Write:
         W: The weights, rows along their memory.
         U: The whole step, laid out alike, without ``scale``.
         rows_dim: The dimension of W that numbers rows of the parameter's own matrices.
+        overflows: Where the square of a norm has overflown.
+        new_radius: Where radii are stored, as the rule sees them, and what is to be stored there.
     """
 
     def __init__(
@@ -134,6 +144,8 @@ class _Write:
             self.masks_before = self.masks_after = False
         is_whole = not all(term.supports_row_panels for term in terms)
         self.panels: Panels = list(panels_of(W, is_whole, False))
+        self.overflows = torch.zeros(1, 1, 1, dtype=torch.bool, device=W.device)
+        self.new_radius: tuple[Tensor, Tensor] | None = None
         self.U = self._dense(terms)
 
     def _per_matrix(self, runs: Sequence[Run], value: Callable[[Run], Number]) -> Number:
@@ -170,18 +182,47 @@ class _Write:
         control = self.steering.control
         keep = 1.0 if self.masks_before or self.masks_after or control.keeps_radius else self.keep
         found = self._multipliers(keep, self.dtype)
-        suspect = found.cancels
-        is_here = self.W.device.type == "cpu" and self.step.member.reductions.is_whole
-        if suspect is not None and is_here and bool(suspect.any()):
-            exact = self._multipliers(keep, torch.float64)
-            suspect = suspect.any(-2, keepdim=True)
-            A, B = (torch.where(suspect, x, y) for x, y in zip(exact[:2], found[:2], strict=True))
-            found = found._replace(A=A, B=B)
+        is_here = self.W.device.type in LOOKED_AT and self.step.member.reductions.is_whole
+        found = self._refined(found, keep) if is_here else self._left_out(found)
+        if self.new_radius is not None:
+            slot, radius = self.new_radius
+            slot.copy_(radius)
         return self._laid_out(found)
+
+    def _refined(self, found: Multipliers, keep: Number) -> Multipliers:
+        """Multipliers of sums in float64, where others are too coarse, or squares overflow."""
+        suspect = self.overflows
+        if found.cancels is not None:
+            suspect = suspect | found.cancels
+        if self.dtype == torch.float64 or not bool(suspect.any()):
+            return found
+        rough, exact = self.new_radius, self._multipliers(keep, torch.float64)
+        suspect = self._by_matrix(suspect)
+        if rough is not None and self.new_radius is not None:
+            self.new_radius = rough[0], torch.where(suspect, self.new_radius[1], rough[1])
+        A, B = (torch.where(suspect, x, y) for x, y in zip(exact[:2], found[:2], strict=True))
+        h = torch.where(suspect, exact.h, found.h) if isinstance(exact.h, Tensor) else exact.h
+        return Multipliers(A, B, h)
+
+    def _left_out(self, found: Multipliers) -> Multipliers:
+        """Multipliers that leave matrices as they are of which the square of a norm overflows."""
+        at = self._by_matrix(self.overflows)
+        if self.new_radius is not None:
+            slot, radius = self.new_radius
+            self.new_radius = slot, torch.where(at, slot.to(radius.dtype), radius)
+        A, B = torch.where(at, 1.0, found.A), torch.where(at, 0.0, found.B)
+        return Multipliers(A, B, found.h)
+
+    def _by_matrix(self, flags: Tensor) -> Tensor:
+        """Flags of rows or matrices, for all that have a norm in common: (K, 1, 1) or (1, 1, 1)."""
+        flags = flags.any(-2, keepdim=True)
+        is_joint = self.steering.control.is_whole and not self.steering.is_stack
+        return flags.any(0, keepdim=True) if is_joint else flags
 
     def _multipliers(self, keep: Number, dtype: torch.dtype) -> Multipliers:
         """The closed form from sums taken in a dtype, (K, rows, 1)."""
         sums, lr = self._sums(dtype), self.lr
+        self.overflows = ~(sums.WW + sums.UU).isfinite()
         if isinstance(lr, Tensor):
             lr = lr.to(sums.WW.dtype)
         if isinstance(keep, Tensor):
@@ -257,7 +298,7 @@ class _Write:
         return sums
 
     def _radius(self, sums: RowSums) -> Tensor | None:
-        """The radii of this step (K, rows or 1, 1), which are stored."""
+        """The radii of this step (K, rows or 1, 1), which are to be stored."""
         slot, control = self.steering.radius, self.steering.control
         if slot is None or not control.keeps_radius:
             return None
@@ -266,16 +307,18 @@ class _Write:
         norms = sums.over(control.radius_scope, sums.WW)[0].sqrt()
         radius = torch.where(stored < 0, norms, stored)
         given = self.steering.given
-        if any(rho is not None for rho in given):
-            for j, rho in enumerate(given):
-                if rho is not None:  # filled there: a copy from the host would wait
-                    radius[j if len(given) > 1 else ...] = rho * self._root_of_count()
+        for j, rho in enumerate(given):
+            if rho is not None:  # filled there: a copy from the host would wait
+                at = j if len(given) > 1 else ...
+                radius[at] = radius[at].masked_fill(
+                    stored[at] == NOT_MEASURED, rho * self._root_of_count()
+                )
         keeps = radius * radius > SMALLEST_SQUARE
         if not self.step.member.reductions.is_whole and not bool(keeps.all()):
             raise RuntimeError(zero_weight("a matrix of a sharded parameter"))
         if self.finite is not None:
             keeps = keeps & (self.finite != 0)
-        slot.copy_(torch.where(keeps, radius, stored))
+        self.new_radius = slot, torch.where(keeps, radius, stored)
         return radius
 
     def _root_of_count(self) -> float:
@@ -398,12 +441,11 @@ def refuse_zero_weights(
         for i, has_grad in enumerate(bucket.present):
             if not has_grad:
                 continue
-            unset = (bucket.states[i][RADIUS] < 0).flatten(1).any(1).tolist()
-            for unit, is_unset in zip(
-                bucket.units, unset if bucket.stacked else [any(unset)], strict=True
-            ):
+            stored = bucket.states[i][RADIUS]
+            for j, unit in enumerate(bucket.units):
                 position, given = unit.positions[i], groups[unit.group].get(RADIUS)
-                if not is_unset or given is not None:
+                own = stored[j] if bucket.stacked else stored
+                if not bool(is_to_measure(own, given).any()):
                     continue
                 if position in bad:
                     has_radius = False
@@ -414,7 +456,51 @@ def refuse_zero_weights(
 
 def is_zero(unit: Unit, i: int, scope: str) -> bool:
     """Whether a norm that ``sphere`` would keep is zero, of a weight that is whole here."""
-    X = unit.views[i].to_matrices(unit.params[i].detach())
-    squares = X.to(torch.promote_types(X.dtype, torch.float32)).square()
-    dims = {ROWS: (-1,), MATRIX: (-2, -1), WHOLE: (-3, -2, -1)}[scope]
-    return bool((squares.sum(dims) <= SMALLEST_SQUARE).any())
+    return has_zero(_in_scope(_row_squares(unit.views[i].to_matrices(unit.params[i])), scope))
+
+
+def held_squares(unit: Unit, i: int, held: Tensor, scope: str) -> Tensor:
+    """Squares of all norms that ``sphere`` would keep, of what this process holds of a weight.
+
+    Args:
+        unit: A unit of sharded weights.
+        i: The member.
+        held: What this process holds of its parameter.
+        scope: Of what norms are taken.
+
+    Returns:
+        One number for each norm of the whole weight, float32 (float64), in one order on all ranks.
+    """
+    placed, view = unit.placed, unit.views[i]
+    assert placed is not None
+    if placed.held is None:  # cut as no view can follow
+        return _in_scope(_row_squares_of_box(held, view, placed.layouts[i]), scope)
+    part_of = placed.held[i]
+    squares = _row_squares(part_of.view.to_matrices(held))
+    found = squares.new_zeros(view.k, view.m)
+    ks = slice(part_of.first, part_of.first + len(squares))
+    found[ks, part_of.start[0] : part_of.start[0] + squares.shape[1]] = squares
+    return _in_scope(found, scope)
+
+
+def _row_squares(X: Tensor) -> Tensor:
+    """Sums of squares (k, m) of the rows of matrices (k, m, n)."""
+    return X.detach().to(torch.promote_types(X.dtype, torch.float32)).square().sum(-1)
+
+
+def _row_squares_of_box(held: Tensor, view: MatrixView, layout: Layout) -> Tensor:
+    """The same of the whole matrices of a view, from a box of their parameter; zero elsewhere."""
+    number_of = torch.zeros(layout.shape, dtype=torch.int32, device=held.device)
+    numbers = torch.arange(1, view.k * view.m + 1, dtype=torch.int32, device=held.device)
+    view.to_matrices(number_of).copy_(numbers.view(view.k, view.m, 1))  # 0: of another view
+    squares = held.detach().to(torch.promote_types(held.dtype, torch.float32)).square()
+    found = squares.new_zeros(view.k * view.m + 1)
+    found.index_add_(0, part(number_of, layout.box).flatten(), squares.flatten())
+    return found[1:].view(view.k, view.m)
+
+
+def _in_scope(squares: Tensor, scope: str) -> Tensor:
+    """Sums of squares of rows (k, m), added up to what a scope takes norms of, as a vector."""
+    if scope == ROWS:
+        return squares.flatten()
+    return squares.sum(1) if scope == MATRIX else squares.sum().view(1)

@@ -6,7 +6,7 @@ per matrix or per row, which need nothing but the row sums of W^2, U W and U^2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._core.rule import RowNorms, Rule, Slot, Slots
 from .._core.validation import check, number, shown
+from .layout import local
 from .write_modes import RESIDUAL, with_residuals
 
 RADIUS = "weight_radius"
@@ -23,7 +24,11 @@ RADIUS = "weight_radius"
 DRIVER_SLOTS = frozenset((RADIUS, RESIDUAL))
 """Slots that belong to the driver: no rule sees them, and they stay where a rule drops its own."""
 NOT_MEASURED = -1.0
-"""A stored radius that the next update replaces by the norm of the weight."""
+"""A stored radius that the next update sets to what the group gives, else measures."""
+RESCALED = -2.0
+"""A stored radius that the next update measures, whatever the group gives."""
+RESET_BY = {RADIUS: RESCALED, "row_norm": NOT_MEASURED}
+"""State keys of norms of a weight, and what has the next update measure them anew."""
 SMALLEST_SQUARE = 1e-30
 """Squares of norms up to this count as zero."""
 ROWS, MATRIX, WHOLE = "rows", "matrix", "whole"
@@ -250,6 +255,54 @@ def driver_slots(
         {**own, RADIUS: Slot(axes[is_turned], dtype="full", fill=NOT_MEASURED)}
         for own, is_turned in zip(found, transposed, strict=True)
     )
+
+
+def is_to_measure(stored: Tensor, given: float | None) -> Tensor:
+    """Where the next update takes the norm of the weight as its radius.
+
+    Args:
+        stored: The stored radii.
+        given: The group's ``weight_radius``.
+    """
+    return stored < (0.0 if given is None else NOT_MEASURED)
+
+
+def radii_of(groups: Iterable[Mapping[str, Any]]) -> list[float | None]:
+    """The radius that each group gives."""
+    return [group.get(RADIUS) for group in groups]
+
+
+def follow_radii(
+    groups: Sequence[Mapping[str, Any]],
+    before: Sequence[float | None],
+    state: Mapping[Tensor, Mapping[str, Any]],
+) -> list[float | None]:
+    """Have the next update take the radii that groups give now and did not give before.
+
+    A radius that stays given is not taken again: weights may have been rescaled since.
+
+    Args:
+        groups: The groups.
+        before: What this function returned last.
+        state: The optimizer's state, changed in place.
+
+    Returns:
+        The radii that the groups give.
+    """
+    now = radii_of(groups)
+    for group, old, new in zip(groups, before, now, strict=False):
+        if new is None or new == old:
+            continue
+        for p in group["params"]:
+            for key, radius in state.get(p, {}).items():
+                if key.partition(".")[0] == RADIUS:
+                    local(radius).fill_(NOT_MEASURED)
+    return now
+
+
+def has_zero(squares: Tensor) -> bool:
+    """Whether one of some squares of norms counts as zero; the host reads it."""
+    return bool((squares <= SMALLEST_SQUARE).any())
 
 
 def zero_weight(text: str) -> str:

@@ -64,7 +64,7 @@ from .finite import (
 from .layout import is_sharded
 from .model_roles import ModelRoles, complete_names, lists_of, refuse_replaced, rows_for
 from .norm_write import BY_ROWS, Steering, refuse_zero_weights, write_steered_
-from .norms import RADIUS
+from .norms import RADIUS, follow_radii, radii_of
 from .param_groups import (
     COMMON,
     FOREIGN_KEYS,
@@ -95,7 +95,8 @@ from .write import Run, write_, write_list_, write_runs_
 
 UNIT_SETTINGS = (
     *("rule", "view", "state_dtype", "stagger", "draws"),
-    *("rules", "views", "sides", "decays", "positions", "write", "compat", "seed"),
+    *("rules", "views", "sides", "roles", "param_names", "decays", "positions"),
+    *("write", "compat", "seed"),
     *("weight_norm", "cautious", "plan", "comm_dtype", "spread_replicas"),
 )
 """Group keys beside the rule's fields that decide how parameters become units."""
@@ -196,7 +197,9 @@ class StackedOptimizer(Optimizer):
             parameters, published arithmetic (``compat``) and LoRA factors have none. None
             (default): norms go where steps lead.
         weight_radius: Root mean square of the entries that a ``"sphere"`` keeps, at any shape; None
-            (default): that of the weight at its first update, kept as state ``weight_radius``.
+            (default): that of the weight at its first update. State ``weight_radius`` has the norm.
+            A value is taken at the next update after it was set, and again only if it changes:
+            weights that :func:`qk_clip_` has scaled since keep what it has left.
         stagger: Whether refreshes of different weights are spread evenly over the window, so that
             no step but the first stalls (default: False). Where they come depends on the model.
         plan: How a sharded weight (a DTensor) is stepped, see ``docs/sharding.md``. ``"auto"``
@@ -240,6 +243,8 @@ class StackedOptimizer(Optimizer):
     _skipped: dict[Tensor, int] | None = None
     _seen: Sequence[dict[str, Any]] = ()
     """Groups as the last step has checked them; of a new one only the rule."""
+    _radii: Sequence[float | None] = ()
+    """What each group gave as ``weight_radius`` at the last step."""
     _pending: Sequence[LateFlags] = ()
     _numbers: Numbers | None = None
     """What buckets of groups with ``capturable`` read on the device."""
@@ -295,7 +300,7 @@ class StackedOptimizer(Optimizer):
             self._model_roles = ModelRoles(model, is_params=False)
         super().__init__(to_param_groups(params, self._marking_keys()), defaults)
         self._set_draws()
-        self._is_built = True
+        self._is_built, self._radii = True, radii_of(self.param_groups)
         self._warn_of_shapes()
         self._warn_of_decay()
         warn_without_matrix(self.param_groups, type(rule))
@@ -573,7 +578,7 @@ class StackedOptimizer(Optimizer):
         plan = self._build_plan(flat_params, settings)
         adamw_modes = adamw.modes_of(flat_params, settings, plan.adamw_positions)
         if old is None:  # a new optimizer, or one that was loaded or copied
-            refuse_unfit_state(plan.units, adamw_modes, self.state, settings)
+            refuse_unfit_state(plan.units, plan.rules, adamw_modes, self.state, settings)
             self._refuse_unsound_state(plan)
         else:  # settings changed, or a group came
             refuse_state_changes(
@@ -863,6 +868,7 @@ class StackedOptimizer(Optimizer):
             found = self._inspect(plan, grads, adamw_steps)
             if found.bad and self._count_skipped(found):
                 return
+            self._follow_radii()
             self._prepare_numbers(plan, grads, adamw_steps)
             self._step_matrices(plan, grads, found)
         for work in adamw_steps:
@@ -871,6 +877,11 @@ class StackedOptimizer(Optimizer):
             self._keep_unread(plan, found)
         if not (plan.buckets or adamw_steps):
             self._refuse_replaced(plan.flat_params)
+
+    def _follow_radii(self) -> None:
+        """Take up radii that were written into groups; a graph would hold that, and repeat it."""
+        if not self._is_in_capture:
+            self._radii = follow_radii(self.param_groups, self._radii, self.state)
 
     def _prepare_numbers(
         self,
@@ -944,6 +955,7 @@ class StackedOptimizer(Optimizer):
         self._captured.refuse_changes(self._get_plan(), self.param_groups, self.state)
         if self._captured.refresh_due():
             return False
+        self._follow_radii()
         self._captured.advance(self.param_groups)
         return True
 
@@ -1055,7 +1067,8 @@ class StackedOptimizer(Optimizer):
             key = (own_stack, device) if rule.yields_batched_calls else None
             size = sum(G.nbytes for G in Gs if G is not None)
             finite = found.finite_units(j, bucket)
-            batcher.add(self._step_bucket(plan, bucket, Gs, finite, found.flag(j)), key, size)
+            known = finite, found.flag(j), found.squares.get(j)
+            batcher.add(self._step_bucket(plan, bucket, Gs, *known), key, size)
         batcher.flush()
 
     def _waits(self, device: torch.device) -> bool:
@@ -1070,6 +1083,7 @@ class StackedOptimizer(Optimizer):
         Gs: Sequence[Tensor | None],
         finite: list[bool] | None,
         flag: Tensor | None = None,
+        squares: Tensor | None = None,
     ) -> UpdateGenerator:
         """Step one bucket, as a generator that stops where the rule asks for a batched call.
 
@@ -1079,6 +1093,7 @@ class StackedOptimizer(Optimizer):
             Gs: Per member its gradients (K, m, n) as they were given, None if it has none.
             finite: Per unit, whether its gradients are finite; None if the host does not know yet.
             flag: If the host does not know, (K,) on the device, finite where the gradients are.
+            squares: None, or those of the first member's columns.
         """
         rule = plan.rule(bucket)
         t, refreshed = bucket.clocks()
@@ -1106,6 +1121,7 @@ class StackedOptimizer(Optimizer):
         # a refresh is eager, and begins a count that the numbers do not know
         clocks = None if refresh_due else self._device_clocks(bucket)
         members = bucket.members(Gs, dequantized, t, refreshed, member_finite, writes, clocks)
+        members[0].squares = squares
         if refresh_due and nonzero[0]:
             for member in members:
                 member.refreshed, member.is_first_refresh = t, refreshed == 0
@@ -1263,6 +1279,7 @@ class StackedOptimizer(Optimizer):
         else:
             self._refuse_written()
         check_lists(self.param_groups)
+        self._follow_radii()
         saved = super().state_dict()
         checkpoint.name_functions(self._default_rule, saved["param_groups"])
         return saved
@@ -1314,6 +1331,7 @@ class StackedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._apply_late_flags()
+        self._follow_radii()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1321,6 +1339,7 @@ class StackedOptimizer(Optimizer):
         self._plan, self._pending, self._is_built = None, (), True
         self._numbers = self._captured = None
         checkpoint.complete(self.param_groups, self.defaults, self.state)
+        self._radii = radii_of(self.param_groups)
         self._seen = [{"rule": group.get("rule")} for group in self.param_groups]
 
 

@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from .._core.validation import check, number, shown
 from .._roles.attention_heads import Attention, Attentions, HeadRows
 from .layout import is_sharded, layout_of, local, memory
-from .norms import NOT_MEASURED, RADIUS
+from .norms import RESET_BY
+from .replicas import checked_group
+from .write_modes import RESIDUAL
 
 __all__ = ["qk_clip_"]
 
@@ -54,9 +56,10 @@ def qk_clip_(
         threshold: The largest logit that is left alone, positive (default: 100).
         alpha: The share of the queries, in [0, 1] (default: 0.5).
         optimizer: None (default), or the optimizer of the model: a norm of a scaled weight that it
-            keeps is measured anew at its next update, which otherwise would undo the scaling.
-        group: None (default), or a process group over which S is reduced by its maximum first, in
-            one call. All replicas must scale by the same S.
+            keeps, measured or given by ``weight_radius``, is measured anew at its next update,
+            which otherwise would undo the scaling.
+        group: None (default), or a process group, or mesh of one axis, over which S is reduced by
+            its maximum first, in one call. All replicas must scale by the same S.
 
     Returns:
         gamma (heads,) of every named module, float32; 1 where nothing was done.
@@ -88,14 +91,15 @@ def qk_clip_(
     )
     tau, share = number("threshold", threshold, "(0, inf)"), number("alpha", alpha, "[0, 1]")
     assert tau is not None and share is not None
-    names = sorted(max_logits)
+    for name in max_logits:
+        check(isinstance(name, str), f"max_logits must map names of modules, got {shown(name)}")
+    group, names = checked_group(group, "group"), sorted(max_logits)
     values = [_values(name, max_logits[name]) for name in names]
     params = dict(model.named_parameters(remove_duplicate=False))
     heads = [(name, len(S)) for name, S in zip(names, values, strict=True)]
     found = _attentions(model, params, heads) if names else []
     _refuse_twice([rows.name for attention in found for rows in attention.parameters])
     spans = [[_range(rows, params[rows.name]) for rows in x.parameters] for x in found]
-    _refuse_given_norms(optimizer, [(x.name, params[x.name]) for y in found for x in y.parameters])
     gammas = _factors(names, values, tau, group) if names else []
     for attention, ranges, gamma in zip(found, spans, gammas, strict=True):
         _scale(attention, ranges, gamma, share, optimizer)
@@ -154,20 +158,6 @@ def _refuse_twice(names: Sequence[str]) -> None:
         check(
             count == 1,
             f"{name} belongs to two of the modules in max_logits; name each attention once",
-        )
-
-
-def _refuse_given_norms(
-    optimizer: Optimizer | None, parameters: Sequence[tuple[str, Tensor]]
-) -> None:
-    """Raise if an optimizer keeps a weight at a norm that was given, and so would undo all."""
-    groups = [] if optimizer is None else optimizer.param_groups
-    given = {id(p) for group in groups if group.get(RADIUS) is not None for p in group["params"]}
-    for name, p in parameters:
-        check(
-            id(p) not in given,
-            f"{name} is kept at the norm that its group gives by {RADIUS}, which undoes the "
-            f"clipping; leave {RADIUS} out, so that the norm is measured",
         )
 
 
@@ -236,12 +226,9 @@ def _scale(
     for rows, (p, held, start, end) in zip(attention.parameters, ranges, strict=True):
         by = _row_factors(rows, tables)[start:end].to(held.device)
         by = by.view([-1 if i == rows.dim else 1 for i in range(held.ndim)])
-        wide = torch.promote_types(held.dtype, torch.float32)
-        if held.dtype == wide:
-            held.mul_(by)
-        else:
-            held.copy_(held.to(wide) * by)
-        _forget_norm(optimizer, p, (least < 1).any())
+        state = {} if optimizer is None else optimizer.state.get(p, {})
+        _scale_held(held, by, state.get(RESIDUAL))
+        _forget_norms(state, (least < 1).any())
 
 
 def _row_factors(rows: HeadRows, tables: Mapping[str, Tensor]) -> Tensor:
@@ -253,9 +240,31 @@ def _row_factors(rows: HeadRows, tables: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(columns, 1).flatten()
 
 
-def _forget_norm(optimizer: Optimizer | None, p: Tensor, is_scaled: Tensor) -> None:
-    """Have an optimizer measure anew the norm at which it keeps a scaled weight."""
-    state = {} if optimizer is None else optimizer.state.get(p, {})
+def _scale_held(held: Tensor, by: Tensor, residual: Any) -> None:
+    """Multiply a weight once; what rounding has cut off from it, under ``"kahan"``, is part of it.
+
+    Args:
+        held: What this process holds of the weight, changed in place.
+        by: Factors that broadcast against it.
+        residual: Its residual, changed in place, or None.
+    """
+    wide = torch.promote_types(held.dtype, torch.float32)
+    if held.dtype == wide:
+        held.mul_(by)
+        return
+    X, R = held.to(wide), None if residual is None else local(residual)
+    X = X * by if R is None else (X + R) * by
+    if R is None:
+        held.copy_(X)
+        return
+    stays = by == 1  # in bits
+    held.copy_(torch.where(stays, held.to(wide), X))
+    R.copy_(torch.where(stays, R.to(wide), X - held))
+
+
+def _forget_norms(state: Mapping[str, Any], is_scaled: Tensor) -> None:
+    """Have an optimizer measure anew the norms that it keeps of a scaled weight."""
     for key, norm in state.items():
-        if key.partition(".")[0] == RADIUS:
-            local(norm).masked_fill_(is_scaled.to(norm.device), NOT_MEASURED)
+        marker = RESET_BY.get(str(key).partition(".")[0])
+        if marker is not None:
+            local(norm).masked_fill_(is_scaled.to(norm.device), marker)

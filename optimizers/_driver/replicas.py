@@ -30,8 +30,12 @@ if TYPE_CHECKING:
     from .optimizer import StackedOptimizer
 
 
-def checked_group(group: Any) -> Any:
+def checked_group(group: Any, name: str = "process_group") -> Any:
     """The process group of a ProcessGroup or a 1-D DeviceMesh; None for None.
+
+    Args:
+        group: What was passed.
+        name: The name of the argument.
 
     Raises:
         ValueError: If it is neither, or this process is not in it.
@@ -40,17 +44,17 @@ def checked_group(group: Any) -> Any:
         return None
     import torch.distributed as dist
 
-    wanted = "process_group must be a ProcessGroup of this process or a 1-D DeviceMesh"
+    wanted = f"{name} must be a ProcessGroup of this process or a 1-D DeviceMesh"
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(f"{wanted}; call torch.distributed.init_process_group() first")
     if hasattr(group, "get_group") and hasattr(group, "ndim"):
         if group.ndim != 1:
-            raise ValueError(f"{wanted}, got a mesh of {group.ndim} axes; pass mesh[name] of one")
+            raise ValueError(f"{wanted}, got a mesh of {group.ndim} axes; pass mesh[dim] of one")
         if group.get_coordinate() is None:
-            raise ValueError(f"{wanted}, got a mesh without it; leave process_group out here")
+            raise ValueError(f"{wanted}, got a mesh without it; leave {name} out here")
         group = group.get_group()
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise ValueError(f"{wanted}, got {type(group).__name__}; leave it out to share no work")
+        raise ValueError(f"{wanted}, got {type(group).__name__}; leave it out for none")
     return group
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .._core.rule import Rule
 from .norms import DRIVER_SLOTS
 from .saved_state import adamw_entry
 from .units import State, Unit, base_of
+from .windows import drops_state
 from .write_modes import RESIDUAL
 
 
@@ -82,6 +84,7 @@ def refuse_state_changes(
 
 def refuse_unfit_state(
     units: Sequence[Unit],
+    rules: Sequence[Rule],
     adamw_modes: AdamWModes,
     state: State,
     groups: Sequence[Mapping[str, Any]],
@@ -90,6 +93,7 @@ def refuse_unfit_state(
 
     Args:
         units: Units by the present settings.
+        rules: Their rules, by ``Unit.rule``.
         adamw_modes: Parameters that AdamW trains.
         state: The optimizer's state, which is not changed.
         groups: The groups, or their settings.
@@ -100,15 +104,23 @@ def refuse_unfit_state(
     for p, (i, mode) in adamw_modes.items():
         found = state.get(p, {})
         if found.keys() - ADAMW_KEYS:
-            raise _refusal("the settings", HAND_OVER)
+            raise _refusal(f"the settings of parameter group {i}", HAND_OVER)
         _refuse_unfit_moments(p, found, mode, f"write={groups[i].get('write')!r}", i)
+    stepped = {
+        p
+        for unit in units
+        if not drops_state(rules[unit.rule]) and _is_started(unit, state)
+        for p in unit.params
+    }
+    index_of = {p: unit.group for unit in units for p in unit.params}
     for p, needed in _entries(units).items():
+        said = f"the settings of parameter group {index_of[p]}"
         stored = {k: X for k, X in state.get(p, {}).items() if isinstance(X, Tensor)}
         if "step" in stored:  # AdamW's clock is a tensor, a rule's a number
-            raise _refusal("the settings", HAND_OVER)
+            raise _refusal(said, HAND_OVER)
         # not stepped yet, or between windows, where only what rounding has cut off is kept
         kept = {key for key in needed if base_of(key) in DRIVER_SLOTS}
-        if not stored.keys() - kept:
+        if p not in stepped and not stored.keys() - kept:
             continue
         after = {key: entry for key, entry in needed.items() if entry is not None}
         before = {
@@ -118,7 +130,13 @@ def refuse_unfit_state(
             for key, X in stored.items()
         }
         if before != after:
-            raise _refusal("the settings", _difference(before, after))
+            raise _refusal(said, _difference(before, after))
+
+
+def _is_started(unit: Unit, state: State) -> bool:
+    """Whether a unit was updated, as its clock tells: it may need no other state."""
+    clock = state.get(unit.params[0], {}).get(unit.step_key, 0)
+    return isinstance(clock, int) and clock > 0
 
 
 def _refuse_unfit_moments(

@@ -108,9 +108,9 @@ class ShardedSteps:
         flags[FAILED], flags[SOUND], flags[MOVES] = failed, not failed, True
         groups = self._optimizer.param_groups
         modes = [str(group["nonfinite"]) for group in groups for _ in group["params"]]
-        describe, empty = self._optimizer._describe, shards.empty_weights(grads)
-        args = grads, flags, describe, modes.__getitem__
-        return agree(shards.teams, shards.team_of, *args, empty=empty)
+        args = grads, flags, self._optimizer._describe, modes.__getitem__
+        unmeasured = shards.unmeasured(grads)
+        return agree(shards.teams, shards.team_of, *args, unmeasured=unmeasured)
 
     def tell_of_failure(self, shards: Shards) -> None:
         """Let other ranks know of an exception that is on its way here."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from .agreement import (
     FAILED,
     LEARNS,
+    MAKES,
     MOVES,
     REFUSED,
     SOUND,
@@ -113,31 +114,31 @@ class _Step:
 
     def _agree(self, found: Findings) -> None:
         """Let all ranks know what each of them has found."""
-        optimizer, plan = self._optimizer, self._plan
-        assert plan.shards is not None
+        optimizer, shards = self._optimizer, self._plan.shards
+        assert shards is not None
         groups = optimizer.param_groups
         group_of = group_indices(groups)
         modes = [groups[group_of[i]]["nonfinite"] for i in found.bad]
         flags = [False] * STEP_FLAGS
-        flags[FAILED], plan.shards.untold = plan.shards.untold, False
+        flags[FAILED], shards.untold = shards.untold, False
         flags[SOUND] = not flags[FAILED]
-        flags[LEARNS] = plan.shards.learns(self._held)
+        flags[LEARNS], flags[MAKES] = shards.learns(self._held), shards.makes_state(self._held)
         flags[REFUSED], flags[STOPPED] = "raise" in modes, "skip_step" in modes
         flags[MOVES] = not self._lrs_are_zero() or any(
             G is not None and bool(G.any())
             for i, G in enumerate(self._grads)
-            if i not in plan.shards.layouts
+            if i not in shards.layouts
         )
         self.agreed = Agreement()  # from here on all ranks raise by themselves
         self.agreed = agree(
-            plan.shards.teams,
-            plan.shards.team_of,
-            {**self._held, **plan.shards.plain_gradients(self._grads)},
+            shards.teams,
+            shards.team_of,
+            {**self._held, **shards.plain_gradients(self._grads)},
             flags,
             optimizer._describe,
             lambda i: str(groups[group_of[i]]["nonfinite"]),
-            plan.shards.clocks_of,
-            plan.shards.empty_weights(self._held),
+            shards.clocks_of,
+            shards.unmeasured(self._held),
         )
         if flags[FAILED] and self.agreed.step[SOUND]:  # where all have failed alike, none is ahead
             raise RankError(
@@ -166,6 +167,7 @@ class _Step:
         assert self.agreed is not None and plan.shards is not None
         if (found.bad or found.stopped) and optimizer._count_skipped(found):
             return
+        optimizer._follow_radii()
         if not self.agreed.step[MOVES]:  # a checkpointer's probing step
             optimizer.init_state()
             for work in self._adamw_steps:

@@ -17,14 +17,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .agreement import LEARNS, Agreement, held_gradient, layouts_of, teams_of
+from .agreement import (
+    LEARNS,
+    MAKES,
+    Agreement,
+    Unmeasured,
+    held_gradient,
+    layouts_of,
+    teams_of,
+    tell,
+)
 from .bucket_runs import MAX_WAVE_BYTES, bucket_waves, refreshes_now, run_bucket, share_out
 from .buckets import Bucket, StepPlan
 from .exchange import Exchange, Piece, RankError, Team
-from .finite import Findings
+from .finite import Findings, roll_back, snapshot
 from .layout import Box, Layout, is_sharded, memory
-from .norm_write import refuse_zero_weights
-from .norms import RADIUS
+from .norm_write import held_squares, refuse_zero_weights
+from .norms import RADIUS, is_to_measure
 from .rendezvous import WHOLE, Rendezvous, Run, ShardReductions
 from .replicas import Replicas
 from .shard_plan import work_of
@@ -259,7 +268,7 @@ class Shards:
         self._running = [u for u in units if u.placed is not None and u.placed.held is not None]
         self._owner_of = owners
         self._requests = dict[Hashable, list[Sent]]()
-        self._filled = set[int]()
+        self._measured = set[tuple[Unit, int]]()
         self.held_tensors: dict[int, Tensor] = {}
         self.untold = self._is_known = False
         self._exchanges: dict[tuple[int, torch.device, int, int], list[Exchange]] = {}
@@ -380,25 +389,39 @@ class Shards:
         """Gradients of plain parameters on which ranks agree."""
         return {} if self.replicas is None else self.replicas.gradients(grads)
 
-    def empty_weights(self, grads: Mapping[int, Tensor | None]) -> set[int]:
-        """Positions of weights with a gradient whose norm is to be kept, and that are zero here.
+    def unmeasured(self, grads: Mapping[int, Tensor | None]) -> Unmeasured:
+        """Weights with a gradient whose norms are kept and not known yet: at first, or anew.
 
-        Looked at before the first update, and whenever their radius is to be measured anew.
+        Args:
+            grads: What ``gradients`` returned.
         """
         found = set[int]()
         for unit in self._units:
-            given = self._groups[unit.group].get(RADIUS)
-            if unit.control is None or not unit.control.keeps_radius or given is not None:
+            if unit.control is None or not unit.control.keeps_radius:
                 continue
+            given = self._groups[unit.group].get(RADIUS)
             for i, position in enumerate(unit.positions):
-                if position in self._filled or grads.get(position) is None:
+                if (unit, i) in self._measured or grads.get(position) is None:
                     continue
                 stored = self._state.get(unit.params[i], {}).get(unit.key_of(i, RADIUS))
-                if stored is not None and bool((memory(stored) >= 0).all()):
-                    self._filled.add(position)
-                elif not bool(self.held_tensors[position].any()):
+                if stored is None:
+                    is_known = given is not None
+                else:
+                    is_known = not bool(is_to_measure(memory(stored), given).any())
+                    if is_known:
+                        self._measured.add((unit, i))
+                if not is_known:
                     found.add(position)
-        return found
+        return Unmeasured(found, self._squares)
+
+    def _squares(self, position: int) -> Tensor:
+        """Squares of all norms of a weight that are kept, of what this process holds."""
+        held, found = self.held_tensors[position], list[Tensor]()
+        for unit in self._units:
+            for i, other in enumerate(unit.positions):
+                if other == position and unit.control is not None and unit.control.keeps_radius:
+                    found.append(held_squares(unit, i, held, unit.control.radius_scope))
+        return torch.cat(found)
 
     # the step -------------------------------------------------------------------------------------
 
@@ -423,6 +446,18 @@ class Shards:
             and bucket.unit.placed.runs_on_shards
             and (bucket, refreshes_now(self.held_plan, bucket)) not in self._learnt
             for bucket in plan.buckets
+        )
+
+    def makes_state(self, grads: Mapping[int, Tensor | None]) -> bool:
+        """Whether a weight has a gradient and no state yet.
+
+        Args:
+            grads: What ``gradients`` returned.
+        """
+        return any(
+            not self._state.get(unit.params[0]) and any(grads.get(i) is not None for i in places)
+            for unit in self._units
+            for places in (unit.positions,)
         )
 
     def clocks_of(self, team: Team) -> int:
@@ -458,7 +493,7 @@ class Shards:
             Exception: What a rule has raised here, after the others know of it.
         """
         mask = [grads.get(i) is not None for i in range(len(self._plan.flat_params))]
-        self._prepare(mask, grads)
+        self._prepare_together(mask, grads, agreed)
         failure: Exception | None = None
         informed = set[Team | None]()
         for team, stage in self._stages(optimizer, grads, agreed, mask, plain):
@@ -511,6 +546,24 @@ class Shards:
             for loads_of_wave in _waves(present, self._state, self._plan.flat_params):
                 args = team, loads_of_wave, grads, agreed, mask
                 yield team, partial(self._travel, optimizer, *args)
+
+    def _prepare_together(
+        self, mask: list[bool], grads: Mapping[int, Tensor | None], agreed: Agreement
+    ) -> None:
+        """Prepare; where a rank makes state, and may lack the memory, all hear how it went."""
+        if not agreed.step[MAKES]:
+            self._prepare(mask, grads)
+            return
+        before, failure = snapshot(self._state), None
+        try:
+            self._prepare(mask, grads)
+        except Exception as error:
+            failure = error
+        found = tell(self.teams, failure)
+        if found is not None:
+            self.held_plan.mask = None
+            roll_back(self._state, before)
+            raise found
 
     def _prepare(self, mask: list[bool], grads: Mapping[int, Tensor | None]) -> None:
         """Allocate state as DTensors, put strange layouts right, and sort what runs on parts."""

@@ -29,7 +29,7 @@ from .._core.validation import check
 from .decay import Decay, decays_at, factor_at, masked_factor
 from .write_modes import accumulation_dtype, carry_error_
 
-WRITE_PANEL = 2**17
+WRITE_PANEL = 2**18
 """Elements of a row panel on CPU: the passes of one write then meet in the cache."""
 WRITE_PANEL_ACCELERATOR = 2**26
 """The same on accelerators, where it only bounds the float32 copy of a low-precision weight."""
@@ -316,10 +316,11 @@ def _changes(
 
 
 def _matrices(W: Tensor) -> list[slice]:
-    """Slices of the matrices: all at once if W is small, else one by one."""
+    """Slices of the matrices: as many at once as a panel has entries for, at least one."""
     if W.numel() <= WRITE_PANEL:
         return [ALL]
-    return [slice(k, k + 1) for k in range(len(W))]
+    count = max(1, WRITE_PANEL * len(W) // W.numel())
+    return [slice(k, k + count) for k in range(0, len(W), count)]
 
 
 def _write_term(term: Term, ks: slice, decay_factor: float, alpha: float, X: Tensor) -> None:

@@ -73,10 +73,15 @@ class Projector:
         raise NotImplementedError
 
     def project_with_squares(
-        self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS
+        self,
+        state: State,
+        G: Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """R, and the squared norms of the columns of G (K, 1, n)."""
-        return self.project(state, G, reductions), reductions.rows(column_squares(G))
+        """R, and the squared norms of the columns of G (K, 1, n), which may be known."""
+        squares = column_squares(G) if squares is None else squares
+        return self.project(state, G, reductions), reductions.rows(squares)
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """P N (or P N Q^T) as the cheapest term for a weight with m rows."""
@@ -135,11 +140,15 @@ class DenseProjector(Projector):
 
     @override
     def project_with_squares(
-        self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS
+        self,
+        state: State,
+        G: Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One read of G gives R and the squares."""
-        if self.both:
-            return super().project_with_squares(state, G, reductions)
+        if self.both or squares is not None:
+            return super().project_with_squares(state, G, reductions, squares)
         R, squares = kernels.project(state["basis"], G, squares=True)
         return reductions.rows(R), reductions.rows(squares)
 

@@ -235,9 +235,13 @@ class DctProjector(IndexProjector):
 
     def selected_columns(self, index: Tensor, m: int, dtype: torch.dtype, i: slice = ALL) -> Tensor:
         """Rows i of P = D[:, I], (K, |i|, r)."""
-        C = dct_basis(m, dtype, index.device)
-        C = C.mT if self.basis == "dct3" else C
+        C = self.columns(m, dtype, index.device).mT
         return C[:, i].index_select(0, index.flatten()).view(*index.shape, -1).mT
+
+    def columns(self, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """D (m, m) itself, not to be changed."""
+        C = dct_basis(m, dtype, device)
+        return C if self.basis == "dct3" else C.mT
 
     def project_onto(self, G: Tensor, index: Tensor) -> Tensor:
         """P^T G (K, r, n) of cosines by index, at least float32, without other coefficients."""

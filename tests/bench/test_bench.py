@@ -102,6 +102,38 @@ def test_sweep_counts_state_as_documented(results):
     assert state["Muon"] == 1 and state["AdamW rule"] == state["AdamW fused"] == 2
 
 
+def test_mean_steps_are_there_for_every_class_and_lie_between_their_parts(results):
+    rows = {}
+    for contest in results["cases"]["amortised"]["contests"]:
+        for ratio in contest["ratios"]:
+            _, row, column = ratio["cell"]
+            rows.setdefault(row, {})[column] = (ratio["min"], ratio["max"])
+    public = {name: getattr(optimizers, name) for name in optimizers.__all__}
+    classes = {k for k, v in public.items() if isinstance(v, type) and hasattr(v, "zero_grad")}
+    assert set(rows) == classes - {"StackedOptimizer"}
+    for row, cells in rows.items():
+        parts = [cells[column] for column in ("step", "refresh") if column in cells]
+        low, high = cells["mean step"]
+        assert parts and min(p[0] for p in parts) <= 1.001 * low, row
+        assert high <= 1.001 * max(p[1] for p in parts), row
+    both = {row for row, cells in rows.items() if len(cells) == 3}
+    assert both == {"GaLore", "Fira", "APOLLO", "FRUGAL", "SOAP", "SwitchLoRA"}
+    assert all("step" not in rows[row] for row in ("ARO", "SOAPMuon", "DCTAdamW"))
+
+
+def test_the_column_of_the_readme_is_that_of_a_run(results, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import run
+
+    page = tmp_path / "README.md"
+    page.write_text((BENCH.parent / "README.md").read_text())
+    case = results["cases"]["amortised"]
+    run.write_column(case, page)
+    means = {r["cell"][1]: r["cpu"] for c in case["contests"] for r in c["ratios"][-1:]}
+    written = dict(re.findall(r"^\| `(\w+)` \| .*? \| .*? \| (.*?) \|", page.read_text(), re.M))
+    assert written == {name: run.short(mean) for name, mean in means.items()}
+
+
 def test_thread_counts_run_one_after_the_other(flagged):
     printed, runs = flagged
     assert printed.index("threads: 1 ===") < printed.index("threads: 2 ===")
@@ -121,7 +153,15 @@ def test_shapes_replace_those_of_the_cases(flagged):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--shapes", "3x"), ("--shapes", "8"), ("--only", "speed"), ("--threads", "0")]
+    "flags",
+    [
+        ("--shapes", "3x"),
+        ("--shapes", "8"),
+        ("--only", "speed"),
+        ("--threads", "0"),
+        ("--readme", "--quick"),
+        ("--readme", "--only", "memory"),
+    ],
 )
 def test_flags_that_make_no_sense_are_refused(monkeypatch, capsys, flags):
     monkeypatch.syspath_prepend(str(BENCH))

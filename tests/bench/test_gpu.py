@@ -1,5 +1,6 @@
 """``bench/gpu.py`` without a GPU: its dry run, planted defects, jobs that fail, and no GPU."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -123,6 +124,26 @@ def test_without_a_gpu_it_says_so(tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr == ""
     assert done.stdout.splitlines()[-1].startswith("No GPU was found: run this where")
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--only", "numeric"], "no stage numeric; --only takes numerics, optimizers"),
+        (["--seconds", "0"], "--seconds must be positive, got 0"),
+        (["--seconds", "nan"], "--seconds must be positive, got nan"),
+        (["--out", __file__], "--out must be a folder that can be made"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_before_a_gpu_is_looked_for(
+    flags, text, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(str(BENCH))
+    gpu = importlib.import_module("gpu")
+    assert [*gpu.STAGES] == [name for name in STAGES if name not in ("device", "gates")]
+    with pytest.raises(SystemExit) as refused:
+        gpu.main(["--dry", *flags])
+    assert refused.value.code == 2 and text in capsys.readouterr().err
 
 
 def test_make_calls_it():

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.paths import BENCH
 from helpers.reader import FENCE, namespace_of
 
 import stiefel.optimizers
 from stiefel.optimizers import StackedOptimizer
 
+sys.path.insert(0, str(BENCH))
+
+import cases
+import tables
+
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "pyproject.toml").is_file())
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-MOST_LINES = 135
+MOST_LINES = 141
 
 
 def readme() -> str:
@@ -88,3 +95,27 @@ def test_every_optimizer_is_in_the_table_of_methods() -> None:
     classes = [c for c in public if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
     rows = set(re.findall(r"^\| `(\w+)` \|", readme(), re.MULTILINE))
     assert rows == {c.__name__ for c in classes if c is not StackedOptimizer}
+
+
+def test_every_class_has_the_cost_of_its_mean_step() -> None:
+    """A number of two digits, and the command that measures it."""
+    head = next(line for line in readme().splitlines() if cases.MEAN in line.split(" | "))
+    column = head.split(" | ").index(cases.MEAN)
+    rows = re.findall(r"^\| `\w+` \|.*$", readme(), re.MULTILINE)
+    values = [row.split(" | ")[column] for row in rows]
+    assert len(values) >= 20 and values == [tables.short(float(value)) for value in values]
+    assert "`python bench/run.py --only amortised`" in prose() and "amortised" in cases.CASES
+
+
+def test_the_bench_writes_that_column_and_nothing_else() -> None:
+    names = re.findall(r"^\| `(\w+)` \|", readme(), re.MULTILINE)
+    old = {name: row for name in names for row in readme().splitlines() if f"| `{name}` |" in row}
+    page = tables.with_column(readme(), cases.MEAN, dict.fromkeys(names, "-"))
+    kept = {name: row.split(" | ")[3] for name, row in old.items()}
+    assert page != readme() and tables.with_column(page, cases.MEAN, kept) == readme()
+    with pytest.raises(ValueError, match="no figure for Muown"):
+        tables.with_column(readme(), cases.MEAN, {name: "-" for name in names if name != "Muown"})
+    with pytest.raises(ValueError, match="no table with a column 'speed'"):
+        tables.with_column(readme(), "speed", {})
+    shown = [tables.short(x) for x in (0.966, 0.996, 4.25, 9.96, 17.2, 384.0, 1234.0)]
+    assert shown == ["0.97", "1.0", "4.2", "10", "17", "380", "1200"]

@@ -150,12 +150,14 @@ def plain_gradients(dtype=torch.float32):
     ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("default", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_ignores_default_device_and_default_dtype(name, default):
     check(CASES[name], plain_parameters, plain_gradients(), default)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_of_other_dtypes_ignore_them_too(name, dtype):
@@ -183,6 +185,7 @@ def test_state_in_eight_bits_ignores_them(name, default, monkeypatch):
     )
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("default", DTYPES, ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_flags_that_arrive_late_ignore_them(name, default):

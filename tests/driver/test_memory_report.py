@@ -39,6 +39,7 @@ def small():
     return model
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}, {"adamw_lr": 1e-3}], ids=str)
 def test_report_equals_what_is_allocated(method, options):

@@ -83,6 +83,7 @@ def trained(make, steps, bad=(), value=NAN, missing=(), wait=None, **options):
     return seen, optimizer
 
 
+@pytest.mark.covering
 @every_method
 @every_kind
 @pytest.mark.parametrize("at", [0, 2])
@@ -93,6 +94,7 @@ def test_a_bad_gradient_leaves_weight_state_and_clock_alone_and_nothing_else(met
     assert same(seen, twin) and optimizer.skipped == {name: 1}
 
 
+@pytest.mark.covering
 @every_method
 @every_kind
 def test_flags_that_arrive_late_do_the_same(method, kind):
@@ -141,6 +143,7 @@ def test_late_flags_under_the_order_of_a_published_package(method, flags):
     assert optimizer.skipped == {"norm.bias": 1}
 
 
+@pytest.mark.covering
 @every_method
 @every_kind
 @every_wait
@@ -173,6 +176,7 @@ def test_one_group_with_skip_step_stops_the_step_of_all_groups():
         assert sum(optimizer.skipped.values()) == 1
 
 
+@pytest.mark.covering
 @every_method
 @every_kind
 @every_wait
@@ -221,6 +225,7 @@ def test_ignore_is_torch_for_adamw_parameters(flags):
     assert optimizer.skipped == {} and ours.norm.weight.isnan().any()
 
 
+@pytest.mark.covering
 @every_method
 @every_wait
 def test_ignore_looks_at_no_gradient_and_other_modes_agree_where_all_are_finite(
@@ -241,6 +246,7 @@ def test_ignore_looks_at_no_gradient_and_other_modes_agree_where_all_are_finite(
     trained(METHODS[method], 2, wait=wait, nonfinite="ignore")
 
 
+@pytest.mark.covering
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @every_wait

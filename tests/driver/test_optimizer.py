@@ -44,6 +44,7 @@ def holes(grads):
 # Stacks, views, separate optimizers -------------------------------------------------------------
 
 
+@pytest.mark.covering(whole=["method"])
 @every_method
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -61,6 +62,7 @@ def test_stack_equals_views_bitwise(method, dtype, shape, views):
     assert stacked.skipped == single.skipped and sum(single.skipped.values()) == 1
 
 
+@pytest.mark.covering
 @every_method
 @pytest.mark.parametrize("shape", [(33, 41), (129, 37), (96, 96), (200, 150)])
 def test_larger_stacks_equal_views_bitwise(method, shape, views):
@@ -74,6 +76,7 @@ def test_larger_stacks_equal_views_bitwise(method, shape, views):
     assert same(*results)
 
 
+@pytest.mark.covering(whole=["method"])
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [ODD, (45, 7), (41, 9)])
@@ -335,6 +338,7 @@ def test_gradients_are_not_modified_or_dropped(method):
             assert torch.equal(p.grad, series[step])
 
 
+@pytest.mark.covering
 @every_method
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 3, 4])
@@ -376,6 +380,7 @@ def test_nonfinite_raise_names_the_parameter_and_changes_nothing(method):
     assert same(before, tensors(optimizer)) and same(weights, [p.detach(), v.detach()])
 
 
+@pytest.mark.covering
 @every_method
 @pytest.mark.parametrize("shape", [TALL, SQUARE])
 def test_device_path_equals_host_path(method, shape):

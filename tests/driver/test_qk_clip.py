@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from helpers.paths import FIXTURES
 from helpers.ranks import mesh_of, pool
 from torch import nn
 
-from stiefel.optimizers import MaxLogits, Muon, classify, qk_clip_
+from stiefel.optimizers import MaxLogits, Muon, Muown, classify, qk_clip_
 from stiefel.optimizers._driver import qk_clip as module
 
 SHARED_KEYS = ("gqa", "mqa", "fused gqa", "conv1d gqa", "by group", "megatron", "per head",
@@ -319,11 +320,13 @@ def test_a_fused_weight_of_unknown_order_is_refused():
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\]"),
         ({"alpha": None}, "alpha must be"),
         ({"optimizer": 3}, "optimizer must be that of the model"),
+        ({"group": "data"}, "group must be a ProcessGroup of this process or a 1-D DeviceMesh"),
+        ({"max_logits": {2: torch.ones(4)}}, "max_logits must map names of modules, got 2"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, text):
     with pytest.raises(ValueError, match=text):
-        qk_clip_(model_of("mha"), LARGE, **options)
+        qk_clip_(model_of("mha"), **{"max_logits": LARGE, **options})
 
 
 def test_where_the_host_does_not_wait_a_bad_value_leaves_its_head_alone(monkeypatch):
@@ -361,7 +364,7 @@ def test_a_stored_norm_of_a_scaled_weight_is_measured_anew():
     for name, p in model.named_parameters():
         is_scaled = name.startswith(("blocks.0.attn.q_proj", "blocks.0.attn.k_proj"))
         for key in ("weight_radius", "weight_radius.1"):
-            assert (optimizer.state[p][key] == (-1.0 if is_scaled else 3.0)).all(), name
+            assert (optimizer.state[p][key] == (-2.0 if is_scaled else 3.0)).all(), name
 
 
 @pytest.mark.parametrize("words", ["hyperball", "sphere:rows"])
@@ -391,15 +394,81 @@ def test_a_sphere_takes_the_norm_of_the_scaled_weight(words, kind):
             assert ratio == pytest.approx(1.0, abs=1e-2)
 
 
-def test_a_norm_that_is_given_and_not_measured_is_refused():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_small_clipping_stays_where_a_rule_keeps_norms_itself(dtype):
+    """By less than the drift that rounding may cause, which Muown overlooks otherwise."""
+    model = model_of("mha", dtype=torch.float32).to(dtype)
+    optimizer = Muown(model, lr=1e-5)
+    params = [p for p in model.parameters() if p.ndim == 2]
+    sizes = []
+    for _ in range(8):
+        step_along_noise(optimizer, params)
+        sizes.append(rms(model["blocks"][0].attn.q_proj.weight.float()))
+        qk_clip_(model, {"blocks.0.attn": torch.full((4,), 101.0)}, optimizer=optimizer)
+    rel = 2e-3 if dtype == torch.float32 else 1e-2  # of the rounding to nearest
+    assert sizes[-1] / sizes[0] == pytest.approx(1.01**-3.5, rel=rel)
+
+
+def test_what_kahan_has_cut_off_is_scaled_with_the_weight():
+    model = model_of("mha", dtype=torch.bfloat16)
+    optimizer = Muon(model, lr=1e-3, write="kahan")
+    step_along_noise(optimizer, [p for p in model.parameters() if p.ndim == 2])
+    name = "blocks.0.attn.q_proj.weight"
+    p = dict(model.named_parameters())[name]
+    state = optimizer.state[p]
+    before, old = p.detach().float() + state["residual"].float(), p.detach().clone()
+    S = {"blocks.0.attn": torch.tensor([50.0, 400.0, 50.0, 300.0])}
+    qk_clip_(model, S, optimizer=optimizer)
+    by = torch.tensor([1.0, 0.5, 1.0, 3**-0.5]).repeat_interleave(6).view(-1, 1)
+    after = p.detach().float() + state["residual"].float()
+    assert float((after - by * before).abs().max()) < 2.0**-16
+    assert torch.equal(p.detach()[:6], old[:6]) and not torch.equal(p.detach()[6:12], old[6:12])
+
+
+REOPENED = {
+    "itself": lambda optimizer: optimizer,
+    "copy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+}
+
+
+@pytest.mark.parametrize("words", ["hyperball", "sphere:rows", "sphere:whole"])
+@pytest.mark.parametrize("reopen", REOPENED.values(), ids=REOPENED)
+def test_a_given_norm_yields_to_the_clipping_and_comes_back_when_it_changes(words, reopen):
     model = model_of("mha", dtype=torch.float32)
-    optimizer = torch.optim.SGD([{"params": model.parameters(), "weight_radius": 0.1}], lr=0.1)
-    before = copied(model)
-    with pytest.raises(
-        ValueError, match=r"q_proj\.weight is kept at the norm.*leave weight_radius"
-    ):
-        qk_clip_(model, LARGE, optimizer=optimizer)
-    assert unchanged(model, before)
+    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2}
+    optimizer = Muon(matrices.items(), lr=1e-4, weight_norm=words, weight_radius=0.1)
+    step_along_noise(optimizer)
+    assert all(rms(p) == pytest.approx(0.1, rel=1e-5) for p in matrices.values())
+    qk_clip_(model, {"blocks.0.attn": torch.full((4,), 400.0)}, optimizer=optimizer)
+    clipped = {n for n in matrices if n.startswith(("blocks.0.attn.q_", "blocks.0.attn.k_"))}
+    optimizer = reopen(optimizer)
+    matrices = dict(zip(matrices, optimizer.param_groups[0]["params"], strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        step_along_noise(optimizer)
+        for n, p in matrices.items():
+            assert rms(p) == pytest.approx(0.05 if n in clipped else 0.1, rel=1e-3), n
+    optimizer.param_groups[0]["weight_radius"] = 0.2  # to all, with a gradient or without
+    optimizer = reopen(optimizer)
+    left, *others = optimizer.param_groups[0]["params"]
+    step_along_noise(optimizer, others)
+    assert all(rms(p) == pytest.approx(0.2, rel=1e-5) for p in others)
+    step_along_noise(optimizer, [left])
+    assert rms(left) == pytest.approx(0.2, rel=1e-5)
+
+
+def step_along_noise(optimizer, params=None):
+    """A step along gradients of all parameters, or of some."""
+    optimizer.zero_grad()
+    for p in optimizer.param_groups[0]["params"] if params is None else params:
+        draw = torch.Generator().manual_seed(p.numel())
+        p.grad = torch.randn(p.shape, generator=draw).to(p.dtype)
+    optimizer.step()
+
+
+def rms(p):
+    return float(p.detach().square().mean().sqrt())
 
 
 # ranks --------------------------------------------------------------------------------------------

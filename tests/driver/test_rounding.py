@@ -121,6 +121,7 @@ def small_panels(monkeypatch):
     monkeypatch.setattr(coordinates, "SPLIT_PANEL", 16)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MATRICES)
 def test_no_weight_moves_without_the_place_that_rounds(name, dtype, monkeypatch):
@@ -134,6 +135,7 @@ def test_that_holds_in_other_precisions_and_in_panels(name, dtype, monkeypatch):
     check(lambda: on_groups(MATRICES[name], dtype), monkeypatch)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("form", ["module", "named"])
 @pytest.mark.parametrize("name", METHODS)
 def test_that_holds_for_a_model(name, form, monkeypatch):
@@ -181,6 +183,7 @@ def test_that_holds_for_decay_alone(name, dtype, monkeypatch):
     check(make_run, monkeypatch)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_that_holds_where_flags_arrive_late(name, dtype, monkeypatch):

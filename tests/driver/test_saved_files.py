@@ -347,9 +347,14 @@ def saved_by(name):
 OTHER_ROUNDING = {
     *("aro", "aro-module", "aro-adam"),
     *("adaprelora", "adaprelora-module", "adaprelora-adamw"),
+    *("muon", "muon-module", "muon-normuon", "muon-adamuon", "muon-spike", "fira"),
+    *("frugal-changed", "dctadamw", "dctadamw-module", "dctadamw-int8", "auon", "auon-module"),
+    *("auon-hybrid", "rownorm", "rownorm-module", "spectral", "spectral-module"),
+    *("hybrid", "hybrid-module", "symmetrystack"),
 }
-"""What rounds otherwise than 0.1: ARO's QR rotation is more accurate, and AdaPreLoRA multiplies
-sums of small matrices, which shards can add, before large ones."""
+"""What rounds otherwise than 0.1: ARO's QR rotation is more accurate, AdaPreLoRA multiplies sums of
+small matrices, which shards can add, before large ones, and all others add squares in another
+order."""
 
 
 def check_continuation(name, optimizer, saved, bits):

@@ -45,6 +45,7 @@ def stepped(name, count=COUNT, steps=STEPS):
     return optimizer, params
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dump", [torch.save, pickle.dump])
 @pytest.mark.parametrize("name", [*METHODS, *PAIRS])
 def test_the_state_of_one_weight_takes_its_own_bytes(name, dump):

@@ -115,6 +115,7 @@ def both(make, made, grads, monkeypatch, quantized=()):
             assert difference(cut_state[key], Y) <= tolerance, key
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_does_in_panels_what_it_does_on_a_whole_weight(name, dtype, monkeypatch):
@@ -122,6 +123,17 @@ def test_every_method_does_in_panels_what_it_does_on_a_whole_weight(name, dtype,
     codes = ("error",) if "int4" in name or "int8" in name else ()
     made = lambda: [weight(shape, i, dtype) for i, shape in enumerate(SHAPES)]  # noqa: E731
     both(CASES[name], made, grads, monkeypatch, codes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stacks_are_written_a_few_matrices_at_once_in_the_bits_of_one_by_one(name, monkeypatch):
+    results = []
+    for size in (48, 2 * 48, 5 * 48):
+        monkeypatch.setattr(write, "WRITE_PANEL", size)
+        params = [weight((6, 8), i, torch.float32) for i in range(5)]
+        run(CASES[name](params), params, [gradients((6, 8), 2, i) for i in range(5)])
+        results.append(torch.stack([p.detach() for p in params]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -159,6 +159,7 @@ def test_shards_of_every_kind_take_the_steps_of_one_process(rule, split):
         compare(rule, grads, split, SHARES[side(rule, m, n, split)], 1e-9)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 @pytest.mark.parametrize("split", ["rows", "cols"])
 @pytest.mark.parametrize("rule", RUNS)

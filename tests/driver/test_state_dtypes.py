@@ -24,6 +24,7 @@ def by_switchlora(params, **options):
 CLASSES = {**METHODS, "switchlora": by_switchlora}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("state_dtype", ["float64", "float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

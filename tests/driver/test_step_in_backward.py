@@ -144,6 +144,7 @@ def with_bad(params):
 # the same bits ------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @every_method
 @every_dtype
 def test_weights_state_and_checkpoint_are_those_of_the_joint_step(method, dtype):
@@ -167,6 +168,7 @@ def test_what_rounding_cuts_off_enters_the_momentum():
     check_twins(lambda ps: Muon(ps, lr=0.02, write="eco"), with_bad, torch.bfloat16)
 
 
+@pytest.mark.covering
 @every_method
 @pytest.mark.parametrize("wait", [True, False], ids=["read", "late"])
 def test_a_bad_gradient_leaves_its_unit_alone(method, wait):

@@ -59,6 +59,7 @@ every_method = pytest.mark.parametrize("name", [*METHODS, *PAIRS])
 every_dtype = pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 
 
+@pytest.mark.covering
 @every_dtype
 @every_method
 def test_every_tensor_of_the_state_moves_and_stays_finite(name, state_dtype):
@@ -80,6 +81,7 @@ def test_every_tensor_of_the_state_moves_and_stays_finite(name, state_dtype):
             assert enough(moves) or (name, key[1]) in AT_REST, f"{key} stood still"
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES[1:])
 @every_method
 def test_rounded_state_is_near_the_state_in_full_precision(name, state_dtype):
@@ -110,6 +112,7 @@ def decoded(optimizer):
     return found
 
 
+@pytest.mark.covering
 @every_dtype
 @every_method
 def test_a_loaded_state_goes_on_as_the_run_does(name, state_dtype):

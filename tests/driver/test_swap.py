@@ -777,6 +777,7 @@ def script_of(form, model):
     return run
 
 
+@pytest.mark.covering
 @every_class
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("model", [Net, ViT, Backbone], ids=lambda cls: cls.__name__)

@@ -15,7 +15,7 @@ from helpers.rules import FoldRule, PairRule, PlainRule, RowsRule, WindowRule
 from torch import nn
 
 from stiefel.optimizers import GaLore, Muon, Muown, RowNorm, StackedOptimizer, memory_report
-from stiefel.optimizers._driver import buckets, write
+from stiefel.optimizers._driver import buckets, norm_write, write
 from stiefel.optimizers._driver.memory import MemoryReport
 from stiefel.optimizers._driver.norms import NormControl, parse
 from stiefel.optimizers._lora.pair_groups import PairOptimizer
@@ -230,6 +230,45 @@ def test_a_step_that_nearly_cancels_the_weight_keeps_its_promise(words):
         assert bool(p.isfinite().all())
         expected, _ = oracle_step(words, W0.double()[None], G.double()[None], lr, 0.0, None)
         assert abs(float(p.detach().double().norm() / expected.norm()) - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "words", ["hyperball", "sphere:rows", "relative", "brake", "rowfloor:2+pin"]
+)
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_squares_that_overflow_are_no_obstacle(words, is_turned):
+    """A gradient, or a weight, whose square no float32 holds, beside one of usual size."""
+    for large, G in ((1e24, 1.0), (1.0, 1e24), (1e24, 1e24)):
+        params = [nn.Parameter(gaussian(9, 6, seed=i) * (large if i else 1)) for i in range(2)]
+        expected = []
+        for i, p in enumerate(params):
+            p.grad = gaussian(9, 6, seed=i + 5) * (G if i else 1)
+            U = (p.grad.mT if is_turned else p.grad).double()[None]
+            W = (p.detach().mT if is_turned else p.detach()).double()[None]
+            expected.append(oracle_step(words, W, U, 0.1, 0.0, None)[0][0])
+        view = {"view": "transposed"} if is_turned else {}
+        plain([{"params": params, **view}], words, 0.1).step()
+        for p, W in zip(params, expected, strict=True):
+            W = W.mT if is_turned else W
+            assert gap(p.detach() / W.abs().max(), W / W.abs().max()) < 3e-6
+
+
+@pytest.mark.parametrize("words", ["hyperball", "sphere:rows", "rowfloor:2+pin", "sphere:whole"])
+def test_where_the_host_does_not_look_squares_that_overflow_leave_a_matrix_as_it_is(
+    words, monkeypatch
+):
+    monkeypatch.setattr(norm_write, "LOOKED_AT", ())
+    p = nn.Parameter(gaussian(3, 5, 4))
+    p.grad = gaussian(3, 5, 4, seed=1)
+    p.grad[1] *= 1e24
+    before, optimizer = p.detach().clone(), plain([p], words, 0.1)
+    optimizer.step()
+    same = (p.detach() == before).flatten(1).all(1).tolist()
+    assert same == ([True] * 3 if "whole" in words else [False, True, False])
+    p.grad = gaussian(3, 5, 4, seed=2)
+    optimizer.step()
+    assert bool(p.isfinite().all()) and float(p.detach().abs().max()) < 10
+    assert not torch.equal(p.detach()[1], before[1])
 
 
 @EACH

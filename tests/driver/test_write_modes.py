@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from helpers.covering import in_turn
 from helpers.every_class import CLASSES, EVERY, problem
 from helpers.methods import METHODS
 from helpers.pair_problems import PAIRS, factors, pair_gradients
@@ -49,6 +50,7 @@ def trained(name, mode, *, dtype=torch.bfloat16, lr=1e-3, shapes=SHAPES, **optio
 # which mode ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @ALL_METHODS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_of_full_precision_are_written_to_nearest(name, dtype):
@@ -59,6 +61,7 @@ def test_weights_of_full_precision_are_written_to_nearest(name, dtype):
         assert not any("residual" in entry for entry in optimizer.state.values())
 
 
+@pytest.mark.covering
 @ALL_METHODS
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_auto_is_stochastic_for_low_precision_but_under_compat(name, dtype):
@@ -140,6 +143,7 @@ def test_every_view_rounds_with_the_bits_of_the_plain_weight(view, dtype, monkey
     assert not torch.equal(found[0], decayed)
 
 
+@pytest.mark.covering
 @ALL_METHODS
 @pytest.mark.parametrize("mode", ["stochastic", "kahan"])
 def test_a_stack_has_the_bits_of_its_weights_alone(name, mode):
@@ -188,11 +192,16 @@ def reloaded(optimizer, make, params):
     return other
 
 
-@ALL_METHODS
-@pytest.mark.parametrize("mode", [*MODES, "eco"])
+WITH_ECO = ("muon", "muon-ns5", "muon-plain", "muon-spike")
+"""Methods that do not refuse eco."""
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize(
+    "mode, name",
+    [(x, name) for x in (*MODES, "eco") for name in (METHODS if x != "eco" else WITH_ECO)],
+)
 def test_a_run_resumes_in_equal_bits(name, mode):
-    if mode == "eco" and name not in ("muon", "muon-ns5", "muon-plain", "muon-spike"):
-        pytest.skip("this method refuses eco")
     params, series = problem_of()
     make = lambda ps: METHODS[name](ps, lr=1e-3, write=mode)  # noqa: E731
     optimizer = make(params)
@@ -289,6 +298,7 @@ def test_an_unknown_mode_is_refused(cls):
 # bad gradients ------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @ALL_METHODS
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wait", [True, False])
@@ -440,8 +450,15 @@ FOLLOWING = [name for name in FIRST.values() if name not in ("rows", "pick")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FOLLOWING)
-@pytest.mark.parametrize("lr", [1e-4, 1e-5])
+@pytest.mark.parametrize(
+    "lr, name",  # each class at one rate, and at others in tests/bench/test_low_precision.py
+    [
+        (lr, name)
+        for i, lr in enumerate((1e-4, 1e-5))
+        for j, name in enumerate(FOLLOWING)
+        if in_turn(i, j, of=2)
+    ],
+)
 def test_bfloat16_weights_make_the_move_of_float32(name, lr):
     shapes = [(96, 64), (64, 80)]
     share, _ = moves(METHODS[name], "nearest", shapes, lr)

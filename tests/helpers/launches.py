@@ -2,12 +2,16 @@
 
 The interpreter runs Python, and so takes programs that no compiler does. Every launch of its tests
 is written down as the compiler would see it, once for each choice of pointers and switches, and
-compiled afterwards in a process that does not interpret.
+compiled afterwards in a process that does not interpret. Many tests launch the same program, which
+is compiled once: digests of those that were accepted lie in a folder.
 """
 
 import importlib
 import json
+import sys
 import tempfile
+
+from helpers.paths import BENCH
 
 TYPES = {
     "float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64": "*fp64",
@@ -80,16 +84,17 @@ def variants(path):
     return list(found.values())
 
 
-def refused(path, target):
+def refused(path, target, accepted=None):
     """What a compiler does not take of the launches in a file: descriptions and errors."""
-    return [error for launch in variants(path) if (error := compiled(*launch, target))]
+    return [error for launch in variants(path) if (error := compiled(*launch, target, accepted))]
 
 
-def compiled(module, kernel, arguments, choice, target):
-    """None, or why a launch cannot be compiled."""
+def compiled(module, kernel, arguments, choice, target, accepted=None):
+    """None, or why a launch cannot be compiled; the folder has the programs that were accepted."""
+    sys.path[:0] = [] if str(BENCH) in sys.path else [str(BENCH)]
     import triton
+    from compiled import KnownProgram, Program
     from triton import language
-    from triton.compiler import ASTSource
 
     dtypes = {"fp32": language.float32, "fp16": language.float16, "bf16": language.bfloat16}
     signature = {
@@ -101,11 +106,18 @@ def compiled(module, kernel, arguments, choice, target):
         if kind != "type"
     }
     function = getattr(importlib.import_module(module), kernel)
-    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    source = Program(fn=function, signature=signature, constexprs=constants)
+    source.choice = f"{triton.__version__} {target} {choice}"
+    if accepted is not None:
+        source.stop = lambda digest: (accepted / digest).exists()
     try:
         with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
             triton.knobs.cache.dir = cache
             triton.compile(source, target=target, options={**choice, "enable_fp_fusion": True})
+        if accepted is not None:
+            (accepted / source.digest).touch()
+    except KnownProgram:
+        return None
     except Exception as error:  # whatever a compiler says
         return f"{module}.{kernel} with {constants}: {error}"
     return None

@@ -27,7 +27,7 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(HERE.glob("test_*.py")), ids=lambda path: path.stem[5:])
-def test_kernels_equal_their_references(path, tmp_path):
+def test_kernels_equal_their_references(path, tmp_path, tmp_path_factory):
     if VERSION < (3, 7):
         pytest.skip("the interpreter of this triton does not take a numpy of today")
     if VERSION < (3, 8) and path.stem == "test_traffic":
@@ -43,19 +43,24 @@ def test_kernels_equal_their_references(path, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
-    errors = refused(launches, TARGET)
+    accepted = tmp_path_factory.getbasetemp().parent / "accepted"  # of all files and processes
+    accepted.mkdir(exist_ok=True)
+    errors = refused(launches, TARGET, accepted)
     assert not errors, "\n".join(errors)
     assert len(variants(launches)) > 1 or path.stem == "test_traffic"
 
 
-def test_what_no_compiler_takes_is_refused():
+def test_what_no_compiler_takes_is_refused(tmp_path):
     """A pointer that is said to be of integers cannot be added to as a float is."""
     module = "stiefel.kernels.triton.project"
     arguments = {"parts": ["type", "*fp32"], "out": ["type", "fp32"], "size": ["type", "i32"],
                  "splits": ["type", "i32"], "BN": ["value", 32]}  # fmt: skip
-    assert "added_kernel" in str(compiled(module, "added_kernel", arguments, {}, TARGET))
+    assert "added_kernel" in str(compiled(module, "added_kernel", arguments, {}, TARGET, tmp_path))
+    assert not [*tmp_path.iterdir()]
     arguments["out"] = ["type", "*fp32"]
-    assert compiled(module, "added_kernel", arguments, {"num_warps": 4}, TARGET) is None
+    for _ in range(2):  # made, and then known
+        given = (module, "added_kernel", arguments, {"num_warps": 4}, TARGET, tmp_path)
+        assert compiled(*given) is None and len([*tmp_path.iterdir()]) == 1
 
 
 def test_launches_are_told_apart_by_switches_not_by_tiles(tmp_path):

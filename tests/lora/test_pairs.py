@@ -127,6 +127,7 @@ def test_a_pair_with_one_bad_gradient_is_skipped_whole(make, member, bad):
     assert sum(optimizer.skipped.values()) == 1
 
 
+@pytest.mark.covering
 @methods
 @pytest.mark.parametrize("wait", [None, False], ids=["waits", "late"])
 @pytest.mark.parametrize("bad", [[0], [1], [0, 1], [1, 0]], ids=str)
@@ -180,6 +181,7 @@ def test_a_zero_direction_of_one_factor_does_not_freeze_the_other(make, zeros, m
     assert float((other - was).abs().max()) > 1e-4
 
 
+@pytest.mark.covering
 @methods
 @pytest.mark.parametrize("state_dtype", ["float64", "float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, DOUBLE], ids=str)

@@ -1,6 +1,7 @@
 """APOLLO: its factors, its draws, the recorded trajectories, and Fira without its lift."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers.shapes import COLUMN, ODD, ROW, SQUARE, TALL, WIDE
 from oracles.apollo import apollo, is_transposed
 
 from stiefel.optimizers import APOLLO, FRUGAL, Fira, GaLore, memory_report
+from stiefel.optimizers._driver import finite
 from stiefel.optimizers._toolkit import dense_projectors
 from stiefel.optimizers._toolkit.projectors import DOWN_KINDS
 from stiefel.optimizers._toolkit.random_keys import StackRNG
@@ -346,3 +348,32 @@ def test_runs_are_equal_with_the_same_seed_only():
 )
 def test_bad_settings_are_one_sentence_for_constructor_and_group(bad, text):
     check_refusal(APOLLO, bad, text)
+
+
+@pytest.mark.parametrize("cls", [APOLLO, Fira])
+def test_squares_that_tell_of_bad_gradients_are_those_of_the_step(cls, monkeypatch):
+    """Steps have the bits of steps that look for themselves; bad gradients are found alike."""
+    shapes = [(60, 150), (150, 60), (2, 64, 80)]
+    grads = [gradients(shape, 5, seed=7) for shape in shapes]
+    grads[0][2][3, 4], grads[1][3][5, 6], grads[2][2][1, 2, 3] = torch.nan, torch.inf, -torch.inf
+    grads[1][4] *= 1e25  # its squares overflow, though it is finite
+
+    def outcome():
+        params = [weight(shape, dtype=torch.float32) for shape in shapes]
+        optimizer = cls(params, rank=8, update_proj_gap=2, weight_decay=0.1, maximize=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return run(optimizer, params, [[G.float() for G in x] for x in grads]), optimizer
+
+    reads = []
+    squares_of = finite._squares_of
+    monkeypatch.setattr(
+        finite, "_squares_of", lambda *args: reads.append(squares_of(*args)) or reads[-1]
+    )
+    ours, optimizer = outcome()
+    assert sum(x is not None for x in reads) >= 8
+    monkeypatch.setattr(finite, "_squares_of", lambda *args: None)
+    wanted, other = outcome()
+    assert optimizer.skipped == other.skipped == {0: 1, 1: 1, 2: 1}
+    for Ws, Vs in zip(ours, wanted, strict=True):
+        assert all(torch.equal(W, V) for W, V in zip(Ws, Vs, strict=True))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from oracles import dctadamw as oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stiefel.kernels import dct, dct_basis, dequantize_rows, idct, quantize_rows
+from stiefel.kernels import adam, dct, dct_basis, dequantize_rows, idct, quantize_rows
 from stiefel.optimizers import DCTAdamW, GaLore
 from stiefel.optimizers._core.rule import Member
 from stiefel.optimizers._toolkit import index_projectors as module
@@ -630,3 +630,56 @@ def test_slots_that_were_empty_begin_with_their_first_gradient():
         optimizer.step()
         S = dct_basis(12, torch.float32, p.device) @ (p.detach() - before)
         torch.testing.assert_close(S.abs(), torch.full_like(S, 0.01), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sides", [(4, 6), (16, 16), (5, 7), (1, 9), (3, 1), (2, 2100)], ids=str)
+def test_clocks_of_rows_leave_a_stack_the_bits_of_its_matrices(sides, transposed, dtype):
+    """Matrices whose rows agree in their clock take another way than those whose rows do not."""
+    K, (r, n) = 5, sides
+    R, M, V = (X.to(dtype) for X in noise((3, K, r, n), 1)[0])
+    V = V.square()
+    if transposed:
+        M, V = M.mT.contiguous().mT, V.mT.contiguous().mT
+    clocks = torch.tensor([3, 1, 3, 8, 40], dtype=torch.int32).view(K, 1, 1).repeat(1, r, 1)
+    betas, eps = (0.9, 0.99), 1e-8
+    for mixed in ([], [1, 3], range(K)):
+        t = clocks.clone()
+        for k in mixed:
+            t[k] += torch.arange(r, dtype=torch.int32).view(r, 1)
+        m, v = M.clone(), V.clone()
+        N = adam(R, m, v, t, beta1=betas[0], beta2=betas[1], eps=eps)
+        T = t.double()
+        want_m, want_v = (M * 0.9 + R * 0.1).double(), (V * 0.99 + R * R * 0.01).double()
+        want = want_m / (1 - 0.9**T) / ((want_v / (1 - 0.99**T)).sqrt() + eps)
+        torch.testing.assert_close(N.double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(v.double(), want_v, rtol=1e-5, atol=1e-6)
+        for k in range(K):
+            one = slice(k, k + 1)
+            m_k, v_k = M[one].clone(), V[one].clone()
+            N_k = adam(R[one], m_k, v_k, t[one], beta1=betas[0], beta2=betas[1], eps=eps)
+            for alone, stacked in ((N_k, N), (m_k, m), (v_k, v)):
+                assert torch.equal(alone, stacked[one])
+
+
+@pytest.mark.parametrize("moments", ["match", "keep_if_same", "slot", "reset"])
+def test_taking_all_cosines_without_a_choice_steps_alike(moments, monkeypatch):
+    """At full rank nothing is left to choose; a gradient of zeros before the first choice waits."""
+    shape = (3, 8, 12)
+    grads = [X * (step > 1) for step, X in enumerate(noise(shape, 6, seed=2))]
+    grads[0][0], grads[4][1] = noise(shape[1:], 1)[0], 0.0
+
+    def trajectory():
+        p = torch.nn.Parameter(noise(shape, 1, seed=1)[0])
+        optimizer = DCTAdamW([p], rank=99, moments=moments, weight_decay=0.1)
+        return run(optimizer, [p], [grads]), optimizer.state[p]
+
+    (ours, state), calls = trajectory(), []
+    monkeypatch.setattr(DCTAdamWRule, "takes_all", lambda self, w: calls.append(w))
+    wanted, wanted_state = trajectory()
+    assert calls or moments in ("slot", "reset")
+    for W, V in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(W[0], V[0], rtol=0, atol=2e-6)
+    for key in ("index", "age", "exp_avg_sq"):
+        torch.testing.assert_close(state[key], wanted_state[key])

@@ -101,6 +101,7 @@ def test_adamuon_takes_momentum_as_the_decay_of_its_second_moment():
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("shape", [(8, 6), (6, 8)])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_state_that_moves_in_float32_moves_in_bfloat16(name, shape):
@@ -124,6 +125,7 @@ def test_every_state_that_moves_in_float32_moves_in_bfloat16(name, shape):
             assert not moves or not torch.equal(x, before[key]), key
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("alpha", [-2.0, -1.0, -0.5, 0.5, 1.0])
 @pytest.mark.parametrize("eps", [None, 1e-8])

@@ -139,6 +139,7 @@ def test_equals_the_published_package(shape, kind):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
+@pytest.mark.covering(strength=3)
 @pytest.mark.parametrize("kind", SIDES)
 @pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, ODD, ROW, COLUMN])
 @pytest.mark.parametrize("scaling", ["column", "matrix"])
@@ -264,6 +265,7 @@ FORMS = [
 forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
 
 
+@pytest.mark.covering
 @forms
 @pytest.mark.parametrize("proj_type", SIDES)
 @pytest.mark.parametrize("name", INPUTS)
@@ -272,6 +274,7 @@ def test_no_step_of_the_first_ten_is_beyond_100_lr(name, proj_type, form):
     assert max(step_sizes(Fira, *make(), rank=rank, proj_type=proj_type, **form)) < 100
 
 
+@pytest.mark.covering
 @variants
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("projection", [*PROJECTION_KINDS, "dct:l1"])
@@ -312,6 +315,7 @@ def test_gradients_of_mixed_scale_take_no_large_step(seed, m, n, r, decades, wha
     assert max(sizes) < 100, sizes
 
 
+@pytest.mark.covering
 @forms
 @pytest.mark.parametrize("proj_type", SIDES)
 @pytest.mark.parametrize("name", INPUTS)
@@ -648,12 +652,16 @@ def test_sums_of_squares_do_not_depend_on_stacking(shape, dtype, transposed, mon
         alone = X[k].mT.clone().mT if transposed else X[k].clone()
         assert torch.equal(column_squares(alone[None])[0], out[k])
         assert torch.equal(total(out[k : k + 1].clone())[0], total(out)[k])
+        wide = torch.zeros(before.shape[1] + 5, before.shape[2] + 3, dtype=dtype)
+        placed = wide[2:-3, 1:-2].copy_(before[k])  # starts on no line, and its rows lie apart
+        assert torch.equal(column_squares((placed.mT if transposed else placed)[None])[0], out[k])
     assert torch.equal(before, X.mT if transposed else X)
     monkeypatch.setattr(sums, "_PANEL_DEVICES", ())  # the way of accelerators
     torch.testing.assert_close(column_squares(X), out)
     torch.testing.assert_close(total(out), out.sum(-1, keepdim=True))
 
 
+@pytest.mark.covering
 @variants
 @pytest.mark.parametrize("projection", [*PROJECTION_KINDS, "dct:l1"])
 @pytest.mark.parametrize("shape", [(12, 20), ODD, (5, 17), COLUMN])
@@ -706,6 +714,7 @@ def test_every_matrix_of_a_batch_has_a_limiter_of_its_own():
         torch.testing.assert_close(q.detach(), p.detach()[k], rtol=0, atol=1e-6)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", SIDES)
 @pytest.mark.parametrize("form", [{}, {"variant": "paper"}, {"compat": "reference"}])
 @pytest.mark.parametrize("shape", [TALL, SQUARE, ROW, COLUMN, (1, 1), (3, 6, 5), (4, 3, 2, 2)])

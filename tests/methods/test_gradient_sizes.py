@@ -87,6 +87,7 @@ def test_a_step_is_finite_and_bounded_for_every_size_of_the_gradient(name):
         assert name in GROWING or size <= bound, c
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [name for name in FORMS if name not in GROWING])
 def test_gradients_of_mixed_size_take_bounded_steps(name, dtype):
@@ -109,6 +110,7 @@ def test_gradients_of_mixed_size_take_bounded_steps(name, dtype):
             assert largest(steps_of(FORMS[name], Gs, dtype, count)) <= bound, (count, kind)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("settings", [{}, {"view": "rows:3,5"}, {"state_dtype": "bfloat16"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", SCALE_FREE)
@@ -174,6 +176,7 @@ def test_pairs_take_finite_and_bounded_steps(name):
         assert largest(pair_steps(name, c)[1]) <= bound, c
 
 
+@pytest.mark.covering(whole=["name"])
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("sides", ["AB", "A", "B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

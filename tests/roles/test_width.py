@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from helpers.every_class import PLAIN
 from torch import nn
 
 from stiefel import optimizers
-from stiefel.optimizers import Muon, PowerLR, width_groups
+from stiefel.optimizers import Muon, PowerLR, RowNorm, width_groups
 from stiefel.optimizers.width import STEPS, WD_RULES
 
 
@@ -122,6 +123,7 @@ def test_groups_are_plain_and_keep_order_and_names():
 
 @PLAIN
 def test_every_class_takes_the_groups(cls):
+    torch.manual_seed(0)
     model = mlp(8)
     groups = width_groups(model, base_width=4, step="rms", lr=0.01)
     optimizer = cls(groups, model=model)
@@ -155,6 +157,11 @@ def test_convolutions_count_their_inputs():
         ({"base_width": 8, "lr": -1.0}, "lr must be at least 0"),
         ({"base_width": 8, "width": 0}, "width must be an int"),
         ({"base_shapes": mlp(8), "width": 8}, "width belongs to base_width"),
+        ({"base_shapes": "small"}, "base_shapes must be the small model, or map names to shapes"),
+        (
+            {"base_shapes": {n: 8 for n, _ in mlp(8).named_parameters()}},
+            "base_shapes must map names to shapes, got 8",
+        ),
         ({"base_shapes": {"0.weight": (8, 12)}}, "base_shapes has no parameter '0.bias'"),
         ({"base_shapes": nn.Sequential(*mlp(8), nn.Linear(5, 5))}, "the model has no parameter"),
         (
@@ -218,6 +225,58 @@ def test_the_output_moves_as_far_at_every_width(make, step):
     ruled = [moved(d, 64, make, step) for d in (64, 128, 256, 512)]
     assert max(ruled) < 2 * min(ruled)
     assert plain[-1] > 4 * plain[0] and plain == sorted(plain)
+
+
+def moved_by_hidden(d, make):
+    """Root mean square change of the output where only the square matrix learns, in four steps."""
+    total = 0.0
+    for seed in range(2):
+        draw = torch.Generator().manual_seed(seed)
+        sides, gains = [(d, 16), (d, d), (4, d)], (1.0, 2.0, 1 / d)
+        A, W, B = (
+            nn.Parameter(torch.randn(*s, generator=draw) * math.sqrt(gain / s[1]))
+            for s, gain in zip(sides, gains, strict=True)
+        )
+        fixed = torch.Generator().manual_seed(7)
+        batches, Y = torch.randn(5, 64, 16, generator=fixed), torch.randn(16, 4, generator=fixed)
+        call = lambda X: torch.relu(torch.relu(X @ A.mT) @ W.mT) @ B.mT  # noqa: B023, E731
+        before, optimizer = call(batches[4]).detach(), make([W])
+        for X in batches[:4]:
+            optimizer.zero_grad()
+            (call(X) - torch.sin(X @ Y / 4)).square().mean().backward()
+            optimizer.step()
+        total += float((call(batches[4]).detach() - before).square().mean())
+    return math.sqrt(total)
+
+
+HIDDEN = {
+    "adam": {
+        "AdamW": torch.optim.AdamW,
+        "APOLLO": partial(optimizers.APOLLO, rank=0.25),
+        "FRUGAL": optimizers.FRUGAL,
+        "SinkGD": optimizers.SinkGD,
+        "AuON": optimizers.AuON,
+        "RowNorm": RowNorm,
+    },
+    "rms": {
+        "Muon": partial(Muon, polar="ns5"),
+        "GaLore": partial(optimizers.GaLore, rank=0.25),
+        "SOAP": optimizers.SOAP,
+        "ARO": optimizers.ARO,
+        "Trion": partial(optimizers.Trion, rank=0.25),
+    },
+}
+
+
+@pytest.mark.parametrize("step", HIDDEN)
+def test_methods_belong_to_the_column_that_says_how_their_steps_grow(step):
+    """Growth w^e of the change of the output: e near 1 for "adam", near 1/2 for "rms"."""
+    found = {}
+    for name, make in HIDDEN[step].items():
+        ends = [moved_by_hidden(d, partial(make, lr=1e-4, weight_decay=0.0)) for d in (64, 256)]
+        found[name] = math.log2(ends[1] / ends[0]) / 2
+    low, high = {"adam": (0.6, 1.1), "rms": (0.15, 0.5)}[step]
+    assert all(low < e < high for e in found.values()), found
 
 
 # the schedule -------------------------------------------------------------------------------------

@@ -429,6 +429,42 @@ def test_an_exception_before_anything_was_asked_is_raised_on_all_ranks(method, a
     assert [far for _, far in found] == [0.0, 0.0]
 
 
+def lacks_memory(rank, world, method):
+    """What is raised where one rank cannot make state, what has changed, and how it goes on."""
+    from stiefel.optimizers._driver.units import Unit
+
+    case = Case(method, (Piece((9, 6), 0), Piece((6, 9), 1), Piece((4, 6, 5), 0)))
+    params = parameters(case, world)
+    optimizer = optimizer_of(case, params)
+    set_gradients(case, params, 0, world)
+    before, made = [whole(p) for p in params], []
+    with pytest.MonkeyPatch.context() as patch:
+        allocate = Unit.allocate
+
+        def fails(self, state, rule):
+            made.append(self)
+            if rank == 1 and len(made) == 2:
+                raise MemoryError("told to fail")
+            return allocate(self, state, rule)
+
+        patch.setattr(Unit, "allocate", fails)
+        try:
+            optimizer.step()
+            text = "no error"
+        except Exception as error:
+            text = str(error)
+    far, has_state = far_of([whole(p) for p in params], before), any(optimizer.state.values())
+    optimizer.step()
+    return text, far, has_state, far_of([whole(p) for p in params], before) > 0
+
+
+@pytest.mark.parametrize("method", ["muon", "galore", "rownorm", "frugal-columns"])
+def test_a_rank_that_cannot_make_state_is_heard_by_all(method):
+    found = pool(2).run(lacks_memory, method, timeout=20.0)
+    assert "another rank" in found[0][0] and "told to fail" in found[1][0], found
+    assert [x[1:] for x in found] == [(0.0, False, True)] * 2
+
+
 @pytest.mark.parametrize("method", ["muon", "galore", "hybrid", "aro"])
 @pytest.mark.parametrize("more", ["experts", "plain"])
 def test_an_exception_where_nothing_is_sent_is_raised_on_all_ranks(method, more):

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.covering import does_all
 from helpers.ranks import pool
 from helpers.sharded import difference, lay, meshes, whole
 from helpers.wrapped import (
@@ -31,7 +32,7 @@ every = pytest.mark.parametrize("name", NAMES)
 typical = pytest.mark.parametrize("name", ["Muon", "GaLore", "ARO", "Hybrid", "AltLoRA"])
 
 
-def trained(rank, world, name, steps=4, dtype="float32", accumulate=1, wrapping=None, options=None):
+def trained(rank, world, name, steps=3, dtype="float32", accumulate=1, wrapping=None, options=None):
     """Training beside a twin: differences of weights and of state, and whether weights moved."""
     model = net(name, getattr(torch, dtype))
     start = copy.deepcopy(model)
@@ -73,8 +74,15 @@ def check_trained(found, bound):
 SLOW = pytest.mark.slow
 
 
-@every
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW)])
+def worlds():
+    """Every class on 2 ranks, and by turns on 3 or 4."""
+    yield from ((name, 2) for name in NAMES)
+    for i, name in enumerate(NAMES):
+        for world in (3, 4) if does_all() else (3 + i % 2,):
+            yield pytest.param(name, world, marks=SLOW)
+
+
+@pytest.mark.parametrize("name, world", list(worlds()))
 def test_a_model_that_was_wrapped_before(name, world):
     check_trained(pool(world).run(trained, name), bound_of(name))
 

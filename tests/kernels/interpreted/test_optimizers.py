@@ -13,7 +13,8 @@ from stiefel.optimizers import Fira
 from stiefel.optimizers._driver import buckets
 from stiefel.optimizers._toolkit.projectors import DctProjector
 
-SHAPES = [(24, 10), (10, 24), (17, 5), (24, 10)]
+SHAPES = [(24, 10), (5, 17), (24, 10)]
+"""A stack of two that is tall, and a wide one: each shape more costs every method a third."""
 STEPS = 4
 OPERATIONS = {
     "muon-ns5": "gram",
@@ -143,11 +144,11 @@ def refused(*args):
 @pytest.mark.parametrize("name", HANDLES_NONFINITE)
 def test_flags_that_arrive_late_skip_what_the_host_would_have_skipped(name, monkeypatch):
     """Gradients are narrow, so that they are seen as they are; and nothing is kept aside."""
-    given = {"dtype": torch.bfloat16, "bad": [(0, 2), (3, 2), (1, 3)]}
+    given = {"dtype": torch.bfloat16, "bad": [(0, 2), (2, 2), (1, 3)]}
     waited = trained(METHODS[name], "triton", monkeypatch, wait=True, **given)
     monkeypatch.setattr(buckets.Bucket, "clone_state", refused)
     late = trained(METHODS[name], "triton", monkeypatch, wait=False, **given)
-    assert waited[3] == late[3] == {0: 1, 1: 1, 3: 1}
+    assert waited[3] == late[3] == {0: 1, 1: 1, 2: 1}
     assert all(bool(W.isfinite().all()) for W in late[0][-1])
     assert same(waited[0], late[0]) and same(waited[1], late[1])
 
@@ -172,12 +173,12 @@ INSIDE = [
 
 @pytest.mark.parametrize("options", INSIDE, ids=str)
 def test_all_that_galore_is_made_of_takes_flags(options, monkeypatch):
-    given = {"dtype": torch.bfloat16, "bad": [(0, 2), (3, 3)], **options}
+    given = {"dtype": torch.bfloat16, "bad": [(0, 2), (2, 3)], **options}
     waited, late = (
         trained(METHODS["galore"], "triton", monkeypatch, wait=wait, **given)
         for wait in (True, False)
     )
-    assert waited[3] == late[3] == {0: 1, 3: 1}
+    assert waited[3] == late[3] == {0: 1, 2: 1}
     assert same(waited[0], late[0]) and same(waited[1], late[1])
 
 
@@ -194,13 +195,13 @@ def test_a_block_waits_for_the_whole_of_its_parameter(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["muon-normuon", "auon", "rownorm", "trion", "dctadamw", "aro"])
 def test_narrow_state_changes_nothing_in_that(name, monkeypatch):
-    bad, narrow = [(0, 2), (3, 2)], {"state_dtype": "bfloat16"}
+    bad, narrow = [(0, 2), (2, 2)], {"state_dtype": "bfloat16"}
     narrow |= {"nesterov": True} if name == "aro" else {}  # then the step of a bad G is no buffer
     waited, late = (
         trained(METHODS[name], "triton", monkeypatch, torch.bfloat16, wait, bad, **narrow)
         for wait in (True, False)
     )
-    assert waited[3] == late[3] == {0: 1, 3: 1}
+    assert waited[3] == late[3] == {0: 1, 2: 1}
     assert same(waited[0], late[0]) and same(waited[1], late[1])
 
 
@@ -214,7 +215,7 @@ def test_chosen_cosines_are_the_same_by_kernels_around_the_fft(dtype, monkeypatc
     least = 2**-7 if dtype == torch.bfloat16 else 1e-5
     for a, b in zip(plain[0][-1], ours[0][-1], strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=least, atol=1e-5)
-    bad = [(0, 2), (2, 3)]
+    bad = [(0, 2), (1, 3)]
     waited, late = (
         trained(METHODS["dctadamw"], "triton", monkeypatch, dtype, wait, bad, **fft)
         for wait in (True, False)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from helpers.covering import in_turn
 from helpers.operands import DEVICE, LAYOUTS, gaussian, laid, nothing_beside
 from helpers.paths import BENCH
 
@@ -198,9 +199,11 @@ def test_positions_row_by_row_need_no_strides():
 def test_a_list_has_the_bits_of_a_stack():
     """At addresses that are multiples of 16 and at others, along rows and along columns."""
     X = coarse(K, M, N)
-    for form, layout, shift, count in itertools.product(
-        ("whole", "stack", "odd offset", "over 2^32"), ("rows", "columns"), (0, 1), (1, K)
-    ):
+    axes = ("whole", "stack", "odd offset", "over 2^32"), ("rows", "columns"), (0, 1), (1, K)
+    for at in itertools.product(*map(enumerate, axes)):
+        if not in_turn(*(i for i, _ in at), of=2):
+            continue
+        form, layout, shift, count = (x for _, x in at)
         rounding = Rounding(keys_of(count), *POSITIONS[form][:2])
         stack = weights(torch.bfloat16)
         reference.scaled_add_(stack, X, None, 1.0, 2.0**-7, rounding=rounding)
@@ -238,7 +241,7 @@ def test_grid_points_and_what_is_not_finite_stay(name):
         W = weights(dtype)
         W[:, 0, :8] = torch.tensor(special).to(dtype)
         W[:, 1, 0] = torch.finfo(dtype).max
-        for seed in range(5):
+        for seed in range(2):
             X = W.clone()
             run(fast, name, X, alpha=0.0, rounding=Rounding(keys_of(K, seed), 0, (M * N, N, 1)))
             assert same(X, W)
@@ -250,7 +253,7 @@ def test_extreme_values_are_rounded_as_in_plain_torch(dtype):
     sizes = torch.tensor([info.max, info.tiny, 2.0**-24, 2.0**-20, 2.0**-14, 1e-7, 3e-5, 3.0])
     W = torch.cat((sizes, -sizes, sizes.flip(0))).repeat(K, M, 2).to(DEVICE, dtype)
     steps = [2.0**-26, 2.0**-25, 2.0**-22, 2.0**-12, info.max * 2.0**-9, float("inf"), float("nan")]
-    for step, seed in itertools.product(steps, range(4)):
+    for step, seed in itertools.product(steps, range(2)):
         rounding = Rounding(keys_of(K, seed), 0, (M * W.shape[-1], W.shape[-1], 1))
         found = []
         for ops in (reference, fast):
