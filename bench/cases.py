@@ -36,6 +36,7 @@ from contests import (
     ours_galore,
     parse_model,
     peak_of,
+    pool_of,
     published_galore,
     rank_for,
     state_bytes,
@@ -51,6 +52,8 @@ from stiefel.kernels import (
     polar_report,
     rounding_keys,
 )
+from stiefel.kernels.polar.coefficients import ZOLO
+from stiefel.kernels.polar.inverse_sums import sum_of_inverses
 from stiefel.optimizers import (
     APOLLO,
     FRUGAL,
@@ -472,6 +475,80 @@ def soap_step(setting: Setting) -> Iterator[Contest]:
             contest.ratios.append(Ratio(f"{title} ours / pytorch_optimizer", ours, theirs, 0.7))
             name = f"{title} our products / pytorch_optimizer"
             contest.ratios.append(Ratio(name, least, theirs))
+        yield contest
+
+
+# --- Stacks of experts ---
+
+
+class StackStep(Step):
+    """An optimizer on one parameter (K, m, n), the matrices of a model, as experts lie."""
+
+    def __init__(self, make: Maker, model: Model) -> None:
+        self.params = [torch.nn.Parameter(0.02 * torch.randn(len(model), *model[0]))]
+        self.params[0].grad = torch.empty_like(self.params[0])
+        self.pool = [[torch.stack(grads)] for grads in pool_of(model)]
+        self.optimizer, self.swap = make(self.params), contextlib.nullcontext
+        for i in range(2):
+            self.prepare(i)
+            self.run()
+
+
+class StackArithmetic:
+    """The products, factors and passes of a stack's step, in one call each, and nothing else."""
+
+    def __init__(self, method: str, model: Model) -> None:
+        self.method, m = method, model[0][0]
+        self.G, self.M, self.W, self.U, self.V = torch.randn(5, len(model), *model[0]).unbind()
+        self.rows = torch.rand(len(model), 2, m)
+        self.run()
+
+    def prepare(self, i: int) -> None:
+        """Nothing: all is overwritten but for G."""
+
+    def run(self) -> None:
+        """Momentum, the method, the write."""
+        self.M.lerp_(self.G, 0.05)
+        torch.lerp(self.G, self.M, 0.95, out=self.U)
+        (self.factor if self.method == "Muon" else self.rotate)()
+        self.W.mul_(0.9999).add_(self.V, alpha=-1e-3)
+
+    def factor(self) -> None:
+        """Gram and apply; two Cholesky factors of blocks of 16, and products of their rows."""
+        size = max(1, 2**17 // self.G[0].numel())  # in the cache
+        for i in range(0, len(self.G), size):
+            X = self.U[i : i + size] / torch.linalg.matrix_norm(self.U[i : i + size], keepdim=True)
+            S = torch.bmm(X, X.mT)
+            norm = torch.linalg.matrix_norm(S, keepdim=True)
+            torch.bmm(sum_of_inverses(S, ZOLO, norm)[0], X, out=self.V[i : i + size])
+
+    def rotate(self) -> None:
+        """A QR factorization, two Sinkhorns of five rounds, and four products."""
+        torch.bmm(self.U, self.M, out=self.V)
+        torch.linalg.householder_product(*torch.geqrf(self.V))
+        torch.bmm(self.U, self.M, out=self.V)
+        torch.bmm(self.U, self.M.mT, out=self.V)
+        for _ in range(10):
+            torch.bmm(torch.bmm(self.rows, self.M.mT), self.M)
+        torch.bmm(self.U, self.M, out=self.V)
+
+
+def stacks_step(setting: Setting) -> Iterator[Contest]:
+    """One stack of square experts against torch's AdamW, and against bare arithmetic."""
+    targets = {"Muon": 25.0, "Spectral": 25.0, "ARO": 60.0, "DCTAdamW": 12.0}
+    for model in setting.models("64x64x512", "16x16x3"):
+        adamw = partial(torch.optim.AdamW, weight_decay=0.1, fused=True)
+        contest = Contest({"AdamW fused": partial(StackStep, adamw, model)})
+        name = f"one stack of {len(model)} of {'x'.join(map(str, model[0]))},"
+        for method, target in targets.items():
+            make = partial(getattr(optimizers, method), weight_decay=0.1)
+            contest.competitors[method] = partial(StackStep, make, model)
+            contest.ratio(f"{name} {method} / AdamW fused", method, "AdamW fused", target)
+        for method in ("Muon", "ARO"):
+            bare = f"{method}'s arithmetic"
+            contest.competitors[bare] = partial(StackArithmetic, method, model)
+            contest.ratio(f"{name} {method} / its arithmetic", method, bare)
+            contest.ratio(f"{name} {bare} / AdamW fused", bare, "AdamW fused")
         yield contest
 
 
@@ -1037,6 +1114,9 @@ CASES: dict[str, Case] = {
     "pairs-step": Case("LoRA pairs", pairs_step, floor=7, seconds=20.0, shaped=False),
     "soap-step": Case("SOAP", soap_step, floor=3, seconds=30.0),
     "aro-step": Case("ARO on squares", aro_step, floor=7, seconds=30.0),
+    "stacks": Case(
+        "a stack of small experts in one parameter", stacks_step, seconds=15.0, shaped=False
+    ),
     "adamw-parity": Case(
         "AdamW parameters against torch.optim.AdamW", adamw_parity, seconds=2.0, builds=9
     ),

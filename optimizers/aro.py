@@ -259,7 +259,7 @@ class ARORule(RotationRule):
             c = reduce(torch.minimum, cs)  # that of the largest M: R ignores the scale of A
             if self.rotation != "eigh":
                 Fs = (self.base_map(w, M, R, k) for w, M, k in zip(ws, Ms, cs, strict=True))
-                A = _cross_gram_sum(ws, ((M, F.mul_(c)) for M, F in zip(Ms, Fs, strict=True)))
+                A = _cross_gram_sum(ws, ((M, scaled(F, c)) for M, F in zip(Ms, Fs, strict=True)))
             elif self.gram_beta is None:
                 A = _cross_gram_sum(ws, ((N, N) for N in (M * c for M in Ms)))
             R = first.reductions.on_one_rank(self.next_rotation, A, R)
@@ -271,7 +271,7 @@ class ARORule(RotationRule):
         self, w: Member, M: Tensor, R: Tensor | None, c: Tensor, store_moment: bool = False
     ) -> Tensor:
         """F = f(R^T M) (K, m, n), a new tensor; ``store_moment`` stores the new second moment."""
-        X = M if R is None else w.reductions.rows(product((R * c).mT, M))
+        X = M if R is None else w.reductions.rows(product(scaled(R, c).mT, M))
         if self.base != "adam":
             if self.base == "sinkhorn":
                 return w.reductions.on_full_matrix(partial(sinkhorn, iterations=self.iterations), X)
@@ -286,6 +286,16 @@ class ARORule(RotationRule):
             stored.copy_(w.where_finite(V, stored))
         bound = 2 / math.sqrt(1 - self.beta2)  # F is within half of it, where V could follow X
         return (X / V.sqrt().add_(self.eps)).clamp_(-bound, bound)
+
+
+def scaled(X: Tensor, c: Tensor) -> Tensor:
+    """The product c X for factors c (K, 1, 1), or X itself where the host can see that all are 1.
+
+    Args:
+        X: (K, m, n).
+        c: What :func:`safe_square_scale` returns.
+    """
+    return X if c.device.type == "cpu" and bool((c == 1).all()) else X * c
 
 
 def _cross_gram_sum(ws: Sequence[Member], pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

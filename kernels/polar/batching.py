@@ -14,10 +14,12 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import SUPPORTED_DTYPES, backend_for
 
-# On the CPU: entries of a small matrix, entries of a batch of them (512 KiB in float32, so that its
-# temporaries stay in the cache and in memory that is kept), and the multiple that sides are padded
-# to.
-_SMALL = 2**14
+# On the CPU: shorter side of a small matrix, and its entries, fewer than torch sums with several
+# threads, whose number would decide bits; entries of a batch of them (512 KiB in float32, so that
+# its temporaries stay in the cache and in memory that is kept), and the multiple that sides are
+# padded to.
+_SMALL_SIDE = 128
+_SMALL = 2**15
 _BATCH = 2**17
 _PAD_MULTIPLE = 16
 # The least eps whose square is still far above the underflow of float32.
@@ -48,7 +50,8 @@ def run_stack(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
             return _run_kernels(stack, call, eps, ops)
     if stack.device.type != "cpu" and not call.exact:
         return _factor(stack, call, eps)
-    if call.batchable and _ceil(stack.shape[-2]) * _ceil(stack.shape[-1]) <= _SMALL:
+    m, n = sorted(map(_ceil, stack.shape[-2:]))
+    if call.batchable and m <= _SMALL_SIDE and m * n < _SMALL:
         return _run_batches(stack, call, eps)
     if len(stack) == 1:
         return _factor(stack[0], call, eps).unsqueeze(0)

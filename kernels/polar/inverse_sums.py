@@ -67,8 +67,11 @@ def inverse_factors(B: Tensor) -> tuple[Tensor, Tensor]:
     infos = []
     for i in range(0, m, side):  # B is (K, m - i, m): columns of M before i, what is left after it
         j = min(i + side, m)
-        X, info = _small_factor(B[:, : j - i, i:j])
+        L, info = torch.linalg.cholesky_ex(B[:, : j - i, i:j])
         infos.append(info)
+        I = torch.eye(j - i, dtype=B.dtype, device=B.device).expand_as(L)
+        # solving from the right is twice as fast here
+        X = torch.linalg.solve_triangular(L, I, upper=False, left=False)
         R = torch.bmm(X, B[:, : j - i])  # (K, j - i, m), a row of [M | L^T]
         R[:, :, i:j] = X
         M[:, i:j, :j] = R[:, :, :j]
@@ -76,14 +79,6 @@ def inverse_factors(B: Tensor) -> tuple[Tensor, Tensor]:
             B[:, j - i :, i:j] = 0
             B = torch.baddbmm(B[:, j - i :], R[:, :, j:].mT, R, alpha=-1)
     return M, (torch.stack(infos) == 0).all(0)
-
-
-def _small_factor(A: Tensor) -> tuple[Tensor, Tensor]:
-    """M with M^T M = A^(-1) by LAPACK, for A (m, m) or (K, m, m), and its flags, 0 for success."""
-    L, info = torch.linalg.cholesky_ex(A)
-    I = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
-    # solving from the right is twice as fast here
-    return torch.linalg.solve_triangular(L, I, upper=False, left=False), info
 
 
 def _sum_in_stack(S: Tensor, step: Rational, norm: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,8 +128,9 @@ def _inverse_factor_(S: Tensor) -> list[Tensor]:
     """
     m = len(S)
     if m <= _PANEL:
-        X, info = _small_factor(S)
-        S.copy_(X)
+        L, info = torch.linalg.cholesky_ex(S)
+        S.zero_().diagonal().fill_(1)
+        torch.linalg.solve_triangular(L, S, upper=False, left=False, out=S)
         return [info]
     h = (m // 2 + _PANEL - 1) // _PANEL * _PANEL
     X, B, D, Y = S[:h, :h], S[:h, h:], S[h:, :h], S[h:, h:]

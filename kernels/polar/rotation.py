@@ -18,6 +18,10 @@ _SHIFT = 1e-7
 """What the first Cholesky factorization adds to the Gram matrix, relative to its trace."""
 _DAMPING = 8
 """Share of the old factor in units of the dtype's eps: 1e-6 in float32, just above rounding."""
+_LINE_BYTES = 64
+"""Rows of so many bytes, or a multiple, start every matrix of a stack alike for LAPACK."""
+_BATCH = 2**17
+"""Entries that are factorized in one call, so that temporaries stay in the cache."""
 _NULL = 32
 """Largest eigenvalue that is taken for 0, in units of eps times the largest one."""
 _SLACK = 1e-3
@@ -44,9 +48,27 @@ def _reflections(A: Tensor) -> Tensor:
 
 
 def _completed_householder(B: Tensor, old: Tensor) -> Tensor:
-    """Q of B (K, m, m) of norm 1; columns that add no direction of their own are the old ones."""
-    parts = [_completed_reflections(X, Q) for X, Q in zip(B, old, strict=True)]
-    return parts[0].unsqueeze(0).contiguous() if len(parts) == 1 else torch.stack(parts)
+    """Q of B (K, m, m) of norm 1; columns that add no direction of their own are the old ones.
+
+    Matrices that fill whole cache lines are factorized in one call, which has their bits one by
+    one, and those of them with such a column once more by themselves.
+    """
+    fills_lines = B.shape[-1] * B.element_size() % _LINE_BYTES == 0
+    if len(B) == 1 or not fills_lines:
+        parts = [_completed_reflections(X, Q) for X, Q in zip(B, old, strict=True)]
+        return parts[0].unsqueeze(0).contiguous() if len(parts) == 1 else torch.stack(parts)
+    Q = torch.empty_like(B, memory_format=torch.contiguous_format)
+    size = max(1, _BATCH // B[0].numel())
+    for i in range(0, len(B), size):
+        H, tau = torch.geqrf(B[i : i + size])
+        diagonal = H.diagonal(dim1=-2, dim2=-1)  # (size, m)
+        # twice the bound, so that rounding hides none; what has no such column keeps its bits
+        is_open = diagonal.abs().amin(-1) <= 2 * _DAMPING * torch.finfo(B.dtype).eps
+        signs = (1 - 2 * (diagonal < 0).to(B.dtype)).unsqueeze(-2)
+        torch.mul(torch.linalg.householder_product(H, tau), signs, out=Q[i : i + size])
+        for k in (is_open.nonzero().flatten() + i).tolist():
+            Q[k] = _completed_reflections(B[k], old[k])
+    return Q
 
 
 def _completed_reflections(B: Tensor, old: Tensor) -> Tensor:
