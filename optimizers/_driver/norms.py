@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._core.rule import RowNorms, Rule, Slot, Slots
-from .._core.validation import check, number, shown
+from .._core.validation import check, is_number, number, plain_number, shown
 from .layout import local
 from .write_modes import RESIDUAL, with_residuals
 
@@ -268,8 +268,9 @@ def is_to_measure(stored: Tensor, given: float | None) -> Tensor:
 
 
 def radii_of(groups: Iterable[Mapping[str, Any]]) -> list[float | None]:
-    """The radius that each group gives."""
-    return [group.get(RADIUS) for group in groups]
+    """The radius that each group gives; no number, which checks refuse, counts as none."""
+    given = (group.get(RADIUS) for group in groups)
+    return [plain_number(x) if is_number(x) else None for x in given]
 
 
 def follow_radii(

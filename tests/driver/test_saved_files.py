@@ -353,8 +353,8 @@ OTHER_ROUNDING = {
     *("hybrid", "hybrid-module", "symmetrystack"),
 }
 """What rounds otherwise than 0.1: ARO's QR rotation is more accurate, AdaPreLoRA multiplies sums of
-small matrices, which shards can add, before large ones, and all others add squares in another
-order."""
+small matrices, which shards can add, before large ones, and others add squares, invert Gram
+matrices or step Adam in another order."""
 
 
 def check_continuation(name, optimizer, saved, bits):
