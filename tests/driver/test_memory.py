@@ -96,15 +96,16 @@ def test_muon_needs_five_matrices_at_most(shape, polar):
     assert peak(Muon(params, polar=polar), params) <= bound * size + vectors
 
 
-@pytest.mark.parametrize("make", [Muon, lambda ps: GaLore(ps, rank=16)])
-def test_stacks_stay_within_their_budget(make, monkeypatch):
+# the polar factor of small matrices has 15 of them at most, in batches of 2**17 entries
+@pytest.mark.parametrize(("make", "most"), [(Muon, 15), (lambda ps: GaLore(ps, rank=16), 9)])
+def test_stacks_stay_within_their_budget(make, most, monkeypatch):
     from stiefel.optimizers._driver import buckets
 
     params = [weight((64, 64), k) for k in range(64)]
     one = 64 * 64 * 4
     monkeypatch.setitem(buckets.MAX_STACK_BYTES, "cpu", 8 * one)
     optimizer = make(params)
-    assert peak(optimizer, params) <= 9 * 8 * one
+    assert peak(optimizer, params) <= most * 8 * one
     assert max(len(bucket.units) for bucket in optimizer._plan.buckets) == 8
 
 

@@ -1,5 +1,6 @@
 """DCT-AdamW: recorded trajectories, a naive oracle, and error feedback and its codes."""
 
+import importlib
 import itertools
 import json
 import math
@@ -445,7 +446,9 @@ class Waiting(TorchDispatchMode):
 
 @feedbacks
 @pytest.mark.parametrize("policy", ["match", "slot", "reset", "keep_if_same"])
-def test_no_number_is_read_when_every_step_chooses(fed, policy):
+def test_no_number_is_read_when_every_step_chooses(fed, policy, monkeypatch):
+    module = importlib.import_module("stiefel.kernels.reference.adam")
+    monkeypatch.setattr(module, "_READ_DEVICES", ())  # as on a device, whose clocks no host reads
     params = [weight(WIDE, 0), weight(WIDE, 1), weight((300, 400), 2)]
     optimizer = DCTAdamW(params, rank=3, error_feedback=fed, moments=policy)
     optimizer._wait = False

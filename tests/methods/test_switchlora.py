@@ -279,8 +279,9 @@ def test_state_of_the_switched_stays_and_of_its_counterpart_goes(monkeypatch):
     # row 0 of A and column 2 of B were switched; column 0 of B and row 2 of A are the counterparts
     for key in ("exp_avg", "exp_avg_sq"):
         assert not b[key][:, 0].any() and not a[key][2].any()
-        assert same(b[key][:, 1:], d[key][:, 1:])
-        assert same(a[key][[0, 1, 3]], c[key][[0, 1, 3]])
+        # rows of one clock are stepped by the fused kernel of torch, which rounds otherwise
+        torch.testing.assert_close(b[key][:, 1:], d[key][:, 1:], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(a[key][[0, 1, 3]], c[key][[0, 1, 3]], rtol=1e-6, atol=1e-8)
         assert a[key][0].any() and b[key][:, 2].any()
     assert a["count"].flatten().tolist() == [7, 7, 0, 7]
     assert b["count"].flatten().tolist() == [0, 7, 7, 7]
