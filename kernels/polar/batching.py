@@ -36,6 +36,7 @@ class PolarCall(NamedTuple):
     allows_kernels: bool = False  # whether kernels may run it; zero padding changes nothing then
     finds_norm: bool = False  # whether run divides by the norm itself, given eps
     exact: bool = False  # whether each matrix runs alone, on torch's own products
+    takes_size: bool = False  # whether run leaves X as it is, and takes its norm and a result
 
 
 def run_stack(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
@@ -57,7 +58,7 @@ def run_stack(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
         return _factor(stack[0], call, eps).unsqueeze(0)
     out = torch.empty_like(stack, memory_format=torch.contiguous_format)
     for X, O in zip(stack, out, strict=True):
-        O.copy_(_factor(X, call, eps))
+        _factor(X, call, eps, O)
     return out
 
 
@@ -114,11 +115,33 @@ def _ceil(side: int) -> int:
     return -(-side // _PAD_MULTIPLE) * _PAD_MULTIPLE
 
 
-def _factor(X: Tensor, call: PolarCall, eps: float) -> Tensor:
+def _factor(X: Tensor, call: PolarCall, eps: float, out: Tensor | None = None) -> Tensor:
     """Transpose a tall X (m, n) or (K, m, n), scale it, run the method, and transpose back."""
     tall = X.shape[-2] > X.shape[-1]
-    O = call.run(_normalized(X.mT if tall else X, call, eps))
-    return (O.mT if tall else O).to(X.dtype).contiguous()
+    Y, target = (X.mT, None if out is None else out.mT) if tall else (X, out)
+    if call.takes_size and X.device.type == "cpu":
+        Y, size = _sized(Y, call, eps)
+        in_place = target is not None and target.dtype == Y.dtype
+        O = call.run(Y, size=size, out=target if in_place else None)
+    else:
+        O = call.run(_normalized(Y, call, eps))
+    if out is not None and O is target:
+        return out
+    O = O.mT if tall else O
+    return O.to(X.dtype).contiguous() if out is None else out.copy_(O)
+
+
+def _sized(X: Tensor, call: PolarCall, eps: float) -> tuple[Tensor, Tensor]:
+    """X (m, n) in the dtype of the iteration, and ||X||_F, so that a pass over X is saved.
+
+    Where products of entries would leave the dtype, or the norm is below eps, X is divided.
+    """
+    Y = X.to(call.dtype)
+    tiny = torch.finfo(call.dtype).tiny
+    norm = _frobenius(Y, eps)
+    if max(eps, tiny**0.375) < float(norm) < tiny**-0.375:
+        return Y, norm
+    return _normalized(X, call, eps), torch.ones_like(norm)
 
 
 def _normalized(X: Tensor, call: PolarCall, eps: float) -> Tensor:

@@ -320,7 +320,7 @@ def _bind(
         )
     if method == "zolo":
         run = partial(factorizations.zolo, step=_rational(options, min(X.shape[-2:])))
-        return PolarCall(run, dtype, entry.margin, True)
+        return PolarCall(run, dtype, entry.margin, True, takes_size=True)
     if method == "qdwh":
         return PolarCall(partial(qdwh, l=_bound(options.get("l"))), dtype, entry.margin, False)
     return PolarCall(entry.run, dtype, entry.margin, False)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..dispatch import backend_for
 from .coefficients import Schedule, Triple
-from .factorizations import inverse_, masked, product_like
+from .factorizations import masked, product_like
+from .inverse_sums import inverse_
 
 # Above this weight c the Gram matrix I + c X X^T is too ill conditioned to be factorized.
 _CHOLESKY = 100.0

@@ -25,8 +25,14 @@ def gram(X: Tensor, only: Tensor | None = None) -> Tensor:
     """
     if not _in_panels(X):
         return X @ X.mT
+    return gram_into(X.new_empty(X.shape[0], X.shape[0]), X)
+
+
+def gram_into(S: Tensor, X: Tensor) -> Tensor:
+    """``gram`` of X (m, n) or (K, m, n), written into S (m, m) or (K, m, m), which is returned."""
+    if not _in_panels(X):
+        return torch.matmul(X, X.mT, out=S)
     m = X.shape[0]
-    S = X.new_empty(m, m)
     for i in range(0, m, GRAM_PANEL_ROWS):
         j = min(i + GRAM_PANEL_ROWS, m)
         torch.mm(X[i:j], X[:j].mT, out=S[i:j, :j])
