@@ -15,12 +15,12 @@ from .. import reference
 from ..dispatch import SUPPORTED_DTYPES, backend_for
 
 # On the CPU: shorter side of a small matrix, and its entries, fewer than torch sums with several
-# threads, whose number would decide bits; entries of a batch of them (512 KiB in float32, so that
+# threads, whose number would decide bits; entries of a batch of them (768 KiB in float32, so that
 # its temporaries stay in the cache and in memory that is kept), and the multiple that sides are
 # padded to.
 _SMALL_SIDE = 128
 _SMALL = 2**15
-_BATCH = 2**17
+_BATCH = 3 * 2**16
 _PAD_MULTIPLE = 16
 # The least eps whose square is still far above the underflow of float32.
 _SQUARED = 1e-15
@@ -72,7 +72,8 @@ def _run_batches(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
     transposed = stack.shape[-2] > stack.shape[-1]
     source, target = (stack.mT, out.mT) if transposed else (stack, out)  # (K, m, n), m <= n
     m, n = source.shape[-2:]
-    size = max(1, _BATCH // (_ceil(m) * _ceil(n)))
+    most = max(1, _BATCH // (_ceil(m) * _ceil(n)))
+    size = -(-len(stack) // -(-len(stack) // most)) if len(stack) else 1  # equal batches
     for i in range(0, len(stack), size):
         Y = torch.nn.functional.pad(source[i : i + size], (0, _ceil(n) - n, 0, _ceil(m) - m))
         target[i : i + size].copy_(call.run(_normalized(Y, call, eps))[..., :m, :n])

@@ -29,8 +29,8 @@ _PANEL = 64
 """Side of the blocks of one large matrix."""
 _PANELS_FROM = 384
 """Side from which one matrix is faster in blocks than by LAPACK as a whole."""
-_LINE = 16
-"""Entries between its rows, 64 bytes: rows 2^k bytes apart would share lines of the cache."""
+_GAP = 8
+"""Entries between the rows of its terms: rows 2^k bytes apart would share lines of the cache."""
 
 
 def uses_blocks(S: Tensor) -> bool:
@@ -218,7 +218,7 @@ def _sum_in_panels(S: Tensor, M: Tensor, step: Rational, norm: Tensor) -> tuple[
 
 def _space(like: Tensor, m: int, count: int) -> Tensor:
     """Memory for the terms of a sum, (count, m, m), row by row of all of them."""
-    rows = like.new_empty(m, count * m + _LINE)[:, : count * m]
+    rows = like.new_empty(m, count * m + _GAP)[:, : count * m]
     return rows.view(m, count, m).transpose(0, 1)
 
 

@@ -22,6 +22,10 @@ _LINE_BYTES = 64
 """Rows of so many bytes, or a multiple, start every matrix of a stack alike for LAPACK."""
 _BATCH = 2**17
 """Entries that are factorized in one call, so that temporaries stay in the cache."""
+_CROWDED, _CROWDED_FROM = 256, 512
+"""Columns of so many entries, or a multiple, share lines of the cache; where that is felt."""
+_ROWS_OF_ZEROS = 4
+"""Rows below such a matrix, which part its columns."""
 _NULL = 32
 """Largest eigenvalue that is taken for 0, in units of eps times the largest one."""
 _SLACK = 1e-3
@@ -41,53 +45,74 @@ def householder_qr(A: Tensor) -> Tensor:
 
 
 def _reflections(A: Tensor) -> Tensor:
-    H, tau = torch.geqrf(A)
-    signs = 1 - 2 * (H.diagonal(dim1=-2, dim2=-1) < 0).to(A.dtype)
-    Q: Tensor = torch.linalg.householder_product(H, tau).mul_(signs.unsqueeze(-2))
-    return Q
+    return _product_of_reflections_(*_geqrf(A), torch.empty_like(A))
+
+
+def _geqrf(A: Tensor) -> tuple[Tensor, Tensor]:
+    """LAPACK's reflections of A (..., m, n), by columns, perhaps with rows of zeros below them.
+
+    Columns 2^k bytes apart share lines of the cache: with 4 rows more reflections of 1024x1024 take
+    0.7 of the time, and are the same.
+    """
+    *batch, m, n = A.shape
+    crowded = A.device.type == "cpu" and m >= _CROWDED_FROM and m % _CROWDED == 0
+    H = A.new_empty(*batch, n, m + _ROWS_OF_ZEROS * crowded).mT
+    H[..., :m, :] = A
+    H[..., m:, :] = 0
+    tau = A.new_empty(*batch, min(m, n))
+    torch.geqrf(H, out=(H, tau))  # one tensor object as input and result: there is nothing to copy
+    return H, tau
+
+
+def _product_of_reflections_(H: Tensor, tau: Tensor, out: Tensor) -> Tensor:
+    """Q of such reflections, with the diagonal of Q^T A positive, in ``out`` (..., m, m).
+
+    The reflections are overwritten.
+    """
+    signs = 1 - 2 * (H.diagonal(dim1=-2, dim2=-1) < 0).to(H.dtype)
+    torch.linalg.householder_product(H, tau, out=H)
+    return torch.mul(H[..., : H.shape[-1], :], signs.unsqueeze(-2), out=out)
 
 
 def _completed_householder(B: Tensor, old: Tensor) -> Tensor:
     """Q of B (K, m, m) of norm 1; columns that add no direction of their own are the old ones.
 
     Matrices that fill whole cache lines are factorized in one call, which has their bits one by
-    one, and those of them with such a column once more by themselves.
+    one.
     """
     fills_lines = B.shape[-1] * B.element_size() % _LINE_BYTES == 0
-    if len(B) == 1 or not fills_lines:
-        parts = [_completed_reflections(X, Q) for X, Q in zip(B, old, strict=True)]
-        return parts[0].unsqueeze(0).contiguous() if len(parts) == 1 else torch.stack(parts)
+    size = max(1, _BATCH // B[0].numel()) if fills_lines else 1
     Q = torch.empty_like(B, memory_format=torch.contiguous_format)
-    size = max(1, _BATCH // B[0].numel())
     for i in range(0, len(B), size):
-        H, tau = torch.geqrf(B[i : i + size])
-        diagonal = H.diagonal(dim1=-2, dim2=-1)  # (size, m)
-        # twice the bound, so that rounding hides none; what has no such column keeps its bits
-        is_open = diagonal.abs().amin(-1) <= 2 * _DAMPING * torch.finfo(B.dtype).eps
-        signs = (1 - 2 * (diagonal < 0).to(B.dtype)).unsqueeze(-2)
-        torch.mul(torch.linalg.householder_product(H, tau), signs, out=Q[i : i + size])
-        for k in (is_open.nonzero().flatten() + i).tolist():
-            Q[k] = _completed_reflections(B[k], old[k])
+        H, tau = _geqrf(B[i : i + size])
+        least = H.diagonal(dim1=-2, dim2=-1).abs().amin(-1)
+        # twice the bound, so that rounding hides none of the columns that are next to nothing
+        for k in (least <= 2 * _completion(B)).nonzero().flatten().tolist():
+            _complete_(H[k], tau[k], B[i + k], old[i + k])
+        _product_of_reflections_(H, tau, Q[i : i + size])
     return Q
 
 
-def _completed_reflections(B: Tensor, old: Tensor) -> Tensor:
-    """Q of one matrix; reflections are found anew only from the first column that is replaced."""
-    completion = _DAMPING * torch.finfo(B.dtype).eps
-    is_nothing = torch.linalg.vector_norm(B, dim=0) <= completion  # seen without reflections
-    if bool(is_nothing.any()):
+def _completion(B: Tensor) -> float:
+    """What a column of B, of norm 1, must add to the span of those before it."""
+    return _DAMPING * torch.finfo(B.dtype).eps
+
+
+def _complete_(H: Tensor, tau: Tensor, B: Tensor, old: Tensor) -> None:
+    """Find the reflections of B (m, m) anew, in place, from the first column that is replaced."""
+    m, completion = len(B), _completion(B)
+    is_nothing = B.square().sum(0) <= completion**2
+    if bool(is_nothing.any()):  # seen without reflections
         B = torch.where(is_nothing, old, B)
-    H, tau = torch.geqrf(B)
+        for place, found in zip((H, tau), _geqrf(B), strict=True):
+            place.copy_(found)
     is_open = H.diagonal().abs() <= completion
     if bool(is_open.any()):
         j = int(is_open.nonzero()[0])
         rest = torch.where(is_open[j:], old[:, j:], B[:, j:])
         if j > 0:
-            rest = torch.ormqr(H[:, :j], tau[:j], rest, left=True, transpose=True)
-        H[j:, j:], tau[j:] = torch.geqrf(rest[j:])
-    signs = 1 - 2 * (H.diagonal() < 0).to(B.dtype)
-    Q: Tensor = torch.linalg.householder_product(H, tau).mul_(signs)
-    return Q
+            rest = torch.ormqr(H[:m, :j], tau[:j], rest, left=True, transpose=True)
+        H[j:m, j:], tau[j:] = torch.geqrf(rest[j:])
 
 
 def cholesky_qr(A: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
