@@ -1,8 +1,7 @@
 """Polar factors by factorization: singular vectors, eigenvectors, one rational step.
 
-X is (m, n) or (K, m, n) with m <= n, of Frobenius norm at most one, and may be overwritten where a
-function does not say otherwise. LAPACK refuses non-finite input with an exception; here such a matrix
-becomes NaN instead.
+X is (m, n) or (K, m, n) with m <= n, of Frobenius norm at most one, and may be overwritten, but by
+``zolo``. LAPACK refuses non-finite input with an exception; here such a matrix becomes NaN instead.
 """
 
 import torch

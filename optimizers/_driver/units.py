@@ -550,19 +550,29 @@ def units_of(group_index: int, group: Mapping[str, Any], part: Part) -> list[Uni
                     rule.check_members([(v.k, v.m, v.n) for v in unit_views])
             units.append(_unit(group_index, group, rule, run, unit_views, number))
         if any(is_sharded(w.param) for w in run):
-            count = len(views_of_params[0])
-            choice, spread = group.get("plan", "auto"), bool(group.get("spread_replicas"))
-            placed = [place(u, rule, texts, views, count, choice, spread) for u in units[-count:]]
-            control = units[-1].control
-            spans = control is not None and control.is_whole
-            divided = spans and any("k" in letters for x in placed for letters in x.cut)
-            # a parameter travels whole, or not at all
-            if divided or any(x.held is None for x in placed):
-                placed = [travelling(x) for x in placed]
-            for unit, x in zip(units[-count:], placed, strict=True):
-                unit.placed = x
-                unit.float_slots = unit.crossed_slots()
+            _place_units(units[-len(views_of_params[0]) :], group, rule, texts, views)
     return units
+
+
+def _place_units(
+    units: Sequence[Unit],
+    group: Mapping[str, Any],
+    rule: Rule,
+    texts: Sequence[str],
+    views: Sequence[str],
+) -> None:
+    """Say where the units of one run, of which some parameter is sharded, are worked on."""
+    choice, spread = group.get("plan", "auto"), bool(group.get("spread_replicas"))
+    placed = [place(unit, rule, texts, views, len(units), choice, spread) for unit in units]
+    control = units[-1].control
+    spans = control is not None and control.is_whole
+    divided = spans and any("k" in letters for x in placed for letters in x.cut)
+    # a parameter travels whole, or not at all
+    if divided or any(x.held is None for x in placed):
+        placed = [travelling(x) for x in placed]
+    for unit, x in zip(units, placed, strict=True):
+        unit.placed = x
+        unit.float_slots = unit.crossed_slots()
 
 
 def refuse_parts(group: Mapping[str, Any], counts: Sequence[int], texts: Sequence[str]) -> None:

@@ -40,8 +40,8 @@ from stiefel.kernels import (
     zolotarev,
 )
 from stiefel.kernels.polar import coefficients as lists
-from stiefel.kernels.polar.inverse_sums import inverse_
 from stiefel.kernels.polar.gram_newton_schulz import gram_iteration, restart_score
+from stiefel.kernels.polar.inverse_sums import inverse_
 from stiefel.kernels.polar.methods import POLAR_METHODS
 from stiefel.kernels.polar.newton_schulz import _gaussian, polynomial, power_bound
 from stiefel.kernels.polar.qdwh import lower_bound

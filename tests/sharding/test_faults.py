@@ -71,6 +71,15 @@ def far_of(a, b):
     return max([0.0, *(difference(x, y) for x, y in zip(a, b, strict=True))])
 
 
+def error_of_step(optimizer):
+    """Kind, text and cause of what a step raises, or "no error"."""
+    try:
+        optimizer.step()
+    except Exception as error:
+        return f"{type(error).__name__}: {error} {error.__cause__}"
+    return "no error"
+
+
 # gradients that are not finite --------------------------------------------------------------------
 
 
@@ -265,11 +274,7 @@ def raises_in_update(rank, world, method, bad, when, more=()):
         for cls in classes:
             patch.setattr(cls, when, failing(getattr(cls, when), rank in bad))
         set_gradients(case, params, 2, world)
-        try:
-            optimizer.step()
-            text = "no error"
-        except Exception as error:
-            text = f"{type(error).__name__}: {error} {error.__cause__}"
+        text = error_of_step(optimizer)
     set_gradients(case, params, 3, world)
     try:
         optimizer.step()
@@ -338,11 +343,7 @@ def raises_early(rank, world, method, bad):
             for home in homes if when != "an answer" else ():
                 patch.setattr(home, when, failing(getattr(home, when), rank == bad))
             set_gradients(case, params, steps, world)
-            try:
-                optimizer.step()
-                text = "no error"
-            except Exception as error:
-                text = f"{type(error).__name__}: {error} {error.__cause__}"
+            text = error_of_step(optimizer)
         set_gradients(case, params, steps + 1, world)
         try:
             optimizer.step()
@@ -407,11 +408,7 @@ def raises_at_first(rank, world, case, always):
                 return update(self, *members)
 
             patch.setattr(cls, "update", fails)
-        try:
-            optimizer.step()
-            text = "no error"
-        except Exception as error:
-            text = str(error)
+        text = error_of_step(optimizer)
     return text, far_of([whole(p) for p in params], before)
 
 
@@ -448,11 +445,7 @@ def lacks_memory(rank, world, method):
             return allocate(self, state, rule)
 
         patch.setattr(Unit, "allocate", fails)
-        try:
-            optimizer.step()
-            text = "no error"
-        except Exception as error:
-            text = str(error)
+        text = error_of_step(optimizer)
     far, has_state = far_of([whole(p) for p in params], before), any(optimizer.state.values())
     optimizer.step()
     return text, far, has_state, far_of([whole(p) for p in params], before) > 0
