@@ -29,7 +29,18 @@ from ..kernels import (
     product,
     sinkhorn,
 )
-from ._core.rule import Carry, Dense, Direction, Member, Reductions, Rule, Scaled, Slot, Term
+from ._core.rule import (
+    LOCAL_REDUCTIONS,
+    Carry,
+    Dense,
+    Direction,
+    Member,
+    Reductions,
+    Rule,
+    Scaled,
+    Slot,
+    Term,
+)
 from ._core.validation import (
     check,
     check_choices,
@@ -166,6 +177,8 @@ class MuonRule(Rule):
             rng = StackRNG(self.seed, w.indices, w.t)
             keys = [rng.key(k) for k in range(len(U))]
             O = w.reductions.on_full_matrix(self.orthogonalize, U, keys)
+        elif self.needs_no_momentum(w):
+            O = self.orthogonalize(U, overwrite=True)
         else:
             O = w.reductions.on_full_matrix(self.orthogonalize, U)
         if self.report_steps and w.t % self.report_steps == 0:
@@ -173,17 +186,27 @@ class MuonRule(Rule):
             w.state["polar_report"].copy_(U.new_tensor(rows, dtype=torch.float32))
         return O
 
-    def orthogonalize(self, U: Tensor, keys: Sequence[int] = ()) -> Tensor:
+    def needs_no_momentum(self, w: Member) -> bool:
+        """Whether the U of this step is no buffer, and is not read once its factor is known."""
+        is_new = self.nesterov or self.second_moment == "adamuon"
+        is_read = w.carries_errors or (self.report_steps and w.t % self.report_steps == 0)
+        return is_new and not is_read and w.reductions is LOCAL_REDUCTIONS
+
+    def orthogonalize(self, U: Tensor, keys: Sequence[int] = (), overwrite: bool = False) -> Tensor:
         """The polar factor of every matrix of U (K, m, n), with what is done before and after it.
 
         Args:
-            U: The momentum, not changed.
+            U: The momentum, not changed unless ``overwrite`` is True.
             keys: One key per matrix for the random numbers of its sketch.
+            overwrite: Whether U may hold the result.
         """
         if self.equilibrate is not None:  # of equal norms up to one factor, which the factor loses
             U = equal_rows(U) if self.equilibrate == "rows" else sinkhorn(U, 2)
         is_named = isinstance(self.polar, str)
-        O = self.factor(U, keys) if is_named else factor_by(self.polar, U)  # type: ignore[arg-type]
+        if is_named:
+            O = self.factor(U, keys, overwrite)
+        else:
+            O = factor_by(self.polar, U)  # type: ignore[arg-type]
         if not self.renormalize:
             return O
         m, n = U.shape[-2:]
@@ -193,7 +216,7 @@ class MuonRule(Rule):
         scale = (math.sqrt(rank) / norm.clamp(min=torch.finfo(norm.dtype).tiny)).to(O.dtype)
         return O.mul_(scale) if is_named else O * scale
 
-    def factor(self, U: Tensor, keys: Sequence[int] = ()) -> Tensor:
+    def factor(self, U: Tensor, keys: Sequence[int] = (), overwrite: bool = False) -> Tensor:
         """The polar factor of every matrix of U (K, m, n) by the method that ``polar`` names."""
         options: dict[str, Any] = {
             "steps": self.ns_steps,
@@ -215,7 +238,7 @@ class MuonRule(Rule):
                 options[name] = getattr(self, name)
             options["key"] = keys or 0
         assert isinstance(self.polar, str)
-        return polar_factor(U, self.polar, **options)
+        return polar_factor(U, self.polar, overwrite=overwrite, **options)
 
     def second_moment_step(self, w: Member, O: Tensor) -> tuple[Tensor, Term]:
         """O (K, m, n), whose entries AdaMuon divides by their size, and the term to write."""

@@ -39,11 +39,17 @@ class PolarCall(NamedTuple):
     takes_size: bool = False  # whether run leaves X as it is, and takes its norm and a result
 
 
-def run_stack(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
+def run_stack(stack: Tensor, call: PolarCall, eps: float, overwrite: bool = False) -> Tensor:
     """Choose how a stack (K, m, n) is run: whole, in batches of small matrices, or one by one.
 
     On the CPU a matrix must come out the same in whatever stack it sits. Small ones are therefore
     batched even when alone, large ones run alone even in a stack.
+
+    Args:
+        stack: The matrices.
+        call: The method.
+        eps: Least norm to divide by.
+        overwrite: Whether the result may be the stack itself.
     """
     if call.allows_kernels and call.dtype in SUPPORTED_DTYPES:
         ops = backend_for(stack, "symmetric")
@@ -53,22 +59,28 @@ def run_stack(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
         return _factor(stack, call, eps)
     m, n = sorted(map(_ceil, stack.shape[-2:]))
     if call.batchable and m <= _SMALL_SIDE and m * n < _SMALL:
-        return _run_batches(stack, call, eps)
+        return _run_batches(stack, call, eps, overwrite)
+    overwrite = overwrite and call.takes_size
     if len(stack) == 1:
-        return _factor(stack[0], call, eps).unsqueeze(0)
-    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
+        X = stack[0]
+        return _factor(X, call, eps, X if overwrite else None).unsqueeze(0)
+    out = stack if overwrite else _new(stack)
     for X, O in zip(stack, out, strict=True):
-        _factor(X, call, eps, O)
+        _factor(X, call, eps, X if overwrite else O)
     return out
 
 
-def _run_batches(stack: Tensor, call: PolarCall, eps: float) -> Tensor:
+def _new(stack: Tensor) -> Tensor:
+    return torch.empty_like(stack, memory_format=torch.contiguous_format)
+
+
+def _run_batches(stack: Tensor, call: PolarCall, eps: float, overwrite: bool) -> Tensor:
     """Run small matrices many at a time; the stack is on the CPU.
 
     They are padded with zeros to whole cache lines, which no method sees, because the bits of a
     matrix product may depend on the alignment of its operands.
     """
-    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
+    out = stack if overwrite else _new(stack)
     transposed = stack.shape[-2] > stack.shape[-1]
     source, target = (stack.mT, out.mT) if transposed else (stack, out)  # (K, m, n), m <= n
     m, n = source.shape[-2:]
@@ -117,19 +129,28 @@ def _ceil(side: int) -> int:
 
 
 def _factor(X: Tensor, call: PolarCall, eps: float, out: Tensor | None = None) -> Tensor:
-    """Transpose a tall X (m, n) or (K, m, n), scale it, run the method, and transpose back."""
+    """Transpose a tall X (m, n) or (K, m, n), scale it, run the method, and transpose back.
+
+    Args:
+        X: The matrix; only where it is ``out`` it changes.
+        call: The method.
+        eps: Least norm to divide by.
+        out: Where the result goes. None: new memory.
+    """
     tall = X.shape[-2] > X.shape[-1]
-    Y, target = (X.mT, None if out is None else out.mT) if tall else (X, out)
+    Y = X.mT if tall else X
+    target = Y if out is X else out.mT if tall and out is not None else out
     if call.takes_size and X.device.type == "cpu":
-        Y, size = _sized(Y, call, eps)
-        in_place = target is not None and target.dtype == Y.dtype
-        O = call.run(Y, size=size, out=target if in_place else None)
+        Z, size = _sized(Y, call, eps)
+        fits = target is not None and target.dtype == Z.dtype
+        O = call.run(Z, size=size, out=target if fits else None)
     else:
         O = call.run(_normalized(Y, call, eps))
-    if out is not None and O is target:
+    if out is not None and target is not None:
+        if O is not target:
+            target.copy_(O)
         return out
-    O = O.mT if tall else O
-    return O.to(X.dtype).contiguous() if out is None else out.copy_(O)
+    return (O.mT if tall else O).to(X.dtype).contiguous()
 
 
 def _sized(X: Tensor, call: PolarCall, eps: float) -> tuple[Tensor, Tensor]:

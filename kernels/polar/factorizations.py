@@ -49,19 +49,24 @@ def zolo(
         X: (m, n) or (K, m, n), m <= n, of Frobenius norm at most ``size``; it is left as it is.
         step: Shifts, weights and scale.
         size: A scalar or (K, 1, 1), whose square is in range. None: 1.
-        out: Where the result goes, of X's shape. None: new memory, laid out as X is.
+        out: Where the result goes, of X's shape, X itself too. None: new memory, laid out as X is.
     """
     T, factorized = inverse_sum_of(X, step, size)
-    O = product_like(T, X, out)
-    if bool(factorized.all()):
-        return O
-    # A shift is far above the rounding of S, so only a non-finite matrix is seen here.
-    return O.copy_(torch.where(factorized[..., None, None], O, eigh(X.clone())))
-
-
-def product_like(T: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
-    """T X in the memory layout of X, so that transposing it back costs no copy; or in ``out``."""
+    if not bool(factorized.all()):
+        # A shift is far above the rounding of S, so only a non-finite matrix is seen here.
+        O = torch.where(factorized[..., None, None], T @ X, eigh(X.clone()))
+        return O if out is None else out.copy_(O)
     O = torch.empty_like(X) if out is None else out
+    m, n = X.shape[-2:]
+    for i in range(0, n, m):  # column by column, so that O may be X
+        Y, P = X[..., i : i + m], O[..., i : i + m]
+        P.copy_(product_like(T, Y)) if O is X else torch.matmul(T, Y, out=P)
+    return O
+
+
+def product_like(T: Tensor, X: Tensor) -> Tensor:
+    """T X in the memory layout of X, so that transposing it back costs no copy."""
+    O = torch.empty_like(X)
     torch.matmul(T, X, out=O)
     return O
 

@@ -57,6 +57,7 @@ def polar_factor(
     steps: int | None = None,
     coefficients: Sequence[float] | Sequence[Sequence[float]] | None = None,
     eps: float = 1e-7,
+    overwrite: bool = False,
     **options: object,
 ) -> Tensor:
     """The orthogonal polar factor of each matrix of X, or an approximation of it.
@@ -103,14 +104,16 @@ def polar_factor(
     not counted.
 
     Args:
-        X: (..., m, n), float32, float64, bfloat16 or float16. It is not modified, and no gradient
-            flows through it.
+        X: (..., m, n), float32, float64, bfloat16 or float16. It is not modified unless
+            ``overwrite`` is True, and no gradient flows through it.
         method: a name of the table.
         steps: iterations of a polynomial method, 1 to 99. None: the method's default. The last
             triple of a schedule is repeated.
         coefficients: one triple (a, b, c), or a triple for each step, in place of a polynomial
             method's own. A list also sets the default of ``steps`` to its length.
         eps: least norm to divide by.
+        overwrite: whether X is not needed any more (False). A contiguous one may then be changed,
+            and be the result itself, which saves memory on the CPU.
         **options: ``dtype``, the dtype of the iteration; None means float64 for float64, else
             float32 on the CPU, and on an accelerator bfloat16 for polynomial methods (float16 for
             ``gram``, which refuses bfloat16; float32 for ``cans``, which refuses both, and there
@@ -130,7 +133,7 @@ def polar_factor(
             of ``stiefel.kernels.low_rank``.
 
     Returns:
-        A new contiguous tensor of X's shape and dtype.
+        A contiguous tensor of X's shape and dtype, a new one unless ``overwrite`` is True.
 
     Raises:
         ValueError: for an unknown method or option, or a value out of range.
@@ -155,7 +158,7 @@ def polar_factor(
     if X.numel() == 0:
         return X.clone()
     stack = X.reshape(-1, *X.shape[-2:])
-    return run_stack(stack, call, eps).reshape(X.shape)
+    return run_stack(stack, call, eps, overwrite and X.is_contiguous()).reshape(X.shape)
 
 
 def auto_method(shape: Sequence[int], device_type: str, dtype: torch.dtype) -> str:

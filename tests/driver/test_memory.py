@@ -96,7 +96,7 @@ def test_muon_needs_five_matrices_at_most(shape, polar):
     assert peak(Muon(params, polar=polar), params) <= bound * size + vectors
 
 
-# the polar factor of small matrices has 15 of them at most, in batches of 2**17 entries
+# the polar factor of small matrices has 15 of them at most, in batches of 3 * 2**16 entries
 @pytest.mark.parametrize(("make", "most"), [(Muon, 15), (lambda ps: GaLore(ps, rank=16), 9)])
 def test_stacks_stay_within_their_budget(make, most, monkeypatch):
     from stiefel.optimizers._driver import buckets

@@ -116,3 +116,32 @@ def test_the_gate_depends_on_shape_alone():
     assert uses_blocks(torch.empty(least, least))
     assert not uses_blocks(torch.empty(least - 1, least - 1))
     assert not uses_blocks(torch.empty(1, 64, 64, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(4, 33, 65), (3, 65, 33), (1, 400, 900), (2, 900, 400), (2, 200, 300), (1, 512, 512)]
+)
+def test_a_factor_may_take_the_place_of_its_matrix(shape, dtype):
+    """With the same bits; X stays as it is unless that is allowed, or is not contiguous."""
+    X = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    X = X.to(dtype)
+    X[0] *= 1e-15  # the squares of one matrix leave float32
+    for method in ("zolo", "ns5", "eigh"):
+        Y, Z = X.clone(), X.mT.contiguous().mT
+        O = polar_factor(X, method)
+        assert torch.equal(polar_factor(Y, method, overwrite=True), O)
+        assert torch.equal(X, Z)
+        if method == "zolo":  # the others need X to the end
+            polar_factor(Z, method, overwrite=True)
+            assert torch.equal(Z, X)
+            assert torch.equal(Y, O)
+
+
+def test_a_matrix_that_is_not_finite_is_nan_in_its_place():
+    for shape in ((3, 40, 70), (2, 400, 500)):
+        X = torch.randn(shape)
+        X[1, 3, 5] = torch.inf
+        O = polar_factor(X, "zolo")
+        assert O[1].isnan().all() and O[0].isfinite().all()
+        assert torch.equal(polar_factor(X, "zolo", overwrite=True)[0], O[0])
