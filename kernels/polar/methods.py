@@ -100,8 +100,8 @@ def polar_factor(
     range, an isometry of no meaning beside it. A matrix with a NaN or an infinity gives NaN. On the
     CPU a stack equals its matrices one by one, bit for bit. ``zolo``, ``svd``, ``eigh`` and
     ``qdwh`` wait for an accelerator; the polynomial methods never do. Temporaries are at most
-    three matrices beside the result, or 4 MiB (``zolo`` 9) where small ones are many; those of LAPACK are
-    not counted.
+    three matrices beside the result, or 4 MiB (``zolo`` 9) where small ones are many; those of
+    LAPACK are not counted.
 
     Args:
         X: (..., m, n), float32, float64, bfloat16 or float16. It is not modified unless
