@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +96,7 @@ class AltLoRARule(LoRARule):
         assert w.grad is not None
         state = w.state
         M = as_A(state["exp_avg"], w)  # (K, r, n)
-        wide = (w.grad.dtype, M.dtype, other.value.dtype)  # one factor may be of float64 alone
-        dtype = functools.reduce(torch.promote_types, wide)
+        dtype = widest(w.grad.dtype, M.dtype, other.value.dtype)  # one factor alone may be float64
         *found, in_range = yield self.solve(w, other, dtype)
         if has_left_range(in_range):
             *found, _ = yield self.solve(w, other, torch.float64)
@@ -341,7 +339,16 @@ class AltLoRA(PairOptimizer):
 
 def has_left_range(in_range: Tensor) -> bool:
     """Whether the host knows of a Gram matrix out of range; an accelerator would have to wait."""
-    return is_on_host(in_range) and not bool(in_range.all())
+    return is_on_host(in_range) and not bool(in_range if in_range.numel() == 1 else in_range.all())
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype to which all of these are promoted."""
+    first, *others = dtypes
+    for dtype in others:
+        if dtype != first:
+            first = torch.promote_types(first, dtype)
+    return first
 
 
 def as_A(x: Tensor, w: Member) -> Tensor:

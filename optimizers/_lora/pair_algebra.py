@@ -96,7 +96,8 @@ def grams_with_old(w: Member, X: Tensor, X_old: Tensor) -> tuple[Tensor, Tensor]
         X: (K, m, r).
         X_old: (K, m, r), an earlier X.
     """
-    S, C = gram(X), cross_gram(X, X_old)
+    XT = X.mT
+    S, C = product(XT, X), product(XT, X_old)
     if w.reductions is LOCAL_REDUCTIONS:
         return S, C
     differs = (S != C).any(-1, keepdim=True).any(-2, keepdim=True).to(S.dtype)
@@ -106,7 +107,8 @@ def grams_with_old(w: Member, X: Tensor, X_old: Tensor) -> tuple[Tensor, Tensor]
 
 def left_matmul(T: Tensor, M: Tensor) -> Tensor:
     """T M for T (K, r, r) and M (K, r, n), in the layout of M, so that nothing is transposed."""
-    return right_matmul(M.mT, T.mT).mT
+    row, column = M.stride()[-2:]
+    return product(T, M) if row != 1 and column == 1 else product(M.mT, T.mT).mT
 
 
 def is_nonzero(S: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ def is_nonzero(S: Tensor) -> Tensor:
 
 def is_on_host(x: Tensor) -> bool:
     """Whether the host can read x without waiting for a device."""
-    return x.device.type == "cpu"
+    return x.is_cpu
 
 
 def is_in_range(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
