@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,7 +106,7 @@ class AltLoRARule(LoRARule):
             C = state["carry"]
             C.copy_(torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
         else:
-            as_A(other.state["ref"], w).copy_(as_A(other.value, w))
+            other.state["ref"].copy_(other.value)
         state["count"].copy_(count)
         G = as_A(w.grad, w).to(T.dtype)
         if self.second_moment is None:
@@ -174,7 +175,7 @@ class AltLoRARule(LoRARule):
 
     def limit(self, w: Member, M: Tensor) -> float:
         """The largest entry of a direction: the weight and its momentum can hold several steps."""
-        return min(torch.finfo(dtype).max for dtype in (w.value.dtype, M.dtype)) / 8
+        return _limit_of(w.value.dtype, M.dtype)
 
     def adam_direction(self, w: Member, M: Tensor, Z: Tensor, T: Tensor, count: Tensor) -> Tensor:
         """AltLoRA+: Adam's direction of Z, the first moment carried along, the second not."""
@@ -340,6 +341,12 @@ class AltLoRA(PairOptimizer):
 def has_left_range(in_range: Tensor) -> bool:
     """Whether the host knows of a Gram matrix out of range; an accelerator would have to wait."""
     return is_on_host(in_range) and not bool(in_range if in_range.numel() == 1 else in_range.all())
+
+
+@cache
+def _limit_of(*dtypes: torch.dtype) -> float:
+    """An eighth of the largest number that all of these dtypes have."""
+    return min(torch.finfo(dtype).max for dtype in dtypes) / 8
 
 
 def widest(*dtypes: torch.dtype) -> torch.dtype:

@@ -383,7 +383,9 @@ class Bucket:
         return [W.mT for W in Ws] if self.unit.transposed[i] else Ws
 
     def store(self, i: int, W: Tensor) -> None:
-        """Copy the weights of member i back where ``load`` made a copy."""
+        """Copy the weights of member i back where ``load`` made a copy, and no view."""
+        if not self.stacked and self.unit.views[i].plain:
+            return
         W = W.mT if self.unit.transposed[i] else W
         if self.stacked:
             params = self.params_by_member[i]

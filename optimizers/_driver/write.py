@@ -57,6 +57,8 @@ def write_(
         finite: None, or flags (K, 1, 1): a matrix whose flag is 0 stays as it is, decay included.
         rounding: How W is rounded where its precision is low; None (default): to nearest.
     """
+    if finite is None and rounding is None and _write_plainly_(W, step, lr, decay):
+        return
     with unflagged_stay(W, finite, rounding):
         _write_(W, step, lr, decay, finite, rounding)
     if step.carry is not None and rounding is not None and rounding.error is not None:
@@ -73,8 +75,6 @@ def _write_(
     rounding: Rounding | None,
 ) -> None:
     """Do what ``write_`` does, but for what needs the weight after the write."""
-    if finite is None and rounding is None and _write_plainly_(W, step, lr, decay):
-        return
     terms = list(step.terms)
     if step.max_rel_norm is not None:
         terms = _limit_rel_norm(W, terms, step, lr)

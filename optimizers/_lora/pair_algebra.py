@@ -45,6 +45,8 @@ DAMPING_FLOOR = 4.0
 """Least damping in units of r * eps * mean eigenvalue, about the round-off of a Gram matrix."""
 FALLBACK_DAMPING = 256.0
 """Damping in the same units where Cholesky's factorization fails."""
+MAX_HALF = torch.finfo(torch.float16).max
+"""The largest number of float16."""
 
 
 def gram(X: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -153,7 +155,7 @@ def saturate(N: Tensor, out: Tensor, limit: float) -> Tensor:
     Returns:
         ``out``, or N where that is more precise.
     """
-    is_half = limit < torch.finfo(torch.float16).max  # then no product has left float32
+    is_half = limit < MAX_HALF  # then no product has left float32
     if N.dtype == out.dtype:
         if is_half:
             return torch.clamp(N, -limit, limit, out=out)
