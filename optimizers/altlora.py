@@ -27,6 +27,7 @@ from ._lora.pair_algebra import (
     debias_factor,
     gram,
     grams_with_old,
+    holds_everywhere,
     is_in_range,
     is_nonzero,
     is_on_host,
@@ -167,7 +168,7 @@ class AltLoRARule(LoRARule):
         for dtype in (X.dtype, torch.float64):
             S, C = grams_with_old(w, X.to(dtype), old.to(dtype))
             T = product(transport(S, self.inverse(S), C), carry)
-            in_range = is_in_range(S, *self.damping) & T.isfinite().all(-1, True).all(-2, True)
+            in_range = is_in_range(S, *self.damping) & holds_everywhere(T.isfinite())
             if not has_left_range(in_range):
                 break
         T = torch.where(in_range, T, 0.0)

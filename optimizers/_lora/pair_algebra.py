@@ -28,6 +28,7 @@ __all__ = [
     "debias_factor",
     "gram",
     "grams_with_old",
+    "holds_everywhere",
     "is_in_range",
     "is_nonzero",
     "is_on_host",
@@ -118,6 +119,11 @@ def is_nonzero(S: Tensor) -> Tensor:
     return (S.diagonal(dim1=-2, dim2=-1).amax(-1) > 0).view(-1, 1, 1)
 
 
+def holds_everywhere(flags: Tensor) -> Tensor:
+    """Whether all flags of each matrix (K, m, n) are set, as (K, 1, 1); in one long row each."""
+    return flags.flatten(-2).all(-1).view(-1, 1, 1)
+
+
 def is_on_host(x: Tensor) -> bool:
     """Whether the host can read x without waiting for a device."""
     return x.is_cpu
@@ -137,7 +143,7 @@ def is_in_range(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
     info = torch.finfo(S.dtype)
     least = info.tiny / info.eps
     mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1) * (1 + relative) + delta
-    finite = S.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    finite = holds_everywhere(S.isfinite())
     return finite & (mean >= least) & (mean <= 1 / least)
 
 
@@ -230,7 +236,7 @@ def transport(S: Tensor, inverse: Tensor, C: Tensor) -> Tensor:
     Returns:
         T = inverse C.
     """
-    unmoved = (S == C).all(-1, keepdim=True).all(-2, keepdim=True)
+    unmoved = holds_everywhere(S == C)
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     return torch.where(unmoved, eye, product(inverse, C))
 
