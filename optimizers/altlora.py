@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ from ._lora.pair_algebra import (
     debias_factor,
     gram,
     grams_with_old,
+    holds_everywhere,
     is_in_range,
     is_nonzero,
     is_on_host,
@@ -97,8 +98,7 @@ class AltLoRARule(LoRARule):
         assert w.grad is not None
         state = w.state
         M = as_A(state["exp_avg"], w)  # (K, r, n)
-        wide = (w.grad.dtype, M.dtype, other.value.dtype)  # one factor may be of float64 alone
-        dtype = functools.reduce(torch.promote_types, wide)
+        dtype = widest(w.grad.dtype, M.dtype, other.value.dtype)  # one factor alone may be float64
         *found, in_range = yield self.solve(w, other, dtype)
         if has_left_range(in_range):
             *found, _ = yield self.solve(w, other, torch.float64)
@@ -107,7 +107,7 @@ class AltLoRARule(LoRARule):
             C = state["carry"]
             C.copy_(torch.eye(C.shape[-1], dtype=C.dtype, device=C.device))
         else:
-            as_A(other.state["ref"], w).copy_(as_A(other.value, w))
+            other.state["ref"].copy_(other.value)
         state["count"].copy_(count)
         G = as_A(w.grad, w).to(T.dtype)
         if self.second_moment is None:
@@ -168,7 +168,7 @@ class AltLoRARule(LoRARule):
         for dtype in (X.dtype, torch.float64):
             S, C = grams_with_old(w, X.to(dtype), old.to(dtype))
             T = product(transport(S, self.inverse(S), C), carry)
-            in_range = is_in_range(S, *self.damping) & T.isfinite().all(-1, True).all(-2, True)
+            in_range = is_in_range(S, *self.damping) & holds_everywhere(T.isfinite())
             if not has_left_range(in_range):
                 break
         T = torch.where(in_range, T, 0.0)
@@ -176,7 +176,7 @@ class AltLoRARule(LoRARule):
 
     def limit(self, w: Member, M: Tensor) -> float:
         """The largest entry of a direction: the weight and its momentum can hold several steps."""
-        return min(torch.finfo(dtype).max for dtype in (w.value.dtype, M.dtype)) / 8
+        return _limit_of(w.value.dtype, M.dtype)
 
     def adam_direction(self, w: Member, M: Tensor, Z: Tensor, T: Tensor, count: Tensor) -> Tensor:
         """AltLoRA+: Adam's direction of Z, the first moment carried along, the second not."""
@@ -341,7 +341,22 @@ class AltLoRA(PairOptimizer):
 
 def has_left_range(in_range: Tensor) -> bool:
     """Whether the host knows of a Gram matrix out of range; an accelerator would have to wait."""
-    return is_on_host(in_range) and not bool(in_range.all())
+    return is_on_host(in_range) and not bool(in_range if in_range.numel() == 1 else in_range.all())
+
+
+@cache
+def _limit_of(*dtypes: torch.dtype) -> float:
+    """An eighth of the largest number that all of these dtypes have."""
+    return min(torch.finfo(dtype).max for dtype in dtypes) / 8
+
+
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype to which all of these are promoted."""
+    first, *others = dtypes
+    for dtype in others:
+        if dtype != first:
+            first = torch.promote_types(first, dtype)
+    return first
 
 
 def as_A(x: Tensor, w: Member) -> Tensor:

@@ -18,31 +18,29 @@ _LINE_BYTES = 16
 """Bytes on which a matrix must start."""
 
 
-def _is_order_fixed(A: Tensor, B: Tensor) -> bool:
-    """Whether the order of every sum is fixed, wherever the matrices start in memory."""
-    m, inner, n = *A.shape[-2:], B.shape[-1]
-    return A.device.type != "cpu" or m * n >= _ALIGNED_FROM or m * n * inner < _LOOP_BELOW
-
-
-def _all_aligned(*sides: int) -> bool:
-    """Whether matrices of m x inner, inner x n and m x n all start on a line in a stack.
-
-    With a side of 1 it is ambiguous which operand is transposed, and a batch may take another path.
-    """
-    m, inner, n, size = sides
-    parts = (m * inner * size, inner * n * size, m * n * size)
-    return all(part % _LINE_BYTES == 0 for part in parts) and min(m, inner, n) > 1
-
-
 def placed(X: Tensor) -> Tensor:
     """X itself, or a copy that starts on 16 bytes."""
     return X if X.data_ptr() % _LINE_BYTES == 0 else X.clone()
 
 
-def _batch_is_exact(A: Tensor, B: Tensor) -> bool:
-    """Whether one batched call gives each matrix the bits of a call of its own."""
-    aligned = _all_aligned(*A.shape[-2:], B.shape[-1], A.element_size())
-    return aligned and A.data_ptr() % _LINE_BYTES == 0 and B.data_ptr() % _LINE_BYTES == 0
+def _one_call_is_exact(A: Tensor, B: Tensor) -> bool:
+    """Whether one batched call gives each matrix the bits of a call of its own.
+
+    It does where the order of every sum is fixed wherever the matrices start in memory, and where
+    all matrices of m x inner, inner x n and m x n start on a line. With a side of 1 it is ambiguous
+    which operand is transposed, and a batch may take another path.
+    """
+    m, inner = A.shape[-2:]
+    n = B.shape[-1]
+    entries = m * n
+    if entries >= _ALIGNED_FROM or entries * inner < _LOOP_BELOW or not A.is_cpu:
+        return True
+    size = A.element_size()
+    if m * inner * size % _LINE_BYTES or inner * n * size % _LINE_BYTES:
+        return False
+    if entries * size % _LINE_BYTES or min(m, inner, n) == 1:
+        return False
+    return A.data_ptr() % _LINE_BYTES == 0 and B.data_ptr() % _LINE_BYTES == 0
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
@@ -58,9 +56,9 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     if A.dtype != B.dtype:
         dtype = torch.promote_types(A.dtype, B.dtype)
         A, B = A.to(dtype), B.to(dtype)
-    if _is_order_fixed(A, B) or _batch_is_exact(A, B):
+    if _one_call_is_exact(A, B):
         # the same call, without the detours of one that takes any number of dimensions
-        return torch.bmm(A, B) if len(A) == len(B) else A @ B
+        return torch.bmm(A, B) if A.shape[0] == B.shape[0] else A @ B
     parts = [placed(A[k : k + 1]) @ placed(B[k : k + 1]) for k in range(len(A))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -77,7 +75,7 @@ def add_product_(W: Tensor, A: Tensor, B: Tensor, *, beta: float = 1.0, alpha: f
         beta: Multiplies W.
         alpha: Multiplies the product.
     """
-    if _is_order_fixed(A, B) or _batch_is_exact(A, B):
+    if _one_call_is_exact(A, B):
         W.baddbmm_(A, B, beta=beta, alpha=alpha)
     else:
         W.mul_(beta).add_(product(A, B), alpha=alpha)

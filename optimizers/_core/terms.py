@@ -17,9 +17,14 @@ from typing_extensions import override
 from ... import kernels
 from ...kernels import Rounding, Stack, add_product_
 
+ALL = slice(None)
+"""Of matrices or rows: all; it cuts nothing, so what exists is taken without a view."""
+
 
 def slice_rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
     """Slice matrices and rows of x (K or 1, m or 1, n); broadcast axes stay."""
+    if ks is ALL and rows is ALL:
+        return x
     x = x if x.shape[0] == 1 else x[ks]
     return x if x.shape[-2] == 1 else x[:, rows]
 
@@ -178,7 +183,7 @@ class Dense(Term):
 
     @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        panel.add_(self.U[ks, rows], alpha=alpha)
+        panel.add_(self.U if ks is ALL and rows is ALL else self.U[ks, rows], alpha=alpha)
 
     @override
     def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
@@ -365,7 +370,8 @@ class Scaled(Term):
 
     @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        X = self.X[ks, rows].to(panel.dtype)  # an unmasked gradient may be narrower
+        X = self.X if ks is ALL and rows is ALL else self.X[ks, rows]
+        X = X.to(panel.dtype)  # an unmasked gradient may be narrower
         panel.addcmul_(X, slice_rows(self.by, ks, rows), value=alpha)
 
     def lift_kwargs(self) -> dict[str, Any]:

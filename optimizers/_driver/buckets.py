@@ -53,6 +53,30 @@ def max_abs(X: Tensor) -> Tensor:
     return torch.maximum(-low, high)
 
 
+class LiveWeight:
+    """Loads the weights of one member within one step, of a view only once.
+
+    A step is too short for other code to give the parameter other memory; between steps no view is
+    kept.
+    """
+
+    __slots__ = ("_bucket", "_i", "_is_view", "_view")
+
+    def __init__(self, bucket: Bucket, i: int) -> None:
+        self._bucket, self._i = bucket, i
+        self._is_view = bucket.unit.views[i].plain and not bucket.stacked
+        self._view: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """What :meth:`Bucket.load` returns."""
+        if self._view is not None:
+            return self._view
+        W = self._bucket.load(self._i)
+        if self._is_view:  # a copy would not follow the weight
+            self._view = W
+        return W
+
+
 @dataclass(eq=False)
 class Bucket:
     """Units of equal shape and clocks, run as one stack, or one unit run on views.
@@ -359,7 +383,9 @@ class Bucket:
         return [W.mT for W in Ws] if self.unit.transposed[i] else Ws
 
     def store(self, i: int, W: Tensor) -> None:
-        """Copy the weights of member i back where ``load`` made a copy."""
+        """Copy the weights of member i back where ``load`` made a copy, and no view."""
+        if not self.stacked and self.unit.views[i].plain:
+            return
         W = W.mT if self.unit.transposed[i] else W
         if self.stacked:
             params = self.params_by_member[i]
@@ -414,7 +440,7 @@ class Bucket:
         members, reductions = [], self.reductions
         for i, G in enumerate(grads):
             m, n = self.unit.sides(i)
-            load = partial(self.load, i)
+            load = LiveWeight(self, i)
             K = len(self.indices)  # all matrices of one parameter share its flag
             state = {name: X for name, X in self.states[i].items() if name not in DRIVER_SLOTS}
             state.update((name, self._rule_view(i, name, X)) for name, X in dequantized[i].items())

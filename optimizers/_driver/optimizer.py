@@ -18,6 +18,7 @@ from .._core.rule import (
     RULE_CLASSES,
     BatchedCall,
     Direction,
+    Member,
     Rule,
     defaults_of,
     rule_class,
@@ -1127,7 +1128,7 @@ class StackedOptimizer(Optimizer):
                 member.refreshed, member.is_first_refresh = t, refreshed == 0
             rule.refresh(*members)
             bucket.quantize_bases(dequantized)
-        yield from self._write_directions(bucket, rule.update(*members), device_finite)
+        yield from self._write_directions(bucket, members, rule.update(*members), device_finite)
         bucket.quantize(dequantized, t)
         if not self._is_in_capture:  # nothing runs in a capture, and replays count themselves
             bucket.set_step(t)
@@ -1148,6 +1149,7 @@ class StackedOptimizer(Optimizer):
     def _write_directions(
         self,
         bucket: Bucket,
+        members: Sequence[Member],
         update: Direction | Iterable[Direction | BatchedCall],
         device_finite: Tensor | None,
     ) -> UpdateGenerator:
@@ -1155,6 +1157,7 @@ class StackedOptimizer(Optimizer):
 
         Args:
             bucket: Whose weights are written.
+            members: What the rule sees of them.
             update: What the rule's ``update`` returned.
             device_finite: None, or flags (K,): weights whose flag is False stay as they are.
         """
@@ -1181,7 +1184,7 @@ class StackedOptimizer(Optimizer):
             Ws = bucket.weight_list(i) if fuses else []
             if fuses and write_list_(Ws, step, lr, decay, write_mask, rounding):
                 continue
-            W = bucket.load(i)
+            W = members[i].value
             if is_steered:
                 write_steered_(W, step, runs, self._steering(bucket, i), write_mask, rounding)
             elif len(runs) == 1:

@@ -24,7 +24,7 @@ from ...kernels import (
     update_weight_,
 )
 from .._core.rule import LOCAL_REDUCTIONS, Carry, Dense, Direction, Scaled, Term, WriteScalars
-from .._core.terms import Deferred, slice_rows
+from .._core.terms import ALL, Deferred, slice_rows
 from .._core.validation import check
 from .decay import Decay, decays_at, factor_at, masked_factor
 from .write_modes import accumulation_dtype, carry_error_
@@ -33,7 +33,6 @@ WRITE_PANEL = 2**18
 """Elements of a row panel on CPU: the passes of one write then meet in the cache."""
 WRITE_PANEL_ACCELERATOR = 2**26
 """The same on accelerators, where it only bounds the float32 copy of a low-precision weight."""
-ALL = slice(None)
 Panel = tuple[slice, ...]
 """Matrices, and which of their rows if not all."""
 Change = Callable[[Tensor], object]
@@ -58,6 +57,8 @@ def write_(
         finite: None, or flags (K, 1, 1): a matrix whose flag is 0 stays as it is, decay included.
         rounding: How W is rounded where its precision is low; None (default): to nearest.
     """
+    if finite is None and rounding is None and _write_plainly_(W, step, lr, decay):
+        return
     with unflagged_stay(W, finite, rounding):
         _write_(W, step, lr, decay, finite, rounding)
     if step.carry is not None and rounding is not None and rounding.error is not None:
@@ -110,6 +111,30 @@ def _write_(
         if puts_back and finite is not None:
             change = where_finite(change, finite if len(finite) == 1 else finite[panel[0]])
         update_weight_(W, change, dtype, panel, rounding)
+
+
+def _write_plainly_(W: Tensor, step: Direction, lr: float | Tensor, decay: Decay) -> bool:
+    """Do what ``_write_`` does, by its short way: for one term that exists, in one panel.
+
+    Returns:
+        Whether it was done. What masks, limits, rounds or fuses takes the long way.
+    """
+    if len(step.terms) != 1 or isinstance(lr, Tensor) or step.torch_bits:
+        return False
+    if step.decay is not None or step.max_rel_norm is not None or W.dtype in LOW_PRECISION_DTYPES:
+        return False
+    (term,), keep = step.terms, decay.factor(lr)
+    if isinstance(keep, Tensor) or (decay.is_cautious and decay.is_on):
+        return False
+    exists = isinstance(term, (Scaled, Dense))
+    if not exists or not W.is_cpu or W.numel() > WRITE_PANEL or has_kernel(W, None):
+        return False
+    if W.stride(-1) != 1 and W.stride(-2) == 1:  # along the memory, as on the long way
+        W, term = W.mT, term.mT
+    before, after = (1.0, keep) if step.decay_last else (keep, 1.0)
+    alpha = float(lr * -step.lr_factor)
+    update_weight_(W, partial(_write_terms, [term], ALL, ALL, alpha, before, after), W.dtype)
+    return True
 
 
 class Keep(NamedTuple):

@@ -28,6 +28,7 @@ __all__ = [
     "debias_factor",
     "gram",
     "grams_with_old",
+    "holds_everywhere",
     "is_in_range",
     "is_nonzero",
     "is_on_host",
@@ -45,6 +46,8 @@ DAMPING_FLOOR = 4.0
 """Least damping in units of r * eps * mean eigenvalue, about the round-off of a Gram matrix."""
 FALLBACK_DAMPING = 256.0
 """Damping in the same units where Cholesky's factorization fails."""
+MAX_HALF = torch.finfo(torch.float16).max
+"""The largest number of float16."""
 
 
 def gram(X: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -96,7 +99,8 @@ def grams_with_old(w: Member, X: Tensor, X_old: Tensor) -> tuple[Tensor, Tensor]
         X: (K, m, r).
         X_old: (K, m, r), an earlier X.
     """
-    S, C = gram(X), cross_gram(X, X_old)
+    XT = X.mT
+    S, C = product(XT, X), product(XT, X_old)
     if w.reductions is LOCAL_REDUCTIONS:
         return S, C
     differs = (S != C).any(-1, keepdim=True).any(-2, keepdim=True).to(S.dtype)
@@ -106,7 +110,8 @@ def grams_with_old(w: Member, X: Tensor, X_old: Tensor) -> tuple[Tensor, Tensor]
 
 def left_matmul(T: Tensor, M: Tensor) -> Tensor:
     """T M for T (K, r, r) and M (K, r, n), in the layout of M, so that nothing is transposed."""
-    return right_matmul(M.mT, T.mT).mT
+    row, column = M.stride()[-2:]
+    return product(T, M) if row != 1 and column == 1 else product(M.mT, T.mT).mT
 
 
 def is_nonzero(S: Tensor) -> Tensor:
@@ -114,9 +119,14 @@ def is_nonzero(S: Tensor) -> Tensor:
     return (S.diagonal(dim1=-2, dim2=-1).amax(-1) > 0).view(-1, 1, 1)
 
 
+def holds_everywhere(flags: Tensor) -> Tensor:
+    """Whether all flags of each matrix (K, m, n) are set, as (K, 1, 1); in one long row each."""
+    return flags.flatten(-2).all(-1).view(-1, 1, 1)
+
+
 def is_on_host(x: Tensor) -> bool:
     """Whether the host can read x without waiting for a device."""
-    return x.device.type == "cpu"
+    return x.is_cpu
 
 
 def is_in_range(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
@@ -133,7 +143,7 @@ def is_in_range(S: Tensor, delta: float, relative: float = 0.0) -> Tensor:
     info = torch.finfo(S.dtype)
     least = info.tiny / info.eps
     mean = S.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1) * (1 + relative) + delta
-    finite = S.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    finite = holds_everywhere(S.isfinite())
     return finite & (mean >= least) & (mean <= 1 / least)
 
 
@@ -151,7 +161,7 @@ def saturate(N: Tensor, out: Tensor, limit: float) -> Tensor:
     Returns:
         ``out``, or N where that is more precise.
     """
-    is_half = limit < torch.finfo(torch.float16).max  # then no product has left float32
+    is_half = limit < MAX_HALF  # then no product has left float32
     if N.dtype == out.dtype:
         if is_half:
             return torch.clamp(N, -limit, limit, out=out)
@@ -226,7 +236,7 @@ def transport(S: Tensor, inverse: Tensor, C: Tensor) -> Tensor:
     Returns:
         T = inverse C.
     """
-    unmoved = (S == C).all(-1, keepdim=True).all(-2, keepdim=True)
+    unmoved = holds_everywhere(S == C)
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     return torch.where(unmoved, eye, product(inverse, C))
 
