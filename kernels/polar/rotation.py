@@ -168,7 +168,7 @@ def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None 
     if not (A.device.type != "cpu" if cholesky is None else cholesky):
         B, usable = _unit(A)
         Q = _completed_householder(B, old)
-        return torch.where(usable, Q, old, out=Q)
+        return Q if _host_sees_all(usable) else torch.where(usable, Q, old, out=Q)
     B, usable = _completed(A, old)
     if wait:
         Q, is_rotation = cholesky_qr(B)
@@ -283,10 +283,17 @@ def _completed(A: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     return B.add_(old, alpha=_DAMPING * torch.finfo(A.dtype).eps), usable
 
 
+def _host_sees_all(flags: Tensor) -> bool:
+    """Whether all are set, so that a pass is saved; nothing waits for an accelerator."""
+    return flags.device.type == "cpu" and bool(flags.all())
+
+
 def _unit(A: Tensor) -> tuple[Tensor, Tensor]:
     """A / ||A||_F, or 0, and whether A is finite and not zero."""
     scale, usable = _scale(A)
-    B = (A / scale).masked_fill_(~usable, 0.0)
+    B = A / scale
+    if not _host_sees_all(usable):
+        B.masked_fill_(~usable, 0.0)
     size = product(B.flatten(1).unsqueeze(1), B.flatten(1).unsqueeze(2)).sqrt_()  # ||B||_F
     size = torch.where(usable, size, torch.ones_like(size))
     return B.div_(size), usable
