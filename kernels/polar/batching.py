@@ -85,7 +85,7 @@ def _run_batches(stack: Tensor, call: PolarCall, eps: float, overwrite: bool) ->
     source, target = (stack.mT, out.mT) if transposed else (stack, out)  # (K, m, n), m <= n
     m, n = source.shape[-2:]
     most = max(1, _BATCH // (_ceil(m) * _ceil(n)))
-    size = -(-len(stack) // -(-len(stack) // most)) if len(stack) else 1  # equal batches
+    size = math.ceil(len(stack) / math.ceil(len(stack) / most))  # of batches as equal as can be
     for i in range(0, len(stack), size):
         Y = torch.nn.functional.pad(source[i : i + size], (0, _ceil(n) - n, 0, _ceil(m) - m))
         target[i : i + size].copy_(call.run(_normalized(Y, call, eps))[..., :m, :n])
