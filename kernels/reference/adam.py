@@ -106,7 +106,7 @@ def _adam_fused(
     R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, beta1: float, beta2: float, eps: float
 ) -> Tensor:
     """Torch's AdamW kernel on a parameter of zeros with lr -1: the direction is what is left."""
-    R = R.contiguous()
+    R = R.resolve_neg().contiguous()  # the kernel refuses a negative view
     N = torch.zeros_like(R)
     tensors: Iterable[Tensor] = (N, R, M, V)
     if isinstance(t, Tensor) and t.numel() > 1 and t.device.type in _READ_DEVICES:
