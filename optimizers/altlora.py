@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -350,13 +350,10 @@ def _limit_of(*dtypes: torch.dtype) -> float:
     return min(torch.finfo(dtype).max for dtype in dtypes) / 8
 
 
+@cache
 def widest(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype to which all of these are promoted."""
-    first, *others = dtypes
-    for dtype in others:
-        if dtype != first:
-            first = torch.promote_types(first, dtype)
-    return first
+    return reduce(torch.promote_types, dtypes)
 
 
 def as_A(x: Tensor, w: Member) -> Tensor:

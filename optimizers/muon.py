@@ -177,7 +177,7 @@ class MuonRule(Rule):
             rng = StackRNG(self.seed, w.indices, w.t)
             keys = [rng.key(k) for k in range(len(U))]
             O = w.reductions.on_full_matrix(self.orthogonalize, U, keys)
-        elif self.needs_no_momentum(w):
+        elif self.may_overwrite(w):
             O = self.orthogonalize(U, overwrite=True)
         else:
             O = w.reductions.on_full_matrix(self.orthogonalize, U)
@@ -186,7 +186,7 @@ class MuonRule(Rule):
             w.state["polar_report"].copy_(U.new_tensor(rows, dtype=torch.float32))
         return O
 
-    def needs_no_momentum(self, w: Member) -> bool:
+    def may_overwrite(self, w: Member) -> bool:
         """Whether the U of this step is no buffer, and is not read once its factor is known."""
         is_new = self.nesterov or self.second_moment == "adamuon"
         is_read = w.carries_errors or (self.report_steps and w.t % self.report_steps == 0)

@@ -71,6 +71,7 @@ def run_stack(stack: Tensor, call: PolarCall, eps: float, overwrite: bool = Fals
 
 
 def _new(stack: Tensor) -> Tensor:
+    """Contiguous memory of this shape."""
     return torch.empty_like(stack, memory_format=torch.contiguous_format)
 
 
@@ -106,7 +107,7 @@ def _run_kernels(stack: Tensor, call: PolarCall, eps: float, ops: ModuleType) ->
         O = call.run(ops.normalized(X, call.dtype, call.margin, eps))
     if O.shape == stack.shape and O.dtype == stack.dtype:
         return O.contiguous()
-    out = torch.empty_like(stack, memory_format=torch.contiguous_format)
+    out = _new(stack)
     (out.mT if transposed else out).copy_(O[..., : X.shape[-2], : X.shape[-1]])
     return out
 

@@ -58,7 +58,7 @@ def zolo(
         return O if out is None else out.copy_(O)
     O = torch.empty_like(X) if out is None else out
     m, n = X.shape[-2:]
-    for i in range(0, n, m):  # column by column, so that O may be X
+    for i in range(0, n, m):  # in panels of columns, so that O may be X
         Y, P = X[..., i : i + m], O[..., i : i + m]
         P.copy_(product_like(T, Y)) if O is X else torch.matmul(T, Y, out=P)
     return O

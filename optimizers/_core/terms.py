@@ -21,6 +21,11 @@ ALL = slice(None)
 """Of matrices or rows: all; it cuts nothing, so what exists is taken without a view."""
 
 
+def cut(X: Tensor, ks: slice, rows: slice) -> Tensor:
+    """These matrices and rows of X (K, m, n)."""
+    return X if ks is ALL and rows is ALL else X[ks, rows]
+
+
 def slice_rows(x: Tensor, ks: slice, rows: slice) -> Tensor:
     """Slice matrices and rows of x (K or 1, m or 1, n); broadcast axes stay."""
     if ks is ALL and rows is ALL:
@@ -183,7 +188,7 @@ class Dense(Term):
 
     @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        panel.add_(self.U if ks is ALL and rows is ALL else self.U[ks, rows], alpha=alpha)
+        panel.add_(cut(self.U, ks, rows), alpha=alpha)
 
     @override
     def fused_write_(self, W: Stack, by: WriteScalars, other: Term | None = None) -> bool:
@@ -370,8 +375,7 @@ class Scaled(Term):
 
     @override
     def add_(self, panel: Tensor, ks: slice, rows: slice, alpha: float) -> None:
-        X = self.X if ks is ALL and rows is ALL else self.X[ks, rows]
-        X = X.to(panel.dtype)  # an unmasked gradient may be narrower
+        X = cut(self.X, ks, rows).to(panel.dtype)  # an unmasked gradient may be narrower
         panel.addcmul_(X, slice_rows(self.by, ks, rows), value=alpha)
 
     def lift_kwargs(self) -> dict[str, Any]:

@@ -879,7 +879,7 @@ def _fused_kernel(
     steps, exp_avgs, exp_avg_sqs = state
     torch._fused_adamw_(
         list(params),
-        list(grads),
+        [G.resolve_neg() if G.is_neg() else G for G in grads],  # a negative view is refused
         exp_avgs,
         exp_avg_sqs,
         [],

@@ -99,8 +99,7 @@ def grams_with_old(w: Member, X: Tensor, X_old: Tensor) -> tuple[Tensor, Tensor]
         X: (K, m, r).
         X_old: (K, m, r), an earlier X.
     """
-    XT = X.mT
-    S, C = product(XT, X), product(XT, X_old)
+    S, C = gram(X), cross_gram(X, X_old)
     if w.reductions is LOCAL_REDUCTIONS:
         return S, C
     differs = (S != C).any(-1, keepdim=True).any(-2, keepdim=True).to(S.dtype)

@@ -7,7 +7,20 @@ from helpers.problems import gradients, run, weight
 
 from stiefel.kernels import polar_factor
 from stiefel.kernels.polar.qdwh import qdwh
-from stiefel.optimizers import AuON, DCTAdamW, Fira, GaLore, Hybrid, Muon, RowNorm, Spectral, Trion
+from stiefel.kernels.reference.adam import adam
+from stiefel.optimizers import (
+    AuON,
+    DCTAdamW,
+    Fira,
+    GaLore,
+    Hybrid,
+    Muon,
+    RowNorm,
+    Spectral,
+    SwitchLoRA,
+    Trion,
+    pairs_to_groups,
+)
 
 SHAPE = (12, 20)
 DOUBLE = torch.float64
@@ -163,3 +176,47 @@ def test_a_given_eps_keeps_steps_of_tiny_gradients_finite(cls, eps, size):
             p.grad = gradients(shape, 1, seed)[0] * size
             optimizer.step()
         assert (p.detach() - before).abs().max() < 1.0
+
+
+def negative_view(G):
+    """G as the imaginary part of a conjugate, which some of torch's kernels refuse."""
+    view = torch.imag(torch.complex(torch.zeros_like(G), -G).conj())
+    assert view.is_neg()
+    return view
+
+
+def switchlora(params):
+    W0 = weight((9, 7), 5).requires_grad_(False)
+    groups = pairs_to_groups([(*params, W0)], scale=2.0)
+    return SwitchLoRA(groups, lr=0.02, total_steps=9, freeze_steps=0)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "adamw", "adamw fused", "switchlora"])
+def test_a_negative_view_is_a_gradient_like_any_other(name):
+    shapes = {"switchlora": [(3, 7), (9, 3)]}.get(name, [SHAPE] if name in METHODS else [(7,)] * 3)
+    found = []
+    for form in (torch.clone, negative_view):
+        params = [weight(shape, k) for k, shape in enumerate(shapes)]
+        if name in METHODS:
+            optimizer = METHODS[name](params)
+        elif name == "switchlora":
+            optimizer = switchlora(params)
+        else:
+            optimizer = Muon([{"params": params, "rule": "adamw", "fused": "fused" in name}])
+        for step in range(3):
+            for k, p in enumerate(params):
+                p.grad = form(gradients(p.shape, 1, 10 * step + k)[0])
+            optimizer.step()
+        found.append([p.detach() for p in params])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
+def test_adam_takes_a_negative_view():
+    """By itself: rules whose clocks differ by row hand it gradients as they are."""
+    G = gradients((1, *SHAPE), 1, 0)[0]
+    found = []
+    for X in (G, negative_view(G)):
+        M, V = torch.zeros(2, *G.shape)
+        found.append(adam(X, M, V, 1, beta1=0.9, beta2=0.999, eps=1e-8))
+    assert torch.equal(*found)
