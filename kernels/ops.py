@@ -211,7 +211,7 @@ def momentum_power_sums_(
 
 def adam(
     R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, *, beta1: float, beta2: float, eps: float,
-    finite: Tensor | None = None,
+    finite: Tensor | None = None, overwrite: bool = False,
 ) -> Tensor:  # fmt: skip
     """Update both moments and return the normalized direction, as ``torch.optim.Adam`` does.
 
@@ -219,7 +219,7 @@ def adam(
     bias-corrected values. Source: Adam, arXiv 1412.6980, Algorithm 1.
 
     Args:
-        R: (K, m, n), any strides; not changed.
+        R: (K, m, n), any strides; not changed unless ``overwrite`` is True.
         M: (K, m, n) first moment, changed in place. A narrower dtype than R's is worked on in R's
             and rounded when it is stored.
         V: (K, m, n) second moment, likewise.
@@ -231,9 +231,11 @@ def adam(
         eps: added to the bias-corrected root.
         finite: None (default), or flags (K,), or (1,) for all matrices. Where a flag is 0, M and V
             of that matrix do not change.
+        overwrite: whether R is not needed any more (False), so that N may take its place.
 
     Returns:
-        N: (K, m, n) in R's dtype, a new tensor. Undefined where the flag is 0.
+        N: (K, m, n) in R's dtype, a new tensor unless ``overwrite`` is True. Undefined where the
+        flag is 0.
     """
     Y: Tensor = backend_for(R, "pass").adam(
         R,
@@ -244,6 +246,7 @@ def adam(
         beta2=beta2,
         eps=eps,
         finite=finite,
+        overwrite=overwrite,
     )
     return Y
 
@@ -252,22 +255,30 @@ def adam(
 
 
 @overload
-def project(P: Tensor, G: Tensor, squares: Literal[False] = False) -> tuple[Tensor, None]: ...
+def project(
+    P: Tensor, G: Tensor, squares: Literal[False] = False, like: Tensor | None = None
+) -> tuple[Tensor, None]: ...
 @overload
-def project(P: Tensor, G: Tensor, squares: Literal[True]) -> tuple[Tensor, Tensor]: ...
-def project(P: Tensor, G: Tensor, squares: bool = False) -> tuple[Tensor, Tensor | None]:
+def project(
+    P: Tensor, G: Tensor, squares: Literal[True], like: Tensor | None = None
+) -> tuple[Tensor, Tensor]: ...
+def project(
+    P: Tensor, G: Tensor, squares: bool = False, like: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The coordinates R = P^T G.
 
     Args:
         P: (K, m, r), or (1, m, r) for all matrices.
         G: (K, m, n), any strides. The narrower of the two is widened.
         squares: whether the columns' sums of squares are wanted too (False).
+        like: None (default), or (K, r, n), beside which R will be used: on the CPU R lies in memory
+            as it does, row by row or column by column.
 
     Returns:
         R: (K, r, n), at least float32.
         G2: (K, 1, n), the sums of squares of G's columns, at least float32; None if not wanted.
     """
-    found: tuple[Tensor, Tensor | None] = backend_for(G).project(P, G, squares)
+    found: tuple[Tensor, Tensor | None] = backend_for(G).project(P, G, squares, like)
     return found
 
 

@@ -131,7 +131,9 @@ class DCTAdamWRule(Rule):
     def step_along(self, w: Member, P: Tensor, R: Tensor) -> Direction:
         """The step along P N with N = adam(R), each row at its own age."""
         M, V = w.state["exp_avg"], w.state["exp_avg_sq"]
-        return w.step(AdamFactored(P, R, M, V, self.adam_step(w), self.betas, self.eps, w.finite))
+        t, finite = self.adam_step(w), w.finite
+        term = AdamFactored(P, R, M, V, t, self.betas, self.eps, finite, overwrites=True)
+        return w.step(term)
 
     def choose(self, w: Member, D: DctProjector, S: Tensor, row_scores: Tensor | None) -> None:
         """Choose a new index: rows that stay keep their moments and ages, new ones begin at 0."""

@@ -20,7 +20,7 @@ _MIN_CLOCKED_ROW = 2048
 
 def adam(
     R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, *, beta1: float, beta2: float, eps: float,
-    finite: Tensor | None = None,
+    finite: Tensor | None = None, overwrite: bool = False,
 ) -> Tensor:  # fmt: skip
     """Update both moments and return the normalized direction, as ``torch.optim.Adam`` does.
 
@@ -28,7 +28,7 @@ def adam(
     bias-corrected values. Source: Adam, arXiv 1412.6980, Algorithm 1.
 
     Args:
-        R: (K, m, n), any strides; not changed.
+        R: (K, m, n), any strides; not changed unless ``overwrite`` is True.
         M: (K, m, n) first moment, changed in place. A narrower dtype than R's is worked on in R's
             and rounded when it is stored.
         V: (K, m, n) second moment, likewise.
@@ -40,19 +40,21 @@ def adam(
         eps: added to the bias-corrected root.
         finite: None (default), or flags (K,), or (1,) for all matrices. Where a flag is 0, M and V
             of that matrix do not change.
+        overwrite: whether R is not needed any more (False), so that N may take its place.
 
     Returns:
-        N: (K, m, n) in R's dtype, a new tensor. Undefined where the flag is 0.
+        N: (K, m, n) in R's dtype, a new tensor unless ``overwrite`` is True. Undefined where the
+        flag is 0.
     """
     if finite is not None:
         before, is_finite = (M.clone(), V.clone()), finite.reshape(-1, 1, 1) != 0
-        N = adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps)
+        N = adam(R, M, V, t, beta1=beta1, beta2=beta2, eps=eps, overwrite=overwrite)
         for moved, old in zip((M, V), before, strict=True):
             moved.copy_(torch.where(is_finite, moved, old))
         return N
     if isinstance(t, Tensor) and R.device.type in _READ_DEVICES and len(t) < t.numel() < R.numel():
         return _adam_clocked(R, M, V, t, beta1, beta2, eps)
-    return _adam(R, M, V, t, beta1, beta2, eps)
+    return _adam(R, M, V, t, beta1, beta2, eps, overwrite)
 
 
 def _adam_clocked(
@@ -80,12 +82,13 @@ def _adam_clocked(
 
 
 def _adam(
-    R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, beta1: float, beta2: float, eps: float
-) -> Tensor:
+    R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, beta1: float, beta2: float, eps: float,
+    overwrite: bool = False,
+) -> Tensor:  # fmt: skip
     """:func:`adam` without flags: torch's fused kernel where it can be had, else plain passes."""
     if not M.is_contiguous() and M.mT.is_contiguous():  # moments of a transposed weight
         clock = t.mT if isinstance(t, Tensor) else t
-        return _adam(R.mT, M.mT, V.mT, clock, beta1, beta2, eps).mT
+        return _adam(R.mT, M.mT, V.mT, clock, beta1, beta2, eps, overwrite).mT
     same = M.dtype == V.dtype == R.dtype
     dense = M.is_contiguous() and V.is_contiguous()
     # with a side of 1, one number may also be the clock of a row or a column
@@ -93,7 +96,7 @@ def _adam(
     if isinstance(t, Tensor) and t.shape == (*R.shape[:2], 1):  # a clock for each row, or for one
         by_row = R.shape[2] >= _MIN_CLOCKED_ROW
     if same and dense and by_row and R.device.type in _FUSED_DEVICES:
-        return _adam_fused(R, M, V, t, beta1, beta2, eps)
+        return _adam_fused(R, M, V, t, beta1, beta2, eps, overwrite)
     M, V = update_moments_(R, M, V, beta1, beta2)
     if isinstance(t, Tensor):  # powers in float64: near t = 1 their distance from 1 is small
         c1, c2 = ((1 - beta ** t.double()).to(R.dtype) for beta in (beta1, beta2))
@@ -103,11 +106,16 @@ def _adam(
 
 
 def _adam_fused(
-    R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, beta1: float, beta2: float, eps: float
-) -> Tensor:
-    """Torch's AdamW kernel on a parameter of zeros with lr -1: the direction is what is left."""
+    R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, beta1: float, beta2: float, eps: float,
+    overwrite: bool,
+) -> Tensor:  # fmt: skip
+    """Torch's AdamW kernel on a parameter of zeros with lr -1: the direction is what is left.
+
+    Where R may be overwritten it is the parameter too: decay -1 multiplies it by zero first.
+    """
     R = R.resolve_neg().contiguous()  # the kernel refuses a negative view
-    N = torch.zeros_like(R)
+    overwrite = overwrite and R.is_cpu
+    N = R if overwrite else torch.zeros_like(R)
     tensors: Iterable[Tensor] = (N, R, M, V)
     if isinstance(t, Tensor) and t.numel() > 1 and t.device.type in _READ_DEVICES:
         t = t.flatten()[:1] if bool((t == t.flatten()[0]).all()) else t
@@ -135,7 +143,7 @@ def _adam_fused(
         lr=-1.0,
         beta1=beta1,
         beta2=beta2,
-        weight_decay=0.0,
+        weight_decay=-1.0 if overwrite else 0.0,
         eps=eps,
         amsgrad=False,
         maximize=False,

@@ -7,13 +7,17 @@ from .matmul import product
 from .reductions import column_squares
 
 
-def project(P: Tensor, G: Tensor, squares: bool = False) -> tuple[Tensor, Tensor | None]:
+def project(
+    P: Tensor, G: Tensor, squares: bool = False, like: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The coordinates R = P^T G.
 
     Args:
         P: (K, m, r), or (1, m, r) for all matrices.
         G: (K, m, n), any strides. The narrower of the two is widened.
         squares: whether the columns' sums of squares are wanted too (False).
+        like: None (default), or (K, r, n), beside which R will be used: on the CPU R lies in memory
+            as it does, row by row or column by column.
 
     Returns:
         R: (K, r, n), at least float32.
@@ -22,4 +26,6 @@ def project(P: Tensor, G: Tensor, squares: bool = False) -> tuple[Tensor, Tensor
     dtype = torch.promote_types(torch.promote_types(P.dtype, G.dtype), torch.float32)
     P = P if len(P) == len(G) else P.expand(len(G), -1, -1)
     G2 = column_squares(G.to(torch.promote_types(G.dtype, torch.float32))) if squares else None
-    return product(P.mT.to(dtype), G.to(dtype)), G2
+    P, G = P.to(dtype), G.to(dtype)
+    by_column = like is not None and like.stride(-1) != 1 and like.stride(-2) == 1
+    return (product(G.mT, P).mT if by_column else product(P.mT, G)), G2

@@ -117,9 +117,9 @@ def clocks(t: float | Tensor) -> tuple[float, Tensor | None]:
 
 def adam(
     R: Tensor, M: Tensor, V: Tensor, t: float | Tensor, *, beta1: float, beta2: float, eps: float,
-    finite: Tensor | None = None,
+    finite: Tensor | None = None, overwrite: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Kernel of :func:`stiefel.kernels.reference.adam`."""
+    """Kernel of :func:`stiefel.kernels.reference.adam`; N is always a new tensor."""
     number, clock = clocks(t)
     if M.stride(-1) != 1 and M.stride(-2) == 1:  # moments of a transposed weight
         R, M, V, clock = R.mT, M.mT, V.mT, None if clock is None else clock.mT

@@ -193,8 +193,10 @@ def _(P: Tensor, G: Tensor, squares: bool) -> tuple[Tensor, Tensor]:
     return new(K, P.shape[-1], n), new(K if squares else 0, 1, n)
 
 
-def project(P: Tensor, G: Tensor, squares: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Kernel of :func:`stiefel.kernels.reference.project`."""
+def project(
+    P: Tensor, G: Tensor, squares: bool = False, like: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Kernel of :func:`stiefel.kernels.reference.project`; R lies row by row."""
     R, G2 = _project_op(P, G, squares)
     return R, G2 if squares else None
 

@@ -77,9 +77,13 @@ class Slot:
         device: None (default) for the parameter's device, ``"cpu"`` for pools that stay on the
             host.
         **sizes: Sizes of the other letters.
+
+    Attributes:
+        lies_as_weight: Whether one large (r, n) of a transposed weight lies in memory column by
+            column, as the weight does (default: False).
     """
 
-    __slots__ = ("axes", "device", "dtype", "fill", "sizes")
+    __slots__ = ("axes", "device", "dtype", "fill", "lies_as_weight", "sizes")
 
     def __init__(
         self,
@@ -90,7 +94,7 @@ class Slot:
         **sizes: int,
     ) -> None:
         self.axes, self.dtype, self.fill, self.device = axes, dtype, fill, device
-        self.sizes = sizes
+        self.sizes, self.lies_as_weight = sizes, False
 
     def shape(self, m: int, n: int) -> tuple[int, ...]:
         """Shape of the tensor of one m x n matrix."""

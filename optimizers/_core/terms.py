@@ -296,6 +296,7 @@ class AdamFactored(Deferred):
         betas: Decays of the moments.
         eps: Added to the bias-corrected root.
         finite: None, or flags (K,): where one is 0 the moments stay.
+        overwrites: Whether R is not needed afterwards, so that N may take its place.
     """
 
     fuses_decay: ClassVar[bool] = True
@@ -307,6 +308,7 @@ class AdamFactored(Deferred):
     betas: tuple[float, float]
     eps: float
     finite: Tensor | None = None
+    overwrites: bool = False
 
     @override
     def materialize(self) -> Factored:
@@ -320,6 +322,7 @@ class AdamFactored(Deferred):
             beta2=beta2,
             eps=self.eps,
             finite=self.finite,
+            overwrite=self.overwrites,
         )
         return Factored(self.P, N)
 

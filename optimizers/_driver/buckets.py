@@ -136,7 +136,8 @@ class Bucket:
             entries = [state[p] for p in self.params_by_member[i]] if slots else []
             for name in slots if self.state_since else slots.keys() & DRIVER_SLOTS:
                 key = self.unit.key_of(i, name)
-                stored = self._bind_slot(key, entries)
+                lies_as_weight = self.unit.lies_as_weight(i, name)
+                stored = self._bind_slot(key, entries, lies_as_weight)
                 if self.unit.scales_shape(i, name) is None:
                     member_state[name] = self._rule_view(i, name, stored)
                 else:
@@ -146,12 +147,16 @@ class Bucket:
             if slots or i == 0:
                 self.owners += [(p, state[p]) for p in self.params_by_member[i]]
 
-    def _bind_slot(self, key: str, entries: list[dict[str, Any]]) -> Tensor:
+    def _bind_slot(
+        self, key: str, entries: list[dict[str, Any]], lies_as_weight: bool = False
+    ) -> Tensor:
         """The stored tensors as one (K, ...): a slab for a stack."""
         if not self.stacked:
             tensor: Tensor = entries[0][key]
             if is_slab_row(tensor):
                 entries[0][key] = tensor = tensor.clone()
+            if lies_as_weight and not tensor.mT.is_contiguous():
+                entries[0][key] = tensor = tensor.mT.contiguous().mT
             self.bindings.append((entries[0], key, tensor))
             return tensor.unsqueeze(0)
         slab = torch.stack([entry[key] for entry in entries])

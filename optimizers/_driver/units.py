@@ -36,6 +36,8 @@ MAX_STACKED_NUMEL = {"cpu": 2**15}
 but stacks are copies, and ``kernels/reference/matmul.py`` needs a limit below 2**16.
 """
 MAX_STACKED_NUMEL_ACCELERATOR = 2**22
+MIN_TRANSPOSED_NUMEL = 2**16
+"""Smallest state tensor, in entries, whose memory follows a transposed weight."""
 QUANTIZED_DTYPES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8, "momentum_buffer": torch.int8}
 """Moments that ``state_dtype="int8"`` quantizes, with their codes: signed, or roots of squares."""
 MIN_QUANTIZED_NUMEL = 4096
@@ -450,6 +452,14 @@ class Unit:
             for key, value in entry.items():
                 if isinstance(value, Tensor) and is_slab_row(value):
                     entry[key] = value.clone()
+
+    def lies_as_weight(self, i: int, name: str) -> bool:
+        """Whether a slot of one large matrix lies column by column, as a transposed weight does."""
+        slot, p = self.slots[i][name], self.params[i]
+        if not (slot.lies_as_weight and self.transposed[i] and p.is_cpu) or self.placed is not None:
+            return False
+        is_one = self.views[i].k == 1 and self.scales_shape(i, name) is None
+        return is_one and math.prod(self._shape(i, slot)) >= MIN_TRANSPOSED_NUMEL
 
     def rule_view(self, i: int, name: str, tensor: Tensor) -> Tensor:
         """A stored state tensor as the rule sees it: (k, *axes)."""

@@ -74,7 +74,8 @@ class SubspaceSplit(GradientSplit):
         side = min(m, n) if self.full else m
         r = min(resolve_count(self.share, side), m, n)
         axes = "rr" if self.full else "rn"
-        slots = {**self.projector.slots(m, r), **base_optimizer.slots(axes, r=r)}
+        P, moments = self.projector, base_optimizer.slots(axes, r=r)
+        slots = {**P.slots(m, r), **P.beside_coordinates(moments)}
         return slots_if_any(r, self.share, m, n, slots)
 
     @override
@@ -101,7 +102,8 @@ class SubspaceSplit(GradientSplit):
         G = w.grad
         state = w.state
         m = w.m
-        R = P.project(state, G, w.reductions)  # (K, r, n); with two sides P^T G Q is (K, r, r)
+        # (K, r, n); with two sides P^T G Q is (K, r, r)
+        R = P.project(state, G, w.reductions, state.get("exp_avg"))
         is_roundoff = self.covers_gradient(w, R.shape[-2]) and not self.published
         no_residual = state_free.kind == "no" or is_roundoff
         if state_free.kind == "sgd" and not no_residual:  # P N + f (G - P R) = P (N - f R) + f G

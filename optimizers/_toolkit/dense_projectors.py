@@ -45,6 +45,10 @@ class Projector:
         """State tensors of one matrix with m rows."""
         raise NotImplementedError
 
+    def beside_coordinates(self, slots: dict[str, Slot]) -> dict[str, Slot]:
+        """The slots of a base optimizer of R, told how they lie in memory."""
+        return slots
+
     def find(
         self, G: Tensor, *old: Tensor, rng: StackRNG, transposed: bool = False
     ) -> tuple[Tensor, ...]:
@@ -68,8 +72,21 @@ class Projector:
         found: tuple[Tensor, ...] = reductions.from_full_matrix(find, G, *old)
         return found
 
-    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
-        """R as a new tensor (K, r, n) or (K, r, r), in G's dtype and at least float32."""
+    def project(
+        self,
+        state: State,
+        G: Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        """R as a new tensor (K, r, n) or (K, r, r), in G's dtype and at least float32.
+
+        Args:
+            state: The tensors of ``slots``.
+            G: (K, m, n), any strides.
+            reductions: Reductions of the weight (default: those of one process).
+            like: None (default), or (K, r, n): a product may lie in memory as it does.
+        """
         raise NotImplementedError
 
     def project_with_squares(
@@ -78,10 +95,11 @@ class Projector:
         G: Tensor,
         reductions: Reductions = LOCAL_REDUCTIONS,
         squares: Tensor | None = None,
+        like: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """R, and the squared norms of the columns of G (K, 1, n), which may be known."""
         squares = column_squares(G) if squares is None else squares
-        return self.project(state, G, reductions), reductions.rows(squares)
+        return self.project(state, G, reductions, like), reductions.rows(squares)
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """P N (or P N Q^T) as the cheapest term for a weight with m rows."""
@@ -134,8 +152,21 @@ class DenseProjector(Projector):
         return dict(zip(self.state_keys, (Slot("mr", r=r), Slot("nr", r=r)), strict=False))
 
     @override
-    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
-        R = reductions.rows(kernels.project(state["basis"], G)[0])
+    def beside_coordinates(self, slots: dict[str, Slot]) -> dict[str, Slot]:
+        """Moments lie as the weight does: R^T = G^T P of a tall one is the faster product."""
+        for name in slots.keys() & {"exp_avg", "exp_avg_sq"}:
+            slots[name].lies_as_weight = slots[name].axes == "rn"
+        return slots
+
+    @override
+    def project(
+        self,
+        state: State,
+        G: Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        like: Tensor | None = None,
+    ) -> Tensor:
+        R = reductions.rows(kernels.project(state["basis"], G, like=like)[0])
         return reductions.cols(product(R, state["basis_right"])) if self.both else R
 
     @override
@@ -145,11 +176,12 @@ class DenseProjector(Projector):
         G: Tensor,
         reductions: Reductions = LOCAL_REDUCTIONS,
         squares: Tensor | None = None,
+        like: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One read of G gives R and the squares."""
         if self.both or squares is not None:
-            return super().project_with_squares(state, G, reductions, squares)
-        R, squares = kernels.project(state["basis"], G, squares=True)
+            return super().project_with_squares(state, G, reductions, squares, like)
+        R, squares = kernels.project(state["basis"], G, squares=True, like=like)
         return reductions.rows(R), reductions.rows(squares)
 
     @override

@@ -114,7 +114,13 @@ class TopKProjector(IndexProjector):
         return X.square().sum(-1)
 
     @override
-    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
+    def project(
+        self,
+        state: State,
+        G: Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        like: Tensor | None = None,
+    ) -> Tensor:
         return take_rows(G, state["index"]).to(work_dtype(G))
 
     @override
@@ -269,7 +275,13 @@ class DctProjector(IndexProjector):
         return {("cosines", m): 4 * m * m}
 
     @override
-    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
+    def project(
+        self,
+        state: State,
+        G: Tensor,
+        reductions: Reductions = LOCAL_REDUCTIONS,
+        like: Tensor | None = None,
+    ) -> Tensor:
         return reductions.rows(self.project_onto(G, state["index"]))
 
     @override

@@ -113,7 +113,8 @@ class LowRankRule(Rule, abstract=True):
             t = self.adam_step(w)
             betas = base_optimizer.betas
             # N is made during the write, so that no r x n buffer stays
-            return AdamFactored(P, R, M, V, t, betas, base_optimizer.eps, w.finite), 1.0
+            eps = base_optimizer.eps
+            return AdamFactored(P, R, M, V, t, betas, eps, w.finite, overwrites=True), 1.0
         N, factor = self.direction(w, R)
         return self.projector.lift(w.state, N, w.m), factor
 
@@ -208,7 +209,8 @@ class LowRankRule(Rule, abstract=True):
         both = self.proj_type == "full"
         r = min(resolve_rank(self.rank, min(m, n) if both else m), m, n)
         axes = "rr" if both else "rn"
-        return {**self.projector.slots(m, r), **self.base_optimizer.slots(axes, r=r)}
+        P, slots = self.projector, self.base_optimizer.slots(axes, r=r)
+        return {**P.slots(m, r), **P.beside_coordinates(slots)}
 
     @override
     def index_counts(self, sides: tuple[tuple[int, int], ...]) -> Mapping[str, int]:
