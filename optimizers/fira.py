@@ -75,7 +75,7 @@ class FiraRule(LowRankRule):
                 norm, w.state["limiter_norm"], self.gamma, floor, w.finite
             )
 
-        lift = P.lift(w.state, N.sub_(R.mul_(phi)).mul_(a), w.m)
+        lift = P.lift(w.state, N.addcmul_(R, phi, value=-1).mul_(a), w.m)
         return w.step(lift, Scaled(G, phi), lr_factor=lr_factor, decay_last=self.published)
 
     def residual_scale(

@@ -336,8 +336,15 @@ def _changes(
         decay_before = 1.0
         if not terms and _is_one(decay_after):
             return
+        if _is_one(decay_after) and _is_one_pass(W, terms):
+            panels = ((ks, ALL) for ks in _matrices(W))  # a second one would meet it in the cache
     for ks, rows in panels:
         yield (ks, rows), partial(_write_terms, terms, ks, rows, alpha, decay_before, decay_after)
+
+
+def _is_one_pass(W: Tensor, terms: Sequence[Term]) -> bool:
+    """Whether one term is left, which exists in W's dtype, so that a panel saves nothing."""
+    return len(terms) == 1 and isinstance(terms[0], Scaled) and terms[0].X.dtype == W.dtype
 
 
 def _matrices(W: Tensor) -> list[slice]:
