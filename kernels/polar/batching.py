@@ -3,6 +3,7 @@
 On the CPU a matrix comes out the same, bit for bit, in whatever stack it sits.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -22,6 +23,8 @@ _SMALL_SIDE = 128
 _SMALL = 2**15
 _BATCH = 3 * 2**16
 _PAD_MULTIPLE = 16
+# What the temporaries of a batch take together, in batches: of ``zolo``'s two terms.
+_TEMPORARIES = 8
 # The least eps whose square is still far above the underflow of float32.
 _SQUARED = 1e-15
 
@@ -87,10 +90,22 @@ def _run_batches(stack: Tensor, call: PolarCall, eps: float, overwrite: bool) ->
     m, n = source.shape[-2:]
     most = max(1, _BATCH // (_ceil(m) * _ceil(n)))
     size = math.ceil(len(stack) / math.ceil(len(stack) / most))  # of batches as equal as can be
+    _keep_freed_memory(_TEMPORARIES * _BATCH, call.dtype)
     for i in range(0, len(stack), size):
         Y = torch.nn.functional.pad(source[i : i + size], (0, _ceil(n) - n, 0, _ceil(m) - m))
         target[i : i + size].copy_(call.run(_normalized(Y, call, eps))[..., :m, :n])
     return out
+
+
+@functools.cache
+def _keep_freed_memory(entries: int, dtype: torch.dtype) -> None:
+    """Tell glibc's malloc, once in a process, to keep temporaries of this size when they are freed.
+
+    It returns what is free at its end to the system, to be faulted in again, where that is more
+    than twice the largest block freed so far. The block made here is never written to, so it takes
+    no memory itself.
+    """
+    torch.empty(entries, dtype=dtype, device="cpu")
 
 
 def _run_kernels(stack: Tensor, call: PolarCall, eps: float, ops: ModuleType) -> Tensor:
