@@ -171,12 +171,15 @@ class RotationRule(Rule, abstract=True):
         return ema_where_safe(gram, S, self.gram_beta)
 
     def next_rotation(self, A: Tensor, R: Tensor) -> Tensor:
-        """The rotation R(A) (K, m, m); in directions that a singular A leaves open, the old R."""
+        """The rotation R(A) (K, m, m); where a singular A leaves directions open, the old R.
+
+        A is a new tensor, and may be changed.
+        """
         if self.rotation == "eigh":
             return eigenbasis(A, R)
         if self.rotation == "polar":
             return nearest_rotation(A, R)
-        return rotated(A, R, wait=self.refresh_interval > 0)
+        return rotated(A, R, wait=self.refresh_interval > 0, overwrite=True)
 
 
 @dataclass(frozen=True)

@@ -78,19 +78,18 @@ def _completed_householder(B: Tensor, old: Tensor) -> Tensor:
     """Q of B (K, m, m) of norm 1; columns that add no direction of their own are the old ones.
 
     Matrices that fill whole cache lines are factorized in one call, which has their bits one by
-    one.
+    one. Q takes the place of B.
     """
     fills_lines = B.shape[-1] * B.element_size() % _LINE_BYTES == 0
     size = max(1, _BATCH // B[0].numel()) if fills_lines else 1
-    Q = torch.empty_like(B, memory_format=torch.contiguous_format)
     for i in range(0, len(B), size):
         H, tau = _geqrf(B[i : i + size])
         least = H.diagonal(dim1=-2, dim2=-1).abs().amin(-1)
         # twice the bound, so that rounding hides none of the columns that are next to nothing
         for k in (least <= 2 * _completion(B)).nonzero().flatten().tolist():
             _complete_(H[k], tau[k], B[i + k], old[i + k])
-        _product_of_reflections_(H, tau, Q[i : i + size])
-    return Q
+        _product_of_reflections_(H, tau, B[i : i + size])
+    return B
 
 
 def _completion(B: Tensor) -> float:
@@ -146,7 +145,14 @@ def cholesky_qr(A: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
     return Q, is_rotation & (S.abs().amax((-2, -1), keepdim=True) < _SLACK)
 
 
-def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None = None) -> Tensor:
+def rotated(
+    A: Tensor,
+    old: Tensor,
+    *,
+    wait: bool = True,
+    cholesky: bool | None = None,
+    overwrite: bool = False,
+) -> Tensor:
     """The Q factor of A; directions that A leaves open are those of the old factor.
 
     On a CPU, where Householder reflections tell which columns add less than 8 eps ||A||_F to the
@@ -160,13 +166,14 @@ def rotated(A: Tensor, old: Tensor, *, wait: bool = True, cholesky: bool | None 
         A: (K, m, m), fp32 or fp64.
         old: (K, m, m), orthogonal.
         wait: whether the host may look at the flags of the Cholesky factorizations.
-        cholesky: whether to take the way of accelerators; None: by device.
+        cholesky: whether to take the way of accelerators (None: by device).
+        overwrite: whether A is not needed any more, and may be changed (False).
 
     Returns:
         (K, m, m), a new tensor; a copy of the old factor where A is zero or not finite.
     """
     if not (A.device.type != "cpu" if cholesky is None else cholesky):
-        B, usable = _unit(A)
+        B, usable = _unit(A.contiguous(), overwrite)
         Q = _completed_householder(B, old)
         return Q if _host_sees_all(usable) else torch.where(usable, Q, old, out=Q)
     B, usable = _completed(A, old)
@@ -288,10 +295,10 @@ def _host_sees_all(flags: Tensor) -> bool:
     return flags.device.type == "cpu" and bool(flags.all())
 
 
-def _unit(A: Tensor) -> tuple[Tensor, Tensor]:
+def _unit(A: Tensor, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """A / ||A||_F, or 0, and whether A is finite and not zero."""
     scale, usable = _scale(A)
-    B = A / scale
+    B = A.div_(scale) if overwrite else A / scale
     if not _host_sees_all(usable):
         B.masked_fill_(~usable, 0.0)
     size = product(B.flatten(1).unsqueeze(1), B.flatten(1).unsqueeze(2)).sqrt_()  # ||B||_F
