@@ -1,5 +1,13 @@
 """Drop-in ``torch.optim`` classes for matrix-aware and memory-lean methods."""
 
+import gc
+
+# The imports below make enough objects to start full collections, which would walk over all of
+# torch's. While these are frozen that takes no time; a user's own frozen ones are left alone.
+_FREEZES = gc.get_freeze_count() == 0
+if _FREEZES:
+    gc.freeze()
+
 from ..kernels import polar_report
 from . import _aliases
 from ._core.rule import (
@@ -96,3 +104,5 @@ __all__ = [
 ]
 
 _aliases.register()
+if _FREEZES:
+    gc.unfreeze()

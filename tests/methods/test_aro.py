@@ -109,7 +109,7 @@ def test_recorded_steps_householder(data, case):
 def test_recorded_steps_of_one_shifted_pass(data, case, monkeypatch):
     """With the published factorisation in place of ours, the rest of the method is the same."""
     usable = case["usable_steps"]
-    monkeypatch.setattr(frames, "rotated", lambda A, old, wait: cholesky_qr(A, passes=1)[0])
+    monkeypatch.setattr(frames, "rotated", lambda A, old, **options: cholesky_qr(A, passes=1)[0])
     for (W, R), want in zip(
         replay(data, case, DOUBLE), case["promoted"]["steps"][:usable], strict=False
     ):
