@@ -251,11 +251,13 @@ def muon_step(setting: Setting) -> Iterator[Contest]:
                 "ours, ns5": partial(Step, partial(Muon, weight_decay=0.1, polar="ns5"), model),
                 "torch": partial(Step, theirs, model, swap=torch_float32),
                 "Gram and apply": limit("Gram and apply", model),
+                "Gram, inverses and apply": limit("Gram, inverses and apply", model),
             }
         )
         contest.ratio("ours / torch (float32)", "ours", "torch", 0.42)
         contest.ratio("ours with ns5 / torch (float32)", "ours, ns5", "torch")
-        contest.ratio("ours / Gram and apply", "ours", "Gram and apply")
+        for products in ("Gram and apply", "Gram, inverses and apply"):
+            contest.ratio(f"ours / {products}", "ours", products)
         for name, find in MUONS.items():
             try:
                 maker, swap = find(0)
@@ -351,12 +353,14 @@ def pairs_step(setting: Setting) -> Iterator[Contest]:
                 Step, partial(ours, cls=AdaPreLoRA, stats="none"), model
             ),
             "AdamW foreach": partial(Step, adamw, model),
+            "products and passes": limit("products and passes of pairs", model),
         }
     )
     name = f"{count} pairs of rank {rank}, {side}x{side},"
     contest.ratio(f"{name} AltLoRA / AdamW foreach", "AltLoRA", "AdamW foreach", 1.2)
     for other in ("AltLoRA+", "AdaPreLoRA", "AdaPreLoRA, no metric"):
         contest.ratio(f"{name} {other} / AdamW foreach", other, "AdamW foreach")
+    contest.ratio(f"{name} AltLoRA / its products and passes", "AltLoRA", "products and passes")
     yield contest
 
 

@@ -377,6 +377,44 @@ class GramApply:
                 torch.mm(G, T)
 
 
+class GramInversesApply(GramApply):
+    """The same and LAPACK's three inverses of the short side, of which ``zolo`` is the sum."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self.shifted = [T @ T.mT / len(T) + torch.eye(len(T)) for T in self.work]
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        """One step's worth."""
+        super().__call__(grads)
+        for S in self.shifted:
+            for _ in range(3):
+                torch.cholesky_inverse(torch.linalg.cholesky_ex(S)[0])
+
+
+class PairProducts:
+    """AltLoRA's: X^T X, X^T X_old, T M and K G for each factor; X kept, and M and W written."""
+
+    def __init__(self, model: Model) -> None:
+        self.work = []
+        for (r, n), (m, _) in zip(model[::2], model[1::2], strict=True):
+            A, M_A, A_old = (torch.randn(r, n) for _ in range(3))
+            B, M_B, B_old = (torch.randn(m, r) for _ in range(3))
+            T = torch.eye(r)
+            self.work += [(A, M_A, B.mT, B_old.mT, T), (B.mT, M_B.mT, A, A_old, T)]
+
+    def __call__(self, grads: list[Tensor]) -> None:
+        """One step's worth."""
+        for i, (G, (W, M, X, X_old, T)) in enumerate(zip(grads, self.work, strict=True)):
+            G = G.mT if i % 2 else G
+            torch.mm(X, X.mT)
+            torch.mm(X, X_old.mT)
+            X_old.copy_(X)
+            N = torch.mm(T, M) if M.is_contiguous() else torch.mm(M.mT, T.mT).mT
+            M.copy_(N.addmm_(T, G, beta=0.9, alpha=0.1))
+            W.add_(M, alpha=-1e-9)
+
+
 class SoapProducts:
     """SOAP's: into the bases and back, two Gram matrices; at new bases the moment turned, two QR.
 
@@ -432,6 +470,8 @@ LIMITS: dict[str, Callable[[Model], Callable[[list[Tensor]], Any]]] = {
     "product and pass": ProductAndPass,
     "product, squares and pass": ProductSquaresAndPass,
     "Gram and apply": GramApply,
+    "Gram, inverses and apply": GramInversesApply,
+    "products and passes of pairs": PairProducts,
     "SOAP's products": partial(SoapProducts, is_new=False),
     "SOAP's products, new": partial(SoapProducts, is_new=True),
     "W += a G": AddGradient,

@@ -23,8 +23,10 @@ _SMALL_SIDE = 128
 _SMALL = 2**15
 _BATCH = 3 * 2**16
 _PAD_MULTIPLE = 16
-# What the temporaries of a batch take together, in batches: of ``zolo``'s two terms.
+# What the temporaries of a batch take together, in batches: of ``zolo``'s two terms; and of a large
+# matrix, in matrices. Bytes of a block that malloc still learns from: it does up to 32 MiB.
 _TEMPORARIES = 8
+_LARGEST_LESSON = 24 * 2**20
 # The least eps whose square is still far above the underflow of float32.
 _SQUARED = 1e-15
 
@@ -64,6 +66,7 @@ def run_stack(stack: Tensor, call: PolarCall, eps: float, overwrite: bool = Fals
     if call.batchable and m <= _SMALL_SIDE and m * n < _SMALL:
         return _run_batches(stack, call, eps, overwrite)
     overwrite = overwrite and call.takes_size
+    _keep_freed_memory(_TEMPORARIES * stack[:1].numel() * call.dtype.itemsize)
     if len(stack) == 1:
         X = stack[0]
         return _factor(X, call, eps, X if overwrite else None).unsqueeze(0)
@@ -90,7 +93,7 @@ def _run_batches(stack: Tensor, call: PolarCall, eps: float, overwrite: bool) ->
     m, n = source.shape[-2:]
     most = max(1, _BATCH // (_ceil(m) * _ceil(n)))
     size = math.ceil(len(stack) / math.ceil(len(stack) / most))  # of batches as equal as can be
-    _keep_freed_memory(_TEMPORARIES * _BATCH, call.dtype)
+    _keep_freed_memory(_TEMPORARIES * _BATCH * call.dtype.itemsize)
     for i in range(0, len(stack), size):
         Y = torch.nn.functional.pad(source[i : i + size], (0, _ceil(n) - n, 0, _ceil(m) - m))
         target[i : i + size].copy_(call.run(_normalized(Y, call, eps))[..., :m, :n])
@@ -98,14 +101,14 @@ def _run_batches(stack: Tensor, call: PolarCall, eps: float, overwrite: bool) ->
 
 
 @functools.cache
-def _keep_freed_memory(entries: int, dtype: torch.dtype) -> None:
-    """Tell glibc's malloc, once in a process, to keep temporaries of this size when they are freed.
+def _keep_freed_memory(size: int) -> None:
+    """Tell glibc's malloc, once in a process, to keep so many bytes when they are freed.
 
     It returns what is free at its end to the system, to be faulted in again, where that is more
     than twice the largest block freed so far. The block made here is never written to, so it takes
     no memory itself.
     """
-    torch.empty(entries, dtype=dtype, device="cpu")
+    torch.empty(min(size, _LARGEST_LESSON), dtype=torch.uint8, device="cpu")
 
 
 def _run_kernels(stack: Tensor, call: PolarCall, eps: float, ops: ModuleType) -> Tensor:
