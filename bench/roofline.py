@@ -46,7 +46,7 @@ from traffic import LANES, Idle, Log, Point, Work, recorded, scaled, watched
 from stiefel import optimizers
 from stiefel.kernels import reference
 from stiefel.kernels.reference import reductions
-from stiefel.optimizers._driver import write
+from stiefel.optimizers._driver import units, write
 from stiefel.optimizers._toolkit import power_sums
 
 TARGET = "sm_90"
@@ -158,6 +158,7 @@ def as_on_a_device(kernels: str) -> Iterator[None]:
     try:
         with set_to(
             (write, "WRITE_PANEL", write.WRITE_PANEL_ACCELERATOR),
+            (units, "MIN_TRANSPOSED_NUMEL", 2**62),
             (power_sums, "POWER_SUM_PANEL", 2**62),
             (reductions, "_PANEL_DEVICES", ()),
         ):

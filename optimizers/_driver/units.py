@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...kernels import basis_scales, blockwise_shape
+from ...kernels import basis_scales, blockwise_shape, fuses_passes
 from .._core.rule import BlockPosition, Rule, Slot, Slots
 from .._core.validation import check, naming, shown
 from .._core.views import MatrixView, split_view
@@ -459,7 +459,9 @@ class Unit:
         if not (slot.lies_as_weight and self.transposed[i] and p.is_cpu) or self.placed is not None:
             return False
         is_one = self.views[i].k == 1 and self.scales_shape(i, name) is None
-        return is_one and math.prod(self._shape(i, slot)) >= MIN_TRANSPOSED_NUMEL
+        if not is_one or fuses_passes(p):  # kernels read moments row by row
+            return False
+        return math.prod(self._shape(i, slot)) >= MIN_TRANSPOSED_NUMEL
 
     def rule_view(self, i: int, name: str, tensor: Tensor) -> Tensor:
         """A stored state tensor as the rule sees it: (k, *axes)."""
