@@ -91,6 +91,20 @@ def test_an_import_after_torch_brings_nothing_but_the_package():
     assert not [name for name in new if name.startswith("stiefel.kernels.triton")]
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_an_import_leaves_the_collector_as_it_was(is_frozen):
+    """Torch's objects are frozen while the package is imported, a user's own stay frozen."""
+    code = (
+        f"import gc, torch; {'gc.freeze(); ' * is_frozen}before = gc.get_freeze_count(); "
+        "import stiefel.optimizers; print(before, gc.get_freeze_count(), gc.isenabled())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    before, after, enabled = done.stdout.split()
+    assert (int(before) > 0) == is_frozen == (int(after) > 0) and enabled == "True"
+
+
 def test_no_optimizer_chooses_or_names_a_back_end():
     back_end = {"dispatch", "reference", "triton", "backend_for"}
     for path in ROOT.glob("optimizers/**/*.py"):
