@@ -115,6 +115,7 @@ class GaLore(StackedOptimizer):
     r n each (float32), ``step`` and ``refreshed``; ``"full"``: r (m + n) + 2 r^2. randk, topk and
     dct store ``index``, r int32, in place of the basis. Lion has no ``exp_avg_sq``; Adafactor has
     ``exp_avg_sq_row`` r and ``exp_avg_sq_col`` n in its place. AdamW stores 2 m n.
+    On a CPU moments of a large transposed weight lie column by column, as the weight itself does.
     ``state_dtype="int8"``: moments take r n bytes each, a basis of 4096 entries or more m r (not
     under ``compat``); their float32 scales one for 256 entries of a row, of the basis of a column.
     Each step uses the decoded basis, that of a refresh too: columns have norm 1 and are orthogonal
