@@ -32,9 +32,9 @@ def built(make, W, **options):
     return p, make([p], lr=1e-2, **options)
 
 
-def run(p, optimizer, first, last, is_wide=False):
+def run(p, optimizer, first, last, transposes=False):
     for i in range(first, last):
-        p.grad = gradient(i).T.contiguous() if is_wide else gradient(i)
+        p.grad = gradient(i).T.contiguous() if transposes else gradient(i)
         optimizer.step()
     return p.detach().clone()
 
@@ -63,7 +63,7 @@ def test_the_step_is_that_of_the_transposed_weight(name):
     tall = built(make, gradient(99), **gap)
     wide = built(make, gradient(99).T.contiguous(), **gap)
     W = run(*tall, 0, 5)
-    V = run(*wide, 0, 5, is_wide=True)
+    V = run(*wide, 0, 5, transposes=True)
     torch.testing.assert_close(W, V.T, rtol=0, atol=2e-4)
 
 
