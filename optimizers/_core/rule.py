@@ -109,6 +109,11 @@ class Slot:
     def __repr__(self) -> str:
         return f"Slot({self.axes!r}, {self.sizes})"
 
+    def __setstate__(self, state: tuple[None, dict[str, object]]) -> None:
+        self.lies_as_weight = False  # a pickle of before does not know of it
+        for key, value in state[1].items():
+            setattr(self, key, value)
+
 
 class Reductions:
     """Sums and maxima over the weight's own indices; on one process each is the identity.
