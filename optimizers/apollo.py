@@ -74,8 +74,7 @@ class APOLLORule(LowRankRule):
         assert w.grad is not None
         G = w.grad
         # (K, r, n) and (K, 1, n), from one read of G
-        P, M = self.projector, w.state["exp_avg"]
-        R, G_squares = P.project_with_squares(w.state, G, w.reductions, w.squares, M)
+        R, G_squares = self.projector.project_with_squares(w.state, G, w.reductions, w.squares)
         N, factor = self.direction(w, R)
         r = N.shape[-2]
         phi, norm = self.scale_factors(w, column_squares(N), column_squares(R), G_squares, r)

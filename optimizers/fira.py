@@ -56,8 +56,7 @@ class FiraRule(LowRankRule):
         P = self.projector
         G = w.grad
         # (K, r, n) and (K, 1, n); with a basis on both sides R = P^T G Q is (K, r, r)
-        M = w.state["exp_avg"]
-        R, G_squares = P.project_with_squares(w.state, G, w.reductions, w.squares, M)
+        R, G_squares = P.project_with_squares(w.state, G, w.reductions, w.squares)
         N, factor = self.direction(w, R)
         if factor != 1.0:
             N.mul_(factor)

@@ -53,7 +53,7 @@ class GaLoreRule(LowRankRule):
         """R = P^T G; N = adam(R); step along scale * P N. The basis P is made by ``refresh``."""
         assert w.grad is not None
         # (K, r, n); with a basis on both sides R = P^T G Q is (K, r, r)
-        R = self.projector.project(w.state, w.grad, w.reductions, w.state.get("exp_avg"))
+        R = self.projector.project(w.state, w.grad, w.reductions)
         PN, factor = self.lifted_term(w, R)
         return w.step(PN, lr_factor=self.scale * factor, decay_last=self.published)
 

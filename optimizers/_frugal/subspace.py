@@ -102,8 +102,7 @@ class SubspaceSplit(GradientSplit):
         G = w.grad
         state = w.state
         m = w.m
-        # (K, r, n); with two sides P^T G Q is (K, r, r)
-        R = P.project(state, G, w.reductions, state.get("exp_avg"))
+        R = P.project(state, G, w.reductions)  # (K, r, n); with two sides P^T G Q is (K, r, r)
         is_roundoff = self.covers_gradient(w, R.shape[-2]) and not self.published
         no_residual = state_free.kind == "no" or is_roundoff
         if state_free.kind == "sgd" and not no_residual:  # P N + f (G - P R) = P (N - f R) + f G

@@ -72,21 +72,8 @@ class Projector:
         found: tuple[Tensor, ...] = reductions.from_full_matrix(find, G, *old)
         return found
 
-    def project(
-        self,
-        state: State,
-        G: Tensor,
-        reductions: Reductions = LOCAL_REDUCTIONS,
-        like: Tensor | None = None,
-    ) -> Tensor:
-        """R as a new tensor (K, r, n) or (K, r, r), in G's dtype and at least float32.
-
-        Args:
-            state: The tensors of ``slots``.
-            G: (K, m, n), any strides.
-            reductions: Reductions of the weight (default: those of one process).
-            like: None (default), or (K, r, n): a product may lie in memory as it does.
-        """
+    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
+        """R as a new tensor (K, r, n) or (K, r, r), in G's dtype and at least float32."""
         raise NotImplementedError
 
     def project_with_squares(
@@ -95,11 +82,10 @@ class Projector:
         G: Tensor,
         reductions: Reductions = LOCAL_REDUCTIONS,
         squares: Tensor | None = None,
-        like: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """R, and the squared norms of the columns of G (K, 1, n), which may be known."""
         squares = column_squares(G) if squares is None else squares
-        return self.project(state, G, reductions, like), reductions.rows(squares)
+        return self.project(state, G, reductions), reductions.rows(squares)
 
     def lift(self, state: State, N: Tensor, m: int) -> Term:
         """P N (or P N Q^T) as the cheapest term for a weight with m rows."""
@@ -153,20 +139,14 @@ class DenseProjector(Projector):
 
     @override
     def beside_coordinates(self, slots: dict[str, Slot]) -> dict[str, Slot]:
-        """Moments lie as the weight does: R^T = G^T P of a tall one is the faster product."""
+        """Moments lie as the weight does, R as they do: R^T = G^T P is faster for a tall one."""
         for name in slots.keys() & {"exp_avg", "exp_avg_sq"}:
             slots[name].lies_as_weight = slots[name].axes == "rn"
         return slots
 
     @override
-    def project(
-        self,
-        state: State,
-        G: Tensor,
-        reductions: Reductions = LOCAL_REDUCTIONS,
-        like: Tensor | None = None,
-    ) -> Tensor:
-        R = reductions.rows(kernels.project(state["basis"], G, like=like)[0])
+    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
+        R = reductions.rows(kernels.project(state["basis"], G, like=state.get("exp_avg"))[0])
         return reductions.cols(product(R, state["basis_right"])) if self.both else R
 
     @override
@@ -176,12 +156,12 @@ class DenseProjector(Projector):
         G: Tensor,
         reductions: Reductions = LOCAL_REDUCTIONS,
         squares: Tensor | None = None,
-        like: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One read of G gives R and the squares."""
         if self.both or squares is not None:
-            return super().project_with_squares(state, G, reductions, squares, like)
-        R, squares = kernels.project(state["basis"], G, squares=True, like=like)
+            return super().project_with_squares(state, G, reductions, squares)
+        M = state.get("exp_avg")
+        R, squares = kernels.project(state["basis"], G, squares=True, like=M)
         return reductions.rows(R), reductions.rows(squares)
 
     @override

@@ -114,13 +114,7 @@ class TopKProjector(IndexProjector):
         return X.square().sum(-1)
 
     @override
-    def project(
-        self,
-        state: State,
-        G: Tensor,
-        reductions: Reductions = LOCAL_REDUCTIONS,
-        like: Tensor | None = None,
-    ) -> Tensor:
+    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         return take_rows(G, state["index"]).to(work_dtype(G))
 
     @override
@@ -275,13 +269,7 @@ class DctProjector(IndexProjector):
         return {("cosines", m): 4 * m * m}
 
     @override
-    def project(
-        self,
-        state: State,
-        G: Tensor,
-        reductions: Reductions = LOCAL_REDUCTIONS,
-        like: Tensor | None = None,
-    ) -> Tensor:
+    def project(self, state: State, G: Tensor, reductions: Reductions = LOCAL_REDUCTIONS) -> Tensor:
         return reductions.rows(self.project_onto(G, state["index"]))
 
     @override

@@ -1,6 +1,8 @@
 """Polar factors: equivariance, maps of singular values, schedules, stacks, edges."""
 
 import math
+import os
+import platform
 import subprocess
 import sys
 from functools import cache, partial
@@ -1032,6 +1034,30 @@ def test_peak_of_temporaries(method, shape):
         polar_factor(X, method)
     # The result and at most three matrices more, besides a few vectors.
     assert counter.peak <= 4.1 * X.nbytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc that learns")
+def test_temporaries_of_batches_are_not_faulted_in_anew():
+    """In a process that has freed nothing large; without the lesson each round faults 976 pages."""
+    code = """if True:
+        import resource, torch
+        from stiefel.kernels import polar_factor
+        torch.set_num_threads(1)
+        Xs = [torch.randn(shape) for shape in ((16, 96, 96), (8, 256, 96), (4, 96, 256))]
+        faults = []
+        for _ in range(6):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for X in Xs:
+                polar_factor(X, "zolo")
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(min(faults))
+    """
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=env, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) < 200
 
 
 @pytest.mark.parametrize("norm", NORMS)
